@@ -1,0 +1,636 @@
+"""The command line: parse, call, print. No maths here, and no torch before a command needs a device."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+import bgcbench
+from bgcbench.errors import BgcbenchError, OutputError, UsageError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from typer import Context
+
+    from bgcbench.experiments.profile import PlannedRow, ProfileConfig, ProfileRun, Session, Update
+    from bgcbench.interrupts import Interrupts
+    from bgcbench.report import Report
+
+
+
+class _PlainHelp(TyperGroup):
+    """The top-level help without rich panels, whose Markdown machinery doubles the time to the first line."""
+
+    def format_help(self, ctx: Context, formatter: Any) -> None:
+        self.rich_markup_mode = None
+        super().format_help(ctx, formatter)
+
+
+app = typer.Typer(
+    name="bgcbench",
+    cls=_PlainHelp,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Which convolutions of a network can be made cheaper, with which variant, how much time that saves on this "
+    "device, and what it loses. Variants: standard (SC), gc (group convolution), shuffle (GC and a channel shuffle), "
+    "bgc (balanced group convolution of Lee, Park & Lee).",
+    epilog="Start with: bgcbench profile --quick. Exit codes: 0 done, 1 some rows failed, 2 usage, 3 no such device, "
+    "4 output not writable, 5 compare --fail-on, 130/143 interrupted (the file is valid and resumable).",
+)
+
+_WORKLOAD = "Workload"
+_GRID = "What is compared"
+_MEASURE = "How it is measured"
+_OUTPUT = "Output"
+
+Format = Annotated[
+    str,
+    typer.Option(
+        "--format",
+        help="auto (a table on a terminal, Markdown elsewhere), table, markdown, csv, json.",
+        rich_help_panel=_OUTPUT,
+    ),
+]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress and no notes on stderr.", rich_help_panel=_OUTPUT)]
+
+
+@app.callback(invoke_without_command=True)
+def _top(
+    context: typer.Context, version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False
+) -> None:
+    if version:
+        print(f"bgcbench {bgcbench.__version__}")
+        raise typer.Exit(0)
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+@app.command(short_help="Measure what convolution variants cost here.")
+def profile(
+    channels: Annotated[
+        int | None,
+        typer.Option(help="Channels in and out.", show_default="1024", rich_help_panel=_WORKLOAD),
+    ] = None,
+    in_channels: Annotated[
+        int | None, typer.Option(help="Input channels.", show_default="--channels", rich_help_panel=_WORKLOAD)
+    ] = None,
+    out_channels: Annotated[
+        int | None, typer.Option(help="Output channels.", show_default="--channels", rich_help_panel=_WORKLOAD)
+    ] = None,
+    kernel: Annotated[
+        int | None,
+        typer.Option(help="Kernel size; padded by (k - 1) // 2.", show_default="3", rich_help_panel=_WORKLOAD),
+    ] = None,
+    stride: Annotated[int | None, typer.Option(show_default="1", rich_help_panel=_WORKLOAD)] = None,
+    batch: Annotated[
+        int | None, typer.Option(help="Images a call.", show_default="128", rich_help_panel=_WORKLOAD)
+    ] = None,
+    size: Annotated[
+        str | None,
+        typer.Option(help="Input height and width: 7 or 7x14.", show_default="7", rich_help_panel=_WORKLOAD),
+    ] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(help="table4: the paper's Table 4 (also what no shape means).", rich_help_panel=_WORKLOAD),
+    ] = None,
+    groups: Annotated[
+        str | None, typer.Option(help="Group counts N.", show_default="2,4,8,16", rich_help_panel=_GRID)
+    ] = None,
+    variants: Annotated[
+        str | None,
+        typer.Option(help="Variants, or all.", show_default="standard,gc,bgc", rich_help_panel=_GRID),
+    ] = None,
+    algorithm: Annotated[
+        str | None,
+        typer.Option(
+            help="Form that BGC runs in: auto, two_conv, concat, dense; all measures each.",
+            show_default="auto",
+            rich_help_panel=_GRID,
+        ),
+    ] = None,
+    no_reference: Annotated[
+        bool, typer.Option("--no-reference", help="Leave the standard convolution out.", rich_help_panel=_GRID)
+    ] = False,
+    skip_invalid: Annotated[
+        bool,
+        typer.Option(
+            "--skip-invalid", help="Go on when N does not divide the channels; the row says so.", rich_help_panel=_GRID
+        ),
+    ] = False,
+    device: Annotated[
+        str | None,
+        typer.Option(help="auto, cpu, cuda or cuda:K.", show_default="auto", rich_help_panel=_MEASURE),
+    ] = None,
+    precision: Annotated[
+        str | None,
+        typer.Option(help="fp64, fp32, tf32, bf16 or fp16.", show_default="fp32", rich_help_panel=_MEASURE),
+    ] = None,
+    layout: Annotated[
+        str | None,
+        typer.Option(help="nchw, or nhwc (channels_last).", show_default="nchw", rich_help_panel=_MEASURE),
+    ] = None,
+    phases: Annotated[
+        str | None,
+        typer.Option(help="Of fwd, bwd, fwd_bwd.", show_default="fwd,fwd_bwd", rich_help_panel=_MEASURE),
+    ] = None,
+    no_input_grad: Annotated[
+        bool,
+        typer.Option(
+            "--no-input-grad", help="The backward pass leaves the input's gradient out.", rich_help_panel=_MEASURE
+        ),
+    ] = False,
+    mode: Annotated[
+        str | None,
+        typer.Option(
+            help="eager, compile (torch.compile) or graph (CUDA graphs).", show_default="eager", rich_help_panel=_MEASURE
+        ),
+    ] = None,
+    cache: Annotated[
+        str | None,
+        typer.Option(
+            help="cold: overwrite the cache before every call. warm: do not.",
+            show_default="cold on CUDA, warm on a CPU",
+            rich_help_panel=_MEASURE,
+        ),
+    ] = None,
+    max_time: Annotated[
+        float | None,
+        typer.Option(
+            help="Seconds of sampling a row; 6 rounds (CUDA: 10) are measured in any case.",
+            show_default="10",
+            rich_help_panel=_MEASURE,
+        ),
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(help="CPU threads.", show_default="torch's", rich_help_panel=_MEASURE)
+    ] = None,
+    seed: Annotated[int | None, typer.Option(show_default="0", rich_help_panel=_MEASURE)] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A look in seconds: few samples, no claim.", rich_help_panel=_MEASURE)
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, print the plan and stop.", rich_help_panel=_OUTPUT)
+    ] = False,
+    out: Annotated[
+        str | None,
+        typer.Option(
+            help="Result file; - is stdout (JSON).",
+            show_default="results/profile-WHAT-DEVICE-TIME.json",
+            rich_help_panel=_OUTPUT,
+        ),
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace an existing --out file.", rich_help_panel=_OUTPUT)
+    ] = False,
+    resume: Annotated[
+        Path | None,
+        typer.Option(
+            help="Continue this result file: keep what it holds, measure the rest. Its settings are used.",
+            rich_help_panel=_OUTPUT,
+        ),
+    ] = None,
+    form: Format = "auto",
+    quiet: Quiet = False,
+) -> int:
+    """Measure what a convolution and its cheaper variants cost on this device (the paper's Table 4, done right).
+
+    Without a shape it is Table 4's layer: 3x3, 1024 -> 1024 channels, 128 images of 7x7. Every row is interleaved
+    with the standard convolution, so that the ratios hold while the machine drifts.
+
+    [bold]bgcbench profile --channels 1024 --groups 2,4,8,16[/bold]
+
+    [bold]bgcbench profile --channels 256 --size 14 --precision bf16 --layout nhwc --variants all --quick[/bold]
+    """
+    from bgcbench import results
+    from bgcbench.experiments.profile import ProfileConfig, check_same_workload, plan
+    from bgcbench.interrupts import Interrupts
+
+    shape = {
+        "in_channels": in_channels if in_channels is not None else channels,
+        "out_channels": out_channels if out_channels is not None else channels,
+        "kernel": kernel,
+        "stride": stride,
+        "batch": batch,
+    }
+    if size is not None:
+        shape["height"], shape["width"] = _size(size)
+    given: dict[str, Any] = {
+        **shape,
+        "groups": _numbers("--groups", groups),
+        "variants": _variants(variants),
+        "algorithm": algorithm,
+        "reference": False if no_reference else None,
+        "skip_invalid": skip_invalid or None,
+        "device": device,
+        "precision": precision,
+        "layout": layout,
+        "phases": _names(phases),
+        "input_grad": False if no_input_grad else None,
+        "mode": mode,
+        "cache": cache,
+        "max_time_s": max_time,
+        "threads": threads,
+        "seed": seed,
+        "quick": quick or None,
+    }
+    given = {name: value for name, value in given.items() if value is not None}
+    _check_preset(preset, shape)
+    if resume is not None and (out is not None or force):
+        raise UsageError("--resume writes to the file it continues; leave --out and --force out")
+    _check_format(form)
+    stored = None
+    if resume is not None:
+        stored = results.read(resume)
+        if stored["command"] != "profile":
+            raise UsageError(f"--resume {resume} holds a '{stored['command']}' run; profile continues profile files")
+        config = dataclasses.replace(ProfileConfig.from_json(stored.get("config", {})), **given)
+        check_same_workload(stored["config"], config, str(resume))
+    else:
+        config = dataclasses.replace(ProfileConfig(), **given)
+    rows = plan(config)
+    path = resume or (Path(out) if out not in (None, "-") else None)
+    if path is not None and resume is None and path.exists() and not force:
+        results.ResultWriter(path).probe(replace=False)
+    with Interrupts() as interrupts:
+        return _profile(config, rows, path, stored, interrupts, to_stdout=out == "-", dry_run=dry_run,
+                        replace=force or resume is not None, form=form, quiet=quiet)  # fmt: skip
+
+
+def _profile(
+    config: ProfileConfig,
+    rows: list[PlannedRow],
+    path: Path | None,
+    stored: dict[str, Any] | None,
+    interrupts: Interrupts,
+    *,
+    to_stdout: bool,
+    dry_run: bool,
+    replace: bool,
+    form: str,
+    quiet: bool,
+) -> int:
+    """``profile`` after everything that needs no torch has been checked."""
+    from bgcbench import results
+    from bgcbench.experiments.profile import ProfileRun, open_session
+
+    session = open_session(config)
+    if stored is not None:
+        results.check_resumable(stored, "profile", session.settings, session.environment, str(path))
+    if path is None and not to_stdout:
+        name = session.device.type if session.device.type == "cpu" else session.environment["device"]["name"]
+        path = results.default_path("profile", config.what, name)
+    writer = None if to_stdout or path is None else results.ResultWriter(path)
+    if not quiet:
+        for line in (*session.warnings, *_plan_lines(config, rows, session, path)):
+            _say(line)
+    if dry_run:
+        return 0
+    if writer is not None:
+        writer.probe(replace=replace)
+    if interrupts.requested():
+        _say("interrupted before anything was measured; nothing was written")
+        return interrupts.exit_code
+    document = stored or results.new_document(
+        "profile",
+        sys.argv[1:],
+        config.to_json(),
+        session.environment,
+        session.settings,
+        "quick" if config.quick else "full",
+    )
+    document["config"] = config.to_json()
+    document["exit_reason"] = "running"
+    run = ProfileRun(
+        config,
+        session,
+        rows,
+        kept={row["key"]: row for row in document["results"]},
+        interleaved=document.get("interleaved", ()),
+        stop=interrupts.requested,
+    )
+    failed: str | None = None
+    try:
+        _follow(run, document, writer, session, quiet=quiet)
+    except OutputError:
+        raise
+    except Exception as error:
+        failed = f"the run broke off: {type(error).__name__}: {error}"
+        raise
+    finally:
+        results.finish(document, len(rows), interrupted=interrupts.requested(), failed=failed)
+        if writer is not None:
+            writer.write(document)
+    _print_document(document, "json" if to_stdout else form)
+    done = sum(row["status"] in results.DONE for row in document["results"])
+    return _closing(writer, interrupts, done, len(rows), quiet=quiet)
+
+
+def _closing(writer: Any, interrupts: Interrupts, done: int, planned: int, *, quiet: bool) -> int:
+    """The last line on stderr, and the exit code."""
+    where = "" if writer is None else f" to {writer.rescued_to or writer.path}"
+    if writer is not None and writer.rescued_to is not None:
+        _say(f"{writer.path} could not be written ({writer.problem}); saved {done}/{planned}{where}")
+        return OutputError.exit_code
+    if interrupts.requested():
+        again = "" if writer is None else f"; resume with --resume {writer.path}"
+        _say(f"saved {done}/{planned}{where}{again}")
+        return interrupts.exit_code
+    if not quiet:
+        _say(f"saved {done}/{planned}{where}" if where else f"measured {done}/{planned}")
+    return 0 if done == planned else BgcbenchError.exit_code
+
+
+def _follow(run: ProfileRun, document: dict[str, Any], writer: Any, session: Session, *, quiet: bool) -> None:
+    """Drive the run: keep the document and its file up to date, and a bar on a terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn
+
+    console = Console(stderr=True)
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=20),
+        TextColumn("{task.fields[left]}"),
+        console=console,
+        transient=True,
+        disable=quiet or not console.is_terminal,
+    )
+    with bar:
+        task = bar.add_task("starting", total=None, left="")
+        for update in run.run():
+            if update.save:
+                document["results"] = update.rows
+                document["ceilings"] = update.ceilings or document.get("ceilings")
+                document["interleaved"] = update.interleaved
+                document["warnings"] = list(update.warnings)
+                if writer is not None:
+                    writer.write(document)
+            bar.update(task, **_bar_state(update))
+
+
+def _bar_state(update: Update) -> dict[str, Any]:
+    """What the bar shows: the row, its current median and the time left."""
+    progress = update.progress
+    if progress is None:
+        return {"description": update.doing, "total": None, "left": ""}
+    text = update.doing
+    if progress.track is not None:
+        text += f"  {progress.track.row}"
+        if progress.track.samples:
+            text += f"  median {progress.track.summary().median_s * 1e3:.3f} ms"
+    if progress.left_s is None:
+        return {"description": text, "total": None, "left": ""}
+    left = f"at most {progress.left_s:.0f} s left"
+    return {
+        "description": text,
+        "total": progress.elapsed_s + progress.left_s,
+        "completed": progress.elapsed_s,
+        "left": left,
+    }
+
+
+def _plan_lines(config: ProfileConfig, rows: list[PlannedRow], session: Session, path: Path | None) -> list[str]:
+    """What will be measured, where it goes and how long it may take."""
+    from bgcbench.experiments.profile import estimated_seconds
+
+    valid = [row for row in rows if row.spec is not None]
+    minutes = estimated_seconds(config, len(valid), session.device.type) / 60
+    lines = [
+        f"plan: {len(valid)} rows x {', '.join(config.phases)} on {session.environment['device']['name']}, "
+        f"{config.precision}, {config.layout}, {config.mode}; sampling takes about {minutes:.1f} min at most, more "
+        "where single calls take seconds"
+    ]
+    lines += [f"  {row.key}" + (f"  invalid: {row.invalid}" if row.invalid else "") for row in rows]
+    return [*lines, f"result file: {path}" if path else "result: stdout"]
+
+
+@app.command(short_help="Print a result file again, or Table 1.")
+def show(
+    file: Annotated[Path | None, typer.Argument(help="A result file.")] = None,
+    table1: Annotated[
+        bool, typer.Option("--table1", help="The paper's Table 1 evaluated, for FILE's layer or the one given here.")
+    ] = False,
+    channels: Annotated[int | None, typer.Option(help="Channels in and out.", show_default="1024")] = None,
+    in_channels: Annotated[int | None, typer.Option(help="Input channels.", show_default="--channels")] = None,
+    out_channels: Annotated[int | None, typer.Option(help="Output channels.", show_default="--channels")] = None,
+    kernel: Annotated[int | None, typer.Option(help="Kernel size.", show_default="3")] = None,
+    size: Annotated[str | None, typer.Option(help="Input height and width.", show_default="7")] = None,
+    groups: Annotated[str | None, typer.Option(help="Group counts N.", show_default="2,4,8,16")] = None,
+    form: Format = "auto",
+) -> int:
+    """Print a result file again, or Table 1 for any layer. Measures nothing.
+
+    [bold]bgcbench show results/FILE.json --format markdown[/bold]
+
+    [bold]bgcbench show --table1 --channels 256 --groups 2,4,8[/bold]
+    """
+    from bgcbench import results
+    from bgcbench.experiments.profile import ProfileConfig
+
+    _check_format(form)
+    shape = {"channels": channels, "in-channels": in_channels, "out-channels": out_channels, "kernel": kernel,
+             "size": size, "groups": groups}  # fmt: skip
+    given = [f"--{name}" for name, value in shape.items() if value is not None]
+    if given and (file is not None or not table1):
+        raise UsageError(f"{given[0]} describes a layer for --table1 without FILE; drop it, or use show --table1")
+    if file is None and not table1:
+        raise UsageError("show needs a result FILE, or --table1 with a layer such as --channels 1024")
+    document = results.read(file) if file is not None else None
+    if document is not None and not table1:
+        _print_document(document, form)
+        return 0
+    if document is not None:
+        config = ProfileConfig.from_json(document.get("config", {}))
+    else:
+        options: dict[str, Any] = {
+            "in_channels": in_channels if in_channels is not None else channels,
+            "out_channels": out_channels if out_channels is not None else channels,
+            "kernel": kernel,
+            "groups": _numbers("--groups", groups),
+        }
+        if size is not None:
+            options["height"], options["width"] = _size(size)
+        config = dataclasses.replace(ProfileConfig(), **{k: v for k, v in options.items() if v is not None})
+    from bgcbench.report import table1_report
+
+    _emit(
+        table1_report(
+            config.in_channels, config.out_channels, config.kernel, (config.height, config.width), config.groups
+        ),
+        form,
+    )
+    return 0
+
+
+@app.command(short_help="Print what could spoil a measurement here.")
+def doctor(
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:K.")] = "auto", form: Format = "auto"
+) -> int:
+    """Print this machine's environment and what on it could spoil a measurement."""
+    from bgcbench.experiments.profile import ProfileConfig
+
+    _check_format(form)
+    ProfileConfig(device=device)  # the name is checked before torch is imported
+    from bgcbench.measure.device import resolve_device
+    from bgcbench.measure.environment import describe_environment, diagnose
+    from bgcbench.report import doctor_report
+
+    found, warning = resolve_device(device)
+    findings = diagnose(found)
+    if warning:
+        findings.insert(0, ("device search", warning, "pass --device cpu to say so yourself"))
+    _emit(doctor_report(describe_environment(found), findings), form)
+    return 0
+
+
+@app.command(short_help="Compare two profile files.")
+def compare(
+    before: Annotated[Path, typer.Argument(help="A result file.")],
+    after: Annotated[Path, typer.Argument(help="A later result file.")],
+    fail_on: Annotated[
+        float | None,
+        typer.Option(help="Exit with 5 if a row is slower by more than this many percent beyond doubt."),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Compare a quick file with a full one.")] = False,
+    form: Format = "auto",
+) -> int:
+    """Compare two profile files row by row, with confidence intervals.
+
+    [bold]bgcbench compare before.json after.json --fail-on 3[/bold]
+    """
+    from bgcbench import results
+
+    _check_format(form)
+    if fail_on is not None and not 0 <= fail_on < float("inf"):
+        raise UsageError(f"--fail-on {fail_on} must be 0 or a positive number of percent")
+    documents = [results.read(path) for path in (before, after)]
+    for path, document in zip((before, after), documents, strict=True):
+        if document["command"] != "profile":
+            raise UsageError(f"{path} holds a '{document['command']}' run; compare takes profile files")
+    qualities = [document.get("quality", "full") for document in documents]
+    if qualities[0] != qualities[1] and not force:
+        raise UsageError(f"{before} is {qualities[0]} and {after} is {qualities[1]}; measure alike, or use --force")
+    from bgcbench.report import compare_report
+
+    report, tripped = compare_report(
+        documents[0], documents[1], (str(before), str(after)), None if fail_on is None else fail_on / 100
+    )
+    _emit(report, form)
+    if tripped:
+        _say(f"a row is slower by more than {fail_on} % beyond doubt")
+    return 5 if tripped else 0
+
+
+# ------------------------------------------------------------------------------------------------------------ helpers
+
+
+def _check_format(form: str) -> None:
+    from bgcbench.specs import check_choice
+
+    check_choice("format", form, ("auto", "table", "markdown", "csv", "json"))
+
+
+def _numbers(option: str, text: str | None) -> tuple[int, ...] | None:
+    """'2,4,8' as numbers; raises UsageError for anything else."""
+    if text is None:
+        return None
+    try:
+        values = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise UsageError(f"{option} {text} must be whole numbers separated by commas, such as 2,4,8") from None
+    return tuple(dict.fromkeys(values))
+
+
+def _names(text: str | None) -> tuple[str, ...] | None:
+    return None if text is None else tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+
+
+def _variants(text: str | None) -> tuple[str, ...] | None:
+    from bgcbench.specs import LAYERS
+
+    return LAYERS if text == "all" else _names(text)
+
+
+def _size(text: str) -> tuple[int, int]:
+    parts = text.lower().split("x")
+    if len(parts) > 2 or not all(part.strip().isdigit() for part in parts):
+        raise UsageError(f"--size {text} must be a number of pixels or HEIGHTxWIDTH, such as 7 or 7x14")
+    return int(parts[0]), int(parts[-1])
+
+
+def _check_preset(preset: str | None, shape: dict[str, Any]) -> None:
+    from bgcbench.specs import check_choice
+
+    if preset is None:
+        return
+    check_choice("preset", preset, ("table4",))
+    fixed = [name.replace("_", "-") for name, value in shape.items() if value is not None]
+    if fixed:
+        raise UsageError(f"--preset {preset} fixes the layer, and --{fixed[0]} changes it; leave one of them out")
+
+
+def _print_document(document: dict[str, Any], form: str) -> None:
+    from bgcbench.report import document_report
+
+    _emit(document_report(document), form, document)
+
+
+def _emit(report: Report, form: str, document: dict[str, Any] | None = None) -> None:
+    from bgcbench.report import emit
+
+    emit(report, form, _stdout(report), document)
+
+
+def _stdout(report: Report) -> Console:
+    """stdout; where it is no terminal a table gets the width it needs instead of rich's 80 columns."""
+    from rich.console import Console
+
+    console = Console(highlight=False, soft_wrap=False)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console = Console(highlight=False, width=max(80, sum(column.width + 2 for column in report.columns)))
+    return console
+
+
+def _say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code; a mistake of the user's is one line on stderr."""
+    try:
+        code = app(args=None if argv is None else list(argv), prog_name="bgcbench", standalone_mode=False)
+    except BgcbenchError as error:
+        _say(f"bgcbench: {error}")
+        return error.exit_code
+    except BrokenPipeError:  # the reader of a pipe has gone; whatever is in a file is in a file
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (KeyboardInterrupt, typer.Abort):
+        _say("bgcbench: interrupted")
+        return 130
+    except Exception as error:
+        # Typer's own usage errors; their class lives in different modules in different versions.
+        if not hasattr(error, "format_message"):
+            raise
+        message = " ".join(str(error.format_message()).split())
+        _say(f"bgcbench: {message} (see bgcbench {' '.join(_command_path(error))}--help)")
+        return UsageError.exit_code
+    return int(code or 0)
+
+
+def _command_path(error: Exception) -> list[str]:
+    context = getattr(error, "ctx", None)
+    path = str(getattr(context, "command_path", "bgcbench")).split()[1:]
+    return [*path, ""] if path else []
+
+
+def run() -> None:
+    """Console script."""
+    raise SystemExit(main())

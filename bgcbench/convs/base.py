@@ -1,0 +1,237 @@
+"""The contract that every convolution variant keeps.
+
+A variant maps x (B, n, H, W) to y (B, m, H', W') linearly and translation-equivariantly, so it equals a standard
+convolution with a structured dense kernel D (m, n, kh, kw). The contract, run over all variants by
+tests/convs/test_contract.py:
+
+    layer(x) == conv2d(x, layer.dense_weight(), layer.bias, stride, padding, dilation)
+    layer_type.from_dense(W, ...) is the member of the variant closest to W in the sense of its projection
+    layer.params and layer.macs(H, W) are the formulas of bgcbench.measure.counts
+
+Forward, dense kernel and projection are only right relative to one another, so each variant keeps the three in one
+file as functions of tensors; the module only owns parameters.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bgcbench.errors import ShapeError, UsageError
+from bgcbench.measure.counts import Counts, count
+from bgcbench.specs import VARIANTS, ConvSpec, as_pair, check_choice
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+PROJECTIONS = ("copy", "white", "least_squares")
+_PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
+
+
+class VariantConv2d(nn.Module, ABC):
+    """Base of the variants: Conv2d's arguments, validation, padding, initialisation and counts.
+
+    Arguments are those of ``torch.nn.Conv2d`` in the same order up to ``bias``; the rest are keyword-only.
+    ``padding`` is a number or a pair, not a string.
+    Raises ShapeError for sizes below 1 and for channels that ``groups`` does not divide.
+    """
+
+    variant: ClassVar[str]
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        *,
+        padding_mode: str = "zeros",
+        algorithm: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.spec = ConvSpec(
+            self.variant, in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, algorithm
+        )
+        self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
+        self.kernel_size = as_pair("kernel_size", kernel_size)
+        self.stride = as_pair("stride", stride)
+        self.padding = as_pair("padding", padding, 0)
+        self.dilation = as_pair("dilation", dilation)
+        self.padding_mode = check_choice("padding_mode", padding_mode, _PADDING_MODES)
+        self._create_weights(device=device, dtype=dtype)
+        self.bias = nn.Parameter(torch.empty(out_channels, device=device, dtype=dtype)) if bias else None
+        self.reset_parameters()
+
+    def _create_weights(self, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
+        """Create ``weight`` (m, n/N, kh, kw); variants with more tensors extend this."""
+        shape = (self.out_channels, self.in_channels // self.groups, *self.kernel_size)
+        self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+
+    def _weights(self) -> list[nn.Parameter]:
+        """The kernels, each initialised with its own fan."""
+        return [self.weight]
+
+    def reset_parameters(self) -> None:
+        """He initialisation: every kernel normal with variance 2 / fan_in, the bias zero (He et al., 2015).
+
+        fan_in is K n/N, what one output really sums over. PyTorch's fan_out of a grouped kernel is K m instead of
+        K m/N, which would make its variance N times too small, so fan_in is what compares variants fairly.
+        """
+        for weight in self._weights():
+            nn.init.kaiming_normal_(weight, mode="fan_in", nonlinearity="relu")
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    @abstractmethod
+    def forward(self, x: Tensor) -> Tensor:
+        """y (B, m, H', W') for x (B, n, H, W)."""
+
+    @abstractmethod
+    def dense_weight(self) -> Tensor:
+        """D (m, n, kh, kw), the kernel of the standard convolution that this layer equals. Differentiable."""
+
+    @classmethod
+    @abstractmethod
+    def project(
+        cls, weight: Tensor, groups: int, projection: str, second_moment: Tensor | None, ridge: float
+    ) -> Mapping[str, Tensor]:
+        """This variant's parameters, by name, for the standard kernel ``weight`` (m, n, kh, kw)."""
+
+    @classmethod
+    def from_dense(
+        cls,
+        weight: Tensor,
+        groups: int = 1,
+        *,
+        bias: Tensor | None = None,
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] = 0,
+        dilation: int | tuple[int, int] = 1,
+        projection: str = "white",
+        second_moment: Tensor | None = None,
+        ridge: float = 0.0,
+        **options: Any,
+    ) -> Self:
+        """The layer of this variant that stands in for the standard convolution with kernel ``weight``.
+
+        weight: (m, n, kh, kw); bias: (m,) or None, taken over as it is; ``options`` go to the constructor.
+        Device and dtype are the weight's; the projection is computed in float64.
+
+        projection:
+            'copy'           what the paper does: weights are copied (BGC: the construction in the proof of Thm 3.6)
+            'white'          the closed-form optimum for uncorrelated inputs of equal power
+            'least_squares'  the optimum for inputs with ``second_moment`` E[u u^T] (nK, nK), u the patch vector in
+                             ``torch.nn.functional.unfold``'s order (see theory.leastsquares.patch_second_moment);
+                             ``ridge`` >= 0 pulls it towards 'white'
+
+        Raises ShapeError where shapes do not fit and UsageError for an unknown projection, for
+        'least_squares' without a second moment and for a second moment or ridge that would not be used.
+        """
+        if weight.dim() != 4:
+            raise ShapeError(f"weight has shape {tuple(weight.shape)}; a standard kernel is (m, n, kh, kw)")
+        check_choice("projection", projection, PROJECTIONS)
+        if projection == "least_squares" and second_moment is None:
+            raise UsageError("projection 'least_squares' needs second_moment=E[u u^T]; without one use 'white'")
+        if projection != "least_squares" and (second_moment is not None or ridge):
+            raise UsageError(f"projection '{projection}' uses no second_moment or ridge; use 'least_squares'")
+        out_channels, in_channels, height, width = weight.shape
+        layer = cls(
+            in_channels,
+            out_channels,
+            (height, width),
+            stride,
+            padding,
+            dilation,
+            groups,
+            bias is not None,
+            device=weight.device,
+            dtype=weight.dtype,
+            **options,
+        )
+        with torch.no_grad():
+            projected = cls.project(weight.detach().double(), groups, projection, second_moment, ridge)
+            for name, value in projected.items():
+                layer.get_parameter(name).copy_(value)
+            if bias is not None and layer.bias is not None:
+                layer.bias.copy_(bias)
+        return layer
+
+    @property
+    def algorithm(self) -> str:
+        """The exact form that forward runs in."""
+        requested = self.spec.algorithm
+        return VARIANTS[self.variant].algorithms[0] if requested == "auto" else requested
+
+    @property
+    def params(self) -> int:
+        """Numbers this layer stores, its bias included (formula; equals the sum of its parameters' sizes)."""
+        return self.counts(*self._smallest_input()).params
+
+    def macs(self, height: int, width: int) -> int:
+        """Multiply-adds of one image of ``height`` x ``width``, forward. FLOPs are twice that (+ BGC's mean)."""
+        return self.counts(height, width).macs
+
+    def counts(self, height: int, width: int) -> Counts:
+        """All counts of one image of ``height`` x ``width`` (see bgcbench.measure.counts)."""
+        return count(self.spec, height, width)
+
+    def _smallest_input(self) -> tuple[int, int]:
+        height, width = (d * (k - 1) + 1 for d, k in zip(self.dilation, self.kernel_size, strict=True))
+        return height, width
+
+    def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
+        """conv2d with this layer's stride, padding and dilation."""
+        padding = self.padding
+        if self.padding_mode != "zeros":
+            rows, columns = self.padding
+            x = F.pad(x, (columns, columns, rows, rows), mode=self.padding_mode)
+            padding = (0, 0)
+        return F.conv2d(x, weight, bias, self.stride, padding, self.dilation, groups)
+
+    def extra_repr(self) -> str:
+        text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"
+        text += f", padding={self.padding}, dilation={self.dilation}, groups={self.groups}"
+        text += f", bias={self.bias is not None}"
+        if self.padding_mode != "zeros":
+            text += f", padding_mode={self.padding_mode}"
+        if len(VARIANTS[self.variant].algorithms) > 1:
+            text += f", algorithm={self.algorithm}"
+        return text
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Whether x (B, C, H, W) is stored channels-last and not also contiguous."""
+    return x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+
+
+def row_blocks(weight: Tensor, groups: int) -> Tensor:
+    """A dense kernel (m, n, kh, kw) as the paper's blocks W^{kl} (eq. 2.2): (N, m/N, N, n/N, kh, kw)."""
+    m, n, height, width = weight.shape
+    return weight.reshape(groups, m // groups, groups, n // groups, height, width)
+
+
+def diagonal_blocks(weight: Tensor, groups: int) -> Tensor:
+    """The blocks W^{kk} stacked as a grouped kernel: (m, n/N, kh, kw)."""
+    blocks = row_blocks(weight, groups)  # (N, m/N, N, n/N, kh, kw)
+    return torch.stack([blocks[k, :, k] for k in range(groups)]).flatten(0, 1)  # (m, n/N, kh, kw)
+
+
+def block_diagonal(weight: Tensor, groups: int) -> Tensor:
+    """A grouped kernel (m, n/N, kh, kw) as the dense kernel (m, n, kh, kw) it stands for (eq. 2.3)."""
+    m, per_group, height, width = weight.shape
+    eye = torch.eye(groups, dtype=weight.dtype, device=weight.device)  # [k = l]
+    rows = weight.reshape(groups, m // groups, 1, per_group, height, width)
+    return (eye[:, None, :, None, None, None] * rows).reshape(m, groups * per_group, height, width)

@@ -1,0 +1,163 @@
+"""Balanced group convolution (Lee, Park & Lee, eq. 3.1): a group convolution plus a convolution of the group mean.
+
+    y^k = A^k x^k + B^k xbar,    xbar = (1/N) sum_l x^l,    groups k = 1..N contiguous
+
+Equivalently one standard convolution with the dense kernel D[k, l] = [k = l] A^k + B^k / N. The map (A, B) -> D is
+injective for N >= 2, so the layer is a linear space of dimension 2Kmn/N of standard convolutions; at N = 2 that is
+all of them (2Kmn/2 = Kmn): BGC at N = 2 saves nothing and loses nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bgcbench.convs.base import VariantConv2d, block_diagonal, diagonal_blocks, is_channels_last, row_blocks
+from bgcbench.convs.gc import group_cross_moments
+from bgcbench.theory.leastsquares import solve_normal
+
+
+class BalancedGroupConv2d(VariantConv2d):
+    """y^k = A^k x^k + B^k xbar, with ``weight`` = A and ``weight_mean`` = B, both (m, n/N, kh, kw).
+
+    x: (B, n, H, W); returns (B, m, H', W'). One bias (m,). Parameters 2Kmn/N, MACs 2DKmn/N and D_in n additions an
+    image (eq. 3.14). Both branches share stride, padding and dilation, and the mean is taken once, before its
+    convolution. He initialisation acts on A and B separately, each with fan_in K n/N (the paper says "He" and no
+    more): on zero-mean independent inputs the second branch then carries 1/N of the first one's variance.
+
+    algorithm: three forms of the same map, equal to rounding:
+        'two_conv'  a grouped convolution of x plus a convolution of xbar
+        'concat'    one grouped convolution of [x^k ; xbar], the kernels concatenated
+        'dense'     one standard convolution with the folded kernel D
+        'auto'      at present the first
+
+    N = 1: the mean is the input and B would only repeat A, so the layer holds A alone (``weight_mean`` is None) and
+    is the standard convolution. N = n: one channel a group, a depthwise convolution plus one of the mean channel.
+    Raises ShapeError if N does not divide n and m.
+    """
+
+    variant = "bgc"
+    weight_mean: nn.Parameter | None
+
+    def _create_weights(self, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
+        super()._create_weights(device, dtype)
+        self.weight_mean = nn.Parameter(torch.empty_like(self.weight)) if self.groups > 1 else None
+
+    def _weights(self) -> list[nn.Parameter]:
+        return [self.weight] if self.weight_mean is None else [self.weight, self.weight_mean]
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.weight_mean is None:
+            return self._convolve(x, self.weight, self.bias, groups=1)
+        if self.algorithm == "dense":
+            return self._convolve(x, dense_kernel(self.weight, self.weight_mean, self.groups), self.bias, groups=1)
+        if self.algorithm == "concat":
+            both = torch.cat([self.weight, self.weight_mean], dim=1)  # (m, 2n/N, kh, kw)
+            return self._convolve(append_mean(x, self.groups), both, self.bias, self.groups)
+        own = self._convolve(x, self.weight, self.bias, self.groups)
+        return own + self._convolve(group_mean(x, self.groups), self.weight_mean, None, groups=1)
+
+    def dense_weight(self) -> Tensor:
+        if self.weight_mean is None:
+            return self.weight
+        return dense_kernel(self.weight, self.weight_mean, self.groups)
+
+    @classmethod
+    def project(
+        cls, weight: Tensor, groups: int, projection: str, second_moment: Tensor | None, ridge: float
+    ) -> Mapping[str, Tensor]:
+        """Theorem 3.6's construction ('copy'), the white optimum, or least squares on a second moment."""
+        if groups == 1:
+            return {"weight": weight}
+        if projection == "least_squares" and second_moment is not None:
+            a, b = least_squares(weight, groups, second_moment, ridge)
+        else:
+            a, b = copy_blocks(weight, groups) if projection == "copy" else white_optimum(weight, groups)
+        return {"weight": a, "weight_mean": b}
+
+
+def group_mean(x: Tensor, groups: int) -> Tensor:
+    """xbar = (1/N) sum_k x^k over contiguous groups. x: (..., n, H, W); returns (..., n/N, H, W), x's layout."""
+    if is_channels_last(x):
+        # On the NHWC view the mean runs over one contiguous axis pair and the result is channels_last again.
+        grouped = x.permute(0, 2, 3, 1).unflatten(-1, (groups, -1))  # (B, H, W, N, n/N)
+        return grouped.mean(-2).permute(0, 3, 1, 2)
+    return x.unflatten(-3, (groups, -1)).mean(-4)
+
+
+def append_mean(x: Tensor, groups: int) -> Tensor:
+    """[x^1 ; xbar ; x^2 ; xbar ; ...]: every group followed by the mean. x: (..., n, H, W); returns (..., 2n, H, W)."""
+    if is_channels_last(x):
+        rows = x.permute(0, 2, 3, 1).unflatten(-1, (groups, -1))  # (B, H, W, N, n/N)
+        mean = rows.mean(-2, keepdim=True).expand_as(rows)
+        return torch.cat([rows, mean], dim=-1).flatten(-2).permute(0, 3, 1, 2)
+    grouped = x.unflatten(-3, (groups, -1))  # (..., N, n/N, H, W)
+    mean = grouped.mean(-4, keepdim=True).expand_as(grouped)
+    return torch.cat([grouped, mean], dim=-3).flatten(-4, -3)
+
+
+def dense_kernel(a: Tensor, b: Tensor, groups: int) -> Tensor:
+    """D[k, l] = [k = l] A^k + B^k / N (eq. 3.1 written as one convolution).
+
+    a, b: (m, n/N, kh, kw); returns (m, n, kh, kw).
+    """
+    return block_diagonal(a, groups) + (b / groups).repeat(1, groups, 1, 1)
+
+
+def _off_diagonal_sum(weight: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """The diagonal blocks W^{kk} and S^k = sum_{l != k} W^{kl}, each (m, n/N, kh, kw)."""
+    diagonal = diagonal_blocks(weight, groups)
+    return diagonal, row_blocks(weight, groups).sum(2).flatten(0, 1) - diagonal
+
+
+def copy_blocks(weight: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """The construction in the proof of Theorem 3.6: A^k = W^{kk}, B^k = S^k = sum_{l != k} W^{kl}.
+
+    White error (1 - 1/N)^2. It is not a projection: rebuilding a layer from its own dense kernel gives A + B/N and
+    (N-1)/N of B. weight: (m, n, kh, kw); returns A, B: (m, n/N, kh, kw).
+    """
+    return _off_diagonal_sum(weight, groups)
+
+
+def white_optimum(weight: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """The least-squares optimum for uncorrelated inputs: A^k = W^{kk} - S^k/(N-1), B^k = N/(N-1) S^k, N >= 2.
+
+    The coefficient of every x^l with l != k is the shared B^k/N, whose best value is the mean of W^{kl} over l != k;
+    A^k then makes the k-th coefficient exact. White error 1 - 2/N, exact for every W at N = 2. It stays optimal for
+    any input whose groups are exchangeable: E[x^l | x^k, xbar] = (N xbar - x^k)/(N - 1) for each l != k.
+    weight: (m, n, kh, kw); returns A, B: (m, n/N, kh, kw).
+    """
+    diagonal, rest = _off_diagonal_sum(weight, groups)
+    return diagonal - rest / (groups - 1), rest * (groups / (groups - 1))
+
+
+def least_squares(
+    weight: Tensor, groups: int, second_moment: Tensor, ridge: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """The (A, B) that minimise E||Wu - D u||^2 for inputs with C = E[u u^T] = ``second_moment``.
+
+    With z_k = [u^k ; ubar] = T_k u:  [A^k B^k] = W^{k,:} C T_k^T (T_k C T_k^T)^+ ; ``ridge`` pulls it towards the
+    white optimum. weight: (m, n, kh, kw); second_moment: (nK, nK), u in unfold order; N >= 2; returns A, B:
+    (m, n/N, kh, kw).
+    """
+    moment, cross = group_cross_moments(weight, groups, second_moment)  # (N, p, N, p), (N, m/N, N, p)
+    with_mean = moment.mean(2)  # E[u^k ubar^T]: (N, p, p)
+    mean_mean = with_mean.mean(0)  # E[ubar ubar^T]: (p, p)
+    prior = torch.cat([part.flatten(1) for part in white_optimum(weight, groups)], dim=1)  # (m, 2p)
+    prior = prior.to(moment.dtype).unflatten(0, (groups, -1))  # (N, m/N, 2p)
+    solved = []
+    for k in range(groups):
+        gram = torch.cat(
+            [
+                torch.cat([moment[k, :, k], with_mean[k]], dim=1),
+                torch.cat([with_mean[k].T, mean_mean], dim=1),
+            ]
+        )  # T_k C T_k^T: (2p, 2p)
+        target = torch.cat([cross[k, :, k], cross[k].mean(1)], dim=1)  # W^{k,:} C T_k^T: (m/N, 2p)
+        solved.append(solve_normal(gram, target, ridge=ridge, prior=prior[k]))
+    shape: tuple[Any, ...] = (weight.shape[0], weight.shape[1] // groups, *weight.shape[2:])
+    a, b = torch.cat(solved).chunk(2, dim=1)  # (m, p) each
+    return a.reshape(shape), b.reshape(shape)

@@ -1,0 +1,67 @@
+"""Group convolution (Krizhevsky et al., 2012; Lee, Park & Lee, eq. 2.3)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from bgcbench.convs.base import VariantConv2d, block_diagonal, diagonal_blocks, row_blocks
+from bgcbench.theory.leastsquares import check_second_moment, solve_normal
+
+
+class GroupConv2d(VariantConv2d):
+    """y^k = W^{kk} x^k for each of N contiguous groups k: no communication between groups.
+
+    x: (B, n, H, W); weight: (m, n/N, kh, kw); returns (B, m, H', W'). Parameters Kmn/N, MACs DKmn/N an image.
+    Raises ShapeError if N does not divide n and m. State dict as ``torch.nn.Conv2d(groups=N)``. N = n is the
+    depthwise convolution; N = 1 the standard one.
+    """
+
+    variant = "gc"
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._convolve(x, self.weight, self.bias, self.groups)
+
+    def dense_weight(self) -> Tensor:
+        return block_diagonal(self.weight, self.groups)
+
+    @classmethod
+    def project(
+        cls, weight: Tensor, groups: int, projection: str, second_moment: Tensor | None, ridge: float
+    ) -> Mapping[str, Tensor]:
+        """Diagonal blocks ('copy', which is the white optimum too: error 1 - 1/N), or least squares."""
+        if projection == "least_squares" and second_moment is not None:
+            return {"weight": least_squares(weight, groups, second_moment, ridge)}
+        return {"weight": diagonal_blocks(weight, groups)}
+
+
+def group_cross_moments(weight: Tensor, groups: int, second_moment: Tensor) -> tuple[Tensor, Tensor]:
+    """C as group blocks, and every output's cross moments E[y u^T], by output group and input group.
+
+    weight: (m, n, kh, kw); second_moment C: (nK, nK). Returns (N, p, N, p) and (N, m/N, N, p), p = K n/N.
+    """
+    moment = check_second_moment(second_moment, weight)
+    per_group = moment.shape[0] // groups
+    cross = weight.flatten(1).to(moment.dtype) @ moment  # (m, nK)
+    rows = weight.shape[0] // groups
+    return moment.reshape(groups, per_group, groups, per_group), cross.reshape(groups, rows, groups, per_group)
+
+
+def least_squares(weight: Tensor, groups: int, second_moment: Tensor, ridge: float = 0.0) -> Tensor:
+    """The grouped kernel that minimises E||Wu - Vu||^2 for inputs with E[u u^T] = ``second_moment``.
+
+    A^k = W^{k,:} C E_k^T (E_k C E_k^T)^+ , E_k selecting group k of the patch vector; with ``ridge`` pulled towards
+    the diagonal blocks (see :func:`bgcbench.theory.leastsquares.solve_normal`). weight: (m, n, kh, kw); returns
+    (m, n/N, kh, kw).
+    """
+    moment, cross = group_cross_moments(weight, groups, second_moment)
+    prior = row_blocks(weight, groups).flatten(3)  # (N, m/N, N, p)
+    solved = torch.stack(
+        [
+            solve_normal(moment[k, :, k], cross[k, :, k], ridge=ridge, prior=prior[k, :, k])
+            for k in range(groups)
+        ]
+    )  # (N, m/N, p)
+    return solved.reshape(weight.shape[0], weight.shape[1] // groups, *weight.shape[2:])

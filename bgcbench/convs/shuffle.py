@@ -1,0 +1,51 @@
+"""Group convolution followed by a channel shuffle (ShuffleNet, Zhang et al., 2018)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from bgcbench.convs.base import VariantConv2d, block_diagonal
+from bgcbench.convs.gc import GroupConv2d
+
+
+class ShuffleGroupConv2d(VariantConv2d):
+    """y_p = (GC x)_{pi(p)} with pi(p) = (p mod N) m/N + p // N, the permutation of ``torch.nn.ChannelShuffle``.
+
+    x: (B, n, H, W); weight: (m, n/N, kh, kw) in the order before the shuffle; bias: (m,) in the order of the output;
+    returns (B, m, H', W'). Parameters Kmn/N, MACs DKmn/N an image. Raises ShapeError if N does not divide n and m.
+    The next grouped layer mixes evenly only if N divides m/N. (The authors' own code applies the inverse
+    permutation; both mix, but their checkpoints are not interchangeable with these.)
+    """
+
+    variant = "shuffle"
+
+    def forward(self, x: Tensor) -> Tensor:
+        # The bias goes through the convolution, which adds it for free, so it is brought into pre-shuffle order.
+        bias = None if self.bias is None else self.bias.reshape(-1, self.groups).T.flatten()
+        # F.channel_shuffle keeps channels_last; indexing or a reshape would not.
+        return F.channel_shuffle(self._convolve(x, self.weight, bias, self.groups), self.groups)
+
+    def dense_weight(self) -> Tensor:
+        order = shuffle_order(self.out_channels, self.groups, self.weight.device)
+        return block_diagonal(self.weight, self.groups)[order]
+
+    @classmethod
+    def project(
+        cls, weight: Tensor, groups: int, projection: str, second_moment: Tensor | None, ridge: float
+    ) -> Mapping[str, Tensor]:
+        """GC's projection of the rows in pre-shuffle order: row pi(p) stands in for W's row p.
+
+        Input and output orders of the standard convolution are kept, so residual additions stay aligned.
+        """
+        # Undoing a shuffle over N groups is the shuffle over m/N groups.
+        undo = shuffle_order(weight.shape[0], weight.shape[0] // groups, weight.device)
+        return GroupConv2d.project(weight[undo], groups, projection, second_moment, ridge)
+
+
+def shuffle_order(channels: int, groups: int, device: torch.device | None = None) -> Tensor:
+    """pi as an index tensor (m,): final channel p comes from pre-shuffle channel pi[p]."""
+    return torch.arange(channels, device=device).reshape(groups, channels // groups).T.flatten()

@@ -1,0 +1,32 @@
+"""The standard convolution (Lee, Park & Lee, eq. 2.1): the reference that every variant is held against."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from bgcbench.convs.base import VariantConv2d
+
+
+class StandardConv2d(VariantConv2d):
+    """y_i = sum_j W_ij x_j.
+
+    x: (B, n, H, W); weight: (m, n, kh, kw); returns (B, m, H', W'). Parameters Kmn, MACs DKmn an image.
+    ``groups`` must be 1 (ShapeError). State dict as ``torch.nn.Conv2d``.
+    """
+
+    variant = "standard"
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._convolve(x, self.weight, self.bias, groups=1)
+
+    def dense_weight(self) -> Tensor:
+        return self.weight
+
+    @classmethod
+    def project(
+        cls, weight: Tensor, groups: int, projection: str, second_moment: Tensor | None, ridge: float
+    ) -> Mapping[str, Tensor]:
+        """Every projection of a standard kernel onto standard kernels is itself."""
+        return {"weight": weight}

@@ -1,0 +1,47 @@
+"""Every error bgcbench raises on purpose, and the exit code each one ends the command with.
+
+    BgcbenchError            1   the run itself failed
+    ├── UsageError           2   a wrong option, an invalid combination
+    │   ├── ShapeError       2   sizes, strides and groups that do not fit together (also a ValueError)
+    │   └── ResultFileError  2   a file that is not a bgcbench result, or one that cannot be continued
+    ├── DeviceError          3   the device asked for is not there
+    └── OutputError          4   the result cannot be written
+
+A message is one line: the value, the rule it breaks and the way out.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class BgcbenchError(Exception):
+    """Base of all deliberate errors; ``exit_code`` is what the command line ends with."""
+
+    exit_code: ClassVar[int] = 1
+
+
+class UsageError(BgcbenchError):
+    """A wrong value or a combination of options that has no meaning."""
+
+    exit_code = 2
+
+
+class ShapeError(UsageError, ValueError):
+    """Channels, kernel, stride or groups that do not fit together."""
+
+
+class ResultFileError(UsageError):
+    """A result file that is unreadable, foreign, newer than this version, or not continuable."""
+
+
+class DeviceError(BgcbenchError):
+    """The device asked for is not there, or cannot do what was asked."""
+
+    exit_code = 3
+
+
+class OutputError(BgcbenchError):
+    """The result cannot be written where it was asked to go."""
+
+    exit_code = 4

@@ -1,0 +1,1 @@
+"""One file a command: a frozen configuration and a run that yields rows."""

@@ -1,0 +1,188 @@
+"""What a convolution must cost, by formula: parameters, multiply-adds, additions, bytes. No torch here.
+
+Everything is per image and for the forward pass unless a name says otherwise. Conventions: a MAC is one
+multiply-add and counts 1; MACs on zero padding count, as they do in every published table; a bias is not counted
+in MACs. Symbols n, m, N, K, D as in :mod:`bgcbench.specs`, D_in for the input's positions.
+
+Two columns come from the paper itself: Table 1's parameters (``paper_params``) and the operations of (3.14) and
+section 4 (``paper_ops``). They mix stored and deployed forms and per-conversion with per-forward work (LGC, FLGC),
+so they stand beside ``params`` and ``macs``, never in their place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from bgcbench.specs import PRECISIONS, ConvSpec
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The numbers every formula is written in."""
+
+    n: int  # input channels
+    m: int  # output channels
+    groups: int  # N
+    k: int  # K, kernel positions
+    d: int  # D, output positions
+    d_in: int  # input positions
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Costs of one convolution, one image, forward. ``None`` where a column does not apply.
+
+    params: numbers the deployed layer stores (with its bias). macs: multiply-adds. adds: additions outside the
+    products (BGC's mean). paper_params, paper_ops: Table 1 and (3.14) / section 4 evaluated (with one D, that of
+    the output, as printed). params_training, macs_training: of a masked form, while it trains. bytes_min: input
+    read once, output written once, and this image's share of reading the weights once a batch.
+    """
+
+    params: int
+    macs: int
+    adds: int
+    paper_params: int
+    paper_ops: int
+    bytes_min: int
+    params_training: int | None = None
+    macs_training: int | None = None
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations: a MAC is two, an addition one."""
+        return 2 * self.macs + self.adds
+
+
+def _bgc(s: Sizes) -> dict[str, int]:
+    # With one group the mean is the input, so the layer holds A alone: a standard convolution.
+    if s.groups == 1:
+        return _standard(s)
+    blocks = 2 * s.k * s.m * s.n // s.groups
+    return {"params": blocks, "macs": s.d * blocks, "adds": s.d_in * s.n, "paper_ops": s.d * blocks + s.d * s.n}
+
+
+def _standard(s: Sizes) -> dict[str, int]:
+    weights = s.k * s.m * s.n
+    return {"params": weights, "macs": s.d * weights, "paper_ops": s.d * weights}
+
+
+def _gc(s: Sizes) -> dict[str, int]:
+    weights = s.k * s.m * s.n // s.groups
+    return {"params": weights, "macs": s.d * weights, "paper_ops": s.d * weights}
+
+
+def _lgc(s: Sizes) -> dict[str, int]:
+    # Condensation C = groups G = N, the setting of the paper's count. Half of Table 1's 2Kmn is the 0/1 mask.
+    weights = s.k * s.m * s.n // s.groups
+    setup = (s.groups - 1) * (weights + s.m * s.n // s.groups + 1)
+    return {
+        "params": weights,
+        "macs": s.d * weights,
+        "paper_params": 2 * s.k * s.m * s.n,
+        "paper_ops": s.d * weights + setup,
+        "params_training": s.k * s.m * s.n,
+        "macs_training": s.d * s.k * s.m * s.n,
+    }
+
+
+def _flgc(s: Sizes) -> dict[str, int]:
+    # Balanced groups; uneven ones cost K * sum_g m_g n_g instead of Kmn/N.
+    weights = s.k * s.m * s.n // s.groups
+    stored = s.k * s.m * s.n + s.groups * (s.n + s.m)
+    return {
+        "params": weights,
+        "macs": s.d * weights,
+        "paper_params": stored,
+        "paper_ops": s.d * weights + (s.n + s.m) * s.groups**2 + weights,
+        "params_training": stored,
+        "macs_training": s.d * s.k * s.m * s.n,
+    }
+
+
+def _tlgc(s: Sizes) -> dict[str, int]:
+    weights = s.k * s.m * s.n // s.groups + s.k * s.n + s.groups * s.m
+    return {"params": weights, "macs": s.d * weights, "paper_ops": s.d * weights}
+
+
+FORMULAS: dict[str, Callable[[Sizes], dict[str, int]]] = {
+    "standard": _standard,
+    "gc": _gc,
+    "shuffle": _gc,  # the shuffle moves numbers and computes none
+    "lgc": _lgc,
+    "flgc": _flgc,
+    "tlgc": _tlgc,
+    "bgc": _bgc,
+}
+
+
+def count(spec: ConvSpec, height: int, width: int, *, batch: int = 1, precision: str = "fp32") -> Counts:
+    """Costs of ``spec`` on an input of ``height`` x ``width`` pixels (Table 1, eq. 3.14 and section 4).
+
+    ``batch`` and ``precision`` enter ``bytes_min`` only: weights are read once a batch and a number takes
+    ``PRECISIONS[precision]`` bytes.
+    """
+    out_height, out_width = spec.output_size(height, width)
+    sizes = Sizes(
+        n=spec.in_channels,
+        m=spec.out_channels,
+        groups=spec.groups,
+        k=spec.kernel_positions,
+        d=out_height * out_width,
+        d_in=height * width,
+    )
+    formula = FORMULAS[spec.variant](sizes)
+    weights = formula["params"] + (spec.out_channels if spec.bias else 0)
+    itemsize = PRECISIONS[precision]
+    activations = (sizes.n * sizes.d_in + sizes.m * sizes.d) * itemsize
+    return Counts(
+        params=weights,
+        macs=formula["macs"],
+        adds=formula.get("adds", 0),
+        paper_params=formula.get("paper_params", formula["params"]),
+        paper_ops=formula["paper_ops"],
+        bytes_min=activations + -(-weights * itemsize // batch),
+        params_training=formula.get("params_training"),
+        macs_training=formula.get("macs_training"),
+    )
+
+
+@dataclass(frozen=True)
+class CallWork:
+    """Operations and least bytes of one call on a whole batch, in one phase."""
+
+    flops: int
+    bytes: int
+
+
+def passes(phase: str, input_grad: bool = True) -> int:
+    """How many convolution-sized passes a phase makes: forward 1, backward 2 (1 without the input's gradient).
+
+    Each of the three (y from x and W, dx from dy and W, dW from x and dy) does the same MACs and touches one
+    input-sized, one output-sized and one weight-sized tensor.
+    """
+    backward = 2 if input_grad else 1
+    return {"fwd": 1, "bwd": backward, "fwd_bwd": 1 + backward}[phase]
+
+
+def call_work(counts: Counts, batch: int, phase: str, *, input_grad: bool = True) -> CallWork:
+    """FLOPs and least bytes of one call of ``phase`` on ``batch`` images, by the variant's own formula.
+
+    The formula counts, whatever the algorithm does: a BGC folded into a dense kernel is credited with BGC's work.
+    """
+    scale = passes(phase, input_grad) * batch
+    return CallWork(flops=scale * counts.flops, bytes=scale * counts.bytes_min)
+
+
+def paper_bytes(spec: ConvSpec, height: int, width: int, batch: int, precision: str = "fp32") -> int:
+    """Bytes of the paper's memory column: input + weights, and for BGC the mean (N >= 2).
+
+    This is how Table 4 can be read: every GC entry and BGC at N = 4 agree to the printed digit (MiB, printed "Mb").
+    BGC's other three entries are printed 3 MiB (N = 2), 0.5 MiB (N = 8) and 1 MiB (N = 16) above it. It is no
+    peak: the output, the gradients and the workspace are missing.
+    """
+    counts = count(spec, height, width)
+    numbers = batch * spec.in_channels * height * width + counts.params
+    if spec.variant == "bgc" and spec.groups > 1:
+        numbers += batch * (spec.in_channels // spec.groups) * height * width
+    return numbers * PRECISIONS[precision]

@@ -1,0 +1,292 @@
+"""The device: finding it, setting its state, timing on it, and saying what went wrong on it."""
+
+from __future__ import annotations
+
+import gc
+import os
+import re
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bgcbench.errors import DeviceError, UsageError
+from bgcbench.measure.workload import Cell
+
+DTYPES = {
+    "fp64": torch.float64,
+    "fp32": torch.float32,
+    "tf32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
+FALLBACK_CACHE_BYTES = 32 * 2**20
+
+
+def resolve_device(name: str) -> tuple[torch.device, str | None]:
+    """The device that 'auto', 'cpu', 'cuda' or 'cuda:K' means here, and a warning if 'auto' fell back to the CPU.
+
+    Raises DeviceError where the device asked for is not there.
+    """
+    available = torch.cuda.is_available()
+    if name == "auto":
+        if available:
+            return torch.device("cuda", torch.cuda.current_device()), None
+        return torch.device("cpu"), "no CUDA device found: measured on the CPU"
+    device = torch.device(name)
+    if device.type != "cuda":
+        return device, None
+    if not available:
+        raise DeviceError(f"--device {name}: no CUDA device here; use --device cpu, or auto to fall back by itself")
+    index = torch.cuda.current_device() if device.index is None else device.index
+    if index >= torch.cuda.device_count():
+        last = torch.cuda.device_count() - 1
+        raise DeviceError(f"--device {name}: this machine's CUDA devices are cuda:0 to cuda:{last}")
+    return torch.device("cuda", index), None
+
+
+def check_combination(device: torch.device, precision: str, mode: str) -> None:
+    """Raise UsageError for a precision or mode that ``device`` does not have."""
+    if device.type != "cuda" and precision == "tf32":
+        raise UsageError("--precision tf32 is a mode of CUDA devices; on a CPU use fp32 or bf16")
+    if device.type != "cuda" and mode == "graph":
+        raise UsageError("--mode graph replays CUDA graphs; on a CPU use eager or compile")
+    if device.type == "cuda" and precision == "bf16" and not torch.cuda.is_bf16_supported():
+        raise UsageError(f"--precision bf16: {torch.cuda.get_device_name(device)} has none; use fp16 or fp32")
+
+
+def _tf32_switches() -> tuple[tuple[Any, str], tuple[Any, str]]:
+    """(owner, attribute) of the TF32 switches of convolutions and of matrix products.
+
+    torch 2.9 brought ``fp32_precision`` beside ``allow_tf32``; mixing the two raises, so one is chosen.
+    """
+    conv = getattr(torch.backends.cudnn, "conv", None)
+    if conv is not None and hasattr(conv, "fp32_precision"):
+        return (conv, "fp32_precision"), (torch.backends.cuda.matmul, "fp32_precision")
+    return (torch.backends.cudnn, "allow_tf32"), (torch.backends.cuda.matmul, "allow_tf32")
+
+
+def tf32_state() -> dict[str, bool]:
+    """Whether TF32 is on: {'conv': ..., 'matmul': ...}."""
+    conv, matmul = (getattr(owner, attribute) for owner, attribute in _tf32_switches())
+    return {"conv": conv in (True, "tf32"), "matmul": matmul in (True, "tf32")}
+
+
+@contextmanager
+def backend_state(precision: str, threads: int | None = None) -> Iterator[None]:
+    """Every global switch that changes a measurement, set for the block and put back after it.
+
+    TF32 on for precision 'tf32' and off for all others, cudnn.benchmark on, deterministic off, ``threads`` CPU
+    threads. PyTorch's own defaults (TF32 on in convolutions and off in products) are never inherited.
+    """
+    switches = _tf32_switches()
+    on = precision == "tf32"
+    values = (on, on) if switches[0][1] == "allow_tf32" else (("tf32", "tf32") if on else ("ieee", "ieee"))
+    cudnn = torch.backends.cudnn
+    saved = [getattr(owner, attribute) for owner, attribute in switches]
+    saved_cudnn, saved_threads = (cudnn.benchmark, cudnn.deterministic), torch.get_num_threads()
+    try:
+        for (owner, attribute), value in zip(switches, values, strict=True):
+            setattr(owner, attribute, value)
+        cudnn.benchmark, cudnn.deterministic = True, False
+        if threads is not None:
+            torch.set_num_threads(threads)
+        yield
+    finally:
+        for (owner, attribute), old in zip(switches, saved, strict=True):
+            setattr(owner, attribute, old)
+        cudnn.benchmark, cudnn.deterministic = saved_cudnn
+        torch.set_num_threads(saved_threads)
+
+
+def cache_bytes(device: torch.device) -> int | None:
+    """Bytes of the last cache before memory: L2 on CUDA, the largest one that Linux reports on a CPU."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).L2_cache_size)
+    sizes = []
+    folder = "/sys/devices/system/cpu/cpu0/cache"
+    for entry in os.listdir(folder) if os.path.isdir(folder) else ():
+        try:
+            with open(os.path.join(folder, entry, "size"), encoding="ascii") as file:
+                text = file.read().strip()
+        except OSError:
+            continue
+        if match := re.fullmatch(r"(\d+)([KM])", text):
+            sizes.append(int(match[1]) * (2**10 if match[2] == "K" else 2**20))
+    return max(sizes, default=None)
+
+
+class DeviceStopwatch:
+    """What both stopwatches share: the canary, the flush buffer and the clock."""
+
+    def __init__(self, device: torch.device, *, flush_bytes: int = 0, canary_size: int) -> None:
+        self.device = device
+        self._flush = torch.empty(flush_bytes // 4, dtype=torch.int32, device=device) if flush_bytes else None
+        self._square = torch.randn(canary_size, canary_size, device=device)
+        self._canary = Cell(call=lambda: self._square @ self._square)
+
+    def now(self) -> float:
+        return time.perf_counter()
+
+    def canary(self) -> float:
+        """Seconds of one product of two fixed square fp32 matrices."""
+        return self.sample(self._canary, 1)[0]
+
+    def flush(self) -> None:
+        """Overwrite a buffer of twice the cache, so that the next call finds its inputs in memory."""
+        if self._flush is not None:
+            self._flush.zero_()
+
+    def sample(self, cell: Cell, count: int) -> list[float]:
+        """Seconds of each of ``count`` calls; Python's cyclic collector is off meanwhile."""
+        collecting = gc.isenabled()
+        gc.disable()
+        try:
+            with cell.context():
+                return self._times(cell, count)
+        finally:
+            cell.release()
+            if collecting:
+                gc.enable()
+
+    def _times(self, cell: Cell, count: int) -> list[float]:
+        raise NotImplementedError
+
+    def host_time(self, cell: Cell) -> float | None:
+        """Seconds the host needs to enqueue one call; None where calls are not asynchronous."""
+        raise NotImplementedError
+
+    def synchronize(self) -> None:
+        """Wait for the device."""
+
+
+class CpuStopwatch(DeviceStopwatch):
+    """perf_counter_ns around each call."""
+
+    def __init__(self, device: torch.device, *, flush_bytes: int = 0) -> None:
+        super().__init__(device, flush_bytes=flush_bytes, canary_size=512)
+
+    def _times(self, cell: Cell, count: int) -> list[float]:
+        clock, times = time.perf_counter_ns, []
+        for _ in range(count):
+            cell.prepare()
+            self.flush()
+            begin = clock()
+            cell.call()
+            times.append((clock() - begin) / 1e9)
+        return times
+
+    def host_time(self, cell: Cell) -> float | None:
+        return None
+
+
+class CudaStopwatch(DeviceStopwatch):
+    """A pair of CUDA events around each call, a whole batch queued before one synchronisation."""
+
+    def __init__(self, device: torch.device, *, flush_bytes: int = 0) -> None:
+        super().__init__(device, flush_bytes=flush_bytes, canary_size=4096)
+
+    def _times(self, cell: Cell, count: int) -> list[float]:
+        pairs = [
+            (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(count)
+        ]
+        for begin, end in pairs:
+            cell.prepare()
+            self.flush()
+            begin.record()
+            cell.call()
+            end.record()
+        self.synchronize()
+        return [round(begin.elapsed_time(end) * 1e-3, 9) for begin, end in pairs]
+
+    def host_time(self, cell: Cell) -> float | None:
+        call, times = cell.eager or cell.call, []
+        with cell.context():
+            for _ in range(10):
+                cell.prepare()
+                self.synchronize()
+                begin = time.perf_counter_ns()
+                call()
+                times.append((time.perf_counter_ns() - begin) / 1e9)
+        self.synchronize()
+        cell.release()
+        return statistics.median(times)
+
+    def synchronize(self) -> None:
+        torch.cuda.synchronize(self.device)
+
+
+def make_stopwatch(device: torch.device, *, cold: bool) -> DeviceStopwatch:
+    """The stopwatch of ``device``; ``cold`` flushes a buffer of twice the cache before every call."""
+    flush = 2 * (cache_bytes(device) or FALLBACK_CACHE_BYTES) if cold else 0
+    kind = CudaStopwatch if device.type == "cuda" else CpuStopwatch
+    return kind(device, flush_bytes=flush)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A row's status and the reason to show for it."""
+
+    status: str
+    reason: str
+
+
+_ASKED = re.compile(r"[Tt]ried to allocate ([\d.]+) ?(bytes|KiB|MiB|GiB|TiB)?")
+_UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, None: 1}
+
+
+def asked_bytes(message: str) -> int | None:
+    """Bytes that a failed allocation asked for, read from PyTorch's message (CUDA's or the CPU allocator's)."""
+    match = _ASKED.search(message)
+    return None if match is None else round(float(match[1].rstrip(".")) * _UNITS[match[2]])
+
+
+def is_out_of_memory(failure: BaseException) -> bool:
+    """Whether ``failure`` is the device's or the host's refusal to allocate."""
+    if isinstance(failure, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(failure, RuntimeError) and "allocate memory" in str(failure)
+
+
+def describe_failure(failure: BaseException, device: torch.device) -> Failure:
+    """What a row that raised ``failure`` is called: out of memory, device lost, or an error with its first line."""
+    message = str(failure).strip() or type(failure).__name__
+    if is_out_of_memory(failure):
+        asked = asked_bytes(message)
+        size = "an unknown size" if asked is None else f"{asked} bytes"
+        return Failure("oom", f"out of memory: {size} asked for; use a smaller --batch")
+    if not device_answers(device):
+        return Failure("error", "device lost")
+    return Failure("error", f"{type(failure).__name__}: {message.splitlines()[0]}")
+
+
+def device_answers(device: torch.device) -> bool:
+    """Whether ``device`` still computes; after a sticky CUDA error it does not."""
+    try:
+        probe = torch.ones(8, device=device)
+        answer = float((probe + probe).sum()) == 16.0
+    except RuntimeError:
+        return False
+    return answer
+
+
+def free_memory(device: torch.device) -> None:
+    """Drop what Python and the allocator hold on to, so that the next row starts clean."""
+    gc.collect()
+    if device.type == "cuda":
+        try:
+            torch.cuda.empty_cache()
+        except RuntimeError:
+            return  # the device is lost; describe_failure says so
+
+
+def random_input(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype, layout: str, seed: int) -> Tensor:
+    """Standard normal numbers from their own generator. Never zeros: some kernels run faster on those."""
+    generator = torch.Generator(device="cpu").manual_seed(seed)
+    x = torch.randn(shape, generator=generator, dtype=torch.float32).to(device=device, dtype=dtype)
+    return x.contiguous(memory_format=torch.channels_last) if layout == "nhwc" else x

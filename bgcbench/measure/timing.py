@@ -1,0 +1,291 @@
+"""Timing protocol "timing/1": interleaved rounds until the medians are known, on an injected clock. No torch here.
+
+A *cell* is one thing to time (a layer in one phase). All cells of a group are measured in rounds; every round runs
+each cell once, in a seeded random order, for a few samples. Whatever the machine does meanwhile then hits all of
+them alike, and their ratios are taken round by round. A group ends as a whole, when every cell's median is known
+well enough or the time is used up; no sample is dropped, whatever it says.
+
+The *stopwatch* is the only thing that touches a device or a clock. Everything else here is logic that the tests run
+on a simulated machine.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Generic, Protocol, TypeVar
+
+from bgcbench.measure.statistics import Summary, summarise
+
+PROTOCOL = "timing/1"
+
+
+@dataclass(frozen=True)
+class Rules:
+    """Every constant of the protocol, written into each result file's settings.
+
+    min_rounds stands above max_time_s, so that a cell whose single call takes seconds still has that many samples.
+    max_time_s is a row's share: a group may use its number of rows times that. slice_share is the part of that time
+    which one cell may use in one round.
+    """
+
+    min_rounds: int = 6
+    min_samples: int = 30
+    target_half_width: float = 0.005
+    max_time_s: float = 10.0
+    max_queue: int = 50
+    slice_share: float = 1 / 24
+    warmup_min_s: float = 0.2
+    warmup_min_calls: int = 10
+    warmup_tolerance: float = 0.01
+    warmup_max_s: float = 3.0
+    canary_tolerance: float = 0.02
+    canary_redo: int = 0
+
+    @classmethod
+    def for_device(cls, device_type: str, *, quick: bool, max_time_s: float | None) -> Rules:
+        """The protocol's defaults on a device; ``quick`` trades certainty for an answer in seconds."""
+        rules = cls(min_rounds=10, canary_redo=3) if device_type == "cuda" else cls()
+        if quick:
+            rules = replace(
+                rules,
+                min_rounds=1,
+                min_samples=6,
+                target_half_width=0.03,
+                max_time_s=1.5,
+                slice_share=1 / 12,
+                warmup_min_s=0.02,
+                warmup_min_calls=1,
+                warmup_max_s=0.1,
+                canary_redo=0,
+            )
+        return rules if max_time_s is None else replace(rules, max_time_s=max_time_s)
+
+
+CellT = TypeVar("CellT")
+
+
+class Stopwatch(Protocol[CellT]):
+    """The device's side of timing."""
+
+    def sample(self, cell: CellT, count: int) -> list[float]:
+        """Seconds of each of ``count`` calls of ``cell``, in order."""
+
+    def canary(self) -> float:
+        """Seconds of a fixed piece of work, the same all through the run."""
+
+    def now(self) -> float:
+        """Seconds on a clock that only moves forward."""
+
+
+@dataclass
+class Track(Generic[CellT]):
+    """One cell's samples and where they came from. ``row`` ties the phases of one row together."""
+
+    row: str
+    cell: CellT
+    estimate_s: float = math.nan
+    samples: list[float] = field(default_factory=list)
+    rounds: list[int] = field(default_factory=list)
+    discarded: list[float] = field(default_factory=list)
+    discarded_rounds: list[int] = field(default_factory=list)
+    failure: Exception | None = None
+    converged: bool = False
+    stop_reason: str = "running"
+
+    def summary(self) -> Summary:
+        """Summary of the samples; there must be some."""
+        return summarise(self.samples, self.rounds)
+
+    def discard_round(self, number: int) -> None:
+        """Set the samples of a round that is done again apart; they are kept, and not in the summary."""
+        kept = [(s, r) for s, r in zip(self.samples, self.rounds, strict=True) if r != number]
+        redone = [(s, r) for s, r in zip(self.samples, self.rounds, strict=True) if r == number]
+        self.samples, self.rounds = [s for s, _ in kept], [r for _, r in kept]
+        self.discarded += [s for s, _ in redone]
+        self.discarded_rounds += [r for _, r in redone]
+
+
+@dataclass
+class Canary:
+    """Readings of the fixed piece of work: one before the first round (the baseline) and one after each."""
+
+    baseline_s: float = math.nan
+    readings_s: list[float] = field(default_factory=list)
+    slow_rounds: list[int] = field(default_factory=list)
+    redone: int = 0
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What happened last. ``round`` is 0 while warming up; ``round_done`` marks the end of a round."""
+
+    track: Track[object] | None
+    round: int
+    round_done: bool
+    elapsed_s: float
+    left_s: float | None
+
+
+class Group(Generic[CellT]):
+    """Interleaved measurement of ``tracks``; iterate ``run()`` and look at the tracks whenever it yields.
+
+    rng orders the rounds; stop() is asked between batches and ends the group at once, keeping what was measured.
+    A cell that raises takes its whole row out of the group and leaves the others running.
+    """
+
+    def __init__(
+        self,
+        tracks: Sequence[Track[CellT]],
+        stopwatch: Stopwatch[CellT],
+        rules: Rules,
+        rng: random.Random,
+        stop: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self.tracks = list(tracks)
+        self.stopwatch = stopwatch
+        self.rules = rules
+        self.rng = rng
+        self.stop = stop
+        self.canary = Canary()
+        self.rounds = 0
+        self.interrupted = False
+        self._started_s = 0.0
+        self._round_s = 0.0
+
+    def run(self) -> Iterator[Progress]:
+        """Warm up, then measure rounds until the group is done. Yields after every batch and every round."""
+        self._started_s = self.stopwatch.now()
+        for track in self._alive():
+            if self._stopping():
+                return
+            self._guarded(track, lambda t=track: self._warm_up(t))
+            yield self._progress(track)
+        if self._stopping() or not self._alive():
+            return
+        self.canary.baseline_s = self._read_canary(5)
+        self._started_s = self.stopwatch.now()
+        redone = 0
+        while not self._finished():
+            self.rounds += 1
+            began = self.stopwatch.now()
+            order = self._alive()
+            self.rng.shuffle(order)
+            for track in order:
+                if self._stopping():
+                    return
+                if track.failure is None:
+                    self._guarded(track, lambda t=track: self._measure(t))
+                    yield self._progress(track)
+            slow = self._check_canary()
+            if slow and redone < self.rules.canary_redo:
+                # The clock itself was slow: do this round again and keep its samples apart.
+                redone += 1
+                self.canary.redone += 1
+                for track in self.tracks:
+                    track.discard_round(self.rounds)
+                self.rounds -= 1
+                continue
+            if slow:
+                self.canary.slow_rounds.append(self.rounds)
+            redone = 0
+            self._round_s = self.stopwatch.now() - began
+            yield self._progress(None, round_done=True)
+
+    def _alive(self) -> list[Track[CellT]]:
+        return [track for track in self.tracks if track.failure is None]
+
+    def _stopping(self) -> bool:
+        if self.stop():
+            self.interrupted = True
+            for track in self._alive():
+                track.stop_reason = "interrupted"
+        return self.interrupted
+
+    def _guarded(self, track: Track[CellT], work: Callable[[], None]) -> None:
+        try:
+            work()
+        except Exception as failure:  # noqa: BLE001 - whatever a layer raises becomes its row's status
+            for other in self.tracks:
+                if other.row == track.row:
+                    other.failure = failure
+                    other.stop_reason = "failed"
+
+    def _warm_up(self, track: Track[CellT]) -> None:
+        """Call until the time has settled: two successive windows agree, within the rules' limits."""
+        rules, began = self.rules, self.stopwatch.now()
+        spent, calls, previous, window = 0.0, 0, math.inf, 1
+        while True:
+            times = self.stopwatch.sample(track.cell, window)
+            spent, calls = spent + sum(times), calls + len(times)
+            current = statistics.median(times)
+            track.estimate_s = current
+            settled = abs(current - previous) <= rules.warmup_tolerance * previous
+            if settled and spent >= rules.warmup_min_s and calls >= rules.warmup_min_calls:
+                return
+            # One more window of this size must fit, or the limit would be overrun by a slow cell's last call.
+            if self.stopwatch.now() - began + window * current > rules.warmup_max_s or self.stop():
+                return
+            previous = current
+            window = max(1, min(rules.max_queue, int(rules.warmup_min_s / 4 / max(current, 1e-9))))
+
+    def _batch(self, track: Track[CellT]) -> int:
+        """Samples a round: as many as fit the cell's slice of the time, at least 1 and at most the queue."""
+        phases = sum(other.row == track.row for other in self.tracks)
+        slice_s = self.rules.max_time_s * self.rules.slice_share / phases
+        return max(1, min(self.rules.max_queue, int(slice_s / max(track.estimate_s, 1e-9))))
+
+    def _measure(self, track: Track[CellT]) -> None:
+        times = self.stopwatch.sample(track.cell, self._batch(track))
+        track.samples += times
+        track.rounds += [self.rounds] * len(times)
+
+    def _read_canary(self, readings: int) -> float:
+        return statistics.median(self.stopwatch.canary() for _ in range(readings))
+
+    def _check_canary(self) -> bool:
+        reading = self._read_canary(3)
+        self.canary.readings_s.append(reading)
+        return reading > self.canary.baseline_s * (1 + self.rules.canary_tolerance)
+
+    def _budget_s(self) -> float:
+        return self.rules.max_time_s * len({track.row for track in self.tracks})
+
+    def _finished(self) -> bool:
+        alive = self._alive()
+        if not alive:
+            return True
+        if self.rounds < self.rules.min_rounds:
+            return False
+        for track in alive:
+            self._judge(track)
+        if all(track.converged for track in alive):
+            return True
+        # A round that would end past the budget is not begun.
+        return self.stopwatch.now() - self._started_s + self._round_s > self._budget_s()
+
+    def _judge(self, track: Track[CellT]) -> None:
+        """Say whether the cell's median is known well enough, and if not, what is missing."""
+        rules, summary = self.rules, track.summary()
+        half_width = summary.half_width
+        if summary.n < rules.min_samples:
+            missing = f"{summary.n} samples, {rules.min_samples} wanted"
+        elif half_width is None:
+            missing = f"{len(set(track.rounds))} rounds, 6 wanted for an interval"
+        elif half_width > rules.target_half_width:
+            missing = f"half-width {half_width:.2%}, {rules.target_half_width:.2%} wanted"
+        else:
+            track.converged, track.stop_reason = True, "converged"
+            return
+        track.converged, track.stop_reason = False, f"max time: {missing}"
+
+    def _progress(self, track: Track[CellT] | None, round_done: bool = False) -> Progress:
+        elapsed = self.stopwatch.now() - self._started_s
+        left = None
+        if self.rounds:
+            floor = max(0.0, elapsed / self.rounds * (self.rules.min_rounds - self.rounds))
+            left = max(floor, self._budget_s() - elapsed)
+        return Progress(track, self.rounds, round_done, elapsed, left)  # type: ignore[arg-type]

@@ -1,0 +1,115 @@
+"""One module on one input as timeable phases: forward, backward, forward and backward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bgcbench.errors import UsageError
+
+
+def _nothing() -> None:
+    """Default of the hooks around a call."""
+
+
+@dataclass
+class Cell:
+    """One timed thing. Only ``call`` is timed; ``prepare`` runs before each call, ``release`` after a batch.
+
+    ``eager`` is the call as Python would make it, for the host's enqueue time; it differs from ``call`` only where
+    a CUDA graph is replayed.
+    """
+
+    call: Callable[[], object]
+    prepare: Callable[[], object] = _nothing
+    release: Callable[[], object] = _nothing
+    context: Callable[[], AbstractContextManager[Any]] = nullcontext
+    eager: Callable[[], object] | None = None
+
+    def once(self) -> None:
+        """One prepared call."""
+        with self.context():
+            self.prepare()
+            self.call()
+
+
+class Workload:
+    """Builds the cells of ``module`` on ``x``.
+
+    x: the input, a leaf; whether its gradient is taken is x.requires_grad. mode: 'eager', 'compile'
+    (torch.compile) or 'graph' (CUDA graph replay). The backward pass starts from a fixed random gradient in the
+    output's own layout: ``y.sum()`` would hand over an expanded one of stride 0, which no network does.
+    """
+
+    def __init__(self, module: nn.Module, x: Tensor, mode: str = "eager") -> None:
+        self.module: Any = torch.compile(module, dynamic=False) if mode == "compile" else module
+        self.x = x
+        self.mode = mode
+        self.leaves = [*module.parameters(), x]
+        self._grad_out: Tensor | None = None
+        self._y: Tensor | None = None
+
+    def cell(self, phase: str) -> Cell:
+        """The cell of 'fwd' (inference mode), 'bwd' or 'fwd_bwd'; raises UsageError for another name."""
+        if phase == "fwd":
+            cell = Cell(call=self._forward, context=torch.inference_mode)
+        elif phase == "bwd":
+            cell = Cell(call=self._backward, prepare=self._prepare_backward, release=self._release)
+        elif phase == "fwd_bwd":
+            cell = Cell(call=self._forward_backward, prepare=self._clear_gradients, release=self._release)
+        else:
+            raise UsageError(f"unknown phase '{phase}'")
+        return self._captured(phase, cell) if self.mode == "graph" else cell
+
+    def _forward(self) -> object:
+        return self.module(self.x)
+
+    def _forward_backward(self) -> None:
+        y = self.module(self.x)
+        y.backward(self._gradient_like(y))
+
+    def _backward(self) -> None:
+        if self._y is not None:
+            self._y.backward(self._gradient_like(self._y))
+
+    def _prepare_backward(self) -> None:
+        self._clear_gradients()
+        self._y = self.module(self.x)
+
+    def _clear_gradients(self) -> None:
+        for leaf in self.leaves:
+            leaf.grad = None
+
+    def _release(self) -> None:
+        self._clear_gradients()
+        self._y = None
+
+    def _gradient_like(self, y: Tensor) -> Tensor:
+        if self._grad_out is None or self._grad_out.stride() != y.stride():
+            self._grad_out = torch.randn_like(y)
+        return self._grad_out
+
+    def _captured(self, phase: str, eager: Cell) -> Cell:
+        """``eager`` captured into CUDA graphs; a backward alone replays its forward outside the timed part."""
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                eager.once()
+        torch.cuda.current_stream().wait_stream(side)
+        self._clear_gradients()
+        before, graph = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        if phase == "bwd":
+            with torch.cuda.graph(before):
+                self._y = self.module(self.x)
+            with torch.cuda.graph(graph, pool=before.pool()):
+                self._backward()
+            return Cell(call=graph.replay, prepare=before.replay, eager=eager.call)
+        with eager.context(), torch.cuda.graph(graph):
+            eager.call()
+        return Cell(call=graph.replay, eager=eager.call, context=eager.context)

@@ -1,0 +1,591 @@
+"""Tables and sentences from a result document. Units are formatted here and nowhere else. No torch.
+
+A report is built once from the document and then rendered as a rich table, Markdown or CSV, so a live run and the
+file it wrote read alike.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from rich.cells import cell_len
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from bgcbench.measure.counts import count
+from bgcbench.measure.statistics import Interval, Ratio, Series, ratio_of_medians
+from bgcbench.results import Json, dumps
+from bgcbench.specs import VARIANTS, ConvSpec
+from bgcbench.theory import paper
+from bgcbench.theory.exact import white_error
+
+FORMATS = ("auto", "table", "markdown", "csv", "json")
+PHASE_TITLES = {"fwd": "fwd", "bwd": "bwd", "fwd_bwd": "fwd+bwd"}
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column: its header, its cells as text, and whether it repeats in front of every part of a split table."""
+
+    header: str
+    cells: list[str]
+    right: bool = True
+    lead: bool = False
+
+    @property
+    def width(self) -> int:
+        return max(cell_len(text) for text in (self.header, *self.cells))
+
+
+@dataclass(frozen=True)
+class Report:
+    """A title, one table, and lines under it. ``records`` is the same content for CSV and JSON."""
+
+    title: list[str]
+    columns: list[Column]
+    sections: dict[str, list[str]] = field(default_factory=dict)
+    records: list[Json] = field(default_factory=list)
+
+
+# ------------------------------------------------------------------------------------------------ numbers as text
+
+
+def significant(value: float, digits: int = 3) -> str:
+    """``value`` with that many significant digits, never in exponent form."""
+    if value == 0:
+        return "0"
+    decimals = max(0, digits - 1 - math.floor(math.log10(abs(value))))
+    return f"{value:.{decimals}f}"
+
+
+def scaled(value: float) -> str:
+    """A count with k, M, G or T."""
+    for factor, letter in ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k")):
+        if abs(value) >= factor:
+            return significant(value / factor) + letter
+    return significant(value, 3) if value % 1 else f"{value:.0f}"
+
+
+def time_unit(seconds: Sequence[float]) -> tuple[float, str]:
+    """(factor, name) of the unit in which the largest of ``seconds`` reads best."""
+    largest = max(seconds, default=1.0)
+    for factor, name in ((1.0, "s"), (1e3, "ms")):
+        if largest * factor >= 1:
+            return factor, name
+    return 1e6, "us"
+
+
+def mebibytes(count_bytes: float | None) -> str:
+    return "-" if count_bytes is None else f"{count_bytes / MIB:.2f}"
+
+
+def _bounds(interval: Interval | None, form: Callable[[float], str]) -> str:
+    return "" if interval is None else f" [{form(interval.low)}, {form(interval.high)}]"
+
+
+def _ratio_text(value: float) -> str:
+    return f"{value:.2f}" if value < 10 else significant(value, 3)
+
+
+# --------------------------------------------------------------------------------------------------------- profile
+
+
+def profile_report(document: Json) -> Report:
+    """The table of a ``profile`` document with a verdict line a row."""
+    rows: list[Json] = document["results"]
+    reference = next((r for r in rows if r["params"]["variant"] == "standard" and r["phases"]), None)
+    phases = [p for p in PHASE_TITLES if any(p in row["phases"] for row in rows)]
+    columns = [
+        Column("variant", [_name(row, rows) for row in rows], right=False, lead=True),
+        Column("N", [str(row["params"]["groups"]) for row in rows], lead=True),
+        Column("params", _cells(rows, lambda r: scaled(r["counts"]["params"]))),
+        Column("MACs", _cells(rows, lambda r: scaled(r["counts"]["macs"]))),
+        Column("white err", _cells(rows, _white)),
+    ]
+    for phase in phases:
+        factor, unit = time_unit([r["phases"][phase]["summary"]["median_s"] for r in rows if phase in r["phases"]])
+        columns.append(Column(f"{PHASE_TITLES[phase]} {unit}", [_time(row, phase, factor) for row in rows]))
+        columns.append(Column("speed-up", [_speed_up(row, reference, phase) for row in rows]))
+    columns += [
+        Column("x+W MiB", _cells(rows, lambda r: mebibytes(r["memory"]["paper_bytes"]))),
+        Column("peak MiB", _cells(rows, lambda r: mebibytes(_peak(r)))),
+        Column("roofline", [_roofline(row, phases) for row in rows]),
+    ]
+    printed = any(row["paper"] for row in rows)
+    if printed:
+        columns += [
+            Column("paper ms", [_paper(r, lambda p: f"{p['time_s'] * 1e3:.3f}") for r in rows]),
+            Column("paper MiB", [_paper(r, lambda p: f"{p['memory_bytes'] / MIB:.2f}") for r in rows]),
+            Column("paper err %", [_paper(r, lambda p: f"{p['error']:.2f}") for r in rows]),
+        ]
+    columns.append(Column("flags", [", ".join(flags(row, phases)) for row in rows], right=False))
+    sections = {}
+    if phases:
+        primary = phases[-1]
+        sections[f"Verdict ({PHASE_TITLES[primary]})"] = [
+            verdict(row, reference, primary, rows) for row in rows if row is not reference
+        ]
+        beside = [line for row in rows if (line := _beside_gc(row, rows, primary))]
+        if beside:
+            sections[f"BGC beside GC ({PHASE_TITLES[primary]})"] = beside
+    sections["Notes"] = _notes(document, rows, printed)
+    return Report(_profile_title(document), columns, sections, profile_records(document, reference))
+
+
+def _cells(rows: Sequence[Json], text: Callable[[Json], str]) -> list[str]:
+    return [text(row) if row["counts"] else "-" for row in rows]
+
+
+def _name(row: Json, rows: Sequence[Json]) -> str:
+    """The variant's label, with its algorithm where several are in the table."""
+    variant = row["params"]["variant"]
+    forms = {r["params"]["algorithm"] for r in rows if r["params"]["variant"] == variant}
+    label = VARIANTS[variant].label if variant in VARIANTS else str(variant)
+    return label if len(forms) < 2 else f"{label} {row['params']['algorithm']}"
+
+
+def _white(row: Json) -> str:
+    error = row["approximability"]["white_error"]
+    return "-" if error is None else f"{error:.3f}"
+
+
+def _peak(row: Json) -> int | None:
+    """Layer and input, and the most that a step held beyond them."""
+    memory = row["memory"]
+    if memory["peak_delta_bytes"] is None:
+        return None
+    total: int = memory["params_bytes"] + memory["input_bytes"] + memory["peak_delta_bytes"]
+    return total
+
+
+def _time(row: Json, phase: str, factor: float) -> str:
+    if phase not in row["phases"]:
+        return "-"
+    summary = row["phases"][phase]["summary"]
+    digits = max(0, 3 - math.floor(math.log10(summary["median_s"] * factor)))
+
+    def form(seconds: float) -> str:
+        return f"{seconds * factor:.{min(digits, 4)}f}"
+
+    interval = Interval(*summary["ci95_s"]) if summary["ci95_s"] else None
+    return form(summary["median_s"]) + _bounds(interval, form)
+
+
+def _series(row: Json, phase: str) -> Series:
+    measured = row["phases"][phase]
+    return Series(measured["samples_s"], measured["rounds"])
+
+
+def row_ratio(over: Json | None, under: Json | None, phase: str) -> Ratio | None:
+    """Time of ``over`` divided by time of ``under``; None where one of them was not measured."""
+    if over is None or under is None or phase not in over["phases"] or phase not in under["phases"]:
+        return None
+    paired = over.get("interleaved") is not None and over.get("interleaved") == under.get("interleaved")
+    return ratio_of_medians(_series(over, phase), _series(under, phase), paired=paired)
+
+
+def _speed_up(row: Json, reference: Json | None, phase: str) -> str:
+    if row is reference:
+        return "1"
+    ratio = row_ratio(reference, row, phase)
+    return "-" if ratio is None else _ratio_text(ratio.value) + _bounds(ratio.ci95, _ratio_text)
+
+
+def _roofline(row: Json, phases: Sequence[str]) -> str:
+    measured = row["phases"].get(phases[-1]) if phases else None
+    if measured is None or measured["derived"]["roofline_fraction"] is None:
+        return "-"
+    letter = {"compute": "C", "memory": "M"}.get(measured["derived"]["bound"], "")
+    return f"{measured['derived']['roofline_fraction']:.0%} {letter}"
+
+
+def _paper(row: Json, text: Callable[[Json], str]) -> str:
+    return text(row["paper"]) if row["paper"] else "-"
+
+
+def flags(row: Json, phases: Sequence[str]) -> list[str]:
+    """What to know before a row's numbers are used."""
+    if row["status"] != "ok":
+        return [row["status"]]
+    found = []
+    for phase in phases:
+        measured = row["phases"].get(phase)
+        if measured is None:
+            continue
+        summary = measured["summary"]
+        spread = (summary["q3_s"] - summary["q1_s"]) / summary["median_s"]
+        if spread > 0.03:
+            found.append(f"{PHASE_TITLES[phase]} {'noisy' if spread > 0.10 else 'uneven'}")
+        if not measured["converged"]:
+            found.append(f"{PHASE_TITLES[phase]} n={summary['n']}")
+        if measured["derived"].get("launch_bound"):
+            found.append(f"{PHASE_TITLES[phase]} launch-bound")
+    return found
+
+
+def _share(fraction: float) -> str:
+    """A share of the parameters in words where English has one."""
+    words = {1.0: "the same number of", 0.5: "half the", 0.25: "a quarter of the", 2.0: "twice the"}
+    named = words.get(round(fraction, 6))
+    return f"{named} parameters" if named else f"{significant(100 * fraction)} % of the parameters"
+
+
+def compare_words(ratio: Ratio, other: str) -> str:
+    """"2.9x faster than standard (95% CI 2.8-3.0)", from ratio = time of the other / time of this row."""
+    interval = ratio.ci95
+    if interval is None:
+        how = "faster" if ratio.value >= 1 else "slower"
+        value = max(ratio.value, 1 / ratio.value)
+        return f"about {_ratio_text(value)}x {how} than {other} (too few rounds for an interval)"
+    apart = "" if ratio.paired else ", measured apart"
+    if not ratio.detectable:
+        bound = max(abs(interval.low - 1), abs(interval.high - 1))
+        return f"as fast as {other}: no detectable difference (< {significant(100 * bound, 2)} %{apart})"
+    value, low, high, how = ratio.value, interval.low, interval.high, "faster"
+    if value < 1:
+        value, low, high, how = 1 / value, 1 / high, 1 / low, "slower"
+    digits = 2 if value < 1.95 or high - low < 0.1 else 1
+    return f"{value:.{digits}f}x {how} than {other} (95% CI {low:.{digits}f}-{high:.{digits}f}{apart})"
+
+
+def verdict(row: Json, reference: Json | None, phase: str, rows: Sequence[Json]) -> str:
+    """One row in plain words: how much faster than the standard convolution, how large, what it loses."""
+    name = f"{_name(row, rows)} N={row['params']['groups']}"
+    if row["status"] != "ok" and phase not in row["phases"]:
+        return f"{name}: {row['status']}: {row['reason']}"
+    error = row["approximability"]["white_error"]
+    loss = "" if error is None else f"; it loses {error:.3g} of the output on white input"
+    ratio = row_ratio(reference, row, phase)
+    if ratio is None or reference is None:
+        return f"{name} has {scaled(row['counts']['params'])} parameters{loss} (no reference was measured)"
+    size = _share(row["counts"]["params"] / reference["counts"]["params"])
+    ending = "" if row["status"] == "ok" else f" [{row['status']}]"
+    return f"{name} is {compare_words(ratio, 'standard')} with {size}{loss}{ending}"
+
+
+def _beside_gc(row: Json, rows: Sequence[Json], phase: str) -> str | None:
+    """BGC at N against GC at the same N, and against GC of the same number of parameters (N/2)."""
+    if row["params"]["variant"] != "bgc" or phase not in row["phases"]:
+        return None
+    groups = row["params"]["groups"]
+    gc = {r["params"]["groups"]: r for r in rows if r["params"]["variant"] == "gc"}
+    parts = []
+    for other, why in ((groups, "with twice its parameters"), (groups / 2, "with as many parameters")):
+        ratio = row_ratio(gc.get(other), row, phase)
+        if ratio is not None:
+            parts.append(f"{compare_words(ratio, f'GC N={other:.0f}')} {why}")
+    return f"{_name(row, rows)} N={groups} is " + "; ".join(parts) if parts else None
+
+
+def _profile_title(document: Json) -> list[str]:
+    config, environment, ceilings = document.get("config", {}), document["environment"], document.get("ceilings")
+    device = environment["device"]
+    where = device["name"] if device["type"] == "cuda" else f"{device['name']}, {environment['cpu']['threads']} threads"
+    lines = []
+    if config:
+        size = f"{config['batch']} x {config['in_channels']} x {config['height']} x {config['width']}"
+        lines.append(
+            f"{config['kernel']}x{config['kernel']} convolution, {config['in_channels']} -> {config['out_channels']} "
+            f"channels, stride {config['stride']}, input {size}"
+        )
+    settings = document["settings"]
+    lines.append(
+        f"{settings['precision']}, {settings['layout']}, {settings.get('mode', 'eager')}, "
+        f"{settings.get('cache', 'unknown')} cache; {where}; torch {environment['torch']}"
+    )
+    if ceilings:
+        lines.append(
+            f"measured ceilings: {scaled(ceilings['flops_per_s'])}FLOP/s, {scaled(ceilings['bytes_per_s'])}B/s"
+        )
+    return lines
+
+
+def _notes(document: Json, rows: Sequence[Json], printed: bool) -> list[str]:
+    notes = [
+        "time: median [95% CI]; speed-up: time of standard / time of the row; roofline: share of what the measured "
+        "ceilings allow for the row's own work (C compute-bound, M memory-bound)",
+        "white err: least share of the output's energy lost on white input (closed form). x+W: input, weights and "
+        "mean. peak: layer and input, and the most that one step held beyond them "
+        f"({', '.join(sorted({r['memory']['method'] for r in rows if r['memory']})) or 'not measured'})",
+    ]
+    if printed:
+        notes.append(
+            f"paper: Table 4 of Lee, Park & Lee, {paper.DEVICE}, forward and backward; its memory is input + weights "
+            "(+ mean), printed 'Mb' for MiB, and no peak; its error is ResNet-50's after transfer (Table 3), not this "
+            "layer's"
+        )
+    if document.get("quality") == "quick":
+        notes.append("a quick look: few samples, no claim; run without --quick for intervals")
+    if document["exit_reason"] in ("running", "interrupted", "error"):
+        notes.append(f"this run is not complete ({document['exit_reason']})")
+    # The fields of a row tell which rows failed; a reason longer than a flag stands here.
+    notes += [f"{row['key']}: {row['status']}: {row['reason']}" for row in rows if row["status"] in ("oom", "error")]
+    return notes + [f"warning: {warning}" for warning in document["warnings"]]
+
+
+def profile_records(document: Json, reference: Json | None) -> list[Json]:
+    """One flat record a row and phase, in SI units, for CSV."""
+    records = []
+    for row in document["results"]:
+        base = {"key": row["key"], **row["params"], "status": row["status"], "reason": row["reason"]}
+        base |= row["counts"] or {}
+        base |= row["approximability"] or {}
+        base |= row["memory"] or {}
+        for phase, measured in row["phases"].items() or {None: None}.items():
+            record = {**base, "phase": phase}
+            if measured:
+                summary, derived = measured["summary"], measured["derived"]
+                low, high = summary["ci95_s"] or (None, None)
+                ratio = row_ratio(reference, row, phase)
+                record |= {
+                    "n": summary["n"],
+                    "median_s": summary["median_s"],
+                    "ci95_low_s": low,
+                    "ci95_high_s": high,
+                    "converged": measured["converged"],
+                    "speed_up": ratio.value if ratio else None,
+                    "speed_up_low": ratio.ci95.low if ratio and ratio.ci95 else None,
+                    "speed_up_high": ratio.ci95.high if ratio and ratio.ci95 else None,
+                    **derived,
+                }
+            records.append(record)
+    return records
+
+
+# --------------------------------------------------------------------------------------------- Table 1, other tables
+
+_TABLE1 = {
+    "standard": ("yes", "n", "none"),
+    "gc": ("no", "n/N", "deterministic"),
+    "shuffle": ("yes", "n/N", "deterministic"),
+    "lgc": ("yes", "n/N", "adaptive"),
+    "flgc": ("yes", "varies", "adaptive"),
+    "tlgc": ("yes", "n/N", "deterministic"),
+    "bgc": ("yes", "n/N", "deterministic"),
+}
+
+
+def table1_report(in_channels: int, out_channels: int, kernel: int, size: tuple[int, int], groups: Sequence[int]) -> Report:
+    """Table 1 of the paper evaluated for one layer: all seven variants at every N. Nothing is measured.
+
+    Raises ShapeError for an N that does not divide the channels.
+    """
+    dense = count(ConvSpec("standard", in_channels, out_channels, kernel, padding=(kernel - 1) // 2, bias=False), *size)
+    records: list[Json] = []
+    for number in sorted(set(groups) - {1}):
+        for name in VARIANTS:
+            if name == "standard":
+                continue
+            spec = ConvSpec(
+                name, in_channels, out_channels, kernel, padding=(kernel - 1) // 2, groups=number, bias=False
+            )
+            records.append(_table1_record(name, number, spec, size))
+    spec = ConvSpec("standard", in_channels, out_channels, kernel, padding=(kernel - 1) // 2, bias=False)
+    records.insert(0, _table1_record("standard", 1, spec, size))
+    columns = [
+        Column("method", [VARIANTS[r["variant"]].label for r in records], right=False, lead=True),
+        Column("N", [str(r["groups"]) for r in records], lead=True),
+        Column("intergroup", [r["intergroup"] for r in records], right=False),
+        Column("channels", [r["channels_per_group"] for r in records], right=False),
+        Column("grouping", [r["grouping"] for r in records], right=False),
+        Column("params (Table 1)", [f"{r['paper_params']:,}" for r in records]),
+        Column("params deployed", [f"{r['params']:,}" for r in records]),
+        Column("MACs deployed", [f"{r['macs']:,}" for r in records]),
+        Column("ops (paper)", [f"{r['paper_ops']:,}" for r in records]),
+        Column("ops / SC", [significant(r["paper_ops"] / dense.paper_ops) for r in records]),
+        Column("white err", ["-" if r["white_error"] is None else f"{r['white_error']:.3f}" for r in records]),
+    ]
+    notes = [
+        "per image, forward; MACs are multiply-adds; channels: input channels that one output sees directly",
+        "params (Table 1) is the paper's count: LGC's includes its 0/1 mask, FLGC's its assignments; both train dense "
+        "and deploy Kmn/N. LGC is taken at condensation N, FLGC with balanced groups",
+        "ops (paper): (3.14) and section 4 as printed; LGC's and FLGC's set-up terms happen once, not every forward",
+    ]
+    title = [
+        f"Table 1 for a {kernel}x{kernel} convolution, {in_channels} -> {out_channels} channels, "
+        f"input {size[0]} x {size[1]}"
+    ]
+    return Report(title, columns, {"Notes": notes}, records)
+
+
+def _table1_record(name: str, groups: int, spec: ConvSpec, size: tuple[int, int]) -> Json:
+    intergroup, channels, grouping = _TABLE1[name]
+    counts = dataclasses.asdict(count(spec, *size))
+    return {
+        "variant": name,
+        "groups": groups,
+        "intergroup": intergroup,
+        "channels_per_group": channels,
+        "grouping": grouping,
+        **counts,
+        "white_error": white_error(name, groups),
+    }
+
+
+def doctor_report(environment: Json, findings: Sequence[tuple[str, str, str | None]]) -> Report:
+    """What this machine is, and what on it could spoil a measurement."""
+    device = environment["device"]
+    facts = [
+        ("device", f"{device['name']} ({device['type']})", None),
+        ("python / torch / torchvision", f"{environment['python']} / {environment['torch']} / "
+                                         f"{environment['torchvision'] or 'not installed'}", None),
+        ("cuda / cudnn / triton / driver", " / ".join(environment[k] or "-" for k in ("cuda", "cudnn", "triton", "driver")), None),
+    ]  # fmt: skip
+    lines = [*facts, *findings]
+    columns = [
+        Column("what", [line[0] for line in lines], right=False, lead=True),
+        Column("how it stands", [line[1] for line in lines], right=False),
+        Column("advice", [line[2] or "ok" for line in lines], right=False),
+    ]
+    concerns = sum(line[2] is not None for line in lines)
+    summary = f"{concerns} thing{'s' if concerns != 1 else ''} could spoil a measurement" if concerns else "all clear"
+    records = [{"what": what, "state": state, "advice": advice} for what, state, advice in lines]
+    return Report(["bgcbench doctor"], columns, {"Summary": [summary]}, records)
+
+
+def compare_report(before: Json, after: Json, names: tuple[str, str], limit: float | None) -> tuple[Report, bool]:
+    """Two profile documents row by row, and whether any row is surely slower by more than ``limit`` (a fraction)."""
+    old = {row["key"]: row for row in before["results"]}
+    records: list[Json] = []
+    tripped = False
+    for row in after["results"]:
+        earlier = old.get(row["key"])
+        for phase in row["phases"]:
+            ratio = row_ratio(row, earlier, phase) if earlier else None
+            if earlier is None or ratio is None:
+                continue
+            # Two files were never measured in one interleaved run, whatever their group numbers say.
+            ratio = ratio_of_medians(_series(row, phase), _series(earlier, phase), paired=False)
+            slower = limit is not None and ratio.ci95 is not None and ratio.ci95.low > 1 + limit
+            tripped |= slower
+            records.append(
+                {
+                    "key": row["key"],
+                    "phase": phase,
+                    "before_s": earlier["phases"][phase]["summary"]["median_s"],
+                    "after_s": row["phases"][phase]["summary"]["median_s"],
+                    "ratio": ratio.value,
+                    "ratio_low": ratio.ci95.low if ratio.ci95 else None,
+                    "ratio_high": ratio.ci95.high if ratio.ci95 else None,
+                    "verdict": _change_words(ratio) + (" (over the limit)" if slower else ""),
+                }
+            )
+    factor, unit = time_unit([max(r["before_s"], r["after_s"]) for r in records])
+    columns = [
+        Column("row", [r["key"] for r in records], right=False, lead=True),
+        Column("phase", [PHASE_TITLES[r["phase"]] for r in records], right=False, lead=True),
+        Column(f"before {unit}", [significant(r["before_s"] * factor, 4) for r in records]),
+        Column(f"after {unit}", [significant(r["after_s"] * factor, 4) for r in records]),
+        Column("difference", [f"{(r['after_s'] - r['before_s']) * factor:+.3g}" for r in records]),
+        Column("verdict", [r["verdict"] for r in records], right=False),
+    ]
+    missing = sorted(old.keys() ^ {row["key"] for row in after["results"]})
+    notes = ["before: " + names[0] + "; after: " + names[1]]
+    notes += [f"only in one file: {', '.join(missing)}"] if missing else []
+    if before["environment"]["fingerprint"] != after["environment"]["fingerprint"]:
+        notes.append("warning: the two files come from different machines or software")
+    if not records:
+        notes.append("the files have no measured row in common")
+    return Report(["bgcbench compare"], columns, {"Notes": notes}, records), tripped
+
+
+def _change_words(ratio: Ratio) -> str:
+    if ratio.ci95 is None:
+        return f"about {ratio.value:.2f}x the time (too few rounds for an interval)"
+    if not ratio.detectable:
+        bound = max(abs(ratio.ci95.low - 1), abs(ratio.ci95.high - 1))
+        return f"no detectable difference (< {significant(100 * bound, 2)} %)"
+    return f"{ratio.value:.2f}x the time (95% CI {ratio.ci95.low:.2f}-{ratio.ci95.high:.2f})"
+
+
+# ------------------------------------------------------------------------------------------------------- rendering
+
+
+def document_report(document: Json) -> Report:
+    """The report of any result document."""
+    return {"profile": profile_report}[document["command"]](document)
+
+
+def as_markdown(report: Report) -> str:
+    """GitHub-flavoured Markdown at full width."""
+
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+    lines = [*report.title, ""]
+    lines.append(line([column.header for column in report.columns]))
+    lines.append(line(["---:" if column.right else "---" for column in report.columns]))
+    lines += [line(cells) for cells in zip(*(column.cells for column in report.columns), strict=True)]
+    for heading, entries in report.sections.items():
+        lines += ["", f"{heading}:", "", *(f"- {entry}" for entry in entries)]
+    return "\n".join(lines) + "\n"
+
+
+def as_csv(report: Report) -> str:
+    """The report's records; the header is the union of their fields in order of appearance."""
+    fields = list(dict.fromkeys(name for record in report.records for name in record))
+    out = io.StringIO()
+    writer = csv.DictWriter(out, fields, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(report.records)
+    return out.getvalue()
+
+
+def as_rich(report: Report, width: int) -> RenderableType:
+    """Rich tables that fit ``width``: columns that find no room go into a further table below, led by the same rows."""
+    parts: list[RenderableType] = [Text(text) for text in report.title]
+    for columns in split_columns(report.columns, width):
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+        for column in columns:
+            table.add_column(column.header, justify="right" if column.right else "left", overflow="fold")
+        for cells in zip(*(column.cells for column in columns), strict=True):
+            table.add_row(*(Text(cell) for cell in cells))
+        parts += [Text(""), table]
+    for heading, entries in report.sections.items():
+        parts += [Text(""), Text(heading, style="bold")]
+        for entry in entries:
+            item = Table.grid(padding=(0, 1, 0, 0))
+            item.add_row(Text("-"), Text(entry))
+            parts.append(item)
+    return Group(*parts)
+
+
+def split_columns(columns: Sequence[Column], width: int) -> list[list[Column]]:
+    """Columns in as few tables as fit ``width``, in order; lead columns stand in front of each."""
+    lead = [column for column in columns if column.lead]
+    room = width - sum(column.width + 2 for column in lead)
+    tables: list[list[Column]] = []
+    left = 0
+    for column in columns:
+        if column.lead or not any(column.cells):
+            continue
+        if not tables or column.width > left:
+            tables.append(list(lead))
+            left = room
+        tables[-1].append(column)
+        left -= column.width + 2
+    return tables or [lead]
+
+
+def emit(report: Report, form: str, console: Console, document: Mapping[str, Any] | None = None) -> None:
+    """Print ``report`` on ``console`` in ``form``; 'auto' is a table on a terminal and Markdown elsewhere."""
+    if form == "auto":
+        form = "table" if console.is_terminal else "markdown"
+    if form == "table":
+        console.print(as_rich(report, console.width))
+        return
+    if form == "json":
+        text = dumps(document) if document is not None else json.dumps(report.records, indent=1) + "\n"
+    else:
+        text = as_markdown(report) if form == "markdown" else as_csv(report)
+    console.file.write(text)
+    console.file.flush()

@@ -1,0 +1,248 @@
+"""The result file: its fields, how it is written so that it is never broken, and how it is read.
+
+A result is one JSON document (SI units; unknown is null). ``result.schema.json`` beside this module is its full
+description. Schema history:
+
+    1.0  first version
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import importlib.resources
+import json
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import bgcbench
+from bgcbench.errors import OutputError, ResultFileError
+from bgcbench.specs import FINGERPRINT_FIELDS
+
+SCHEMA_NAME = "bgcbench.result"
+SCHEMA_VERSION = "1.0"
+DONE = ("ok", "invalid")  # statuses that a resumed run keeps
+
+Json = dict[str, Any]
+
+# An array of numbers that json.dumps spread over lines: samples are put back on one.
+_NUMBER_ARRAY = re.compile(r"\[\n\s*(-?[\d.eE+-]+(?:,\n\s*-?[\d.eE+-]+)*)\n\s*\]")
+
+
+def utc_now() -> str:
+    """The time as in every result file: 2026-01-01T00:00:00Z."""
+    return datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def new_document(
+    command: str, argv: Sequence[str], config: Json, environment: Json, settings: Json, quality: str
+) -> Json:
+    """A result document with nothing measured yet."""
+    return {
+        "schema": {"name": SCHEMA_NAME, "version": SCHEMA_VERSION},
+        "command": command,
+        "argv": list(argv),
+        "started_at": utc_now(),
+        "finished_at": None,
+        "complete": False,
+        "exit_reason": "running",
+        "quality": quality,
+        "tool": {"version": bgcbench.__version__, **_git_state()},
+        "environment": environment,
+        "settings": settings,
+        "config": config,
+        "ceilings": None,
+        "interleaved": [],
+        "results": [],
+        "warnings": [],
+    }
+
+
+def finish(document: Json, planned: int, *, interrupted: bool = False, failed: str | None = None) -> None:
+    """Set the closing fields from the rows: ok, partial (a row failed), interrupted or error."""
+    statuses = [row["status"] for row in document["results"]]
+    done = sum(status in DONE for status in statuses)
+    document["finished_at"] = utc_now()
+    document["complete"] = done == planned and not failed
+    if failed:
+        document["exit_reason"] = "error"
+        document["warnings"].append(failed)
+    elif interrupted:
+        document["exit_reason"] = "interrupted"
+    else:
+        document["exit_reason"] = "ok" if document["complete"] else "partial"
+
+
+def _git_state() -> Json:
+    """Commit of the checkout this package runs from; null where it runs from an installation."""
+    folder = Path(__file__).resolve().parent.parent
+    if not (folder / ".git").exists():
+        return {"git_commit": None, "git_dirty": None}
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=10)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    # The files under results/ are what a run writes; they do not make the code that wrote them another one.
+    changed = git("status", "--porcelain", "--", "bgcbench", "pyproject.toml")
+    return {"git_commit": git("rev-parse", "HEAD"), "git_dirty": None if changed is None else bool(changed)}
+
+
+def schema() -> Json:
+    """The JSON Schema of a result file."""
+    text = importlib.resources.files("bgcbench").joinpath("result.schema.json").read_text(encoding="utf-8")
+    loaded: Json = json.loads(text)
+    return loaded
+
+
+def dumps(document: Mapping[str, Any]) -> str:
+    """The document as JSON text, arrays of numbers on one line. NaN and infinity raise ValueError."""
+    text = json.dumps(document, indent=1, allow_nan=False, ensure_ascii=False)
+    return _NUMBER_ARRAY.sub(lambda match: "[" + re.sub(r",\n\s*", ", ", match[1]) + "]", text) + "\n"
+
+
+def default_path(command: str, what: str, device: str) -> Path:
+    """results/COMMAND-WHAT-DEVICE-UTCTIME.json under the current folder."""
+    stamp = datetime.datetime.now(datetime.timezone.utc).strftime("%Y%m%dT%H%M%SZ")
+    return Path("results") / f"{command}-{_slug(what)}-{_slug(device)}-{stamp}.json"
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9_]+", "-", text.lower()).strip("-")
+
+
+class ResultWriter:
+    """Writes one document to one path, whole or not at all.
+
+    Each write goes to a temporary file in the same folder, is synced and then renamed over the target, so an older
+    file survives until a valid newer one exists. When a write fails in the middle of a run (a full disk), the
+    document goes to the system's temporary folder instead and ``rescued_to`` says where; the run goes on.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.rescued_to: Path | None = None
+        self.problem: str | None = None
+
+    def probe(self, *, replace: bool) -> None:
+        """Raise OutputError now if the file exists (unless ``replace``) or its folder cannot be written."""
+        try:
+            if self.path.is_dir():
+                raise OutputError(f"--out {self.path} is a folder; name a file in it")
+            if self.path.exists() and not replace:
+                raise OutputError(
+                    f"--out {self.path} exists; use --force to replace it, --resume {self.path} to continue it, "
+                    "or another name"
+                )
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.path.parent):
+                pass
+        except OSError as error:
+            raise OutputError(
+                f"--out {self.path} cannot be written ({error.strerror or error}); choose another folder"
+            ) from error
+
+    def write(self, document: Mapping[str, Any]) -> None:
+        """Write now; never raises for a full disk while the temporary folder can still take the file."""
+        text = dumps(document)
+        if self.rescued_to is None:
+            try:
+                _write_atomically(self.path, text)
+                return
+            except OSError as error:
+                self.problem = error.strerror or str(error)
+        rescue = Path(tempfile.gettempdir()) / f"bgcbench-rescued-{os.getpid()}-{self.path.name}"
+        try:
+            _write_atomically(rescue, text)
+        except OSError as error:
+            raise OutputError(
+                f"{self.path} cannot be written ({self.problem}), nor can {rescue} ({error.strerror or error}); "
+                "free some space and run again"
+            ) from error
+        self.rescued_to = rescue
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with open(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        # mkstemp makes private files; a result is as readable as any file the user writes.
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(name, 0o666 & ~umask)
+        os.replace(name, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(name)
+        raise
+
+
+def read(path: Path) -> Json:
+    """The document in ``path``; raises ResultFileError for a file that is missing, torn, foreign or too new."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ResultFileError(f"{path} cannot be read: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise ResultFileError(f"{path} is not a bgcbench result: not UTF-8 text") from error
+    try:
+        document = json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        where = f" (line {error.lineno})" if isinstance(error, json.JSONDecodeError) else ""
+        raise ResultFileError(f"{path} is not complete JSON{where}: truncated, or not a bgcbench result") from error
+    check_document(document, str(path))
+    checked: Json = document
+    return checked
+
+
+def check_document(document: object, name: str) -> None:
+    """Raise ResultFileError unless ``document`` is a result that this version can read."""
+    head = document.get("schema") if isinstance(document, dict) else None
+    if not isinstance(head, dict) or head.get("name") != SCHEMA_NAME:
+        raise ResultFileError(f"{name} is not a bgcbench result: its schema name is not '{SCHEMA_NAME}'")
+    version = str(head.get("version"))
+    if version.split(".")[0] != SCHEMA_VERSION.split(".")[0]:
+        raise ResultFileError(
+            f"{name} has schema version {version}; this bgcbench reads {SCHEMA_VERSION.split('.')[0]}.x: "
+            "use the version that wrote it"
+        )
+    import jsonschema  # here, because only reading needs it
+
+    validator = jsonschema.Draft202012Validator(schema())
+    problem = jsonschema.exceptions.best_match(validator.iter_errors(document))
+    if problem is not None:
+        where = "/".join(str(part) for part in problem.absolute_path) or "the document"
+        raise ResultFileError(f"{name} is damaged: {where}: {problem.message[:160]}")
+
+
+def check_resumable(document: Json, command: str, settings: Json, environment: Json, name: str) -> None:
+    """Raise ResultFileError unless a run with these settings on this device may continue ``document``."""
+    if document["command"] != command:
+        raise ResultFileError(f"{name} holds a '{document['command']}' run, not '{command}'; give another --resume file")
+    compared: list[tuple[Json, Json, Iterable[str]]] = [
+        (document["settings"], settings, settings),
+        (document["environment"], environment, FINGERPRINT_FIELDS),
+    ]
+    for old, new, fields in compared:
+        for field in fields:
+            if old.get(field) != new[field]:
+                raise ResultFileError(
+                    f"{name} cannot be resumed: its {field} was {_short(old.get(field))} and is {_short(new[field])} "
+                    "now; start a new file with --out"
+                )
+
+
+def _short(value: object) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 120 else text[:117] + "..."

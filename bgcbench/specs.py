@@ -1,0 +1,178 @@
+"""Names, frozen specifications and their validation. Nothing here imports torch.
+
+Notation used throughout the package (Lee, Park & Lee, section 2): n input channels, m output channels, N groups,
+K kernel positions (9 for 3x3), D output positions an image. MACs are multiply-adds: one multiplication and the
+addition that follows it count as 1 (fvcore's convention; ``torch.utils.flop_counter`` counts 2).
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from bgcbench.errors import ShapeError, UsageError
+
+Pair = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One row of the paper's Table 1: its command-line name, its label in tables and where its layer lives.
+
+    ``layer`` is "module:Class", or None where this version has the formulas but no layer yet. ``algorithms`` are
+    the exact forms the layer can run in, the first being the default.
+    """
+
+    name: str
+    label: str
+    layer: str | None = None
+    algorithms: tuple[str, ...] = ("stock",)
+
+
+# The one registration of the variants. A new layer is its file in convs/ and its line here.
+VARIANTS: dict[str, Variant] = {
+    variant.name: variant
+    for variant in (
+        Variant("standard", "SC", "bgcbench.convs.standard:StandardConv2d"),
+        Variant("gc", "GC", "bgcbench.convs.gc:GroupConv2d"),
+        Variant("shuffle", "Shuffle", "bgcbench.convs.shuffle:ShuffleGroupConv2d"),
+        Variant("lgc", "LGC"),
+        Variant("flgc", "FLGC"),
+        Variant("tlgc", "TLGC"),
+        Variant(
+            "bgc",
+            "BGC",
+            "bgcbench.convs.bgc:BalancedGroupConv2d",
+            ("two_conv", "concat", "dense"),
+        ),
+    )
+}
+LAYERS: tuple[str, ...] = tuple(name for name, variant in VARIANTS.items() if variant.layer)
+ALGORITHMS: tuple[str, ...] = tuple(
+    dict.fromkeys(form for v in VARIANTS.values() for form in v.algorithms if form != "stock")
+)
+PRECISIONS: dict[str, int] = {"fp64": 8, "fp32": 4, "tf32": 4, "bf16": 2, "fp16": 2}  # bytes a number
+LAYOUTS: tuple[str, ...] = ("nchw", "nhwc")
+PHASES: tuple[str, ...] = ("fwd", "bwd", "fwd_bwd")
+MODES: tuple[str, ...] = ("eager", "graph", "compile")
+# The parts of a result file's environment that decide a measurement: equal in all rows of one file.
+FINGERPRINT_FIELDS: tuple[str, ...] = ("cpu", "torch", "cuda", "cudnn", "driver", "device")
+
+
+def load_layer(name: str) -> Any:
+    """The layer class of a variant, imported on first use (this is where torch comes in)."""
+    check_choice("variant", name, VARIANTS)
+    target = VARIANTS[name].layer
+    if target is None:
+        raise UsageError(
+            f"variant '{name}' has no layer in this version; variants with one: {', '.join(LAYERS)}"
+        )
+    module, _, attribute = target.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def check_choice(what: str, value: str, choices: Iterable[str]) -> str:
+    """Return ``value`` if it is one of ``choices``; otherwise raise, naming the nearest one."""
+    names = list(choices)
+    if value in names:
+        return value
+    near = difflib.get_close_matches(value.lower(), names, n=1, cutoff=0.5)
+    hint = f"did you mean '{near[0]}'? " if near else ""
+    raise UsageError(f"unknown {what} '{value}': {hint}choose from {', '.join(names)}")
+
+
+def check_positive(what: str, value: int, least: int = 1) -> int:
+    """Return ``value`` if it is a whole number of at least ``least``; otherwise raise."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ShapeError(f"{what}={value} must be a whole number of at least {least}")
+    return value
+
+
+def divisors(value: int) -> list[int]:
+    """All positive divisors of ``value``, ascending."""
+    small = [d for d in range(1, math.isqrt(value) + 1) if value % d == 0]
+    return small + [value // d for d in reversed(small) if d * d != value]
+
+
+def indivisible(in_channels: int, out_channels: int, groups: int) -> str | None:
+    """Why ``groups`` cannot split these channels evenly, with the divisors that would do; None if it can."""
+    for what, channels in (("in_channels", in_channels), ("out_channels", out_channels)):
+        if channels % groups:
+            allowed = ", ".join(map(str, divisors(channels)))
+            return f"{what}={channels} is not divisible by groups={groups}; its divisors are {allowed}"
+    return None
+
+
+def as_pair(what: str, value: int | Sequence[int], least: int = 1) -> Pair:
+    """An int or a pair of ints as a (height, width) pair, each at least ``least``."""
+    pair = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
+    if len(pair) != 2 or not all(isinstance(side, int) for side in pair):
+        raise ShapeError(f"{what}={value} must be one whole number or a pair (height, width)")
+    return check_positive(what, pair[0], least), check_positive(what, pair[1], least)
+
+
+def output_length(length: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
+    """Positions of a convolution's output along one axis: floor((L + 2p - d (k - 1) - 1) / s) + 1."""
+    return (length + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+
+
+@dataclass(frozen=True)
+class ConvSpec:
+    """One convolution of one variant, complete and valid once constructed.
+
+    Raises ShapeError for sizes below 1, for a standard convolution with groups, and for channels that ``groups``
+    does not divide (FLGC learns uneven groups and is exempt); UsageError for an unknown variant or algorithm.
+    """
+
+    variant: str
+    in_channels: int
+    out_channels: int
+    kernel_size: int | Pair
+    stride: int | Pair = 1
+    padding: int | Pair = 0
+    dilation: int | Pair = 1
+    groups: int = 1
+    bias: bool = True
+    algorithm: str = "auto"
+
+    def __post_init__(self) -> None:
+        check_choice("variant", self.variant, VARIANTS)
+        check_positive("in_channels", self.in_channels)
+        check_positive("out_channels", self.out_channels)
+        check_positive("groups", self.groups)
+        for field, least in (("kernel_size", 1), ("stride", 1), ("padding", 0), ("dilation", 1)):
+            object.__setattr__(self, field, as_pair(field, getattr(self, field), least))
+        if self.variant == "standard" and self.groups != 1:
+            raise ShapeError(f"a standard convolution has groups=1, not {self.groups}; variant 'gc' has groups")
+        if self.variant != "flgc" and (why := indivisible(self.in_channels, self.out_channels, self.groups)):
+            raise ShapeError(why)
+        if self.algorithm != "auto":
+            check_choice(f"algorithm of {self.variant}", self.algorithm, VARIANTS[self.variant].algorithms)
+
+    @property
+    def kernel_positions(self) -> int:
+        """K, the number of kernel positions (taps) between one input and one output channel."""
+        height, width = as_pair("kernel_size", self.kernel_size)
+        return height * width
+
+    def output_size(self, height: int, width: int) -> Pair:
+        """(height, width) of the output for an input of ``height`` x ``width``; raises where none is left."""
+        axes = zip(
+            (height, width),
+            as_pair("kernel_size", self.kernel_size),
+            as_pair("stride", self.stride),
+            as_pair("padding", self.padding, 0),
+            as_pair("dilation", self.dilation),
+            strict=True,
+        )
+        out = tuple(output_length(*axis) for axis in axes)
+        if min(out) < 1:
+            raise ShapeError(
+                f"an input of {height}x{width} leaves no output for kernel {self.kernel_size}, padding "
+                f"{self.padding}, dilation {self.dilation}; use a larger input or a smaller kernel"
+            )
+        return out[0], out[1]

@@ -1,0 +1,66 @@
+"""Least squares in second moments: the best kernel of a given structure, without the data matrix.
+
+A convolution at one position is y = W u, with u the patch vector (im2col order: channel-major, then kernel
+positions; length nK) and W the kernel flattened to (m, nK). If a structured kernel sees only z = T u, its best
+coefficients for inputs with C = E[u u^T] solve the normal equations  X (T C T^T) = W C T^T.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bgcbench.errors import ShapeError, UsageError
+
+
+def patch_second_moment(
+    x: Tensor,
+    kernel_size: tuple[int, int],
+    *,
+    stride: tuple[int, int] = (1, 1),
+    padding: tuple[int, int] = (0, 0),
+    dilation: tuple[int, int] = (1, 1),
+) -> Tensor:
+    """C = E[u u^T] over all patches of ``x`` (B, n, H, W), as (nK, nK) in float64.
+
+    One image at a time: the whole set's im2col matrix is never formed. The moment is about zero, not centred.
+    """
+    total, count = None, 0
+    for image in x.detach().split(1):
+        patches = torch.nn.functional.unfold(image.double(), kernel_size, dilation, padding, stride)[0]  # (nK, D)
+        product = patches @ patches.T
+        total = product if total is None else total.add_(product)
+        count += patches.shape[1]
+    if total is None:
+        raise ShapeError("the second moment of 0 images is undefined; pass at least one")
+    return total / count
+
+
+def check_second_moment(second_moment: Tensor, weight: Tensor) -> Tensor:
+    """``second_moment`` in float64 on the weight's device; raises unless it is (nK, nK) for ``weight``."""
+    size = weight[0].numel()
+    if second_moment.shape != (size, size):
+        raise ShapeError(
+            f"second_moment has shape {tuple(second_moment.shape)}, but a weight of shape {tuple(weight.shape)} "
+            f"needs ({size}, {size}): in_channels x kernel positions on each side"
+        )
+    return second_moment.to(device=weight.device, dtype=torch.float64)
+
+
+def solve_normal(gram: Tensor, cross: Tensor, *, ridge: float = 0.0, prior: Tensor | None = None) -> Tensor:
+    """X minimising E||y - X z||^2 + lam ||X - prior||^2, from gram = E[z z^T] and cross = E[y z^T].
+
+    gram: (..., p, p) symmetric positive semidefinite; cross, prior, result: (..., q, p).
+    lam = ridge * tr(gram) / p, so ``ridge`` has no unit. With ridge 0 the pseudo-inverse is used: z may be
+    linearly dependent (for two groups the mean nearly repeats its parts), and X is then the one of least norm.
+    Raises UsageError for a negative ridge.
+    """
+    if ridge < 0:
+        raise UsageError(f"ridge={ridge} must be 0 or positive")
+    if ridge == 0:
+        return cross @ torch.linalg.pinv(gram, hermitian=True)
+    size = gram.shape[-1]
+    lam = ridge * gram.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]  # (..., 1, 1)
+    anchored = cross if prior is None else cross + lam * prior
+    damped = gram + lam * torch.eye(size, dtype=gram.dtype, device=gram.device)
+    return torch.linalg.solve(damped, anchored.mT).mT
