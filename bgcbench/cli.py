@@ -17,18 +17,16 @@ from bgcbench.errors import BgcbenchError, OutputError, UsageError
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from typer import Context
 
     from bgcbench.experiments.profile import PlannedRow, ProfileConfig, ProfileRun, Session, Update
     from bgcbench.interrupts import Interrupts
     from bgcbench.report import Report
 
 
-
 class _PlainHelp(TyperGroup):
     """The top-level help without rich panels, whose Markdown machinery doubles the time to the first line."""
 
-    def format_help(self, ctx: Context, formatter: Any) -> None:
+    def format_help(self, ctx: Any, formatter: Any) -> None:
         self.rich_markup_mode = None
         super().format_help(ctx, formatter)
 
@@ -150,7 +148,9 @@ def profile(
     mode: Annotated[
         str | None,
         typer.Option(
-            help="eager, compile (torch.compile) or graph (CUDA graphs).", show_default="eager", rich_help_panel=_MEASURE
+            help="eager, compile (torch.compile) or graph (CUDA graphs).",
+            show_default="eager",
+            rich_help_panel=_MEASURE,
         ),
     ] = None,
     cache: Annotated[
@@ -242,7 +242,7 @@ def profile(
         "quick": quick or None,
     }
     given = {name: value for name, value in given.items() if value is not None}
-    _check_preset(preset, shape)
+    _check_preset(preset, {"channels": channels, **shape})
     if resume is not None and (out is not None or force):
         raise UsageError("--resume writes to the file it continues; leave --out and --force out")
     _check_format(form)
@@ -257,8 +257,8 @@ def profile(
         config = dataclasses.replace(ProfileConfig(), **given)
     rows = plan(config)
     path = resume or (Path(out) if out not in (None, "-") else None)
-    if path is not None and resume is None and path.exists() and not force:
-        results.ResultWriter(path).probe(replace=False)
+    if path is not None and not dry_run:
+        results.ResultWriter(path).probe(replace=force or resume is not None)
     with Interrupts() as interrupts:
         return _profile(config, rows, path, stored, interrupts, to_stdout=out == "-", dry_run=dry_run,
                         replace=force or resume is not None, form=form, quiet=quiet)  # fmt: skip
@@ -294,7 +294,7 @@ def _profile(
     if dry_run:
         return 0
     if writer is not None:
-        writer.probe(replace=replace)
+        writer.probe(replace=replace)  # a path of our own making is known only now
     if interrupts.requested():
         _say("interrupted before anything was measured; nothing was written")
         return interrupts.exit_code
@@ -401,11 +401,11 @@ def _plan_lines(config: ProfileConfig, rows: list[PlannedRow], session: Session,
     from bgcbench.experiments.profile import estimated_seconds
 
     valid = [row for row in rows if row.spec is not None]
-    minutes = estimated_seconds(config, len(valid), session.device.type) / 60
+    threads = session.environment["cpu"]["threads"]
+    minutes = estimated_seconds(config, valid, session.device.type, threads) / 60
     lines = [
         f"plan: {len(valid)} rows x {', '.join(config.phases)} on {session.environment['device']['name']}, "
-        f"{config.precision}, {config.layout}, {config.mode}; sampling takes about {minutes:.1f} min at most, more "
-        "where single calls take seconds"
+        f"{config.precision}, {config.layout}, {config.mode}; roughly {minutes:.1f} min"
     ]
     lines += [f"  {row.key}" + (f"  invalid: {row.invalid}" if row.invalid else "") for row in rows]
     return [*lines, f"result file: {path}" if path else "result: stdout"]

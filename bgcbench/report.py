@@ -114,7 +114,7 @@ def profile_report(document: Json) -> Report:
     for phase in phases:
         factor, unit = time_unit([r["phases"][phase]["summary"]["median_s"] for r in rows if phase in r["phases"]])
         columns.append(Column(f"{PHASE_TITLES[phase]} {unit}", [_time(row, phase, factor) for row in rows]))
-        columns.append(Column("speed-up", [_speed_up(row, reference, phase) for row in rows]))
+        columns.append(Column(f"speed-up {PHASE_TITLES[phase]}", [_speed_up(row, reference, phase) for row in rows]))
     columns += [
         Column("x+W MiB", _cells(rows, lambda r: mebibytes(r["memory"]["paper_bytes"]))),
         Column("peak MiB", _cells(rows, lambda r: mebibytes(_peak(r)))),
@@ -216,19 +216,23 @@ def flags(row: Json, phases: Sequence[str]) -> list[str]:
     """What to know before a row's numbers are used."""
     if row["status"] != "ok":
         return [row["status"]]
+    by_phase = {PHASE_TITLES[p]: _phase_flags(row["phases"][p]) for p in phases if p in row["phases"]}
+    shared = list(by_phase.values())
+    if shared and all(found == shared[0] for found in shared):
+        return shared[0]
+    return [f"{title} {flag}" for title, found in by_phase.items() for flag in found]
+
+
+def _phase_flags(measured: Json) -> list[str]:
+    summary = measured["summary"]
+    spread = (summary["q3_s"] - summary["q1_s"]) / summary["median_s"]
     found = []
-    for phase in phases:
-        measured = row["phases"].get(phase)
-        if measured is None:
-            continue
-        summary = measured["summary"]
-        spread = (summary["q3_s"] - summary["q1_s"]) / summary["median_s"]
-        if spread > 0.03:
-            found.append(f"{PHASE_TITLES[phase]} {'noisy' if spread > 0.10 else 'uneven'}")
-        if not measured["converged"]:
-            found.append(f"{PHASE_TITLES[phase]} n={summary['n']}")
-        if measured["derived"].get("launch_bound"):
-            found.append(f"{PHASE_TITLES[phase]} launch-bound")
+    if spread > 0.03:
+        found.append("noisy" if spread > 0.10 else "uneven")
+    if not measured["converged"]:
+        found.append(f"n={summary['n']}")
+    if measured["derived"].get("launch_bound"):
+        found.append("launch-bound")
     return found
 
 
@@ -240,12 +244,12 @@ def _share(fraction: float) -> str:
 
 
 def compare_words(ratio: Ratio, other: str) -> str:
-    """"2.9x faster than standard (95% CI 2.8-3.0)", from ratio = time of the other / time of this row."""
+    """ "2.9x faster than standard (95% CI 2.8-3.0)", from ratio = time of the other / time of this row."""
     interval = ratio.ci95
     if interval is None:
         how = "faster" if ratio.value >= 1 else "slower"
         value = max(ratio.value, 1 / ratio.value)
-        return f"about {_ratio_text(value)}x {how} than {other} (too few rounds for an interval)"
+        return f"about {_ratio_text(value)}x {how} than {other} (no interval)"
     apart = "" if ratio.paired else ", measured apart"
     if not ratio.detectable:
         bound = max(abs(interval.low - 1), abs(interval.high - 1))
@@ -263,7 +267,7 @@ def verdict(row: Json, reference: Json | None, phase: str, rows: Sequence[Json])
     if row["status"] != "ok" and phase not in row["phases"]:
         return f"{name}: {row['status']}: {row['reason']}"
     error = row["approximability"]["white_error"]
-    loss = "" if error is None else f"; it loses {error:.3g} of the output on white input"
+    loss = "" if error is None else f"; white error {error:.3g}"
     ratio = row_ratio(reference, row, phase)
     if ratio is None or reference is None:
         return f"{name} has {scaled(row['counts']['params'])} parameters{loss} (no reference was measured)"
@@ -311,12 +315,18 @@ def _profile_title(document: Json) -> list[str]:
 
 def _notes(document: Json, rows: Sequence[Json], printed: bool) -> list[str]:
     notes = [
-        "time: median [95% CI]; speed-up: time of standard / time of the row; roofline: share of what the measured "
-        "ceilings allow for the row's own work (C compute-bound, M memory-bound)",
+        "time: median [95% CI]; speed-up: time of standard / time of the row. roofline: share of what the measured "
+        "ceilings allow for the row's own work in the last phase (C compute-bound, M memory-bound); above 100 % where "
+        "padding is skipped or the convolution beats the matrix product",
         "white err: least share of the output's energy lost on white input (closed form). x+W: input, weights and "
         "mean. peak: layer and input, and the most that one step held beyond them "
         f"({', '.join(sorted({r['memory']['method'] for r in rows if r['memory']})) or 'not measured'})",
     ]
+    if any(_phase_flags(measured) for row in rows for measured in row["phases"].values()):
+        notes.append(
+            "flags: n= samples where the median is not known to the aim of 0.5 %; uneven, noisy: the middle half of "
+            "the samples spreads over more than 3 %, 10 % of the median; launch-bound: the host is the limit"
+        )
     if printed:
         notes.append(
             f"paper: Table 4 of Lee, Park & Lee, {paper.DEVICE}, forward and backward; its memory is input + weights "
@@ -340,23 +350,25 @@ def profile_records(document: Json, reference: Json | None) -> list[Json]:
         base |= row["counts"] or {}
         base |= row["approximability"] or {}
         base |= row["memory"] or {}
-        for phase, measured in row["phases"].items() or {None: None}.items():
-            record = {**base, "phase": phase}
-            if measured:
-                summary, derived = measured["summary"], measured["derived"]
-                low, high = summary["ci95_s"] or (None, None)
-                ratio = row_ratio(reference, row, phase)
-                record |= {
-                    "n": summary["n"],
-                    "median_s": summary["median_s"],
-                    "ci95_low_s": low,
-                    "ci95_high_s": high,
-                    "converged": measured["converged"],
-                    "speed_up": ratio.value if ratio else None,
-                    "speed_up_low": ratio.ci95.low if ratio and ratio.ci95 else None,
-                    "speed_up_high": ratio.ci95.high if ratio and ratio.ci95 else None,
-                    **derived,
-                }
+        if not row["phases"]:
+            records.append({**base, "phase": None})
+        for phase, measured in row["phases"].items():
+            summary = measured["summary"]
+            low, high = summary["ci95_s"] or (None, None)
+            ratio = row_ratio(reference, row, phase)
+            record = {
+                **base,
+                "phase": phase,
+                "n": summary["n"],
+                "median_s": summary["median_s"],
+                "ci95_low_s": low,
+                "ci95_high_s": high,
+                "converged": measured["converged"],
+                "speed_up": ratio.value if ratio else None,
+                "speed_up_low": ratio.ci95.low if ratio and ratio.ci95 else None,
+                "speed_up_high": ratio.ci95.high if ratio and ratio.ci95 else None,
+                **measured["derived"],
+            }
             records.append(record)
     return records
 
@@ -374,7 +386,9 @@ _TABLE1 = {
 }
 
 
-def table1_report(in_channels: int, out_channels: int, kernel: int, size: tuple[int, int], groups: Sequence[int]) -> Report:
+def table1_report(
+    in_channels: int, out_channels: int, kernel: int, size: tuple[int, int], groups: Sequence[int]
+) -> Report:
     """Table 1 of the paper evaluated for one layer: all seven variants at every N. Nothing is measured.
 
     Raises ShapeError for an N that does not divide the channels.
@@ -434,13 +448,10 @@ def _table1_record(name: str, groups: int, spec: ConvSpec, size: tuple[int, int]
 def doctor_report(environment: Json, findings: Sequence[tuple[str, str, str | None]]) -> Report:
     """What this machine is, and what on it could spoil a measurement."""
     device = environment["device"]
-    facts = [
-        ("device", f"{device['name']} ({device['type']})", None),
-        ("python / torch / torchvision", f"{environment['python']} / {environment['torch']} / "
-                                         f"{environment['torchvision'] or 'not installed'}", None),
-        ("cuda / cudnn / triton / driver", " / ".join(environment[k] or "-" for k in ("cuda", "cudnn", "triton", "driver")), None),
-    ]  # fmt: skip
-    lines = [*facts, *findings]
+    lines: list[tuple[str, str, str | None]] = [("device", f"{device['name']} ({device['type']})", None)]
+    for names in (("python", "torch", "torchvision"), ("cuda", "cudnn", "triton", "driver")):
+        lines.append((" / ".join(names), " / ".join(environment[name] or "-" for name in names), None))
+    lines += findings
     columns = [
         Column("what", [line[0] for line in lines], right=False, lead=True),
         Column("how it stands", [line[1] for line in lines], right=False),

@@ -86,7 +86,9 @@ def _git_state() -> Json:
 
     def git(*arguments: str) -> str | None:
         try:
-            done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=10)
+            done = subprocess.run(
+                ["git", *arguments], cwd=folder, check=False, capture_output=True, text=True, timeout=10
+            )
         except (OSError, subprocess.TimeoutExpired):
             return None
         return done.stdout.strip() if done.returncode == 0 else None
@@ -142,6 +144,8 @@ class ResultWriter:
                     f"--out {self.path} exists; use --force to replace it, --resume {self.path} to continue it, "
                     "or another name"
                 )
+            if self.path.parent.exists() and not self.path.parent.is_dir():
+                raise OutputError(f"--out {self.path} cannot be written: {self.path.parent} is no folder; choose one")
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.path.parent):
                 pass
@@ -229,7 +233,7 @@ def check_document(document: object, name: str) -> None:
 def check_resumable(document: Json, command: str, settings: Json, environment: Json, name: str) -> None:
     """Raise ResultFileError unless a run with these settings on this device may continue ``document``."""
     if document["command"] != command:
-        raise ResultFileError(f"{name} holds a '{document['command']}' run, not '{command}'; give another --resume file")
+        raise ResultFileError(f"{name} holds a '{document['command']}' run, not '{command}'; give another file")
     compared: list[tuple[Json, Json, Iterable[str]]] = [
         (document["settings"], settings, settings),
         (document["environment"], environment, FINGERPRINT_FIELDS),

@@ -68,9 +68,7 @@ def load_layer(name: str) -> Any:
     check_choice("variant", name, VARIANTS)
     target = VARIANTS[name].layer
     if target is None:
-        raise UsageError(
-            f"variant '{name}' has no layer in this version; variants with one: {', '.join(LAYERS)}"
-        )
+        raise UsageError(f"variant '{name}' has no layer in this version; variants with one: {', '.join(LAYERS)}")
     module, _, attribute = target.partition(":")
     return getattr(importlib.import_module(module), attribute)
 

@@ -83,9 +83,10 @@ def group_mean(x: Tensor, groups: int) -> Tensor:
     """xbar = (1/N) sum_k x^k over contiguous groups. x: (..., n, H, W); returns (..., n/N, H, W), x's layout."""
     if is_channels_last(x):
         # On the NHWC view the mean runs over one contiguous axis pair and the result is channels_last again.
-        grouped = x.permute(0, 2, 3, 1).unflatten(-1, (groups, -1))  # (B, H, W, N, n/N)
-        return grouped.mean(-2).permute(0, 3, 1, 2)
-    return x.unflatten(-3, (groups, -1)).mean(-4)
+        rows: Tensor = x.permute(0, 2, 3, 1).unflatten(-1, (groups, -1))  # (B, H, W, N, n/N)
+        return rows.mean(-2).permute(0, 3, 1, 2)
+    grouped: Tensor = x.unflatten(-3, (groups, -1))  # (..., N, n/N, H, W)
+    return grouped.mean(-4)
 
 
 def append_mean(x: Tensor, groups: int) -> Tensor:
@@ -134,9 +135,7 @@ def white_optimum(weight: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     return diagonal - rest / (groups - 1), rest * (groups / (groups - 1))
 
 
-def least_squares(
-    weight: Tensor, groups: int, second_moment: Tensor, ridge: float = 0.0
-) -> tuple[Tensor, Tensor]:
+def least_squares(weight: Tensor, groups: int, second_moment: Tensor, ridge: float = 0.0) -> tuple[Tensor, Tensor]:
     """The (A, B) that minimise E||Wu - D u||^2 for inputs with C = E[u u^T] = ``second_moment``.
 
     With z_k = [u^k ; ubar] = T_k u:  [A^k B^k] = W^{k,:} C T_k^T (T_k C T_k^T)^+ ; ``ridge`` pulls it towards the

@@ -59,9 +59,6 @@ def least_squares(weight: Tensor, groups: int, second_moment: Tensor, ridge: flo
     moment, cross = group_cross_moments(weight, groups, second_moment)
     prior = row_blocks(weight, groups).flatten(3)  # (N, m/N, N, p)
     solved = torch.stack(
-        [
-            solve_normal(moment[k, :, k], cross[k, :, k], ridge=ridge, prior=prior[k, :, k])
-            for k in range(groups)
-        ]
+        [solve_normal(moment[k, :, k], cross[k, :, k], ridge=ridge, prior=prior[k, :, k]) for k in range(groups)]
     )  # (N, m/N, p)
     return solved.reshape(weight.shape[0], weight.shape[1] // groups, *weight.shape[2:])

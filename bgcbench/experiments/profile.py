@@ -10,7 +10,7 @@ import hashlib
 import random
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -78,25 +78,31 @@ class ProfileConfig:
 
     def __post_init__(self) -> None:
         for name in self.variants:
-            check_choice("variant", name, VARIANTS)
+            check_choice("variant", name, VARIANTS if name in VARIANTS else LAYERS)
             if name not in LAYERS:
-                load_layer(name)  # says which variants have a layer
-        if not self.variants:
-            raise UsageError("--variants is empty; name at least one, or 'all'")
+                load_layer(name)  # raises, saying which variants have a layer
+        for what, values in (("variants", self.variants), ("groups", self.groups), ("phases", self.phases)):
+            if not values:
+                raise UsageError(f"--{what} is empty; name at least one")
         for value in self.groups:
             check_positive("groups", value)
         for name in ("in_channels", "out_channels", "kernel", "stride", "batch", "height", "width"):
             check_positive(name, getattr(self, name))
-        check_choice("precision", self.precision, PRECISIONS)
-        check_choice("layout", self.layout, LAYOUTS)
-        check_choice("mode", self.mode, MODES)
-        for phase in self.phases:
-            check_choice("phase", phase, PHASES)
-        if not self.phases:
-            raise UsageError("--phases is empty; choose from fwd, bwd, fwd_bwd")
-        check_choice("algorithm", self.algorithm, ("auto", "all", *ALGORITHMS))
-        if self.cache is not None:
-            check_choice("cache", self.cache, ("cold", "warm"))
+        choices: tuple[tuple[str, str | None, Iterable[str]], ...] = (
+            ("precision", self.precision, PRECISIONS),
+            ("layout", self.layout, LAYOUTS),
+            ("mode", self.mode, MODES),
+            ("algorithm", self.algorithm, ("auto", "all", *ALGORITHMS)),
+            ("cache", self.cache, ("cold", "warm")),
+            *(("phase", phase, PHASES) for phase in self.phases),
+        )
+        for what, chosen, names in choices:
+            if chosen is not None:
+                check_choice(what, chosen, names)
+        self._check_measurement()
+
+    def _check_measurement(self) -> None:
+        """Values and combinations that have no meaning whatever the device is."""
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
             raise UsageError(f"unknown device '{self.device}': choose from auto, cpu, cuda, cuda:K")
         if self.threads is not None:
@@ -116,7 +122,7 @@ class ProfileConfig:
     def from_json(cls, stored: Mapping[str, Any]) -> ProfileConfig:
         """The configuration that a result file holds."""
         known = {f.name for f in dataclasses.fields(cls)}
-        values = {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items() if k in known}
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items() if k in known}
         return cls(**values)
 
     def to_json(self) -> Json:
@@ -229,10 +235,25 @@ def estimated_bytes(config: ProfileConfig, spec: ConvSpec) -> int:
     return ((2 if config.input_grad else 1) * x + 2 * y + 2 * counts.params) * item
 
 
-def estimated_seconds(config: ProfileConfig, rows: int, device_type: str) -> float:
-    """Most time the sampling may take where no single call is longer than its share (each has a floor of rounds)."""
+def estimated_seconds(config: ProfileConfig, rows: Sequence[PlannedRow], device_type: str, threads: int) -> float:
+    """A rough guess of the run's length, before anything is timed.
+
+    The guess takes 30 GFLOP/s a CPU thread or 10 TFLOP/s on CUDA; each cell is called for its first look, its memory
+    passes, its warm-up and its floor of rounds, and the group samples for at most its time a row.
+    """
     rules = Rules.for_device(device_type, quick=config.quick, max_time_s=config.max_time_s)
-    return rows * (rules.max_time_s + len(config.phases) * rules.warmup_max_s)
+    rate = 1e13 if device_type == "cuda" else 3e10 * threads
+    specs = [row.spec for row in rows if row.spec is not None]
+    calls = [
+        call_work(count(spec, config.height, config.width), config.batch, phase, input_grad=config.input_grad).flops
+        / rate
+        for spec in specs
+        for phase in config.phases
+    ]
+    looks = (2 if config.quick else 3) * sum(calls)
+    warm_up = sum(0.0 if call > rules.warmup_max_s else rules.warmup_max_s for call in calls)
+    sampling = max(rules.min_rounds * sum(calls), len(specs) * rules.max_time_s)
+    return 5.0 + looks + warm_up + sampling
 
 
 def row_seed(seed: int, key: str) -> int:
@@ -391,22 +412,23 @@ class ProfileRun:
     def _first_look(self, row: _Row, stopwatch: DeviceStopwatch) -> None:
         from bgcbench.measure.memory import measure_peak
 
+        """First call of every phase, and the peak of the one that holds the most memory."""
         workload = self._workload(row)
-        cell = None
+        fullest = max(self.config.phases, key=("fwd", "bwd", "fwd_bwd").index)
         for phase in self.config.phases:
             stopwatch.synchronize()
             began = time.perf_counter()
             cell = workload.cell(phase)
-            cell.once()
+            if self.config.quick and phase == fullest:
+                row.peak = measure_peak(cell, self.session.device, passes=1)  # a quick look takes one call for both
+            else:
+                cell.once()
             stopwatch.synchronize()
             row.first_call_s[phase] = time.perf_counter() - began
-            row.host_s[phase] = stopwatch.host_time(cell)
             cell.release()
-        if cell is not None:
-            # The last phase in the order fwd, bwd, fwd_bwd holds the most; quick looks take one pass.
-            fullest = max(self.config.phases, key=lambda phase: ("fwd", "bwd", "fwd_bwd").index(phase))
-            cell = workload.cell(fullest)
-            row.peak = measure_peak(cell, self.session.device, passes=1 if self.config.quick else 2)
+            row.host_s[phase] = stopwatch.host_time(cell)
+        if row.peak is None:
+            row.peak = measure_peak(workload.cell(fullest), self.session.device)
             if not row.peak.agreed:
                 self.warnings.append(f"{row.planned.key}: two memory passes differ")
 
@@ -466,7 +488,10 @@ class ProfileRun:
         for row in rows:
             try:
                 workload = self._workload(row)
-                row.tracks = {phase: Track(row.planned.key, workload.cell(phase)) for phase in config.phases}
+                row.tracks = {
+                    phase: Track(row.planned.key, workload.cell(phase), row.first_call_s[phase])
+                    for phase in config.phases
+                }
             except Exception as failure:  # noqa: BLE001 - see _look_at_each
                 found = describe_failure(failure, device)
                 row.fail(found.status, found.reason)
@@ -487,7 +512,7 @@ class ProfileRun:
         if slow and not group.interrupted:
             tolerance = self.session.rules.canary_tolerance
             self.warnings.append(
-                f"{len(slow)} of {group.rounds} rounds ran on a clock more than {tolerance:.0%} slower than at the start"
+                f"{len(slow)} of {group.rounds} rounds ran on a clock over {tolerance:.0%} slower than at the start"
             )
         for row in rows:
             row.tracks.clear()  # and with them the layers

@@ -30,8 +30,11 @@ class Ceilings:
         return "compute" if work.flops / self.flops_per_s >= work.bytes / self.bytes_per_s else "memory"
 
     def roofline_fraction(self, work: CallWork, seconds: float) -> float:
-        """Achieved over attainable rate, min(peak, intensity x bandwidth). Not clamped: above 1 the formula's work
-        was not all done (a Winograd algorithm, skipped padding) or the cache was warm."""
+        """Achieved over attainable rate, min(peak, intensity x bandwidth).
+
+        Not clamped. Above 1 the formula's work was not all done (a Winograd algorithm, products with zero padding
+        skipped), the cache was warm, or the library's convolution is better than its matrix product.
+        """
         return self.floor_s(work) / seconds
 
 
@@ -39,18 +42,18 @@ def measure_ceilings(stopwatch: DeviceStopwatch, dtype: torch.dtype, *, quick: b
     """Time matrix products of several sizes and a copy of at least four times the cache; best of several each."""
     device = stopwatch.device
     on_cuda = device.type == "cuda"
-    sizes = ((4096,) if quick else (4096, 8192)) if on_cuda else ((1024,) if quick else (1024, 2048))
+    sizes = ((4096,) if quick else (4096, 8192)) if on_cuda else ((2048,) if quick else (1024, 2048, 4096))
     repeats = 20 if on_cuda else 5
     best, used = 0.0, []
     for size in sizes:
         a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
         product = Cell(call=lambda a=a, b=b: torch.mm(a, b), context=torch.inference_mode)  # type: ignore[misc]
         seconds = min(stopwatch.sample(product, 1) + stopwatch.sample(product, 1))
-        if seconds < 0.5:
+        if seconds < 0.3:
             seconds = min(seconds, *stopwatch.sample(product, repeats))
         best = max(best, 2 * size**3 / seconds)
         used.append(size)
-        if seconds > 0.5:  # fp16 on a CPU without half arithmetic: the next size would take eight times as long
+        if seconds > 0.3:  # the next size takes eight times as long; half precision on a CPU can be that slow
             break
     cache = cache_bytes(device) or FALLBACK_CACHE_BYTES
     size_bytes = max(4 * cache, (256 if on_cuda else 64) * 2**20)

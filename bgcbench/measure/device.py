@@ -192,9 +192,7 @@ class CudaStopwatch(DeviceStopwatch):
         super().__init__(device, flush_bytes=flush_bytes, canary_size=4096)
 
     def _times(self, cell: Cell, count: int) -> list[float]:
-        pairs = [
-            (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(count)
-        ]
+        pairs = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(count)]
         for begin, end in pairs:
             cell.prepare()
             self.flush()

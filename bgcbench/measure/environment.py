@@ -182,7 +182,9 @@ def _smi(*query: str) -> list[str] | None:
     if tool is None:
         return None
     try:
-        done = subprocess.run([tool, *query, "--format=csv,noheader"], capture_output=True, text=True, timeout=10)
+        done = subprocess.run(
+            [tool, *query, "--format=csv,noheader"], check=False, capture_output=True, text=True, timeout=10
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip().splitlines() if done.returncode == 0 else None

@@ -16,7 +16,23 @@ from dataclasses import dataclass
 
 RESAMPLES = 2000
 # 97.5 % points of Student's t, by degrees of freedom; beyond the table the normal's 1.96 is within 4 %.
-_T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
+_T975: tuple[float, ...] = (
+    12.706,
+    4.303,
+    3.182,
+    2.776,
+    2.571,
+    2.447,
+    2.365,
+    2.306,
+    2.262,
+    2.228,
+    2.201,
+    2.179,
+    2.160,
+    2.145,
+    2.131,
+)
 _T975 += (2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042)
 _NORMAL = statistics.NormalDist()
 
@@ -95,7 +111,7 @@ def summarise(samples: Sequence[float], rounds: Sequence[int]) -> Summary:
     Samples of one round share whatever the machine did at that moment, so their own interval is too narrow when the
     machine drifts; the interval of the round medians is right but coarse. The wider of the two is reported.
     """
-    q1, _, q3 = statistics.quantiles(samples, n=4, method="inclusive") if len(samples) > 1 else samples * 3
+    q1, _, q3 = statistics.quantiles(samples, n=4, method="inclusive") if len(samples) > 1 else list(samples) * 3
     candidates = (median_interval(samples), median_interval(list(round_medians(samples, rounds).values())))
     known = [interval for interval in candidates if interval is not None]
     return Summary(

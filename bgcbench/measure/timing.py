@@ -66,12 +66,13 @@ class Rules:
 
 
 CellT = TypeVar("CellT")
+CellT_contra = TypeVar("CellT_contra", contravariant=True)
 
 
-class Stopwatch(Protocol[CellT]):
+class Stopwatch(Protocol[CellT_contra]):
     """The device's side of timing."""
 
-    def sample(self, cell: CellT, count: int) -> list[float]:
+    def sample(self, cell: CellT_contra, count: int) -> list[float]:
         """Seconds of each of ``count`` calls of ``cell``, in order."""
 
     def canary(self) -> float:
@@ -83,7 +84,10 @@ class Stopwatch(Protocol[CellT]):
 
 @dataclass
 class Track(Generic[CellT]):
-    """One cell's samples and where they came from. ``row`` ties the phases of one row together."""
+    """One cell's samples and where they came from. ``row`` ties the phases of one row together.
+
+    ``estimate_s`` is what one call is expected to take; the first call's time will do to begin with.
+    """
 
     row: str
     cell: CellT
@@ -162,7 +166,7 @@ class Group(Generic[CellT]):
         for track in self._alive():
             if self._stopping():
                 return
-            self._guarded(track, lambda t=track: self._warm_up(t))
+            self._guarded(track, self._warm_up)
             yield self._progress(track)
         if self._stopping() or not self._alive():
             return
@@ -178,7 +182,7 @@ class Group(Generic[CellT]):
                 if self._stopping():
                     return
                 if track.failure is None:
-                    self._guarded(track, lambda t=track: self._measure(t))
+                    self._guarded(track, self._measure)
                     yield self._progress(track)
             slow = self._check_canary()
             if slow and redone < self.rules.canary_redo:
@@ -205,9 +209,9 @@ class Group(Generic[CellT]):
                 track.stop_reason = "interrupted"
         return self.interrupted
 
-    def _guarded(self, track: Track[CellT], work: Callable[[], None]) -> None:
+    def _guarded(self, track: Track[CellT], work: Callable[[Track[CellT]], None]) -> None:
         try:
-            work()
+            work(track)
         except Exception as failure:  # noqa: BLE001 - whatever a layer raises becomes its row's status
             for other in self.tracks:
                 if other.row == track.row:
@@ -217,6 +221,8 @@ class Group(Generic[CellT]):
     def _warm_up(self, track: Track[CellT]) -> None:
         """Call until the time has settled: two successive windows agree, within the rules' limits."""
         rules, began = self.rules, self.stopwatch.now()
+        if track.estimate_s > rules.warmup_max_s:
+            return  # the first call, which is no sample either, was longer than all of the warm-up
         spent, calls, previous, window = 0.0, 0, math.inf, 1
         while True:
             times = self.stopwatch.sample(track.cell, window)

@@ -52,6 +52,7 @@ class Workload:
         self.mode = mode
         self.leaves = [*module.parameters(), x]
         self._grad_out: Tensor | None = None
+        self._like: tuple[torch.Size, tuple[int, ...]] | None = None  # size and stride of the output
         self._y: Tensor | None = None
 
     def cell(self, phase: str) -> Cell:
@@ -84,14 +85,21 @@ class Workload:
     def _clear_gradients(self) -> None:
         for leaf in self.leaves:
             leaf.grad = None
+        if self._grad_out is None and self._like is not None:
+            # Made anew for each batch, so that a memory pass sees it appear; only the very first call makes it
+            # inside the timed part, before its size is known.
+            empty = torch.empty_strided(*self._like, dtype=self.x.dtype, device=self.x.device)
+            self._grad_out = empty.normal_()
 
     def _release(self) -> None:
-        self._clear_gradients()
-        self._y = None
+        for leaf in self.leaves:
+            leaf.grad = None
+        self._y = self._grad_out = None
 
     def _gradient_like(self, y: Tensor) -> Tensor:
-        if self._grad_out is None or self._grad_out.stride() != y.stride():
+        if self._grad_out is None:
             self._grad_out = torch.randn_like(y)
+            self._like = (y.shape, y.stride())
         return self._grad_out
 
     def _captured(self, phase: str, eager: Cell) -> Cell:

@@ -58,9 +58,11 @@ def solve_normal(gram: Tensor, cross: Tensor, *, ridge: float = 0.0, prior: Tens
     if ridge < 0:
         raise UsageError(f"ridge={ridge} must be 0 or positive")
     if ridge == 0:
-        return cross @ torch.linalg.pinv(gram, hermitian=True)
+        least: Tensor = cross @ torch.linalg.pinv(gram, hermitian=True)
+        return least
     size = gram.shape[-1]
     lam = ridge * gram.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]  # (..., 1, 1)
     anchored = cross if prior is None else cross + lam * prior
     damped = gram + lam * torch.eye(size, dtype=gram.dtype, device=gram.device)
-    return torch.linalg.solve(damped, anchored.mT).mT
+    solved: Tensor = torch.linalg.solve(damped, anchored.mT)
+    return solved.mT
