@@ -197,7 +197,8 @@ class VariantConv2d(nn.Module, ABC):
         padding = self.padding
         if self.padding_mode != "zeros":
             rows, columns = self.padding
-            x = F.pad(x, (columns, columns, rows, rows), mode=self.padding_mode)
+            padded = F.pad(x, (columns, columns, rows, rows), mode=self.padding_mode)
+            x = padded.contiguous(memory_format=torch.channels_last) if is_channels_last(x) else padded
             padding = (0, 0)
         return F.conv2d(x, weight, bias, self.stride, padding, self.dilation, groups)
 

@@ -53,7 +53,10 @@ class BalancedGroupConv2d(VariantConv2d):
         if self.weight_mean is None:
             return self._convolve(x, self.weight, self.bias, groups=1)
         if self.algorithm == "dense":
-            return self._convolve(x, dense_kernel(self.weight, self.weight_mean, self.groups), self.bias, groups=1)
+            folded = dense_kernel(self.weight, self.weight_mean, self.groups)
+            if is_channels_last(x):  # the convolution follows its kernel's layout where the two differ
+                folded = folded.contiguous(memory_format=torch.channels_last)
+            return self._convolve(x, folded, self.bias, groups=1)
         if self.algorithm == "concat":
             both = torch.cat([self.weight, self.weight_mean], dim=1)  # (m, 2n/N, kh, kw)
             return self._convolve(append_mean(x, self.groups), both, self.bias, self.groups)

@@ -26,8 +26,9 @@ class ShuffleGroupConv2d(VariantConv2d):
     def forward(self, x: Tensor) -> Tensor:
         # The bias goes through the convolution, which adds it for free, so it is brought into pre-shuffle order.
         bias = None if self.bias is None else self.bias.reshape(-1, self.groups).T.flatten()
-        # F.channel_shuffle keeps channels_last; indexing or a reshape would not.
-        return F.channel_shuffle(self._convolve(x, self.weight, bias, self.groups), self.groups)
+        y = self._convolve(x, self.weight, bias, self.groups)
+        # F.channel_shuffle keeps channels_last, which indexing or a reshape would not; it wants a batch.
+        return F.channel_shuffle(y, self.groups) if y.dim() == 4 else F.channel_shuffle(y[None], self.groups)[0]
 
     def dense_weight(self) -> Tensor:
         order = shuffle_order(self.out_channels, self.groups, self.weight.device)

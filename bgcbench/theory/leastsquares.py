@@ -25,14 +25,14 @@ def patch_second_moment(
 
     One image at a time: the whole set's im2col matrix is never formed. The moment is about zero, not centred.
     """
-    total, count = None, 0
+    if x.shape[0] == 0:
+        raise ShapeError("the second moment of 0 images is undefined; pass at least one")
+    size = x.shape[1] * kernel_size[0] * kernel_size[1]
+    total, count = torch.zeros(size, size, dtype=torch.float64, device=x.device), 0
     for image in x.detach().split(1):
         patches = torch.nn.functional.unfold(image.double(), kernel_size, dilation, padding, stride)[0]  # (nK, D)
-        product = patches @ patches.T
-        total = product if total is None else total.add_(product)
+        total.addmm_(patches, patches.T)
         count += patches.shape[1]
-    if total is None:
-        raise ShapeError("the second moment of 0 images is undefined; pass at least one")
     return total / count
 
 

@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bgcbench.errors import ShapeError, UsageError
+from bgcbench.theory.leastsquares import patch_second_moment, solve_normal
+
+
+def test_the_second_moment_is_the_mean_of_outer_products_of_patches() -> None:
+    x = torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    patches = torch.nn.functional.unfold(x, 2, stride=2)  # (2, 12, 4)
+    expected = sum(torch.outer(patches[b, :, d], patches[b, :, d]) for b in range(2) for d in range(4)) / 8
+    torch.testing.assert_close(patch_second_moment(x, (2, 2), stride=(2, 2)), expected)
+
+
+def test_a_patch_and_a_kernel_are_flattened_in_the_same_order() -> None:
+    x, weight = (torch.randn(s, dtype=torch.float64) for s in ((1, 3, 3, 3), (2, 3, 3, 3)))
+    moment = patch_second_moment(x, (3, 3))
+    y = torch.nn.functional.conv2d(x, weight).flatten()
+    torch.testing.assert_close((weight.flatten(1) @ moment @ weight.flatten(1).T).diagonal(), y.square())
+
+
+def test_no_images_have_no_second_moment() -> None:
+    with pytest.raises(ShapeError, match="at least one"):
+        patch_second_moment(torch.empty(0, 3, 4, 4), (1, 1))
+
+
+def test_dependent_regressors_give_the_solution_of_least_norm() -> None:
+    z = torch.randn(50, 3, dtype=torch.float64) @ torch.randn(3, 6, dtype=torch.float64)  # rank 3 of 6
+    y = torch.randn(50, 2, dtype=torch.float64)
+    solved = solve_normal(z.T @ z, y.T @ z)
+    expected = torch.linalg.lstsq(z, y, driver="gelsd").solution.T
+    torch.testing.assert_close(solved, expected, rtol=1e-6, atol=1e-8)
+
+
+def test_a_ridge_minimises_the_penalised_error() -> None:
+    z, y = torch.randn(40, 5, dtype=torch.float64), torch.randn(40, 2, dtype=torch.float64)
+    prior, ridge = torch.randn(2, 5, dtype=torch.float64), 0.3
+    gram, cross = z.T @ z / 40, y.T @ z / 40
+    lam = ridge * float(gram.trace()) / 5
+    x = solve_normal(gram, cross, ridge=ridge, prior=prior).requires_grad_()
+    loss = (y - z @ x.T).square().sum() / 40 + lam * (x - prior).square().sum()
+    (gradient,) = torch.autograd.grad(loss, x)
+    assert float(gradient.abs().max()) < 1e-12
+
+
+def test_a_negative_ridge_is_refused() -> None:
+    with pytest.raises(UsageError, match="ridge=-1"):
+        solve_normal(torch.eye(2), torch.eye(2), ridge=-1)
