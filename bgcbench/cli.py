@@ -319,8 +319,6 @@ def _profile(
     failed: str | None = None
     try:
         _follow(run, document, writer, session, quiet=quiet)
-    except OutputError:
-        raise
     except Exception as error:
         failed = f"the run broke off: {type(error).__name__}: {error}"
         raise
@@ -335,9 +333,10 @@ def _profile(
 
 def _closing(writer: Any, interrupts: Interrupts, done: int, planned: int, *, quiet: bool) -> int:
     """The last line on stderr, and the exit code."""
-    where = "" if writer is None else f" to {writer.rescued_to or writer.path}"
-    if writer is not None and writer.rescued_to is not None:
-        _say(f"{writer.path} could not be written ({writer.problem}); saved {done}/{planned}{where}")
+    where = "" if writer is None else f" to {writer.path}"
+    if writer is not None and writer.problem is not None:
+        kept = f"the result was rescued to {writer.rescued_to}" if writer.rescued_to else "only stdout has the result"
+        _say(f"bgcbench: {writer.path} could not be written ({writer.problem}); {kept}")
         return OutputError.exit_code
     if interrupts.requested():
         again = "" if writer is None else f"; resume with --resume {writer.path}"

@@ -125,8 +125,8 @@ class ResultWriter:
     """Writes one document to one path, whole or not at all.
 
     Each write goes to a temporary file in the same folder, is synced and then renamed over the target, so an older
-    file survives until a valid newer one exists. When a write fails in the middle of a run (a full disk), the
-    document goes to the system's temporary folder instead and ``rescued_to`` says where; the run goes on.
+    file survives until a valid newer one exists. When a write fails in the middle of a run (a full disk), ``problem``
+    says why and the document goes to the system's temporary folder instead (``rescued_to``); the run goes on.
     """
 
     def __init__(self, path: Path) -> None:
@@ -155,23 +155,22 @@ class ResultWriter:
             ) from error
 
     def write(self, document: Mapping[str, Any]) -> None:
-        """Write now; never raises for a full disk while the temporary folder can still take the file."""
+        """Write now. Never raises for a file system that refuses: measuring must not end for that."""
         text = dumps(document)
-        if self.rescued_to is None:
+        if self.problem is None:
             try:
                 _write_atomically(self.path, text)
-                return
             except OSError as error:
                 self.problem = error.strerror or str(error)
+            else:
+                return
         rescue = Path(tempfile.gettempdir()) / f"bgcbench-rescued-{os.getpid()}-{self.path.name}"
         try:
             _write_atomically(rescue, text)
-        except OSError as error:
-            raise OutputError(
-                f"{self.path} cannot be written ({self.problem}), nor can {rescue} ({error.strerror or error}); "
-                "free some space and run again"
-            ) from error
-        self.rescued_to = rescue
+        except OSError:
+            self.rescued_to = None
+        else:
+            self.rescued_to = rescue
 
 
 def _write_atomically(path: Path, text: str) -> None:

@@ -1,0 +1,79 @@
+"""Who may import whom, held by reading the imports."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parent.parent / "bgcbench"
+# A part may import the parts named with it, and itself.
+ALLOWED = {
+    "errors": set(),
+    "specs": {"errors"},
+    "measure": {"errors", "specs"},
+    "theory": {"errors", "specs"},
+    "convs": {"errors", "specs", "measure", "theory"},
+    "results": {"errors", "specs"},
+    "report": {"errors", "specs", "measure", "theory", "results"},
+    "experiments": {"errors", "specs", "measure", "theory", "convs", "results"},
+    "interrupts": set(),
+    "cli": {"errors", "specs", "measure", "theory", "experiments", "results", "report", "interrupts"},
+    "__main__": {"cli"},
+    "__init__": {"convs", "errors", "specs"},
+}
+MONOPOLIES = {"triton": {"kernels"}, "torchvision": {"models", "data"}, "typer": {"cli"}, "rich": {"cli", "report"},
+              "matplotlib": {"plots"}, "psutil": {"measure"}, "jsonschema": {"results"}}  # fmt: skip
+
+
+def modules() -> list[tuple[str, Path]]:
+    return [(path.relative_to(PACKAGE).parts[0].removesuffix(".py"), path) for path in sorted(PACKAGE.rglob("*.py"))]
+
+
+def imports(path: Path) -> set[str]:
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize(("part", "path"), modules(), ids=lambda value: getattr(value, "name", value))
+def test_a_part_imports_only_what_stands_below_it(part: str, path: Path) -> None:
+    own = {name.split(".")[1] for name in imports(path) if name.startswith("bgcbench.")}
+    # "import bgcbench" itself is for the version only.
+    assert own <= ALLOWED[part] | {part, "__version__"}
+
+
+@pytest.mark.parametrize(("part", "path"), modules(), ids=lambda value: getattr(value, "name", value))
+def test_third_party_packages_stay_in_their_places(part: str, path: Path) -> None:
+    for name in {name.split(".")[0] for name in imports(path)}:
+        assert part in MONOPOLIES.get(name, {part})
+
+
+def test_only_the_command_line_and_the_report_print() -> None:
+    for part, path in modules():
+        calls = [n.func.id for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call)
+                 and isinstance(n.func, ast.Name)]  # fmt: skip
+        assert "print" not in calls or part in ("cli", "report"), path
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], ["profile", "--help"], ["--version"], ["profile", "--groups", "x"], ["profile", "--groups", "3"],
+     ["show", "--table1"], ["show", "missing.json"], ["compare", "a.json", "b.json"], ["profile", "--nonsense"],
+     ["profile", "--resume", "missing.json"], ["profile", "--out", "/dev/null/x.json"]],
+)  # fmt: skip
+def test_torch_is_not_imported_before_a_device_is_needed(arguments: list[str]) -> None:
+    code = (
+        "import sys; from bgcbench.cli import main; main(sys.argv[1:]); "
+        "sys.exit(99 if 'torch' in sys.modules or 'numpy' in sys.modules else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False,
+                          cwd=PACKAGE.parent, timeout=60)  # fmt: skip
+    assert done.returncode == 0, done.stderr

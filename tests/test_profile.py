@@ -1,0 +1,278 @@
+"""The experiment: its plan without torch, and real runs of small layers on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from bgcbench.convs.gc import GroupConv2d
+from bgcbench.errors import ResultFileError, ShapeError, UsageError
+from bgcbench.experiments.profile import (
+    ProfileConfig,
+    ProfileRun,
+    Update,
+    check_same_workload,
+    estimated_bytes,
+    open_session,
+    plan,
+    row_seed,
+)
+from bgcbench.measure import ceilings, environment
+from bgcbench.measure.timing import Rules
+from bgcbench.specs import LAYERS
+
+SMALL = ProfileConfig(
+    in_channels=16, out_channels=16, batch=4, height=5, width=5, groups=(2, 4), device="cpu", max_time_s=0.05
+)
+
+
+def labels(config: ProfileConfig) -> list[tuple[str, int, str]]:
+    return [(r.params["variant"], r.params["groups"], r.params["algorithm"]) for r in plan(config)]
+
+
+@pytest.fixture(autouse=True)
+def _brisk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short warm-ups and no matrix products: what is tested here is not how long they are."""
+    for_device = Rules.for_device
+
+    def brisk(device_type: str, **options: Any) -> Rules:
+        return replace(for_device(device_type, **options), warmup_min_s=0.01, warmup_max_s=0.02)
+
+    monkeypatch.setattr(Rules, "for_device", brisk)
+    monkeypatch.setattr(ceilings, "measure_ceilings", lambda *_, **__: ceilings.Ceilings(1e11, 1e10, (1,), 1))
+
+
+def run(config: ProfileConfig, watch: Callable[[Update], None] = lambda update: None, **options: Any) -> Update:
+    """The last update of a whole run; ``watch`` sees every one."""
+    last = None
+    for last in ProfileRun(config, open_session(config), plan(config), **options).run():
+        watch(last)
+    assert last is not None
+    return last
+
+
+def in_round(number: int, flag: dict[str, bool]) -> Callable[[Update], None]:
+    """A watcher that raises ``flag`` once that round has begun."""
+
+    def watch(update: Update) -> None:
+        flag["up"] |= update.progress is not None and update.progress.round >= number
+
+    return watch
+
+
+class TestPlan:
+    def test_without_a_shape_it_is_table_4(self) -> None:
+        config = ProfileConfig()
+        assert (config.in_channels, config.kernel, config.batch, config.height) == (1024, 3, 128, 7)
+        assert labels(config) == [
+            ("standard", 1, "stock"),
+            *((name, n, form) for n in (2, 4, 8, 16) for name, form in (("gc", "stock"), ("bgc", "two_conv"))),
+        ]
+
+    def test_the_reference_is_there_once_whatever_is_asked(self) -> None:
+        assert labels(replace(SMALL, variants=("gc",), groups=(1, 2)))[0] == ("standard", 1, "stock")
+        assert len(labels(replace(SMALL, variants=("standard", "gc"), groups=(1, 2)))) == 2
+        assert labels(replace(SMALL, variants=("gc",), reference=False, groups=(2,))) == [("gc", 2, "stock")]
+
+    def test_all_algorithms_are_rows_of_their_own(self) -> None:
+        forms = [label for label in labels(replace(SMALL, algorithm="all", groups=(2,))) if label[0] == "bgc"]
+        assert forms == [("bgc", 2, "two_conv"), ("bgc", 2, "concat"), ("bgc", 2, "dense")]
+        assert ("gc", 2, "stock") in labels(replace(SMALL, algorithm="concat", groups=(2,)))
+
+    def test_keys_are_unique_and_do_not_depend_on_the_other_rows(self) -> None:
+        every = replace(SMALL, variants=LAYERS, algorithm="all", groups=(2, 4, 8))
+        keys = [row.key for row in plan(every)]
+        assert len(keys) == len(set(keys))
+        assert {row.key for row in plan(replace(SMALL, groups=(4,)))} <= {row.key for row in plan(SMALL)}
+        assert row_seed(0, keys[0]) != row_seed(0, keys[1]) != row_seed(1, keys[1])
+
+    def test_groups_that_do_not_divide_are_listed_before_anything_runs(self) -> None:
+        config = replace(SMALL, groups=(2, 3, 5))
+        with pytest.raises(ShapeError, match=r"groups=3.*groups=5.*--skip-invalid"):
+            plan(config)
+        rows = plan(replace(config, skip_invalid=True))
+        assert [row.params["groups"] for row in rows if row.invalid] == [3, 3, 5, 5]
+
+    def test_a_plan_without_a_valid_row_is_refused(self) -> None:
+        with pytest.raises(UsageError, match="nothing to measure"):
+            plan(replace(SMALL, groups=(3,), skip_invalid=True, reference=False))
+
+    @pytest.mark.parametrize(
+        ("wrong", "message"),
+        [
+            ({"variants": ("bcg",)}, "did you mean 'bgc'"),
+            ({"variants": ("tlgc",)}, "no layer in this version"),
+            ({"variants": ()}, "--variants is empty"),
+            ({"groups": ()}, "--groups is empty"),
+            ({"phases": ("forward",)}, "unknown phase 'forward'"),
+            ({"groups": (0,)}, "groups=0"),
+            ({"batch": -1}, "batch=-1"),
+            ({"precision": "fp31"}, "did you mean 'fp32'"),
+            ({"layout": "chwn"}, "unknown layout"),
+            ({"mode": "graf"}, "did you mean 'graph'"),
+            ({"algorithm": "winograd"}, "unknown algorithm"),
+            ({"cache": "lukewarm"}, "unknown cache"),
+            ({"device": "gpu"}, "unknown device 'gpu'"),
+            ({"threads": 0}, "threads=0"),
+            ({"seed": -1}, "--seed -1"),
+            ({"max_time_s": 0.0}, "--max-time 0.0"),
+            ({"max_time_s": float("nan")}, "--max-time nan"),
+            ({"input_grad": False, "phases": ("fwd",)}, "--no-input-grad"),
+            ({"precision": "tf32"}, "mode of CUDA devices"),
+            ({"mode": "graph"}, "CUDA graphs"),
+        ],
+    )
+    def test_what_has_no_meaning_is_refused(self, wrong: dict[str, Any], message: str) -> None:
+        with pytest.raises(UsageError, match=message):
+            replace(SMALL, **wrong)
+
+    def test_a_configuration_survives_the_file(self) -> None:
+        config = replace(SMALL, phases=("bwd",), input_grad=False, cache="cold", threads=1)
+        assert ProfileConfig.from_json(config.to_json()) == config
+
+    def test_another_workload_does_not_continue_a_file_and_a_larger_grid_does(self) -> None:
+        stored = SMALL.to_json()
+        check_same_workload(stored, replace(SMALL, groups=(2, 4, 8), variants=("bgc",)), "r.json")
+        for change in ({"batch": 8}, {"seed": 3}, {"quick": True}, {"phases": ("fwd",)}):
+            with pytest.raises(ResultFileError, match="cannot be resumed"):
+                check_same_workload(stored, replace(SMALL, **change), "r.json")
+
+    def test_least_memory_by_hand(self) -> None:
+        spec = plan(SMALL)[0].spec
+        x = y = 4 * 16 * 5 * 5
+        weights = 16 * 16 * 9
+        assert estimated_bytes(SMALL, spec) == 4 * (2 * x + 2 * y + 2 * weights)
+        assert estimated_bytes(replace(SMALL, phases=("fwd",)), spec) == 4 * (x + y + weights)
+        assert estimated_bytes(replace(SMALL, input_grad=False), spec) == 4 * (x + 2 * y + 2 * weights)
+
+
+class TestRun:
+    def test_every_row_is_measured_interleaved_and_complete(self) -> None:
+        update = run(replace(SMALL, phases=("fwd", "bwd", "fwd_bwd"), variants=LAYERS))
+        assert [row["status"] for row in update.rows] == ["ok"] * len(update.rows)
+        assert {row["interleaved"] for row in update.rows} == {1}
+        for row in update.rows:
+            assert set(row["phases"]) == {"fwd", "bwd", "fwd_bwd"}
+            for measured in row["phases"].values():
+                assert set(measured["rounds"]) == set(range(1, update.interleaved[0]["rounds"] + 1))
+                assert len(measured["samples_s"]) == measured["summary"]["n"]
+                assert measured["first_call_s"] > 0
+            assert row["memory"]["peak_bytes"] >= row["memory"]["baseline_bytes"]
+        assert update.ceilings["flops_per_s"] > 0
+
+    @pytest.mark.parametrize("precision", ["fp64", "bf16"])
+    def test_layout_precision_and_algorithm_are_those_asked_for(
+        self, precision: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        seen: list[tuple[bool, torch.dtype]] = []
+        forward = GroupConv2d.forward
+
+        def spy(self: GroupConv2d, x: torch.Tensor) -> torch.Tensor:
+            seen.append((x.is_contiguous(memory_format=torch.channels_last), x.dtype))
+            return forward(self, x)
+
+        monkeypatch.setattr(GroupConv2d, "forward", spy)
+        config = replace(SMALL, precision=precision, layout="nhwc", algorithm="concat", groups=(2,), quick=True)
+        update = run(config)
+        assert set(seen) == {(True, {"fp64": torch.float64, "bf16": torch.bfloat16}[precision])}
+        assert update.rows[2]["params"]["algorithm"] == "concat"
+
+    def test_threads_are_set_for_the_run_only(self) -> None:
+        before = torch.get_num_threads()
+        config = replace(SMALL, threads=1, quick=True)
+        assert open_session(config).environment["cpu"]["threads"] == 1
+        run(config)
+        assert torch.get_num_threads() == before
+
+    def test_a_row_that_runs_out_of_memory_is_a_row_and_the_others_go_on(self, monkeypatch) -> None:
+        def greedy(self: GroupConv2d, x: torch.Tensor) -> torch.Tensor:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has 8 GiB")
+
+        monkeypatch.setattr(GroupConv2d, "forward", greedy)
+        update = run(SMALL)
+        status = {(row["params"]["variant"], row["status"]) for row in update.rows}
+        assert status == {("standard", "ok"), ("gc", "oom"), ("bgc", "ok")}
+        assert all(str(20 * 2**30) in row["reason"] for row in update.rows if row["status"] == "oom")
+
+    def test_a_row_that_breaks_in_the_middle_of_the_rounds_keeps_its_samples(self, monkeypatch) -> None:
+        flag, forward = {"up": False}, GroupConv2d.forward
+
+        def brittle(self: GroupConv2d, x: torch.Tensor) -> torch.Tensor:
+            if flag["up"]:
+                raise RuntimeError("it broke")
+            return forward(self, x)
+
+        monkeypatch.setattr(GroupConv2d, "forward", brittle)
+        update = run(replace(SMALL, groups=(2,)), in_round(3, flag))
+        broken = update.rows[1]
+        assert (broken["status"], broken["reason"]) == ("error", "RuntimeError: it broke")
+        assert broken["phases"]["fwd"]["samples_s"]
+        assert [row["status"] for row in update.rows] == ["ok", "error", "ok"]
+
+    def test_what_cannot_fit_is_not_tried(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(environment, "available_bytes", lambda device: 10)
+        update = run(SMALL)
+        assert {row["status"] for row in update.rows} == {"oom"}
+        assert all("10 there" in row["reason"] for row in update.rows)
+
+    def test_rows_that_do_not_fit_together_are_measured_one_after_the_other(self, monkeypatch) -> None:
+        room = estimated_bytes(SMALL, plan(SMALL)[0].spec)
+        monkeypatch.setattr(environment, "available_bytes", lambda device: room)
+        update = run(SMALL)
+        assert [row["interleaved"] for row in update.rows] == [1, 2, 3, 4, 5]
+        assert any("not paired" in warning for warning in update.warnings)
+
+    def test_a_lost_device_ends_the_rows_that_remain(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def sticky(self: GroupConv2d, x: torch.Tensor) -> torch.Tensor:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+        monkeypatch.setattr(GroupConv2d, "forward", sticky)
+        monkeypatch.setattr("bgcbench.measure.device.device_answers", lambda device: False)
+        update = run(SMALL)
+        assert {row["reason"] for row in update.rows} == {"device lost"}
+        assert {row["status"] for row in update.rows} == {"error"}
+
+    def test_a_stop_marks_the_rows_and_a_resumed_run_ends_with_the_same_ones(self) -> None:
+        flag = {"up": False}
+        cut = run(SMALL, in_round(3, flag), stop=lambda: flag["up"])
+        assert {row["status"] for row in cut.rows} == {"interrupted"}
+        assert all(set(row["phases"]["fwd"]["rounds"]) >= {1, 2} for row in cut.rows)
+        resumed = run(SMALL, kept={row["key"]: row for row in cut.rows})
+        assert [row["key"] for row in resumed.rows] == [row.key for row in plan(SMALL)]
+        assert {row["status"] for row in resumed.rows} == {"ok"}
+
+    def test_a_resumed_run_keeps_finished_rows_and_measures_the_rest_in_a_group_of_their_own(self) -> None:
+        first = run(SMALL)
+        wider = replace(SMALL, groups=(2, 4, 8))
+        again = run(wider, kept={row["key"]: row for row in first.rows}, interleaved=first.interleaved)
+        old = [row for row in again.rows if row["params"]["groups"] != 8]
+        assert old == first.rows
+        assert {row["interleaved"] for row in again.rows if row["params"]["groups"] == 8} == {2}
+
+    def test_the_weights_of_a_row_do_not_depend_on_the_others(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def weights(config: ProfileConfig) -> dict[str, torch.Tensor]:
+            one = ProfileRun(config, open_session(config), plan(config))
+            return {row.planned.key: one._module(row).weight.detach().clone() for row in one.rows}
+
+        few, many = weights(replace(SMALL, groups=(4,))), weights(SMALL)
+        assert all(torch.equal(many[key], weight) for key, weight in few.items())
+        other = weights(replace(SMALL, seed=1, groups=(4,)))
+        assert not any(torch.equal(other[key], weight) for key, weight in few.items())
+
+
+def test_compile_mode_measures_a_compiled_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[Any] = []
+    real: Callable[..., Any] = torch.compile
+
+    def spy(module: Any, **options: Any) -> Any:
+        compiled.append(module)
+        return real(module, backend="eager", **options)
+
+    monkeypatch.setattr(torch, "compile", spy)
+    update = run(replace(SMALL, mode="compile", groups=(2,), quick=True))
+    assert {row["status"] for row in update.rows} == {"ok"}
+    assert len(compiled) == 6  # each of 3 rows for its first look and for its group

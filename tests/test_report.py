@@ -1,0 +1,185 @@
+from __future__ import annotations
+
+import csv
+import io
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from bgcbench import report, results
+from bgcbench.errors import ShapeError
+from bgcbench.measure.statistics import Interval, Ratio
+from tests.example import example_document
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def render(document: dict[str, Any], form: str, width: int = 80) -> str:
+    out = io.StringIO()
+    console = Console(file=out, width=width, no_color=True, highlight=False)
+    report.emit(report.document_report(document), form, console, document)
+    return out.getvalue()
+
+
+@pytest.mark.parametrize(("name", "form", "width"), [("profile.md", "markdown", 80), ("profile-80.txt", "table", 80),
+                                                     ("profile-200.txt", "table", 200)])  # fmt: skip
+def test_the_rendered_example_is_the_one_looked_at(name: str, form: str, width: int) -> None:
+    assert render(example_document(), form, width) == (GOLDEN / name).read_text(encoding="utf-8")
+
+
+def test_a_document_reads_alike_before_and_after_it_was_a_file(tmp_path: Path) -> None:
+    document = example_document()
+    results.ResultWriter(tmp_path / "r.json").write(document)
+    for form in ("table", "markdown", "csv", "json"):
+        assert render(results.read(tmp_path / "r.json"), form) == render(document, form)
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 140, 250])
+def test_no_line_is_wider_than_the_terminal_and_no_number_is_cut(width: int) -> None:
+    text = render(example_document(), "table", width)
+    assert max(len(line) for line in text.splitlines()) <= width
+    for column in report.document_report(example_document()).columns:
+        for cell in column.cells:
+            assert cell in text
+
+
+def test_verdicts_follow_from_the_numbers() -> None:
+    verdicts = report.document_report(example_document()).sections["Verdict (fwd+bwd)"]
+    assert re.fullmatch(
+        r"GC N=2 is (1\.99|2\.00|2\.01|2\.0)x faster than standard \(95% CI [\d.]+-[\d.]+\) with half the parameters; "
+        r"white error 0\.5",
+        verdicts[0],
+    )
+    assert verdicts[1].startswith("BGC N=2 is as fast as standard: no detectable difference (< ")
+    assert verdicts[1].endswith("with the same number of parameters; white error 0")
+    assert "in_channels=1024 is not divisible by groups=3" in verdicts[2]
+
+
+def ratio(value: float, low: float | None = None, high: float | None = None, paired: bool = True) -> Ratio:
+    return Ratio(value, None if low is None or high is None else Interval(low, high), paired)
+
+
+@pytest.mark.parametrize(
+    ("compared", "words"),
+    [
+        (ratio(2.9, 2.8, 3.0), "2.9x faster than standard (95% CI 2.8-3.0)"),
+        (ratio(1.67, 1.65, 1.69), "1.67x faster than standard (95% CI 1.65-1.69)"),
+        (ratio(0.5, 0.4, 0.625), "2.0x slower than standard (95% CI 1.6-2.5)"),
+        (ratio(1.001, 0.996, 1.006), "as fast as standard: no detectable difference (< 0.60 %)"),
+        (ratio(1.2, 0.8, 2.0), "not told apart from standard (95% CI of the speed-up 0.80-2.00)"),
+        (ratio(3.0), "about 3.00x faster than standard (no interval)"),
+        (ratio(0.5), "about 2.00x slower than standard (no interval)"),
+        (ratio(2.9, 2.8, 3.0, paired=False), "2.9x faster than standard (95% CI 2.8-3.0, measured apart)"),
+    ],
+)
+def test_a_ratio_in_plain_words(compared: Ratio, words: str) -> None:
+    assert report.compare_words(compared, "standard") == words
+
+
+def test_rows_measured_in_different_runs_are_not_paired() -> None:
+    document = example_document()
+    standard, gc = document["results"][:2]
+    assert report.row_ratio(standard, gc, "fwd").paired
+    gc["interleaved"] = 2
+    assert not report.row_ratio(standard, gc, "fwd").paired
+    assert report.row_ratio(standard, document["results"][3], "fwd") is None
+
+
+def test_rows_that_failed_stay_in_the_table_with_their_reason() -> None:
+    document = example_document()
+    document["results"][1] |= {"status": "oom", "reason": "out of memory: 7 bytes asked for", "phases": {}}
+    text = render(document, "markdown")
+    assert "GC N=2: oom: out of memory: 7 bytes asked for" in text
+    assert re.search(r"\| GC \| 2 \|.*\| oom \|", text)
+
+
+def test_a_file_without_any_measured_row_is_still_a_table() -> None:
+    document = example_document()
+    document["exit_reason"] = "interrupted"
+    for row in document["results"]:
+        row.update(phases={}, status="interrupted", reason="not measured yet")
+    text = render(document, "markdown")
+    assert "this run is not complete (interrupted)" in text
+    assert "interrupted" in text
+
+
+def test_csv_has_a_line_a_row_and_phase_in_si_units() -> None:
+    lines = list(csv.DictReader(io.StringIO(render(example_document(), "csv"))))
+    document = example_document()
+    assert len(lines) == 5 * 2 + 2
+    first = document["results"][0]
+    assert float(lines[0]["median_s"]) == first["phases"]["fwd"]["summary"]["median_s"]
+    assert (lines[0]["key"], lines[0]["phase"]) == (first["key"], "fwd")
+    assert float(lines[1]["speed_up"]) == 1.0
+    invalid = [line for line in lines if line["status"] == "invalid"]
+    assert len(invalid) == 2
+    assert invalid[0]["median_s"] == ""
+
+
+def test_flags_tell_what_to_know_before_a_number_is_used() -> None:
+    row = example_document()["results"][0]
+    assert report.flags(row, ["fwd", "fwd_bwd"]) == []
+    row["phases"]["fwd"]["converged"] = False
+    assert report.flags(row, ["fwd", "fwd_bwd"]) == ["fwd n=40"]
+    row["phases"]["fwd_bwd"]["converged"] = False
+    assert report.flags(row, ["fwd", "fwd_bwd"]) == ["n=40"]
+    row["phases"]["fwd"]["derived"]["launch_bound"] = True
+    summary = row["phases"]["fwd"]["summary"]
+    for spread, word in ((0.05, "uneven"), (0.2, "noisy")):
+        summary["q3_s"] = summary["q1_s"] + spread * summary["median_s"]
+        assert f"fwd {word}" in report.flags(row, ["fwd", "fwd_bwd"])
+    assert "fwd launch-bound" in report.flags(row, ["fwd", "fwd_bwd"])
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(9437184, "9.44 M"), (589824, "590 k"), (1.37e11, "137 G"), (999, "999"), (0.5, "0.500"), (2.5e12, "2.50 T")],
+)
+def test_counts_with_three_digits(value: float, text: str) -> None:
+    assert report.scaled(value) == text
+
+
+@pytest.mark.parametrize(("seconds", "unit"), [([0.002, 3.0], "s"), ([2e-3], "ms"), ([2e-4], "us"), ([], "s")])
+def test_the_unit_is_the_one_the_largest_time_reads_best_in(seconds: list[float], unit: str) -> None:
+    assert report.time_unit(seconds)[1] == unit
+
+
+def test_table_1_has_all_seven_variants_at_every_n() -> None:
+    table = report.table1_report(8, 12, 3, (7, 7), (4, 2))
+    assert [(r["variant"], r["groups"]) for r in table.records] == [
+        ("standard", 1),
+        *((name, n) for n in (2, 4) for name in ("gc", "shuffle", "lgc", "flgc", "tlgc", "bgc")),
+    ]
+    with pytest.raises(ShapeError, match="groups=5"):
+        report.table1_report(8, 12, 3, (7, 7), (5,))
+
+
+def slower(document: dict[str, Any], factor: float) -> dict[str, Any]:
+    for row in document["results"]:
+        for phase in row["phases"].values():
+            phase["samples_s"] = [factor * sample for sample in phase["samples_s"]]
+            phase["summary"]["median_s"] *= factor
+    return document
+
+
+@pytest.mark.parametrize(("factor", "limit", "tripped"), [(1.0, 0.03, False), (1.1, 0.03, True), (1.1, 0.2, False),
+                                                          (0.8, 0.0, False), (1.1, None, False)])  # fmt: skip
+def test_compare_trips_only_for_a_slowdown_beyond_doubt(factor: float, limit: float | None, tripped: bool) -> None:
+    before, after = example_document(), slower(example_document(), factor)
+    table, found = report.compare_report(before, after, ("a.json", "b.json"), limit)
+    assert found is tripped
+    assert len(table.records) == 10
+    assert all(record["ratio"] == pytest.approx(factor) for record in table.records)
+
+
+def test_compare_says_what_is_in_one_file_only_and_that_machines_differ() -> None:
+    before, after = example_document(), example_document()
+    gone = after["results"].pop(1)
+    after["environment"]["fingerprint"] = "1" * 64
+    table, _ = report.compare_report(before, after, ("a.json", "b.json"), None)
+    notes = " ".join(table.sections["Notes"])
+    assert gone["key"] in notes
+    assert "different machines" in notes
