@@ -447,6 +447,8 @@ def show(
         return 0
     if document is not None:
         config = ProfileConfig.from_json(document.get("config", {}))
+        measurable = {row["params"]["groups"] for row in document["results"] if row["status"] != "invalid"}
+        config = dataclasses.replace(config, groups=tuple(sorted(measurable)))
     else:
         options: dict[str, Any] = {
             "in_channels": in_channels if in_channels is not None else channels,
@@ -619,9 +621,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not hasattr(error, "format_message"):
             raise
         message = " ".join(str(error.format_message()).split())
+        message += _value_given(message, sys.argv[1:] if argv is None else argv)
         _say(f"bgcbench: {message} (see bgcbench {' '.join(_command_path(error))}--help)")
         return UsageError.exit_code
     return int(code or 0)
+
+
+def _value_given(message: str, argv: Sequence[str]) -> str:
+    """The value of the option that ``message`` calls invalid; Typer's message leaves it out."""
+    words = [part for word in argv for part in (word.split("=", 1) if word.startswith("--") else [word])]
+    for option, value in zip(words, words[1:], strict=False):
+        if message.startswith("Invalid value") and f"'{option}'" in message and f"'{value}'" not in message:
+            return f", not '{value}'"
+    return ""
 
 
 def _command_path(error: Exception) -> list[str]:

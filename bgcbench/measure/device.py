@@ -169,7 +169,7 @@ class CpuStopwatch(DeviceStopwatch):
     """perf_counter_ns around each call."""
 
     def __init__(self, device: torch.device, *, flush_bytes: int = 0) -> None:
-        super().__init__(device, flush_bytes=flush_bytes, canary_size=512)
+        super().__init__(device, flush_bytes=flush_bytes, canary_size=1024)
 
     def _times(self, cell: Cell, count: int) -> list[float]:
         clock, times = time.perf_counter_ns, []

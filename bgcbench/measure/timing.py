@@ -56,7 +56,7 @@ class Rules:
                 min_samples=6,
                 target_half_width=0.03,
                 max_time_s=1.5,
-                                warmup_min_s=0.02,
+                warmup_min_s=0.02,
                 warmup_min_calls=1,
                 warmup_max_s=0.1,
                 canary_redo=0,

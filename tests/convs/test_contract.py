@@ -32,7 +32,12 @@ IN, OUT = 8, 16
 def make(name: str, form: str, groups: int, dtype: torch.dtype = torch.float64, **shape: object) -> VariantConv2d:
     """A layer of 8 -> 16 channels with a bias that is not zero."""
     layer = CONVS[name](
-        IN, OUT, groups=1 if name == "standard" else groups, algorithm=form, dtype=dtype, **shape  # type: ignore[arg-type]
+        IN,
+        OUT,
+        groups=1 if name == "standard" else groups,
+        algorithm=form,
+        dtype=dtype,
+        **shape,  # type: ignore[arg-type]
     )
     if layer.bias is not None:
         torch.nn.init.normal_(layer.bias)

@@ -1,0 +1,45 @@
+"""The A/A test on a real machine: one layer entered twice in one interleaved run must not differ from itself.
+
+    python -m benchmarks.same_row_twice [--tries 20] [--out results/same-row-twice.json]
+
+Exit code 1 if the two are told apart in more than one of twenty tries.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+from pathlib import Path
+
+from benchmarks.common import CPU, save, workload
+from bgcbench.measure.device import make_stopwatch
+from bgcbench.measure.statistics import Series, ratio_of_medians
+from bgcbench.measure.timing import Group, Rules, Track
+
+SHAPE = {"channels": 256, "size": 14, "batch": 16}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tries", type=int, default=20)
+    parser.add_argument("--out", type=Path, default=Path("results/same-row-twice.json"))
+    options = parser.parse_args()
+    tries = []
+    for seed in range(options.tries):
+        tracks = [Track(name, workload("bgc", 4, **SHAPE).cell("fwd_bwd")) for name in ("first", "second")]
+        group = Group(tracks, make_stopwatch(CPU, cold=False), Rules(max_time_s=4.0), random.Random(seed))
+        for _ in group.run():
+            pass
+        first, second = (Series(track.samples, track.rounds) for track in group.tracks)
+        ratio = ratio_of_medians(first, second, paired=True)
+        bounds = [ratio.ci95.low, ratio.ci95.high] if ratio.ci95 else None
+        tries.append({"ratio": ratio.value, "ci95": bounds, "told_apart": ratio.detectable, "rounds": group.rounds})
+        print(f"try {seed + 1:2}: {ratio.value:.4f} {bounds} {'TOLD APART' if ratio.detectable else ''}", flush=True)
+    apart = sum(bool(entry["told_apart"]) for entry in tries)
+    save(options.out, "python -m benchmarks.same_row_twice", {"shape": SHAPE, "told_apart": apart, "tries": tries})
+    print(f"told apart in {apart} of {len(tries)} tries")
+    return int(apart > len(tries) / 20)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,317 @@
+"""The command line as a user meets it."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import jsonschema
+import pytest
+import torch
+
+import bgcbench
+from bgcbench import results
+from bgcbench.cli import main
+from bgcbench.convs.gc import GroupConv2d
+from tests.example import example_document
+
+Cli = Callable[..., subprocess.CompletedProcess[str]]
+SMALL = ["profile", "--channels", "16", "--batch", "4", "--size", "5", "--groups", "2", "--device", "cpu",
+         "--max-time", "0.05"]  # fmt: skip
+LIGHT = [*SMALL, "--quick"]
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty current folder."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def example(here: Path) -> Path:
+    path = here / "example.json"
+    results.ResultWriter(path).write(example_document())
+    return path
+
+
+class TestUsage:
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["profile", "--groups", "3"], "in_channels=1024 is not divisible by groups=3; its divisors are 1, 2, 4"),
+            (["profile", "--groups", "2,x"], "--groups 2,x must be whole numbers separated by commas"),
+            (["profile", "--groups", "0"], "groups=0 must be a whole number of at least 1"),
+            (["profile", "--groups", "-2"], "groups=-2"),
+            (["profile", "--variants", "bcg"], "unknown variant 'bcg': did you mean 'bgc'?"),
+            (["profile", "--variants", "flgc"], "variant 'flgc' has no layer in this version"),
+            (["profile", "--channels", "0"], "in_channels=0"),
+            (["profile", "--batch", "-1"], "batch=-1"),
+            (["profile", "--kernel", "9", "--size", "0"], "height=0"),
+            (["profile", "--kernel", "8", "--size", "1"], "leaves no output"),
+            (["profile", "--size", "7x7x7"], "--size 7x7x7"),
+            (["profile", "--chanels", "4"], "No such option: --chanels"),
+            (["profile", "--channels", "many"], "many"),
+            (["profile", "--precision", "tf32", "--device", "cpu"], "tf32 is a mode of CUDA devices"),
+            (["profile", "--device", "tpu"], "unknown device 'tpu'"),
+            (["profile", "--preset", "table5"], "did you mean 'table4'"),
+            (["profile", "--preset", "table4", "--channels", "64"], "--channels changes it"),
+            (["profile", "--format", "yaml"], "unknown format 'yaml'"),
+            (["profile", "--resume", "missing.json"], "missing.json cannot be read"),
+            (["profile", "--resume", "a.json", "--out", "b.json"], "--resume writes to the file it continues"),
+            (["profil"], "No such command 'profil'"),
+            (["show"], "show needs a result FILE"),
+            (["show", "missing.json"], "missing.json cannot be read"),
+            (["show", "--channels", "8"], "--channels describes a layer for --table1"),
+            (["show", "--table1", "--groups", "7"], "not divisible by groups=7"),
+            (["doctor", "--device", "moon"], "unknown device 'moon'"),
+            (["compare", "a.json", "b.json"], "a.json cannot be read"),
+            (["compare", "a.json", "b.json", "--fail-on", "-1"], "--fail-on -1.0"),
+            (["compare", "a.json"], "Missing argument"),
+        ],
+    )
+    def test_a_mistake_is_one_clear_line_and_exit_2(self, arguments, message, here, capsys) -> None:
+        assert main(arguments) == 2
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert len(err.splitlines()) == 1
+        assert message in err
+        assert list(here.iterdir()) == []
+
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
+    @pytest.mark.parametrize("command", [["profile"], ["doctor"]])
+    def test_a_device_that_is_not_there_is_exit_3(self, command: list[str], here: Path, capsys) -> None:
+        assert main([*command, "--device", "cuda:1"]) == 3
+        assert "--device cuda:1: no CUDA device here" in capsys.readouterr().err
+        assert list(here.iterdir()) == []
+
+    def test_help_and_version(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["--version"]) == 0
+        assert capsys.readouterr().out == f"bgcbench {bgcbench.__version__}\n"
+        assert main([]) == 0
+        assert "profile" in capsys.readouterr().out
+        assert main(["profile", "--help"]) == 0
+        assert "--groups" in capsys.readouterr().out
+
+
+class TestProfile:
+    def test_a_run_prints_a_table_and_writes_a_valid_file(self, here: Path, capsys) -> None:
+        assert main(SMALL) == 0
+        out, err = capsys.readouterr()
+        (path,) = (here / "results").iterdir()
+        assert re.fullmatch(r"profile-conv16x16k3-fp32-nchw-cpu-\d{8}T\d{6}Z\.json", path.name)
+        document = results.read(path)
+        jsonschema.validate(document, results.schema())
+        assert document["complete"]
+        assert document["exit_reason"] == "ok"
+        assert document["environment"]["device"]["type"] == "cpu"
+        assert document["settings"]["tf32"] == {"conv": False, "matmul": False}
+        assert [row["params"]["variant"] for row in document["results"]] == ["standard", "gc", "bgc"]
+        assert "| BGC | 2 |" in out
+        assert "Verdict (fwd+bwd)" in out
+        assert "\x1b[" not in out
+        assert f"saved 3/3 to results/{path.name}" in err
+        main(["show", str(path)])
+        assert capsys.readouterr().out == out
+
+    def test_json_on_stdout_is_the_document_and_leaves_no_file(self, here: Path, capsys) -> None:
+        assert main([*LIGHT, "--out", "-"]) == 0
+        document = json.loads(capsys.readouterr().out)
+        jsonschema.validate(document, results.schema())
+        assert document["quality"] == "quick"
+        assert list(here.iterdir()) == []
+
+    def test_quiet_says_nothing_on_stderr(self, here: Path, capsys) -> None:
+        assert main([*LIGHT, "--quiet", "--format", "csv"]) == 0
+        out, err = capsys.readouterr()
+        assert err == ""
+        assert {row["phase"] for row in csv.DictReader(io.StringIO(out))} == {"fwd", "fwd_bwd"}
+
+    def test_a_dry_run_says_the_plan_and_touches_nothing(self, here: Path, capsys) -> None:
+        assert main([*SMALL, "--dry-run", "--out", "new/x.json"]) == 0
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert "plan: 3 rows x fwd, fwd_bwd" in err
+        assert "bgc-n2-16x16" in err
+        assert list(here.iterdir()) == []
+
+    def test_an_existing_file_is_refused_without_force(self, here: Path, capsys) -> None:
+        (here / "r.json").write_text("mine")
+        assert main([*LIGHT, "--out", "r.json"]) == 4
+        assert "exists; use --force" in capsys.readouterr().err
+        assert (here / "r.json").read_text() == "mine"
+        assert main([*LIGHT, "--out", "r.json", "--force"]) == 0
+        assert results.read(here / "r.json")["complete"]
+
+    @pytest.mark.parametrize("out", ["/dev/null/r.json", "file/r.json", "."])
+    def test_an_unwritable_place_is_exit_4_before_anything_runs(self, out: str, here: Path, capsys) -> None:
+        (here / "file").touch()
+        assert main([*LIGHT, "--out", out]) == 4
+        err = capsys.readouterr().err
+        assert len(err.splitlines()) == 1
+        assert "--out" in err
+
+    def test_a_row_out_of_memory_is_exit_1_and_the_file_is_valid(self, here: Path, capsys, monkeypatch) -> None:
+        def greedy(self: GroupConv2d, x: torch.Tensor) -> torch.Tensor:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+        monkeypatch.setattr(GroupConv2d, "forward", greedy)
+        assert main([*LIGHT, "--out", "r.json"]) == 1
+        document = results.read(here / "r.json")
+        assert [row["status"] for row in document["results"]] == ["ok", "oom", "ok"]
+        assert document["exit_reason"] == "partial"
+        assert "saved 2/3" in capsys.readouterr().err
+
+    def test_a_batch_no_machine_can_hold_is_a_row_and_not_a_crash(self, here: Path, capsys) -> None:
+        assert main([*LIGHT, "--batch", "1000000000", "--out", "r.json"]) == 1
+        assert {row["status"] for row in results.read(here / "r.json")["results"]} == {"oom"}
+        assert "use a smaller --batch" in capsys.readouterr().out
+
+    def test_skipped_groups_are_invalid_rows_and_exit_0(self, here: Path) -> None:
+        assert main([*LIGHT, "--groups", "2,3", "--skip-invalid", "--out", "r.json", "--quiet"]) == 0
+        document = results.read(here / "r.json")
+        assert [row["status"] for row in document["results"]] == ["ok", "ok", "ok", "invalid", "invalid"]
+        assert document["exit_reason"] == "ok"
+
+    def test_a_full_disk_in_the_middle_of_a_run_loses_nothing(self, here: Path, capsys, monkeypatch) -> None:
+        write, target = results._write_atomically, here / "r.json"
+
+        def full(path: Path, text: str) -> None:
+            if path.name == target.name:
+                raise OSError(28, "No space left on device")
+            write(path, text)
+
+        monkeypatch.setattr(results, "_write_atomically", full)
+        monkeypatch.setattr("tempfile.tempdir", str(here))
+        assert main([*LIGHT, "--out", "r.json"]) == 4
+        out, err = capsys.readouterr()
+        (rescued,) = here.glob("bgcbench-rescued-*")
+        assert results.read(rescued)["complete"]
+        assert f"r.json could not be written (No space left on device); the result was rescued to {rescued}" in err
+        assert "| BGC | 2 |" in out
+
+    def test_a_run_that_breaks_off_leaves_a_valid_file(self, here: Path, monkeypatch) -> None:
+        def broken(*_: object, **__: object) -> None:
+            raise ZeroDivisionError("a bug")
+
+        monkeypatch.setattr("bgcbench.experiments.profile.ProfileRun._settle", broken)
+        with pytest.raises(ZeroDivisionError):
+            main([*LIGHT, "--out", "r.json", "--quiet"])
+        document = results.read(here / "r.json")
+        assert document["exit_reason"] == "error"
+        assert "ZeroDivisionError: a bug" in document["warnings"][-1]
+
+    def test_resume_needs_no_other_option_and_measures_only_what_is_missing(self, here: Path, capsys) -> None:
+        assert main([*LIGHT, "--out", "r.json", "--quiet"]) == 0
+        document = results.read(here / "r.json")
+        document["results"][1] |= {"status": "interrupted", "reason": "cut short"}
+        results.ResultWriter(here / "r.json").write(document)
+        assert main(["profile", "--resume", "r.json"]) == 0
+        again = results.read(here / "r.json")
+        assert [row["key"] for row in again["results"]] == [row["key"] for row in document["results"]]
+        assert again["results"][0] == document["results"][0]
+        assert again["results"][1]["status"] == "ok"
+        assert again["exit_reason"] == "ok"
+        assert "measured apart" in capsys.readouterr().out or again["quality"] == "quick"
+
+    def test_a_resumed_grid_may_grow_but_its_settings_may_not_change(self, here: Path, capsys) -> None:
+        assert main([*LIGHT, "--out", "r.json", "--quiet"]) == 0
+        before = (here / "r.json").read_text()
+        for change in (
+            ["--seed", "5"],
+            ["--batch", "8"],
+            ["--layout", "nhwc"],
+            ["--max-time", "3"],
+            ["--threads", "1"],
+        ):
+            assert main(["profile", "--resume", "r.json", *change]) == 2
+            assert "cannot be resumed" in capsys.readouterr().err
+        assert (here / "r.json").read_text() == before
+        assert main(["profile", "--resume", "r.json", "--groups", "2,4", "--quiet"]) == 0
+        assert len(results.read(here / "r.json")["results"]) == 5
+
+    def test_a_truncated_or_foreign_file_is_not_resumed_and_not_touched(self, example: Path, capsys) -> None:
+        whole = example.read_text()
+        for content in (whole[:500], "{}", whole.replace('"profile"', '"train"', 1)):
+            example.write_text(content)
+            assert main(["profile", "--resume", str(example)]) == 2
+            assert len(capsys.readouterr().err.splitlines()) == 1
+            assert example.read_text() == content
+
+
+class TestOtherCommands:
+    def test_show_prints_every_format(self, example: Path, capsys) -> None:
+        for form, sign in (("markdown", "| BGC | 4 |"), ("csv", "key,variant"), ("json", '"schema"'), ("table", "BGC")):
+            assert main(["show", str(example), "--format", form]) == 0
+            assert sign in capsys.readouterr().out
+
+    def test_show_table1_evaluates_the_papers_table(self, here: Path, capsys) -> None:
+        assert main(["show", "--table1", "--channels", "1024", "--groups", "2,4"]) == 0
+        out = capsys.readouterr().out
+        for label in ("SC", "GC", "Shuffle", "LGC", "FLGC", "TLGC", "BGC"):
+            assert f"| {label} |" in out
+        assert "9,437,184" in out  # 9 * 1024 * 1024
+        assert list(here.iterdir()) == []
+
+    def test_show_table1_of_a_file_takes_its_layer(self, example: Path, capsys) -> None:
+        assert main(["show", str(example), "--table1", "--format", "json"]) == 0
+        records = json.loads(capsys.readouterr().out)
+        assert {record["groups"] for record in records} == {1, 2, 4}
+
+    def test_doctor_prints_the_environment(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["doctor", "--device", "cpu"]) == 0
+        out = capsys.readouterr().out
+        assert "load average" in out
+        assert torch.__version__ in out
+
+    def test_compare_is_exit_5_beyond_the_limit(self, example: Path, here: Path, capsys) -> None:
+        slow = example_document()
+        for row in slow["results"]:
+            for phase in row["phases"].values():
+                phase["samples_s"] = [2 * sample for sample in phase["samples_s"]]
+        results.ResultWriter(here / "slow.json").write(slow)
+        assert main(["compare", str(example), "slow.json"]) == 0
+        assert "2.00x the time" in capsys.readouterr().out
+        assert main(["compare", str(example), "slow.json", "--fail-on", "3"]) == 5
+        assert main(["compare", "slow.json", str(example), "--fail-on", "3"]) == 0
+
+    def test_compare_refuses_a_quick_file_against_a_full_one(self, example: Path, here: Path, capsys) -> None:
+        results.ResultWriter(here / "quick.json").write({**example_document(), "quality": "quick"})
+        assert main(["compare", str(example), "quick.json"]) == 2
+        assert "use --force" in capsys.readouterr().err
+        assert main(["compare", str(example), "quick.json", "--force"]) == 0
+
+
+class TestProcess:
+    def test_it_runs_as_a_module_from_a_checkout(self, cli: Cli) -> None:
+        done = cli("show", "--table1", "--channels", "8", "--groups", "2")
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout.startswith("Table 1 for a 3x3 convolution")
+
+    def test_a_reader_that_goes_away_is_no_error(self, cli: Cli, tmp_path: Path) -> None:
+        results.ResultWriter(tmp_path / "r.json").write(example_document())
+        module = f"{cli('--version').args[0]} -m bgcbench show r.json --format json"
+        done = subprocess.run(
+            ["bash", "-c", f"PYTHONPATH={Path(bgcbench.__file__).parents[1]} {module} | head -c 10"],
+            cwd=tmp_path, capture_output=True, text=True, check=False, timeout=60,
+        )  # fmt: skip
+        assert done.stderr == ""
+        assert done.stdout == '{\n "schema'
+
+    @pytest.mark.parametrize("columns", ["60", "80"])
+    def test_a_table_fits_the_columns_it_is_given(self, cli: Cli, tmp_path: Path, columns: str) -> None:
+        results.ResultWriter(tmp_path / "r.json").write(example_document())
+        done = cli("show", "r.json", "--format", "table", COLUMNS=columns)
+        assert max(len(line) for line in done.stdout.splitlines()) <= int(columns)
+
+    def test_colour_only_where_it_is_wanted(self, cli: Cli, tmp_path: Path) -> None:
+        results.ResultWriter(tmp_path / "r.json").write(example_document())
+        forced = cli("show", "r.json", FORCE_COLOR="1").stdout
+        assert "\x1b[1m" in forced
+        plain = cli("show", "r.json", FORCE_COLOR="1", NO_COLOR="1").stdout
+        assert "\x1b[3" not in plain

@@ -1,0 +1,126 @@
+"""Ctrl-C and SIGTERM in the middle of a run, in a real process."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from bgcbench import results
+
+ROOT = Path(__file__).resolve().parent.parent
+ARGUMENTS = ["profile", "--channels", "32", "--batch", "8", "--size", "7", "--groups", "2", "--device", "cpu",
+             "--phases", "fwd", "--out", "r.json"]  # fmt: skip
+
+
+def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "bgcbench", *arguments],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_for_round(path: Path, number: int, process: subprocess.Popen[str]) -> None:
+    """Until the file holds that many rounds; a reader at any moment finds a whole file."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if path.exists():
+            document = json.loads(path.read_text(encoding="utf-8"))
+            if any(entry.get("rounds", 0) >= number for entry in document["interleaved"]):
+                return
+        time.sleep(0.02)
+    pytest.fail(f"no round {number} in {path}: {process.communicate()}")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
+    """The keys of a run that nobody interrupts."""
+    folder = tmp_path_factory.mktemp("whole")
+    process = start(folder, *ARGUMENTS, "--max-time", "0.05")
+    assert process.wait(timeout=180) == 0
+    process.communicate()
+    yield [row["key"] for row in results.read(folder / "r.json")["results"]]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_run_leaves_a_valid_file_and_resumes_to_the_same_rows(
+    number: int, code: int, tmp_path: Path, whole: list[str]
+) -> None:
+    process = start(tmp_path, *ARGUMENTS, "--max-time", "1")
+    path = tmp_path / "r.json"
+    wait_for_round(path, 2, process)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == code
+    document = results.read(path)
+    assert document["exit_reason"] == "interrupted"
+    assert {row["status"] for row in document["results"]} == {"interrupted"}
+    assert all(row["phases"] for row in document["results"])
+    assert "saved 0/3 to r.json; resume with --resume r.json" in err
+    assert "Traceback" not in err
+    assert "this run is not complete" in out
+
+    again = start(tmp_path, "profile", "--resume", "r.json")
+    _, err = again.communicate(timeout=180)
+    assert again.returncode == 0, err
+    document = results.read(path)
+    assert [row["key"] for row in document["results"]] == whole
+    assert {row["status"] for row in document["results"]} == {"ok"}
+    assert document["exit_reason"] == "ok"
+
+
+def test_a_second_ctrl_c_leaves_at_once_with_a_valid_file(tmp_path: Path) -> None:
+    # One call of this layer takes seconds, so the first signal alone would wait for its end.
+    process = start(tmp_path, "profile", "--channels", "512", "--batch", "64", "--size", "28", "--groups", "2",
+                    "--device", "cpu", "--out", "r.json")  # fmt: skip
+    path = tmp_path / "r.json"
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and "plan:" not in (process.stderr.readline() if process.stderr else ""):
+        pass
+    time.sleep(4)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.2)
+    began = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert time.monotonic() - began < 1.0
+    if path.exists():
+        results.read(path)
+    assert [p for p in tmp_path.iterdir() if p != path] == []
+
+
+def test_a_killed_run_leaves_a_valid_resumable_file(tmp_path: Path, whole: list[str]) -> None:
+    process = start(tmp_path, *ARGUMENTS, "--max-time", "1")
+    path = tmp_path / "r.json"
+    wait_for_round(path, 2, process)
+    process.kill()
+    process.communicate()
+    document = results.read(path)
+    assert document["exit_reason"] == "running"
+    assert {row["status"] for row in document["results"]} == {"interrupted"}
+    again = start(tmp_path, "profile", "--resume", "r.json", "--quiet")
+    _, err = again.communicate(timeout=180)
+    assert again.returncode == 0, err
+    assert [row["key"] for row in results.read(path)["results"]] == whole
+
+
+def test_ctrl_c_before_anything_is_measured_writes_nothing(tmp_path: Path) -> None:
+    process = start(tmp_path, *ARGUMENTS)
+    time.sleep(0.5)  # torch is being imported
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in err
+    assert not (tmp_path / "r.json").exists()
