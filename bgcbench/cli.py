@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import sys
 from collections.abc import Sequence
@@ -630,7 +631,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _value_given(message: str, argv: Sequence[str]) -> str:
     """The value of the option that ``message`` calls invalid; Typer's message leaves it out."""
     words = [part for word in argv for part in (word.split("=", 1) if word.startswith("--") else [word])]
-    for option, value in zip(words, words[1:], strict=False):
+    for option, value in itertools.pairwise(words):
         if message.startswith("Invalid value") and f"'{option}'" in message and f"'{value}'" not in message:
             return f", not '{value}'"
     return ""

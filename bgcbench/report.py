@@ -254,8 +254,8 @@ def compare_words(ratio: Ratio, other: str) -> str:
     if not ratio.detectable:
         bound = max(abs(interval.low - 1), abs(interval.high - 1))
         if bound > 0.1:
-            low, high = _ratio_text(interval.low), _ratio_text(interval.high)
-            return f"not told apart from {other} (95% CI of the speed-up {low}-{high}{apart})"
+            span = f"{_ratio_text(interval.low)}-{_ratio_text(interval.high)}"
+            return f"not told apart from {other} (95% CI of the speed-up {span}{apart})"
         return f"as fast as {other}: no detectable difference (< {significant(100 * bound, 2)} %{apart})"
     value, low, high, how = ratio.value, interval.low, interval.high, "faster"
     if value < 1:

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -44,13 +43,13 @@ def wait_for_round(path: Path, number: int, process: subprocess.Popen[str]) -> N
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
+def whole(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """The keys of a run that nobody interrupts."""
     folder = tmp_path_factory.mktemp("whole")
     process = start(folder, *ARGUMENTS, "--max-time", "0.05")
     assert process.wait(timeout=180) == 0
     process.communicate()
-    yield [row["key"] for row in results.read(folder / "r.json")["results"]]
+    return [row["key"] for row in results.read(folder / "r.json")["results"]]
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

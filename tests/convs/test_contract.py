@@ -188,7 +188,7 @@ class TestProjection:
             other = copy.deepcopy(layer)
             with torch.no_grad():
                 for parameter in other.parameters():
-                    parameter += 0.01 * torch.randn_like(parameter)
+                    parameter.add_(torch.randn_like(parameter), alpha=0.01)
             assert lost_energy(weight, other, moment) >= best
 
     def test_stride_dilation_bias_and_dtype_are_taken_over(self, name) -> None:
