@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 import random
 import re
 import time
@@ -367,13 +368,13 @@ class ProfileRun:
     def run(self) -> Iterator[Update]:
         """Measure every row; the last update holds the finished rows."""
         from bgcbench.measure.ceilings import measure_ceilings
-        from bgcbench.measure.device import DTYPES, backend_state, make_stopwatch
+        from bgcbench.measure.device import DTYPES, backend_state, current, make_stopwatch
 
         config, session = self.config, self.session
         if not self.rows:
             yield self._update("nothing left to measure", save=True)
             return
-        with backend_state(config.precision, config.threads):
+        with backend_state(config.precision, config.threads), current(session.device):
             yield self._update("measuring the device's ceilings")
             plain = make_stopwatch(session.device, cold=False)
             self.ceilings = measure_ceilings(plain, DTYPES[config.precision], quick=config.quick)
@@ -419,8 +420,8 @@ class ProfileRun:
             stopwatch.synchronize()
             began = time.perf_counter()
             cell = workload.cell(phase)
-            if self.config.quick and phase == fullest:
-                row.peak = measure_peak(cell, self.session.device, passes=1)  # a quick look takes one call for both
+            if self.config.quick and phase == fullest:  # a quick look takes one call for both
+                row.peak = measure_peak(cell.eager or cell, self.session.device, passes=1)
             else:
                 cell.once()
             stopwatch.synchronize()
@@ -428,7 +429,8 @@ class ProfileRun:
             cell.release()
             row.host_s[phase] = stopwatch.host_time(cell)
         if row.peak is None:
-            row.peak = measure_peak(workload.cell(fullest), self.session.device)
+            cell = workload.cell(fullest)
+            row.peak = measure_peak(cell.eager or cell, self.session.device)
             if not row.peak.agreed:
                 self.warnings.append(f"{row.planned.key}: two memory passes differ")
 
@@ -488,8 +490,10 @@ class ProfileRun:
         for row in rows:
             try:
                 workload = self._workload(row)
+                # On a CPU a first call tells how long the next will take; elsewhere it has tuned or compiled.
+                plain = device.type == "cpu" and config.mode == "eager"
                 row.tracks = {
-                    phase: Track(row.planned.key, workload.cell(phase), row.first_call_s[phase])
+                    phase: Track(row.planned.key, workload.cell(phase), row.first_call_s[phase] if plain else math.nan)
                     for phase in config.phases
                 }
             except Exception as failure:  # noqa: BLE001 - see _look_at_each

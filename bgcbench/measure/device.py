@@ -8,7 +8,7 @@ import re
 import statistics
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -203,20 +203,26 @@ class CudaStopwatch(DeviceStopwatch):
         return [round(begin.elapsed_time(end) * 1e-3, 9) for begin, end in pairs]
 
     def host_time(self, cell: Cell) -> float | None:
-        call, times = cell.eager or cell.call, []
-        with cell.context():
+        asked, times = cell.eager or cell, []
+        with asked.context():
             for _ in range(10):
-                cell.prepare()
+                asked.prepare()
                 self.synchronize()
                 begin = time.perf_counter_ns()
-                call()
+                asked.call()
                 times.append((time.perf_counter_ns() - begin) / 1e9)
         self.synchronize()
+        # A graph replays into the tensors it was captured with; only an eager cell may drop its own.
         cell.release()
         return statistics.median(times)
 
     def synchronize(self) -> None:
         torch.cuda.synchronize(self.device)
+
+
+def current(device: torch.device) -> AbstractContextManager[Any]:
+    """Makes ``device`` the current one: streams, events and graphs belong to whichever device is."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def make_stopwatch(device: torch.device, *, cold: bool) -> DeviceStopwatch:

@@ -21,15 +21,15 @@ def _nothing() -> None:
 class Cell:
     """One timed thing. Only ``call`` is timed; ``prepare`` runs before each call, ``release`` after a batch.
 
-    ``eager`` is the call as Python would make it, for the host's enqueue time; it differs from ``call`` only where
-    a CUDA graph is replayed.
+    ``eager`` is the same work as Python would ask for it, where ``call`` replays a CUDA graph instead: the host's
+    enqueue time and the memory of a step are its own.
     """
 
     call: Callable[[], object]
     prepare: Callable[[], object] = _nothing
     release: Callable[[], object] = _nothing
     context: Callable[[], AbstractContextManager[Any]] = nullcontext
-    eager: Callable[[], object] | None = None
+    eager: Cell | None = None
 
     def once(self) -> None:
         """One prepared call."""
@@ -117,7 +117,7 @@ class Workload:
                 self._y = self.module(self.x)
             with torch.cuda.graph(graph, pool=before.pool()):
                 self._backward()
-            return Cell(call=graph.replay, prepare=before.replay, eager=eager.call)
+            return Cell(call=graph.replay, prepare=before.replay, eager=eager)
         with eager.context(), torch.cuda.graph(graph):
             eager.call()
-        return Cell(call=graph.replay, eager=eager.call, context=eager.context)
+        return Cell(call=graph.replay, eager=eager)

@@ -1,0 +1,136 @@
+"""On a real CUDA device: the layers against float64, the stopwatch, and whole runs in every mode."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from bgcbench import results
+from bgcbench.cli import main
+from bgcbench.convs import CONVS
+from bgcbench.experiments.profile import ProfileConfig, ProfileRun, open_session, plan
+from bgcbench.measure.device import CudaStopwatch, backend_state, device_answers
+from bgcbench.measure.environment import describe_environment, diagnose
+from bgcbench.measure.memory import measure_peak
+from bgcbench.measure.workload import Cell
+from bgcbench.specs import VARIANTS
+
+pytestmark = pytest.mark.gpu
+FORMS = [(name, form) for name in CONVS for form in VARIANTS[name].algorithms]
+# Relative error of a product of that many terms in each precision, against float64 on the rounded operands.
+TOLERANCE = {"fp32": 2e-6, "tf32": 2e-3, "bf16": 1e-2}
+SMALL = ProfileConfig(in_channels=64, out_channels=64, batch=8, groups=(2, 4), device="cuda", max_time_s=0.5)
+
+
+@pytest.fixture
+def device() -> torch.device:
+    return torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("precision", TOLERANCE)
+@pytest.mark.parametrize(("name", "form"), FORMS)
+def test_layers_equal_float64_forward_and_backward(device, name, form, precision, layout) -> None:
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    layer = CONVS[name](64, 64, 3, 2, 1, groups=1 if name == "standard" else 4, algorithm=form)
+    layer.to(device=device, dtype=dtype, memory_format=layout)
+    x = torch.randn(8, 64, 13, 13, device=device, dtype=dtype).contiguous(memory_format=layout).requires_grad_()
+    dense, bias, x64 = (t.detach().double() for t in (layer.dense_weight(), layer.bias, x))
+    expected = F.conv2d(x64.requires_grad_(), dense, bias, 2, 1)
+    upstream = torch.randn_like(expected).to(dtype)
+    (expected_dx,) = torch.autograd.grad(expected, x64, upstream.double())
+    with backend_state(precision):
+        y = layer(x)
+        (dx,) = torch.autograd.grad(y, x, upstream)
+    for own, exact in ((y, expected), (dx, expected_dx)):
+        assert float((own.detach().double() - exact.detach()).norm() / exact.detach().norm()) < TOLERANCE[precision]
+
+
+def test_events_time_the_device_and_not_the_launch(device: torch.device) -> None:
+    a = torch.randn(4096, 4096, device=device)
+    watch = CudaStopwatch(device, flush_bytes=2**20)
+    one, ten = (
+        Cell(call=lambda n=n: [a @ a for _ in range(n)], context=torch.inference_mode) for n in (1, 10)
+    )  # fmt: skip
+    watch.sample(ten, 3)
+    short, long = min(watch.sample(one, 10)), min(watch.sample(ten, 10))
+    assert 8 < long / short < 12
+    host = watch.host_time(one)
+    assert host is not None
+    assert host < short
+
+
+def test_the_peak_is_the_allocators(device: torch.device) -> None:
+    size = 64 * 2**20
+    held: list[torch.Tensor] = []
+    cell = Cell(
+        call=lambda: held.append(torch.ones(size, dtype=torch.uint8, device=device)), release=held.clear
+    )  # fmt: skip
+    peak = measure_peak(cell, device)
+    assert (peak.method, peak.delta_bytes, peak.agreed) == ("cuda_allocator", size, True)
+
+
+@pytest.mark.parametrize("mode", ["eager", "graph", "compile"])
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
+def test_a_run_in_every_mode_and_precision(mode: str, precision: str) -> None:
+    config = replace(SMALL, mode=mode, precision=precision, layout="nhwc", phases=("fwd", "bwd", "fwd_bwd"))
+    *_, last = ProfileRun(config, open_session(config), plan(config)).run()
+    assert {row["status"] for row in last.rows} == {"ok"}, [row["reason"] for row in last.rows]
+    for row in last.rows:
+        assert row["memory"]["method"] == "cuda_allocator"
+        for measured in row["phases"].values():
+            assert measured["host_s"] > 0
+            assert len(set(measured["rounds"])) >= 10
+
+
+def test_a_graph_computes_what_the_eager_call_does(device: torch.device) -> None:
+    config = replace(SMALL, mode="graph", groups=(2,))
+    run = ProfileRun(config, open_session(config), plan(config))
+    with backend_state("fp32"):
+        for row in run.rows:
+            work = run._workload(row)
+            cell = work.cell("fwd_bwd")
+            cell.once()
+            torch.cuda.synchronize()
+            graphed = [leaf.grad.clone() for leaf in work.leaves if leaf.grad is not None]
+            upstream = work._grad_out
+            leaves = [leaf for leaf in work.leaves if leaf.requires_grad]
+            eager = torch.autograd.grad(work.module(work.x), leaves, upstream)
+            assert len(graphed) == len(eager)
+            for own, reference in zip(graphed, eager, strict=True):
+                torch.testing.assert_close(own, reference, rtol=1e-4, atol=1e-4)
+
+
+def test_running_out_of_memory_is_a_row_and_the_device_lives_on(device, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    arguments = ["profile", "--channels", "64", "--size", "7", "--groups", "2", "--device", "cuda", "--quick"]
+    assert main([*arguments, "--batch", "100000000", "--out", "r.json", "--quiet"]) == 1
+    assert {row["status"] for row in results.read(tmp_path / "r.json")["results"]} == {"oom"}
+    assert device_answers(device)
+
+
+def test_a_real_allocation_failure_in_one_row_leaves_the_others(device, monkeypatch) -> None:
+    forward = CONVS["gc"].forward
+
+    def greedy(self: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+        torch.empty(2**50, dtype=torch.uint8, device=device)
+        return forward(self, x)
+
+    monkeypatch.setattr(CONVS["gc"], "forward", greedy)
+    *_, last = ProfileRun(SMALL, open_session(SMALL), plan(SMALL)).run()
+    assert [row["status"] for row in last.rows] == ["ok", "oom", "ok", "oom", "ok"]
+    assert all(str(2**50) in row["reason"] for row in last.rows if row["status"] == "oom")
+
+
+def test_the_environment_and_the_doctor_know_the_device(device: torch.device) -> None:
+    environment = describe_environment(device)
+    assert environment["device"]["name"] == torch.cuda.get_device_name(device)
+    assert environment["device"]["sm_count"] > 0
+    assert environment["device"]["l2_bytes"] > 0
+    assert json.dumps(environment)
+    assert any(what == "device memory in use" for what, _, _ in diagnose(device))
