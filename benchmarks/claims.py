@@ -1,0 +1,176 @@
+"""The README's table of claims, drawn from the files under results/.
+
+    python -m benchmarks.claims            print the table
+    python -m benchmarks.claims --write    put it into README.md and results/README.md
+
+Every number in the table is read from a result file; a test holds the two documents to it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+from bgcbench import report, results
+
+ROOT = Path(__file__).resolve().parent.parent
+START, END = "<!-- claims: python -m benchmarks.claims --write -->", "<!-- end of claims -->"
+
+
+def row_of(document: dict[str, Any], variant: str, groups: int, algorithm: str | None = None) -> dict[str, Any]:
+    """The one row of that variant and N (and algorithm, where a file holds several)."""
+    found = [
+        row
+        for row in document["results"]
+        if (row["params"]["variant"], row["params"]["groups"]) == (variant, groups)
+        and algorithm in (None, row["params"]["algorithm"])
+    ]
+    return found[0]
+
+
+def speed(document: dict[str, Any], variant: str, groups: int, other: tuple[str, int] = ("standard", 1)) -> str:
+    """"2.0x faster than standard (95% CI 1.9-2.1)", forward and backward."""
+    ratio = report.row_ratio(row_of(document, *other), row_of(document, variant, groups), "fwd_bwd")
+    if ratio is None:
+        raise SystemExit(f"{variant} N={groups} was not measured beside {other}")
+    name = "standard" if other[0] == "standard" else f"{other[0].upper()} N={other[1]}"
+    return report.compare_words(ratio, name)
+
+
+def minutes(document: dict[str, Any]) -> float:
+    """How long the run took."""
+    form = "%Y-%m-%dT%H:%M:%SZ"
+    begin, end = (datetime.datetime.strptime(document[key], form) for key in ("started_at", "finished_at"))
+    return (end - begin).total_seconds() / 60
+
+
+def table4_claims(name: str, options: str, what: str) -> list[tuple[str, str, str]]:
+    """BGC and GC at N = 4 and 16 against the standard convolution, from one Table 4 file."""
+    document = results.read(ROOT / "results" / name)
+    command = f"bgcbench profile --preset table4 --device cpu {options}".strip()
+    lines = []
+    for groups, size in ((4, "half the parameters"), (16, "an eighth of the parameters")):
+        lines.append(
+            f"Table 4's layer, {what}, forward and backward: BGC N={groups} ({size}) is "
+            f"{speed(document, 'bgc', groups)}; GC N={groups} is {speed(document, 'gc', groups)}"
+        )
+    return [(line, name, command) for line in lines]
+
+
+def claims() -> list[tuple[str, str, str]]:
+    """(claim, file under results/, command) of every row."""
+    rows = []
+    plain = results.read(ROOT / "results" / "table4-cpu-fp32-nchw.json")
+    command = "bgcbench profile --preset table4 --device cpu"
+    rows += table4_claims("table4-cpu-fp32-nchw.json", "", "2 CPU cores, fp32")
+    rows.append(
+        (
+            f"BGC N=2 has the parameters of the standard convolution, loses nothing and is "
+            f"{speed(plain, 'bgc', 2)}",
+            "table4-cpu-fp32-nchw.json",
+            command,
+        )
+    )
+    rows.append(
+        (
+            f"At equal parameters, BGC N=4 is {speed(plain, 'bgc', 4, ('gc', 2))}, and BGC N=16 is "
+            f"{speed(plain, 'bgc', 16, ('gc', 8))}",
+            "table4-cpu-fp32-nchw.json",
+            command,
+        )
+    )
+    rows += table4_claims("table4-cpu-fp32-nhwc.json", "--layout nhwc", "2 CPU cores, fp32, channels_last")
+    rows += table4_claims("table4-cpu-bf16-nchw.json", "--precision bf16", "2 CPU cores, bf16")
+    name = "table4-cpu-fp32-nchw-algorithms.json"
+    document = results.read(ROOT / "results" / name)
+    parts = []
+    for groups in (2, 4, 8, 16):
+        times = {
+            form: row_of(document, "bgc", groups, form)["phases"]["fwd_bwd"]["summary"]["median_s"]
+            for form in ("two_conv", "concat", "dense")
+        }
+        order = sorted(times, key=times.__getitem__)
+        parts.append(f"N={groups}: " + ", ".join(f"{form} {times[form] * 1e3:.0f} ms" for form in order))
+    rows.append(
+        (
+            "BGC's three exact forms, forward and backward, fastest first: " + "; ".join(parts),
+            name,
+            f"{command} --algorithm all --variants bgc --phases fwd_bwd",
+        )
+    )
+    exact = sum(
+        f"{row['memory']['paper_bytes'] / 2**20:.2f}" == f"{row['paper']['memory_bytes'] / 2**20:.2f}"
+        for row in plain["results"]
+    )
+    rows.append(
+        (
+            f"The paper's memory column is input + weights (+ mean): {exact} of its 9 entries follow to the printed "
+            "digit; BGC's N=2, 8 and 16 are printed 3, 0.5 and 1 MiB higher",
+            "table4-cpu-fp32-nchw.json",
+            command,
+        )
+    )
+    agree = json.loads((ROOT / "results" / "agree-with-torch.json").read_text())
+    rows.append(
+        (
+            f"Our medians and torch.utils.benchmark's agree within {agree['worst']:.1%} on "
+            f"{len(agree['rows'])} rows measured alternately",
+            "agree-with-torch.json",
+            agree["command"],
+        )
+    )
+    twice = json.loads((ROOT / "results" / "same-row-twice.json").read_text())
+    widths = [(entry["ci95"][1] - entry["ci95"][0]) / 2 for entry in twice["tries"] if entry["ci95"]]
+    rows.append(
+        (
+            f"One layer entered twice in a run is told apart from itself in {twice['told_apart']} of "
+            f"{len(twice['tries'])} tries (median half-width of the ratio's interval {statistics.median(widths):.1%})",
+            "same-row-twice.json",
+            twice["command"],
+        )
+    )
+    rows.append(
+        (
+            f"The full default run takes {minutes(plain):.1f} minutes on 2 CPU cores",
+            "table4-cpu-fp32-nchw.json",
+            command,
+        )
+    )
+    return rows
+
+
+def table(prefix: str) -> str:
+    """The claims as Markdown, links relative to a document for which results/ is ``prefix``."""
+    lines = ["| claim | file | command |", "| --- | --- | --- |"]
+    lines += [f"| {claim} | [{name}]({prefix}{name}) | `{command}` |" for claim, name, command in claims()]
+    return "\n".join(lines)
+
+
+def put_into(text: str, prefix: str) -> str:
+    """``text`` with the table between its two marks."""
+    head, _, rest = text.partition(START)
+    _, _, tail = rest.partition(END)
+    return f"{head}{START}\n\n{table(prefix)}\n\n{END}{tail}"
+
+
+DOCUMENTS = {"README.md": "results/", "results/README.md": ""}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true")
+    if not parser.parse_args().write:
+        print(table("results/"))
+        return 0
+    for name, prefix in DOCUMENTS.items():
+        path = ROOT / name
+        path.write_text(put_into(path.read_text(encoding="utf-8"), prefix), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
