@@ -33,7 +33,7 @@ def row_of(document: dict[str, Any], variant: str, groups: int, algorithm: str |
 
 
 def speed(document: dict[str, Any], variant: str, groups: int, other: tuple[str, int] = ("standard", 1)) -> str:
-    """"2.0x faster than standard (95% CI 1.9-2.1)", forward and backward."""
+    """ "2.0x faster than standard (95% CI 1.9-2.1)", forward and backward."""
     ratio = report.row_ratio(row_of(document, *other), row_of(document, variant, groups), "fwd_bwd")
     if ratio is None:
         raise SystemExit(f"{variant} N={groups} was not measured beside {other}")
@@ -69,8 +69,7 @@ def claims() -> list[tuple[str, str, str]]:
     rows += table4_claims("table4-cpu-fp32-nchw.json", "", "2 CPU cores, fp32")
     rows.append(
         (
-            f"BGC N=2 has the parameters of the standard convolution, loses nothing and is "
-            f"{speed(plain, 'bgc', 2)}",
+            f"BGC N=2 has the parameters of the standard convolution, loses nothing and is {speed(plain, 'bgc', 2)}",
             "table4-cpu-fp32-nchw.json",
             command,
         )
