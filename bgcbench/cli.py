@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from bgcbench.experiments.profile import PlannedRow, ProfileConfig, ProfileRun, Session, Update
     from bgcbench.interrupts import Interrupts
     from bgcbench.report import Report
+    from bgcbench.results import ResultWriter
 
 
 class _PlainHelp(TyperGroup):
@@ -74,6 +75,7 @@ def _top(
 
 @app.command(short_help="Measure what convolution variants cost here.")
 def profile(
+    context: typer.Context,
     channels: Annotated[
         int | None,
         typer.Option(help="Channels in and out.", show_default="1024", rich_help_panel=_WORKLOAD),
@@ -211,7 +213,7 @@ def profile(
     [bold]bgcbench profile --channels 256 --size 14 --precision bf16 --layout nhwc --variants all --quick[/bold]
     """
     from bgcbench import results
-    from bgcbench.experiments.profile import ProfileConfig, check_same_workload, plan
+    from bgcbench.experiments.profile import ProfileConfig, check_same_workload, open_session, plan
     from bgcbench.interrupts import Interrupts
 
     shape = {
@@ -257,56 +259,75 @@ def profile(
     else:
         config = dataclasses.replace(ProfileConfig(), **given)
     rows = plan(config)
-    path = resume or (Path(out) if out not in (None, "-") else None)
-    if path is not None and not dry_run:
-        results.ResultWriter(path).probe(replace=force or resume is not None)
+    output = _Output(
+        path=resume or (Path(out) if out not in (None, "-") else None),
+        to_stdout=out == "-",
+        replace=force or resume is not None,
+        form="json" if out == "-" else form,
+        quiet=quiet,
+    )
+    if output.path is not None and not dry_run:
+        results.ResultWriter(output.path).probe(replace=output.replace)
     with Interrupts() as interrupts:
-        return _profile(config, rows, path, stored, interrupts, to_stdout=out == "-", dry_run=dry_run,
-                        replace=force or resume is not None, form=form, quiet=quiet)  # fmt: skip
+        session = open_session(config)
+        if stored is not None:
+            results.check_resumable(stored, "profile", session.settings, session.environment, str(resume))
+        output = output.named(config, session)
+        if not quiet:
+            for line in (*session.warnings, *_plan_lines(config, rows, session, output.path)):
+                _say(line)
+        if dry_run:
+            return 0
+        document = stored or results.new_document(
+            "profile",
+            context.obj or [],
+            config.to_json(),
+            session.environment,
+            session.settings,
+            "quick" if config.quick else "full",
+        )
+        return _measure(config, session, rows, document, output, interrupts)
 
 
-def _profile(
+@dataclasses.dataclass(frozen=True)
+class _Output:
+    """Where a result goes and how it is shown."""
+
+    path: Path | None
+    to_stdout: bool
+    replace: bool
+    form: str
+    quiet: bool
+
+    def named(self, config: ProfileConfig, session: Session) -> _Output:
+        """This with a path of our own making where none was given; it needs the device's name."""
+        from bgcbench.results import default_path
+
+        if self.path is not None or self.to_stdout:
+            return self
+        device = session.environment["device"]
+        name = "cpu" if device["type"] == "cpu" else device["name"]
+        return dataclasses.replace(self, path=default_path("profile", config.what, name))
+
+
+def _measure(
     config: ProfileConfig,
+    session: Session,
     rows: list[PlannedRow],
-    path: Path | None,
-    stored: dict[str, Any] | None,
+    document: dict[str, Any],
+    output: _Output,
     interrupts: Interrupts,
-    *,
-    to_stdout: bool,
-    dry_run: bool,
-    replace: bool,
-    form: str,
-    quiet: bool,
 ) -> int:
-    """``profile`` after everything that needs no torch has been checked."""
+    """Run ``rows`` into ``document``, saving as it grows; print it and return the exit code."""
     from bgcbench import results
-    from bgcbench.experiments.profile import ProfileRun, open_session
+    from bgcbench.experiments.profile import ProfileRun
 
-    session = open_session(config)
-    if stored is not None:
-        results.check_resumable(stored, "profile", session.settings, session.environment, str(path))
-    if path is None and not to_stdout:
-        name = session.device.type if session.device.type == "cpu" else session.environment["device"]["name"]
-        path = results.default_path("profile", config.what, name)
-    writer = None if to_stdout or path is None else results.ResultWriter(path)
-    if not quiet:
-        for line in (*session.warnings, *_plan_lines(config, rows, session, path)):
-            _say(line)
-    if dry_run:
-        return 0
+    writer = None if output.path is None else results.ResultWriter(output.path)
     if writer is not None:
-        writer.probe(replace=replace)  # a path of our own making is known only now
+        writer.probe(replace=output.replace)
     if interrupts.requested():
         _say("interrupted before anything was measured; nothing was written")
         return interrupts.exit_code
-    document = stored or results.new_document(
-        "profile",
-        sys.argv[1:],
-        config.to_json(),
-        session.environment,
-        session.settings,
-        "quick" if config.quick else "full",
-    )
     document["config"] = config.to_json()
     document["exit_reason"] = "running"
     run = ProfileRun(
@@ -319,7 +340,7 @@ def _profile(
     )
     failed: str | None = None
     try:
-        _follow(run, document, writer, session, quiet=quiet)
+        _follow(run, document, writer, quiet=output.quiet)
     except Exception as error:
         failed = f"the run broke off: {type(error).__name__}: {error}"
         raise
@@ -327,12 +348,12 @@ def _profile(
         results.finish(document, len(rows), interrupted=interrupts.requested(), failed=failed)
         if writer is not None:
             writer.write(document)
-    _print_document(document, "json" if to_stdout else form)
+    _print_document(document, output.form)
     done = sum(row["status"] in results.DONE for row in document["results"])
-    return _closing(writer, interrupts, done, len(rows), quiet=quiet)
+    return _closing(writer, interrupts, done, len(rows), quiet=output.quiet)
 
 
-def _closing(writer: Any, interrupts: Interrupts, done: int, planned: int, *, quiet: bool) -> int:
+def _closing(writer: ResultWriter | None, interrupts: Interrupts, done: int, planned: int, *, quiet: bool) -> int:
     """The last line on stderr, and the exit code."""
     where = "" if writer is None else f" to {writer.path}"
     if writer is not None and writer.problem is not None:
@@ -348,12 +369,13 @@ def _closing(writer: Any, interrupts: Interrupts, done: int, planned: int, *, qu
     return 0 if done == planned else BgcbenchError.exit_code
 
 
-def _follow(run: ProfileRun, document: dict[str, Any], writer: Any, session: Session, *, quiet: bool) -> None:
+def _follow(run: ProfileRun, document: dict[str, Any], writer: ResultWriter | None, *, quiet: bool) -> None:
     """Drive the run: keep the document and its file up to date, and a bar on a terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn
 
     console = Console(stderr=True)
+    earlier = [warning for warning in document["warnings"] if warning not in run.warnings]  # of a resumed file
     bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(bar_width=20),
@@ -369,7 +391,7 @@ def _follow(run: ProfileRun, document: dict[str, Any], writer: Any, session: Ses
                 document["results"] = update.rows
                 document["ceilings"] = update.ceilings or document.get("ceilings")
                 document["interleaved"] = update.interleaved
-                document["warnings"] = list(update.warnings)
+                document["warnings"] = earlier + update.warnings
                 if writer is not None:
                     writer.write(document)
             bar.update(task, **_bar_state(update))
@@ -606,8 +628,9 @@ def _say(message: str) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code; a mistake of the user's is one line on stderr."""
+    words = sys.argv[1:] if argv is None else list(argv)
     try:
-        code = app(args=None if argv is None else list(argv), prog_name="bgcbench", standalone_mode=False)
+        code = app(args=words, obj=words, prog_name="bgcbench", standalone_mode=False)
     except BgcbenchError as error:
         _say(f"bgcbench: {error}")
         return error.exit_code
@@ -622,7 +645,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not hasattr(error, "format_message"):
             raise
         message = " ".join(str(error.format_message()).split())
-        message += _value_given(message, sys.argv[1:] if argv is None else argv)
+        message += _value_given(message, words)
         _say(f"bgcbench: {message} (see bgcbench {' '.join(_command_path(error))}--help)")
         return UsageError.exit_code
     return int(code or 0)

@@ -110,6 +110,7 @@ class TestProfile:
         assert document["complete"]
         assert document["exit_reason"] == "ok"
         assert document["environment"]["device"]["type"] == "cpu"
+        assert document["argv"] == SMALL
         assert document["settings"]["tf32"] == {"conv": False, "matmul": False}
         assert [row["params"]["variant"] for row in document["results"]] == ["standard", "gc", "bgc"]
         assert "| BGC | 2 |" in out
