@@ -19,7 +19,8 @@ from bgcbench.errors import BgcbenchError, OutputError, UsageError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from bgcbench.experiments.profile import PlannedRow, ProfileConfig, ProfileRun, Session, Update
+    from bgcbench.experiments.profile import PlannedRow, ProfileConfig
+    from bgcbench.experiments.profile_run import ProfileRun, Session, Update
     from bgcbench.interrupts import Interrupts
     from bgcbench.report import Report
     from bgcbench.results import ResultWriter
@@ -213,7 +214,7 @@ def profile(
     [bold]bgcbench profile --channels 256 --size 14 --precision bf16 --layout nhwc --variants all --quick[/bold]
     """
     from bgcbench import results
-    from bgcbench.experiments.profile import ProfileConfig, check_same_workload, open_session, plan
+    from bgcbench.experiments.profile import ProfileConfig, check_same_workload, plan
     from bgcbench.interrupts import Interrupts
 
     shape = {
@@ -269,6 +270,8 @@ def profile(
     if output.path is not None and not dry_run:
         results.ResultWriter(output.path).probe(replace=output.replace)
     with Interrupts() as interrupts:
+        from bgcbench.experiments.profile_run import open_session  # torch, and what needs it
+
         session = open_session(config)
         if stored is not None:
             results.check_resumable(stored, "profile", session.settings, session.environment, str(resume))
@@ -320,7 +323,7 @@ def _measure(
 ) -> int:
     """Run ``rows`` into ``document``, saving as it grows; print it and return the exit code."""
     from bgcbench import results
-    from bgcbench.experiments.profile import ProfileRun
+    from bgcbench.experiments.profile_run import ProfileRun
 
     writer = None if output.path is None else results.ResultWriter(output.path)
     if writer is not None:

@@ -200,7 +200,7 @@ class TestProfile:
         def broken(*_: object, **__: object) -> None:
             raise ZeroDivisionError("a bug")
 
-        monkeypatch.setattr("bgcbench.experiments.profile.ProfileRun._settle", broken)
+        monkeypatch.setattr("bgcbench.experiments.profile_run.ProfileRun._settle", broken)
         with pytest.raises(ZeroDivisionError):
             main([*LIGHT, "--out", "r.json", "--quiet"])
         document = results.read(here / "r.json")

@@ -13,7 +13,8 @@ from torch.nn import functional as F
 from bgcbench import results
 from bgcbench.cli import main
 from bgcbench.convs import CONVS
-from bgcbench.experiments.profile import ProfileConfig, ProfileRun, open_session, plan
+from bgcbench.experiments.profile import ProfileConfig, plan
+from bgcbench.experiments.profile_run import ProfileRun, open_session
 from bgcbench.measure.device import CudaStopwatch, backend_state, device_answers
 from bgcbench.measure.environment import describe_environment, diagnose
 from bgcbench.measure.memory import measure_peak

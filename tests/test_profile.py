@@ -13,14 +13,12 @@ from bgcbench.convs.gc import GroupConv2d
 from bgcbench.errors import ResultFileError, ShapeError, UsageError
 from bgcbench.experiments.profile import (
     ProfileConfig,
-    ProfileRun,
-    Update,
     check_same_workload,
     estimated_bytes,
-    open_session,
     plan,
     row_seed,
 )
+from bgcbench.experiments.profile_run import ProfileRun, Update, open_session
 from bgcbench.measure import ceilings, environment
 from bgcbench.measure.timing import Rules
 from bgcbench.specs import LAYERS
