@@ -270,6 +270,8 @@ class ProfileRun:
         entry: Json = {"id": identity}
         self.interleaved.append(entry)
         for progress in group.run():
+            if progress.track is not None and progress.track.failure is not None:
+                free_memory(device)
             if progress.round_done:
                 self._settle(rows, group, entry, finished=False)
             doing = "warming up" if progress.round == 0 else f"round {progress.round}"

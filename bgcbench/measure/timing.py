@@ -103,6 +103,12 @@ class Track(Generic[CellT]):
         """Summary of the samples; there must be some."""
         return summarise(self.samples, self.rounds)
 
+    def fail(self, failure: Exception) -> None:
+        """Take the cell out of its group, with everything that would keep its memory alive."""
+        self.failure = failure.with_traceback(None)
+        self.stop_reason = "failed"
+        self.cell = None  # type: ignore[assignment]
+
     def discard_round(self, number: int) -> None:
         """Set the samples of a round that is done again apart; they are kept, and not in the summary."""
         kept = [(s, r) for s, r in zip(self.samples, self.rounds, strict=True) if r != number]
@@ -214,8 +220,7 @@ class Group(Generic[CellT]):
         except Exception as failure:  # noqa: BLE001 - whatever a layer raises becomes its row's status
             for other in self.tracks:
                 if other.row == track.row:
-                    other.failure = failure
-                    other.stop_reason = "failed"
+                    other.fail(failure)
 
     def _warm_up(self, track: Track[CellT]) -> None:
         """Call until the time has settled: two successive windows agree, within the rules' limits."""

@@ -53,9 +53,10 @@ def group_of(machine: Machine, rules: Rules, cells: Sequence[str] | None = None,
 
 
 def finish(group: Group[str]) -> dict[str, Track[str]]:
+    names = [track.cell for track in group.tracks]
     for _ in group.run():
         pass
-    return {track.cell: track for track in group.tracks}
+    return dict(zip(names, group.tracks, strict=True))
 
 
 FAST = Rules(warmup_min_s=0.01, warmup_max_s=0.5)
@@ -212,6 +213,8 @@ def test_a_cell_that_fails_takes_its_row_out_and_the_others_go_on() -> None:
     tracks = finish(group)
     assert isinstance(tracks["a:fwd"].failure, MemoryError)
     assert tracks["a:bwd"].stop_reason == "failed"
+    assert tracks["a:bwd"].cell is None
+    assert tracks["a:fwd"].failure.__traceback__ is None  # its frames would hold the memory that ran out
     assert tracks["b:fwd"].failure is None
     assert tracks["b:fwd"].converged
 
