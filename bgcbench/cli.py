@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -373,31 +373,35 @@ def _closing(writer: ResultWriter | None, interrupts: Interrupts, done: int, pla
 
 
 def _follow(run: ProfileRun, document: dict[str, Any], writer: ResultWriter | None, *, quiet: bool) -> None:
-    """Drive the run: keep the document and its file up to date, and a bar on a terminal."""
+    """Drive the run, its document and its file kept up to date, with a bar on a terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn
 
+    updates = _saved(run, document, writer)
     console = Console(stderr=True)
-    earlier = [warning for warning in document["warnings"] if warning not in run.warnings]  # of a resumed file
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=20),
-        TextColumn("{task.fields[left]}"),
-        console=console,
-        transient=True,
-        disable=quiet or not console.is_terminal,
-    )
-    with bar:
+    if quiet or not console.is_terminal:
+        for _ in updates:
+            pass
+        return
+    columns = TextColumn("{task.description}"), BarColumn(bar_width=16), TextColumn("{task.fields[left]}")
+    with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("starting", total=None, left="")
-        for update in run.run():
-            if update.save:
-                document["results"] = update.rows
-                document["ceilings"] = update.ceilings or document.get("ceilings")
-                document["interleaved"] = update.interleaved
-                document["warnings"] = earlier + update.warnings
-                if writer is not None:
-                    writer.write(document)
+        for update in updates:
             bar.update(task, **_bar_state(update))
+
+
+def _saved(run: ProfileRun, document: dict[str, Any], writer: ResultWriter | None) -> Iterator[Update]:
+    """The run's updates, each that is worth saving already in the document and on the disk."""
+    earlier = [warning for warning in document["warnings"] if warning not in run.warnings]  # of a resumed file
+    for update in run.run():
+        if update.save:
+            document["results"] = update.rows
+            document["ceilings"] = update.ceilings or document.get("ceilings")
+            document["interleaved"] = update.interleaved
+            document["warnings"] = earlier + update.warnings
+            if writer is not None:
+                writer.write(document)
+        yield update
 
 
 def _bar_state(update: Update) -> dict[str, Any]:
@@ -407,7 +411,7 @@ def _bar_state(update: Update) -> dict[str, Any]:
         return {"description": update.doing, "total": None, "left": ""}
     text = update.doing
     if progress.track is not None:
-        text += f"  {progress.track.row}"
+        text += f"  {progress.track.label}"
         if progress.track.samples:
             text += f"  median {progress.track.summary().median_s * 1e3:.3f} ms"
     if progress.left_s is None:

@@ -55,7 +55,7 @@ class TestUsage:
             (["profile", "--kernel", "9", "--size", "0"], "height=0"),
             (["profile", "--kernel", "8", "--size", "1"], "leaves no output"),
             (["profile", "--size", "7x7x7"], "--size 7x7x7"),
-            (["profile", "--chanels", "4"], "No such option: --chanels"),
+            (["profile", "--chanels", "4"], "--chanels"),
             (["profile", "--channels", "many"], "many"),
             (["profile", "--precision", "tf32", "--device", "cpu"], "tf32 is a mode of CUDA devices"),
             (["profile", "--device", "tpu"], "unknown device 'tpu'"),

@@ -43,7 +43,7 @@ from bgcbench.measure.memory import Peak, measure_peak
 from bgcbench.measure.timing import PROTOCOL, Group, Progress, Rules, Track
 from bgcbench.measure.workload import Cell, Workload
 from bgcbench.results import DONE, Json
-from bgcbench.specs import PRECISIONS, ConvSpec
+from bgcbench.specs import PRECISIONS, VARIANTS, ConvSpec
 from bgcbench.theory.exact import white_error
 
 
@@ -101,6 +101,11 @@ class _Row:
     interleaved: int | None = None
     status: str = "interrupted"
     reason: str | None = "not measured yet"
+
+    @property
+    def label(self) -> str:
+        """The row for people: "BGC N=4"."""
+        return f"{VARIANTS[self.spec.variant].label} N={self.spec.groups}"
 
     def fail(self, status: str, reason: str) -> None:
         self.status, self.reason = status, reason
@@ -174,7 +179,7 @@ class ProfileRun:
         for number, row in enumerate(self.rows, 1):
             if self.stop():
                 return
-            yield self._update(f"first call and memory of {row.planned.key} ({number} of {len(self.rows)})")
+            yield self._update(f"first call and memory of {row.label} ({number} of {len(self.rows)})")
             needed, there = estimated_bytes(self.config, row.spec), environment.available_bytes(self.session.device)
             if needed > there:
                 row.fail("oom", f"out of memory: at least {needed} bytes needed, {there} there; use a smaller --batch")
@@ -255,10 +260,10 @@ class ProfileRun:
                 workload = self._workload(row)
                 # On a CPU a first call tells how long the next will take; elsewhere it has tuned or compiled.
                 plain = device.type == "cpu" and config.mode == "eager"
-                row.tracks = {
-                    phase: Track(row.planned.key, workload.cell(phase), row.first_call_s[phase] if plain else math.nan)
-                    for phase in config.phases
-                }
+                for phase in config.phases:
+                    expected_s = row.first_call_s[phase] if plain else math.nan
+                    label = f"{row.label} {phase}"
+                    row.tracks[phase] = Track(row.planned.key, workload.cell(phase), expected_s, label)
             except Exception as failure:  # noqa: BLE001 - see _look_at_each
                 found = describe_failure(failure, device)
                 row.fail(found.status, found.reason)

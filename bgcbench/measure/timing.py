@@ -85,12 +85,14 @@ class Stopwatch(Protocol[CellT_contra]):
 class Track(Generic[CellT]):
     """One cell's samples and where they came from. ``row`` ties the phases of one row together.
 
-    ``estimate_s`` is what one call is expected to take; the first call's time will do to begin with.
+    ``estimate_s`` is what one call is expected to take; the first call's time will do to begin with. ``label`` is for
+    people.
     """
 
     row: str
     cell: CellT
     estimate_s: float = math.nan
+    label: str = ""
     samples: list[float] = field(default_factory=list)
     rounds: list[int] = field(default_factory=list)
     discarded: list[float] = field(default_factory=list)

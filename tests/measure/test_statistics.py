@@ -9,6 +9,7 @@ from scipy import stats
 from bgcbench.measure.statistics import (
     _T975,
     Series,
+    _expanded_tail,
     median_interval,
     median_rank,
     ratio_of_medians,
@@ -99,6 +100,13 @@ def test_two_equal_series_are_told_apart_in_at_most_one_of_twenty_tries(rounds: 
 
         told_apart += bool(ratio_of_medians(series(), series(), paired=True).detectable)
     assert told_apart <= tries / 20 + 2 * (tries / 20) ** 0.5
+
+
+@pytest.mark.parametrize("units", [6, 10, 25])
+def test_the_widened_tail_gives_the_bootstrap_of_a_mean_the_width_of_students_interval(units: int) -> None:
+    # A percentile bootstrap of a mean has the standard error s sqrt((n - 1) / n) / sqrt(n); Student's is t s / sqrt(n).
+    quantile = stats.norm.isf(_expanded_tail(units))
+    assert quantile * ((units - 1) / units) ** 0.5 == pytest.approx(stats.t.ppf(0.975, units - 1), rel=1e-3)
 
 
 def test_a_real_difference_is_told() -> None:
