@@ -265,6 +265,7 @@ class ProfileRun:
                     label = f"{row.label} {phase}"
                     row.tracks[phase] = Track(row.planned.key, workload.cell(phase), expected_s, label)
             except Exception as failure:  # noqa: BLE001 - see _look_at_each
+                row.tracks.clear()
                 found = describe_failure(failure, device)
                 row.fail(found.status, found.reason)
                 continue
