@@ -38,7 +38,8 @@ class Interrupts:
             return self  # signals belong to the main thread; a caller elsewhere handles its own
         for number in self.SIGNALS:
             self._old[number] = signal.signal(number, self._first)
-        with contextlib.suppress(OSError, ValueError):  # no wake-up pipe on this system: the handler alone serves
+        # Where a system has no wake-up pipe the handler alone serves.
+        with contextlib.suppress(OSError, ValueError, AttributeError):
             read, write = os.pipe()
             os.set_blocking(write, False)
             signal.set_wakeup_fd(write, warn_on_full_buffer=False)

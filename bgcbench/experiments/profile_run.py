@@ -261,9 +261,12 @@ class ProfileRun:
                 # On a CPU a first call tells how long the next will take; elsewhere it has tuned or compiled.
                 plain = device.type == "cpu" and config.mode == "eager"
                 for phase in config.phases:
+                    cell = workload.cell(phase)
+                    if not plain:  # a module built anew compiles anew; no warm-up should have to wait for that
+                        cell.once()
+                        cell.release()
                     expected_s = row.first_call_s[phase] if plain else math.nan
-                    label = f"{row.label} {phase}"
-                    row.tracks[phase] = Track(row.planned.key, workload.cell(phase), expected_s, label)
+                    row.tracks[phase] = Track(row.planned.key, cell, expected_s, f"{row.label} {phase}")
             except Exception as failure:  # noqa: BLE001 - see _look_at_each
                 row.tracks.clear()
                 found = describe_failure(failure, device)

@@ -254,6 +254,7 @@ class Group(Generic[CellT]):
         times = self.stopwatch.sample(track.cell, self._batch(track))
         track.samples += times
         track.rounds += [self.rounds] * len(times)
+        track.estimate_s = statistics.median(times)  # the next batch's size follows what was seen last
 
     def _read_canary(self, readings: int) -> float:
         return statistics.median(self.stopwatch.canary() for _ in range(readings))

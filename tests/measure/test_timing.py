@@ -240,6 +240,15 @@ def test_a_stop_is_obeyed_between_batches_and_keeps_what_was_measured() -> None:
     assert all(track.stop_reason == "interrupted" for track in group.tracks)
 
 
+def test_a_first_call_that_took_longer_does_not_keep_the_batches_small() -> None:
+    machine = Machine({"a": 0.01})
+    group = Group([Track("a", "a", estimate_s=4.0)], machine, Rules(max_time_s=6.0), random.Random(0))
+    finish(group)
+    counts = [count for _, count in machine.calls]
+    assert counts[0] == 1
+    assert min(counts[1:]) == 50
+
+
 def test_progress_tells_the_time_left() -> None:
     group = group_of(Machine({"a": 0.1}, noise=0.5), Rules(max_time_s=3.0, warmup_max_s=0.1))
     left = [progress.left_s for progress in group.run() if progress.round_done]
