@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -214,7 +215,7 @@ def profile(
     [bold]bgcbench profile --channels 256 --size 14 --precision bf16 --layout nhwc --variants all --quick[/bold]
     """
     from bgcbench import results
-    from bgcbench.experiments.profile import ProfileConfig, check_same_workload, plan
+    from bgcbench.experiments.profile import ProfileConfig, plan
     from bgcbench.interrupts import Interrupts
 
     shape = {
@@ -247,18 +248,11 @@ def profile(
     }
     given = {name: value for name, value in given.items() if value is not None}
     _check_preset(preset, {"channels": channels, **shape})
-    if resume is not None and (out is not None or force):
-        raise UsageError("--resume writes to the file it continues; leave --out and --force out")
-    _check_format(form)
-    stored = None
-    if resume is not None:
-        stored = results.read(resume)
-        if stored["command"] != "profile":
-            raise UsageError(f"--resume {resume} holds a '{stored['command']}' run; profile continues profile files")
-        config = dataclasses.replace(ProfileConfig.from_json(stored.get("config", {})), **given)
-        check_same_workload(stored["config"], config, str(resume))
-    else:
-        config = dataclasses.replace(ProfileConfig(), **given)
+    _check_output(out, form, force=force, resume=resume)
+    if no_reference and ((groups is not None and 1 in given["groups"]) or "standard" in (variants or "").split(",")):
+        raise UsageError("--no-reference leaves the standard convolution out, and it is asked for; drop one of the two")
+    stored = None if resume is None else results.read(resume)
+    config = dataclasses.replace(ProfileConfig(), **given) if stored is None else _resumed(stored, given, str(resume))
     rows = plan(config)
     output = _Output(
         path=resume or (Path(out) if out not in (None, "-") else None),
@@ -290,6 +284,34 @@ def profile(
             "quick" if config.quick else "full",
         )
         return _measure(config, session, rows, document, output, interrupts)
+
+
+def _check_output(out: str | None, form: str, *, force: bool, resume: Path | None) -> None:
+    """Refuse output options that contradict one another or would do nothing."""
+    _check_format(form)
+    if resume is not None and (out is not None or force):
+        raise UsageError("--resume writes to the file it continues; leave --out and --force out")
+    if force and out in (None, "-"):
+        raise UsageError("--force replaces an existing --out file; name one with --out, or leave --force out")
+    if out == "-" and form not in ("auto", "json"):
+        raise UsageError(f"--out - prints JSON, not {form}; leave --format out, or write to a file")
+
+
+def _resumed(stored: dict[str, Any], given: dict[str, Any], name: str) -> ProfileConfig:
+    """The configuration that continues ``stored``: its own, with a grid that may have grown."""
+    from bgcbench.experiments.profile import ProfileConfig, check_same_workload
+
+    if stored["command"] != "profile":
+        raise UsageError(f"--resume {name} holds a '{stored['command']}' run; profile continues profile files")
+    base = ProfileConfig.from_json(stored.get("config", {}))
+    grown: dict[str, Any] = {
+        grid: tuple(dict.fromkeys((*getattr(base, grid), *given[grid])))
+        for grid in ("groups", "variants")
+        if grid in given
+    }
+    config = dataclasses.replace(base, **{**given, **grown})
+    check_same_workload(stored["config"], config, name)
+    return config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -333,6 +355,8 @@ def _measure(
         return interrupts.exit_code
     document["config"] = config.to_json()
     document["exit_reason"] = "running"
+    # A resumed file may hold rows beyond the plan.
+    planned = len({row.key for row in rows} | {row["key"] for row in document["results"]})
     run = ProfileRun(
         config,
         session,
@@ -348,12 +372,12 @@ def _measure(
         failed = f"the run broke off: {type(error).__name__}: {error}"
         raise
     finally:
-        results.finish(document, len(rows), interrupted=interrupts.requested(), failed=failed)
+        results.finish(document, planned, interrupted=interrupts.requested(), failed=failed)
         if writer is not None:
             writer.write(document)
     _print_document(document, output.form)
     done = sum(row["status"] in results.DONE for row in document["results"])
-    return _closing(writer, interrupts, done, len(rows), quiet=output.quiet)
+    return _closing(writer, interrupts, done, planned, quiet=output.quiet)
 
 
 def _closing(writer: ResultWriter | None, interrupts: Interrupts, done: int, planned: int, *, quiet: bool) -> int:
@@ -527,9 +551,9 @@ def compare(
     after: Annotated[Path, typer.Argument(help="A later result file.")],
     fail_on: Annotated[
         float | None,
-        typer.Option(help="Exit with 5 if a row is slower by more than this many percent beyond doubt."),
+        typer.Option(help="Exit with 5 if a row is slower by more than this percentage beyond doubt, or is gone."),
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Compare a quick file with a full one.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Compare files measured with different settings.")] = False,
     form: Format = "auto",
 ) -> int:
     """Compare two profile files row by row, with confidence intervals.
@@ -545,17 +569,19 @@ def compare(
     for path, document in zip((before, after), documents, strict=True):
         if document["command"] != "profile":
             raise UsageError(f"{path} holds a '{document['command']}' run; compare takes profile files")
-    qualities = [document.get("quality", "full") for document in documents]
-    if qualities[0] != qualities[1] and not force:
-        raise UsageError(f"{before} is {qualities[0]} and {after} is {qualities[1]}; measure alike, or use --force")
-    from bgcbench.report import compare_report
+    from bgcbench.report import compare_report, settings_that_differ
+
+    differing = settings_that_differ(*documents)
+    if differing and not force:
+        name, old, new = differing[0]
+        raise UsageError(f"{name} is {old} in {before} and {new} in {after}; measure alike, or use --force")
 
     report, tripped = compare_report(
         documents[0], documents[1], (str(before), str(after)), None if fail_on is None else fail_on / 100
     )
     _emit(report, form)
     if tripped:
-        _say(f"a row is slower by more than {fail_on} % beyond doubt")
+        _say(f"a row is slower by more than {fail_on} % beyond doubt, or is no longer measured")
     return 5 if tripped else 0
 
 
@@ -591,7 +617,7 @@ def _variants(text: str | None) -> tuple[str, ...] | None:
 
 def _size(text: str) -> tuple[int, int]:
     parts = text.lower().split("x")
-    if len(parts) > 2 or not all(part.strip().isdigit() for part in parts):
+    if len(parts) > 2 or not all(re.fullmatch("[0-9]+", part) for part in parts):
         raise UsageError(f"--size {text} must be a number of pixels or HEIGHTxWIDTH, such as 7 or 7x14")
     return int(parts[0]), int(parts[-1])
 

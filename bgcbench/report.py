@@ -20,6 +20,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from bgcbench.errors import UsageError
 from bgcbench.measure.counts import count
 from bgcbench.measure.statistics import Interval, Ratio, Series, ratio_of_medians
 from bgcbench.results import Json, dumps
@@ -466,11 +467,26 @@ def doctor_report(environment: Json, findings: Sequence[tuple[str, str, str | No
     return Report(["bgcbench doctor"], columns, {"Summary": [summary]}, records)
 
 
+def settings_that_differ(before: Json, after: Json) -> list[tuple[str, str, str]]:
+    """(name, before, after) of every setting that makes two files' times different things."""
+    names = ("precision", "layout", "mode", "cache", "input_grad", "tf32", "cudnn_benchmark")
+    pairs = [(name, before["settings"].get(name), after["settings"].get(name)) for name in names]
+    pairs.append(("quality", before.get("quality", "full"), after.get("quality", "full")))
+    return [(name, json.dumps(one), json.dumps(other)) for name, one, other in pairs if one != other]
+
+
 def compare_report(before: Json, after: Json, names: tuple[str, str], limit: float | None) -> tuple[Report, bool]:
     """Two profile documents row by row, and whether any row is surely slower by more than ``limit`` (a fraction)."""
     old = {row["key"]: row for row in before["results"]}
+    new = {row["key"]: row for row in after["results"]}
     records: list[Json] = []
-    tripped = False
+    gone = [
+        f"{PHASE_TITLES[phase]} of {key}: {new[key]['status'] if key in new else 'not in the file'}"
+        for key, row in old.items()
+        for phase in row["phases"]
+        if phase not in new.get(key, {"phases": {}})["phases"]
+    ]
+    tripped = limit is not None and bool(gone)
     for row in after["results"]:
         earlier = old.get(row["key"])
         for phase in row["phases"]:
@@ -502,13 +518,15 @@ def compare_report(before: Json, after: Json, names: tuple[str, str], limit: flo
         Column("difference", [f"{(r['after_s'] - r['before_s']) * factor:+.3g}" for r in records]),
         Column("verdict", [r["verdict"] for r in records], right=False),
     ]
-    missing = sorted(old.keys() ^ {row["key"] for row in after["results"]})
     notes = ["before: " + names[0] + "; after: " + names[1]]
-    notes += [f"only in one file: {', '.join(missing)}"] if missing else []
+    notes += [f"measured before and no longer: {text}" for text in gone]
+    added = sorted(new.keys() - old.keys())
+    notes += [f"new: {', '.join(added)}"] if added else []
     if before["environment"]["fingerprint"] != after["environment"]["fingerprint"]:
         notes.append("warning: the two files come from different machines or software")
     if not records:
-        notes.append("the files have no measured row in common")
+        raise UsageError(f"{names[0]} and {names[1]} have no measured row in common; compare runs of one workload")
+    notes += [f"warning: {name} was {one} and is {other}" for name, one, other in settings_that_differ(before, after)]
     return Report(["bgcbench compare"], columns, {"Notes": notes}, records), tripped
 
 

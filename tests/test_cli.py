@@ -55,6 +55,12 @@ class TestUsage:
             (["profile", "--kernel", "9", "--size", "0"], "height=0"),
             (["profile", "--kernel", "8", "--size", "1"], "leaves no output"),
             (["profile", "--size", "7x7x7"], "--size 7x7x7"),
+            (["profile", "--size", "\u00b2"], "--size \u00b2"),
+            (["profile", "--algorithm", "concat", "--variants", "gc"], "no variant asked for has it"),
+            (["profile", "--out", "-", "--format", "csv"], "--out - prints JSON, not csv"),
+            (["profile", "--force"], "--force replaces an existing --out file"),
+            (["profile", "--no-reference", "--variants", "standard,gc"], "--no-reference leaves the standard"),
+            (["profile", "--no-reference", "--groups", "1,2"], "--no-reference leaves the standard"),
             (["profile", "--chanels", "4"], "--chanels"),
             (["profile", "--channels", "many"], "many"),
             (["profile", "--precision", "tf32", "--device", "cpu"], "tf32 is a mode of CUDA devices"),
@@ -234,7 +240,10 @@ class TestProfile:
             assert "cannot be resumed" in capsys.readouterr().err
         assert (here / "r.json").read_text() == before
         assert main(["profile", "--resume", "r.json", "--groups", "2,4", "--quiet"]) == 0
-        assert len(results.read(here / "r.json")["results"]) == 5
+        grown = results.read(here / "r.json")
+        assert len(grown["results"]) == 5
+        assert main(["profile", "--resume", "r.json", "--groups", "2", "--quiet"]) == 0
+        assert results.read(here / "r.json")["results"] == grown["results"]  # a smaller grid takes nothing away
 
     def test_a_truncated_or_foreign_file_is_not_resumed_and_not_touched(self, example: Path, capsys) -> None:
         whole = example.read_text()
@@ -280,6 +289,15 @@ class TestOtherCommands:
         assert "2.00x the time" in capsys.readouterr().out
         assert main(["compare", str(example), "slow.json", "--fail-on", "3"]) == 5
         assert main(["compare", "slow.json", str(example), "--fail-on", "3"]) == 0
+
+    def test_compare_refuses_files_whose_settings_differ(self, example: Path, here: Path, capsys) -> None:
+        other = example_document()
+        other["settings"]["cache"] = "cold"
+        results.ResultWriter(here / "cold.json").write(other)
+        assert main(["compare", str(example), "cold.json"]) == 2
+        assert 'cache is "warm" in' in capsys.readouterr().err
+        assert main(["compare", str(example), "cold.json", "--force"]) == 0
+        assert "warning: cache was" in capsys.readouterr().out
 
     def test_compare_refuses_a_quick_file_against_a_full_one(self, example: Path, here: Path, capsys) -> None:
         results.ResultWriter(here / "quick.json").write({**example_document(), "quality": "quick"})

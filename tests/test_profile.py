@@ -11,6 +11,7 @@ import torch
 
 from bgcbench.convs.gc import GroupConv2d
 from bgcbench.errors import ResultFileError, ShapeError, UsageError
+from bgcbench.experiments import profile_run
 from bgcbench.experiments.profile import (
     ProfileConfig,
     check_same_workload,
@@ -20,6 +21,7 @@ from bgcbench.experiments.profile import (
 )
 from bgcbench.experiments.profile_run import ProfileRun, Update, open_session
 from bgcbench.measure import ceilings, environment
+from bgcbench.measure.device import CpuStopwatch
 from bgcbench.measure.timing import Rules
 from bgcbench.specs import LAYERS
 
@@ -224,15 +226,39 @@ class TestRun:
         assert [row["interleaved"] for row in update.rows] == [1, 2, 3, 4, 5]
         assert any("not paired" in warning for warning in update.warnings)
 
-    def test_a_lost_device_ends_the_rows_that_remain(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    @pytest.mark.parametrize("begins", ["in the first look", "in a round"])
+    def test_a_lost_device_ends_the_rows_and_leaves_a_valid_file(self, begins: str, monkeypatch) -> None:
+        """After a sticky error nothing on the device works any more: no layer, no canary, no new buffer."""
+        lost, forward = {"up": begins == "in the first look"}, GroupConv2d.forward
+        message = "CUDA error: an illegal memory access was encountered"
+
         def sticky(self: GroupConv2d, x: torch.Tensor) -> torch.Tensor:
-            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+            if lost["up"]:
+                lost["now"] = True
+                raise RuntimeError(message)
+            return forward(self, x)
+
+        times, make = CpuStopwatch._times, profile_run.make_stopwatch
+
+        def dead_times(self: CpuStopwatch, cell: Any, count: int) -> list[float]:
+            if lost.get("now"):
+                raise RuntimeError(message)
+            return times(self, cell, count)
+
+        def dead_make(*arguments: Any, **options: Any) -> Any:
+            if lost.get("now"):
+                raise RuntimeError(message)
+            return make(*arguments, **options)
 
         monkeypatch.setattr(GroupConv2d, "forward", sticky)
-        monkeypatch.setattr("bgcbench.measure.device.device_answers", lambda device: False)
-        update = run(SMALL)
-        assert {row["reason"] for row in update.rows} == {"device lost"}
-        assert {row["status"] for row in update.rows} == {"error"}
+        monkeypatch.setattr(CpuStopwatch, "_times", dead_times)
+        monkeypatch.setattr(profile_run, "make_stopwatch", dead_make)
+        monkeypatch.setattr("bgcbench.measure.device.device_answers", lambda device: not lost.get("now"))
+        update = run(SMALL, in_round(2, lost))
+        reasons = [(row["status"], row["reason"]) for row in update.rows]
+        assert reasons == [("error", "device lost")] * len(update.rows)
+        if begins == "in a round":
+            assert all(row["phases"] for row in update.rows)
 
     def test_a_stop_marks_the_rows_and_a_resumed_run_ends_with_the_same_ones(self) -> None:
         flag = {"up": False}

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from bgcbench import report, results
-from bgcbench.errors import ShapeError
+from bgcbench.errors import ShapeError, UsageError
 from bgcbench.measure.statistics import Interval, Ratio
 from tests.example import example_document
 
@@ -181,5 +181,17 @@ def test_compare_says_what_is_in_one_file_only_and_that_machines_differ() -> Non
     after["environment"]["fingerprint"] = "1" * 64
     table, _ = report.compare_report(before, after, ("a.json", "b.json"), None)
     notes = " ".join(table.sections["Notes"])
-    assert gone["key"] in notes
+    assert f"fwd+bwd of {gone['key']}: not in the file" in notes
     assert "different machines" in notes
+
+
+def test_compare_trips_on_a_row_that_is_no_longer_measured() -> None:
+    before, after = example_document(), example_document()
+    after["results"][1] |= {"status": "oom", "reason": "out of memory", "phases": {}}
+    table, tripped = report.compare_report(before, after, ("a.json", "b.json"), 0.5)
+    assert tripped
+    assert any("oom" in note for note in table.sections["Notes"])
+    assert not report.compare_report(before, after, ("a.json", "b.json"), None)[1]
+    after["results"] = []
+    with pytest.raises(UsageError, match="no measured row in common"):
+        report.compare_report(before, after, ("a.json", "b.json"), None)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bgcbench.convs.base import VariantConv2d, block_diagonal
+from bgcbench.convs.base import VariantConv2d, block_diagonal, is_channels_last
 from bgcbench.convs.gc import GroupConv2d
 
 
@@ -27,7 +27,10 @@ class ShuffleGroupConv2d(VariantConv2d):
         # The bias goes through the convolution, which adds it for free, so it is brought into pre-shuffle order.
         bias = None if self.bias is None else self.bias.reshape(-1, self.groups).T.flatten()
         y = self._convolve(x, self.weight, bias, self.groups)
-        # F.channel_shuffle keeps channels_last, which indexing or a reshape would not; it wants a batch.
+        if is_channels_last(y):
+            # On the NHWC view the shuffle is one copy that stays channels_last; torch's own does so on a CPU only.
+            rows: Tensor = y.permute(0, 2, 3, 1).unflatten(-1, (self.groups, -1))  # (B, H', W', N, m/N)
+            return rows.transpose(-2, -1).flatten(-2).permute(0, 3, 1, 2)
         return F.channel_shuffle(y, self.groups) if y.dim() == 4 else F.channel_shuffle(y[None], self.groups)[0]
 
     def dense_weight(self) -> Tensor:

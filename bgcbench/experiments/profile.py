@@ -156,6 +156,10 @@ def plan(config: ProfileConfig) -> list[PlannedRow]:
     for variant, groups in wanted:
         for algorithm in _forms(variant, config.algorithm):
             rows.append(_planned(config, variant, groups, algorithm))
+    if config.algorithm not in ("auto", "all") and not any(
+        config.algorithm in VARIANTS[name].algorithms for name, _ in wanted
+    ):
+        raise UsageError(f"--algorithm {config.algorithm}: no variant asked for has it; add bgc, or leave it out")
     offenders = list(dict.fromkeys(row.invalid for row in rows if row.invalid))
     if offenders and not config.skip_invalid:
         raise ShapeError("; ".join(offenders) + "; drop these groups or use --skip-invalid")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -29,8 +30,10 @@ from bgcbench.measure.counts import Counts, call_work, count, paper_bytes
 from bgcbench.measure.device import (
     DTYPES,
     DeviceStopwatch,
+    Failure,
     backend_state,
     check_combination,
+    compile_state,
     current,
     describe_failure,
     free_memory,
@@ -41,7 +44,7 @@ from bgcbench.measure.device import (
 )
 from bgcbench.measure.memory import Peak, measure_peak
 from bgcbench.measure.timing import PROTOCOL, Group, Progress, Rules, Track
-from bgcbench.measure.workload import Cell, Workload
+from bgcbench.measure.workload import Cell, Like, Workload
 from bgcbench.results import DONE, Json
 from bgcbench.specs import PRECISIONS, VARIANTS, ConvSpec
 from bgcbench.theory.exact import white_error
@@ -96,6 +99,7 @@ class _Row:
     first_call_s: dict[str, float] = field(default_factory=dict)
     host_s: dict[str, float | None] = field(default_factory=dict)
     peak: Peak | None = None
+    like: Like | None = None
     tracks: dict[str, Track[Cell]] = field(default_factory=dict)
     phases: dict[str, Json] = field(default_factory=dict)
     interleaved: int | None = None
@@ -127,7 +131,8 @@ class Update:
 class ProfileRun:
     """One run of ``profile`` on an open session; iterate ``run()`` for its updates.
 
-    kept: rows of a resumed file that need no measuring, by key. stop() is asked between batches of samples.
+    kept: the rows of a resumed file by key; those that are done are not measured again, and those that are not in the
+    plan stay as they are. stop() is asked between batches of samples.
     """
 
     def __init__(
@@ -141,7 +146,8 @@ class ProfileRun:
         stop: Callable[[], bool] = lambda: False,
     ) -> None:
         self.config, self.session, self.planned, self.stop = config, session, rows, stop
-        self.kept = {key: row for key, row in (kept or {}).items() if row["status"] in DONE}
+        self.stored = dict(kept or {})
+        self.kept = {key: row for key, row in self.stored.items() if row["status"] in DONE}
         self.interleaved = list(interleaved)
         self.warnings = list(session.warnings)
         self.ceilings: Ceilings | None = None
@@ -161,15 +167,21 @@ class ProfileRun:
         if not self.rows:
             yield self._update("nothing left to measure", save=True)
             return
-        with backend_state(config.precision, config.threads), current(session.device):
+        compiling = compile_state() if config.mode == "compile" else contextlib.nullcontext()
+        with backend_state(config.precision, config.threads), current(session.device), compiling:
             yield self._update("measuring the device's ceilings")
-            plain = make_stopwatch(session.device, cold=False)
-            self.ceilings = ceilings.measure_ceilings(plain, DTYPES[config.precision], quick=config.quick)
-            yield from self._look_at_each(plain)
-            alive = [row for row in self.rows if row.status == "interrupted"]
-            stopwatch = make_stopwatch(session.device, cold=session.cold)
+            try:
+                plain = make_stopwatch(session.device, cold=False)
+                self.ceilings = ceilings.measure_ceilings(plain, DTYPES[config.precision], quick=config.quick)
+                yield from self._look_at_each(plain)
+                alive = [row for row in self.rows if row.status == "interrupted"]
+                stopwatch = make_stopwatch(session.device, cold=session.cold) if alive else plain
+            except RuntimeError as failure:  # of the device itself: the rows' own failures are theirs
+                found = describe_failure(failure, session.device)
+                self._give_up(found)
+                alive, stopwatch = [], None
             for group in self._groups(alive):
-                if self.stop():
+                if self.stop() or stopwatch is None:
                     break
                 yield from self._measure(group, stopwatch)
         yield self._update("done", save=True)
@@ -190,7 +202,7 @@ class ProfileRun:
                 found = describe_failure(failure, self.session.device)
                 row.fail(found.status, found.reason)
                 if found.reason == "device lost":
-                    self._give_up(found.reason)
+                    self._give_up(found)
                     return
             free_memory(self.session.device)
 
@@ -198,31 +210,36 @@ class ProfileRun:
         """First call of every phase, and the peak of the one that holds the most memory."""
         workload = self._workload(row)
         fullest = max(self.config.phases, key=("fwd", "bwd", "fwd_bwd").index)
+        # A quick look at a slow layer takes one call for both. On CUDA a first call has the workspace of the library's
+        # search, and a short one on a CPU what libraries set up once; both are measured again below.
+        combined = self.config.quick and self.session.device.type == "cpu" and self.config.mode == "eager"
         for phase in self.config.phases:
             stopwatch.synchronize()
             began = time.perf_counter()
             cell = workload.cell(phase)
-            if self.config.quick and phase == fullest:  # a quick look takes one call for both
-                row.peak = measure_peak(cell.eager or cell, self.session.device, passes=1)
+            if combined and phase == fullest:
+                row.peak = measure_peak(cell, self.session.device, passes=1)
             else:
                 cell.once()
             stopwatch.synchronize()
             row.first_call_s[phase] = time.perf_counter() - began
             cell.release()
             row.host_s[phase] = stopwatch.host_time(cell)
-        if row.peak is None:
+        row.like = workload.like
+        if row.peak is None or row.first_call_s[fullest] < 0.25:
             cell = workload.cell(fullest)
-            row.peak = measure_peak(cell.eager or cell, self.session.device)
+            row.peak = measure_peak(cell.eager or cell, self.session.device, passes=1 if self.config.quick else 2)
             if not row.peak.agreed:
                 self.warnings.append(f"{row.planned.key}: two memory passes differ")
 
-    def _give_up(self, reason: str) -> None:
+    def _give_up(self, found: Failure) -> None:
+        """The rows that were not finished share the device's end."""
         for row in self.rows:
             if row.status == "interrupted":
-                row.fail("error", reason)
+                row.fail(found.status, found.reason)
 
     def _workload(self, row: _Row) -> Workload:
-        return Workload(self._module(row), self._input, self.config.mode)
+        return Workload(self._module(row), self._input, self.config.mode, row.like)
 
     def _module(self, row: _Row) -> nn.Module:
         with torch.random.fork_rng(devices=[]):
@@ -244,8 +261,10 @@ class ProfileRun:
         """All rows in one group, or, if their layers do not fit together, each by itself."""
         item = PRECISIONS[self.config.precision]
         layers = sum(2 * row.counts.params * item for row in rows)
-        busiest = max((row.peak.delta_bytes for row in rows if row.peak), default=0)
-        if rows and layers + busiest > 0.8 * environment.available_bytes(self.session.device):
+        deltas = [row.peak.delta_bytes for row in rows if row.peak]
+        # A captured graph keeps what it works on; an eager call gives it back.
+        held = len(self.config.phases) * sum(deltas) if self.config.mode == "graph" else max(deltas, default=0)
+        if rows and layers + held > 0.8 * environment.available_bytes(self.session.device):
             self.warnings.append("the rows do not fit into memory together: measured one after the other, not paired")
             return [[row] for row in rows]
         return [rows] if rows else []
@@ -319,7 +338,7 @@ class ProfileRun:
                 found = describe_failure(failure, self.session.device)
                 row.fail(found.status, found.reason)
                 if found.reason == "device lost":
-                    self._give_up(found.reason)
+                    self._give_up(found)
             elif finished:
                 row.status, row.reason = "ok", None
             else:
@@ -337,7 +356,8 @@ class ProfileRun:
     def _records(self) -> list[Json]:
         """Every row as the file holds it, in the plan's order; rows not begun yet are left out."""
         measured = {row.planned.key: row for row in self.rows}
-        records = []
+        planned_keys = {planned.key for planned in self.planned}
+        records = [row for key, row in self.stored.items() if key not in planned_keys]
         for planned in self.planned:
             if planned.key in self.kept:
                 records.append(self.kept[planned.key])
@@ -404,6 +424,8 @@ class ProfileRun:
                 "gbytes_per_s": work.bytes / median / 1e9,
                 "roofline_fraction": self.ceilings.roofline_fraction(work, median) if self.ceilings else None,
                 "bound": self.ceilings.bound(work) if self.ceilings else None,
-                "launch_bound": None if host is None else host >= median,
+                # Without launch gaps in the way (a graph) the host is not what limits; in eager mode the two times
+                # meet where it does.
+                "launch_bound": None if host is None or self.config.mode == "graph" else host >= 0.9 * median,
             },
         }

@@ -56,52 +56,89 @@ def check_combination(device: torch.device, precision: str, mode: str) -> None:
         raise UsageError("--precision tf32 is a mode of CUDA devices; on a CPU use fp32 or bf16")
     if device.type != "cuda" and mode == "graph":
         raise UsageError("--mode graph replays CUDA graphs; on a CPU use eager or compile")
-    if device.type == "cuda" and precision == "bf16" and not torch.cuda.is_bf16_supported():
-        raise UsageError(f"--precision bf16: {torch.cuda.get_device_name(device)} has none; use fp16 or fp32")
-
-
-def _tf32_switches() -> tuple[tuple[Any, str], tuple[Any, str]]:
-    """(owner, attribute) of the TF32 switches of convolutions and of matrix products.
-
-    torch 2.9 brought ``fp32_precision`` beside ``allow_tf32``; mixing the two raises, so one is chosen.
-    """
-    conv = getattr(torch.backends.cudnn, "conv", None)
-    if conv is not None and hasattr(conv, "fp32_precision"):
-        return (conv, "fp32_precision"), (torch.backends.cuda.matmul, "fp32_precision")
-    return (torch.backends.cudnn, "allow_tf32"), (torch.backends.cuda.matmul, "allow_tf32")
+    if device.type == "cuda" and precision == "bf16":
+        with torch.cuda.device(device):
+            native = torch.cuda.is_bf16_supported(including_emulation=False)
+        if not native:
+            raise UsageError(f"--precision bf16: {torch.cuda.get_device_name(device)} has none; use fp16 or fp32")
 
 
 def tf32_state() -> dict[str, bool]:
     """Whether TF32 is on: {'conv': ..., 'matmul': ...}."""
-    conv, matmul = (getattr(owner, attribute) for owner, attribute in _tf32_switches())
-    return {"conv": conv in (True, "tf32"), "matmul": matmul in (True, "tf32")}
+    try:
+        return {"conv": torch.backends.cudnn.allow_tf32, "matmul": torch.backends.cuda.matmul.allow_tf32}
+    except RuntimeError:  # set through torch 2.9's fp32_precision, after which the older switches cannot be read
+        conv, matmul = _fp32_precisions()
+        return {"conv": conv == "tf32", "matmul": matmul == "tf32"}
+
+
+def _fp32_precisions() -> tuple[str, str]:
+    cudnn: Any = torch.backends.cudnn  # torch 2.9 brought its .conv
+    return cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision
+
+
+@contextmanager
+def _tf32(on: bool) -> Iterator[None]:
+    """TF32 on or off in convolutions and products for the block.
+
+    The ``allow_tf32`` pair is written because it sets what torch 2.9 and newer read as well; writing only the newer
+    ``fp32_precision`` would make the older one raise where torch.compile's own code still reads it.
+    """
+    cudnn: Any = torch.backends.cudnn
+    matmul = torch.backends.cuda.matmul
+    older: tuple[bool, bool] | None = None
+    newer: tuple[str, str] | None = None
+    try:
+        older = cudnn.allow_tf32, matmul.allow_tf32
+    except RuntimeError:
+        newer = _fp32_precisions()
+    try:
+        cudnn.allow_tf32 = matmul.allow_tf32 = on
+        yield
+    finally:
+        if older is not None:
+            cudnn.allow_tf32, matmul.allow_tf32 = older
+        elif newer is not None:
+            cudnn.conv.fp32_precision, matmul.fp32_precision = newer
 
 
 @contextmanager
 def backend_state(precision: str, threads: int | None = None) -> Iterator[None]:
-    """Every global switch that changes a measurement, set for the block and put back after it.
+    """The global switches that a result file records, set for the block and put back after it.
 
     TF32 on for precision 'tf32' and off for all others, cudnn.benchmark on, deterministic off, ``threads`` CPU
     threads. PyTorch's own defaults (TF32 on in convolutions and off in products) are never inherited.
     """
-    switches = _tf32_switches()
-    on = precision == "tf32"
-    values = (on, on) if switches[0][1] == "allow_tf32" else (("tf32", "tf32") if on else ("ieee", "ieee"))
     cudnn = torch.backends.cudnn
-    saved = [getattr(owner, attribute) for owner, attribute in switches]
-    saved_cudnn, saved_threads = (cudnn.benchmark, cudnn.deterministic), torch.get_num_threads()
+    saved, saved_threads = (cudnn.benchmark, cudnn.deterministic), torch.get_num_threads()
+    with _tf32(precision == "tf32"):
+        try:
+            cudnn.benchmark, cudnn.deterministic = True, False
+            if threads is not None:
+                torch.set_num_threads(threads)
+            yield
+        finally:
+            cudnn.benchmark, cudnn.deterministic = saved
+            torch.set_num_threads(saved_threads)
+
+
+@contextmanager
+def compile_state() -> Iterator[None]:
+    """Room for one compiled graph a layer and phase.
+
+    All layers of a variant share one forward, and Dynamo gives up on a function after 8 recompilations.
+    """
+    import torch._dynamo
+
+    config, names = torch._dynamo.config, ("cache_size_limit", "accumulated_cache_size_limit")
+    saved = [getattr(config, name) for name in names]
     try:
-        for (owner, attribute), value in zip(switches, values, strict=True):
-            setattr(owner, attribute, value)
-        cudnn.benchmark, cudnn.deterministic = True, False
-        if threads is not None:
-            torch.set_num_threads(threads)
+        for name in names:
+            setattr(config, name, 4096)
         yield
     finally:
-        for (owner, attribute), old in zip(switches, saved, strict=True):
-            setattr(owner, attribute, old)
-        cudnn.benchmark, cudnn.deterministic = saved_cudnn
-        torch.set_num_threads(saved_threads)
+        for name, value in zip(names, saved, strict=True):
+            setattr(config, name, value)
 
 
 def cache_bytes(device: torch.device) -> int | None:
@@ -254,7 +291,8 @@ def is_out_of_memory(failure: BaseException) -> bool:
     """Whether ``failure`` is the device's or the host's refusal to allocate."""
     if isinstance(failure, (torch.OutOfMemoryError, MemoryError)):
         return True
-    return isinstance(failure, RuntimeError) and "allocate memory" in str(failure)
+    signs = ("allocate memory", "out of memory", "alloc_failed")
+    return isinstance(failure, RuntimeError) and any(sign in str(failure).lower() for sign in signs)
 
 
 def describe_failure(failure: BaseException, device: torch.device) -> Failure:

@@ -71,9 +71,10 @@ def _device(device: torch.device) -> dict[str, Any]:
 
 
 def available_bytes(device: torch.device) -> int:
-    """Bytes a new allocation could get: free RAM on a CPU, all of the device's memory on CUDA."""
+    """Bytes a new allocation could get: free RAM on a CPU; on CUDA what is free, and what this process holds unused."""
     if device.type == "cuda":
-        return int(torch.cuda.get_device_properties(device).total_memory)
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
     return int(psutil.virtual_memory().available)
 
 
@@ -190,16 +191,19 @@ def _smi(*query: str) -> list[str] | None:
     return done.stdout.strip().splitlines() if done.returncode == 0 else None
 
 
-def _smi_gpu(device: torch.device, field: str) -> str | None:
-    """One field of one device. nvidia-smi numbers all devices, so CUDA_VISIBLE_DEVICES is honoured by the UUID."""
+def _smi_id(device: torch.device) -> str:
+    """The device by UUID: nvidia-smi numbers all devices, whatever CUDA_VISIBLE_DEVICES leaves."""
     uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)
-    which = str(device.index or 0) if uuid is None else f"GPU-{uuid}"
-    lines = _smi(f"--query-gpu={field}", f"--id={which}")
+    return str(device.index or 0) if uuid is None else f"GPU-{uuid}"
+
+
+def _smi_gpu(device: torch.device, field: str) -> str | None:
+    lines = _smi(f"--query-gpu={field}", f"--id={_smi_id(device)}")
     return lines[0].strip() if lines and not lines[0].startswith("[") else None
 
 
 def _smi_processes(device: torch.device) -> list[str] | None:
-    lines = _smi("--query-compute-apps=pid,process_name")
+    lines = _smi("--query-compute-apps=pid,process_name", f"--id={_smi_id(device)}")
     return None if lines is None else [line for line in lines if not line.startswith(f"{os.getpid()},")]
 
 

@@ -122,7 +122,8 @@ class Track(Generic[CellT]):
 
 @dataclass
 class Canary:
-    """Readings of the fixed piece of work: one before the first round (the baseline) and one after each."""
+    """Readings of the fixed piece of work: one before the first round (the baseline), one after each round, and one
+    more after each that was slow."""
 
     baseline_s: float = math.nan
     readings_s: list[float] = field(default_factory=list)
@@ -177,9 +178,12 @@ class Group(Generic[CellT]):
             yield self._progress(track)
         if self._stopping() or not self._alive():
             return
-        self.canary.baseline_s = self._read_canary(5)
+        baseline = self._read_canary(5)
+        if baseline is None:
+            return
+        self.canary.baseline_s = baseline
         self._started_s = self.stopwatch.now()
-        redone = 0
+        redone, slow_before = 0, False
         while not self._finished():
             self.rounds += 1
             began = self.stopwatch.now()
@@ -191,7 +195,9 @@ class Group(Generic[CellT]):
                 if track.failure is None:
                     self._guarded(track, self._measure)
                     yield self._progress(track)
-            slow = self._check_canary()
+            slow_after = self._clock_is_slow()
+            # A blip between two rounds is none of the second one's: after a slow edge the clock is read afresh.
+            slow, slow_before = slow_before or slow_after, slow_after and self._clock_is_slow()
             if slow and redone < self.rules.canary_redo:
                 # The clock itself was slow: do this round again and keep its samples apart.
                 redone += 1
@@ -256,14 +262,22 @@ class Group(Generic[CellT]):
         track.rounds += [self.rounds] * len(times)
         track.estimate_s = statistics.median(times)  # the next batch's size follows what was seen last
 
-    def _read_canary(self, readings: int) -> float:
-        return statistics.median(self.stopwatch.canary() for _ in range(readings))
+    def _read_canary(self, readings: int) -> float | None:
+        """Median of some readings; None, and every row failed, where the device no longer answers."""
+        try:
+            return statistics.median(self.stopwatch.canary() for _ in range(readings))
+        except Exception as failure:  # noqa: BLE001 - what ends the device ends its rows, not the run
+            for track in self._alive():
+                track.fail(failure)
+            return None
 
-    def _check_canary(self) -> bool:
-        """Read the canary at a round's end; the round was slow if the clock was at either of its edges."""
-        readings, limit = self.canary.readings_s, self.canary.baseline_s * (1 + self.rules.canary_tolerance)
-        readings.append(self._read_canary(3))
-        return max(readings[-2:]) > limit
+    def _clock_is_slow(self) -> bool:
+        """Read the canary at a round's edge."""
+        reading = self._read_canary(3)
+        if reading is None:
+            return False
+        self.canary.readings_s.append(reading)
+        return reading > self.canary.baseline_s * (1 + self.rules.canary_tolerance)
 
     def _budget_s(self) -> float:
         return self.rules.max_time_s * len({track.row for track in self.tracks})

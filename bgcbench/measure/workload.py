@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from bgcbench.errors import UsageError
 
+Like = tuple[torch.Size, tuple[int, ...]]
+
 
 def _nothing() -> None:
     """Default of the hooks around a call."""
@@ -43,16 +45,18 @@ class Workload:
 
     x: the input, a leaf; whether its gradient is taken is x.requires_grad. mode: 'eager', 'compile'
     (torch.compile) or 'graph' (CUDA graph replay). The backward pass starts from a fixed random gradient in the
-    output's own layout: ``y.sum()`` would hand over an expanded one of stride 0, which no network does.
+    output's own layout: ``y.sum()`` would hand over an expanded one of stride 0, which no network does. ``like`` is
+    the output's size and stride where they are known; otherwise the first call finds them.
     """
 
-    def __init__(self, module: nn.Module, x: Tensor, mode: str = "eager") -> None:
-        self.module: Any = torch.compile(module, dynamic=False) if mode == "compile" else module
+    def __init__(self, module: nn.Module, x: Tensor, mode: str = "eager", like: Like | None = None) -> None:
+        # fullgraph: a layer that cannot be compiled is an error, never an eager row under another name.
+        self.module: Any = torch.compile(module, dynamic=False, fullgraph=True) if mode == "compile" else module
         self.x = x
         self.mode = mode
         self.leaves = [*module.parameters(), x]
         self._grad_out: Tensor | None = None
-        self._like: tuple[torch.Size, tuple[int, ...]] | None = None  # size and stride of the output
+        self.like = like
         self._y: Tensor | None = None
 
     def cell(self, phase: str) -> Cell:
@@ -85,10 +89,10 @@ class Workload:
     def _clear_gradients(self) -> None:
         for leaf in self.leaves:
             leaf.grad = None
-        if self._grad_out is None and self._like is not None:
+        if self._grad_out is None and self.like is not None:
             # Made anew for each batch, so that a memory pass sees it appear; only the very first call makes it
             # inside the timed part, before its size is known.
-            empty = torch.empty_strided(*self._like, dtype=self.x.dtype, device=self.x.device)
+            empty = torch.empty_strided(*self.like, dtype=self.x.dtype, device=self.x.device)
             self._grad_out = empty.normal_()
 
     def _release(self) -> None:
@@ -99,7 +103,7 @@ class Workload:
     def _gradient_like(self, y: Tensor) -> Tensor:
         if self._grad_out is None:
             self._grad_out = torch.randn_like(y)
-            self._like = (y.shape, y.stride())
+            self.like = (y.shape, y.stride())
         return self._grad_out
 
     def _captured(self, phase: str, eager: Cell) -> Cell:

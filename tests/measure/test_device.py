@@ -15,6 +15,7 @@ from bgcbench.measure.device import (
     asked_bytes,
     backend_state,
     check_combination,
+    compile_state,
     describe_failure,
     resolve_device,
     tf32_state,
@@ -107,6 +108,30 @@ def test_a_cold_cache_means_a_buffer_is_overwritten_before_every_call() -> None:
     assert found == [0, 0, 0]
 
 
+def test_switches_set_through_the_newer_interface_are_put_back() -> None:
+    conv = getattr(torch.backends.cudnn, "conv", None)
+    if not hasattr(conv, "fp32_precision"):
+        pytest.skip("torch before 2.9 has one interface")
+    before = conv.fp32_precision
+    try:
+        conv.fp32_precision = "ieee"
+        with backend_state("tf32"):
+            assert tf32_state() == {"conv": True, "matmul": True}
+        assert conv.fp32_precision == "ieee"
+        assert not tf32_state()["conv"]
+    finally:
+        conv.fp32_precision = before
+
+
+def test_compiling_has_room_for_every_layer_of_a_grid() -> None:
+    import torch._dynamo
+
+    before = torch._dynamo.config.cache_size_limit
+    with compile_state():
+        assert torch._dynamo.config.cache_size_limit >= 4096
+    assert torch._dynamo.config.cache_size_limit == before
+
+
 @pytest.mark.parametrize("phase", ["fwd", "bwd", "fwd_bwd"])
 @pytest.mark.parametrize("input_grad", [True, False])
 def test_a_phase_does_what_its_name_says(phase: str, input_grad: bool) -> None:
@@ -153,6 +178,8 @@ def test_the_bytes_asked_for_are_read_from_both_allocators_messages(message: str
 def test_failures_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     oom = describe_failure(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 KiB."), CPU)
     assert (oom.status, "2048 bytes" in oom.reason) == ("oom", True)
+    for message in ("CUDA error: out of memory", "CUDNN_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_ALLOC_FAILED"):
+        assert describe_failure(RuntimeError(message), CPU).status == "oom"
     other = describe_failure(RuntimeError("first line\nsecond line"), CPU)
     assert (other.status, other.reason) == ("error", "RuntimeError: first line")
     monkeypatch.setattr(devices, "device_answers", lambda device: False)

@@ -178,7 +178,7 @@ def test_a_slow_phase_is_counted_by_the_canary() -> None:
     assert group.canary.slow_rounds
     assert len(group.canary.slow_rounds) < group.rounds
     assert group.canary.redone == 0
-    assert len(group.canary.readings_s) == group.rounds
+    assert len(group.canary.readings_s) == group.rounds + 1  # one slow edge was read again
     # On a CPU the samples of slow rounds stay where they are.
     assert set(group.canary.slow_rounds) <= set(tracks["a"].rounds)
     assert tracks["a"].discarded == []
@@ -205,6 +205,31 @@ def test_a_machine_that_stays_slow_is_redone_three_times_a_round_at_most() -> No
     assert group.rounds == 6
     assert group.canary.redone == 3 * len(group.canary.slow_rounds)
     assert group.canary.slow_rounds
+
+
+def test_a_blip_at_one_edge_is_one_rounds() -> None:
+    machine = Machine({"a": 0.05})
+    group = group_of(machine, Rules(max_time_s=1.0, warmup_max_s=0.1))
+    readings = iter([0.001] * 5 + [0.001] * 3 + [0.002] * 3 + [0.001] * 300)
+    machine.canary = lambda: next(readings)  # type: ignore[method-assign]
+    finish(group)
+    assert group.canary.slow_rounds == [2]
+
+
+def test_a_device_that_stops_answering_between_rounds_ends_the_rows_and_not_the_run() -> None:
+    machine = Machine({"a": 0.05, "b": 0.05})
+    group = group_of(machine, Rules(max_time_s=1.0, warmup_max_s=0.1))
+    readings = iter([0.001] * 8)
+
+    def canary() -> float:
+        for reading in readings:
+            return reading
+        raise RuntimeError("CUDA error: unspecified launch failure")
+
+    machine.canary = canary  # type: ignore[method-assign]
+    tracks = finish(group)
+    assert all(isinstance(track.failure, RuntimeError) for track in tracks.values())
+    assert all(track.samples for track in tracks.values())
 
 
 def test_a_cell_that_fails_takes_its_row_out_and_the_others_go_on() -> None:
