@@ -68,13 +68,14 @@ def tf32_state() -> dict[str, bool]:
     try:
         return {"conv": torch.backends.cudnn.allow_tf32, "matmul": torch.backends.cuda.matmul.allow_tf32}
     except RuntimeError:  # set through torch 2.9's fp32_precision, after which the older switches cannot be read
-        conv, matmul = _fp32_precisions()
+        conv, _, matmul = (owner.fp32_precision for owner in _newer_switches())
         return {"conv": conv == "tf32", "matmul": matmul == "tf32"}
 
 
-def _fp32_precisions() -> tuple[str, str]:
-    cudnn: Any = torch.backends.cudnn  # torch 2.9 brought its .conv
-    return cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision
+def _newer_switches() -> tuple[Any, Any, Any]:
+    """Who carries ``fp32_precision`` since torch 2.9: cuDNN's convolutions and recurrent layers, matrix products."""
+    cudnn: Any = torch.backends.cudnn
+    return cudnn.conv, cudnn.rnn, torch.backends.cuda.matmul
 
 
 @contextmanager
@@ -84,22 +85,21 @@ def _tf32(on: bool) -> Iterator[None]:
     The ``allow_tf32`` pair is written because it sets what torch 2.9 and newer read as well; writing only the newer
     ``fp32_precision`` would make the older one raise where torch.compile's own code still reads it.
     """
-    cudnn: Any = torch.backends.cudnn
-    matmul = torch.backends.cuda.matmul
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
     older: tuple[bool, bool] | None = None
-    newer: tuple[str, str] | None = None
+    newer: list[tuple[Any, str]] = []
     try:
         older = cudnn.allow_tf32, matmul.allow_tf32
     except RuntimeError:
-        newer = _fp32_precisions()
+        newer = [(owner, owner.fp32_precision) for owner in _newer_switches()]
     try:
         cudnn.allow_tf32 = matmul.allow_tf32 = on
         yield
     finally:
         if older is not None:
             cudnn.allow_tf32, matmul.allow_tf32 = older
-        elif newer is not None:
-            cudnn.conv.fp32_precision, matmul.fp32_precision = newer
+        for owner, precision in newer:
+            owner.fp32_precision = precision
 
 
 @contextmanager

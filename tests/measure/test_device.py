@@ -112,15 +112,18 @@ def test_switches_set_through_the_newer_interface_are_put_back() -> None:
     conv = getattr(torch.backends.cudnn, "conv", None)
     if not hasattr(conv, "fp32_precision"):
         pytest.skip("torch before 2.9 has one interface")
-    before = conv.fp32_precision
+    before = tf32_state()
     try:
         conv.fp32_precision = "ieee"
         with backend_state("tf32"):
             assert tf32_state() == {"conv": True, "matmul": True}
         assert conv.fp32_precision == "ieee"
-        assert not tf32_state()["conv"]
-    finally:
-        conv.fp32_precision = before
+        assert torch.backends.cudnn.rnn.fp32_precision == "tf32"
+        assert tf32_state() == {**before, "conv": False}
+    finally:  # through the older interface, which leaves nothing mixed
+        torch.backends.cudnn.allow_tf32 = before["conv"]
+        torch.backends.cuda.matmul.allow_tf32 = before["matmul"]
+    assert tf32_state() == before
 
 
 def test_compiling_has_room_for_every_layer_of_a_grid() -> None:
