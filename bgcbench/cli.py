@@ -300,9 +300,9 @@ def _check_output(out: str | None, form: str, *, force: bool, resume: Path | Non
 def _resumed(stored: dict[str, Any], given: dict[str, Any], name: str) -> ProfileConfig:
     """The configuration that continues ``stored``: its own, with a grid that may have grown."""
     from bgcbench.experiments.profile import ProfileConfig, check_same_workload
+    from bgcbench.results import check_command
 
-    if stored["command"] != "profile":
-        raise UsageError(f"--resume {name} holds a '{stored['command']}' run; profile continues profile files")
+    check_command(stored, "profile", name)
     base = ProfileConfig.from_json(stored.get("config", {}))
     grown: dict[str, Any] = {
         grid: tuple(dict.fromkeys((*getattr(base, grid), *given[grid])))
@@ -567,8 +567,7 @@ def compare(
         raise UsageError(f"--fail-on {fail_on} must be 0 or a positive number of percent")
     documents = [results.read(path) for path in (before, after)]
     for path, document in zip((before, after), documents, strict=True):
-        if document["command"] != "profile":
-            raise UsageError(f"{path} holds a '{document['command']}' run; compare takes profile files")
+        results.check_command(document, "profile", str(path))
     from bgcbench.report import compare_report, settings_that_differ
 
     differing = settings_that_differ(*documents)
@@ -589,9 +588,9 @@ def compare(
 
 
 def _check_format(form: str) -> None:
-    from bgcbench.specs import check_choice
+    from bgcbench.specs import FORMATS, check_choice
 
-    check_choice("format", form, ("auto", "table", "markdown", "csv", "json"))
+    check_choice("format", form, FORMATS)
 
 
 def _numbers(option: str, text: str | None) -> tuple[int, ...] | None:

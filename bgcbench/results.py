@@ -229,10 +229,15 @@ def check_document(document: object, name: str) -> None:
         raise ResultFileError(f"{name} is damaged: {where}: {problem.message[:160]}")
 
 
-def check_resumable(document: Json, command: str, settings: Json, environment: Json, name: str) -> None:
-    """Raise ResultFileError unless a run with these settings on this device may continue ``document``."""
+def check_command(document: Json, command: str, name: str) -> None:
+    """Raise ResultFileError unless ``document`` is a run of ``command``."""
     if document["command"] != command:
         raise ResultFileError(f"{name} holds a '{document['command']}' run, not '{command}'; give another file")
+
+
+def check_resumable(document: Json, command: str, settings: Json, environment: Json, name: str) -> None:
+    """Raise ResultFileError unless a run with these settings on this device may continue ``document``."""
+    check_command(document, command, name)
     compared: list[tuple[Json, Json, Iterable[str]]] = [
         (document["settings"], settings, settings),
         (document["environment"], environment, FINGERPRINT_FIELDS),

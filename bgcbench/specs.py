@@ -59,6 +59,7 @@ PRECISIONS: dict[str, int] = {"fp64": 8, "fp32": 4, "tf32": 4, "bf16": 2, "fp16"
 LAYOUTS: tuple[str, ...] = ("nchw", "nhwc")
 PHASES: tuple[str, ...] = ("fwd", "bwd", "fwd_bwd")
 MODES: tuple[str, ...] = ("eager", "graph", "compile")
+FORMATS: tuple[str, ...] = ("auto", "table", "markdown", "csv", "json")
 # The parts of a result file's environment that decide a measurement: equal in all rows of one file.
 FINGERPRINT_FIELDS: tuple[str, ...] = ("cpu", "torch", "cuda", "cudnn", "driver", "device")
 
@@ -88,6 +89,14 @@ def check_positive(what: str, value: int, least: int = 1) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ShapeError(f"{what}={value} must be a whole number of at least {least}")
     return value
+
+
+def check_on_cpu(precision: str, mode: str) -> None:
+    """Raise UsageError for a precision or mode that only CUDA devices have."""
+    if precision == "tf32":
+        raise UsageError("--precision tf32 is a mode of CUDA devices; on a CPU use fp32 or bf16")
+    if mode == "graph":
+        raise UsageError("--mode graph replays CUDA graphs; on a CPU use eager or compile")
 
 
 def divisors(value: int) -> list[int]:

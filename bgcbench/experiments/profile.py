@@ -27,6 +27,7 @@ from bgcbench.specs import (
     VARIANTS,
     ConvSpec,
     check_choice,
+    check_on_cpu,
     check_positive,
     indivisible,
     load_layer,
@@ -102,10 +103,8 @@ class ProfileConfig:
             raise UsageError(f"--max-time {self.max_time_s} must be a positive number of seconds")
         if not self.input_grad and self.phases == ("fwd",):
             raise UsageError("--no-input-grad changes the backward pass, and --phases fwd has none")
-        if self.device == "cpu" and self.precision == "tf32":
-            raise UsageError("--precision tf32 is a mode of CUDA devices; on a CPU use fp32 or bf16")
-        if self.device == "cpu" and self.mode == "graph":
-            raise UsageError("--mode graph replays CUDA graphs; on a CPU use eager or compile")
+        if self.device == "cpu":
+            check_on_cpu(self.precision, self.mode)
 
     @classmethod
     def from_json(cls, stored: Mapping[str, Any]) -> ProfileConfig:

@@ -28,6 +28,7 @@ from bgcbench.measure import ceilings, environment
 from bgcbench.measure.ceilings import Ceilings
 from bgcbench.measure.counts import Counts, call_work, count, paper_bytes
 from bgcbench.measure.device import (
+    DEVICE_LOST,
     DTYPES,
     DeviceStopwatch,
     Failure,
@@ -46,7 +47,7 @@ from bgcbench.measure.memory import Peak, measure_peak
 from bgcbench.measure.timing import PROTOCOL, Group, Progress, Rules, Track
 from bgcbench.measure.workload import Cell, Like, Workload
 from bgcbench.results import DONE, Json
-from bgcbench.specs import PRECISIONS, VARIANTS, ConvSpec
+from bgcbench.specs import PHASES, PRECISIONS, VARIANTS, ConvSpec
 from bgcbench.theory.exact import white_error
 
 
@@ -111,8 +112,8 @@ class _Row:
         """The row for people: "BGC N=4"."""
         return f"{VARIANTS[self.spec.variant].label} N={self.spec.groups}"
 
-    def fail(self, status: str, reason: str) -> None:
-        self.status, self.reason = status, reason
+    def fail(self, found: Failure) -> None:
+        self.status, self.reason = found.status, found.reason
 
 
 @dataclass(frozen=True)
@@ -177,8 +178,7 @@ class ProfileRun:
                 alive = [row for row in self.rows if row.status == "interrupted"]
                 stopwatch = make_stopwatch(session.device, cold=session.cold) if alive else plain
             except RuntimeError as failure:  # of the device itself: the rows' own failures are theirs
-                found = describe_failure(failure, session.device)
-                self._give_up(found)
+                self._give_up(describe_failure(failure, session.device))
                 alive, stopwatch = [], None
             for group in self._groups(alive):
                 if self.stop() or stopwatch is None:
@@ -191,25 +191,24 @@ class ProfileRun:
         for number, row in enumerate(self.rows, 1):
             if self.stop():
                 return
+            if row.status != "interrupted":  # the device was lost on an earlier one
+                continue
             yield self._update(f"first call and memory of {row.label} ({number} of {len(self.rows)})")
             needed, there = estimated_bytes(self.config, row.spec), environment.available_bytes(self.session.device)
             if needed > there:
-                row.fail("oom", f"out of memory: at least {needed} bytes needed, {there} there; use a smaller --batch")
+                reason = f"out of memory: at least {needed} bytes needed, {there} there; use a smaller --batch"
+                row.fail(Failure("oom", reason))
                 continue
             try:
                 self._first_look(row, stopwatch)
             except Exception as failure:  # noqa: BLE001 - a row that cannot run is a result, not the end of the run
-                found = describe_failure(failure, self.session.device)
-                row.fail(found.status, found.reason)
-                if found.reason == "device lost":
-                    self._give_up(found)
-                    return
+                self._fail(row, failure)
             free_memory(self.session.device)
 
     def _first_look(self, row: _Row, stopwatch: DeviceStopwatch) -> None:
         """First call of every phase, and the peak of the one that holds the most memory."""
         workload = self._workload(row)
-        fullest = max(self.config.phases, key=("fwd", "bwd", "fwd_bwd").index)
+        fullest = max(self.config.phases, key=PHASES.index)
         # A quick look at a slow layer takes one call for both. On CUDA a first call has the workspace of the library's
         # search, and a short one on a CPU what libraries set up once; both are measured again below.
         combined = self.config.quick and self.session.device.type == "cpu" and self.config.mode == "eager"
@@ -232,11 +231,18 @@ class ProfileRun:
             if not row.peak.agreed:
                 self.warnings.append(f"{row.planned.key}: two memory passes differ")
 
+    def _fail(self, row: _Row, failure: BaseException) -> None:
+        """Give ``row`` its status; a lost device is the end of the others too."""
+        found = describe_failure(failure, self.session.device)
+        row.fail(found)
+        if found == DEVICE_LOST:
+            self._give_up(found)
+
     def _give_up(self, found: Failure) -> None:
         """The rows that were not finished share the device's end."""
         for row in self.rows:
             if row.status == "interrupted":
-                row.fail(found.status, found.reason)
+                row.fail(found)
 
     def _workload(self, row: _Row) -> Workload:
         return Workload(self._module(row), self._input, self.config.mode, row.like)
@@ -288,8 +294,7 @@ class ProfileRun:
                     row.tracks[phase] = Track(row.planned.key, cell, expected_s, f"{row.label} {phase}")
             except Exception as failure:  # noqa: BLE001 - see _look_at_each
                 row.tracks.clear()
-                found = describe_failure(failure, device)
-                row.fail(found.status, found.reason)
+                self._fail(row, failure)
                 continue
             row.interleaved = identity
             tracks += row.tracks.values()
@@ -335,10 +340,7 @@ class ProfileRun:
             row.phases = {name: self._phase(row, name, track) for name, track in row.tracks.items() if track.samples}
             failure = next((track.failure for track in row.tracks.values() if track.failure), None)
             if failure is not None:
-                found = describe_failure(failure, self.session.device)
-                row.fail(found.status, found.reason)
-                if found.reason == "device lost":
-                    self._give_up(found)
+                self._fail(row, failure)
             elif finished:
                 row.status, row.reason = "ok", None
             else:
@@ -354,7 +356,7 @@ class ProfileRun:
         return {**dataclasses.asdict(self.ceilings), "matmul_sizes": list(self.ceilings.matmul_sizes)}
 
     def _records(self) -> list[Json]:
-        """Every row as the file holds it, in the plan's order; rows not begun yet are left out."""
+        """Every row as the file holds it, in the plan's order; rows not begun yet are interrupted ones."""
         measured = {row.planned.key: row for row in self.rows}
         planned_keys = {planned.key for planned in self.planned}
         records = [row for key, row in self.stored.items() if key not in planned_keys]

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from bgcbench.errors import DeviceError, UsageError
 from bgcbench.measure.workload import Cell
+from bgcbench.specs import check_on_cpu
 
 DTYPES = {
     "fp64": torch.float64,
@@ -52,10 +53,8 @@ def resolve_device(name: str) -> tuple[torch.device, str | None]:
 
 def check_combination(device: torch.device, precision: str, mode: str) -> None:
     """Raise UsageError for a precision or mode that ``device`` does not have."""
-    if device.type != "cuda" and precision == "tf32":
-        raise UsageError("--precision tf32 is a mode of CUDA devices; on a CPU use fp32 or bf16")
-    if device.type != "cuda" and mode == "graph":
-        raise UsageError("--mode graph replays CUDA graphs; on a CPU use eager or compile")
+    if device.type != "cuda":
+        check_on_cpu(precision, mode)
     if device.type == "cuda" and precision == "bf16":
         with torch.cuda.device(device):
             native = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -277,6 +276,7 @@ class Failure:
     reason: str
 
 
+DEVICE_LOST = Failure("error", "device lost")
 _ASKED = re.compile(r"[Tt]ried to allocate ([\d.]+) ?(bytes|KiB|MiB|GiB|TiB)?")
 _UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, None: 1}
 
@@ -303,7 +303,7 @@ def describe_failure(failure: BaseException, device: torch.device) -> Failure:
         size = "an unknown size" if asked is None else f"{asked} bytes"
         return Failure("oom", f"out of memory: {size} asked for; use a smaller --batch")
     if not device_answers(device):
-        return Failure("error", "device lost")
+        return DEVICE_LOST
     return Failure("error", f"{type(failure).__name__}: {message.splitlines()[0]}")
 
 
