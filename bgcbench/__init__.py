@@ -14,29 +14,41 @@ _HOMES = {
     "BalancedGroupConv2d": "bgcbench.convs.bgc",
     "BgcbenchError": "bgcbench.errors",
     "ConvSpec": "bgcbench.specs",
+    "FullyLearnableGroupConv2d": "bgcbench.convs.flgc",
     "GroupConv2d": "bgcbench.convs.gc",
+    "LearnedGroupConv2d": "bgcbench.convs.lgc",
     "ShuffleGroupConv2d": "bgcbench.convs.shuffle",
     "StandardConv2d": "bgcbench.convs.standard",
+    "TwoLevelGroupConv2d": "bgcbench.convs.tlgc",
     "build_conv": "bgcbench.convs",
+    "parameter_groups": "bgcbench.convs.base",
 }
 
 __all__ = [
     "BalancedGroupConv2d",
     "BgcbenchError",
     "ConvSpec",
+    "FullyLearnableGroupConv2d",
     "GroupConv2d",
+    "LearnedGroupConv2d",
     "ShuffleGroupConv2d",
     "StandardConv2d",
+    "TwoLevelGroupConv2d",
     "__version__",
     "build_conv",
+    "parameter_groups",
 ]
 
 if TYPE_CHECKING:
     from bgcbench.convs import build_conv
+    from bgcbench.convs.base import parameter_groups
     from bgcbench.convs.bgc import BalancedGroupConv2d
+    from bgcbench.convs.flgc import FullyLearnableGroupConv2d
     from bgcbench.convs.gc import GroupConv2d
+    from bgcbench.convs.lgc import LearnedGroupConv2d
     from bgcbench.convs.shuffle import ShuffleGroupConv2d
     from bgcbench.convs.standard import StandardConv2d
+    from bgcbench.convs.tlgc import TwoLevelGroupConv2d
     from bgcbench.errors import BgcbenchError
     from bgcbench.specs import ConvSpec
 

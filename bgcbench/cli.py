@@ -609,9 +609,9 @@ def _names(text: str | None) -> tuple[str, ...] | None:
 
 
 def _variants(text: str | None) -> tuple[str, ...] | None:
-    from bgcbench.specs import LAYERS
+    from bgcbench.specs import VARIANTS
 
-    return LAYERS if text == "all" else _names(text)
+    return tuple(VARIANTS) if text == "all" else _names(text)
 
 
 def _size(text: str) -> tuple[int, int]:

@@ -23,16 +23,17 @@ Pair = tuple[int, int]
 class Variant:
     """One row of the paper's Table 1: its command-line name, its label in tables and where its layer lives.
 
-    ``layer`` is "module:Class", or None where this version has the formulas but no layer yet. ``algorithms`` are
-    the exact forms the layer can run in, the first being the default.
+    ``layer`` is "module:Class". ``algorithms`` are the exact forms the layer can run in, the first being the default.
     """
 
     name: str
     label: str
-    layer: str | None = None
+    layer: str
     algorithms: tuple[str, ...] = ("stock",)
 
 
+# The forms of a layer that is trained as one thing and run as another.
+TRAINED_AND_DEPLOYED = ("masked", "deployed")
 # The one registration of the variants. A new layer is its file in convs/ and its line here.
 VARIANTS: dict[str, Variant] = {
     variant.name: variant
@@ -40,9 +41,9 @@ VARIANTS: dict[str, Variant] = {
         Variant("standard", "SC", "bgcbench.convs.standard:StandardConv2d"),
         Variant("gc", "GC", "bgcbench.convs.gc:GroupConv2d"),
         Variant("shuffle", "Shuffle", "bgcbench.convs.shuffle:ShuffleGroupConv2d"),
-        Variant("lgc", "LGC"),
-        Variant("flgc", "FLGC"),
-        Variant("tlgc", "TLGC"),
+        Variant("lgc", "LGC", "bgcbench.convs.lgc:LearnedGroupConv2d", TRAINED_AND_DEPLOYED),
+        Variant("flgc", "FLGC", "bgcbench.convs.flgc:FullyLearnableGroupConv2d", TRAINED_AND_DEPLOYED),
+        Variant("tlgc", "TLGC", "bgcbench.convs.tlgc:TwoLevelGroupConv2d"),
         Variant(
             "bgc",
             "BGC",
@@ -51,7 +52,6 @@ VARIANTS: dict[str, Variant] = {
         ),
     )
 }
-LAYERS: tuple[str, ...] = tuple(name for name, variant in VARIANTS.items() if variant.layer)
 ALGORITHMS: tuple[str, ...] = tuple(
     dict.fromkeys(form for v in VARIANTS.values() for form in v.algorithms if form != "stock")
 )
@@ -67,10 +67,7 @@ FINGERPRINT_FIELDS: tuple[str, ...] = ("cpu", "torch", "cuda", "cudnn", "driver"
 def load_layer(name: str) -> Any:
     """The layer class of a variant, imported on first use (this is where torch comes in)."""
     check_choice("variant", name, VARIANTS)
-    target = VARIANTS[name].layer
-    if target is None:
-        raise UsageError(f"variant '{name}' has no layer in this version; variants with one: {', '.join(LAYERS)}")
-    module, _, attribute = target.partition(":")
+    module, _, attribute = VARIANTS[name].layer.partition(":")
     return getattr(importlib.import_module(module), attribute)
 
 
@@ -114,6 +111,19 @@ def indivisible(in_channels: int, out_channels: int, groups: int) -> str | None:
     return None
 
 
+def unfit(variant: str, in_channels: int, out_channels: int, groups: int) -> str | None:
+    """Why ``variant`` cannot have these channels in ``groups`` groups; None if it can.
+
+    FLGC learns its groups, which may be uneven, but with more groups than channels some outputs could have no input.
+    """
+    if variant != "flgc":
+        return indivisible(in_channels, out_channels, groups)
+    for what, channels in (("in_channels", in_channels), ("out_channels", out_channels)):
+        if groups > channels:
+            return f"groups={groups} is more than {what}={channels}; use at most {min(in_channels, out_channels)}"
+    return None
+
+
 def as_pair(what: str, value: int | Sequence[int], least: int = 1) -> Pair:
     """An int or a pair of ints as a (height, width) pair, each at least ``least``."""
     pair = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
@@ -132,7 +142,8 @@ class ConvSpec:
     """One convolution of one variant, complete and valid once constructed.
 
     Raises ShapeError for sizes below 1, for a standard convolution with groups, and for channels that ``groups``
-    does not divide (FLGC learns uneven groups and is exempt); UsageError for an unknown variant or algorithm.
+    does not divide (FLGC's groups may be uneven: there must only be channels enough); UsageError for an unknown
+    variant or algorithm.
     """
 
     variant: str
@@ -155,7 +166,7 @@ class ConvSpec:
             object.__setattr__(self, field, as_pair(field, getattr(self, field), least))
         if self.variant == "standard" and self.groups != 1:
             raise ShapeError(f"a standard convolution has groups=1, not {self.groups}; variant 'gc' has groups")
-        if self.variant != "flgc" and (why := indivisible(self.in_channels, self.out_channels, self.groups)):
+        if why := unfit(self.variant, self.in_channels, self.out_channels, self.groups):
             raise ShapeError(why)
         if self.algorithm != "auto":
             check_choice(f"algorithm of {self.variant}", self.algorithm, VARIANTS[self.variant].algorithms)

@@ -23,7 +23,7 @@ from bgcbench.experiments.profile_run import ProfileRun, Update, open_session
 from bgcbench.measure import ceilings, environment
 from bgcbench.measure.device import CpuStopwatch
 from bgcbench.measure.timing import Rules
-from bgcbench.specs import LAYERS
+from bgcbench.specs import VARIANTS
 
 SMALL = ProfileConfig(
     in_channels=16, out_channels=16, batch=4, height=5, width=5, groups=(2, 4), device="cpu", max_time_s=0.05
@@ -84,7 +84,7 @@ class TestPlan:
         assert ("gc", 2, "stock") in labels(replace(SMALL, algorithm="concat", groups=(2,)))
 
     def test_keys_are_unique_and_do_not_depend_on_the_other_rows(self) -> None:
-        every = replace(SMALL, variants=LAYERS, algorithm="all", groups=(2, 4, 8))
+        every = replace(SMALL, variants=tuple(VARIANTS), algorithm="all", groups=(2, 4, 8))
         keys = [row.key for row in plan(every)]
         assert len(keys) == len(set(keys))
         assert {row.key for row in plan(replace(SMALL, groups=(4,)))} <= {row.key for row in plan(SMALL)}
@@ -105,7 +105,6 @@ class TestPlan:
         ("wrong", "message"),
         [
             ({"variants": ("bcg",)}, "did you mean 'bgc'"),
-            ({"variants": ("tlgc",)}, "no layer in this version"),
             ({"variants": ()}, "--variants is empty"),
             ({"groups": ()}, "--groups is empty"),
             ({"phases": ("forward",)}, "unknown phase 'forward'"),
@@ -152,7 +151,7 @@ class TestPlan:
 
 class TestRun:
     def test_every_row_is_measured_interleaved_and_complete(self) -> None:
-        update = run(replace(SMALL, phases=("fwd", "bwd", "fwd_bwd"), variants=LAYERS))
+        update = run(replace(SMALL, phases=("fwd", "bwd", "fwd_bwd"), variants=tuple(VARIANTS)))
         assert [row["status"] for row in update.rows] == ["ok"] * len(update.rows)
         assert {row["interleaved"] for row in update.rows} == {1}
         for row in update.rows:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from bgcbench.convs.base import VariantConv2d
-from bgcbench.specs import LAYERS, ConvSpec, load_layer
+from bgcbench.specs import VARIANTS, ConvSpec, load_layer
 
 __all__ = ["CONVS", "VariantConv2d", "build_conv"]
 
-CONVS: dict[str, type[VariantConv2d]] = {name: load_layer(name) for name in LAYERS}
+CONVS: dict[str, type[VariantConv2d]] = {name: load_layer(name) for name in VARIANTS}
 
 
 def build_conv(spec: ConvSpec, **options: Any) -> VariantConv2d:

@@ -42,6 +42,8 @@ class VariantConv2d(nn.Module, ABC):
     """
 
     variant: ClassVar[str]
+    # Names of parameters that weight decay must leave alone (see parameter_groups).
+    exempt_from_decay: ClassVar[tuple[str, ...]] = ()
     weight: nn.Parameter
     bias: nn.Parameter | None
 
@@ -162,12 +164,16 @@ class VariantConv2d(nn.Module, ABC):
             **options,
         )
         with torch.no_grad():
-            projected = cls.project(weight.detach().double(), groups, projection, second_moment, ridge)
-            for name, value in projected.items():
-                layer.get_parameter(name).copy_(value)
+            layer.load_projected(cls.project(weight.detach().double(), groups, projection, second_moment, ridge))
             if bias is not None and layer.bias is not None:
                 layer.bias.copy_(bias)
         return layer
+
+    def load_projected(self, values: Mapping[str, Tensor]) -> None:
+        """Take over the tensors that :meth:`project` returned."""
+        state = dict(self.named_parameters()) | dict(self.named_buffers())
+        for name, value in values.items():
+            state[name].copy_(value)
 
     @property
     def algorithm(self) -> str:
@@ -177,7 +183,10 @@ class VariantConv2d(nn.Module, ABC):
 
     @property
     def params(self) -> int:
-        """Numbers this layer stores, its bias included (formula; equals the sum of its parameters' sizes)."""
+        """Numbers this layer stores, its bias included (formula; equals the sum of its parameters' sizes).
+
+        This is what a masked layer (LGC, FLGC) deploys; while it trains it stores ``counts(...).params_training``.
+        """
         return self.counts(*self._smallest_input()).params
 
     def macs(self, height: int, width: int) -> int:
@@ -211,6 +220,28 @@ class VariantConv2d(nn.Module, ABC):
         if len(VARIANTS[self.variant].algorithms) > 1:
             text += f", algorithm={self.algorithm}"
         return text
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """The parameters of ``model`` as optimiser groups: those that decay, and those that must not.
+
+    What must not decay are the assignments of FLGC: decay pulls every logit of a channel together, so the grouping
+    would drift without any gradient asking for it. Everything else decays, norms and biases too, as in the paper's
+    recipes. Use as ``torch.optim.SGD(parameter_groups(model, 5e-4), lr=0.1)``; an empty group is left out.
+    """
+    exempt = {
+        id(module.get_parameter(name))
+        for module in model.modules()
+        if isinstance(module, VariantConv2d)
+        for name in module.exempt_from_decay
+        if name in dict(module.named_parameters(recurse=False))
+    }
+    parameters = list(model.parameters())
+    split = (
+        ([p for p in parameters if id(p) not in exempt], weight_decay),
+        ([p for p in parameters if id(p) in exempt], 0.0),
+    )
+    return [{"params": members, "weight_decay": decay} for members, decay in split if members]
 
 
 def is_channels_last(x: Tensor) -> bool:

@@ -25,13 +25,8 @@ class ShuffleGroupConv2d(VariantConv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         # The bias goes through the convolution, which adds it for free, so it is brought into pre-shuffle order.
-        bias = None if self.bias is None else self.bias.reshape(-1, self.groups).T.flatten()
-        y = self._convolve(x, self.weight, bias, self.groups)
-        if is_channels_last(y):
-            # On the NHWC view the shuffle is one copy that stays channels_last; torch's own does so on a CPU only.
-            rows: Tensor = y.permute(0, 2, 3, 1).unflatten(-1, (self.groups, -1))  # (B, H', W', N, m/N)
-            return rows.transpose(-2, -1).flatten(-2).permute(0, 3, 1, 2)
-        return F.channel_shuffle(y, self.groups) if y.dim() == 4 else F.channel_shuffle(y[None], self.groups)[0]
+        bias = None if self.bias is None else before_shuffle(self.bias, self.groups)
+        return shuffle_channels(self._convolve(x, self.weight, bias, self.groups), self.groups)
 
     def dense_weight(self) -> Tensor:
         order = shuffle_order(self.out_channels, self.groups, self.weight.device)
@@ -48,6 +43,21 @@ class ShuffleGroupConv2d(VariantConv2d):
         # Undoing a shuffle over N groups is the shuffle over m/N groups.
         undo = shuffle_order(weight.shape[0], weight.shape[0] // groups, weight.device)
         return GroupConv2d.project(weight[undo], groups, projection, second_moment, ridge)
+
+
+def shuffle_channels(y: Tensor, groups: int) -> Tensor:
+    """The shuffle of y (B, m, H, W) or (m, H, W): channel p of the result is channel pi(p) of y, in y's layout."""
+    if is_channels_last(y):
+        # On the NHWC view the shuffle is one copy that stays channels_last; torch's own does so on a CPU only.
+        rows: Tensor = y.permute(0, 2, 3, 1).unflatten(-1, (groups, -1))  # (B, H, W, N, m/N)
+        return rows.transpose(-2, -1).flatten(-2).permute(0, 3, 1, 2)
+    return F.channel_shuffle(y, groups) if y.dim() == 4 else F.channel_shuffle(y[None], groups)[0]
+
+
+def before_shuffle(values: Tensor, groups: int) -> Tensor:
+    """Rows (m, ...) in output order brought into the order before the shuffle: the inverse permutation."""
+    rows: Tensor = values.unflatten(0, (-1, groups))  # (m/N, N, ...)
+    return rows.transpose(0, 1).flatten(0, 1)
 
 
 def shuffle_order(channels: int, groups: int, device: torch.device | None = None) -> Tensor:

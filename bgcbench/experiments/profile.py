@@ -19,18 +19,17 @@ from bgcbench.measure.timing import Rules
 from bgcbench.results import Json
 from bgcbench.specs import (
     ALGORITHMS,
-    LAYERS,
     LAYOUTS,
     MODES,
     PHASES,
     PRECISIONS,
+    TRAINED_AND_DEPLOYED,
     VARIANTS,
     ConvSpec,
     check_choice,
     check_on_cpu,
     check_positive,
-    indivisible,
-    load_layer,
+    unfit,
 )
 from bgcbench.theory import paper
 
@@ -68,9 +67,7 @@ class ProfileConfig:
 
     def __post_init__(self) -> None:
         for name in self.variants:
-            check_choice("variant", name, VARIANTS if name in VARIANTS else LAYERS)
-            if name not in LAYERS:
-                load_layer(name)  # raises, saying which variants have a layer
+            check_choice("variant", name, VARIANTS)
         for what, values in (("variants", self.variants), ("groups", self.groups), ("phases", self.phases)):
             if not values:
                 raise UsageError(f"--{what} is empty; name at least one")
@@ -168,9 +165,12 @@ def plan(config: ProfileConfig) -> list[PlannedRow]:
 
 
 def _forms(variant: str, algorithm: str) -> tuple[str, ...]:
-    """The algorithms to measure a variant in; variants without a choice have their one form."""
+    """The algorithms to measure a variant in; variants without a choice have their one form.
+
+    What a masked variant costs in training and when deployed are two answers, and both are given.
+    """
     offered = VARIANTS[variant].algorithms
-    if algorithm == "all":
+    if algorithm == "all" or (algorithm == "auto" and offered == TRAINED_AND_DEPLOYED):
         return offered if len(offered) > 1 else ("auto",)
     return (algorithm if algorithm in offered else "auto",)
 
@@ -197,7 +197,7 @@ def _planned(config: ProfileConfig, variant: str, groups: int, algorithm: str) -
     )
     if algorithm != "auto":
         key += f"-{algorithm}"
-    reason = indivisible(config.in_channels, config.out_channels, groups)
+    reason = unfit(variant, config.in_channels, config.out_channels, groups)
     if reason:
         return PlannedRow(key, params, None, reason)
     spec = ConvSpec(

@@ -24,6 +24,7 @@ class Sizes:
     n: int  # input channels
     m: int  # output channels
     groups: int  # N
+    pairs: int  # sum over the groups of m_g n_g: output-input pairs that a weight connects
     k: int  # K, kernel positions
     d: int  # D, output positions
     d_in: int  # input positions
@@ -74,6 +75,8 @@ def _gc(s: Sizes) -> dict[str, int]:
 
 def _lgc(s: Sizes) -> dict[str, int]:
     # Condensation C = groups G = N, the setting of the paper's count. Half of Table 1's 2Kmn is the 0/1 mask.
+    if s.groups == 1:
+        return _standard(s)
     weights = s.k * s.m * s.n // s.groups
     setup = (s.groups - 1) * (weights + s.m * s.n // s.groups + 1)
     return {
@@ -87,8 +90,10 @@ def _lgc(s: Sizes) -> dict[str, int]:
 
 
 def _flgc(s: Sizes) -> dict[str, int]:
-    # Balanced groups; uneven ones cost K * sum_g m_g n_g instead of Kmn/N.
-    weights = s.k * s.m * s.n // s.groups
+    # A masked call also builds its mask once (m n N multiply-adds a call, whatever the batch): not counted here.
+    if s.groups == 1:
+        return _standard(s)
+    weights = s.k * s.pairs
     stored = s.k * s.m * s.n + s.groups * (s.n + s.m)
     return {
         "params": weights,
@@ -101,6 +106,9 @@ def _flgc(s: Sizes) -> dict[str, int]:
 
 
 def _tlgc(s: Sizes) -> dict[str, int]:
+    # As with BGC, one group needs no second level.
+    if s.groups == 1:
+        return _standard(s)
     weights = s.k * s.m * s.n // s.groups + s.k * s.n + s.groups * s.m
     return {"params": weights, "macs": s.d * weights, "paper_ops": s.d * weights}
 
@@ -116,23 +124,36 @@ FORMULAS: dict[str, Callable[[Sizes], dict[str, int]]] = {
 }
 
 
-def count(spec: ConvSpec, height: int, width: int, *, batch: int = 1, precision: str = "fp32") -> Counts:
+def balanced_pairs(spec: ConvSpec) -> int:
+    """sum_g m_g n_g of groups as even as they can be: mn/N where N divides both."""
+    return sum(
+        (spec.in_channels // spec.groups + (g < spec.in_channels % spec.groups))
+        * (spec.out_channels // spec.groups + (g < spec.out_channels % spec.groups))
+        for g in range(spec.groups)
+    )
+
+
+def count(
+    spec: ConvSpec, height: int, width: int, *, batch: int = 1, precision: str = "fp32", pairs: int | None = None
+) -> Counts:
     """Costs of ``spec`` on an input of ``height`` x ``width`` pixels (Table 1, eq. 3.14 and section 4).
 
     ``batch`` and ``precision`` enter ``bytes_min`` only: weights are read once a batch and a number takes
-    ``PRECISIONS[precision]`` bytes.
+    ``PRECISIONS[precision]`` bytes. ``pairs`` is FLGC's sum_g m_g n_g where its groups are not balanced.
     """
     out_height, out_width = spec.output_size(height, width)
     sizes = Sizes(
         n=spec.in_channels,
         m=spec.out_channels,
         groups=spec.groups,
+        pairs=balanced_pairs(spec) if pairs is None else pairs,
         k=spec.kernel_positions,
         d=out_height * out_width,
         d_in=height * width,
     )
     formula = FORMULAS[spec.variant](sizes)
     weights = formula["params"] + (spec.out_channels if spec.bias else 0)
+    stored = formula.get("params_training")
     itemsize = PRECISIONS[precision]
     activations = (sizes.n * sizes.d_in + sizes.m * sizes.d) * itemsize
     return Counts(
@@ -142,7 +163,7 @@ def count(spec: ConvSpec, height: int, width: int, *, batch: int = 1, precision:
         paper_params=formula.get("paper_params", formula["params"]),
         paper_ops=formula["paper_ops"],
         bytes_min=activations + -(-weights * itemsize // batch),
-        params_training=formula.get("params_training"),
+        params_training=None if stored is None else stored + (spec.out_channels if spec.bias else 0),
         macs_training=formula.get("macs_training"),
     )
 

@@ -66,3 +66,16 @@ def solve_normal(gram: Tensor, cross: Tensor, *, ridge: float = 0.0, prior: Tens
     damped = gram + lam * torch.eye(size, dtype=gram.dtype, device=gram.device)
     solved: Tensor = torch.linalg.solve(damped, anchored.mT)
     return solved.mT
+
+
+def shrink_to_white(moment: Tensor, ridge: float) -> Tensor:
+    """C + ridge * tr(C)/dim * I: the moment of inputs with white noise of ``ridge`` times their mean power added.
+
+    What is optimal for it moves from the optimum for C to the white optimum as ``ridge`` grows, in any class of
+    kernels, linear or not. Raises UsageError for a negative ridge.
+    """
+    if ridge < 0:
+        raise UsageError(f"ridge={ridge} must be 0 or positive")
+    if ridge == 0:
+        return moment
+    return moment + ridge * moment.diagonal().mean() * torch.eye(len(moment), dtype=moment.dtype, device=moment.device)

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from bgcbench.convs import CONVS, VariantConv2d, build_conv
+from bgcbench.convs.lgc import LearnedGroupConv2d
 from bgcbench.errors import ShapeError, UsageError
 from bgcbench.measure.counts import count
 from bgcbench.specs import VARIANTS, ConvSpec
@@ -41,6 +42,8 @@ def make(name: str, form: str, groups: int, dtype: torch.dtype = torch.float64, 
     )
     if layer.bias is not None:
         torch.nn.init.normal_(layer.bias)
+    if isinstance(layer, LearnedGroupConv2d):
+        layer.set_progress(1.0)  # before that it is a standard convolution
     return layer
 
 
@@ -95,7 +98,10 @@ class TestModule:
             CONVS[name](64, 64, 3, padding=1, groups=groups, algorithm=algorithm)
             for algorithm in (form, VARIANTS[name].algorithms[0])
         )
-        plain.load_state_dict(layer.state_dict())
+        if layer.state_dict().keys() == plain.state_dict().keys():
+            plain.load_state_dict(layer.state_dict())
+        else:  # a deployed form has parameters of its own
+            plain = layer
         x = torch.randn(8, 64, 14, 14, requires_grad=True)
         leaves = [x, *layer.parameters()]
         oracle = dense_output(layer, x)
@@ -116,15 +122,21 @@ class TestModule:
     def test_counts_equal_the_formulas_and_the_stored_parameters(self, name, form) -> None:
         for groups in (1,) if name == "standard" else GROUPS:
             layer = make(name, form, groups, kernel_size=3, stride=2, padding=1)
-            assert layer.params == sum(p.numel() for p in layer.parameters())
-            assert layer.counts(9, 7) == count(layer.spec, 9, 7)
+            counts, stored = layer.counts(9, 7), sum(p.numel() for p in layer.parameters())
+            assert stored == (layer.params if layer.algorithm != "masked" or groups == 1 else counts.params_training)
+            assert counts == count(layer.spec, 9, 7)
             assert layer.macs(9, 7) == count(layer.spec, 9, 7).macs
 
-    def test_macs_equal_what_torch_counts_in_the_default_form(self, name, form) -> None:
-        layer = make(name, VARIANTS[name].algorithms[0], 4, kernel_size=3, stride=2, padding=1)
+    def test_macs_equal_what_torch_counts_in_the_default_and_the_deployed_form(self, name, form) -> None:
+        own = form if form in ("masked", "deployed") else VARIANTS[name].algorithms[0]
+        layer = make(name, own, 4, kernel_size=3, stride=2, padding=1)
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             layer(torch.randn(1, IN, 9, 7, dtype=torch.float64))
-        assert counter.get_total_flops() == 2 * layer.macs(9, 7)
+        if own != "masked":
+            assert counter.get_total_flops() == 2 * layer.macs(9, 7)
+            return
+        mask = OUT * IN * 4 if name == "flgc" else 0  # t s^T, once a call
+        assert counter.get_total_flops() == 2 * (layer.counts(9, 7).macs_training + mask)
 
     def test_state_dict_and_deep_copy_round_trip(self, name, form) -> None:
         layer, other = make(name, form, 4, kernel_size=3), make(name, form, 4, kernel_size=3)
@@ -224,7 +236,7 @@ class TestProjection:
             )
 
 
-@pytest.mark.parametrize("name", [name for name in CONVS if name != "standard"])
+@pytest.mark.parametrize("name", [name for name in CONVS if name not in ("standard", "flgc")])
 def test_groups_that_do_not_divide_are_refused_with_the_divisors_that_would_do(name: str) -> None:
     with pytest.raises(ShapeError, match=r"in_channels=24 is not divisible by groups=16; its divisors are 1, 2, 3, 4"):
         CONVS[name](24, 32, 3, groups=16)
@@ -245,8 +257,9 @@ def test_sizes_that_mean_nothing_are_refused(name: str, wrong: dict[str, object]
 @pytest.mark.parametrize("name", CONVS)
 def test_he_initialisation_uses_the_true_fan(name: str) -> None:
     layer = CONVS[name](64, 128, 3, groups=1 if name == "standard" else 4)
-    fan = 9 * 64 // layer.groups
     for parameter in (p for p in layer.parameters() if p.dim() == 4):
+        # What one output sums over; FLGC's dense kernel is masked to 1/4 from the start, LGC's is not yet.
+        fan = parameter[0].numel() // (4 if name == "flgc" else 1)
         # The sample variance of k normal numbers has a relative standard deviation of sqrt(2 / k).
         assert abs(float(parameter.detach().var()) * fan / 2 - 1) < 5 * (2 / parameter.numel()) ** 0.5
     assert layer.bias is not None

@@ -18,7 +18,11 @@ def test_the_closed_form_is_what_the_white_projection_really_loses(name: str, gr
         layer = CONVS[name].from_dense(weight, groups, projection="white")
         lost += float((weight - layer.dense_weight()).detach().square().sum())
         total += float(weight.square().sum())
-    assert lost / total == pytest.approx(white_error(name, groups), rel=0.02, abs=1e-12)
+    closed_form = white_error(name, groups)
+    if closed_form is None:  # a search, or a rank-one sum: at least what GC's blocks keep is kept
+        assert 0 < lost / total < 1 - 1 / groups
+    else:
+        assert lost / total == pytest.approx(closed_form, rel=0.02, abs=1e-12)
 
 
 def test_at_equal_parameters_bgc_and_gc_lose_the_same_on_white_input() -> None:

@@ -1,0 +1,246 @@
+"""Fully learnable group convolution (Wang et al., 2019): which channels form a group is learnt with the weights.
+
+From the FLGC paper's description and public discussions of it (its authors' code could not be had): the group
+matrices are one-hot in the forward pass and pass the gradient of a softmax. A public re-implementation hands that
+gradient to the chosen entry only, so a channel never learns which other group would be better; here every entry gets
+its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from bgcbench.convs.base import is_channels_last
+from bgcbench.convs.lgc import contributions
+from bgcbench.convs.masked import MaskedConv2d, gather_channels
+from bgcbench.measure.counts import Counts, count
+from bgcbench.specs import output_length
+from bgcbench.theory.leastsquares import check_second_moment, shrink_to_white, solve_normal
+from bgcbench.theory.partition import contiguous_partition, search_partition
+
+MARGIN = 2.0  # by which a channel's own logit stands above the others at the start
+NOISE = 0.1  # standard deviation of the logits around that; 20 of them in a row would be needed to change a group
+
+
+class FullyLearnableGroupConv2d(MaskedConv2d):
+    """y_i = sum over the inputs j in the group of output i of W_ij x_j, the groups being learnt.
+
+    Masked: ``weight`` W (m, n, kh, kw), ``logits_in`` S (n, N) and ``logits_out`` T (m, N). With s = onehot(argmax S)
+    and t = onehot(argmax T), y = conv(x, W * (t s^T)). Backward, onehot counts as softmax (straight-through), so every
+    entry of S and T gets a gradient. Kmn + N (n + m) parameters, DKmn MACs an image (and m n N once a call for the
+    mask). S and T must not decay: use :func:`bgcbench.parameter_groups`.
+
+    Deployed: the group of each channel (buffers ``group_in`` (n,), ``group_out`` (m,)) and ``weight``, the kept blocks
+    in a row. Inputs are gathered by group, convolved group by group (in one grouped convolution where all groups have
+    the same shape) and the outputs put back in order: K sum_g m_g n_g parameters, D times as many MACs. Groups may be
+    uneven or empty. An output in a group without inputs is dead, that is constant (:meth:`dead_outputs`).
+
+    The start is a random balanced partition, so that N need not divide n and m. He initialisation with the fan
+    K n/N that an output really has. Raises ShapeError if there are more groups than channels.
+    """
+
+    variant = "flgc"
+    exempt_from_decay = ("logits_in", "logits_out")
+    logits_in: nn.Parameter
+    logits_out: nn.Parameter
+    group_in: Tensor
+    group_out: Tensor
+    order_in: Tensor
+    order_out: Tensor
+    place_out: Tensor
+
+    def _create_weights(self, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
+        m, n, groups = self.out_channels, self.in_channels, self.groups
+        self._blocks: list[tuple[int, int]] = [(m, n)]  # (m_g, n_g) of each group, deployed
+        self.weight = nn.Parameter(torch.empty((m, n, *self.kernel_size), device=device, dtype=dtype))
+        if groups == 1:
+            return
+        partition = [contiguous_partition(c, groups)[torch.randperm(c, device="cpu")] for c in (n, m)]
+        if not self.is_deployed:
+            for name, own in zip(self.exempt_from_decay, partition, strict=True):
+                logits = nn.functional.one_hot(own, groups).to(device=device, dtype=dtype or torch.get_default_dtype())
+                self.register_parameter(name, nn.Parameter(MARGIN * logits))
+            return
+        for name in ("group_in", "group_out"):
+            self.register_buffer(name, torch.empty(0, dtype=torch.int64, device=device))
+        for name in ("order_in", "order_out", "place_out"):
+            self.register_buffer(name, torch.empty(0, dtype=torch.int64, device=device), persistent=False)
+        self._set_partition(*partition)
+
+    def reset_parameters(self) -> None:
+        """He initialisation with the fan that an output really sums over; the logits get their noise anew."""
+        with torch.no_grad():
+            if self.groups > 1 and self.is_deployed:
+                for block in self._kernels():
+                    if block.numel():
+                        nn.init.kaiming_normal_(block, mode="fan_in", nonlinearity="relu")
+            else:
+                fan = self.weight[0].numel() / self.groups
+                self.weight.normal_(0.0, (2 / fan) ** 0.5)
+            if self.groups > 1 and not self.is_deployed:
+                for logits in (self.logits_in, self.logits_out):
+                    one_hot = torch.zeros_like(logits).scatter(1, logits.argmax(1, keepdim=True), 1.0)
+                    logits.copy_(MARGIN * one_hot + NOISE * torch.randn_like(logits))
+            if self.bias is not None:
+                self.bias.zero_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.groups == 1 or not self.is_deployed:
+            return self._convolve_masked(x)
+        used = gather_channels(x, self.order_in)
+        bias = None if self.bias is None else self.bias.index_select(0, self.order_out)
+        if len(set(self._blocks)) == 1:
+            m_g, n_g = self._blocks[0]
+            kernel = self.weight.reshape(self.groups * m_g, n_g, *self.kernel_size)
+            if is_channels_last(x):
+                kernel = kernel.contiguous(memory_format=torch.channels_last)
+            return gather_channels(self._convolve(used, kernel, bias, self.groups), self.place_out)
+        pieces, first_in, first_out = [], 0, 0
+        for (m_g, n_g), block in zip(self._blocks, self._kernels(), strict=True):
+            own = None if bias is None else bias[first_out : first_out + m_g]
+            if m_g and n_g:
+                part = used.narrow(-3, first_in, n_g)
+                kernel = block
+                if is_channels_last(x):
+                    part = part.contiguous(memory_format=torch.channels_last)
+                    kernel = block.contiguous(memory_format=torch.channels_last)
+                pieces.append(self._convolve(part, kernel, own, groups=1))
+            elif m_g:
+                pieces.append(self._constant(x, own, m_g))
+            first_in, first_out = first_in + n_g, first_out + m_g
+        y = gather_channels(torch.cat(pieces, -3), self.place_out)
+        return y.contiguous(memory_format=torch.channels_last) if is_channels_last(x) else y
+
+    def _constant(self, x: Tensor, bias: Tensor | None, channels: int) -> Tensor:
+        """The dead outputs of a group without inputs: the bias, or 0."""
+        sides = zip(x.shape[-2:], self.kernel_size, self.stride, self.padding, self.dilation, strict=True)
+        shape = (*x.shape[:-3], channels, *(output_length(*side) for side in sides))
+        zeros = x.new_zeros(shape, dtype=self.weight.dtype if not torch.is_autocast_enabled(x.device.type) else None)
+        return zeros if bias is None else zeros + bias[:, None, None]
+
+    def dense_weight(self) -> Tensor:
+        if self.groups == 1 or not self.is_deployed:
+            return self.masked_kernel()
+        dense = self.weight.new_zeros(self.out_channels, self.in_channels, *self.kernel_size)
+        for group, block in enumerate(self._kernels()):
+            rows, columns = (torch.where(part == group)[0] for part in (self.group_out, self.group_in))
+            dense[rows[:, None], columns] = block
+        return dense
+
+    def mask(self) -> Tensor:
+        if self.groups == 1:
+            return torch.ones_like(self.weight[:, :, 0, 0])
+        if self.is_deployed:
+            return (self.group_out[:, None] == self.group_in).to(self.weight.dtype)
+        return straight_through(self.logits_out) @ straight_through(self.logits_in).T
+
+    def assignments(self) -> tuple[Tensor, Tensor]:
+        """The group of each input (n,) and of each output (m,); on a tie the first of the largest logits."""
+        if self.groups == 1:
+            zeros = [torch.zeros(c, dtype=torch.int64, device=self.weight.device) for c in self.weight.shape[1::-1]]
+            return zeros[0], zeros[1]
+        if self.is_deployed:
+            return self.group_in, self.group_out
+        return self.logits_in.argmax(1), self.logits_out.argmax(1)
+
+    def group_sizes(self) -> list[tuple[int, int]]:
+        """(m_g, n_g), outputs and inputs of each group."""
+        inputs, outputs = (torch.bincount(part, minlength=self.groups).tolist() for part in self.assignments())
+        return list(zip(outputs, inputs, strict=True))
+
+    def dead_outputs(self) -> float:
+        """Share of the outputs that stand in a group without inputs and are constant."""
+        return sum(m_g for m_g, n_g in self.group_sizes() if not n_g) / self.out_channels
+
+    def counts(self, height: int, width: int) -> Counts:
+        """As the groups are now; balanced ones give the formula of bgcbench.measure.counts."""
+        return count(self.spec, height, width, pairs=sum(m_g * n_g for m_g, n_g in self.group_sizes()))
+
+    def training_state(self) -> Mapping[str, Tensor]:
+        if self.groups == 1:
+            return {"weight": self.weight}
+        return {"weight": self.weight, "logits_in": self.logits_in, "logits_out": self.logits_out}
+
+    def load_projected(self, values: Mapping[str, Tensor]) -> None:
+        if self.groups > 1 and self.is_deployed:
+            group_in, group_out = (values[name].argmax(1) for name in self.exempt_from_decay)
+            self._set_partition(group_in, group_out)
+            weight = values["weight"]
+            blocks = [weight[group_out == g][:, group_in == g].flatten() for g in range(self.groups)]
+            values = {"weight": torch.cat(blocks)}
+        super().load_projected(values)
+
+    def _take_structure(self, buffers: Mapping[str, Tensor]) -> None:
+        if "group_in" in buffers and "group_out" in buffers:
+            self._set_partition(buffers["group_in"], buffers["group_out"])
+
+    def _set_partition(self, group_in: Tensor, group_out: Tensor) -> None:
+        """Fix the deployed structure, with a weight of the size that goes with it (its values are undefined)."""
+        device = self.weight.device
+        sizes = [torch.bincount(part.cpu(), minlength=self.groups).tolist() for part in (group_out, group_in)]
+        self._blocks = list(zip(*sizes, strict=True))
+        order_in = torch.argsort(group_in.cpu(), stable=True)
+        order_out = torch.argsort(group_out.cpu(), stable=True)
+        self.group_in, self.group_out = group_in.to(device, copy=True), group_out.to(device, copy=True)
+        self.order_in, self.order_out = order_in.to(device), order_out.to(device)
+        self.place_out = torch.argsort(order_out).to(device)
+        length = self.kernel_size[0] * self.kernel_size[1] * sum(m_g * n_g for m_g, n_g in self._blocks)
+        if self.weight.shape != (length,):
+            empty = torch.empty(length, device=device, dtype=self.weight.dtype)
+            self.weight = nn.Parameter(empty, requires_grad=self.weight.requires_grad)
+
+    def _kernels(self) -> list[Tensor]:
+        """The deployed kernels as views of the weight: (m_g, n_g, kh, kw) each."""
+        taps = self.kernel_size[0] * self.kernel_size[1]
+        flat = self.weight.split([m_g * n_g * taps for m_g, n_g in self._blocks])
+        return [w.reshape(*block, *self.kernel_size) for w, block in zip(flat, self._blocks, strict=True)]
+
+    @classmethod
+    def project(
+        cls, weight: Tensor, groups: int, projection: str, second_moment: Tensor | None, ridge: float
+    ) -> Mapping[str, Tensor]:
+        """The kernel with balanced groups; ``weight`` stays whole, so that training can still change the groups.
+
+        'copy', 'white': groups that keep much of the kernel's energy, the weights in them copied (which is their best
+        on white input). 'least_squares': groups that keep much of the energy by the second moment, the weights in
+        them then solved for. Finding the groups is a search (:func:`bgcbench.theory.partition.search_partition`),
+        never worse than the contiguous groups of GC on white input.
+        """
+        if groups == 1:
+            return {"weight": weight}
+        if projection == "least_squares" and second_moment is not None:
+            moment = shrink_to_white(check_second_moment(second_moment, weight), ridge)
+            outputs, inputs = search_partition(contributions(weight, moment), groups)
+            weight = solve_blocks(weight, moment, outputs.to(weight.device), inputs.to(weight.device), groups)
+        else:
+            outputs, inputs = search_partition(weight.square().flatten(2).sum(2), groups)
+        one_hot = [nn.functional.one_hot(part, groups).to(weight) for part in (inputs, outputs)]
+        return {"weight": weight, "logits_in": MARGIN * one_hot[0], "logits_out": MARGIN * one_hot[1]}
+
+
+def straight_through(logits: Tensor) -> Tensor:
+    """onehot(argmax) of each row of ``logits`` (c, N), with the gradient of softmax: (c, N).
+
+    The first of tied entries is taken, so every row has exactly one 1 (comparing with the maximum would give several).
+    """
+    hard = torch.zeros_like(logits).scatter(1, logits.argmax(1, keepdim=True), 1.0)
+    soft = logits.softmax(1)
+    return hard + (soft - soft.detach())
+
+
+def solve_blocks(weight: Tensor, moment: Tensor, outputs: Tensor, inputs: Tensor, groups: int) -> Tensor:
+    """``weight`` (m, n, kh, kw) with the weights inside the groups replaced by the best ones for the moment (nK, nK).
+
+    W_gg = W_{g,:} C E_g^T (E_g C E_g^T)^+ , E_g selecting the inputs of group g. outputs: (m,); inputs: (n,).
+    """
+    taps = weight[0, 0].numel()
+    flat = weight.flatten(1).to(moment.dtype)
+    solved = flat.clone()
+    for group in range(groups):
+        rows = torch.where(outputs == group)[0]
+        at = torch.where((inputs == group).repeat_interleave(taps))[0]
+        solved[rows[:, None], at] = solve_normal(moment[at][:, at], flat[rows] @ moment[:, at])
+    return solved.reshape(weight.shape)

@@ -1,0 +1,90 @@
+"""What FLGC and LGC share: a training form (a masked dense kernel) and a deployed form (only what the mask keeps)."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from bgcbench.convs.base import VariantConv2d, is_channels_last
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class MaskedConv2d(VariantConv2d):
+    """A variant that finds its sparse structure in training.
+
+    algorithm: two forms with parameters of their own, equal in what they compute:
+        'masked'    a dense kernel (m, n, kh, kw) times a 0/1 mask: what is trained; costs what a standard
+                    convolution costs
+        'deployed'  gathered inputs and the kept weights only: what is run afterwards; its structure is fixed, its
+                    weights can still be trained
+        'auto'      masked
+    :meth:`deploy` makes the second from the first. N = 1 is the standard convolution in both.
+    """
+
+    @property
+    def is_deployed(self) -> bool:
+        """Whether this layer is the deployed form."""
+        return self.algorithm == "deployed"
+
+    @abstractmethod
+    def mask(self) -> Tensor:
+        """The 0/1 mask (m, n) that multiplies all taps of the dense kernel."""
+
+    @abstractmethod
+    def training_state(self) -> Mapping[str, Tensor]:
+        """The tensors of the masked form that decide what it computes, by the names that ``project`` uses."""
+
+    def masked_kernel(self) -> Tensor:
+        """weight * mask: (m, n, kh, kw)."""
+        return self.weight if self.groups == 1 else self.weight * self.mask()[:, :, None, None]
+
+    def deploy(self) -> Self:
+        """A deployed layer that computes what this one does now; the layer itself if it is one already."""
+        if self.is_deployed:
+            return self
+        layer = type(self)(
+            self.in_channels,
+            self.out_channels,
+            self.kernel_size,
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.groups,
+            self.bias is not None,
+            padding_mode=self.padding_mode,
+            algorithm="deployed",
+            device=self.weight.device,
+            dtype=self.weight.dtype,
+        )
+        with torch.no_grad():
+            layer.load_projected(self.training_state())
+            if layer.bias is not None and self.bias is not None:
+                layer.bias.copy_(self.bias)
+        return layer.train(self.training)
+
+    def _convolve_masked(self, x: Tensor) -> Tensor:
+        kernel = self.masked_kernel()
+        if is_channels_last(x):  # the convolution follows its kernel's layout where the two differ
+            kernel = kernel.contiguous(memory_format=torch.channels_last)
+        return self._convolve(x, kernel, self.bias, groups=1)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        """Follow the structure that is loaded before the tensors are copied."""
+        self._take_structure({name: state_dict[prefix + name] for name in self._buffers if prefix + name in state_dict})
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
+
+    def _take_structure(self, buffers: Mapping[str, Tensor]) -> None:
+        """Bring what is derived from the structure's buffers in line with ``buffers``."""
+
+
+def gather_channels(x: Tensor, index: Tensor) -> Tensor:
+    """x[..., index, :, :] of x (B, n, H, W) or (n, H, W), in x's layout."""
+    if is_channels_last(x):
+        return x.permute(0, 2, 3, 1).index_select(-1, index).permute(0, 3, 1, 2)
+    return x.index_select(-3, index)
