@@ -14,6 +14,7 @@ _HOMES = {
     "BalancedGroupConv2d": "bgcbench.convs.bgc",
     "BgcbenchError": "bgcbench.errors",
     "ConvSpec": "bgcbench.specs",
+    "Converted": "bgcbench.convert",
     "FullyLearnableGroupConv2d": "bgcbench.convs.flgc",
     "GroupConv2d": "bgcbench.convs.gc",
     "LearnedGroupConv2d": "bgcbench.convs.lgc",
@@ -21,13 +22,18 @@ _HOMES = {
     "StandardConv2d": "bgcbench.convs.standard",
     "TwoLevelGroupConv2d": "bgcbench.convs.tlgc",
     "build_conv": "bgcbench.convs",
+    "build_model": "bgcbench.models",
+    "convert": "bgcbench.convert",
+    "load_converted": "bgcbench.convert",
     "parameter_groups": "bgcbench.convs.base",
+    "save_converted": "bgcbench.convert",
 }
 
 __all__ = [
     "BalancedGroupConv2d",
     "BgcbenchError",
     "ConvSpec",
+    "Converted",
     "FullyLearnableGroupConv2d",
     "GroupConv2d",
     "LearnedGroupConv2d",
@@ -36,10 +42,15 @@ __all__ = [
     "TwoLevelGroupConv2d",
     "__version__",
     "build_conv",
+    "build_model",
+    "convert",
+    "load_converted",
     "parameter_groups",
+    "save_converted",
 ]
 
 if TYPE_CHECKING:
+    from bgcbench.convert import Converted, convert, load_converted, save_converted
     from bgcbench.convs import build_conv
     from bgcbench.convs.base import parameter_groups
     from bgcbench.convs.bgc import BalancedGroupConv2d
@@ -50,6 +61,7 @@ if TYPE_CHECKING:
     from bgcbench.convs.standard import StandardConv2d
     from bgcbench.convs.tlgc import TwoLevelGroupConv2d
     from bgcbench.errors import BgcbenchError
+    from bgcbench.models import build_model
     from bgcbench.specs import ConvSpec
 
 

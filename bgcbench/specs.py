@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import math
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -57,6 +58,7 @@ ALGORITHMS: tuple[str, ...] = tuple(
 )
 PRECISIONS: dict[str, int] = {"fp64": 8, "fp32": 4, "tf32": 4, "bf16": 2, "fp16": 2}  # bytes a number
 LAYOUTS: tuple[str, ...] = ("nchw", "nhwc")
+WHERE: tuple[str, ...] = ("auto", "3x3", "1x1", "all", "none")  # which convolutions of a network
 PHASES: tuple[str, ...] = ("fwd", "bwd", "fwd_bwd")
 MODES: tuple[str, ...] = ("eager", "graph", "compile")
 FORMATS: tuple[str, ...] = ("auto", "table", "markdown", "csv", "json")
@@ -194,3 +196,70 @@ class ConvSpec:
                 f"{self.padding}, dilation {self.dilation}; use a larger input or a smaller kernel"
             )
         return out[0], out[1]
+
+
+# Networks named by their numbers. D = 6 b + 4 layers, K times as wide; C groups of W channels.
+WRN = re.compile(r"wrn_([1-9]\d*)_([1-9]\d*)")
+RESNEXT29 = re.compile(r"resnext29_([1-9]\d*)x([1-9]\d*)d")
+TIMM_PREFIX = "timm/"
+_STRIDED_STEM = re.compile(r"efficientnet_.+|mobilenet_v[23].*")
+SMALL_IMAGE_PX = 64  # up to here a stem of stride 2 throws away what later strides need
+
+
+@dataclass(frozen=True)
+class NetSpec:
+    """One network of :mod:`bgcbench.models`, complete and valid once constructed.
+
+    num_classes, height, width (px): by default 10 and 32 for wrn_D_K and resnext29_CxWd, else 1000 and 224.
+    stem_stride: stride of the first convolution of EfficientNets and MobileNets; by default theirs, 2, and 1 for images
+    of up to 64 px (the paper does not say what it used on 32 px). None for networks that have no such choice.
+    Raises ShapeError for a depth that is no wide residual network's, UsageError for a stem stride where none applies.
+    Whether torchvision or timm knows the name is found out when it is built.
+    """
+
+    name: str
+    num_classes: int | None = None
+    height: int | None = None
+    width: int | None = None
+    stem_stride: int | None = None
+
+    def __post_init__(self) -> None:
+        small = WRN.fullmatch(self.name) or RESNEXT29.fullmatch(self.name)
+        if (found := WRN.fullmatch(self.name)) and ((depth := int(found[1])) < 10 or depth % 6 != 4):
+            below = max(10, depth - (depth - 4) % 6)
+            raise ShapeError(
+                f"{self.name}: a wide residual network has 6 b + 4 layers, not {depth}; next to it are {below} and "
+                f"{below + 6}"
+            )
+        defaults = {"num_classes": 10 if small else 1000, "height": 32 if small else 224}
+        for field, default in defaults.items():
+            if getattr(self, field) is None:
+                object.__setattr__(self, field, default)
+        if self.width is None:
+            object.__setattr__(self, "width", self.height)
+        for field in ("num_classes", "height", "width"):
+            check_positive(field, getattr(self, field))
+        strided = _STRIDED_STEM.fullmatch(self.name)
+        if self.stem_stride is not None:
+            if not strided:
+                raise UsageError(f"--stem-stride is for efficientnet_* and mobilenet_v*, and {self.name} is neither")
+            check_positive("stem_stride", self.stem_stride)
+        elif strided:
+            sides = (self.height or 0, self.width or 0)
+            object.__setattr__(self, "stem_stride", 1 if max(sides) <= SMALL_IMAGE_PX else 2)
+
+    @property
+    def source(self) -> dict[str, Any]:
+        """What rebuilds the network: the arguments that its modules depend on."""
+        fields = ("name", "num_classes") if self.stem_stride is None else ("name", "num_classes", "stem_stride")
+        return {field: getattr(self, field) for field in fields}
+
+    @property
+    def classes(self) -> int:
+        """num_classes, resolved."""
+        return self.num_classes or 0
+
+    @property
+    def size(self) -> tuple[int, int, int]:
+        """(channels, height, width) of an input."""
+        return 3, self.height or 0, self.width or 0

@@ -17,15 +17,17 @@ ALLOWED = {
     "measure": {"errors", "specs"},
     "theory": {"errors", "specs"},
     "convs": {"errors", "specs", "measure", "theory"},
+    "models": {"errors", "specs"},
+    "convert": {"errors", "specs", "measure", "convs", "models"},
     "results": {"errors", "specs"},
     "report": {"errors", "specs", "measure", "theory", "results"},
-    "experiments": {"errors", "specs", "measure", "theory", "convs", "results"},
+    "experiments": {"errors", "specs", "measure", "theory", "convs", "models", "convert", "results"},
     "interrupts": set(),
     "cli": {"errors", "specs", "measure", "theory", "experiments", "results", "report", "interrupts"},
     "__main__": {"cli"},
-    "__init__": {"convs", "errors", "specs"},
+    "__init__": {"convert", "convs", "errors", "models", "specs"},
 }
-MONOPOLIES = {"triton": {"kernels"}, "torchvision": {"models", "data"}, "typer": {"cli"}, "rich": {"cli", "report"},
+MONOPOLIES = {"triton": {"kernels"}, "torchvision": {"models", "data"}, "timm": {"models"}, "typer": {"cli"}, "rich": {"cli", "report"},
               "matplotlib": {"plots"}, "psutil": {"measure"}, "jsonschema": {"results"}}  # fmt: skip
 
 

@@ -61,6 +61,7 @@ def test_the_public_names() -> None:
         "BalancedGroupConv2d",
         "BgcbenchError",
         "ConvSpec",
+        "Converted",
         "FullyLearnableGroupConv2d",
         "GroupConv2d",
         "LearnedGroupConv2d",
@@ -69,7 +70,11 @@ def test_the_public_names() -> None:
         "TwoLevelGroupConv2d",
         "__version__",
         "build_conv",
+        "build_model",
+        "convert",
+        "load_converted",
         "parameter_groups",
+        "save_converted",
     ]
     for name in bgcbench.__all__:
         assert getattr(bgcbench, name) is not None

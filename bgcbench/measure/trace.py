@@ -1,0 +1,377 @@
+"""What a network does on an image: its convolutions in the order in which they run, with shapes, counts and roles.
+
+The network is run once as a copy without numbers (on the meta device), so that nothing of it changes, and in eval
+mode. A TorchFunctionMode sees every operation: convolutions called as functions too, and the additions that tell a
+shortcut from a branch.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import re
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from bgcbench.measure.counts import count
+from bgcbench.specs import ConvSpec
+
+Size = tuple[int, int, int]  # (channels, height, width)
+IMAGE_CHANNELS = 4  # RGB and one more
+FALLBACK_SIDES = (224, 32, 299, 64)  # input sizes to try where the network does not say its own
+
+_ADDITIONS = {"add", "add_", "__add__", "__iadd__", "__radd__"}
+_POOLS = {"adaptive_avg_pool2d", "adaptive_max_pool2d", "mean", "amax"}
+_NORMS = {"batch_norm", "layer_norm", "group_norm", "instance_norm"}
+_UNCOUNTED = {
+    "matmul", "__matmul__", "__rmatmul__", "bmm", "mm", "addmm", "baddbmm", "einsum", "scaled_dot_product_attention",
+    "multi_head_attention_forward", "conv1d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d",
+    "bilinear",
+}  # fmt: skip
+SHORTCUT_NAME = re.compile(r"(^|[._])(downsample|shortcut|skip|identity)([._]|$)")
+
+
+@dataclass(frozen=True)
+class Call:
+    """One convolution or fully connected layer as it ran, for one image.
+
+    module: its name, or None where a function was called; owner: the innermost module around it. size: input (height,
+    width) of a convolution, None of a linear layer. pooled: whether its input has been pooled over all of its pixels.
+    reads_image: whether nothing has been convolved before it and its input has an image's few channels. weights:
+    numbers of its kernel and bias.
+    """
+
+    kind: str  # "conv" or "linear"
+    module: str | None
+    owner: str
+    in_channels: int
+    out_channels: int
+    macs: int
+    weights: int
+    values_in: int
+    values_out: int
+    kernel: tuple[int, int] = (1, 1)
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+    bias: bool = False
+    size: tuple[int, int] | None = None
+    pooled: bool = False
+    reads_image: bool = False
+
+
+@dataclass
+class Trace:
+    """A network's calls in order, on an input of ``size``, and what they say about its convolutions.
+
+    shortcuts: convolutions that are one whole side of a residual addition, or named so. classifier: the convolution
+    that ends the network in place of a fully connected layer, "" if none. borrowed: convolutions whose weight is used
+    outside of their own forward. uncounted: operations with products that are in no count, by name.
+    """
+
+    size: Size
+    calls: list[Call] = field(default_factory=list)
+    shortcuts: set[str] = field(default_factory=set)
+    classifier: str = ""
+    borrowed: set[str] = field(default_factory=set)
+    uncounted: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def convs(self) -> list[Call]:
+        return [call for call in self.calls if call.kind == "conv"]
+
+    @property
+    def functional(self) -> list[Call]:
+        """Convolutions that no module owns."""
+        return [call for call in self.convs if call.module is None]
+
+    @property
+    def macs(self) -> int:
+        """Multiply-adds of one image in convolutions and fully connected layers, as executed."""
+        return sum(call.macs for call in self.calls)
+
+    @property
+    def outputs(self) -> int:
+        """Values that these layers put out for one image: what a training step at least holds."""
+        return sum(call.values_out for call in self.calls)
+
+    @property
+    def values_moved(self) -> int:
+        """Values that these layers at least read and write for one image, weights apart."""
+        return sum(call.values_in + call.values_out for call in self.calls)
+
+
+def is_variant(module: nn.Module) -> bool:
+    """Whether ``module`` is one of this package's layers (told by its spec; layers stand above this module)."""
+    return isinstance(getattr(module, "spec", None), ConvSpec)
+
+
+def trace(model: nn.Module, size: Size | None = None, example: Any = None) -> Trace:
+    """Run ``model`` once and say what it did.
+
+    size: (channels, height, width) of its input; or ``example``, an input of its own. Without either the size is the
+    one a timm model names, or the first that works of 224, 32, 299 and 64 pixels, with the channels of the first
+    convolution. Without numbers where possible, else on a real copy. Raises the last error if nothing worked.
+    """
+    failure: Exception = RuntimeError("the network has no convolution to find the input's channels by")
+    inputs = [example] if example is not None else [torch.Size((1, *shape)) for shape in _sizes(model, size)]
+    for make_copy in (_meta_copy, _real_copy):
+        for given in inputs:
+            try:
+                return _run(make_copy(model), given)
+            except Exception as error:  # noqa: BLE001 - whatever a network's forward raises: the next way is tried
+                failure = error
+    raise failure
+
+
+def _sizes(model: nn.Module, size: Size | None) -> Iterator[Size]:
+    if size is not None:
+        yield size
+        return
+    config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)  # timm's
+    if isinstance(config, dict) and len(config.get("input_size", ())) == 3:
+        yield tuple(config["input_size"])
+    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d) or is_variant(m)), None)
+    if first is not None:
+        channels = int(first.in_channels)  # type: ignore[arg-type]
+        yield from ((channels, side, side) for side in FALLBACK_SIDES)
+
+
+def _meta_copy(model: nn.Module) -> nn.Module:
+    """A copy with the same structure and no numbers; the memory of the original is not doubled."""
+    memo: dict[int, Any] = {}
+    for parameter in model.parameters():
+        empty = torch.empty_like(parameter, device="meta")
+        memo[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+    for buffer in model.buffers():
+        memo[id(buffer)] = torch.empty_like(buffer, device="meta")
+    return copy.deepcopy(model, memo)
+
+
+def _real_copy(model: nn.Module) -> nn.Module:
+    return copy.deepcopy(model)
+
+
+def _run(model: nn.Module, given: Any) -> Trace:
+    for module in model.modules():
+        for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
+            getattr(module, hooks).clear()  # the user's hooks are not for this copy
+    model.eval()
+    reference = next(itertools.chain(model.parameters(), model.buffers()), torch.empty(0))
+    if isinstance(given, torch.Size):
+        dtype = reference.dtype if reference.is_floating_point() else None
+        arguments: tuple[Any, ...] = (torch.zeros(given, device=reference.device, dtype=dtype),)
+    else:
+        arguments = given if isinstance(given, tuple) else (given,)
+        arguments = tuple(a.to(reference.device) if isinstance(a, Tensor) else a for a in arguments)
+    shape = next(a.shape for a in arguments if isinstance(a, Tensor))
+    recorder = _Recorder(model, tuple(shape[-3:]))
+    with torch.no_grad(), warnings.catch_warnings(), recorder:
+        warnings.simplefilter("ignore")  # the network warns its user when its user runs it
+        model(*arguments)
+    return recorder.finished()
+
+
+class _Recorder(TorchFunctionMode):
+    """Sees every torch function while the network runs."""
+
+    def __init__(self, model: nn.Module, size: Any) -> None:
+        super().__init__()
+        self.found = Trace(size)
+        self.stack: list[tuple[str, nn.Module]] = []
+        self.batch = 1
+        self.owners: dict[int, str] = {}  # of each convolution's weight
+        # What a tensor has come through: kept on the tensor itself, as long as it lives.
+        self.inputs_of: dict[str, frozenset[str]] = {}
+        self.kernels: dict[str, tuple[int, int]] = {}
+        self.normalised_since = False
+        self.last: Call | None = None
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Conv2d) and "weight" in module._parameters:
+                self.owners[id(module.weight)] = name
+            module.register_forward_pre_hook(self._entering(name))
+            module.register_forward_hook(self._leaving(name))
+
+    def _entering(self, name: str) -> Callable[..., None]:
+        def enter(module: nn.Module, arguments: Any) -> None:
+            self.stack.append((name, module))
+
+        return enter
+
+    def _leaving(self, name: str) -> Callable[..., None]:
+        def leave(module: nn.Module, arguments: Any, output: Any) -> None:
+            self.stack.pop()
+            if is_variant(module) and isinstance(output, Tensor) and arguments:
+                self._variant(name, module, arguments[0], output)
+
+        return leave
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        given = kwargs or {}
+        out = func(*args, **given)
+        name = getattr(func, "__name__", "")
+        tensors = list(_tensors((args, given)))
+        passed = _passed(tensors)
+        inside_variant = bool(self.stack) and is_variant(self.stack[-1][1])
+        if inside_variant:
+            pass  # counted as a whole when it is left
+        elif name == "conv2d":
+            passed |= {self._conv(args, given, out, passed)}
+        elif name == "linear":
+            self._linear(args, given, out)
+        elif name in _NORMS:
+            self.normalised_since = True
+        elif name in _ADDITIONS and len(tensors) >= 2:
+            self.normalised_since = True
+            self._addition(*(_passed([tensor]) for tensor in tensors[:2]))
+        elif name in _UNCOUNTED:
+            self.found.uncounted[name] += 1
+        pooled = self._pooled(name, tensors, out)
+        for tensor in _tensors(out):
+            tensor._bgcbench_passed = passed  # type: ignore[attr-defined]
+            tensor._bgcbench_pooled = pooled  # type: ignore[attr-defined]
+        return out
+
+    def _pooled(self, name: str, tensors: Sequence[Tensor], out: Any) -> bool:
+        """Whether ``out`` has one value a channel that speaks for the whole image: a pool's, or made of such."""
+        if name in _POOLS and isinstance(out, Tensor) and tensors and tensors[0].dim() == 4:
+            return out.numel() == tensors[0].shape[0] * tensors[0].shape[1]
+        seen = [getattr(tensor, "_bgcbench_pooled", None) for tensor in tensors]
+        known = [value for value in seen if value is not None]  # weights and constants have no history
+        return bool(known) and all(known)
+
+    def _conv(self, args: Sequence[Any], given: dict[str, Any], out: Tensor, passed: frozenset[str]) -> str:
+        names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+        values: dict[str, Any] = {"bias": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1}
+        values |= dict(zip(names, args, strict=False)) | given
+        x, weight = values["input"], values["weight"]
+        owner, module = self.stack[-1] if self.stack else ("", None)
+        own = owner if isinstance(module, nn.Conv2d) else None
+        if own is None and id(weight) in self.owners:
+            self.found.borrowed.add(self.owners[id(weight)])
+        height, width = x.shape[-2:]
+        stride, dilation = _pair(values["stride"]), _pair(values["dilation"])
+        padding = values["padding"]
+        if isinstance(padding, str):
+            same = padding == "same"
+            padding = tuple(d * (k - 1) // 2 if same else 0 for d, k in zip(dilation, weight.shape[2:], strict=True))
+        images = x.shape[0] if x.dim() == 4 else 1
+        call = Call(
+            kind="conv",
+            module=own,
+            owner=owner,
+            in_channels=x.shape[-3],
+            out_channels=weight.shape[0],
+            macs=out.numel() // max(images, 1) * weight[0].numel(),
+            weights=weight.numel() + (0 if values["bias"] is None else weight.shape[0]),
+            values_in=x.numel() // max(images, 1),
+            values_out=out.numel() // max(images, 1),
+            kernel=tuple(weight.shape[2:]),
+            stride=stride,
+            padding=_pair(padding),
+            dilation=dilation,
+            groups=values["groups"],
+            bias=values["bias"] is not None,
+            size=(height, width),
+            pooled=getattr(x, "_bgcbench_pooled", False),
+            reads_image=not passed and x.shape[-3] <= IMAGE_CHANNELS,
+        )
+        self._append(call)
+        return self._remember(own if own is not None else f"function {len(self.found.calls)}", call, passed)
+
+    def _variant(self, name: str, module: Any, x: Tensor, out: Tensor) -> None:
+        """A layer of this package, by its own formula; its groups, where learnt, are counted as balanced."""
+        spec: ConvSpec = module.spec
+        height, width = x.shape[-2:]
+        counts = count(spec, height, width)
+        call = Call(
+            kind="conv",
+            module=name,
+            owner=name,
+            in_channels=spec.in_channels,
+            out_channels=spec.out_channels,
+            macs=counts.macs,
+            weights=counts.params,
+            values_in=x.numel() // max(x.shape[0], 1),
+            values_out=out.numel() // max(x.shape[0], 1),
+            kernel=_pair(spec.kernel_size),
+            stride=_pair(spec.stride),
+            padding=_pair(spec.padding),
+            dilation=_pair(spec.dilation),
+            groups=spec.groups,
+            bias=spec.bias,
+            size=(height, width),
+            pooled=getattr(x, "_bgcbench_pooled", False),
+        )
+        self._append(call)
+        passed = _passed([x])
+        out._bgcbench_passed = passed | {self._remember(name, call, passed)}  # type: ignore[attr-defined]
+
+    def _linear(self, args: Sequence[Any], given: dict[str, Any], out: Tensor) -> None:
+        values: dict[str, Any] = dict(zip(("input", "weight", "bias"), args, strict=False)) | given
+        x, weight, bias = values["input"], values["weight"], values.get("bias")
+        owner = self.stack[-1][0] if self.stack else ""
+        images = x.shape[0] if x.dim() > 1 else 1
+        macs = out.numel() * weight.shape[-1] // max(images, 1)
+        weights = weight.numel() + (0 if bias is None else bias.numel())
+        sizes = x.numel() // max(images, 1), out.numel() // max(images, 1)
+        self._append(Call("linear", owner, owner, weight.shape[-1], weight.shape[0], macs, weights, *sizes))
+
+    def _append(self, call: Call) -> None:
+        self.found.calls.append(call)
+        self.normalised_since = False
+
+    def _remember(self, token: str, call: Call, passed: frozenset[str]) -> str:
+        self.inputs_of[token] = passed
+        self.kernels[token] = call.kernel
+        return token
+
+    def _addition(self, left: frozenset[str], right: frozenset[str]) -> None:
+        """One 1x1 convolution on one side and a longer branch from the same place on the other: a shortcut."""
+        for side, other in ((left - right, right - left), (right - left, left - right)):
+            if len(side) != 1 or len(other) < 2:
+                continue
+            (token,) = side
+            start = self.inputs_of.get(token)
+            from_same = any(self.inputs_of.get(branch) == start for branch in other)
+            if self.kernels.get(token) == (1, 1) and from_same and not token.startswith("function "):
+                self.found.shortcuts.add(token)
+
+    def finished(self) -> Trace:
+        found = self.found
+        found.shortcuts |= {call.module for call in found.convs if call.module and SHORTCUT_NAME.search(call.module)}
+        last = found.calls[-1] if found.calls else None
+        if last is not None and last.kind == "conv" and last.kernel == (1, 1) and not self.normalised_since:
+            found.classifier = last.module or "" if len({call.module for call in found.convs}) > 1 else ""
+        return found
+
+
+def _tensors(values: Any) -> Iterator[Tensor]:
+    """Tensors in nested tuples, lists and dicts."""
+    if isinstance(values, Tensor):
+        yield values
+    elif isinstance(values, dict):
+        yield from _tensors(list(values.values()))
+    elif isinstance(values, (list, tuple)):
+        for value in values:
+            yield from _tensors(value)
+
+
+def _passed(tensors: Iterable[Tensor]) -> frozenset[str]:
+    """The convolutions that any of ``tensors`` has come through."""
+    return frozenset().union(*(getattr(tensor, "_bgcbench_passed", frozenset()) for tensor in tensors))
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    pair = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
+    return (int(pair[0]), int(pair[-1]))

@@ -1,0 +1,91 @@
+"""Networks by name: the paper's own, and any classification network of torchvision or timm."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from bgcbench.models import zoo
+from bgcbench.models.resnext import ResNeXt29
+from bgcbench.models.wide_resnet import WideResNet34
+from bgcbench.models.wrn import WideResNet
+from bgcbench.specs import RESNEXT29, TIMM_PREFIX, WRN, NetSpec
+
+__all__ = ["MODELS", "build_model", "identify"]
+
+
+def _of_numbers(
+    family: Callable[[int, int, int], nn.Module], pattern: re.Pattern[str]
+) -> Callable[[NetSpec], nn.Module]:
+    """The builder of a family whose two numbers stand in its name."""
+
+    def build(spec: NetSpec) -> nn.Module:
+        first, second = pattern.findall(spec.name)[0]
+        return family(int(first), int(second), spec.classes)
+
+    return build
+
+
+# The first pattern that a name matches builds it; whatever matches none is torchvision's.
+MODELS: dict[re.Pattern[str], Callable[[NetSpec], nn.Module]] = {
+    WRN: _of_numbers(WideResNet, WRN),
+    RESNEXT29: _of_numbers(ResNeXt29, RESNEXT29),
+    re.compile("wide_resnet34_2"): lambda spec: WideResNet34(2, spec.classes),
+    re.compile(f"{TIMM_PREFIX}.+"): zoo.build_timm,
+    re.compile(".*"): zoo.build_torchvision,
+}
+
+
+def build_model(spec: NetSpec | str, **options: Any) -> nn.Module:
+    """The untrained network that ``spec`` (or a name, with NetSpec's options) describes, on the CPU in fp32.
+
+    Names: wrn_D_K, resnext29_CxWd, wide_resnet34_2, torchvision's classification networks, timm/NAME. It is initialised
+    from torch's global random state. Raises UsageError for an unknown name, ShapeError for numbers that fit no network.
+    """
+    asked = NetSpec(spec, **options) if isinstance(spec, str) else spec
+    build = next(build for pattern, build in MODELS.items() if pattern.fullmatch(asked.name))
+    model = build(asked)
+    model._bgcbench_source = asked.source  # type: ignore[assignment]
+    return model
+
+
+def identify(model: nn.Module) -> dict[str, Any] | None:
+    """How :func:`build_model` makes a network like ``model`` (a 'source': NetSpec's arguments); None if it cannot.
+
+    A network counts as alike where all its modules and all its tensors' shapes agree. Nothing is guessed: the candidate
+    is built, without numbers, and compared.
+    """
+    outputs = [m.out_features for m in model.modules() if isinstance(m, nn.Linear)]
+    outputs += [m.out_channels for m in model.modules() if isinstance(m, nn.Conv2d)][-1:]
+    own = getattr(model, "_bgcbench_source", None)
+    sources = [own] if own else []
+    try:
+        for name in zoo.candidates(model):
+            sources += [NetSpec(name, num_classes=classes).source for classes in dict.fromkeys(reversed(outputs[-2:]))]
+        signature = _signature(model)
+        return next((source for source in sources if _skeleton(tuple(source.items())) == signature), None)
+    except Exception:  # noqa: BLE001 - a library that cannot build its own network only means that we cannot either
+        return None
+
+
+def _signature(model: nn.Module) -> str:
+    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    return f"{model!r}\n{shapes}"
+
+
+@functools.lru_cache(maxsize=256)
+def _skeleton(source: tuple[tuple[str, Any], ...]) -> str:
+    """The signature of a network built from ``source``."""
+    spec = NetSpec(**dict(source))
+    try:
+        with torch.device("meta"):
+            return _signature(build_model(spec))
+    except NotImplementedError:  # an initialisation that needs numbers
+        with torch.random.fork_rng(devices=[]):
+            return _signature(build_model(dataclasses.replace(spec)))

@@ -1,0 +1,69 @@
+"""Networks of torchvision and timm, by name."""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from typing import Any
+
+import torchvision
+from torch import nn
+
+from bgcbench.errors import UsageError
+from bgcbench.specs import TIMM_PREFIX, NetSpec, check_choice
+
+
+def torchvision_names() -> list[str]:
+    """Every classification network of the installed torchvision."""
+    return [name for name in torchvision.models.list_models(module=torchvision.models) if "quantized" not in name]
+
+
+def build_torchvision(spec: NetSpec) -> nn.Module:
+    """torchvision's network ``spec.name``, untrained; raises UsageError for a name that it does not have."""
+    check_choice("model", spec.name, [*torchvision_names(), "wrn_28_10", "resnext29_8x64d", "wide_resnet34_2"])
+    options: dict[str, Any] = {"num_classes": spec.num_classes, "weights": None}
+    if spec.name in ("googlenet", "inception_v3"):
+        options["init_weights"] = True
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        model: nn.Module = torchvision.models.get_model(spec.name, **options)
+    if spec.stem_stride is not None:
+        stem = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
+        stem.stride = (spec.stem_stride, spec.stem_stride)
+    return model
+
+
+def build_timm(spec: NetSpec) -> nn.Module:
+    """timm's network ``spec.name``, untrained; raises UsageError where timm is missing or has no such network."""
+    timm = _timm()
+    name = spec.name.removeprefix(TIMM_PREFIX)
+    if not timm.is_model(name):
+        near = timm.list_models(f"*{name}*")[:3]
+        hint = f"; near it: {', '.join(TIMM_PREFIX + found for found in near)}" if near else ""
+        raise UsageError(f"timm has no network '{name}'{hint}")
+    model: nn.Module = timm.create_model(name, pretrained=False, num_classes=spec.num_classes)
+    return model
+
+
+def _timm() -> Any:
+    try:
+        return importlib.import_module("timm")
+    except ImportError:
+        raise UsageError("timm is not installed; pip install 'bgcbench[timm]'") from None
+
+
+def candidates(model: nn.Module) -> list[str]:
+    """Names under which the libraries may know ``model``, by where its class comes from."""
+    module = type(model).__module__
+    if module.startswith("torchvision.models."):
+        mine = []
+        for name in torchvision_names():
+            builder = torchvision.models.get_model_builder(name)
+            if builder.__module__ == module:
+                mine.append(name)
+        return mine
+    if module.startswith("timm."):
+        config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
+        architecture = config.get("architecture") if isinstance(config, dict) else None
+        return [TIMM_PREFIX + architecture] if architecture else []
+    return []

@@ -1,0 +1,401 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+from torch.nn import functional as F
+
+import bgcbench
+from bgcbench.convert import Record, convert, load_converted, save_converted
+from bgcbench.convs import CONVS, VariantConv2d
+from bgcbench.convs.bgc import BalancedGroupConv2d
+from bgcbench.errors import ResultFileError, ShapeError, UsageError
+
+
+class OwnForward(nn.Conv2d):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * 2
+
+
+class NoForward(nn.Conv2d):
+    pass
+
+
+class Hand(nn.Module):
+    """A module as people write them: nested Sequentials, a shared convolution, functional ones, subclasses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.shared = nn.Conv2d(8, 8, 3, padding=1)
+        self.again = self.shared
+        self.blocks = nn.Sequential(
+            nn.Sequential(nn.Conv2d(8, 8, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU()),
+            nn.Sequential(OwnForward(8, 8, 1), NoForward(8, 8, (3, 1), padding=(1, 0))),
+            nn.Conv2d(8, 8, 3, padding=1, groups=8),
+        )
+        self.gate = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(8, 4, 1), nn.ReLU(), nn.Conv2d(4, 8, 1))
+        self.same = nn.Conv2d(8, 8, 3, padding="same", dilation=2)
+        self.uneven = nn.Conv2d(8, 8, 2, padding="same")
+        self.kernel = nn.Parameter(torch.randn(8, 8, 1, 1))
+        self.lent = nn.Conv2d(8, 8, 1)
+        self.unused = nn.Conv2d(8, 8, 3)
+        self.flat = nn.Conv1d(8, 8, 1)
+        self.out = nn.Linear(8, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.again(self.shared(self.stem(x)).relu())
+        x = self.blocks(x)
+        x = x * self.gate(x).sigmoid()
+        x = self.uneven(self.same(x))
+        x = F.conv2d(F.conv2d(x, self.kernel), self.lent.weight, self.lent.bias)
+        x = self.flat(x.flatten(2)).reshape(x.shape)
+        return self.out(x.mean((2, 3)))
+
+
+def reasons(record: Record) -> dict[str, str]:
+    return {kept.name: kept.reason for kept in record.kept}
+
+
+def bgc(model: nn.Module, **options: object) -> bgcbench.Converted:
+    return convert(model, "bgc", 2, **options)  # type: ignore[arg-type]
+
+
+class TestWhatIsReplaced:
+    def test_a_hand_written_network_is_converted_as_its_parts_allow(self) -> None:
+        model = Hand()
+        converted = bgc(model)
+        record = converted.record
+        assert [layer.name for layer in record.replaced] == ["shared", "blocks.0.0", "blocks.1.1", "same"]
+        kept = reasons(record)
+        assert kept["stem"] == "the first convolution"
+        assert kept["blocks.1.0"] == "OwnForward has a forward of its own"
+        assert kept["blocks.2"] == "already grouped (depthwise)"
+        assert "squeeze-and-excitation" in kept["gate.1"]
+        assert "squeeze-and-excitation" in kept["gate.3"]
+        assert kept["uneven"] == "padding='same' is uneven for its kernel"
+        assert kept["lent"] == "its weight is used outside of it"
+        assert kept["unused"] == "not reached by a forward pass"
+        assert kept["flat"] == "a Conv1d; only Conv2d has these variants"
+        assert len(kept) + len(record.replaced) == 13
+        assert record.functional == ("in the network: 8 -> 8, 1x1",) * 2
+        # BGC at N = 2 is exact, so the whole network still computes the same.
+        x = torch.randn(2, 3, 9, 9)
+        torch.testing.assert_close(converted.model.eval()(x), model.eval()(x), rtol=1e-4, atol=1e-5)
+
+    def test_a_module_used_twice_is_converted_once_and_stays_one(self) -> None:
+        converted = bgc(Hand())
+        assert converted.model.shared is converted.model.again
+        assert type(converted.model.shared) is BalancedGroupConv2d
+        layer = converted.record.replaced[0]
+        assert (layer.also, layer.calls, layer.height, layer.width) == (("again",), 2, 224, 224)
+
+    def test_a_sequential_that_holds_one_convolution_three_times_too(self) -> None:
+        conv = nn.Conv2d(4, 4, 3, padding=1)
+        model = nn.Sequential(nn.Conv2d(3, 4, 3), conv, nn.ReLU(), conv, nn.Sequential(conv))
+        converted = bgc(model)
+        assert len({id(m) for m in converted.model.modules() if isinstance(m, VariantConv2d)}) == 1
+        assert converted.record.replaced[0].also == ("3", "4.0")
+
+    def test_tied_weights_are_kept(self) -> None:
+        model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3))
+        model[2].weight = model[1].weight
+        record = bgc(model).record
+        assert reasons(record)["1"] == "its weight is shared with 2"
+        assert [layer.name for layer in record.replaced] == ["3"]
+
+    def test_parametrised_and_lazy_convolutions_are_kept(self) -> None:
+        model = nn.Sequential(
+            nn.Conv2d(3, 4, 3),
+            nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 4, 3)),
+            nn.utils.spectral_norm(nn.Conv2d(4, 4, 3)),
+            nn.Conv2d(4, 4, 3),
+        )
+        kept = reasons(bgc(model).record)
+        assert "parametrised" in kept["1"]
+        assert "parametrised" in kept["2"]
+        lazy = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.LazyConv2d(4, 3))
+        assert "no weight yet" in reasons(bgc(lazy).record)["2"]
+
+    def test_a_converted_network_is_not_converted_again(self) -> None:
+        once = bgc(torchvision.models.resnet18())
+        with pytest.raises(UsageError, match=r"nothing to replace.*already a BalancedGroupConv2d"):
+            bgc(once.model)
+
+    def test_a_network_that_cannot_be_run_is_still_converted_and_says_so(self) -> None:
+        class Odd(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.a, self.b = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)
+                self.downsample = nn.Conv2d(4, 4, 1)
+
+            def forward(self, words: dict[str, torch.Tensor]) -> torch.Tensor:
+                return self.b(self.a(words["image"]))
+
+        record = bgc(Odd()).record
+        assert [layer.name for layer in record.replaced] == ["b"]
+        assert record.replaced[0].height is None
+        assert "could not be run" in record.notes[0]
+        assert reasons(record) == {"a": "the first convolution", "downsample": "a shortcut"}
+        with pytest.raises(UsageError, match="does not run on example_input"):
+            bgc(Odd(), example_input=(3, 8, 8))
+
+    def test_an_example_input_gives_the_shapes(self) -> None:
+        for example in ((3, 20, 12), torch.zeros(1, 3, 20, 12)):
+            layer = bgc(Hand(), example_input=example).record.replaced[0]
+            assert (layer.height, layer.width) == (20, 12)
+
+    def test_timm_networks_keep_their_own_kinds_of_convolution(self) -> None:
+        timm = pytest.importorskip("timm")
+        model = timm.create_model("tf_efficientnet_b0", num_classes=7)
+        converted = bgc(model, example_input=(3, 64, 64))
+        kept = reasons(converted.record)
+        same = [name for name, reason in kept.items() if reason == "Conv2dSame has a forward of its own"]
+        assert "conv_stem" in same
+        assert len(same) == 5  # the stem and the four strided depthwise ones
+        assert len(converted.record.replaced) == 31
+        x = torch.randn(1, 3, 64, 64)
+        torch.testing.assert_close(converted.model.eval()(x), model.eval()(x), rtol=1e-3, atol=1e-4)
+        standardised = timm.create_model("resnetv2_50x1_bit", num_classes=7)
+        with pytest.raises(UsageError, match="StdConv2d has a forward of its own"):
+            bgc(standardised, example_input=(3, 64, 64))
+
+
+class TestChoosing:
+    def test_where_chooses_by_kernel(self) -> None:
+        model = torchvision.models.resnet18()
+        assert all(layer.kernel == (3, 3) for layer in bgc(model, where="3x3").record.replaced)
+        with pytest.raises(UsageError, match=r"nothing to replace with where='1x1'.*a shortcut"):
+            bgc(model, where="1x1")  # its only 1x1 are shortcuts
+        everything = {layer.name for layer in bgc(model, where="all").record.replaced}
+        assert "layer2.0.downsample.0" in everything
+        assert "conv1" not in everything
+
+    def test_include_adds_and_exclude_keeps(self) -> None:
+        model = torchvision.models.resnet18()
+        record = bgc(model, where="none", include=["layer1.*", "*.downsample.0"], exclude="layer1.0.*").record
+        assert [layer.name for layer in record.replaced] == [
+            "layer1.1.conv1", "layer1.1.conv2",
+            "layer2.0.downsample.0", "layer3.0.downsample.0", "layer4.0.downsample.0"]  # fmt: skip
+        assert reasons(record)["layer1.0.conv1"] == "excluded"
+        assert reasons(record)["conv1"] == "not included"
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"include": "layer9.*"}, "no convolution of the network is called 'layer9"),
+            ({"exclude": "layer1.0.conv3"}, "there are layer1.0.conv"),
+            ({"where": "5x5"}, "unknown where '5x5'.*choose from auto"),
+            ({"init": "whit"}, "did you mean 'white'"),
+            ({"on_indivisible": "ignore"}, "raise, skip, gcd"),
+            ({"algorithm": "masked"}, "unknown algorithm of bgc"),
+        ],
+    )
+    def test_what_means_nothing_is_refused(self, options: dict[str, str], message: str) -> None:
+        with pytest.raises(UsageError, match=message):
+            bgc(torchvision.models.resnet18(), **options)
+
+    def test_including_what_cannot_be_replaced_is_refused_by_name_and_passed_over_by_pattern(self) -> None:
+        with pytest.raises(UsageError, match=r"blocks\.2 cannot be replaced: already grouped"):
+            bgc(Hand(), include="blocks.2")
+        assert reasons(bgc(Hand(), include="blocks.*").record)["blocks.2"] == "already grouped (depthwise)"
+
+    def test_n_1_and_standard_replace_nothing(self) -> None:
+        model = torchvision.models.resnet18()
+        for variant in ("bgc", "standard"):
+            converted = convert(model, variant, 1)
+            assert not converted.record.replaced
+            assert not any(isinstance(m, VariantConv2d) for m in converted.model.modules())
+        with pytest.raises(ShapeError, match="groups=1, not 2"):
+            convert(model, "standard", 2)
+
+    def test_indivisible_channels_raise_are_skipped_or_take_the_gcd(self) -> None:
+        model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.Conv2d(6, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 7, 3))
+        with pytest.raises(ShapeError, match=r"2 convolutions: 1 \(6 -> 8\), 3 \(8 -> 7\)"):
+            convert(model, "gc", 4)
+        skipped = convert(model, "gc", 4, on_indivisible="skip").record
+        assert [layer.name for layer in skipped.replaced] == ["2"]
+        gcd = convert(model, "gc", 4, on_indivisible="gcd").record
+        assert [(layer.name, layer.groups) for layer in gcd.replaced] == [("1", 2), ("2", 4)]
+        assert reasons(gcd)["3"] == "N=4 does not divide 8 -> 7 channels"
+        assert len(convert(model, "flgc", 4).record.replaced) == 3  # its groups may be uneven
+
+
+class TestWhatSurvives:
+    def test_the_original_is_untouched_unless_in_place(self) -> None:
+        model = torchvision.models.resnet18()
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        converted = bgc(model)
+        assert not any(isinstance(m, VariantConv2d) for m in model.modules())
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+        assert converted.model is not model
+        assert bgc(model, inplace=True).model is model
+        assert any(isinstance(m, VariantConv2d) for m in model.modules())
+
+    def test_training_mode_dtype_layout_and_requires_grad_are_taken_over(self) -> None:
+        model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3)).double()
+        model.to(memory_format=torch.channels_last)
+        model[1].eval()
+        model[1].weight.requires_grad_(False)
+        converted = bgc(model).model
+        assert [module.training for module in converted] == [True, False, True]
+        assert not converted[1].weight.requires_grad
+        assert not converted[1].weight_mean.requires_grad
+        assert converted[1].bias.requires_grad
+        assert converted[2].weight_mean.requires_grad
+        assert converted[1].weight.dtype == torch.float64
+        assert converted[1].weight.is_contiguous(memory_format=torch.channels_last)
+
+    def test_hooks_go_on_and_their_handles_still_remove_them(self) -> None:
+        model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3))
+        seen: list[str] = []
+        handle = model[1].register_forward_hook(lambda *_: seen.append("after"))
+        model[1].register_forward_pre_hook(lambda *_: seen.append("before"))
+        model[1].register_full_backward_hook(lambda *_: seen.append("backward"))
+        converted = bgc(model, inplace=True).model
+        assert not seen  # finding out about the network runs none of them
+        converted(torch.randn(1, 3, 7, 7)).sum().backward()
+        assert seen == ["before", "after", "backward"]
+        handle.remove()
+        converted(torch.randn(1, 3, 7, 7))
+        assert seen[3:] == ["before"]
+
+    def test_stride_dilation_padding_mode_and_bias_are_taken_over(self) -> None:
+        conv = nn.Conv2d(8, 12, (3, 2), stride=(2, 1), padding=(2, 1), dilation=(2, 1), padding_mode="reflect")
+        model = nn.Sequential(nn.Conv2d(3, 8, 3, padding="valid"), conv)
+        x = torch.randn(2, 3, 11, 10)
+        torch.testing.assert_close(bgc(model).model(x), model(x), rtol=1e-4, atol=1e-5)
+
+    @pytest.mark.parametrize("variant", [name for name in CONVS if name != "standard"])
+    def test_every_variant_can_be_put_in_copied_solved_or_fresh(self, variant: str) -> None:
+        model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1))
+        x = torch.randn(2, 3, 9, 9)
+        for init in ("copy", "white", "scratch"):
+            converted = convert(model, variant, 4, init=init)
+            assert type(converted.model[2]) is CONVS[variant]
+            assert converted.model(x).shape == model(x).shape
+        white = convert(model, variant, 4, init="white").model
+        expected = CONVS[variant].from_dense(model[2].weight, 4, bias=model[2].bias, padding=1)
+        torch.testing.assert_close(white[2].dense_weight(), expected.dense_weight())
+
+    def test_a_convolution_alone_is_converted_too(self) -> None:
+        converted = bgc(nn.Conv2d(8, 8, 3), where="none", include="")
+        assert type(converted.model) is BalancedGroupConv2d
+
+    @pytest.mark.parametrize(("variant", "algorithm"), [("bgc", "auto"), ("flgc", "deployed")])
+    def test_compile_and_export_see_one_graph(self, variant: str, algorithm: str) -> None:
+        model = convert(build_small(), variant, 4, algorithm=algorithm).model.eval()
+        x = torch.randn(2, 3, 32, 32)
+        expected = model(x)
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(compiled(x), expected, rtol=1e-4, atol=1e-5)
+        exported = torch.export.export(model, (x,)).module()
+        torch.testing.assert_close(exported(x), expected, rtol=1e-4, atol=1e-5)
+
+
+def build_small() -> nn.Module:
+    return bgcbench.build_model("wrn_10_1")
+
+
+class TestRecord:
+    def test_it_goes_to_json_and_back(self) -> None:
+        record = bgc(Hand(), exclude="same").record
+        text = json.dumps(record.to_json(), allow_nan=False)
+        assert Record.from_json(json.loads(text)) == record
+        plain = record.to_json()
+        assert plain["replaced"] == ["shared", "blocks.0.0", "blocks.1.1"]
+        assert {"name": "same", "reason": "excluded"} in plain["kept"]
+        assert plain["layers"][0]["in_channels"] == 8
+        with pytest.raises(ResultFileError, match="no record"):
+            Record.from_json({"variant": "bgc"})
+
+    def test_the_networks_source_is_found(self) -> None:
+        assert bgc(torchvision.models.resnet18(num_classes=3)).record.source == {"name": "resnet18", "num_classes": 3}
+        assert bgc(Hand()).record.source is None
+
+
+LOAD = """
+import sys, torch, bgcbench
+model = bgcbench.load_converted(sys.argv[1])
+x, y = torch.load(sys.argv[2])
+sys.exit(0 if torch.equal(model(x), y) and not model.training else 7)
+"""
+
+
+class TestRoundTrip:
+    @pytest.mark.parametrize(
+        ("variant", "options"),
+        [
+            ("bgc", {}),
+            ("tlgc", {"on_indivisible": "gcd"}),
+            ("flgc", {"algorithm": "deployed"}),
+            ("lgc", {"algorithm": "masked"}),
+        ],
+    )
+    def test_a_new_process_computes_the_same(self, tmp_path: Path, variant: str, options: dict[str, str]) -> None:
+        converted = convert(build_small(), variant, 4, **options)  # type: ignore[arg-type]
+        converted.model.eval()
+        x = torch.randn(2, 3, 32, 32)
+        torch.save((x, converted.model(x).detach()), tmp_path / "expected.pt")
+        save_converted(converted, tmp_path / "net.pt")
+        done = subprocess.run([sys.executable, "-c", LOAD, str(tmp_path / "net.pt"), str(tmp_path / "expected.pt")],
+                              check=False, capture_output=True, text=True, timeout=120)  # fmt: skip
+        assert done.returncode == 0, done.stderr
+
+    @pytest.mark.parametrize("form", ["record", "json", "text"])
+    def test_a_plain_torch_save_of_state_and_record_loads(self, tmp_path: Path, form: str) -> None:
+        converted = bgc(torchvision.models.mobilenet_v2(num_classes=4), example_input=(3, 64, 64))
+        record = {"record": converted.record, "json": converted.record.to_json(),
+                  "text": json.dumps(converted.record.to_json())}[form]  # fmt: skip
+        torch.save({"state_dict": converted.model.state_dict(), "record": record}, tmp_path / "net.pt")
+        loaded = load_converted(tmp_path / "net.pt")
+        x = torch.randn(1, 3, 64, 64)
+        assert torch.equal(loaded(x), converted.model.eval()(x))
+
+    def test_a_network_that_is_not_known_is_passed_in(self, tmp_path: Path) -> None:
+        converted = bgc(Hand().double())
+        save_converted(converted, tmp_path / "net.pt")
+        with pytest.raises(ResultFileError, match=r"pass a dense one: load_converted\(path, model\)"):
+            load_converted(tmp_path / "net.pt")
+        dense = Hand()
+        loaded = load_converted(tmp_path / "net.pt", dense)
+        assert type(dense.shared) is nn.Conv2d
+        x = torch.randn(1, 3, 9, 9, dtype=torch.float64)
+        assert torch.equal(loaded(x), converted.model.eval()(x))
+
+    def test_uneven_learnt_groups_survive(self, tmp_path: Path) -> None:
+        converted = convert(build_small(), "flgc", 4)
+        layers = [m for m in converted.model.modules() if isinstance(m, CONVS["flgc"])]
+        with torch.no_grad():
+            for layer in layers:
+                layer.logits_in.normal_()
+                layer.logits_out.normal_()
+        save_converted(converted, tmp_path / "net.pt")
+        x = torch.randn(1, 3, 32, 32)
+        assert torch.equal(load_converted(tmp_path / "net.pt")(x), converted.model.eval()(x))
+
+    def test_another_network_or_a_damaged_file_is_refused(self, tmp_path: Path) -> None:
+        save_converted(bgc(Hand()), tmp_path / "net.pt")
+        with pytest.raises(ResultFileError, match="no Conv2d called 'shared'"):
+            load_converted(tmp_path / "net.pt", torchvision.models.resnet18())
+        (tmp_path / "bad.pt").write_bytes(b"not a network")
+        with pytest.raises(ResultFileError, match="no saved network"):
+            load_converted(tmp_path / "bad.pt")
+        with pytest.raises(ResultFileError, match="is not there"):
+            load_converted(tmp_path / "missing.pt")
+        torch.save({"weights": torch.ones(1)}, tmp_path / "other.pt")
+        with pytest.raises(ResultFileError, match="no 'record'"):
+            load_converted(tmp_path / "other.pt")
+
+
+def test_the_module_and_the_function_of_one_name_are_both_callable() -> None:
+    import bgcbench.convert
+
+    converted = bgcbench.convert(build_small(), "bgc", 2)
+    assert converted.record.variant == "bgc"
