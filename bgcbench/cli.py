@@ -7,7 +7,7 @@ import itertools
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,8 +20,8 @@ from bgcbench.errors import BgcbenchError, OutputError, UsageError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from bgcbench.experiments.profile import PlannedRow, ProfileConfig
-    from bgcbench.experiments.profile_run import ProfileRun, Session, Update
+    from bgcbench.experiments.profile import MeasureConfig, PlannedRow
+    from bgcbench.experiments.profile_run import ProfileRun, Session, Subject, Update
     from bgcbench.interrupts import Interrupts
     from bgcbench.report import Report
     from bgcbench.results import ResultWriter
@@ -49,6 +49,7 @@ app = typer.Typer(
 )
 
 _WORKLOAD = "Workload"
+_NETWORK = "A whole network (with --model)"
 _GRID = "What is compared"
 _MEASURE = "How it is measured"
 _OUTPUT = "Output"
@@ -94,15 +95,62 @@ def profile(
     ] = None,
     stride: Annotated[int | None, typer.Option(show_default="1", rich_help_panel=_WORKLOAD)] = None,
     batch: Annotated[
-        int | None, typer.Option(help="Images a call.", show_default="128", rich_help_panel=_WORKLOAD)
+        int | None, typer.Option(help="Images a call.", show_default="128; with --model 32", rich_help_panel=_WORKLOAD)
     ] = None,
     size: Annotated[
         str | None,
-        typer.Option(help="Input height and width: 7 or 7x14.", show_default="7", rich_help_panel=_WORKLOAD),
+        typer.Option(
+            help="Input height and width: 7 or 7x14.",
+            show_default="7; the network's own with --model",
+            rich_help_panel=_WORKLOAD,
+        ),
     ] = None,
     preset: Annotated[
         str | None,
         typer.Option(help="table4: the paper's Table 4 (also what no shape means).", rich_help_panel=_WORKLOAD),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="A whole network instead of a layer: resnet50, wrn_28_10, resnext29_8x64d, wide_resnet34_2, any "
+            "classification network of torchvision, or timm/NAME.",
+            rich_help_panel=_NETWORK,
+        ),
+    ] = None,
+    where: Annotated[
+        str | None,
+        typer.Option(
+            help="Which of its convolutions: auto (what the paper replaces), 3x3, 1x1, all, none.",
+            show_default="auto",
+            rich_help_panel=_NETWORK,
+        ),
+    ] = None,
+    include: Annotated[
+        list[str] | None,
+        typer.Option(help="Replace these too (GLOB of module names; repeatable).", rich_help_panel=_NETWORK),
+    ] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option(help="Keep these (GLOB; repeatable).", rich_help_panel=_NETWORK)
+    ] = None,
+    layers: Annotated[
+        bool,
+        typer.Option(
+            "--layers",
+            help="Also each distinct convolution by itself: where the time goes, and what would save some.",
+            rich_help_panel=_NETWORK,
+        ),
+    ] = False,
+    stem_stride: Annotated[
+        int | None,
+        typer.Option(
+            help="Stride of the first convolution of efficientnet_* and mobilenet_v*.",
+            show_default="2, and 1 up to 64 px",
+            rich_help_panel=_NETWORK,
+        ),
+    ] = None,
+    classes: Annotated[
+        int | None,
+        typer.Option(help="Classes.", show_default="1000; 10 for wrn and resnext29", rich_help_panel=_NETWORK),
     ] = None,
     groups: Annotated[
         str | None, typer.Option(help="Group counts N.", show_default="2,4,8,16", rich_help_panel=_GRID)
@@ -114,7 +162,7 @@ def profile(
     algorithm: Annotated[
         str | None,
         typer.Option(
-            help="Form that BGC runs in: auto, two_conv, concat, dense; all measures each.",
+            help="Form to run in: BGC two_conv, concat, dense; LGC and FLGC masked, deployed; all measures each.",
             show_default="auto",
             rich_help_panel=_GRID,
         ),
@@ -142,7 +190,11 @@ def profile(
     ] = None,
     phases: Annotated[
         str | None,
-        typer.Option(help="Of fwd, bwd, fwd_bwd.", show_default="fwd,fwd_bwd", rich_help_panel=_MEASURE),
+        typer.Option(
+            help="Of fwd, bwd, fwd_bwd; with --model of fwd, train_step.",
+            show_default="fwd,fwd_bwd",
+            rich_help_panel=_MEASURE,
+        ),
     ] = None,
     no_input_grad: Annotated[
         bool,
@@ -205,17 +257,18 @@ def profile(
     form: Format = "auto",
     quiet: Quiet = False,
 ) -> int:
-    """Measure what a convolution and its cheaper variants cost on this device (the paper's Table 4, done right).
+    """Measure what a convolution, or a network, and its cheaper variants cost on this device.
 
-    Without a shape it is Table 4's layer: 3x3, 1024 -> 1024 channels, 128 images of 7x7. Every row is interleaved
-    with the standard convolution, so that the ratios hold while the machine drifts.
+    Without a shape it is the paper's Table 4: 3x3, 1024 -> 1024 channels, 128 images of 7x7. Every row is interleaved
+    with the standard convolution (the dense network), so that the ratios hold while the machine drifts.
 
     [bold]bgcbench profile --channels 1024 --groups 2,4,8,16[/bold]
 
     [bold]bgcbench profile --channels 256 --size 14 --precision bf16 --layout nhwc --variants all --quick[/bold]
+
+    [bold]bgcbench profile --model resnet50 --groups 4 --batch 4 --layers --quick[/bold]
     """
     from bgcbench import results
-    from bgcbench.experiments.profile import ProfileConfig, plan
     from bgcbench.interrupts import Interrupts
 
     shape = {
@@ -227,8 +280,18 @@ def profile(
     }
     if size is not None:
         shape["height"], shape["width"] = _size(size)
+    network: dict[str, Any] = {
+        "model": model,
+        "where": where,
+        "include": tuple(include) if include else None,
+        "exclude": tuple(exclude) if exclude else None,
+        "layers": layers or None,
+        "stem_stride": stem_stride,
+        "num_classes": classes,
+    }
     given: dict[str, Any] = {
         **shape,
+        **network,
         "groups": _numbers("--groups", groups),
         "variants": _variants(variants),
         "algorithm": algorithm,
@@ -252,8 +315,8 @@ def profile(
     if no_reference and ((groups is not None and 1 in given["groups"]) or "standard" in (variants or "").split(",")):
         raise UsageError("--no-reference leaves the standard convolution out, and it is asked for; drop one of the two")
     stored = None if resume is None else results.read(resume)
-    config = dataclasses.replace(ProfileConfig(), **given) if stored is None else _resumed(stored, given, str(resume))
-    rows = plan(config)
+    config = _fresh(given, no_input_grad) if stored is None else _resumed(stored, given, str(resume))
+    rows = _layer_plan(config)
     output = _Output(
         path=resume or (Path(out) if out not in (None, "-") else None),
         to_stdout=out == "-",
@@ -266,12 +329,14 @@ def profile(
     with Interrupts() as interrupts:
         from bgcbench.experiments.profile_run import open_session  # torch, and what needs it
 
+        rows, subjects, notes = _full_plan(config, rows)
         session = open_session(config)
+        session.warnings.extend(notes)
         if stored is not None:
             results.check_resumable(stored, "profile", session.settings, session.environment, str(resume))
         output = output.named(config, session)
         if not quiet:
-            for line in (*session.warnings, *_plan_lines(config, rows, session, output.path)):
+            for line in (*session.warnings, *_plan_lines(config, rows, subjects, session, output.path)):
                 _say(line)
         if dry_run:
             return 0
@@ -283,7 +348,46 @@ def profile(
             session.settings,
             "quick" if config.quick else "full",
         )
-        return _measure(config, session, rows, document, output, interrupts)
+        return _measure(config, session, rows, subjects, document, output, interrupts)
+
+
+def _fresh(given: dict[str, Any], no_input_grad: bool) -> MeasureConfig:
+    """The configuration of a new run: of a network where --model is given, else of a layer."""
+    from bgcbench.experiments.network import NetworkConfig
+    from bgcbench.experiments.profile import ProfileConfig
+
+    kind: type[MeasureConfig] = NetworkConfig if "model" in given else ProfileConfig
+    for name in given:
+        if name not in {field.name for field in dataclasses.fields(kind)}:
+            option = {"num_classes": "classes", "in_channels": "channels", "out_channels": "channels"}.get(name, name)
+            why = "describes a layer, and --model a network" if "model" in given else "needs --model"
+            raise UsageError(f"--{option.replace('_', '-')} {why}; leave one of them out")
+    if "model" in given and no_input_grad:
+        raise UsageError("--no-input-grad is for one layer; a network's images take no gradient")
+    return kind(**given)
+
+
+def _layer_plan(config: MeasureConfig) -> list[PlannedRow]:
+    """The rows of a layer's run, which need no torch to be planned; a network's are planned with it."""
+    from bgcbench.experiments.profile import ProfileConfig, plan
+
+    return plan(config) if isinstance(config, ProfileConfig) else []
+
+
+def _full_plan(
+    config: MeasureConfig, rows: list[PlannedRow]
+) -> tuple[list[PlannedRow], Mapping[str, Subject], list[str]]:
+    """Rows, what they measure by key, and what is to be said before; torch is there by now."""
+    from bgcbench.experiments.network import NetworkConfig
+
+    if isinstance(config, NetworkConfig):
+        from bgcbench.experiments.network_run import plan_network
+
+        planned = plan_network(config)
+        return planned.rows, planned.subjects, planned.notes
+    from bgcbench.experiments.profile_run import layer_subjects
+
+    return rows, layer_subjects(config, rows), []
 
 
 def _check_output(out: str | None, form: str, *, force: bool, resume: Path | None) -> None:
@@ -297,13 +401,18 @@ def _check_output(out: str | None, form: str, *, force: bool, resume: Path | Non
         raise UsageError(f"--out - prints JSON, not {form}; leave --format out, or write to a file")
 
 
-def _resumed(stored: dict[str, Any], given: dict[str, Any], name: str) -> ProfileConfig:
+def _resumed(stored: dict[str, Any], given: dict[str, Any], name: str) -> MeasureConfig:
     """The configuration that continues ``stored``: its own, with a grid that may have grown."""
+    from bgcbench.experiments.network import NetworkConfig
     from bgcbench.experiments.profile import ProfileConfig, check_same_workload
     from bgcbench.results import check_command
 
     check_command(stored, "profile", name)
-    base = ProfileConfig.from_json(stored.get("config", {}))
+    kind: type[MeasureConfig] = NetworkConfig if "model" in stored.get("config", {}) else ProfileConfig
+    base = kind.from_json(stored.get("config", {}))
+    unknown = given.keys() - {field.name for field in dataclasses.fields(kind)}
+    if unknown:
+        raise UsageError(f"--{min(unknown).replace('_', '-')} has no meaning for what {name} measures; leave it out")
     grown: dict[str, Any] = {
         grid: tuple(dict.fromkeys((*getattr(base, grid), *given[grid])))
         for grid in ("groups", "variants")
@@ -324,7 +433,7 @@ class _Output:
     form: str
     quiet: bool
 
-    def named(self, config: ProfileConfig, session: Session) -> _Output:
+    def named(self, config: MeasureConfig, session: Session) -> _Output:
         """This with a path of our own making where none was given; it needs the device's name."""
         from bgcbench.results import default_path
 
@@ -336,9 +445,10 @@ class _Output:
 
 
 def _measure(
-    config: ProfileConfig,
+    config: MeasureConfig,
     session: Session,
     rows: list[PlannedRow],
+    subjects: Mapping[str, Subject],
     document: dict[str, Any],
     output: _Output,
     interrupts: Interrupts,
@@ -361,6 +471,7 @@ def _measure(
         config,
         session,
         rows,
+        subjects=subjects,
         kept={row["key"]: row for row in document["results"]},
         interleaved=document.get("interleaved", ()),
         stop=interrupts.requested,
@@ -449,15 +560,21 @@ def _bar_state(update: Update) -> dict[str, Any]:
     }
 
 
-def _plan_lines(config: ProfileConfig, rows: list[PlannedRow], session: Session, path: Path | None) -> list[str]:
+def _plan_lines(
+    config: MeasureConfig,
+    rows: list[PlannedRow],
+    subjects: Mapping[str, Subject],
+    session: Session,
+    path: Path | None,
+) -> list[str]:
     """What will be measured, where it goes and how long it may take."""
     from bgcbench.experiments.profile import estimated_seconds
 
-    valid = [row for row in rows if row.spec is not None]
     threads = session.environment["cpu"]["threads"]
-    minutes = estimated_seconds(config, valid, session.device.type, threads) / 60
+    flops = [[subject.work(phase).flops for phase in subject.phases] for subject in subjects.values()]
+    minutes = estimated_seconds(config, flops, session.device.type, threads) / 60
     lines = [
-        f"plan: {len(valid)} rows x {', '.join(config.phases)} on {session.environment['device']['name']}, "
+        f"plan: {len(subjects)} rows x {', '.join(config.phases)} on {session.environment['device']['name']}, "
         f"{config.precision}, {config.layout}, {config.mode}; roughly {minutes:.1f} min"
     ]
     lines += [f"  {row.key}" + (f"  invalid: {row.invalid}" if row.invalid else "") for row in rows]
@@ -499,6 +616,8 @@ def show(
     if document is not None and not table1:
         _print_document(document, form)
         return 0
+    if document is not None and "model" in document.get("config", {}):
+        raise UsageError(f"{file} measured a network; --table1 is for one layer, such as --channels 1024")
     if document is not None:
         config = ProfileConfig.from_json(document.get("config", {}))
         measurable = {row["params"]["groups"] for row in document["results"] if row["status"] != "invalid"}

@@ -217,7 +217,7 @@ def convert(
         tuple(notes),
     )
     target = model if inplace else _copied(model)
-    return Converted(_replace(target, record), record)
+    return Converted(replay(target, record), record)
 
 
 def _check_options(variant: str, groups: int, where: str, init: str, on_indivisible: str, algorithm: str) -> None:
@@ -455,8 +455,12 @@ def _copied(model: nn.Module) -> nn.Module:
         raise BgcbenchError(f"the network cannot be copied ({problem}); convert it with inplace=True") from problem
 
 
-def _replace(model: nn.Module, record: Record) -> nn.Module:
-    """Put the layers of ``record`` into ``model``, in every place where the convolution hangs."""
+def replay(model: nn.Module, record: Record) -> nn.Module:
+    """Do to ``model``, in place, what ``record`` says was done to a network like it; returns the converted network.
+
+    Every replaced convolution gives way in every place where it hangs. Raises ResultFileError where ``model`` has no
+    such convolution.
+    """
     modules = dict(model.named_modules())
     fresh: dict[int, nn.Module] = {}
     for layer in record.replaced:
@@ -576,7 +580,7 @@ def load_converted(
             f"bgcbench cannot build the network of {path} by itself; pass a dense one: load_converted(path, model)"
         )
     # The weights come from the file, so nothing needs to be solved for.
-    rebuilt = _replace(base, replace(record, init="scratch"))
+    rebuilt = replay(base, replace(record, init="scratch"))
     floats = [value for value in state.values() if value.is_floating_point()]
     if floats:
         rebuilt.to(dtype=floats[0].dtype)

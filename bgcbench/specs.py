@@ -60,6 +60,7 @@ PRECISIONS: dict[str, int] = {"fp64": 8, "fp32": 4, "tf32": 4, "bf16": 2, "fp16"
 LAYOUTS: tuple[str, ...] = ("nchw", "nhwc")
 WHERE: tuple[str, ...] = ("auto", "3x3", "1x1", "all", "none")  # which convolutions of a network
 PHASES: tuple[str, ...] = ("fwd", "bwd", "fwd_bwd")
+NETWORK_PHASES: tuple[str, ...] = ("fwd", "train_step")
 MODES: tuple[str, ...] = ("eager", "graph", "compile")
 FORMATS: tuple[str, ...] = ("auto", "table", "markdown", "csv", "json")
 # The parts of a result file's environment that decide a measurement: equal in all rows of one file.

@@ -27,8 +27,16 @@ ALLOWED = {
     "__main__": {"cli"},
     "__init__": {"convert", "convs", "errors", "models", "specs"},
 }
-MONOPOLIES = {"triton": {"kernels"}, "torchvision": {"models", "data"}, "timm": {"models"}, "typer": {"cli"}, "rich": {"cli", "report"},
-              "matplotlib": {"plots"}, "psutil": {"measure"}, "jsonschema": {"results"}}  # fmt: skip
+MONOPOLIES = {
+    "triton": {"kernels"},
+    "torchvision": {"models", "data"},
+    "timm": {"models"},
+    "typer": {"cli"},
+    "rich": {"cli", "report"},
+    "matplotlib": {"plots"},
+    "psutil": {"measure"},
+    "jsonschema": {"results"},
+}
 
 
 def modules() -> list[tuple[str, Path]]:

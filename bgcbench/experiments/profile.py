@@ -11,10 +11,10 @@ import hashlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from bgcbench.errors import ResultFileError, ShapeError, UsageError
-from bgcbench.measure.counts import call_work, count
+from bgcbench.measure.counts import count
 from bgcbench.measure.timing import Rules
 from bgcbench.results import Json
 from bgcbench.specs import (
@@ -33,28 +33,28 @@ from bgcbench.specs import (
 )
 from bgcbench.theory import paper
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 # Fields that only say which rows there are: a resumed run may add to them.
-GRID_FIELDS = ("variants", "groups", "algorithm", "reference", "skip_invalid")
+GRID_FIELDS = ("variants", "groups", "algorithm", "reference", "skip_invalid", "layers")
 
 
 @dataclass(frozen=True)
-class ProfileConfig:
-    """Everything one ``profile`` run depends on; valid once constructed (raises UsageError or ShapeError)."""
+class MeasureConfig:
+    """What every ``profile`` run depends on, of a layer or of a network; valid once constructed.
+
+    Raises UsageError or ShapeError. None stands for a default that depends on the device.
+    """
 
     variants: tuple[str, ...] = ("standard", "gc", "bgc")
     groups: tuple[int, ...] = paper.GROUPS
-    in_channels: int = paper.WORKLOAD["in_channels"]
-    out_channels: int = paper.WORKLOAD["out_channels"]
-    kernel: int = paper.WORKLOAD["kernel"]
-    stride: int = paper.WORKLOAD["stride"]
-    batch: int = paper.WORKLOAD["batch"]
-    height: int = paper.WORKLOAD["height"]
-    width: int = paper.WORKLOAD["width"]
+    batch: int = 1
     precision: str = "fp32"
     layout: str = "nchw"
     mode: str = "eager"
     algorithm: str = "auto"
-    phases: tuple[str, ...] = ("fwd", "fwd_bwd")
+    phases: tuple[str, ...] = ("fwd",)
     input_grad: bool = True
     cache: str | None = None
     device: str = "auto"
@@ -65,6 +65,9 @@ class ProfileConfig:
     reference: bool = True
     skip_invalid: bool = False
 
+    SIZES: ClassVar[tuple[str, ...]] = ("batch",)
+    PHASES: ClassVar[tuple[str, ...]] = PHASES
+
     def __post_init__(self) -> None:
         for name in self.variants:
             check_choice("variant", name, VARIANTS)
@@ -73,7 +76,7 @@ class ProfileConfig:
                 raise UsageError(f"--{what} is empty; name at least one")
         for value in self.groups:
             check_positive("groups", value)
-        for name in ("in_channels", "out_channels", "kernel", "stride", "batch", "height", "width"):
+        for name in self.SIZES:
             check_positive(name, getattr(self, name))
         choices: tuple[tuple[str, str | None, Iterable[str]], ...] = (
             ("precision", self.precision, PRECISIONS),
@@ -81,7 +84,7 @@ class ProfileConfig:
             ("mode", self.mode, MODES),
             ("algorithm", self.algorithm, ("auto", "all", *ALGORITHMS)),
             ("cache", self.cache, ("cold", "warm")),
-            *(("phase", phase, PHASES) for phase in self.phases),
+            *(("phase", phase, self.PHASES) for phase in self.phases),
         )
         for what, chosen, names in choices:
             if chosen is not None:
@@ -104,7 +107,7 @@ class ProfileConfig:
             check_on_cpu(self.precision, self.mode)
 
     @classmethod
-    def from_json(cls, stored: Mapping[str, Any]) -> ProfileConfig:
+    def from_json(cls, stored: Mapping[str, Any]) -> Self:
         """The configuration that a result file holds."""
         known = {f.name for f in dataclasses.fields(cls)}
         values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items() if k in known}
@@ -116,10 +119,31 @@ class ProfileConfig:
     @property
     def what(self) -> str:
         """The workload in a file name."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class ProfileConfig(MeasureConfig):
+    """One layer to measure; without a shape it is that of the paper's Table 4."""
+
+    batch: int = paper.WORKLOAD["batch"]
+    phases: tuple[str, ...] = ("fwd", "fwd_bwd")
+    in_channels: int = paper.WORKLOAD["in_channels"]
+    out_channels: int = paper.WORKLOAD["out_channels"]
+    kernel: int = paper.WORKLOAD["kernel"]
+    stride: int = paper.WORKLOAD["stride"]
+    height: int = paper.WORKLOAD["height"]
+    width: int = paper.WORKLOAD["width"]
+
+    SIZES: ClassVar[tuple[str, ...]] = ("in_channels", "out_channels", "kernel", "stride", "batch", "height", "width")
+
+    @property
+    def what(self) -> str:
+        """The workload in a file name."""
         return f"conv{self.in_channels}x{self.out_channels}k{self.kernel}-{self.precision}-{self.layout}"
 
 
-def check_same_workload(stored: Mapping[str, Any], config: ProfileConfig, name: str) -> None:
+def check_same_workload(stored: Mapping[str, Any], config: MeasureConfig, name: str) -> None:
     """Raise ResultFileError if ``config`` measures something else than the run in file ``name`` did."""
     for field_name, value in config.to_json().items():
         if field_name in GRID_FIELDS or field_name == "device" or stored.get(field_name) == value:
@@ -132,12 +156,16 @@ def check_same_workload(stored: Mapping[str, Any], config: ProfileConfig, name: 
 
 @dataclass(frozen=True)
 class PlannedRow:
-    """One row to measure: its stable key, its parameters, and its layer or the reason why there is none."""
+    """One row to measure: its stable key, its parameters, and its layer or the reason why there is none.
+
+    group: rows of one group are interleaved with one another. A row of a whole network has no spec.
+    """
 
     key: str
     params: Json
     spec: ConvSpec | None
     invalid: str | None = None
+    group: str = ""
 
 
 def plan(config: ProfileConfig) -> list[PlannedRow]:
@@ -145,23 +173,28 @@ def plan(config: ProfileConfig) -> list[PlannedRow]:
 
     Raises ShapeError naming every N that does not divide the channels, unless ``skip_invalid``.
     """
-    wanted = [("standard", 1)] if config.reference else []
-    for groups in sorted(set(config.groups) - {1}):
-        wanted += [(name, groups) for name in VARIANTS if name in config.variants and name != "standard"]
-    rows: list[PlannedRow] = []
-    for variant, groups in wanted:
-        for algorithm in _forms(variant, config.algorithm):
-            rows.append(_planned(config, variant, groups, algorithm))
-    if config.algorithm not in ("auto", "all") and not any(
-        config.algorithm in VARIANTS[name].algorithms for name, _ in wanted
-    ):
-        raise UsageError(f"--algorithm {config.algorithm}: no variant asked for has it; add bgc, or leave it out")
+    rows = [_planned(config, variant, groups, form) for variant, groups, form in wanted_rows(config)]
     offenders = list(dict.fromkeys(row.invalid for row in rows if row.invalid))
     if offenders and not config.skip_invalid:
         raise ShapeError("; ".join(offenders) + "; drop these groups or use --skip-invalid")
     if not any(row.spec for row in rows):
         raise UsageError("nothing to measure: --groups and --variants leave no valid row")
     return rows
+
+
+def wanted_rows(config: MeasureConfig) -> list[tuple[str, int, str]]:
+    """(variant, N, algorithm) of every row that is asked for, by N, the standard convolution first.
+
+    Raises UsageError for an algorithm that none of them has.
+    """
+    wanted = [("standard", 1)] if config.reference else []
+    for groups in sorted(set(config.groups) - {1}):
+        wanted += [(name, groups) for name in VARIANTS if name in config.variants and name != "standard"]
+    if config.algorithm not in ("auto", "all") and not any(
+        config.algorithm in VARIANTS[name].algorithms for name, _ in wanted
+    ):
+        raise UsageError(f"--algorithm {config.algorithm}: no variant asked for has it; add bgc, or leave it out")
+    return [(name, groups, form) for name, groups in wanted for form in _forms(name, config.algorithm)]
 
 
 def _forms(variant: str, algorithm: str) -> tuple[str, ...]:
@@ -227,24 +260,21 @@ def estimated_bytes(config: ProfileConfig, spec: ConvSpec) -> int:
     return ((2 if config.input_grad else 1) * x + 2 * y + 2 * counts.params) * item
 
 
-def estimated_seconds(config: ProfileConfig, rows: Sequence[PlannedRow], device_type: str, threads: int) -> float:
+def estimated_seconds(
+    config: MeasureConfig, calls_flops: Sequence[Sequence[int]], device_type: str, threads: int
+) -> float:
     """A rough guess of the run's length, before anything is timed.
 
-    The guess takes 30 GFLOP/s a CPU thread or 10 TFLOP/s on CUDA; each cell is called for its first look, its memory
-    passes, its warm-up and its floor of rounds, and the group samples for at most its time a row.
+    calls_flops: for each row the operations of one call in each phase. The guess takes 30 GFLOP/s a CPU thread or
+    10 TFLOP/s on CUDA; each cell is called for its first look, its memory passes, its warm-up and its floor of rounds,
+    and the group samples for at most its time a row.
     """
     rules = Rules.for_device(device_type, quick=config.quick, max_time_s=config.max_time_s)
     rate = 1e13 if device_type == "cuda" else 3e10 * threads
-    specs = [row.spec for row in rows if row.spec is not None]
-    calls = [
-        call_work(count(spec, config.height, config.width), config.batch, phase, input_grad=config.input_grad).flops
-        / rate
-        for spec in specs
-        for phase in config.phases
-    ]
+    calls = [flops / rate for row in calls_flops for flops in row]
     looks = (2 if config.quick else 3) * sum(calls)
     warm_up = sum(0.0 if call > rules.warmup_max_s else rules.warmup_max_s for call in calls)
-    sampling = max(rules.min_rounds * sum(calls), len(specs) * rules.max_time_s)
+    sampling = max(rules.min_rounds * sum(calls), len(calls_flops) * rules.max_time_s)
     return 5.0 + looks + warm_up + sampling
 
 

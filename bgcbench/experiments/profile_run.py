@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import math
 import random
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +17,7 @@ from torch import nn
 
 from bgcbench.convs import build_conv
 from bgcbench.experiments.profile import (
+    MeasureConfig,
     PlannedRow,
     ProfileConfig,
     estimated_bytes,
@@ -26,7 +27,7 @@ from bgcbench.experiments.profile import (
 )
 from bgcbench.measure import ceilings, environment
 from bgcbench.measure.ceilings import Ceilings
-from bgcbench.measure.counts import Counts, call_work, count, paper_bytes
+from bgcbench.measure.counts import CallWork, call_work, count, paper_bytes
 from bgcbench.measure.device import (
     DEVICE_LOST,
     DTYPES,
@@ -47,7 +48,7 @@ from bgcbench.measure.memory import Peak, measure_peak
 from bgcbench.measure.timing import PROTOCOL, Group, Progress, Rules, Track
 from bgcbench.measure.workload import Cell, Like, Workload
 from bgcbench.results import DONE, Json
-from bgcbench.specs import PHASES, PRECISIONS, VARIANTS, ConvSpec
+from bgcbench.specs import NETWORK_PHASES, PHASES, PRECISIONS, VARIANTS, ConvSpec
 from bgcbench.theory.exact import white_error
 
 
@@ -63,7 +64,7 @@ class Session:
     warnings: list[str] = field(default_factory=list)
 
 
-def open_session(config: ProfileConfig) -> Session:
+def open_session(config: MeasureConfig) -> Session:
     """Find the device and describe it; nothing is computed on it yet.
 
     Raises DeviceError where the device asked for is not there, UsageError for what it cannot do.
@@ -90,13 +91,103 @@ def open_session(config: ProfileConfig) -> Session:
     return Session(device, described, settings, rules, cold, [warning] if warning else [])
 
 
+class Subject(ABC):
+    """What one row measures: how it is built and run on a device, and what it must cost."""
+
+    phases: tuple[str, ...]
+    label: str  # the row for people: "BGC N=4"
+    batch: int
+    input_shape: tuple[int, ...]
+    input_grad: bool
+
+    @abstractmethod
+    def module(self, session: Session) -> nn.Module:
+        """A fresh module on the session's device; the same weights every time."""
+
+    @abstractmethod
+    def workload(self, session: Session, x: torch.Tensor, like: Like | None) -> Workload:
+        """The cells of a fresh module on ``x``."""
+
+    @abstractmethod
+    def work(self, phase: str) -> CallWork:
+        """Operations and least bytes of one call."""
+
+    @property
+    @abstractmethod
+    def needed_bytes(self) -> int:
+        """The least memory that measuring this takes."""
+
+    @property
+    @abstractmethod
+    def held_bytes(self) -> int:
+        """What stays in memory between calls."""
+
+    @abstractmethod
+    def facts(self, params: Json) -> Json:
+        """counts, approximability, memory (without the measured part), paper, and whatever else the row holds."""
+
+
+class LayerSubject(Subject):
+    """One convolution of the plan."""
+
+    def __init__(self, config: ProfileConfig, planned: PlannedRow, spec: ConvSpec, label: str | None = None) -> None:
+        self.config, self.key, self.spec = config, planned.key, spec
+        self.phases, self.batch, self.input_grad = config.phases, config.batch, config.input_grad
+        self.input_shape = (config.batch, spec.in_channels, config.height, config.width)
+        self.label = label or f"{VARIANTS[spec.variant].label} N={spec.groups}"
+        counts = count(spec, config.height, config.width, batch=config.batch, precision=config.precision)
+        self.counts, self.executed = counts, counts.executed(str(planned.params["algorithm"]))
+
+    def module(self, session: Session) -> nn.Module:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(row_seed(self.config.seed, self.key))
+            module: nn.Module = build_conv(self.spec)
+        return on_device(module, self.config, session)
+
+    def workload(self, session: Session, x: torch.Tensor, like: Like | None) -> Workload:
+        return Workload(self.module(session), x, self.config.mode, like)
+
+    def work(self, phase: str) -> CallWork:
+        return call_work(self.executed, self.batch, phase, input_grad=self.input_grad)
+
+    @property
+    def needed_bytes(self) -> int:
+        return estimated_bytes(self.config, self.spec)
+
+    @property
+    def held_bytes(self) -> int:
+        return 2 * self.executed.params * PRECISIONS[self.config.precision]
+
+    def facts(self, params: Json) -> Json:
+        config, spec = self.config, self.spec
+        item = PRECISIONS[config.precision]
+        out_height, out_width = spec.output_size(config.height, config.width)
+        memory: Json = {
+            "paper_bytes": paper_bytes(spec, config.height, config.width, config.batch, config.precision),
+            "params_bytes": self.executed.params * item,
+            "input_bytes": math.prod(self.input_shape) * item,
+            "output_bytes": config.batch * config.out_channels * out_height * out_width * item,
+        }
+        return {
+            "counts": self.counts.to_json(),
+            "approximability": {"white_error": white_error(str(params["variant"]), spec.groups)},
+            "memory": memory,
+            "paper": printed_figures(params),
+        }
+
+
+def on_device(module: nn.Module, config: MeasureConfig, session: Session) -> nn.Module:
+    """``module`` on the session's device in the run's precision and layout."""
+    module.to(device=session.device, dtype=DTYPES[config.precision])
+    return module.to(memory_format=torch.channels_last) if config.layout == "nhwc" else module
+
+
 @dataclass
 class _Row:
     """A planned row with what has been measured of it."""
 
     planned: PlannedRow
-    spec: ConvSpec
-    counts: Counts
+    subject: Subject
     first_call_s: dict[str, float] = field(default_factory=dict)
     host_s: dict[str, float | None] = field(default_factory=dict)
     peak: Peak | None = None
@@ -109,8 +200,7 @@ class _Row:
 
     @property
     def label(self) -> str:
-        """The row for people: "BGC N=4"."""
-        return f"{VARIANTS[self.spec.variant].label} N={self.spec.groups}"
+        return self.subject.label
 
     def fail(self, found: Failure) -> None:
         self.status, self.reason = found.status, found.reason
@@ -129,19 +219,28 @@ class Update:
     save: bool
 
 
+def layer_subjects(config: MeasureConfig, rows: Sequence[PlannedRow]) -> dict[str, Subject]:
+    """The layers of a plan of ``config``, by key."""
+    if not isinstance(config, ProfileConfig):
+        raise TypeError(f"a {type(config).__name__} describes no layer")
+    return {row.key: LayerSubject(config, row, row.spec) for row in rows if row.spec is not None}
+
+
 class ProfileRun:
     """One run of ``profile`` on an open session; iterate ``run()`` for its updates.
 
-    kept: the rows of a resumed file by key; those that are done are not measured again, and those that are not in the
-    plan stay as they are. stop() is asked between batches of samples.
+    subjects: what the rows measure, by key; by default the layers of their specs. kept: the rows of a resumed file by
+    key; those that are done are not measured again, and those that are not in the plan stay as they are. stop() is
+    asked between batches of samples.
     """
 
     def __init__(
         self,
-        config: ProfileConfig,
+        config: MeasureConfig,
         session: Session,
         rows: Sequence[PlannedRow],
         *,
+        subjects: Mapping[str, Subject] | None = None,
         kept: Mapping[str, Json] | None = None,
         interleaved: Sequence[Json] = (),
         stop: Callable[[], bool] = lambda: False,
@@ -152,15 +251,10 @@ class ProfileRun:
         self.interleaved = list(interleaved)
         self.warnings = list(session.warnings)
         self.ceilings: Ceilings | None = None
-        self.rows = [
-            _Row(row, row.spec, self._count(row.spec))
-            for row in rows
-            if row.spec is not None and row.key not in self.kept
-        ]
-
-    def _count(self, spec: ConvSpec) -> Counts:
-        config = self.config
-        return count(spec, config.height, config.width, batch=config.batch, precision=config.precision)
+        if subjects is None:
+            subjects = layer_subjects(config, rows)
+        self.rows = [_Row(row, subjects[row.key]) for row in rows if row.key in subjects and row.key not in self.kept]
+        self._inputs: dict[tuple[tuple[int, ...], bool], torch.Tensor] = {}
 
     def run(self) -> Iterator[Update]:
         """Measure every row; the last update holds the finished rows."""
@@ -194,7 +288,7 @@ class ProfileRun:
             if row.status != "interrupted":  # the device was lost on an earlier one
                 continue
             yield self._update(f"first call and memory of {row.label} ({number} of {len(self.rows)})")
-            needed, there = estimated_bytes(self.config, row.spec), environment.available_bytes(self.session.device)
+            needed, there = row.subject.needed_bytes, environment.available_bytes(self.session.device)
             if needed > there:
                 reason = f"out of memory: at least {needed} bytes needed, {there} there; use a smaller --batch"
                 row.fail(Failure("oom", reason))
@@ -208,11 +302,12 @@ class ProfileRun:
     def _first_look(self, row: _Row, stopwatch: DeviceStopwatch) -> None:
         """First call of every phase, and the peak of the one that holds the most memory."""
         workload = self._workload(row)
-        fullest = max(self.config.phases, key=PHASES.index)
+        phases = row.subject.phases
+        fullest = max(phases, key=(*PHASES, *NETWORK_PHASES).index)
         # A quick look at a slow layer takes one call for both. On CUDA a first call has the workspace of the library's
         # search, and a short one on a CPU what libraries set up once; both are measured again below.
         combined = self.config.quick and self.session.device.type == "cpu" and self.config.mode == "eager"
-        for phase in self.config.phases:
+        for phase in phases:
             stopwatch.synchronize()
             began = time.perf_counter()
             cell = workload.cell(phase)
@@ -245,35 +340,40 @@ class ProfileRun:
                 row.fail(found)
 
     def _workload(self, row: _Row) -> Workload:
-        return Workload(self._module(row), self._input, self.config.mode, row.like)
+        return row.subject.workload(self.session, self._input(row.subject), row.like)
 
     def _module(self, row: _Row) -> nn.Module:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(row_seed(self.config.seed, row.planned.key))
-            module: nn.Module = build_conv(row.spec)
-        module.to(device=self.session.device, dtype=DTYPES[self.config.precision])
-        return module.to(memory_format=torch.channels_last) if self.config.layout == "nhwc" else module
+        return row.subject.module(self.session)
 
-    @functools.cached_property
-    def _input(self) -> torch.Tensor:
-        """The input. All rows have the same shape and share one tensor."""
-        config = self.config
-        shape = (config.batch, config.in_channels, config.height, config.width)
-        seed = row_seed(config.seed, f"input-{shape}")
-        x = random_input(shape, self.session.device, DTYPES[config.precision], config.layout, seed)
-        return x.requires_grad_(config.input_grad)
+    def _input(self, subject: Subject) -> torch.Tensor:
+        """The input; rows of the same shape share one tensor."""
+        shape, config = subject.input_shape, self.config
+        if (shape, subject.input_grad) not in self._inputs:
+            seed = row_seed(config.seed, f"input-{shape}")
+            x = random_input(shape, self.session.device, DTYPES[config.precision], config.layout, seed)
+            self._inputs[shape, subject.input_grad] = x.requires_grad_(subject.input_grad)
+        return self._inputs[shape, subject.input_grad]
 
     def _groups(self, rows: list[_Row]) -> list[list[_Row]]:
-        """All rows in one group, or, if their layers do not fit together, each by itself."""
-        item = PRECISIONS[self.config.precision]
-        layers = sum(2 * row.counts.params * item for row in rows)
-        deltas = [row.peak.delta_bytes for row in rows if row.peak]
-        # A captured graph keeps what it works on; an eager call gives it back.
-        held = len(self.config.phases) * sum(deltas) if self.config.mode == "graph" else max(deltas, default=0)
-        if rows and layers + held > 0.8 * environment.available_bytes(self.session.device):
-            self.warnings.append("the rows do not fit into memory together: measured one after the other, not paired")
-            return [[row] for row in rows]
-        return [rows] if rows else []
+        """The plan's groups, each in one piece, or, if what it holds does not fit together, row by row."""
+        planned: dict[str, list[_Row]] = {}
+        for row in rows:
+            planned.setdefault(row.planned.group, []).append(row)
+        groups: list[list[_Row]] = []
+        for members in planned.values():
+            deltas = [row.peak.delta_bytes for row in members if row.peak]
+            # A captured graph keeps what it works on; an eager call gives it back.
+            graphs = max(len(row.subject.phases) for row in members)
+            held = graphs * sum(deltas) if self.config.mode == "graph" else max(deltas, default=0)
+            held += sum(row.subject.held_bytes for row in members)
+            if held > 0.8 * environment.available_bytes(self.session.device):
+                self.warnings.append(
+                    "the rows do not fit into memory together: measured one after the other, not paired"
+                )
+                groups += [[row] for row in members]
+            else:
+                groups.append(members)
+        return groups
 
     def _measure(self, rows: list[_Row], stopwatch: DeviceStopwatch) -> Iterator[Update]:
         """One interleaved group, from building its layers to the summary of its rows."""
@@ -285,7 +385,7 @@ class ProfileRun:
                 workload = self._workload(row)
                 # On a CPU a first call tells how long the next will take; elsewhere it has tuned or compiled.
                 plain = device.type == "cpu" and config.mode == "eager"
-                for phase in config.phases:
+                for phase in row.subject.phases:
                     cell = workload.cell(phase)
                     if not plain:  # a module built anew compiles anew; no warm-up should have to wait for that
                         cell.once()
@@ -318,6 +418,7 @@ class ProfileRun:
             )
         for row in rows:
             row.tracks.clear()  # and with them the layers
+        self._inputs.clear()
         free_memory(device)
         yield self._update("group done", save=True)
 
@@ -363,49 +464,34 @@ class ProfileRun:
         for planned in self.planned:
             if planned.key in self.kept:
                 records.append(self.kept[planned.key])
-            elif planned.spec is None:
-                records.append(invalid_record(planned))
-            else:
+            elif planned.key in measured:
                 records.append(self._record(measured[planned.key]))
+            else:
+                records.append(invalid_record(planned))
         return records
 
     def _record(self, row: _Row) -> Json:
-        config, spec, params = self.config, row.spec, row.planned.params
-        item = PRECISIONS[config.precision]
-        out_height, out_width = spec.output_size(config.height, config.width)
-        counts = {
-            "params": row.counts.params,
-            "macs": row.counts.macs,
-            "adds": row.counts.adds,
-            "paper_ops": row.counts.paper_ops,
-            "bytes_min": row.counts.bytes_min,
-        }
-        memory: Json = {
-            "paper_bytes": paper_bytes(spec, config.height, config.width, config.batch, config.precision),
-            "params_bytes": row.counts.params * item,
-            "input_bytes": config.batch * config.in_channels * config.height * config.width * item,
-            "output_bytes": config.batch * config.out_channels * out_height * out_width * item,
-            "baseline_bytes": row.peak.baseline_bytes if row.peak else None,
-            "peak_bytes": row.peak.peak_bytes if row.peak else None,
-            "peak_delta_bytes": row.peak.delta_bytes if row.peak else None,
-            "method": row.peak.method if row.peak else "formula",
+        facts = row.subject.facts(row.planned.params)
+        peak = row.peak
+        facts["memory"] |= {
+            "baseline_bytes": peak.baseline_bytes if peak else None,
+            "peak_bytes": peak.peak_bytes if peak else None,
+            "peak_delta_bytes": peak.delta_bytes if peak else None,
+            "method": peak.method if peak else "formula",
         }
         return {
             "key": row.planned.key,
-            "params": params,
+            "params": row.planned.params,
             "status": row.status,
             "reason": row.reason,
-            "counts": counts,
-            "approximability": {"white_error": white_error(spec.variant, spec.groups)},
-            "memory": memory,
+            **facts,
             "phases": row.phases,
-            "paper": printed_figures(params),
             "interleaved": row.interleaved,
         }
 
     def _phase(self, row: _Row, phase: str, track: Track[Any]) -> Json:
         summary = track.summary()
-        work = call_work(row.counts, self.config.batch, phase, input_grad=self.config.input_grad)
+        work = row.subject.work(phase)
         host = row.host_s.get(phase)
         median = summary.median_s
         return {
@@ -421,7 +507,7 @@ class ProfileRun:
                 "ci95_s": [summary.ci95_s.low, summary.ci95_s.high] if summary.ci95_s else None,
             },
             "derived": {
-                "images_per_s": self.config.batch / median,
+                "images_per_s": row.subject.batch / median,
                 "tflops": work.flops / median / 1e12,
                 "gbytes_per_s": work.bytes / median / 1e9,
                 "roofline_fraction": self.ceilings.roofline_fraction(work, median) if self.ceilings else None,

@@ -12,7 +12,7 @@ so they stand beside ``params`` and ``macs``, never in their place.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from bgcbench.specs import PRECISIONS, ConvSpec
 
@@ -53,6 +53,17 @@ class Counts:
     def flops(self) -> int:
         """Floating-point operations: a MAC is two, an addition one."""
         return 2 * self.macs + self.adds
+
+    def executed(self, algorithm: str) -> Counts:
+        """What this form of the layer does: a masked one stores and multiplies a dense kernel."""
+        if algorithm != "masked" or self.params_training is None or self.macs_training is None:
+            return self
+        return replace(self, params=self.params_training, macs=self.macs_training)
+
+    def to_json(self) -> dict[str, int]:
+        """The counts of a result row; what a variant does not have is left out."""
+        names = ("params", "macs", "adds", "paper_ops", "bytes_min", "params_training", "macs_training")
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
 
 
 def _bgc(s: Sizes) -> dict[str, int]:

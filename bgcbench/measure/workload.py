@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from bgcbench.errors import UsageError
 
@@ -125,3 +126,56 @@ class Workload:
         with eager.context(), torch.cuda.graph(graph):
             eager.call()
         return Cell(call=graph.replay, eager=eager)
+
+
+class NetworkWorkload(Workload):
+    """Builds the cells of a classification network on images ``x``: inference and a training step.
+
+    'fwd' is the forward pass in eval and inference mode; 'train_step' is zero_grad, forward in training mode,
+    cross-entropy in fp32 against random ``labels``, backward and an SGD step with momentum 0.9. Its learning rate is 0:
+    all of the step's arithmetic is done, and the network that thousands of timed steps run is always the same one.
+    Networks that return several scores (auxiliary heads) are trained on the sum of their losses.
+    """
+
+    def __init__(
+        self, module: nn.Module, x: Tensor, mode: str = "eager", like: Like | None = None, *, labels: Tensor
+    ) -> None:
+        super().__init__(module, x, mode, like)
+        self.plain = module
+        self.labels = labels
+        self.optimiser = torch.optim.SGD(module.parameters(), lr=0.0, momentum=0.9)
+
+    def cell(self, phase: str) -> Cell:
+        """The cell of 'fwd' or 'train_step'; raises UsageError for another name."""
+        if phase == "fwd":
+            cell = Cell(call=self._forward, prepare=self._for_inference, context=torch.inference_mode)
+        elif phase == "train_step":
+            cell = Cell(call=self._step, prepare=self._for_training, release=self._release)
+        else:
+            raise UsageError(f"unknown phase '{phase}'")
+        return self._captured(phase, cell) if self.mode == "graph" else cell
+
+    def _for_inference(self) -> None:
+        if self.plain.training:
+            self.plain.eval()
+
+    def _for_training(self) -> None:
+        if not self.plain.training:
+            self.plain.train()
+
+    def _step(self) -> None:
+        self.optimiser.zero_grad(set_to_none=True)
+        total: Any = sum(F.cross_entropy(scores.float(), self.labels) for scores in _scores(self.module(self.x)))
+        total.backward()
+        self.optimiser.step()
+
+    def _clear_gradients(self) -> None:
+        self.optimiser.zero_grad(set_to_none=True)
+
+
+def _scores(output: Any) -> list[Tensor]:
+    """The class scores in a network's output: one tensor, or several where it has auxiliary heads."""
+    if isinstance(output, Tensor):
+        return [output]
+    values = output.values() if isinstance(output, dict) else output
+    return [value for value in values if isinstance(value, Tensor)]

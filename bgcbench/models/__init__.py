@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import re
 from collections.abc import Callable
@@ -17,7 +16,7 @@ from bgcbench.models.wide_resnet import WideResNet34
 from bgcbench.models.wrn import WideResNet
 from bgcbench.specs import RESNEXT29, TIMM_PREFIX, WRN, NetSpec
 
-__all__ = ["MODELS", "build_model", "identify"]
+__all__ = ["MODELS", "build_empty", "build_model", "identify"]
 
 
 def _of_numbers(
@@ -55,6 +54,16 @@ def build_model(spec: NetSpec | str, **options: Any) -> nn.Module:
     return model
 
 
+def build_empty(spec: NetSpec) -> nn.Module:
+    """The network without numbers (on the meta device), or with them where its initialisation needs some."""
+    try:
+        with torch.device("meta"):
+            return build_model(spec)
+    except NotImplementedError:
+        with torch.random.fork_rng(devices=[]):
+            return build_model(spec)
+
+
 def identify(model: nn.Module) -> dict[str, Any] | None:
     """How :func:`build_model` makes a network like ``model`` (a 'source': NetSpec's arguments); None if it cannot.
 
@@ -82,10 +91,4 @@ def _signature(model: nn.Module) -> str:
 @functools.lru_cache(maxsize=256)
 def _skeleton(source: tuple[tuple[str, Any], ...]) -> str:
     """The signature of a network built from ``source``."""
-    spec = NetSpec(**dict(source))
-    try:
-        with torch.device("meta"):
-            return _signature(build_model(spec))
-    except NotImplementedError:  # an initialisation that needs numbers
-        with torch.random.fork_rng(devices=[]):
-            return _signature(build_model(dataclasses.replace(spec)))
+    return _signature(build_empty(NetSpec(**dict(source))))

@@ -28,7 +28,7 @@ from bgcbench.specs import VARIANTS, ConvSpec
 from bgcbench.theory import paper
 from bgcbench.theory.exact import white_error
 
-PHASE_TITLES = {"fwd": "fwd", "bwd": "bwd", "fwd_bwd": "fwd+bwd"}
+PHASE_TITLES = {"fwd": "fwd", "bwd": "bwd", "fwd_bwd": "fwd+bwd", "train_step": "train step"}
 MIB = 2**20
 
 
@@ -48,12 +48,16 @@ class Column:
 
 @dataclass(frozen=True)
 class Report:
-    """A title, one table, and lines under it. ``records`` is the same content for CSV and JSON."""
+    """A title, one table, lines under it, and further tables (``more``) before the notes.
+
+    ``records`` is the same content for CSV and JSON.
+    """
 
     title: list[str]
     columns: list[Column]
     sections: dict[str, list[str]] = field(default_factory=dict)
     records: list[Json] = field(default_factory=list)
+    more: list[Report] = field(default_factory=list)
 
 
 # ------------------------------------------------------------------------------------------------ numbers as text
@@ -92,7 +96,7 @@ def _bounds(interval: Interval | None, form: Callable[[float], str]) -> str:
     return "" if interval is None else f" [{form(interval.low)}, {form(interval.high)}]"
 
 
-def _ratio_text(value: float) -> str:
+def ratio_text(value: float) -> str:
     return f"{value:.2f}" if value < 10 else significant(value, 3)
 
 
@@ -105,20 +109,20 @@ def profile_report(document: Json) -> Report:
     reference = next((r for r in rows if r["params"]["variant"] == "standard" and r["phases"]), None)
     phases = [p for p in PHASE_TITLES if any(p in row["phases"] for row in rows)]
     columns = [
-        Column("variant", [_name(row, rows) for row in rows], right=False, lead=True),
+        Column("variant", [variant_name(row, rows) for row in rows], right=False, lead=True),
         Column("N", [str(row["params"]["groups"]) for row in rows], lead=True),
-        Column("params", _cells(rows, lambda r: scaled(r["counts"]["params"]))),
-        Column("MACs", _cells(rows, lambda r: scaled(r["counts"]["macs"]))),
-        Column("white err", _cells(rows, _white)),
+        Column("params", counted(rows, lambda r: scaled(executed_count(r, "params")))),
+        Column("MACs", counted(rows, lambda r: scaled(executed_count(r, "macs")))),
+        Column("white err", counted(rows, _white)),
     ]
     for phase in phases:
         factor, unit = time_unit([r["phases"][phase]["summary"]["median_s"] for r in rows if phase in r["phases"]])
-        columns.append(Column(f"{PHASE_TITLES[phase]} {unit}", [_time(row, phase, factor) for row in rows]))
-        columns.append(Column(f"speed-up {PHASE_TITLES[phase]}", [_speed_up(row, reference, phase) for row in rows]))
+        columns.append(Column(f"{PHASE_TITLES[phase]} {unit}", [time_text(row, phase, factor) for row in rows]))
+        columns.append(Column(f"speed-up {PHASE_TITLES[phase]}", [speed_up(row, reference, phase) for row in rows]))
     columns += [
-        Column("x+W MiB", _cells(rows, lambda r: mebibytes(r["memory"]["paper_bytes"]))),
-        Column("peak MiB", _cells(rows, lambda r: mebibytes(_peak(r)))),
-        Column("roofline", [_roofline(row, phases) for row in rows]),
+        Column("x+W MiB", counted(rows, lambda r: mebibytes(r["memory"]["paper_bytes"]))),
+        Column("peak MiB", counted(rows, lambda r: mebibytes(peak(r)))),
+        Column("roofline", [roofline(row, phases) for row in rows]),
     ]
     printed = any(row["paper"] for row in rows)
     if printed:
@@ -137,15 +141,15 @@ def profile_report(document: Json) -> Report:
         beside = [line for row in rows if (line := _beside_gc(row, rows, primary))]
         if beside:
             sections[f"BGC beside GC ({PHASE_TITLES[primary]})"] = beside
-    sections["Notes"] = _notes(document, rows, printed)
-    return Report(_profile_title(document), columns, sections, profile_records(document, reference))
+    sections["Notes"] = _profile_notes(document, rows, printed)
+    return Report(_profile_title(document), columns, sections, profile_records(document))
 
 
-def _cells(rows: Sequence[Json], text: Callable[[Json], str]) -> list[str]:
+def counted(rows: Sequence[Json], text: Callable[[Json], str]) -> list[str]:
     return [text(row) if row["counts"] else "-" for row in rows]
 
 
-def _name(row: Json, rows: Sequence[Json]) -> str:
+def variant_name(row: Json, rows: Sequence[Json]) -> str:
     """The variant's label, with its algorithm where several are in the table."""
     variant = row["params"]["variant"]
     forms = {r["params"]["algorithm"] for r in rows if r["params"]["variant"] == variant}
@@ -153,21 +157,27 @@ def _name(row: Json, rows: Sequence[Json]) -> str:
     return label if len(forms) < 2 else f"{label} {row['params']['algorithm']}"
 
 
+def executed_count(row: Json, name: str) -> int:
+    """``params`` or ``macs`` of the form that ran: a masked one trains dense kernels."""
+    counts: dict[str, int] = row["counts"]
+    return counts.get(f"{name}_training", counts[name]) if row["params"]["algorithm"] == "masked" else counts[name]
+
+
 def _white(row: Json) -> str:
     error = row["approximability"]["white_error"]
     return "-" if error is None else f"{error:.3f}"
 
 
-def _peak(row: Json) -> int | None:
-    """Layer and input, and the most that a step held beyond them."""
+def peak(row: Json) -> int | None:
+    """Layer (or network, with its momentum) and input, and the most that a step held beyond them."""
     memory = row["memory"]
     if memory["peak_delta_bytes"] is None:
         return None
-    total: int = memory["params_bytes"] + memory["input_bytes"] + memory["peak_delta_bytes"]
-    return total
+    held: int = memory["params_bytes"] + memory["input_bytes"] + memory.get("optimizer_bytes", 0)
+    return held + int(memory["peak_delta_bytes"])
 
 
-def _time(row: Json, phase: str, factor: float) -> str:
+def time_text(row: Json, phase: str, factor: float) -> str:
     if phase not in row["phases"]:
         return "-"
     summary = row["phases"][phase]["summary"]
@@ -193,14 +203,14 @@ def row_ratio(over: Json | None, under: Json | None, phase: str) -> Ratio | None
     return ratio_of_medians(_series(over, phase), _series(under, phase), paired=paired)
 
 
-def _speed_up(row: Json, reference: Json | None, phase: str) -> str:
+def speed_up(row: Json, reference: Json | None, phase: str) -> str:
     if row is reference:
         return "1"
     ratio = row_ratio(reference, row, phase)
-    return "-" if ratio is None else _ratio_text(ratio.value) + _bounds(ratio.ci95, _ratio_text)
+    return "-" if ratio is None else ratio_text(ratio.value) + _bounds(ratio.ci95, ratio_text)
 
 
-def _roofline(row: Json, phases: Sequence[str]) -> str:
+def roofline(row: Json, phases: Sequence[str]) -> str:
     measured = row["phases"].get(phases[-1]) if phases else None
     if measured is None or measured["derived"]["roofline_fraction"] is None:
         return "-"
@@ -236,7 +246,7 @@ def _phase_flags(measured: Json) -> list[str]:
     return found
 
 
-def _share(fraction: float) -> str:
+def share_words(fraction: float) -> str:
     """A share of the parameters in words where English has one."""
     words = {1.0: "the same number of", 0.5: "half the", 0.25: "a quarter of the", 2.0: "twice the"}
     named = words.get(round(fraction, 6))
@@ -249,12 +259,12 @@ def compare_words(ratio: Ratio, other: str) -> str:
     if interval is None:
         how = "faster" if ratio.value >= 1 else "slower"
         value = max(ratio.value, 1 / ratio.value)
-        return f"about {_ratio_text(value)}x {how} than {other} (no interval)"
+        return f"about {ratio_text(value)}x {how} than {other} (no interval)"
     apart = "" if ratio.paired else ", measured apart"
     if not ratio.detectable:
         bound = max(abs(interval.low - 1), abs(interval.high - 1))
         if bound > 0.1:
-            span = f"{_ratio_text(interval.low)}-{_ratio_text(interval.high)}"
+            span = f"{ratio_text(interval.low)}-{ratio_text(interval.high)}"
             return f"not told apart from {other} (95% CI of the speed-up {span}{apart})"
         return f"as fast as {other}: no detectable difference (< {significant(100 * bound, 2)} %{apart})"
     value, low, high, how = ratio.value, interval.low, interval.high, "faster"
@@ -266,15 +276,15 @@ def compare_words(ratio: Ratio, other: str) -> str:
 
 def verdict(row: Json, reference: Json | None, phase: str, rows: Sequence[Json]) -> str:
     """One row in plain words: how much faster than the standard convolution, how large, what it loses."""
-    name = f"{_name(row, rows)} N={row['params']['groups']}"
+    name = f"{variant_name(row, rows)} N={row['params']['groups']}"
     if row["status"] != "ok" and phase not in row["phases"]:
         return f"{name}: {row['status']}: {row['reason']}"
     error = row["approximability"]["white_error"]
     loss = "" if error is None else f"; white error {error:.3g}"
     ratio = row_ratio(reference, row, phase)
     if ratio is None or reference is None:
-        return f"{name} has {scaled(row['counts']['params'])} parameters{loss} (no reference was measured)"
-    size = _share(row["counts"]["params"] / reference["counts"]["params"])
+        return f"{name} has {scaled(executed_count(row, 'params'))} parameters{loss} (no reference was measured)"
+    size = share_words(executed_count(row, "params") / executed_count(reference, "params"))
     ending = "" if row["status"] == "ok" else f" [{row['status']}]"
     return f"{name} is {compare_words(ratio, 'standard')} with {size}{loss}{ending}"
 
@@ -290,13 +300,11 @@ def _beside_gc(row: Json, rows: Sequence[Json], phase: str) -> str | None:
         ratio = row_ratio(gc.get(other), row, phase)
         if ratio is not None:
             parts.append(f"{compare_words(ratio, f'GC N={other:.0f}')} {why}")
-    return f"{_name(row, rows)} N={groups} is " + "; ".join(parts) if parts else None
+    return f"{variant_name(row, rows)} N={groups} is " + "; ".join(parts) if parts else None
 
 
 def _profile_title(document: Json) -> list[str]:
-    config, environment, ceilings = document.get("config", {}), document["environment"], document.get("ceilings")
-    device = environment["device"]
-    where = device["name"] if device["type"] == "cuda" else f"{device['name']}, {environment['cpu']['threads']} threads"
+    config = document.get("config", {})
     lines = []
     if config:
         size = f"{config['batch']} x {config['in_channels']} x {config['height']} x {config['width']}"
@@ -304,11 +312,19 @@ def _profile_title(document: Json) -> list[str]:
             f"{config['kernel']}x{config['kernel']} convolution, {config['in_channels']} -> {config['out_channels']} "
             f"channels, stride {config['stride']}, input {size}"
         )
+    return lines + run_lines(document)
+
+
+def run_lines(document: Json) -> list[str]:
+    """Under which conditions and where a document was measured."""
+    environment, ceilings = document["environment"], document.get("ceilings")
+    device = environment["device"]
+    where = device["name"] if device["type"] == "cuda" else f"{device['name']}, {environment['cpu']['threads']} threads"
     settings = document["settings"]
-    lines.append(
+    lines = [
         f"{settings['precision']}, {settings['layout']}, {settings.get('mode', 'eager')}, "
         f"{settings.get('cache', 'unknown')} cache; {where}; torch {environment['torch']}"
-    )
+    ]
     if ceilings:
         lines.append(
             f"measured ceilings: {scaled(ceilings['flops_per_s'])}FLOP/s, {scaled(ceilings['bytes_per_s'])}B/s"
@@ -316,8 +332,8 @@ def _profile_title(document: Json) -> list[str]:
     return lines
 
 
-def _notes(document: Json, rows: Sequence[Json], printed: bool) -> list[str]:
-    notes = [
+def _profile_notes(document: Json, rows: Sequence[Json], printed: bool) -> list[str]:
+    lines = [
         "time: median [95% CI]; speed-up: time of standard / time of the row. roofline: share of what the measured "
         "ceilings allow for the row's own work in the last phase (C compute-bound, M memory-bound); above 100 % where "
         "padding is skipped or the convolution beats the matrix product",
@@ -325,30 +341,46 @@ def _notes(document: Json, rows: Sequence[Json], printed: bool) -> list[str]:
         "mean. peak: layer and input, and the most that one step held beyond them "
         f"({', '.join(sorted({r['memory']['method'] for r in rows if r['memory']})) or 'not measured'})",
     ]
-    if any(_phase_flags(measured) for row in rows for measured in row["phases"].values()):
-        notes.append(
-            "flags: n= samples where the median is not known to the aim of 0.5 %; uneven, noisy: the middle half of "
-            "the samples spreads over more than 3 %, 10 % of the median; launch-bound: the host is the limit"
-        )
+    if any(row["params"]["algorithm"] == "masked" for row in rows):
+        lines.append("masked: the form that is trained, with a dense kernel; deployed: what is run afterwards")
     if printed:
-        notes.append(
+        lines.append(
             f"paper: Table 4 of Lee, Park & Lee, {paper.DEVICE}, forward and backward; its memory is input + weights "
             "(+ mean), printed 'Mb' for MiB, and no peak; its error is ResNet-50's after transfer (Table 3), not this "
             "layer's"
         )
+    return lines + notes(document, rows)
+
+
+def notes(document: Json, rows: Sequence[Json]) -> list[str]:
+    """What to know of any document: its flags, whether it is quick or incomplete, what failed, its warnings."""
+    lines = []
+    if any(_phase_flags(measured) for row in rows for measured in row["phases"].values()):
+        lines.append(
+            "flags: n= samples where the median is not known to the aim of 0.5 %; uneven, noisy: the middle half of "
+            "the samples spreads over more than 3 %, 10 % of the median; launch-bound: the host is the limit"
+        )
     if document.get("quality") == "quick":
-        notes.append("a quick look: few samples, no claim; run without --quick for intervals")
+        lines.append("a quick look: few samples, no claim; run without --quick for intervals")
     if document["exit_reason"] in ("running", "interrupted", "error"):
-        notes.append(f"this run is not complete ({document['exit_reason']})")
+        lines.append(f"this run is not complete ({document['exit_reason']})")
     # The fields of a row tell which rows failed; a reason longer than a flag stands here.
-    notes += [f"{row['key']}: {row['status']}: {row['reason']}" for row in rows if row["status"] in ("oom", "error")]
-    return notes + [f"warning: {warning}" for warning in document["warnings"]]
+    lines += [f"{row['key']}: {row['status']}: {row['reason']}" for row in rows if row["status"] in ("oom", "error")]
+    return lines + [f"warning: {warning}" for warning in document["warnings"]]
 
 
-def profile_records(document: Json, reference: Json | None) -> list[Json]:
-    """One flat record a row and phase, in SI units, for CSV."""
+def profile_records(document: Json) -> list[Json]:
+    """One flat record a row and phase, in SI units, for CSV.
+
+    Each is held against its own reference: the standard convolution, the dense network, or the network's own layer.
+    """
     records = []
+    references: dict[int | None, Json] = {}
     for row in document["results"]:
+        if row["params"]["variant"] == "standard" and row["phases"]:
+            references.setdefault(row["params"].get("layer"), row)
+    for row in document["results"]:
+        reference = references.get(row["params"].get("layer"))
         base = {"key": row["key"], **row["params"], "status": row["status"], "reason": row["reason"]}
         base |= row["counts"] or {}
         base |= row["approximability"] or {}
@@ -538,22 +570,40 @@ def _change_words(ratio: Ratio) -> str:
 
 def document_report(document: Json) -> Report:
     """The report of any result document."""
+    if any("model" in row["params"] for row in document["results"]) or "model" in document.get("config", {}):
+        from bgcbench.report.network import network_report
+
+        return network_report(document)
     return {"profile": profile_report}[document["command"]](document)
 
 
 def as_markdown(report: Report) -> str:
     """GitHub-flavoured Markdown at full width."""
 
-    def line(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+    def line(texts: Sequence[str]) -> str:
+        return "| " + " | ".join(text.replace("|", "\\|") for text in texts) + " |"
 
-    lines = [*report.title, ""]
-    lines.append(line([column.header for column in report.columns]))
-    lines.append(line(["---:" if column.right else "---" for column in report.columns]))
-    lines += [line(cells) for cells in zip(*(column.cells for column in report.columns), strict=True)]
-    for heading, entries in report.sections.items():
+    lines: list[str] = []
+    for part in (report, *report.more):
+        lines += [*([""] if lines else []), *part.title, ""]
+        lines.append(line([column.header for column in part.columns]))
+        lines.append(line(["---:" if column.right else "---" for column in part.columns]))
+        lines += [line(texts) for texts in zip(*(column.cells for column in part.columns), strict=True)]
+        for heading, entries in ordered_sections(part):
+            lines += ["", f"{heading}:", "", *(f"- {entry}" for entry in entries)]
+    for heading, entries in closing_sections(report):
         lines += ["", f"{heading}:", "", *(f"- {entry}" for entry in entries)]
     return "\n".join(lines) + "\n"
+
+
+def ordered_sections(report: Report) -> list[tuple[str, list[str]]]:
+    """The sections that stand under their own table; the notes close a report that has further tables."""
+    return [(heading, lines) for heading, lines in report.sections.items() if not (report.more and heading == "Notes")]
+
+
+def closing_sections(report: Report) -> list[tuple[str, list[str]]]:
+    """The sections after the last table."""
+    return [("Notes", report.sections["Notes"])] if report.more and "Notes" in report.sections else []
 
 
 def as_csv(report: Report) -> str:
@@ -568,21 +618,30 @@ def as_csv(report: Report) -> str:
 
 def as_rich(report: Report, width: int) -> RenderableType:
     """Rich tables that fit ``width``: columns that find no room go into a further table below, led by the same rows."""
-    parts: list[RenderableType] = [Text(text) for text in report.title]
-    for columns in split_columns(report.columns, width):
-        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-        for column in columns:
-            table.add_column(column.header, justify="right" if column.right else "left", overflow="fold")
-        for cells in zip(*(column.cells for column in columns), strict=True):
-            table.add_row(*(Text(cell) for cell in cells))
-        parts += [Text(""), table]
-    for heading, entries in report.sections.items():
-        parts += [Text(""), Text(heading, style="bold")]
-        for entry in entries:
-            item = Table.grid(padding=(0, 1, 0, 0))
-            item.add_row(Text("-"), Text(entry))
-            parts.append(item)
+    parts: list[RenderableType] = []
+    for part in (report, *report.more):
+        parts += [*([Text("")] if parts else []), *(Text(text) for text in part.title)]
+        for columns in split_columns(part.columns, width):
+            table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+            for column in columns:
+                table.add_column(column.header, justify="right" if column.right else "left", overflow="fold")
+            for texts in zip(*(column.cells for column in columns), strict=True):
+                table.add_row(*(Text(text) for text in texts))
+            parts += [Text(""), table]
+        for section in ordered_sections(part):
+            parts += _section(*section)
+    for section in closing_sections(report):
+        parts += _section(*section)
     return Group(*parts)
+
+
+def _section(heading: str, entries: Sequence[str]) -> list[RenderableType]:
+    parts: list[RenderableType] = [Text(""), Text(heading, style="bold")]
+    for entry in entries:
+        item = Table.grid(padding=(0, 1, 0, 0))
+        item.add_row(Text("-"), Text(entry))
+        parts.append(item)
+    return parts
 
 
 def split_columns(columns: Sequence[Column], width: int) -> list[list[Column]]:
