@@ -43,7 +43,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     help="Which convolutions of a network can be made cheaper, with which variant, how much time that saves on this "
     "device, and what it loses. Variants: standard (SC), gc (group convolution), shuffle (GC and a channel shuffle), "
-    "bgc (balanced group convolution of Lee, Park & Lee).",
+    "lgc, flgc (learnt groups), tlgc (two-level), bgc (balanced group convolution of Lee, Park & Lee).",
     epilog="Start with: bgcbench profile --quick. Exit codes: 0 done, 1 some rows failed, 2 usage, 3 no such device, "
     "4 output not writable, 5 compare --fail-on, 130/143 interrupted (the file is valid and resumable).",
 )
@@ -53,6 +53,9 @@ _NETWORK = "A whole network (with --model)"
 _GRID = "What is compared"
 _MEASURE = "How it is measured"
 _OUTPUT = "Output"
+
+# Fields of a configuration that another option fills.
+_OPTIONS = {"num_classes": "classes", "in_channels": "channels", "out_channels": "channels"}
 
 Format = Annotated[
     str,
@@ -359,9 +362,12 @@ def _fresh(given: dict[str, Any], no_input_grad: bool) -> MeasureConfig:
     kind: type[MeasureConfig] = NetworkConfig if "model" in given else ProfileConfig
     for name in given:
         if name not in {field.name for field in dataclasses.fields(kind)}:
-            option = {"num_classes": "classes", "in_channels": "channels", "out_channels": "channels"}.get(name, name)
-            why = "describes a layer, and --model a network" if "model" in given else "needs --model"
-            raise UsageError(f"--{option.replace('_', '-')} {why}; leave one of them out")
+            why = (
+                "describes a layer, and --model a network; leave one of them out"
+                if "model" in given
+                else "is for a network; name it with --model, or leave the option out"
+            )
+            raise UsageError(f"--{_OPTIONS.get(name, name).replace('_', '-')} {why}")
     if "model" in given and no_input_grad:
         raise UsageError("--no-input-grad is for one layer; a network's images take no gradient")
     return kind(**given)
@@ -412,7 +418,8 @@ def _resumed(stored: dict[str, Any], given: dict[str, Any], name: str) -> Measur
     base = kind.from_json(stored.get("config", {}))
     unknown = given.keys() - {field.name for field in dataclasses.fields(kind)}
     if unknown:
-        raise UsageError(f"--{min(unknown).replace('_', '-')} has no meaning for what {name} measures; leave it out")
+        option = _OPTIONS.get(min(unknown), min(unknown)).replace("_", "-")
+        raise UsageError(f"--{option} has no meaning for what {name} measures; leave it out")
     grown: dict[str, Any] = {
         grid: tuple(dict.fromkeys((*getattr(base, grid), *given[grid])))
         for grid in ("groups", "variants")

@@ -120,6 +120,8 @@ class NetworkSubject(Subject):
     empty: the network that will be measured, without numbers; from it come the counts.
     """
 
+    quick_share = 5.0
+
     def __init__(self, config: NetworkConfig, record: Record | None, empty: nn.Module, label: str) -> None:
         self.config, self.record, self.label = config, record, label
         self.phases, self.batch, self.input_grad = config.phases, config.batch, False

@@ -99,6 +99,7 @@ class Subject(ABC):
     batch: int
     input_shape: tuple[int, ...]
     input_grad: bool
+    quick_share: float = 1.0  # of a quick look's time a row; a network's calls are long
 
     @abstractmethod
     def module(self, session: Session) -> nn.Module:
@@ -254,6 +255,7 @@ class ProfileRun:
         if subjects is None:
             subjects = layer_subjects(config, rows)
         self.rows = [_Row(row, subjects[row.key]) for row in rows if row.key in subjects and row.key not in self.kept]
+        self._slow = self._rounds = 0
         self._inputs: dict[tuple[tuple[int, ...], bool], torch.Tensor] = {}
 
     def run(self) -> Iterator[Update]:
@@ -399,8 +401,12 @@ class ProfileRun:
             row.interleaved = identity
             tracks += row.tracks.values()
         order = random.Random(row_seed(config.seed, f"order-{identity}"))
-        group = Group(tracks, stopwatch, self.session.rules, order, self.stop)
-        entry: Json = {"id": identity}
+        rules = self.session.rules
+        if config.quick and config.max_time_s is None:
+            share = max(row.subject.quick_share for row in rows)
+            rules = dataclasses.replace(rules, max_time_s=rules.max_time_s * share)
+        group = Group(tracks, stopwatch, rules, order, self.stop)
+        entry: Json = {"id": identity, "max_time_s": rules.max_time_s}
         self.interleaved.append(entry)
         for progress in group.run():
             if progress.track is not None and progress.track.failure is not None:
@@ -410,17 +416,21 @@ class ProfileRun:
             doing = "warming up" if progress.round == 0 else f"round {progress.round}"
             yield self._update(doing, progress, save=progress.round_done)
         self._settle(rows, group, entry, finished=not group.interrupted)
-        slow = group.canary.slow_rounds
-        if slow and not group.interrupted:
-            tolerance = self.session.rules.canary_tolerance
-            self.warnings.append(
-                f"{len(slow)} of {group.rounds} rounds ran on a clock over {tolerance:.0%} slower than at the start"
-            )
+        if not group.interrupted:
+            self._count_slow(len(group.canary.slow_rounds), group.rounds)
         for row in rows:
             row.tracks.clear()  # and with them the layers
         self._inputs.clear()
         free_memory(device)
         yield self._update("group done", save=True)
+
+    def _count_slow(self, slow: int, rounds: int) -> None:
+        """One warning for all groups on how many rounds a slow clock has touched."""
+        self._slow, self._rounds = self._slow + slow, self._rounds + rounds
+        ending = f" rounds ran on a clock over {self.session.rules.canary_tolerance:.0%} slower than at the start"
+        self.warnings[:] = [warning for warning in self.warnings if not warning.endswith(ending)]
+        if self._slow:
+            self.warnings.append(f"{self._slow} of {self._rounds}{ending}")
 
     def _settle(self, rows: list[_Row], group: Group[Cell], entry: Json, *, finished: bool) -> None:
         """Bring the rows' statuses and the group's record up to date."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import warnings
 from typing import Any
@@ -10,7 +11,9 @@ import torchvision
 from torch import nn
 
 from bgcbench.errors import UsageError
-from bgcbench.specs import TIMM_PREFIX, NetSpec, check_choice
+from bgcbench.specs import TIMM_PREFIX, NetSpec
+
+OURS = ("wrn_28_10", "resnext29_8x64d", "wide_resnet34_2")  # for suggestions
 
 
 def torchvision_names() -> list[str]:
@@ -20,7 +23,14 @@ def torchvision_names() -> list[str]:
 
 def build_torchvision(spec: NetSpec) -> nn.Module:
     """torchvision's network ``spec.name``, untrained; raises UsageError for a name that it does not have."""
-    check_choice("model", spec.name, [*torchvision_names(), "wrn_28_10", "resnext29_8x64d", "wide_resnet34_2"])
+    names = torchvision_names()
+    if spec.name not in names:
+        near = difflib.get_close_matches(spec.name.lower(), [*names, *OURS], n=1, cutoff=0.5)
+        hint = f"did you mean '{near[0]}'? " if near else ""
+        raise UsageError(
+            f"unknown model '{spec.name}': {hint}there are wrn_D_K, resnext29_CxWd, wide_resnet34_2, "
+            f"{TIMM_PREFIX}NAME and torchvision's {len(names)} classification networks, such as resnet50"
+        )
     options: dict[str, Any] = {"num_classes": spec.num_classes, "weights": None}
     if spec.name in ("googlenet", "inception_v3"):
         options["init_weights"] = True

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import functools
 import io
 import json
 import math
@@ -200,7 +201,16 @@ def row_ratio(over: Json | None, under: Json | None, phase: str) -> Ratio | None
     if over is None or under is None or phase not in over["phases"] or phase not in under["phases"]:
         return None
     paired = over.get("interleaved") is not None and over.get("interleaved") == under.get("interleaved")
-    return ratio_of_medians(_series(over, phase), _series(under, phase), paired=paired)
+    top, bottom = _series(over, phase), _series(under, phase)
+    return _ratio(tuple(top.samples), tuple(top.rounds), tuple(bottom.samples), tuple(bottom.rounds), paired)
+
+
+@functools.lru_cache(maxsize=2048)
+def _ratio(
+    top: tuple[float, ...], rounds: tuple[int, ...], bottom: tuple[float, ...], others: tuple[int, ...], paired: bool
+) -> Ratio:
+    """The ratio, bootstrapped once: the table, the verdict and the records all ask for it."""
+    return ratio_of_medians(Series(top, rounds), Series(bottom, others), paired=paired)
 
 
 def speed_up(row: Json, reference: Json | None, phase: str) -> str:

@@ -32,6 +32,7 @@ from bgcbench.report import (
 from bgcbench.results import Json
 
 DENSE = "the dense network"
+NAMED = 4  # shapes that a line names; the table has them all
 
 
 def network_report(document: Json) -> Report:
@@ -237,8 +238,9 @@ def _sped_up(own: Sequence[Json], by_layer: dict[int, list[Json]], phase: str) -
     outcomes: dict[str, list[tuple[Json, Ratio]]] = {}
     for row in own:
         members = by_layer[row["params"]["layer"]]
-        for ratio, other in _ratios(row, members, phase):
-            outcomes.setdefault(_numbered(other, members), []).append((row, ratio))
+        for other in members:
+            if other is not row and (ratio := row_ratio(row, other, phase)) is not None:
+                outcomes.setdefault(_numbered(other, members), []).append((row, ratio))
     lines = []
     for name, found in outcomes.items():
         faster = [row for row, ratio in found if ratio.value > 1 and (ratio.ci95 is None or ratio.detectable)]
@@ -246,7 +248,9 @@ def _sped_up(own: Sequence[Json], by_layer: dict[int, list[Json]], phase: str) -
         rest = [f"{row['layer']['label']} ({ratio_text(ratio.value)}x)" for row, ratio in found if row not in faster]
         line = f"{name} is faster in {len(faster)} of {len(found)} replaced shapes"
         line += f", saving {significant(saved * 1e3)} ms a call there" if faster else ""
-        lines.append(line + (f"; not in {', '.join(rest)}" if rest else ""))
+        if faster and rest:
+            line += f"; not in {', '.join(rest[:NAMED])}" + (f" and {len(rest) - NAMED} more" * (len(rest) > NAMED))
+        lines.append(line)
     return lines
 
 
