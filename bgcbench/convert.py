@@ -581,11 +581,8 @@ def load_converted(
         )
     # The weights come from the file, so nothing needs to be solved for.
     rebuilt = replay(base, replace(record, init="scratch"))
-    floats = [value for value in state.values() if value.is_floating_point()]
-    if floats:
-        rebuilt.to(dtype=floats[0].dtype)
     try:
-        rebuilt.load_state_dict(state)
+        rebuilt.load_state_dict(state, assign=True)  # with the dtypes and memory formats that were saved
     except RuntimeError as problem:
         first = " ".join(str(problem).split())[:200]
         raise ResultFileError(f"{path} does not fit the network: {first}") from None

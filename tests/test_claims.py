@@ -20,7 +20,9 @@ def test_the_table_of_claims_is_drawn_from_the_files(name: str, prefix: str) -> 
     assert claims.put_into(text, prefix) == text, "run python -m benchmarks.claims --write"
 
 
-@pytest.mark.parametrize("path", [f for f in FILES if f.name.startswith("table4")], ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path", [f for f in FILES if f.name.startswith(("table4", "network"))], ids=lambda path: path.name
+)
 def test_a_committed_run_is_complete_and_of_full_quality(path) -> None:
     document = results.read(path)
     jsonschema.validate(document, results.schema())

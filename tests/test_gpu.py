@@ -12,13 +12,17 @@ from torch.nn import functional as F
 
 from bgcbench import results
 from bgcbench.cli import main
+from bgcbench.convert import convert, load_converted, save_converted
 from bgcbench.convs import CONVS
+from bgcbench.experiments.network import NetworkConfig
+from bgcbench.experiments.network_run import plan_network
 from bgcbench.experiments.profile import ProfileConfig, plan
 from bgcbench.experiments.profile_run import ProfileRun, open_session
 from bgcbench.measure.device import CudaStopwatch, backend_state, device_answers
 from bgcbench.measure.environment import describe_environment, diagnose
 from bgcbench.measure.memory import measure_peak
 from bgcbench.measure.workload import Cell
+from bgcbench.models import build_model
 from bgcbench.specs import VARIANTS
 
 pytestmark = pytest.mark.gpu
@@ -105,6 +109,44 @@ def test_a_graph_computes_what_the_eager_call_does(device: torch.device) -> None
             assert len(graphed) == len(eager)
             for own, reference in zip(graphed, eager, strict=True):
                 torch.testing.assert_close(own, reference, rtol=1e-4, atol=1e-4)
+
+
+NETWORK = NetworkConfig(model="wrn_10_1", batch=8, groups=(2, 4), device="cuda", max_time_s=0.5)
+
+
+@pytest.mark.parametrize("mode", ["eager", "graph", "compile"])
+@pytest.mark.parametrize("precision", ["tf32", "bf16"])
+def test_networks_in_every_mode(mode: str, precision: str) -> None:
+    config = replace(NETWORK, mode=mode, precision=precision, layout="nhwc", variants=tuple(VARIANTS), groups=(4,))
+    planned = plan_network(config)
+    *_, last = ProfileRun(config, open_session(config), planned.rows, subjects=planned.subjects).run()
+    assert {row["status"] for row in last.rows} == {"ok"}, [row["reason"] for row in last.rows]
+    assert {phase for row in last.rows for phase in row["phases"]} == {"fwd", "train_step"}
+
+
+def test_a_captured_training_step_computes_the_gradients_of_an_eager_one(device: torch.device) -> None:
+    planned = plan_network(replace(NETWORK, mode="graph"))
+    session = open_session(NETWORK)
+    x = torch.randn(8, 3, 32, 32, device=device)
+    for subject in planned.subjects.values():
+        work = subject.workload(session, x, None)
+        work.cell("train_step").call()
+        torch.cuda.synchronize()
+        graphed = [p.grad.clone() for p in work.plain.parameters()]
+        loss = F.cross_entropy(work.plain(x), work.labels)
+        eager = torch.autograd.grad(loss, list(work.plain.parameters()))
+        for own, reference in zip(graphed, eager, strict=True):
+            torch.testing.assert_close(own, reference, rtol=1e-2, atol=1e-4)
+
+
+def test_a_converted_network_stays_on_its_device_and_loads_there(device: torch.device, tmp_path: Path) -> None:
+    model = build_model("wrn_10_1").to(device=device, memory_format=torch.channels_last)
+    converted = convert(model, "bgc", 2)
+    assert all(p.device == device for p in converted.model.parameters())
+    x = torch.randn(2, 3, 32, 32, device=device)
+    torch.testing.assert_close(converted.model.eval()(x), model.eval()(x), rtol=1e-2, atol=1e-3)  # exact at N = 2
+    save_converted(converted, tmp_path / "net.pt")
+    assert torch.equal(load_converted(tmp_path / "net.pt", map_location=device)(x), converted.model(x))
 
 
 def test_running_out_of_memory_is_a_row_and_the_device_lives_on(device, tmp_path: Path, monkeypatch) -> None:

@@ -1,0 +1,399 @@
+"""``profile --model``: its plan, its counts, real runs of a small network on the CPU, and its report."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from bgcbench import results
+from bgcbench.cli import main
+from bgcbench.errors import ResultFileError, ShapeError, UsageError
+from bgcbench.experiments.network import NetworkConfig
+from bgcbench.experiments.network_run import NetworkSubject, distinct_convolutions, plan_network
+from bgcbench.experiments.profile import check_same_workload
+from bgcbench.experiments.profile_run import ProfileRun, Update, open_session
+from bgcbench.measure import ceilings
+from bgcbench.measure.timing import Rules
+from bgcbench.measure.trace import trace
+from bgcbench.measure.workload import NetworkWorkload
+from bgcbench.models import build_model
+from bgcbench.report import as_markdown, document_report
+from bgcbench.specs import VARIANTS
+from tests.example import _phase
+
+SMALL = NetworkConfig(model="wrn_10_1", batch=2, height=16, groups=(2, 4), device="cpu", max_time_s=0.05)
+
+
+@pytest.fixture(autouse=True)
+def _brisk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short warm-ups and no matrix products: what is tested here is not how long they are."""
+    for_device = Rules.for_device
+
+    def brisk(device_type: str, **options: Any) -> Rules:
+        return replace(for_device(device_type, **options), warmup_min_s=0.01, warmup_max_s=0.02)
+
+    monkeypatch.setattr(Rules, "for_device", brisk)
+    monkeypatch.setattr(ceilings, "measure_ceilings", lambda *_, **__: ceilings.Ceilings(1e11, 1e10, (1,), 1))
+
+
+def run(config: NetworkConfig, **options: Any) -> Update:
+    planned = plan_network(config)
+    *_, last = ProfileRun(config, open_session(config), planned.rows, subjects=planned.subjects, **options).run()
+    return last
+
+
+class TestPlan:
+    def test_defaults_are_the_networks_own(self) -> None:
+        config = NetworkConfig(model="wrn_28_10")
+        assert (config.height, config.width, config.num_classes, config.batch) == (32, 32, 10, 32)
+        assert config.phases == ("fwd", "train_step")
+        assert NetworkConfig(model="efficientnet_b0").stem_stride == 2
+        assert NetworkConfig(model="efficientnet_b0", height=32).stem_stride == 1
+        assert NetworkConfig.from_json(config.to_json()) == config
+
+    def test_the_rows_are_the_dense_network_and_each_variant_by_n(self) -> None:
+        rows = plan_network(replace(SMALL, variants=("gc", "flgc", "bgc"))).rows
+        assert [(r.params["variant"], r.params["groups"], r.params["algorithm"]) for r in rows] == [
+            ("standard", 1, "stock"),
+            ("gc", 2, "stock"), ("flgc", 2, "masked"), ("flgc", 2, "deployed"), ("bgc", 2, "two_conv"),
+            ("gc", 4, "stock"), ("flgc", 4, "masked"), ("flgc", 4, "deployed"), ("bgc", 4, "two_conv"),
+        ]  # fmt: skip
+        assert len({row.key for row in rows}) == len(rows)
+        assert set(rows[0].params) == {"model", "variant", "groups", "where", "batch", "height", "width", "precision",
+                                       "layout", "mode", "algorithm"}  # fmt: skip
+
+    def test_efficientnet_b0_at_n_16_is_refused_and_with_skip_invalid_says_what_stays_dense(self) -> None:
+        config = NetworkConfig(model="efficientnet_b0", groups=(8, 16), device="cpu")
+        with pytest.raises(ShapeError, match="groups=16 does not divide the channels of 8 convolutions") as refused:
+            plan_network(config)
+        assert str(refused.value).count(" -> ") == 8  # once, not for each variant
+        assert "use --skip-invalid" in str(refused.value)
+        planned = plan_network(replace(config, skip_invalid=True))
+        assert [note.partition(":")[0] for note in planned.notes] == ["GC N=16", "BGC N=16"]
+        assert planned.notes[0].count("features.") == 8
+
+    @pytest.mark.parametrize(
+        ("wrong", "error", "message"),
+        [
+            ({"model": "wrn_11_1"}, ShapeError, "not 11"),
+            ({"model": "resnet49"}, UsageError, "did you mean 'resnet"),
+            ({"phases": ("fwd_bwd",)}, UsageError, "choose from fwd, train_step"),
+            ({"where": "5x5"}, UsageError, "unknown where"),
+            ({"include": ("nothing*",)}, UsageError, "no convolution of the network"),
+            ({"input_grad": False}, UsageError, "--no-input-grad"),
+            ({"stem_stride": 1}, UsageError, "--stem-stride"),
+            ({"groups": (3,)}, ShapeError, "--skip-invalid"),
+            ({"reference": False, "variants": ("standard",)}, UsageError, "nothing to measure"),
+        ],
+    )
+    def test_what_has_no_meaning_is_refused(self, wrong: dict[str, Any], error: type, message: str) -> None:
+        with pytest.raises(error, match=message):
+            plan_network(replace(SMALL, **wrong))
+
+    def test_another_network_does_not_continue_a_file_and_a_larger_grid_or_its_layers_do(self) -> None:
+        stored = SMALL.to_json()
+        check_same_workload(stored, replace(SMALL, groups=(2, 4, 8), layers=True), "r.json")
+        for change in ({"model": "wrn_16_1"}, {"where": "all"}, {"exclude": ("stem",)}, {"batch": 4}):
+            with pytest.raises(ResultFileError, match="cannot be resumed"):
+                check_same_workload(stored, replace(SMALL, **change), "r.json")
+
+
+class TestCounts:
+    @pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "standard"])
+    def test_parameters_and_macs_equal_those_of_the_network_that_is_measured(self, variant: str) -> None:
+        config = replace(SMALL, variants=(variant,), groups=(4,))
+        session = open_session(config)
+        for row in plan_network(config).rows[1:]:
+            subject = plan_network(config).subjects[row.key]
+            assert isinstance(subject, NetworkSubject)
+            model = subject.module(session).eval()
+            stored = sum(p.numel() for p in model.parameters())
+            with FlopCounterMode(display=False) as counter, torch.no_grad():
+                model(torch.randn(1, *config.spec.size))
+            executed = counter.get_total_flops() // 2
+            masked = row.params["algorithm"] == "masked"
+            if masked and variant == "flgc":  # t s^T, once a call for each layer
+                layers = [m for m in model.modules() if getattr(m, "variant", "") == "flgc"]
+                executed -= sum(m.out_channels * m.in_channels * m.groups for m in layers)
+            counts = subject.counts
+            assert stored == counts["params_training" if masked else "params"]
+            assert executed == counts["macs_training" if masked else "macs"]
+            # BGC's mean: one addition for each input value of each replaced convolution.
+            replaced = [call for call in trace(model, config.spec.size).convs if call.module in
+                        {layer.name for layer in subject.record.replaced}]  # fmt: skip
+            assert counts["adds"] == (sum(call.values_in for call in replaced) if variant == "bgc" else 0)
+
+    def test_work_of_a_training_step_is_three_passes(self) -> None:
+        subject = plan_network(SMALL).subjects["wrn_10_1-standard-n1-auto-b2-16x16-fp32-nchw-eager"]
+        macs = trace(build_model("wrn_10_1"), (3, 16, 16)).macs
+        assert subject.work("fwd").flops == 2 * macs * 2
+        assert subject.work("train_step").flops == 3 * subject.work("fwd").flops
+
+    def test_distinct_convolutions_cover_every_call_once(self) -> None:
+        found = trace(build_model("wrn_16_1"), (3, 32, 32))
+        shapes = distinct_convolutions(found, {"stages.0.0.conv1"})
+        assert sum(shape.calls for shape in shapes) == len(found.convs)
+        assert sorted(name for shape in shapes for name in shape.names) == sorted(c.module for c in found.convs)
+        (same,) = [shape for shape in shapes if "stages.0.0.conv1" in shape.names]
+        assert same.names == ("stages.0.0.conv1", "stages.0.0.conv2", "stages.0.1.conv1", "stages.0.1.conv2")
+        assert same.label == "16 -> 16 3x3 at 32x32"
+        assert same.replaced
+
+
+class TestTrainStep:
+    def test_it_computes_the_gradients_of_cross_entropy_and_leaves_the_weights(self) -> None:
+        model = build_model("wrn_10_1")
+        x, labels = torch.randn(4, 3, 16, 16), torch.randint(10, (4,))
+        before = [p.detach().clone() for p in model.parameters()]
+        work = NetworkWorkload(model, x, labels=labels)
+        cell = work.cell("train_step")
+        cell.once()
+        assert model.training
+        assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
+        expected = torch.autograd.grad(nn.functional.cross_entropy(model(x), labels), list(model.parameters()))
+        for parameter, gradient in zip(model.parameters(), expected, strict=True):
+            torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-6)
+        assert all("momentum_buffer" in state for state in work.optimiser.state.values())
+        cell.release()
+        assert all(p.grad is None for p in model.parameters())
+
+    def test_inference_is_in_eval_mode_without_a_graph(self) -> None:
+        model = build_model("wrn_10_1")
+        work = NetworkWorkload(model, torch.randn(2, 3, 16, 16), labels=torch.zeros(2, dtype=torch.int64))
+        modes = []
+        model.register_forward_hook(lambda module, _, y: modes.append((module.training, y.is_inference())))
+        work.cell("fwd").once()
+        assert modes == [(False, True)]
+
+    def test_auxiliary_heads_are_trained_with_the_network(self) -> None:
+        class Two(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.a, self.b = nn.Linear(3, 2), nn.Linear(3, 2)
+
+            def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+                return self.a(x), None, self.b(x)
+
+        model = Two()
+        NetworkWorkload(model, torch.randn(4, 3), labels=torch.tensor([0, 1, 0, 1])).cell("train_step").once()
+        assert all(p.grad is not None and p.grad.any() for p in model.parameters())
+
+    def test_an_unknown_phase_is_refused(self) -> None:
+        with pytest.raises(UsageError, match="unknown phase 'bwd'"):
+            NetworkWorkload(nn.Linear(3, 2), torch.randn(1, 3), labels=torch.zeros(1)).cell("bwd")
+
+
+class TestRun:
+    def test_every_variant_is_measured_interleaved_with_the_dense_network(self) -> None:
+        update = run(replace(SMALL, variants=tuple(VARIANTS), groups=(4,)))
+        assert [(row["status"], row["reason"]) for row in update.rows] == [("ok", None)] * 9
+        assert {row["interleaved"] for row in update.rows} == {1}
+        dense = update.rows[0]
+        assert dense["convert"] is None
+        for row in update.rows:
+            assert set(row["phases"]) == {"fwd", "train_step"}
+            for measured in row["phases"].values():
+                assert measured["derived"]["images_per_s"] == pytest.approx(2 / measured["summary"]["median_s"])
+            if row is not dense:
+                assert row["convert"]["replaced"] == [f"stages.{s}.0.conv{c}" for s in range(3) for c in (1, 2)]
+                assert {kept["name"] for kept in row["convert"]["kept"]} >= {"stem", "stages.1.0.shortcut"}
+
+    def test_what_is_not_replaced_has_the_same_weights_in_every_row(self) -> None:
+        planned, session = plan_network(SMALL), open_session(SMALL)
+        models = [subject.module(session) for subject in planned.subjects.values()]
+        assert all(torch.equal(model.stem.weight, models[0].stem.weight) for model in models)
+        assert all(torch.equal(model.fc.weight, models[0].fc.weight) for model in models)
+
+    def test_layers_are_measured_each_beside_its_variants(self) -> None:
+        update = run(replace(SMALL, layers=True, groups=(4,), phases=("fwd",)))
+        layers = [row for row in update.rows if "layer" in row["params"]]
+        assert {row["status"] for row in layers} == {"ok"}
+        groups: dict[int, set[str]] = {}
+        for row in layers:
+            groups.setdefault(row["interleaved"], set()).add(row["params"]["variant"])
+        replaced = [found for found in groups.values() if len(found) > 1]
+        assert replaced == [{"standard", "gc", "bgc"}] * 5
+        kept = [row["layer"]["label"] for row in layers if not row["layer"]["replaced"]]
+        assert "3 -> 16 3x3 at 16x16" in kept
+        assert sum(row["layer"]["count"] for row in layers if row["params"]["variant"] == "standard") == 9
+
+    def test_a_network_that_fails_is_a_row_and_the_others_go_on(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from bgcbench.convs.gc import GroupConv2d
+
+        def broken(self: GroupConv2d, x: torch.Tensor) -> torch.Tensor:
+            raise RuntimeError("it broke")
+
+        planned = plan_network(SMALL)
+        monkeypatch.setattr(GroupConv2d, "forward", broken)
+        *_, last = ProfileRun(SMALL, open_session(SMALL), planned.rows, subjects=planned.subjects).run()
+        assert [(row["params"]["variant"], row["status"]) for row in last.rows] == [
+            ("standard", "ok"), ("gc", "error"), ("bgc", "ok"), ("gc", "error"), ("bgc", "ok")]  # fmt: skip
+
+    @pytest.mark.parametrize(("precision", "layout"), [("bf16", "nhwc"), ("fp64", "nchw")])
+    def test_precision_and_layout_are_those_asked_for(self, precision: str, layout: str) -> None:
+        config = replace(SMALL, precision=precision, layout=layout, groups=(2,), quick=True)
+        model = next(iter(plan_network(config).subjects.values())).module(open_session(config))
+        weight = model.stem.weight
+        assert weight.dtype == {"bf16": torch.bfloat16, "fp64": torch.float64}[precision]
+        assert weight.is_contiguous(memory_format=torch.channels_last) == (layout == "nhwc")
+        assert {row["status"] for row in run(config).rows} == {"ok"}
+
+
+QUICK = ["profile", "--model", "wrn_10_1", "--size", "16", "--batch", "2", "--groups", "2", "--device", "cpu",
+         "--quick", "--max-time", "0.05"]  # fmt: skip
+
+
+class TestCommand:
+    def test_a_run_prints_names_the_best_and_writes_a_valid_file(self, tmp_path: Path, monkeypatch, capsys) -> None:
+        monkeypatch.chdir(tmp_path)
+        assert main([*QUICK, "--layers"]) == 0
+        out = capsys.readouterr().out
+        (path,) = (tmp_path / "results").iterdir()
+        assert path.name.startswith("profile-wrn_10_1-fp32-nchw-cpu-")
+        document = results.read(path)
+        jsonschema.validate(document, results.schema())
+        assert document["complete"]
+        for heading in ("Verdict (fwd):", "Verdict (train step):", "Best:", "Convolutions by themselves", "Notes:"):
+            assert heading in out
+        assert "| dense | 1 |" in out
+        assert "| 16 -> 16 3x3 at 16x16 | 2 |" in out  # both of the first stage
+        main(["show", str(path)])
+        assert capsys.readouterr().out == out
+
+    def test_a_file_is_continued_with_more_groups_and_with_layers(self, tmp_path: Path, capsys) -> None:
+        path = tmp_path / "net.json"
+        assert main([*QUICK, "--out", str(path)]) == 0
+        before = results.read(path)["results"]
+        assert main(["profile", "--resume", str(path), "--groups", "4"]) == 0
+        after = results.read(path)
+        assert after["results"][:3] == before
+        assert [row["params"]["groups"] for row in after["results"]] == [1, 2, 2, 4, 4]
+        assert main(["profile", "--resume", str(path), "--model", "wrn_16_1"]) == 2
+        assert "its model is wrn_10_1 and wrn_16_1 is asked for" in capsys.readouterr().err
+        assert main(["profile", "--resume", str(path), "--channels", "8"]) == 2
+        assert "--channels has no meaning for what" in capsys.readouterr().err
+
+    def test_a_dry_run_measures_and_writes_nothing(self, tmp_path: Path, monkeypatch, capsys) -> None:
+        monkeypatch.chdir(tmp_path)
+        assert main([*QUICK, "--dry-run", "--layers"]) == 0
+        assert "wrn_10_1-layer0-standard-n1" in capsys.readouterr().err
+        assert not list(tmp_path.iterdir())
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["--model", "resnet50", "--channels", "8"], "--channels describes a layer, and --model a network"),
+            (["--model", "resnet50", "--kernel", "3"], "--kernel describes a layer"),
+            (["--model", "resnet50", "--no-input-grad"], "--no-input-grad is for one layer"),
+            (["--where", "all"], "--where is for a network; name it with --model"),
+            (["--layers"], "--layers is for a network"),
+            (["--classes", "3"], "--classes is for a network"),
+            (["--model", "wrn_29_1"], "not 29; next to it are 28 and 34"),
+            (["--model", "resnet50", "--preset", "table4"], "--preset"),
+            (["--model", "resnet50", "--phases", "bwd"], "choose from fwd, train_step"),
+        ],
+    )
+    def test_a_mistake_is_one_clear_line(self, arguments: list[str], message: str, capsys) -> None:
+        assert main(["profile", *arguments]) == 2
+        err = capsys.readouterr().err
+        assert len(err.splitlines()) == 1
+        assert message in err
+
+    def test_table_1_is_not_for_a_network(self, tmp_path: Path, capsys) -> None:
+        path = tmp_path / "net.json"
+        path.write_text(json.dumps(network_document()))
+        assert main(["show", str(path), "--table1"]) == 2
+        assert "measured a network" in capsys.readouterr().err
+
+
+# Seconds: fwd, train_step by row; the layers' own, and in parts of it their variants'.
+TIMES = {"standard-1": (0.100, 0.300), "gc-2": (0.080, 0.200), "bgc-2": (0.1, 0.29), "gc-4": (0.0799, 0.15),
+         "bgc-4": (0.12, 0.25), "flgc-4": (0.1, 0.4)}  # fmt: skip
+
+
+def network_document(**options: Any) -> dict[str, Any]:
+    """A document of wrn_10_1 with made-up, fixed times."""
+    config = replace(SMALL, **options)
+    planned = plan_network(config)
+    rows = []
+    for seed, row in enumerate(planned.rows):
+        variant, groups, layer = row.params["variant"], row.params["groups"], row.params.get("layer")
+        times = TIMES[f"{variant}-{groups}"]
+        names = ("fwd", "train_step") if layer is None else ("fwd", "fwd_bwd")
+        scale = 1.0 if layer is None else 0.1
+        facts = planned.subjects[row.key].facts(row.params)
+        measured = {"baseline_bytes": 1, "peak_bytes": 2**20, "peak_delta_bytes": 2**20, "method": "rss_sampled"}
+        facts["memory"] |= measured
+        phases = {
+            name: _phase(scale * time, 10 * seed + i) for i, (name, time) in enumerate(zip(names, times, strict=True))
+        }
+        rows.append({"key": row.key, "params": row.params, "status": "ok", "reason": None, **facts, "phases": phases,
+                     "interleaved": 1 if layer is None else 2 + layer})  # fmt: skip
+    from tests.example import example_document
+
+    document = example_document()
+    document |= {"config": config.to_json(), "results": rows, "warnings": planned.notes}
+    return document
+
+
+class TestReport:
+    def test_the_best_row_is_named_in_each_phase_and_doubt_is_said(self) -> None:
+        document = network_document()
+        jsonschema.validate(document, results.schema())
+        text = as_markdown(document_report(document))
+        assert "- fwd: GC N=4, 1.25x faster than the dense network" in text
+        assert "GC N=2 cannot be told apart from it" in text  # 80.0 against 79.9 ms with 1 % of noise
+        assert "- train step: GC N=4, 2.0x faster than the dense network" in text
+        assert "next is GC N=2" in text
+        assert "BGC N=4 is 1.20x slower than the dense network" in text
+
+    def test_where_nothing_is_faster_it_says_so(self) -> None:
+        document = network_document()
+        for row in document["results"][1:]:
+            row["phases"]["fwd"] = _phase(0.2, 5)
+        assert "- fwd: none is surely faster than the dense network" in as_markdown(document_report(document))
+
+    def test_images_a_second_parameters_and_replacements_are_in_the_table(self) -> None:
+        lines = as_markdown(document_report(network_document())).splitlines()
+        header = next(line for line in lines if line.startswith("| network"))
+        dense = next(line for line in lines if line.startswith("| dense"))
+        gc = next(line for line in lines if line.startswith("| GC | 4"))
+        column = [cell.strip() for cell in header.split("|")].index("fwd images/s")
+        assert float(dense.split("|")[column]) == pytest.approx(1280, rel=0.01)  # the example's 128 images in 0.1 s
+        assert gc.split("|")[3].strip() == "6"
+
+    def test_layers_are_listed_by_their_share_with_the_fastest_variant(self) -> None:
+        text = as_markdown(document_report(network_document(layers=True)))
+        table = [line for line in text.splitlines() if " at 16x16 |" in line or " at 8x8" in line or " at 4x4" in line]
+        # Every shape takes 10 ms of the network's 100 and is there once.
+        assert all("10." in line or "9.9" in line for line in table)
+        assert sum("GC N=4 2.0" in line or "GC N=4 1.9" in line for line in table) == 5  # fwd+bwd 15 against 30 ms
+        assert "| kept |" in next(line for line in table if line.startswith("| 3 -> 16"))
+        assert "GC N=4 is faster in 5 of 5 replaced shapes, saving 75" in text
+        assert "BGC N=2 is faster in 0 of 5 replaced shapes" in text
+
+    def test_masked_rows_show_what_trains_and_deployed_ones_what_runs(self) -> None:
+        text = as_markdown(document_report(network_document(variants=("flgc",), groups=(4,))))
+        rows = {line.split("|")[1].strip(): line.split("|")[4].strip() for line in text.splitlines() if "FLGC" in line
+                and line.startswith("|")}  # fmt: skip
+        dense = sum(p.numel() for p in build_model("wrn_10_1").parameters())
+        assert float(rows["FLGC masked"].removesuffix(" k")) * 1e3 > dense  # and its assignments
+        assert float(rows["FLGC deployed"].removesuffix(" k")) * 1e3 < dense
+        assert "masked: the form that is trained" in text
+
+    def test_rows_with_convolutions_kept_dense_are_flagged(self) -> None:
+        document = network_document()
+        document["results"][1]["convert"]["kept"].append(
+            {"name": "stages.0.0.conv1", "reason": "N=2 does not divide 3 -> 5 channels"}
+        )
+        text = as_markdown(document_report(document))
+        assert "1 kept dense" in text
+        assert "GC N=2: N does not divide, kept dense: stages.0.0.conv1" in text
