@@ -313,7 +313,7 @@ def profile(
         "quick": quick or None,
     }
     given = {name: value for name, value in given.items() if value is not None}
-    _check_preset(preset, {"channels": channels, **shape})
+    _check_preset(preset, {"channels": channels, **shape, "model": model})
     _check_output(out, form, force=force, resume=resume)
     if no_reference and ((groups is not None and 1 in given["groups"]) or "standard" in (variants or "").split(",")):
         raise UsageError("--no-reference leaves the standard convolution out, and it is asked for; drop one of the two")
@@ -755,7 +755,8 @@ def _check_preset(preset: str | None, shape: dict[str, Any]) -> None:
     check_choice("preset", preset, ("table4",))
     fixed = [name.replace("_", "-") for name, value in shape.items() if value is not None]
     if fixed:
-        raise UsageError(f"--preset {preset} fixes the layer, and --{fixed[0]} changes it; leave one of them out")
+        how = "takes another workload" if fixed[0] == "model" else "changes it"
+        raise UsageError(f"--preset {preset} fixes the layer, and --{fixed[0]} {how}; leave one of them out")
 
 
 def _print_document(document: dict[str, Any], form: str) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import difflib
 import fnmatch
+import importlib
 import json
 import math
 import sys
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 
 from bgcbench.convs.base import PROJECTIONS, VariantConv2d, is_channels_last
 from bgcbench.errors import BgcbenchError, ResultFileError, ShapeError, UsageError
-from bgcbench.measure.trace import SHORTCUT_NAME, Call, Size, Trace, trace
+from bgcbench.measure.trace import SHORTCUT_NAME, Call, Size, Trace, trace, without_numbers
 from bgcbench.models import build_model, identify
 from bgcbench.specs import VARIANTS, WHERE, NetSpec, as_pair, check_choice, check_positive, load_layer, unfit
 
@@ -40,6 +41,9 @@ _HOOKS = (
     "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks", "_is_full_backward_hook",
     "_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_post_hooks",
 )  # fmt: skip
+
+
+_OWN_ATTRIBUTES = set(vars(nn.Conv2d(1, 1, 1, device="meta")))
 
 
 @dataclass(frozen=True)
@@ -162,7 +166,8 @@ def convert(
     where:
         'auto'  every convolution with groups=1, except the first one executed and what else reads the image, those
                 with 1x1 pixels of input (squeeze-and-excitation), shortcuts and downsampling, a convolution that
-                serves as classifier, and what a forward pass does not reach. In the networks that the paper names
+                serves as classifier (1x1, nothing but resizing after it) or writes the image (3 channels at most), and
+                what a forward pass does not reach. In the networks that the paper names
                 this is what it replaces; two of its families take a rule more: of a ResNet's bottlenecks only the
                 3x3, and of MobileNetV2 and EfficientNet not the last convolution, which stands outside of the blocks
         '3x3'   those of them (without the two rules) that have a 3x3 kernel
@@ -170,7 +175,7 @@ def convert(
         'all'   the same and shortcuts, whatever the kernel
         'none'  only what ``include`` names
     include, exclude: patterns (``layer4.*``) of module names to add to that, or to keep. A pattern that matches no
-        convolution is an error; so is including one that cannot be replaced.
+        convolution is an error; so is including one by its full name that cannot be replaced.
     init: 'copy' (the paper: weights are copied), 'white' (the closed-form optimum for uncorrelated inputs), 'scratch'
         (He initialisation).
     on_indivisible: what to do where N does not divide the channels: 'raise' a ShapeError that names each of them,
@@ -180,16 +185,20 @@ def convert(
         how order, shapes, shortcuts and functional convolutions are found. By default a size that works.
 
     Replaced are ``torch.nn.Conv2d`` with groups=1. Kept with a reason: subclasses with a forward of their own,
-    parametrised or tied weights, grouped convolutions, everything the policy names. A module used twice is converted
-    once. Training mode, device, dtype, memory format, hooks and requires_grad are taken over. ``model`` is untouched
-    unless ``inplace``. N = 1 is the standard convolution: nothing is replaced.
+    parametrised or tied weights, convolutions with tensors or tensor hooks of their own, those that something outside
+    of the module tree refers to (a list of layers), grouped ones, everything the policy names. A module used twice is
+    converted once. Training mode, device, dtype, memory format, module hooks, attributes and requires_grad are taken
+    over; the global random state is left alone unless ``init='scratch'``. ``model`` is untouched unless ``inplace``.
+    N = 1 is the standard convolution: nothing is replaced.
 
     Returns the network and the record. Raises UsageError for an unknown option or where nothing can be replaced,
     ShapeError for an N that does not divide.
     """
     _check_options(variant, groups, where, init, on_indivisible, algorithm)
+    _check_wrapper(model)
+    example = _checked_example(example_input)
     source = identify(model)
-    found, notes = _look(model, example_input)
+    found, notes = _look(model, example)
     convs = _collect(model, found)
     patterns = _patterns(include), _patterns(exclude)
     _decide(model, convs, found, where, *patterns)
@@ -199,23 +208,32 @@ def convert(
     _divide(convs, variant, groups, on_indivisible)
     chosen = [conv for conv in convs if conv.reason is None]
     if not chosen and groups > 1 and variant != "standard":
-        reasons = "; ".join(dict.fromkeys(str(conv.reason) for conv in convs)) or "it has no convolution"
-        raise UsageError(f"nothing to replace with where='{where}': {reasons}; name convolutions with include")
-    record = Record(
-        variant,
-        groups,
-        where,
-        *patterns,
-        init,
-        on_indivisible,
-        algorithm,
-        source,
-        found.size if found else None,
-        tuple(_describe(conv) for conv in chosen),
-        tuple(Kept(conv.name, conv.reason) for conv in convs if conv.reason is not None),
-        tuple(f"in {call.owner or 'the network'}: {_shape(call)}" for call in found.functional) if found else (),
-        tuple(notes),
-    )
+        reasons = ", ".join(f"{conv.name}: {conv.reason}" for conv in convs[:8]) or "it has no convolution"
+        more = f", and {len(convs) - 8} more" if len(convs) > 8 else ""
+        raise UsageError(f"nothing to replace with where='{where}' ({reasons}{more}); name convolutions with include")
+
+    def recorded() -> Record:
+        return Record(
+            variant,
+            groups,
+            where,
+            *patterns,
+            init,
+            on_indivisible,
+            algorithm,
+            source,
+            found.size if found else None,
+            tuple(_describe(conv) for conv in convs if conv.reason is None),
+            tuple(Kept(conv.name, conv.reason) for conv in convs if conv.reason is not None),
+            tuple(f"in {call.owner or 'the network'}: {_shape(call)}" for call in found.functional) if found else (),
+            tuple(notes),
+        )
+
+    record = recorded()
+    if found is not None and chosen:
+        for name in _still_dense(model, record, found, example):
+            next(conv for conv in chosen if conv.name == name).reason = "called from outside of the module tree"
+        record = recorded()
     target = model if inplace else _copied(model)
     return Converted(replay(target, record), record)
 
@@ -232,15 +250,59 @@ def _check_options(variant: str, groups: int, where: str, init: str, on_indivisi
         raise ShapeError(f"a standard convolution has groups=1, not {groups}; variant 'gc' has groups")
 
 
-def _look(model: nn.Module, example: Tensor | Size | None) -> tuple[Trace | None, list[str]]:
+def _check_wrapper(model: nn.Module) -> None:
+    """Refuse wrappers around a network, with what to do instead."""
+    if isinstance(model, torch.jit.ScriptModule):
+        raise UsageError("a scripted network cannot be changed any more; convert it before torch.jit.script")
+    if hasattr(model, "_orig_mod"):
+        raise UsageError("this is a compiled network; convert the original one, then compile the result")
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        raise UsageError(f"this is a {type(model).__name__}; convert its .module, then wrap the result")
+
+
+def _checked_example(example: Any) -> Any:
+    """A size as a tuple, an input as it is; raises UsageError for what is neither."""
+    if isinstance(example, (list, tuple)) and len(example) == 3 and all(isinstance(side, int) for side in example):
+        return tuple(example)
+    inputs = example if isinstance(example, tuple) else (example,)
+    if example is None or any(isinstance(part, Tensor) for part in inputs):
+        return example
+    raise UsageError(
+        f"example_input is a {type(example).__name__}; pass (channels, height, width), a tensor, or a tuple of the "
+        "network's arguments with a tensor among them"
+    )
+
+
+def _still_dense(model: nn.Module, record: Record, found: Trace, example: Any) -> list[str]:
+    """Names of convolutions that the converted network does not run, because something else refers to the old ones.
+
+    Found by converting a copy without numbers and running that (with numbers where the network needs them).
+    """
+    try:
+        with torch.random.fork_rng(devices=[]):
+            probe = copy.deepcopy(model) if found.numbers else without_numbers(model)
+            again = _traced(replay(probe, replace(record, init="scratch")), example, found.size)
+    except Exception:  # noqa: BLE001 - a network that only runs as it was: nothing can be said
+        return []
+    called = {call.module for call in again.convs if call.variant}
+    names = {layer.name for layer in record.replaced if layer.calls}
+    return sorted(names - called)
+
+
+def _traced(model: nn.Module, example: Any, size: Size | None = None) -> Trace:
+    if isinstance(example, tuple) and all(isinstance(side, int) for side in example):
+        return trace(model, size=example)
+    return trace(model, size=size) if example is None else trace(model, example=example)
+
+
+def _look(model: nn.Module, example: Any) -> tuple[Trace | None, list[str]]:
     """Run the network once; where it cannot be run, None and a note that says so."""
     try:
-        if isinstance(example, tuple) and all(isinstance(side, int) for side in example):
-            return trace(model, size=example), []
-        return trace(model, example=example), []
+        return _traced(model, example), []
     except Exception as problem:
         if example is not None:
-            raise UsageError(f"the network does not run on example_input: {problem}") from problem
+            reason = str(problem) or type(problem).__name__
+            raise UsageError(f"the network does not run on example_input (in eval mode): {reason}") from problem
         first = str(problem).splitlines()[0] if str(problem) else type(problem).__name__
         return None, [
             "the network could not be run, so shapes are unknown and shortcuts are told by their names only: "
@@ -283,18 +345,18 @@ def _decide(
             near = difflib.get_close_matches(pattern, [conv.name for conv in convs], n=3, cutoff=0.3)
             hint = f"; there are {', '.join(near)}" if near else ""
             raise UsageError(f"no convolution of the network is called '{pattern}'{hint}")
-    owners: dict[int, list[str]] = {}
+    owners: dict[Any, list[str]] = {}
     for name, module in model.named_modules():
         for parameter in module._parameters.values():
             if parameter is not None:
-                owners.setdefault(id(parameter), []).append(name)
+                owners.setdefault(_identity(parameter), []).append(name)
     policy = _policy(model, convs, found, where)
     for conv in convs:
         hard = _cannot(conv, owners, found)
         if _matches(conv, exclude):
             conv.reason = hard or "excluded"
         elif _matches(conv, include):
-            named = any(conv.name == pattern for pattern in include)
+            named = any(name in include for name in (conv.name, *conv.also))
             if hard is not None and named:
                 raise UsageError(f"{conv.name} cannot be replaced: {hard}; leave it out of include")
             conv.reason = hard
@@ -302,7 +364,14 @@ def _decide(
             conv.reason = hard or policy.get(conv.name)
 
 
-def _cannot(conv: _Conv, owners: Mapping[int, Sequence[str]], found: Trace | None) -> str | None:
+def _identity(parameter: Tensor) -> Any:
+    """What two tied parameters have in common: where their numbers are, or the object where they have none."""
+    if parameter.is_meta or isinstance(parameter, nn.parameter.UninitializedParameter) or not parameter.numel():
+        return id(parameter)
+    return parameter.device, parameter.data_ptr()
+
+
+def _cannot(conv: _Conv, owners: Mapping[Any, Sequence[str]], found: Trace | None) -> str | None:
     """Why this convolution cannot be replaced, whatever is asked for; None if it can."""
     module = conv.module
     kind = type(module).__name__
@@ -316,12 +385,18 @@ def _cannot(conv: _Conv, owners: Mapping[int, Sequence[str]], found: Trace | Non
         if isinstance(module, nn.modules.lazy.LazyModuleMixin)
         else None,
     ]
-    weight = module._parameters.get("weight")
-    if weight is None:
-        reasons.append("its weight is computed (parametrised), not stored")
-    else:
-        others = [name for name in owners.get(id(weight), ()) if name != conv.name]
-        reasons.append(f"its weight is shared with {', '.join(others)}" if others else None)
+    for name in ("weight", "bias"):
+        if name == "bias" and getattr(module, name, None) is None:
+            continue
+        parameter = module._parameters.get(name)
+        if parameter is None or nn.utils.parametrize.is_parametrized(module, name):
+            reasons.append(f"its {name} is computed (parametrised), not stored")
+            continue
+        others = [other for other in owners.get(_identity(parameter), ()) if other != conv.name]
+        reasons.append(f"its {name} is shared with {', '.join(others)}" if others else None)
+        reasons.append(f"its {name} has a hook" if getattr(parameter, "_backward_hooks", None) else None)
+    extra = [*(set(module._parameters) - {"weight", "bias"}), *module._buffers, *module._modules]
+    reasons.append(f"it holds more than a weight and a bias ({', '.join(sorted(extra))})" if extra else None)
     if found is not None and conv.name in found.borrowed:
         reasons.append("its weight is used outside of it")
     if module.groups != 1:
@@ -334,8 +409,9 @@ def _cannot(conv: _Conv, owners: Mapping[int, Sequence[str]], found: Trace | Non
 
 def _own_forward(module: nn.Conv2d) -> bool:
     kind = type(module)
-    changed = kind.forward is not nn.Conv2d.forward or kind._conv_forward is not nn.Conv2d._conv_forward
-    return changed or "forward" in vars(module)
+    names = ("forward", "_conv_forward", "__call__", "_call_impl", "_wrapped_call_impl")
+    changed = any(getattr(kind, name) is not getattr(nn.Conv2d, name) for name in names)
+    return changed or any(name in vars(module) for name in names)
 
 
 def _padding(module: nn.Conv2d) -> tuple[int, int] | None:
@@ -354,23 +430,42 @@ def _policy(model: nn.Module, convs: Sequence[_Conv], found: Trace | None, where
         return {conv.name: "not included" for conv in convs}
     reasons: dict[str, str] = {}
     kernel = {"3x3": (3, 3), "1x1": (1, 1)}.get(where)
-    last = ""
-    if where == "auto":  # the families that the paper names, told by the class of the network
-        if type(model).__name__ in ("MobileNetV2", "EfficientNet") and found:
-            last = next((call.module for call in reversed(found.convs) if call.module), "")
-        elif _has_plain_bottlenecks(model, convs):
-            kernel = (3, 3)
+    families = _families(model, convs, found) if where == "auto" else {}
     usable = [conv for conv in convs if isinstance(conv.module, (nn.Conv2d, VariantConv2d))]
     first = found.convs[0].module if found and found.convs else usable[0].name if usable else ""
     for conv in usable:
         name, size = conv.name, conv.module.kernel_size
         role = "the first convolution" if name == first else _role(conv, found, shortcuts=where == "all")
+        role = role or families.get(name)
         if role is not None:
             reasons[name] = role
-        elif name == last:
-            reasons[name] = "the last convolution, outside of the blocks"
         elif kernel is not None and size != kernel:
             reasons[name] = f"a {_by(size)} kernel, not {_by(kernel)}"
+    return reasons
+
+
+def _families(model: nn.Module, convs: Sequence[_Conv], found: Trace | None) -> dict[str, str]:
+    """Why the paper keeps convolutions of the families that it names, wherever such a network stands in ``model``.
+
+    Families are told by class name (torchvision's and timm's, and subclasses): of a ResNet of bottlenecks whose 3x3 are
+    not grouped only the 3x3 are replaced; MobileNetV2 and EfficientNet keep their last convolution.
+    """
+    reasons: dict[str, str] = {}
+    for root, module in model.named_modules():
+        names = {kind.__name__ for kind in type(module).__mro__}
+        if not names & {"ResNet", "MobileNetV2", "EfficientNet"}:
+            continue
+        prefix = f"{root}." if root else ""
+        mine = [c for c in convs if c.name.startswith(prefix) and isinstance(c.module, (nn.Conv2d, VariantConv2d))]
+        if "ResNet" not in names:
+            last = [conv.name for conv in mine if conv.calls]
+            reasons |= {name: "the last convolution, outside of the blocks" for name in last[-1:] if found}
+            continue
+        middle = [c.module for c in mine if isinstance(c.module, nn.Conv2d) and c.module.kernel_size == (3, 3)]
+        bottlenecks = any(type(m).__name__ == "Bottleneck" for m in module.modules())
+        if bottlenecks and middle and all(conv.groups == 1 for conv in middle):
+            others = [conv for conv in mine if conv.module.kernel_size != (3, 3)]
+            reasons |= {conv.name: f"a {_by(conv.module.kernel_size)} kernel, not 3x3" for conv in others}
     return reasons
 
 
@@ -382,19 +477,12 @@ def _role(conv: _Conv, found: Trace | None, *, shortcuts: bool) -> str | None:
         return "not reached by a forward pass"
     if all(call.reads_image for call in conv.calls):
         return "reads the image"
-    if conv.name == found.classifier:
-        return "the classifier"
+    pointwise, few = conv.module.kernel_size == (1, 1), _channels(conv.module)[1] <= 3
+    if conv.name in found.heads and (pointwise or few):
+        return "the classifier" if pointwise else "writes the image"
     if all(call.size == (1, 1) and call.pooled for call in conv.calls):
         return "1x1 pixels of input (squeeze-and-excitation)"
     return "a shortcut" if conv.name in found.shortcuts and not shortcuts else None
-
-
-def _has_plain_bottlenecks(model: nn.Module, convs: Sequence[_Conv]) -> bool:
-    """Whether this is a ResNet (torchvision's or timm's) of bottlenecks whose 3x3 are not grouped."""
-    if type(model).__name__ != "ResNet" or not any(type(m).__name__ == "Bottleneck" for m in model.modules()):
-        return False
-    middle = [c.module.groups for c in convs if isinstance(c.module, nn.Conv2d) and c.module.kernel_size == (3, 3)]
-    return bool(middle) and max(middle) == 1
 
 
 def _divide(convs: Iterable[_Conv], variant: str, groups: int, on_indivisible: str) -> None:
@@ -499,7 +587,9 @@ def _layer(old: nn.Conv2d, layer: Replaced, record: Record) -> VariantConv2d:
             **options,
         )
     else:
-        new = kind.from_dense(old.weight.detach(), layer.groups, bias=old.bias, projection=record.init, **options)
+        # Its own initialisation is overwritten, so it must not be seen in the random state.
+        with torch.random.fork_rng([old.weight.device] if old.weight.is_cuda else []):
+            new = kind.from_dense(old.weight.detach(), layer.groups, bias=old.bias, projection=record.init, **options)
     for name, parameter in new.named_parameters():
         like = old.bias if name == "bias" and old.bias is not None else old.weight
         parameter.requires_grad_(like.requires_grad)
@@ -508,6 +598,9 @@ def _layer(old: nn.Conv2d, layer: Replaced, record: Record) -> VariantConv2d:
     for hooks in _HOOKS:
         if hooks in vars(old):
             setattr(new, hooks, getattr(old, hooks))  # the same dictionary, so that a hook's handle still removes it
+    for name, value in vars(old).items():  # what people hang onto a module
+        if not name.startswith("_") and name not in _OWN_ATTRIBUTES:
+            setattr(new, name, value)
     return new.train(old.training)
 
 
@@ -536,12 +629,15 @@ def _as_tuple(value: Any) -> Any:
 
 
 def save_converted(converted: Converted, path: str | PathLike[str]) -> None:
-    """Write the weights and the record of ``converted`` to ``path`` for :func:`load_converted`.
+    """Write the weights, the record and the names of frozen parameters to ``path`` for :func:`load_converted`.
 
-    The file is a ``torch.save`` of tensors and one JSON text, so it loads with ``weights_only=True``.
+    The file is a ``torch.save`` of tensors and text, so it loads with ``weights_only=True``.
     """
-    state = {name: value.detach() for name, value in converted.model.state_dict().items()}
-    torch.save({"format": FORMAT, "record": json.dumps(converted.record.to_json()), "state_dict": state}, path)
+    state = converted.model.state_dict()
+    state = {name: value.detach() if isinstance(value, Tensor) else value for name, value in state.items()}
+    frozen = [name for name, parameter in converted.model.named_parameters() if not parameter.requires_grad]
+    record = json.dumps(converted.record.to_json())
+    torch.save({"format": FORMAT, "record": record, "state_dict": state, "frozen": frozen}, path)
 
 
 def load_converted(
@@ -568,13 +664,14 @@ def load_converted(
     state = next((stored[key] for key in ("state_dict", "state", "model") if isinstance(stored.get(key), dict)), None)
     if state is None:
         raise ResultFileError(f"{path} holds no 'state_dict'; write it with save_converted")
-    record = stored["record"]
-    if not isinstance(record, Record):
-        record = Record.from_json(json.loads(record) if isinstance(record, str) else record)
+    record = _record_in(stored)
     if model is not None:
         base = _copied(model)
     elif record.source is not None:
-        base = build_model(NetSpec(**record.source))
+        try:
+            base = build_model(NetSpec(**record.source))
+        except TypeError as problem:
+            raise ResultFileError(f"{path} names a network that this version does not know: {problem}") from None
     else:
         raise ResultFileError(
             f"bgcbench cannot build the network of {path} by itself; pass a dense one: load_converted(path, model)"
@@ -586,7 +683,22 @@ def load_converted(
     except RuntimeError as problem:
         first = " ".join(str(problem).split())[:200]
         raise ResultFileError(f"{path} does not fit the network: {first}") from None
+    frozen = set(stored.get("frozen", ()))
+    for name, parameter in rebuilt.named_parameters():
+        if name in frozen:
+            parameter.requires_grad_(False)
     return rebuilt.to(map_location).eval() if isinstance(map_location, (str, torch.device)) else rebuilt.eval()
+
+
+def _record_in(stored: Mapping[str, Any]) -> Record:
+    """The record of a saved dict, in whichever of its forms."""
+    record = stored["record"]
+    if isinstance(record, str):
+        try:
+            record = json.loads(record)
+        except ValueError:
+            raise ResultFileError("this is no record of a conversion: its text is no JSON") from None
+    return record if isinstance(record, Record) else Record.from_json(record)
 
 
 class _Callable(types.ModuleType):
@@ -594,6 +706,9 @@ class _Callable(types.ModuleType):
 
     def __call__(self, *arguments: Any, **options: Any) -> Converted:
         return convert(*arguments, **options)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return importlib.import_module, (self.__name__,)
 
 
 sys.modules[__name__].__class__ = _Callable

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 import torchvision
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import prune
 
 import bgcbench
 from bgcbench.convert import Record, convert, load_converted, save_converted
@@ -167,11 +169,160 @@ class TestWhatIsReplaced:
             bgc(standardised, example_input=(3, 64, 64))
 
 
+def kept_in(*layers: nn.Module) -> dict[str, str]:
+    """Why convolutions after a stem stay, with one more that is always replaced (in place: some cannot be copied)."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), *layers, nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8))
+    return reasons(bgc(model, example_input=(3, 16, 16), inplace=True).record)
+
+
+class TestWhatOnlyLooksLikeAConv2d:
+    """Replacing any of these would silently compute something else."""
+
+    def test_changed_forwards_are_kept(self) -> None:
+        class Called(nn.Conv2d):
+            def __call__(self, x: torch.Tensor) -> torch.Tensor:
+                return super().__call__(x) * 2
+
+        patched = nn.Conv2d(8, 8, 1)
+        patched._conv_forward = lambda x, w, b: F.conv2d(x, w, b) * 2  # type: ignore[method-assign]
+        assert kept_in(Called(8, 8, 1))["1"] == "Called has a forward of its own"
+        assert kept_in(patched)["1"] == "Conv2d has a forward of its own"
+
+    def test_computed_and_shared_biases_are_kept_like_weights(self) -> None:
+        class Twice(nn.Module):
+            def forward(self, b: torch.Tensor) -> torch.Tensor:
+                return 2 * b
+
+        parametrised, pruned, a, b = (nn.Conv2d(8, 8, 1) for _ in range(4))
+        nn.utils.parametrize.register_parametrization(parametrised, "bias", Twice())
+        prune.l1_unstructured(pruned, "bias", 0.5)
+        b.bias = a.bias
+        kept = kept_in(parametrised, pruned, a, b)
+        assert "its bias is computed" in kept["1"]
+        assert "its bias is computed" in kept["2"]
+        assert (kept["3"], kept["4"]) == ("its bias is shared with 4", "its bias is shared with 3")
+
+    def test_weights_tied_by_their_storage_are_kept(self) -> None:
+        a, b = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)
+        b.weight.data = a.weight.data
+        assert kept_in(a, b)["1"] == "its weight is shared with 2"
+
+    def test_tensors_and_hooks_of_their_own_are_kept_and_plain_attributes_taken_over(self) -> None:
+        scaled, hooked, named = (nn.Conv2d(8, 8, 1) for _ in range(3))
+        scaled.register_buffer("scale", torch.ones(1))
+        hooked.weight.register_hook(lambda gradient: gradient * 0)
+        named.label = "neck"
+        kept = kept_in(scaled, hooked, named)
+        assert kept["1"] == "it holds more than a weight and a bias (scale)"
+        assert kept["2"] == "its weight has a hook"
+        converted = bgc(nn.Sequential(nn.Conv2d(3, 8, 3), named, nn.BatchNorm2d(8)))
+        assert converted.model[1].label == "neck"
+
+    def test_a_convolution_that_a_list_holds_too_is_kept(self) -> None:
+        class Planned(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.stem, self.a, self.b = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 3)
+                self.plan = [("a", self.a)]
+
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                for _, layer in self.plan:
+                    x = layer(self.stem(x))
+                return self.b(x)
+
+        converted = convert(Planned(), "gc", 2)
+        assert reasons(converted.record)["a"] == "called from outside of the module tree"
+        assert [layer.name for layer in converted.record.replaced] == ["b"]
+
+    def test_weights_used_by_any_other_function_are_kept(self) -> None:
+        class Tied(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.stem, self.a, self.b, self.c = (nn.Conv2d(n, 8, 1) for n in (3, 8, 8, 8))
+
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                x = self.c(self.b(self.a(self.stem(x))))
+                return F.conv2d(F.conv_transpose2d(x, self.a.weight), self.b.weight * 2).relu()
+
+        record = bgc(Tied(), where="all").record
+        assert {name for name, reason in reasons(record).items() if "outside of it" in reason} == {"a", "b"}
+
+    @pytest.mark.parametrize(
+        "squeeze",
+        [
+            lambda x: F.avg_pool2d(x, x.shape[-1]),
+            lambda x: x.sum((2, 3), keepdim=True),
+            lambda x: x.flatten(2).mean(2)[:, :, None, None],
+            nn.AdaptiveMaxPool2d(1),
+        ],
+    )
+    def test_squeeze_and_excitation_is_known_however_it_squeezes(self, squeeze) -> None:
+        class Gated(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.stem, self.body = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3)
+                self.reduce, self.expand = nn.Conv2d(8, 4, 1), nn.Conv2d(4, 8, 1)
+
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                x = self.body(self.stem(x))
+                return x * self.expand(self.reduce(squeeze(x)).relu()).sigmoid()
+
+        kept = reasons(bgc(Gated()).record)
+        assert "squeeze" in kept["reduce"]
+        assert "squeeze" in kept["expand"]
+
+
+class TestRoles:
+    def test_a_network_inside_a_wrapper_or_a_subclass_is_converted_as_by_itself(self) -> None:
+        class Mine(torchvision.models.ResNet):
+            pass
+
+        with torch.device("meta"):
+            block = torchvision.models.resnet.Bottleneck
+            wrapped = nn.Sequential(nn.Identity(), torchvision.models.resnet50())
+            subclass = Mine(block, [3, 4, 6, 3])
+            small = nn.Sequential(nn.Identity(), torchvision.models.mobilenet_v2())
+        assert len(bgc(wrapped).record.replaced) == len(bgc(subclass).record.replaced) == 16
+        assert len(bgc(small).record.replaced) == 33
+
+    def test_every_head_of_a_segmentation_network_stays(self) -> None:
+        with torch.device("meta"):
+            model = torchvision.models.segmentation.fcn_resnet50(weights_backbone=None, aux_loss=True)
+        kept = reasons(convert(model, "gc", 4).record)
+        assert kept["classifier.4"] == kept["aux_classifier.4"] == "the classifier"
+
+    def test_a_convolution_that_writes_an_image_stays(self) -> None:
+        model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 3, 3), nn.Tanh())
+        assert reasons(bgc(model).record)["3"] == "writes the image"
+
+    def test_wrappers_are_refused_with_what_to_do(self) -> None:
+        small = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3))
+        for wrapped, message in (
+            (torch.compile(small), "convert the original one"),
+            (nn.DataParallel(small), "convert its .module"),
+            (torch.jit.script(small), "before torch.jit.script"),
+        ):
+            with pytest.raises(UsageError, match=message):
+                bgc(wrapped)
+
+    def test_an_example_that_is_no_input_is_refused(self) -> None:
+        small = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3))
+        assert bgc(small, example_input=[3, 9, 9]).record.size == (3, 9, 9)
+        with pytest.raises(UsageError, match="example_input is a dict"):
+            bgc(small, example_input={"x": torch.ones(1)})
+
+    def test_a_network_that_needs_its_own_hook_is_run_with_it(self) -> None:
+        model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3))
+        model.register_forward_pre_hook(lambda _, arguments: (arguments[0].expand(-1, 3, -1, -1),))
+        record = bgc(model, example_input=(1, 9, 9)).record
+        assert (record.replaced[0].height, record.replaced[0].width) == (7, 7)
+
+
 class TestChoosing:
     def test_where_chooses_by_kernel(self) -> None:
         model = torchvision.models.resnet18()
         assert all(layer.kernel == (3, 3) for layer in bgc(model, where="3x3").record.replaced)
-        with pytest.raises(UsageError, match=r"nothing to replace with where='1x1'.*a shortcut"):
+        with pytest.raises(UsageError, match=r"nothing to replace with where='1x1' .*downsample.0: a shortcut"):
             bgc(model, where="1x1")  # its only 1x1 are shortcuts
         everything = {layer.name for layer in bgc(model, where="all").record.replaced}
         assert "layer2.0.downsample.0" in everything
@@ -284,6 +435,17 @@ class TestWhatSurvives:
         expected = CONVS[variant].from_dense(model[2].weight, 4, bias=model[2].bias, padding=1)
         torch.testing.assert_close(white[2].dense_weight(), expected.dense_weight())
 
+    def test_the_random_state_is_left_alone(self) -> None:
+        before = torch.get_rng_state()
+        convert(torchvision.models.resnet18(), "flgc", 2)  # building the network draws, converting it must not
+        torch.manual_seed(0)
+        torchvision.models.resnet18()
+        expected = torch.get_rng_state()
+        torch.manual_seed(0)
+        convert(torchvision.models.resnet18(), "flgc", 2)
+        assert torch.equal(torch.get_rng_state(), expected)
+        torch.set_rng_state(before)
+
     def test_a_convolution_alone_is_converted_too(self) -> None:
         converted = bgc(nn.Conv2d(8, 8, 3), where="none", include="")
         assert type(converted.model) is BalancedGroupConv2d
@@ -380,6 +542,46 @@ class TestRoundTrip:
         x = torch.randn(1, 3, 32, 32)
         assert torch.equal(load_converted(tmp_path / "net.pt")(x), converted.model.eval()(x))
 
+    def test_behaviour_that_names_and_shapes_do_not_show_is_not_lost(self, tmp_path: Path) -> None:
+        with torch.device("meta"):
+            plain = torchvision.models.googlenet(init_weights=False)
+            changed = torchvision.models.googlenet(init_weights=False, transform_input=True)
+        assert convert(plain, "bgc", 2, where="3x3").record.source == {"name": "googlenet", "num_classes": 1000}
+        assert convert(changed, "bgc", 2, where="3x3").record.source is None
+        hooked = build_small()
+        hooked.register_forward_hook(lambda module, x, y: 3 * y)
+        assert bgc(hooked).record.source is None
+
+    def test_frozen_parameters_dtypes_and_layouts_survive(self, tmp_path: Path) -> None:
+        model = build_small().to(memory_format=torch.channels_last)
+        model.stages[0][0].conv1.weight.requires_grad_(False)
+        model.fc.to(torch.float64)
+        converted = bgc(model)
+        save_converted(converted, tmp_path / "net.pt")
+        loaded = load_converted(tmp_path / "net.pt")
+        for (name, own), (_, other) in zip(loaded.named_parameters(), converted.model.named_parameters(), strict=True):
+            assert own.requires_grad == other.requires_grad, name
+            assert own.dtype == other.dtype, name
+            assert own.stride() == other.stride(), name
+
+    def test_extra_state_is_saved(self, tmp_path: Path) -> None:
+        class Extra(nn.Sequential):
+            def get_extra_state(self) -> dict[str, int]:
+                return {"steps": 3}
+
+            def set_extra_state(self, state: dict[str, int]) -> None:
+                self.steps = state["steps"]
+
+        layers = [nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)]
+        save_converted(bgc(Extra(*layers)), tmp_path / "net.pt")
+        assert load_converted(tmp_path / "net.pt", Extra(*layers)).steps == 3
+
+    @pytest.mark.parametrize("record", ["garbage", "{}", {"variant": "bgc"}])
+    def test_a_record_that_is_none_is_refused(self, tmp_path: Path, record: object) -> None:
+        torch.save({"record": record, "state_dict": {}}, tmp_path / "net.pt")
+        with pytest.raises(ResultFileError, match="no record of a conversion"):
+            load_converted(tmp_path / "net.pt")
+
     def test_another_network_or_a_damaged_file_is_refused(self, tmp_path: Path) -> None:
         save_converted(bgc(Hand()), tmp_path / "net.pt")
         with pytest.raises(ResultFileError, match="no Conv2d called 'shared'"):
@@ -399,3 +601,4 @@ def test_the_module_and_the_function_of_one_name_are_both_callable() -> None:
 
     converted = bgcbench.convert(build_small(), "bgc", 2)
     assert converted.record.variant == "bgc"
+    assert pickle.loads(pickle.dumps(bgcbench.convert)) is bgcbench.convert  # for worker processes

@@ -68,7 +68,7 @@ class FullyLearnableGroupConv2d(MaskedConv2d):
             self.register_buffer(name, torch.empty(0, dtype=torch.int64, device=device))
         for name in ("order_in", "order_out", "place_out"):
             self.register_buffer(name, torch.empty(0, dtype=torch.int64, device=device), persistent=False)
-        self._set_partition(*partition)
+        self._set_partition(partition[0], partition[1], self.weight.device)
 
     def reset_parameters(self) -> None:
         """He initialisation with the fan that an output really sums over; the logits get their noise anew."""
@@ -98,7 +98,8 @@ class FullyLearnableGroupConv2d(MaskedConv2d):
             if is_channels_last(x):
                 kernel = kernel.contiguous(memory_format=torch.channels_last)
             return gather_channels(self._convolve(used, kernel, bias, self.groups), self.place_out)
-        pieces, first_in, first_out = [], 0, 0
+        pieces: list[Tensor | None] = []
+        first_in, first_out = 0, 0
         for (m_g, n_g), block in zip(self._blocks, self._kernels(), strict=True):
             own = None if bias is None else bias[first_out : first_out + m_g]
             if m_g and n_g:
@@ -109,17 +110,29 @@ class FullyLearnableGroupConv2d(MaskedConv2d):
                     kernel = block.contiguous(memory_format=torch.channels_last)
                 pieces.append(self._convolve(part, kernel, own, groups=1))
             elif m_g:
-                pieces.append(self._constant(x, own, m_g))
+                pieces.append(None)
             first_in, first_out = first_in + n_g, first_out + m_g
-        y = gather_channels(torch.cat(pieces, -3), self.place_out)
+        y = gather_channels(torch.cat(self._with_dead_outputs(pieces, x, bias), -3), self.place_out)
         return y.contiguous(memory_format=torch.channels_last) if is_channels_last(x) else y
 
-    def _constant(self, x: Tensor, bias: Tensor | None, channels: int) -> Tensor:
-        """The dead outputs of a group without inputs: the bias, or 0."""
-        sides = zip(x.shape[-2:], self.kernel_size, self.stride, self.padding, self.dilation, strict=True)
-        shape = (*x.shape[:-3], channels, *(output_length(*side) for side in sides))
-        zeros = x.new_zeros(shape, dtype=self.weight.dtype if not torch.is_autocast_enabled(x.device.type) else None)
-        return zeros if bias is None else zeros + bias[:, None, None]
+    def _with_dead_outputs(self, pieces: list[Tensor | None], x: Tensor, bias: Tensor | None) -> list[Tensor]:
+        """``pieces`` with the outputs of groups without inputs (None) filled in: the bias, or 0."""
+        alive = next((piece for piece in pieces if piece is not None), None)
+        if alive is None:
+            sides = zip(x.shape[-2:], self.kernel_size, self.stride, self.padding, self.dilation, strict=True)
+            alive = self.weight.new_zeros((*x.shape[:-3], 1, *(output_length(*side) for side in sides)))
+        filled, first = [], 0
+        for piece, m_g in zip(pieces, [m for m, _ in self._blocks if m], strict=True):
+            if piece is None:
+                shape = (*alive.shape[:-3], m_g, *alive.shape[-2:])
+                constant = alive.new_zeros(shape)
+                if bias is not None:
+                    constant = constant + bias[first : first + m_g, None, None].to(alive.dtype)
+                filled.append(constant)
+            else:
+                filled.append(piece)
+            first += m_g
+        return filled
 
     def dense_weight(self) -> Tensor:
         if self.groups == 1 or not self.is_deployed:
@@ -167,7 +180,7 @@ class FullyLearnableGroupConv2d(MaskedConv2d):
     def load_projected(self, values: Mapping[str, Tensor]) -> None:
         if self.groups > 1 and self.is_deployed:
             group_in, group_out = (values[name].argmax(1) for name in self.exempt_from_decay)
-            self._set_partition(group_in, group_out)
+            self._set_partition(group_in, group_out, self.weight.device)
             weight = values["weight"]
             blocks = [weight[group_out == g][:, group_in == g].flatten() for g in range(self.groups)]
             values = {"weight": torch.cat(blocks)}
@@ -175,11 +188,15 @@ class FullyLearnableGroupConv2d(MaskedConv2d):
 
     def _take_structure(self, buffers: Mapping[str, Tensor]) -> None:
         if "group_in" in buffers and "group_out" in buffers:
-            self._set_partition(buffers["group_in"], buffers["group_out"])
+            # Into a layer without numbers the file's tensors themselves are assigned, where they are.
+            device = buffers["group_in"].device if self.weight.is_meta else self.weight.device
+            self._set_partition(buffers["group_in"], buffers["group_out"], device)
 
-    def _set_partition(self, group_in: Tensor, group_out: Tensor) -> None:
-        """Fix the deployed structure, with a weight of the size that goes with it (its values are undefined)."""
-        device = self.weight.device
+    def _set_partition(self, group_in: Tensor, group_out: Tensor, device: torch.device) -> None:
+        """Fix the deployed structure on ``device``, with a weight of the size that goes with it, undefined in value.
+
+        Where that size changes the weight is a new parameter: an optimiser has to be made after loading.
+        """
         sizes = [torch.bincount(part.cpu(), minlength=self.groups).tolist() for part in (group_out, group_in)]
         self._blocks = list(zip(*sizes, strict=True))
         order_in = torch.argsort(group_in.cpu(), stable=True)
@@ -189,7 +206,7 @@ class FullyLearnableGroupConv2d(MaskedConv2d):
         self.place_out = torch.argsort(order_out).to(device)
         length = self.kernel_size[0] * self.kernel_size[1] * sum(m_g * n_g for m_g, n_g in self._blocks)
         if self.weight.shape != (length,):
-            empty = torch.empty(length, device=device, dtype=self.weight.dtype)
+            empty = torch.empty(length, device=self.weight.device, dtype=self.weight.dtype)
             self.weight = nn.Parameter(empty, requires_grad=self.weight.requires_grad)
 
     def _kernels(self) -> list[Tensor]:

@@ -367,6 +367,8 @@ def _layer_row(
         "mode": layer.mode,
         "algorithm": VARIANTS[variant].algorithms[0] if form == "auto" else form,
     }
+    if call.kernel[0] != call.kernel[1]:
+        params["kernel_width"] = call.kernel[1]
     key = f"{config.model}-layer{number}-{variant}-n{groups}-{_conditions(config, layer.height, layer.width)}"
     key = key if form == "auto" else f"{key}-{form}"
     group = f"layer {number}"

@@ -12,7 +12,7 @@ import itertools
 import re
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,7 +28,12 @@ IMAGE_CHANNELS = 4  # RGB and one more
 FALLBACK_SIDES = (224, 32, 299, 64)  # input sizes to try where the network does not say its own
 
 _ADDITIONS = {"add", "add_", "__add__", "__iadd__", "__radd__"}
-_POOLS = {"adaptive_avg_pool2d", "adaptive_max_pool2d", "mean", "amax"}
+_POOLS = {
+    "adaptive_avg_pool2d", "adaptive_max_pool2d", "avg_pool2d", "max_pool2d", "mean", "amax", "sum", "logsumexp",
+}  # fmt: skip
+_GATES = {"mul", "__mul__", "__imul__", "mul_", "__rmul__", "cat", "concat", "concatenate"}
+# What may be asked of a weight without computing with it.
+_METADATA = {"__get__", "size", "dim", "numel", "stride", "is_contiguous", "data_ptr", "element_size", "type"}
 _NORMS = {"batch_norm", "layer_norm", "group_norm", "instance_norm"}
 _UNCOUNTED = {
     "matmul", "__matmul__", "__rmatmul__", "bmm", "mm", "addmm", "baddbmm", "einsum", "scaled_dot_product_attention",
@@ -45,7 +50,7 @@ class Call:
     module: its name, or None where a function was called; owner: the innermost module around it. size: input (height,
     width) of a convolution, None of a linear layer. pooled: whether its input has been pooled over all of its pixels.
     reads_image: whether nothing has been convolved before it and its input has an image's few channels. weights:
-    numbers of its kernel and bias.
+    numbers of its kernel and bias. variant: whether it is one of this package's layers.
     """
 
     kind: str  # "conv" or "linear"
@@ -66,23 +71,26 @@ class Call:
     size: tuple[int, int] | None = None
     pooled: bool = False
     reads_image: bool = False
+    variant: bool = False
 
 
 @dataclass
 class Trace:
     """A network's calls in order, on an input of ``size``, and what they say about its convolutions.
 
-    shortcuts: convolutions that are one whole side of a residual addition, or named so. classifier: the convolution
-    that ends the network in place of a fully connected layer, "" if none. borrowed: convolutions whose weight is used
-    outside of their own forward. uncounted: operations with products that are in no count, by name.
+    shortcuts: convolutions that are one whole side of a residual addition, or named so. heads: those whose output
+    leaves the network with no norm, product, addition or other layer after it. borrowed: those whose weight is used
+    outside of their own forward. uncounted: operations with products that are in no count, by name. numbers: whether
+    the network had to be run with numbers.
     """
 
     size: Size
     calls: list[Call] = field(default_factory=list)
     shortcuts: set[str] = field(default_factory=set)
-    classifier: str = ""
+    heads: set[str] = field(default_factory=set)
     borrowed: set[str] = field(default_factory=set)
     uncounted: Counter[str] = field(default_factory=Counter)
+    numbers: bool = False
 
     @property
     def convs(self) -> list[Call]:
@@ -123,10 +131,14 @@ def trace(model: nn.Module, size: Size | None = None, example: Any = None) -> Tr
     """
     failure: Exception = RuntimeError("the network has no convolution to find the input's channels by")
     inputs = [example] if example is not None else [torch.Size((1, *shape)) for shape in _sizes(model, size)]
-    for make_copy in (_meta_copy, _real_copy):
+    # Hooks of the user's are left out, unless the network does not run without them.
+    ways = ((without_numbers, False), (copy.deepcopy, False), (without_numbers, True))
+    for make_copy, hooks in ways:
         for given in inputs:
             try:
-                return _run(make_copy(model), given)
+                found = _run(make_copy(model), given, hooks=hooks)
+                found.numbers = make_copy is copy.deepcopy
+                return found
             except Exception as error:  # noqa: BLE001 - whatever a network's forward raises: the next way is tried
                 failure = error
     raise failure
@@ -145,25 +157,25 @@ def _sizes(model: nn.Module, size: Size | None) -> Iterator[Size]:
         yield from ((channels, side, side) for side in FALLBACK_SIDES)
 
 
-def _meta_copy(model: nn.Module) -> nn.Module:
+def without_numbers(model: nn.Module) -> nn.Module:
     """A copy with the same structure and no numbers; the memory of the original is not doubled."""
     memo: dict[int, Any] = {}
     for parameter in model.parameters():
         empty = torch.empty_like(parameter, device="meta")
         memo[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
-    for buffer in model.buffers():
-        memo[id(buffer)] = torch.empty_like(buffer, device="meta")
+    for module in model.modules():
+        plain = (value for value in vars(module).values() if isinstance(value, Tensor))  # weight_norm's, and people's
+        for tensor in (*module._buffers.values(), *plain):
+            if tensor is not None and id(tensor) not in memo:
+                memo[id(tensor)] = torch.empty_like(tensor, device="meta", requires_grad=False)
     return copy.deepcopy(model, memo)
 
 
-def _real_copy(model: nn.Module) -> nn.Module:
-    return copy.deepcopy(model)
-
-
-def _run(model: nn.Module, given: Any) -> Trace:
+def _run(model: nn.Module, given: Any, *, hooks: bool) -> Trace:
     for module in model.modules():
-        for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
-            getattr(module, hooks).clear()  # the user's hooks are not for this copy
+        for kind in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
+            if not hooks and not _computes_weight(module, kind):
+                getattr(module, kind).clear()
     model.eval()
     reference = next(itertools.chain(model.parameters(), model.buffers()), torch.empty(0))
     if isinstance(given, torch.Size):
@@ -172,12 +184,17 @@ def _run(model: nn.Module, given: Any) -> Trace:
     else:
         arguments = given if isinstance(given, tuple) else (given,)
         arguments = tuple(a.to(reference.device) if isinstance(a, Tensor) else a for a in arguments)
-    shape = next(a.shape for a in arguments if isinstance(a, Tensor))
+    shape = next((a.shape for a in arguments if isinstance(a, Tensor)), reference.shape)
     recorder = _Recorder(model, tuple(shape[-3:]))
     with torch.no_grad(), warnings.catch_warnings(), recorder:
         warnings.simplefilter("ignore")  # the network warns its user when its user runs it
-        model(*arguments)
-    return recorder.finished()
+        output = model(*arguments)
+    return recorder.finished(output)
+
+
+def _computes_weight(module: nn.Module, kind: str) -> bool:
+    """Whether the module's own forward needs the hook: weight_norm, spectral_norm and pruning do."""
+    return kind == "_forward_pre_hooks" and "weight" not in module._parameters and hasattr(module, "weight")
 
 
 class _Recorder(TorchFunctionMode):
@@ -192,8 +209,6 @@ class _Recorder(TorchFunctionMode):
         # What a tensor has come through: kept on the tensor itself, as long as it lives.
         self.inputs_of: dict[str, frozenset[str]] = {}
         self.kernels: dict[str, tuple[int, int]] = {}
-        self.normalised_since = False
-        self.last: Call | None = None
         for name, module in model.named_modules():
             if isinstance(module, nn.Conv2d) and "weight" in module._parameters:
                 self.owners[id(module.weight)] = name
@@ -229,22 +244,38 @@ class _Recorder(TorchFunctionMode):
             passed |= {self._conv(args, given, out, passed)}
         elif name == "linear":
             self._linear(args, given, out)
-        elif name in _NORMS:
-            self.normalised_since = True
         elif name in _ADDITIONS and len(tensors) >= 2:
-            self.normalised_since = True
             self._addition(*(_passed([tensor]) for tensor in tensors[:2]))
         elif name in _UNCOUNTED:
             self.found.uncounted[name] += 1
-        pooled = self._pooled(name, tensors, out)
+        if name not in _METADATA:
+            self._borrowing(tensors)
+        pooled, heads = self._pooled(name, tensors, out), self._heads(name, tensors)
         for tensor in _tensors(out):
             tensor._bgcbench_passed = passed  # type: ignore[attr-defined]
             tensor._bgcbench_pooled = pooled  # type: ignore[attr-defined]
+            tensor._bgcbench_heads = heads  # type: ignore[attr-defined]
         return out
+
+    def _borrowing(self, tensors: Sequence[Tensor]) -> None:
+        """Note a convolution's weight that is computed with outside of the convolution."""
+        current = self.stack[-1][0] if self.stack else None
+        self.found.borrowed |= {
+            owner for tensor in tensors if (owner := self.owners.get(id(tensor))) is not None and owner != current
+        }
+
+    def _heads(self, name: str, tensors: Sequence[Tensor]) -> frozenset[str]:
+        """The convolutions of which the output is only reshaped, pooled, resized or activated so far."""
+        if name == "conv2d":
+            last = self.found.calls[-1].module if self.found.calls else None
+            return frozenset() if last is None else frozenset({last})
+        if name == "linear" or name in _NORMS or name in _ADDITIONS or name in _GATES:
+            return frozenset()
+        return frozenset().union(*(getattr(tensor, "_bgcbench_heads", frozenset()) for tensor in tensors))
 
     def _pooled(self, name: str, tensors: Sequence[Tensor], out: Any) -> bool:
         """Whether ``out`` has one value a channel that speaks for the whole image: a pool's, or made of such."""
-        if name in _POOLS and isinstance(out, Tensor) and tensors and tensors[0].dim() == 4:
+        if name in _POOLS and isinstance(out, Tensor) and tensors and tensors[0].dim() in (3, 4):
             return out.numel() == tensors[0].shape[0] * tensors[0].shape[1]
         seen = [getattr(tensor, "_bgcbench_pooled", None) for tensor in tensors]
         known = [value for value in seen if value is not None]  # weights and constants have no history
@@ -257,8 +288,6 @@ class _Recorder(TorchFunctionMode):
         x, weight = values["input"], values["weight"]
         owner, module = self.stack[-1] if self.stack else ("", None)
         own = owner if isinstance(module, nn.Conv2d) else None
-        if own is None and id(weight) in self.owners:
-            self.found.borrowed.add(self.owners[id(weight)])
         height, width = x.shape[-2:]
         stride, dilation = _pair(values["stride"]), _pair(values["dilation"])
         padding = values["padding"]
@@ -286,7 +315,7 @@ class _Recorder(TorchFunctionMode):
             pooled=getattr(x, "_bgcbench_pooled", False),
             reads_image=not passed and x.shape[-3] <= IMAGE_CHANNELS,
         )
-        self._append(call)
+        self.found.calls.append(call)
         return self._remember(own if own is not None else f"function {len(self.found.calls)}", call, passed)
 
     def _variant(self, name: str, module: Any, x: Tensor, out: Tensor) -> None:
@@ -312,8 +341,9 @@ class _Recorder(TorchFunctionMode):
             bias=spec.bias,
             size=(height, width),
             pooled=getattr(x, "_bgcbench_pooled", False),
+            variant=True,
         )
-        self._append(call)
+        self.found.calls.append(call)
         passed = _passed([x])
         out._bgcbench_passed = passed | {self._remember(name, call, passed)}  # type: ignore[attr-defined]
 
@@ -325,11 +355,7 @@ class _Recorder(TorchFunctionMode):
         macs = out.numel() * weight.shape[-1] // max(images, 1)
         weights = weight.numel() + (0 if bias is None else bias.numel())
         sizes = x.numel() // max(images, 1), out.numel() // max(images, 1)
-        self._append(Call("linear", owner, owner, weight.shape[-1], weight.shape[0], macs, weights, *sizes))
-
-    def _append(self, call: Call) -> None:
-        self.found.calls.append(call)
-        self.normalised_since = False
+        self.found.calls.append(Call("linear", owner, owner, weight.shape[-1], weight.shape[0], macs, weights, *sizes))
 
     def _remember(self, token: str, call: Call, passed: frozenset[str]) -> str:
         self.inputs_of[token] = passed
@@ -347,12 +373,11 @@ class _Recorder(TorchFunctionMode):
             if self.kernels.get(token) == (1, 1) and from_same and not token.startswith("function "):
                 self.found.shortcuts.add(token)
 
-    def finished(self) -> Trace:
+    def finished(self, output: Any) -> Trace:
         found = self.found
         found.shortcuts |= {call.module for call in found.convs if call.module and SHORTCUT_NAME.search(call.module)}
-        last = found.calls[-1] if found.calls else None
-        if last is not None and last.kind == "conv" and last.kernel == (1, 1) and not self.normalised_since:
-            found.classifier = last.module or "" if len({call.module for call in found.convs}) > 1 else ""
+        if len({call.module for call in found.convs}) > 1:  # a convolution alone is no head of anything
+            found.heads = set().union(*(getattr(tensor, "_bgcbench_heads", ()) for tensor in _tensors(output)))
         return found
 
 
@@ -360,7 +385,7 @@ def _tensors(values: Any) -> Iterator[Tensor]:
     """Tensors in nested tuples, lists and dicts."""
     if isinstance(values, Tensor):
         yield values
-    elif isinstance(values, dict):
+    elif isinstance(values, Mapping):
         yield from _tensors(list(values.values()))
     elif isinstance(values, (list, tuple)):
         for value in values:

@@ -67,9 +67,11 @@ def build_empty(spec: NetSpec) -> nn.Module:
 def identify(model: nn.Module) -> dict[str, Any] | None:
     """How :func:`build_model` makes a network like ``model`` (a 'source': NetSpec's arguments); None if it cannot.
 
-    A network counts as alike where all its modules and all its tensors' shapes agree. Nothing is guessed: the candidate
-    is built, without numbers, and compared.
+    A network counts as alike where all its modules, their plain attributes and all its tensors' shapes agree, and it
+    has no hooks. Nothing is guessed: the candidate is built, without numbers, and compared.
     """
+    if any(_has_own_behaviour(module) for module in model.modules()):
+        return None
     outputs = [m.out_features for m in model.modules() if isinstance(m, nn.Linear)]
     outputs += [m.out_channels for m in model.modules() if isinstance(m, nn.Conv2d)][-1:]
     own = getattr(model, "_bgcbench_source", None)
@@ -84,8 +86,20 @@ def identify(model: nn.Module) -> dict[str, Any] | None:
 
 
 def _signature(model: nn.Module) -> str:
-    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    return f"{model!r}\n{shapes}"
+    state = model.state_dict().items()
+    shapes = {name: tuple(value.shape) if isinstance(value, torch.Tensor) else "?" for name, value in state}
+    plain = (bool, int, float, str, tuple, type(None))
+    attributes = [
+        {n: v for n, v in vars(module).items() if not n.startswith("_") and n != "training" and isinstance(v, plain)}
+        for module in model.modules()
+    ]
+    return f"{model!r}\n{shapes}\n{attributes}"
+
+
+def _has_own_behaviour(module: nn.Module) -> bool:
+    """Whether somebody has hung something onto the module that changes what it computes."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return "forward" in vars(module) or any(getattr(module, kind) for kind in hooks)
 
 
 @functools.lru_cache(maxsize=256)

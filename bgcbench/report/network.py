@@ -120,7 +120,7 @@ def _verdict(row: Json, reference: Json | None, phase: str, rows: Sequence[Json]
 def _best(rows: Sequence[Json], reference: Json | None, phase: str) -> str | None:
     """The row with the shortest time in ``phase``, against the dense network and against the next one."""
     there = [row for row in rows if phase in row["phases"] and row is not reference]
-    if not there or reference is None:
+    if not there or reference is None or any(row["status"] == "interrupted" for row in rows):
         return None
     there.sort(key=lambda row: float(row["phases"][phase]["summary"]["median_s"]))
     first = there[0]

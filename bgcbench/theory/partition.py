@@ -20,7 +20,8 @@ def balanced_sizes(channels: int, groups: int) -> list[int]:
 
 def contiguous_partition(channels: int, groups: int) -> Tensor:
     """The group of each channel, groups being contiguous and balanced: (channels,), int64, on the CPU."""
-    return torch.repeat_interleave(torch.arange(groups), torch.tensor(balanced_sizes(channels, groups)))
+    groups_of = [group for group, size in enumerate(balanced_sizes(channels, groups)) for _ in range(size)]
+    return torch.tensor(groups_of, dtype=torch.int64, device="cpu")
 
 
 def kept_mass(mass: Tensor, outputs: Tensor, inputs: Tensor) -> float:
@@ -37,13 +38,13 @@ def search_partition(mass: Tensor, groups: int, *, restarts: int = 3, seed: int 
     """
     mass = mass.detach().to(device="cpu", dtype=torch.float64)
     n = mass.shape[1]
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device="cpu").manual_seed(seed)
     plain = contiguous_partition(n, groups)
     starts = [plain, _peel(mass, groups)]
-    starts += [plain[torch.randperm(n, generator=generator)] for _ in range(restarts)]
+    starts += [plain[torch.randperm(n, generator=generator, device="cpu")] for _ in range(restarts)]
     best: tuple[float, Tensor, Tensor] | None = None
     for inputs in starts:
-        outputs = torch.empty(0)
+        outputs = torch.empty(0, device="cpu")
         kept = -1.0
         for _ in range(MAX_ALTERNATIONS):
             outputs = assign(_by_group(mass, inputs, groups))
@@ -70,7 +71,7 @@ def assign(scores: Tensor) -> Tensor:
     top = scores.topk(min(2, groups), dim=1).values
     order = (top[:, 0] - top[:, -1]).argsort(descending=True, stable=True)
     wishes = scores.argsort(dim=1, descending=True, stable=True).tolist()
-    chosen = torch.empty(items, dtype=torch.int64)
+    chosen = torch.empty(items, dtype=torch.int64, device=scores.device)
     for item in order.tolist():
         group = next(g for g in wishes[item] if free[g])
         chosen[item] = group
@@ -108,8 +109,8 @@ def _by_group(mass: Tensor, partition: Tensor, groups: int) -> Tensor:
 def _peel(mass: Tensor, groups: int) -> Tensor:
     """A partition of the inputs, one group after the other: the heaviest input left, the outputs that it feeds most,
     and the inputs that feed those most."""
-    rest_in, rest_out = torch.ones(mass.shape[1], dtype=torch.bool), torch.ones(mass.shape[0], dtype=torch.bool)
-    inputs = torch.empty(mass.shape[1], dtype=torch.int64)
+    rest_in, rest_out = (torch.ones(side, dtype=torch.bool, device=mass.device) for side in mass.shape[::-1])
+    inputs = torch.empty(mass.shape[1], dtype=torch.int64, device=mass.device)
     sizes = zip(balanced_sizes(mass.shape[0], groups), balanced_sizes(mass.shape[1], groups), strict=True)
     for group, (size_out, size_in) in enumerate(sizes):
         left = torch.where(rest_out[:, None] & rest_in, mass, -torch.inf)

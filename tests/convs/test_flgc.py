@@ -117,6 +117,24 @@ def test_a_deployed_layer_can_be_trained_compiled_and_exported() -> None:
     torch.testing.assert_close(torch.export.export(layer, (x,)).module()(x), layer(x))
 
 
+def test_a_layer_without_numbers_takes_over_those_of_a_saved_one() -> None:
+    layer = with_groups([0, 1, 0, 0, 2, 2], [2, 2, 0, 1], 3).deploy()
+    with torch.device("meta"):
+        fresh = FullyLearnableGroupConv2d(6, 4, 3, padding=1, groups=3, algorithm="deployed", dtype=torch.float64)
+        FullyLearnableGroupConv2d(6, 4, 3, groups=3)
+    fresh.load_state_dict(layer.state_dict(), assign=True)
+    x = torch.randn(1, 6, 5, 5, dtype=torch.float64)
+    assert torch.equal(fresh(x), layer(x))
+
+
+def test_dead_outputs_have_the_type_of_the_others_under_autocast() -> None:
+    layer = with_groups([0, 0, 2, 0], [1, 0, 2, 1, 0], 3, dtype=torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y, expected = layer.deploy()(torch.ones(1, 4, 5, 5)), layer(torch.ones(1, 4, 5, 5))
+    assert y.dtype == expected.dtype == torch.bfloat16
+    torch.testing.assert_close(y, expected, rtol=2e-2, atol=2e-2)
+
+
 def test_more_groups_than_channels_are_refused() -> None:
     with pytest.raises(ShapeError, match="groups=8 is more than in_channels=4; use at most 4"):
         FullyLearnableGroupConv2d(4, 16, 1, groups=8)

@@ -103,7 +103,7 @@ def test_operations_outside_of_the_count_are_named() -> None:
 
 def test_the_convolution_that_ends_a_network_is_its_classifier_unless_a_norm_follows() -> None:
     plain = [nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 10, 1)]
-    assert trace(nn.Sequential(*plain), (3, 8, 8)).classifier == "2"
-    assert trace(nn.Sequential(*plain, nn.BatchNorm2d(10)), (3, 8, 8)).classifier == ""
-    assert trace(nn.Sequential(*plain, nn.Flatten(), nn.Linear(360, 2)), (3, 8, 8)).classifier == ""
-    assert trace(torchvision.models.squeezenet1_1(), (3, 64, 64)).classifier == "classifier.1"
+    assert trace(nn.Sequential(*plain), (3, 8, 8)).heads == {"2"}
+    assert trace(nn.Sequential(*plain, nn.BatchNorm2d(10)), (3, 8, 8)).heads == set()
+    assert trace(nn.Sequential(*plain, nn.Flatten(), nn.Linear(360, 2)), (3, 8, 8)).heads == set()
+    assert trace(torchvision.models.squeezenet1_1(), (3, 64, 64)).heads == {"classifier.1"}
