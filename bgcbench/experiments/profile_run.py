@@ -39,6 +39,7 @@ from bgcbench.measure.device import (
     current,
     describe_failure,
     free_memory,
+    frozen_heap,
     make_stopwatch,
     random_input,
     resolve_device,
@@ -265,7 +266,7 @@ class ProfileRun:
             yield self._update("nothing left to measure", save=True)
             return
         compiling = compile_state() if config.mode == "compile" else contextlib.nullcontext()
-        with backend_state(config.precision, config.threads), current(session.device), compiling:
+        with frozen_heap(), backend_state(config.precision, config.threads), current(session.device), compiling:
             yield self._update("measuring the device's ceilings")
             try:
                 plain = make_stopwatch(session.device, cold=False)
