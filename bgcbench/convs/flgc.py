@@ -117,8 +117,10 @@ class FullyLearnableGroupConv2d(MaskedConv2d):
 
     def _with_dead_outputs(self, pieces: list[Tensor | None], x: Tensor, bias: Tensor | None) -> list[Tensor]:
         """``pieces`` with the outputs of groups without inputs (None) filled in: the bias, or 0."""
-        alive = next((piece for piece in pieces if piece is not None), None)
-        if alive is None:
+        known = [piece for piece in pieces if piece is not None]  # no next(): torch.compile of 2.6 does not know it
+        if known:
+            alive = known[0]
+        else:
             sides = zip(x.shape[-2:], self.kernel_size, self.stride, self.padding, self.dilation, strict=True)
             alive = self.weight.new_zeros((*x.shape[:-3], 1, *(output_length(*side) for side in sides)))
         filled, first = [], 0
