@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bgcbench.errors import ShapeError, UsageError
-from bgcbench.theory.leastsquares import patch_second_moment, solve_normal
+from bgcbench.theory.leastsquares import patch_second_moment, shrink_to_white, solve_normal
 
 
 def test_the_second_moment_is_the_mean_of_outer_products_of_patches() -> None:
@@ -48,3 +48,11 @@ def test_a_ridge_minimises_the_penalised_error() -> None:
 def test_a_negative_ridge_is_refused() -> None:
     with pytest.raises(UsageError, match="ridge=-1"):
         solve_normal(torch.eye(2), torch.eye(2), ridge=-1)
+
+
+def test_shrinking_adds_white_noise_of_that_share_of_the_mean_power() -> None:
+    moment = torch.tensor([[1.0, 0.5], [0.5, 3.0]], dtype=torch.float64)  # mean power 2
+    assert shrink_to_white(moment, 0.5).tolist() == [[2.0, 0.5], [0.5, 4.0]]
+    assert torch.equal(shrink_to_white(moment, 0.0), moment)
+    with pytest.raises(UsageError, match="ridge=-1"):
+        shrink_to_white(moment, -1)

@@ -5,7 +5,14 @@ import itertools
 import pytest
 import torch
 
-from bgcbench.theory.partition import assign, balanced_sizes, contiguous_partition, kept_mass, search_partition
+from bgcbench.theory.partition import (
+    _exchange,
+    assign,
+    balanced_sizes,
+    contiguous_partition,
+    kept_mass,
+    search_partition,
+)
 
 
 def balanced(channels: int, groups: int) -> list[torch.Tensor]:
@@ -64,3 +71,13 @@ def test_the_search_is_never_worse_than_contiguous_groups_and_repeats_itself() -
     random = torch.rand(16, 16)
     first, second = search_partition(random, 4), search_partition(random, 4)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_exchanges_lead_from_a_bad_assignment_to_the_best_one_of_two_groups() -> None:
+    # With two groups the best balanced assignment gives group 0 the rows with the largest s_0 - s_1.
+    scores = torch.rand(12, 2, dtype=torch.float64)
+    order = (scores[:, 0] - scores[:, 1]).argsort()
+    chosen = torch.zeros(12, dtype=torch.int64)
+    chosen[order[6:]] = 1  # the worst
+    _exchange(scores, chosen)
+    assert set(torch.where(chosen == 0)[0].tolist()) == set(order[6:].tolist())
