@@ -375,6 +375,8 @@ class TestChoosing:
         gcd = convert(model, "gc", 4, on_indivisible="gcd").record
         assert [(layer.name, layer.groups) for layer in gcd.replaced] == [("1", 2), ("2", 4)]
         assert reasons(gcd)["3"] == "N=4 does not divide 8 -> 7 channels"
+        narrowing = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 6, 3), nn.BatchNorm2d(6))
+        assert [layer.groups for layer in convert(narrowing, "gc", 4, on_indivisible="gcd").record.replaced] == [2]
         assert len(convert(model, "flgc", 4).record.replaced) == 3  # its groups may be uneven
 
 
