@@ -137,3 +137,8 @@ def test_the_output_size_is_torchs() -> None:
 def test_a_kernel_larger_than_the_input_is_refused() -> None:
     with pytest.raises(ShapeError, match="leaves no output"):
         count(spec("standard"), 2, 2)
+
+
+def test_uneven_balanced_groups_are_counted_pair_by_pair() -> None:
+    # 7 inputs in groups of 3, 2, 2 and 5 outputs in groups of 2, 2, 1: 6 + 4 + 2 pairs.
+    assert count(ConvSpec("flgc", 7, 5, 1, groups=3, bias=False), 4, 4).params == 12
