@@ -318,7 +318,7 @@ def profile(
     if no_reference and ((groups is not None and 1 in given["groups"]) or "standard" in (variants or "").split(",")):
         raise UsageError("--no-reference leaves the standard convolution out, and it is asked for; drop one of the two")
     stored = None if resume is None else results.read(resume)
-    config = _fresh(given, no_input_grad) if stored is None else _resumed(stored, given, str(resume))
+    config = _fresh(given) if stored is None else _resumed(stored, given, str(resume))
     rows = _layer_plan(config)
     output = _Output(
         path=resume or (Path(out) if out not in (None, "-") else None),
@@ -354,7 +354,7 @@ def profile(
         return _measure(config, session, rows, subjects, document, output, interrupts)
 
 
-def _fresh(given: dict[str, Any], no_input_grad: bool) -> MeasureConfig:
+def _fresh(given: dict[str, Any]) -> MeasureConfig:
     """The configuration of a new run: of a network where --model is given, else of a layer."""
     from bgcbench.experiments.network import NetworkConfig
     from bgcbench.experiments.profile import ProfileConfig
@@ -368,8 +368,6 @@ def _fresh(given: dict[str, Any], no_input_grad: bool) -> MeasureConfig:
                 else "is for a network; name it with --model, or leave the option out"
             )
             raise UsageError(f"--{_OPTIONS.get(name, name).replace('_', '-')} {why}")
-    if "model" in given and no_input_grad:
-        raise UsageError("--no-input-grad is for one layer; a network's images take no gradient")
     return kind(**given)
 
 

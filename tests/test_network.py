@@ -20,8 +20,6 @@ from bgcbench.experiments.network import NetworkConfig
 from bgcbench.experiments.network_run import NetworkSubject, distinct_convolutions, plan_network
 from bgcbench.experiments.profile import check_same_workload
 from bgcbench.experiments.profile_run import ProfileRun, Update, open_session
-from bgcbench.measure import ceilings
-from bgcbench.measure.timing import Rules
 from bgcbench.measure.trace import trace
 from bgcbench.measure.workload import NetworkWorkload
 from bgcbench.models import build_model
@@ -32,16 +30,7 @@ from tests.example import _phase
 SMALL = NetworkConfig(model="wrn_10_1", batch=2, height=16, groups=(2, 4), device="cpu", max_time_s=0.05)
 
 
-@pytest.fixture(autouse=True)
-def _brisk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Short warm-ups and no matrix products: what is tested here is not how long they are."""
-    for_device = Rules.for_device
-
-    def brisk(device_type: str, **options: Any) -> Rules:
-        return replace(for_device(device_type, **options), warmup_min_s=0.01, warmup_max_s=0.02)
-
-    monkeypatch.setattr(Rules, "for_device", brisk)
-    monkeypatch.setattr(ceilings, "measure_ceilings", lambda *_, **__: ceilings.Ceilings(1e11, 1e10, (1,), 1))
+pytestmark = pytest.mark.usefixtures("brisk")
 
 
 def run(config: NetworkConfig, **options: Any) -> Update:

@@ -20,9 +20,8 @@ from bgcbench.experiments.profile import (
     row_seed,
 )
 from bgcbench.experiments.profile_run import ProfileRun, Update, open_session
-from bgcbench.measure import ceilings, environment
+from bgcbench.measure import environment
 from bgcbench.measure.device import CpuStopwatch
-from bgcbench.measure.timing import Rules
 from bgcbench.specs import VARIANTS
 
 SMALL = ProfileConfig(
@@ -34,16 +33,7 @@ def labels(config: ProfileConfig) -> list[tuple[str, int, str]]:
     return [(r.params["variant"], r.params["groups"], r.params["algorithm"]) for r in plan(config)]
 
 
-@pytest.fixture(autouse=True)
-def _brisk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Short warm-ups and no matrix products: what is tested here is not how long they are."""
-    for_device = Rules.for_device
-
-    def brisk(device_type: str, **options: Any) -> Rules:
-        return replace(for_device(device_type, **options), warmup_min_s=0.01, warmup_max_s=0.02)
-
-    monkeypatch.setattr(Rules, "for_device", brisk)
-    monkeypatch.setattr(ceilings, "measure_ceilings", lambda *_, **__: ceilings.Ceilings(1e11, 1e10, (1,), 1))
+pytestmark = pytest.mark.usefixtures("brisk")
 
 
 def run(config: ProfileConfig, watch: Callable[[Update], None] = lambda update: None, **options: Any) -> Update:

@@ -13,7 +13,7 @@ from bgcbench.convert import Record, convert, replay
 from bgcbench.convs.base import VariantConv2d
 from bgcbench.errors import ShapeError, UsageError
 from bgcbench.experiments.network import NetworkConfig
-from bgcbench.experiments.profile import PlannedRow, ProfileConfig, row_seed, wanted_rows
+from bgcbench.experiments.profile import PlannedRow, ProfileConfig, conditions, row_key, row_seed, wanted_rows
 from bgcbench.experiments.profile_run import LayerSubject, Session, Subject, on_device
 from bgcbench.measure.counts import CallWork, count
 from bgcbench.measure.trace import Call, Trace, trace
@@ -78,8 +78,12 @@ def plan_network(config: NetworkConfig) -> NetworkPlan:
         subjects[row.key] = NetworkSubject(config, record, model, _label(variant, groups))
     if problems:
         raise ShapeError("; ".join(dict.fromkeys(problems)) + "; drop these groups or use --skip-invalid")
+    found = trace(dense, spec.size)
+    if found.uncounted:
+        names = ", ".join(f"{name} ({times}x)" for name, times in found.uncounted.items())
+        notes.append(f"MACs and roofline leave out what is neither a convolution nor a fully connected layer: {names}")
     if config.layers:
-        for row, subject in _layer_rows(config, trace(dense, spec.size), records):
+        for row, subject in _layer_rows(config, found, records):
             rows.append(row)
             if subject is not None:
                 subjects[row.key] = subject
@@ -98,20 +102,10 @@ def _row(config: NetworkConfig, variant: str, groups: int, form: str) -> Planned
         "variant": variant,
         "groups": groups,
         "where": config.where,
-        "batch": config.batch,
-        "height": config.height,
-        "width": config.width,
-        "precision": config.precision,
-        "layout": config.layout,
-        "mode": config.mode,
-        "algorithm": VARIANTS[variant].algorithms[0] if form == "auto" else form,
+        **conditions(config, variant, form),
     }
-    key = f"{config.model}-{variant}-n{groups}-{config.where}-{_conditions(config, config.height, config.width)}"
-    return PlannedRow(key if form == "auto" else f"{key}-{form}", params, None, group="network")
-
-
-def _conditions(config: NetworkConfig, height: int | None, width: int | None) -> str:
-    return f"b{config.batch}-{height}x{width}-{config.precision}-{config.layout}-{config.mode}"
+    key = row_key(config, f"{config.model}-{variant}-n{groups}-{config.where}", form)
+    return PlannedRow(key, params, None, group="network")
 
 
 class NetworkSubject(Subject):
@@ -359,18 +353,11 @@ def _layer_row(
         "out_channels": call.out_channels,
         "kernel": layer.kernel,
         "stride": layer.stride,
-        "batch": layer.batch,
-        "height": layer.height,
-        "width": layer.width,
-        "precision": layer.precision,
-        "layout": layer.layout,
-        "mode": layer.mode,
-        "algorithm": VARIANTS[variant].algorithms[0] if form == "auto" else form,
+        **conditions(layer, variant, form),
     }
     if call.kernel[0] != call.kernel[1]:
         params["kernel_width"] = call.kernel[1]
-    key = f"{config.model}-layer{number}-{variant}-n{groups}-{_conditions(config, layer.height, layer.width)}"
-    key = key if form == "auto" else f"{key}-{form}"
+    key = row_key(layer, f"{config.model}-layer{number}-{variant}-n{groups}", form)
     group = f"layer {number}"
     why = unfit(variant, call.in_channels, call.out_channels, groups) if variant != "standard" else None
     if why:

@@ -208,6 +208,23 @@ def _forms(variant: str, algorithm: str) -> tuple[str, ...]:
     return (algorithm if algorithm in offered else "auto",)
 
 
+def conditions(config: Any, variant: str, algorithm: str) -> Json:
+    """The end of every row's parameters: the input's size, how it runs, and the form that runs.
+
+    config: a ProfileConfig or a NetworkConfig.
+    """
+    names = ("batch", "height", "width", "precision", "layout", "mode")
+    form = VARIANTS[variant].algorithms[0] if algorithm == "auto" else algorithm
+    return {**{name: getattr(config, name) for name in names}, "algorithm": form}
+
+
+def row_key(config: Any, what: str, algorithm: str) -> str:
+    """A row's key: ``what`` it is, under which conditions, and the form where one was asked for."""
+    size = f"b{config.batch}-{config.height}x{config.width}"
+    key = f"{what}-{size}-{config.precision}-{config.layout}-{config.mode}"
+    return key if algorithm == "auto" else f"{key}-{algorithm}"
+
+
 def _planned(config: ProfileConfig, variant: str, groups: int, algorithm: str) -> PlannedRow:
     params: Json = {
         "variant": variant,
@@ -216,20 +233,10 @@ def _planned(config: ProfileConfig, variant: str, groups: int, algorithm: str) -
         "out_channels": config.out_channels,
         "kernel": config.kernel,
         "stride": config.stride,
-        "batch": config.batch,
-        "height": config.height,
-        "width": config.width,
-        "precision": config.precision,
-        "layout": config.layout,
-        "mode": config.mode,
-        "algorithm": VARIANTS[variant].algorithms[0] if algorithm == "auto" else algorithm,
+        **conditions(config, variant, algorithm),
     }
-    key = (
-        f"{variant}-n{groups}-{config.in_channels}x{config.out_channels}-k{config.kernel}-s{config.stride}"
-        f"-b{config.batch}-{config.height}x{config.width}-{config.precision}-{config.layout}-{config.mode}"
-    )
-    if algorithm != "auto":
-        key += f"-{algorithm}"
+    shape = f"{config.in_channels}x{config.out_channels}-k{config.kernel}-s{config.stride}"
+    key = row_key(config, f"{variant}-n{groups}-{shape}", algorithm)
     reason = unfit(variant, config.in_channels, config.out_channels, groups)
     if reason:
         return PlannedRow(key, params, None, reason)

@@ -204,7 +204,6 @@ class _Recorder(TorchFunctionMode):
         super().__init__()
         self.found = Trace(size)
         self.stack: list[tuple[str, nn.Module]] = []
-        self.batch = 1
         self.owners: dict[int, str] = {}  # of each convolution's weight
         # What a tensor has come through: kept on the tensor itself, as long as it lives.
         self.inputs_of: dict[str, frozenset[str]] = {}

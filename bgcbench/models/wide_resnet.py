@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
 
@@ -40,5 +39,5 @@ class WideResNet34(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         features = self.stages(self.maxpool(self.bn1(self.conv1(x)).relu_()))
-        scores: Tensor = self.fc(torch.flatten(features.mean((2, 3)), 1))
+        scores: Tensor = self.fc(features.mean((2, 3)))
         return scores

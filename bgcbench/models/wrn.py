@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from bgcbench.models.common import initialise
@@ -51,5 +50,5 @@ class WideResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         features = self.bn(self.stages(self.stem(x))).relu_()
-        scores: Tensor = self.fc(torch.flatten(features.mean((2, 3)), 1))
+        scores: Tensor = self.fc(features.mean((2, 3)))
         return scores
