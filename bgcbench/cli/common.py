@@ -1,0 +1,177 @@
+"""What several commands share: the application, options, how their values are read, and what they print."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from bgcbench.errors import BgcbenchError, OutputError, UsageError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from bgcbench.interrupts import Interrupts
+    from bgcbench.report import Report
+    from bgcbench.results import ResultWriter
+
+
+class _PlainHelp(TyperGroup):
+    """The top-level help without rich panels, whose Markdown machinery doubles the time to the first line."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        self.rich_markup_mode = None
+        super().format_help(ctx, formatter)
+
+
+app = typer.Typer(
+    name="bgcbench",
+    cls=_PlainHelp,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Which convolutions of a network can be made cheaper, with which variant, how much time that saves on this "
+    "device, and what it loses. Variants: standard (SC), gc (group convolution), shuffle (GC and a channel shuffle), "
+    "lgc, flgc (learnt groups), tlgc (two-level), bgc (balanced group convolution of Lee, Park & Lee).",
+    epilog="Start with: bgcbench profile --quick. Exit codes: 0 done, 1 some rows failed, 2 usage, 3 no such device, "
+    "4 output not writable, 5 compare --fail-on, 130/143 interrupted (the file is valid and resumable).",
+)
+
+# The panels of a command's --help.
+WORKLOAD = "Workload"
+NETWORK = "A whole network (with --model)"
+GRID = "What is compared"
+MEASURE = "How it is measured"
+OUTPUT = "Output"
+
+Format = Annotated[
+    str,
+    typer.Option(
+        "--format",
+        help="auto (a table on a terminal, Markdown elsewhere), table, markdown, csv, json.",
+        rich_help_panel=OUTPUT,
+    ),
+]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress and no notes on stderr.", rich_help_panel=OUTPUT)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """Where a result goes and how it is shown."""
+
+    path: Path | None
+    to_stdout: bool
+    replace: bool
+    form: str
+    quiet: bool
+
+    def named(self, command: str, what: str, environment: Mapping[str, Any]) -> Output:
+        """This with a path of our own making where none was given; it needs the device's name."""
+        from bgcbench.results import default_path
+
+        if self.path is not None or self.to_stdout:
+            return self
+        device = environment["device"]
+        name = "cpu" if device["type"] == "cpu" else device["name"]
+        return dataclasses.replace(self, path=default_path(command, what, name))
+
+
+def check_output(out: str | None, form: str, *, force: bool, resume: Path | None) -> None:
+    """Refuse output options that contradict one another or would do nothing."""
+    check_format(form)
+    if resume is not None and (out is not None or force):
+        raise UsageError("--resume writes to the file it continues; leave --out and --force out")
+    if force and out in (None, "-"):
+        raise UsageError("--force replaces an existing --out file; name one with --out, or leave --force out")
+    if out == "-" and form not in ("auto", "json"):
+        raise UsageError(f"--out - prints JSON, not {form}; leave --format out, or write to a file")
+
+
+def check_format(form: str) -> None:
+    """Raise UsageError unless ``form`` is a format to print in."""
+    from bgcbench.specs import FORMATS, check_choice
+
+    check_choice("format", form, FORMATS)
+
+
+def numbers(option: str, text: str | None) -> tuple[int, ...] | None:
+    """'2,4,8' as numbers; raises UsageError for anything else."""
+    if text is None:
+        return None
+    try:
+        values = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise UsageError(f"{option} {text} must be whole numbers separated by commas, such as 2,4,8") from None
+    return tuple(dict.fromkeys(values))
+
+
+def names(text: str | None) -> tuple[str, ...] | None:
+    """'gc, bgc' as words, each once."""
+    return None if text is None else tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+
+
+def variants(text: str | None) -> tuple[str, ...] | None:
+    """``names``, where all is every variant."""
+    from bgcbench.specs import VARIANTS
+
+    return tuple(VARIANTS) if text == "all" else names(text)
+
+
+def size(text: str) -> tuple[int, int]:
+    """'7' or '7x14' as height and width; raises UsageError for anything else."""
+    parts = text.lower().split("x")
+    if len(parts) > 2 or not all(re.fullmatch("[0-9]+", part) for part in parts):
+        raise UsageError(f"--size {text} must be a number of pixels or HEIGHTxWIDTH, such as 7 or 7x14")
+    return int(parts[0]), int(parts[-1])
+
+
+def print_document(document: dict[str, Any], form: str) -> None:
+    """Print a result document on stdout."""
+    from bgcbench.report import document_report
+
+    emit(document_report(document), form, document)
+
+
+def emit(report: Report, form: str, document: dict[str, Any] | None = None) -> None:
+    """Print a report on stdout; ``document`` is what JSON prints in its place."""
+    from bgcbench.report import emit as emit_report
+
+    emit_report(report, form, stdout(report), document)
+
+
+def stdout(report: Report) -> Console:
+    """stdout; where it is no terminal a table gets the width it needs instead of rich's 80 columns."""
+    from rich.console import Console
+
+    console = Console(highlight=False, soft_wrap=False)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console = Console(highlight=False, width=max(80, sum(column.width + 2 for column in report.columns)))
+    return console
+
+
+def say(message: str) -> None:
+    """Print a line on stderr."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def closing(writer: ResultWriter | None, interrupts: Interrupts, done: int, planned: int, *, quiet: bool) -> int:
+    """The last line on stderr, and the exit code."""
+    where = "" if writer is None else f" to {writer.path}"
+    if writer is not None and writer.problem is not None:
+        kept = f"the result was rescued to {writer.rescued_to}" if writer.rescued_to else "only stdout has the result"
+        say(f"bgcbench: {writer.path} could not be written ({writer.problem}); {kept}")
+        return OutputError.exit_code
+    if interrupts.requested():
+        again = "" if writer is None else f"; resume with --resume {writer.path}"
+        say(f"saved {done}/{planned}{where}{again}")
+        return interrupts.exit_code
+    if not quiet:
+        say(f"saved {done}/{planned}{where}" if where else f"measured {done}/{planned}")
+    return 0 if done == planned else BgcbenchError.exit_code

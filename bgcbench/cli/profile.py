@@ -1,0 +1,494 @@
+"""``bgcbench profile``: what convolution variants cost on this device."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from bgcbench.cli import common
+from bgcbench.cli.common import GRID, MEASURE, NETWORK, OUTPUT, WORKLOAD, Format, Output, Quiet, app
+from bgcbench.errors import UsageError
+
+if TYPE_CHECKING:
+    from bgcbench.experiments.profile import MeasureConfig, PlannedRow
+    from bgcbench.experiments.profile_run import ProfileRun, Session, Subject, Update
+    from bgcbench.interrupts import Interrupts
+    from bgcbench.results import ResultWriter
+
+# Fields of a configuration that another option fills.
+_OPTIONS = {"num_classes": "classes", "in_channels": "channels", "out_channels": "channels"}
+
+
+@app.command(short_help="Measure what convolution variants cost here.")
+def profile(
+    context: typer.Context,
+    channels: Annotated[
+        int | None,
+        typer.Option(help="Channels in and out.", show_default="1024", rich_help_panel=WORKLOAD),
+    ] = None,
+    in_channels: Annotated[
+        int | None, typer.Option(help="Input channels.", show_default="--channels", rich_help_panel=WORKLOAD)
+    ] = None,
+    out_channels: Annotated[
+        int | None, typer.Option(help="Output channels.", show_default="--channels", rich_help_panel=WORKLOAD)
+    ] = None,
+    kernel: Annotated[
+        int | None,
+        typer.Option(help="Kernel size; padded by (k - 1) // 2.", show_default="3", rich_help_panel=WORKLOAD),
+    ] = None,
+    stride: Annotated[int | None, typer.Option(show_default="1", rich_help_panel=WORKLOAD)] = None,
+    batch: Annotated[
+        int | None, typer.Option(help="Images a call.", show_default="128; with --model 32", rich_help_panel=WORKLOAD)
+    ] = None,
+    size: Annotated[
+        str | None,
+        typer.Option(
+            help="Input height and width: 7 or 7x14.",
+            show_default="7; the network's own with --model",
+            rich_help_panel=WORKLOAD,
+        ),
+    ] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(help="table4: the paper's Table 4 (also what no shape means).", rich_help_panel=WORKLOAD),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="A whole network instead of a layer: resnet50, wrn_28_10, resnext29_8x64d, wide_resnet34_2, any "
+            "classification network of torchvision, or timm/NAME.",
+            rich_help_panel=NETWORK,
+        ),
+    ] = None,
+    where: Annotated[
+        str | None,
+        typer.Option(
+            help="Which of its convolutions: auto (what the paper replaces), 3x3, 1x1, all, none.",
+            show_default="auto",
+            rich_help_panel=NETWORK,
+        ),
+    ] = None,
+    include: Annotated[
+        list[str] | None,
+        typer.Option(help="Replace these too (GLOB of module names; repeatable).", rich_help_panel=NETWORK),
+    ] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option(help="Keep these (GLOB; repeatable).", rich_help_panel=NETWORK)
+    ] = None,
+    layers: Annotated[
+        bool,
+        typer.Option(
+            "--layers",
+            help="Also each distinct convolution by itself: where the time goes, and what would save some.",
+            rich_help_panel=NETWORK,
+        ),
+    ] = False,
+    stem_stride: Annotated[
+        int | None,
+        typer.Option(
+            help="Stride of the first convolution of efficientnet_* and mobilenet_v*.",
+            show_default="2, and 1 up to 64 px",
+            rich_help_panel=NETWORK,
+        ),
+    ] = None,
+    classes: Annotated[
+        int | None,
+        typer.Option(help="Classes.", show_default="1000; 10 for wrn and resnext29", rich_help_panel=NETWORK),
+    ] = None,
+    groups: Annotated[
+        str | None, typer.Option(help="Group counts N.", show_default="2,4,8,16", rich_help_panel=GRID)
+    ] = None,
+    variants: Annotated[
+        str | None,
+        typer.Option(help="Variants, or all.", show_default="standard,gc,bgc", rich_help_panel=GRID),
+    ] = None,
+    algorithm: Annotated[
+        str | None,
+        typer.Option(
+            help="Form to run in: BGC two_conv, concat, dense; LGC and FLGC masked, deployed; all measures each.",
+            show_default="auto",
+            rich_help_panel=GRID,
+        ),
+    ] = None,
+    no_reference: Annotated[
+        bool, typer.Option("--no-reference", help="Leave the standard convolution out.", rich_help_panel=GRID)
+    ] = False,
+    skip_invalid: Annotated[
+        bool,
+        typer.Option(
+            "--skip-invalid", help="Go on when N does not divide the channels; the row says so.", rich_help_panel=GRID
+        ),
+    ] = False,
+    device: Annotated[
+        str | None,
+        typer.Option(help="auto, cpu, cuda or cuda:K.", show_default="auto", rich_help_panel=MEASURE),
+    ] = None,
+    precision: Annotated[
+        str | None,
+        typer.Option(help="fp64, fp32, tf32, bf16 or fp16.", show_default="fp32", rich_help_panel=MEASURE),
+    ] = None,
+    layout: Annotated[
+        str | None,
+        typer.Option(help="nchw, or nhwc (channels_last).", show_default="nchw", rich_help_panel=MEASURE),
+    ] = None,
+    phases: Annotated[
+        str | None,
+        typer.Option(
+            help="Of fwd, bwd, fwd_bwd; with --model of fwd, train_step.",
+            show_default="fwd,fwd_bwd",
+            rich_help_panel=MEASURE,
+        ),
+    ] = None,
+    no_input_grad: Annotated[
+        bool,
+        typer.Option(
+            "--no-input-grad", help="The backward pass leaves the input's gradient out.", rich_help_panel=MEASURE
+        ),
+    ] = False,
+    mode: Annotated[
+        str | None,
+        typer.Option(
+            help="eager, compile (torch.compile) or graph (CUDA graphs).",
+            show_default="eager",
+            rich_help_panel=MEASURE,
+        ),
+    ] = None,
+    cache: Annotated[
+        str | None,
+        typer.Option(
+            help="cold: overwrite the cache before every call. warm: do not.",
+            show_default="cold on CUDA, warm on a CPU",
+            rich_help_panel=MEASURE,
+        ),
+    ] = None,
+    max_time: Annotated[
+        float | None,
+        typer.Option(
+            help="Seconds of sampling a row; 6 rounds (CUDA: 10) are measured in any case.",
+            show_default="10",
+            rich_help_panel=MEASURE,
+        ),
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(help="CPU threads.", show_default="torch's", rich_help_panel=MEASURE)
+    ] = None,
+    seed: Annotated[int | None, typer.Option(show_default="0", rich_help_panel=MEASURE)] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A look in seconds: few samples, no claim.", rich_help_panel=MEASURE)
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, print the plan and stop.", rich_help_panel=OUTPUT)
+    ] = False,
+    out: Annotated[
+        str | None,
+        typer.Option(
+            help="Result file; - is stdout (JSON).",
+            show_default="results/profile-WHAT-DEVICE-TIME.json",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace an existing --out file.", rich_help_panel=OUTPUT)
+    ] = False,
+    resume: Annotated[
+        Path | None,
+        typer.Option(
+            help="Continue this result file: keep what it holds, measure the rest. Its settings are used.",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = None,
+    form: Format = "auto",
+    quiet: Quiet = False,
+) -> int:
+    """Measure what a convolution, or a network, and its cheaper variants cost on this device.
+
+    Without a shape it is the paper's Table 4: 3x3, 1024 -> 1024 channels, 128 images of 7x7. Every row is interleaved
+    with the standard convolution (the dense network), so that the ratios hold while the machine drifts.
+
+    [bold]bgcbench profile --channels 1024 --groups 2,4,8,16[/bold]
+
+    [bold]bgcbench profile --channels 256 --size 14 --precision bf16 --layout nhwc --variants all --quick[/bold]
+
+    [bold]bgcbench profile --model resnet50 --groups 4 --batch 4 --layers --quick[/bold]
+    """
+    from bgcbench import results
+    from bgcbench.interrupts import Interrupts
+
+    shape = {
+        "in_channels": in_channels if in_channels is not None else channels,
+        "out_channels": out_channels if out_channels is not None else channels,
+        "kernel": kernel,
+        "stride": stride,
+        "batch": batch,
+    }
+    if size is not None:
+        shape["height"], shape["width"] = common.size(size)
+    network: dict[str, Any] = {
+        "model": model,
+        "where": where,
+        "include": tuple(include) if include else None,
+        "exclude": tuple(exclude) if exclude else None,
+        "layers": layers or None,
+        "stem_stride": stem_stride,
+        "num_classes": classes,
+    }
+    given: dict[str, Any] = {
+        **shape,
+        **network,
+        "groups": common.numbers("--groups", groups),
+        "variants": common.variants(variants),
+        "algorithm": algorithm,
+        "reference": False if no_reference else None,
+        "skip_invalid": skip_invalid or None,
+        "device": device,
+        "precision": precision,
+        "layout": layout,
+        "phases": common.names(phases),
+        "input_grad": False if no_input_grad else None,
+        "mode": mode,
+        "cache": cache,
+        "max_time_s": max_time,
+        "threads": threads,
+        "seed": seed,
+        "quick": quick or None,
+    }
+    given = {name: value for name, value in given.items() if value is not None}
+    _check_preset(preset, {"channels": channels, **shape, "model": model})
+    common.check_output(out, form, force=force, resume=resume)
+    if no_reference and ((groups is not None and 1 in given["groups"]) or "standard" in (variants or "").split(",")):
+        raise UsageError("--no-reference leaves the standard convolution out, and it is asked for; drop one of the two")
+    stored = None if resume is None else results.read(resume)
+    config = _fresh(given) if stored is None else _resumed(stored, given, str(resume))
+    rows = _layer_plan(config)
+    output = Output(
+        path=resume or (Path(out) if out not in (None, "-") else None),
+        to_stdout=out == "-",
+        replace=force or resume is not None,
+        form="json" if out == "-" else form,
+        quiet=quiet,
+    )
+    if output.path is not None and not dry_run:
+        results.ResultWriter(output.path).probe(replace=output.replace)
+    with Interrupts() as interrupts:
+        from bgcbench.experiments.profile_run import open_session  # torch, and what needs it
+
+        rows, subjects, notes = _full_plan(config, rows)
+        session = open_session(config)
+        session.warnings.extend(notes)
+        if stored is not None:
+            results.check_resumable(stored, "profile", session.settings, session.environment, str(resume))
+        output = output.named("profile", config.what, session.environment)
+        if not quiet:
+            for line in (*session.warnings, *_plan_lines(config, rows, subjects, session, output.path)):
+                common.say(line)
+        if dry_run:
+            return 0
+        document = stored or results.new_document(
+            "profile",
+            context.obj or [],
+            config.to_json(),
+            session.environment,
+            session.settings,
+            "quick" if config.quick else "full",
+        )
+        return _measure(config, session, rows, subjects, document, output, interrupts)
+
+
+def _check_preset(preset: str | None, shape: dict[str, Any]) -> None:
+    from bgcbench.specs import check_choice
+
+    if preset is None:
+        return
+    check_choice("preset", preset, ("table4",))
+    fixed = [name.replace("_", "-") for name, value in shape.items() if value is not None]
+    if fixed:
+        how = "takes another workload" if fixed[0] == "model" else "changes it"
+        raise UsageError(f"--preset {preset} fixes the layer, and --{fixed[0]} {how}; leave one of them out")
+
+
+def _fresh(given: dict[str, Any]) -> MeasureConfig:
+    """The configuration of a new run: of a network where --model is given, else of a layer."""
+    from bgcbench.experiments.network import NetworkConfig
+    from bgcbench.experiments.profile import ProfileConfig
+
+    kind: type[MeasureConfig] = NetworkConfig if "model" in given else ProfileConfig
+    for name in given:
+        if name not in {field.name for field in dataclasses.fields(kind)}:
+            why = (
+                "describes a layer, and --model a network; leave one of them out"
+                if "model" in given
+                else "is for a network; name it with --model, or leave the option out"
+            )
+            raise UsageError(f"--{_OPTIONS.get(name, name).replace('_', '-')} {why}")
+    return kind(**given)
+
+
+def _layer_plan(config: MeasureConfig) -> list[PlannedRow]:
+    """The rows of a layer's run, which need no torch to be planned; a network's are planned with it."""
+    from bgcbench.experiments.profile import ProfileConfig, plan
+
+    return plan(config) if isinstance(config, ProfileConfig) else []
+
+
+def _full_plan(
+    config: MeasureConfig, rows: list[PlannedRow]
+) -> tuple[list[PlannedRow], Mapping[str, Subject], list[str]]:
+    """Rows, what they measure by key, and what is to be said before; torch is there by now."""
+    from bgcbench.experiments.network import NetworkConfig
+
+    if isinstance(config, NetworkConfig):
+        from bgcbench.experiments.network_run import plan_network
+
+        planned = plan_network(config)
+        return planned.rows, planned.subjects, planned.notes
+    from bgcbench.experiments.profile_run import layer_subjects
+
+    return rows, layer_subjects(config, rows), []
+
+
+def _resumed(stored: dict[str, Any], given: dict[str, Any], name: str) -> MeasureConfig:
+    """The configuration that continues ``stored``: its own, with a grid that may have grown."""
+    from bgcbench.experiments.network import NetworkConfig
+    from bgcbench.experiments.profile import ProfileConfig, check_same_workload
+    from bgcbench.results import check_command
+
+    check_command(stored, "profile", name)
+    kind: type[MeasureConfig] = NetworkConfig if "model" in stored.get("config", {}) else ProfileConfig
+    base = kind.from_json(stored.get("config", {}))
+    unknown = given.keys() - {field.name for field in dataclasses.fields(kind)}
+    if unknown:
+        option = _OPTIONS.get(min(unknown), min(unknown)).replace("_", "-")
+        raise UsageError(f"--{option} has no meaning for what {name} measures; leave it out")
+    grown: dict[str, Any] = {
+        grid: tuple(dict.fromkeys((*getattr(base, grid), *given[grid])))
+        for grid in ("groups", "variants")
+        if grid in given
+    }
+    config = dataclasses.replace(base, **{**given, **grown})
+    check_same_workload(stored["config"], config, name)
+    return config
+
+
+def _measure(
+    config: MeasureConfig,
+    session: Session,
+    rows: list[PlannedRow],
+    subjects: Mapping[str, Subject],
+    document: dict[str, Any],
+    output: Output,
+    interrupts: Interrupts,
+) -> int:
+    """Run ``rows`` into ``document``, saving as it grows; print it and return the exit code."""
+    from bgcbench import results
+    from bgcbench.experiments.profile_run import ProfileRun
+
+    writer = None if output.path is None else results.ResultWriter(output.path)
+    if writer is not None:
+        writer.probe(replace=output.replace)
+    if interrupts.requested():
+        common.say("interrupted before anything was measured; nothing was written")
+        return interrupts.exit_code
+    document["config"] = config.to_json()
+    document["exit_reason"] = "running"
+    # A resumed file may hold rows beyond the plan.
+    planned = len({row.key for row in rows} | {row["key"] for row in document["results"]})
+    run = ProfileRun(
+        config,
+        session,
+        rows,
+        subjects=subjects,
+        kept={row["key"]: row for row in document["results"]},
+        interleaved=document.get("interleaved", ()),
+        stop=interrupts.requested,
+    )
+    failed: str | None = None
+    try:
+        _follow(run, document, writer, quiet=output.quiet)
+    except Exception as error:
+        failed = f"the run broke off: {type(error).__name__}: {error}"
+        raise
+    finally:
+        results.finish(document, planned, interrupted=interrupts.requested(), failed=failed)
+        if writer is not None:
+            writer.write(document)
+    common.print_document(document, output.form)
+    done = sum(row["status"] in results.DONE for row in document["results"])
+    return common.closing(writer, interrupts, done, planned, quiet=output.quiet)
+
+
+def _follow(run: ProfileRun, document: dict[str, Any], writer: ResultWriter | None, *, quiet: bool) -> None:
+    """Drive the run, its document and its file kept up to date, with a bar on a terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn
+
+    updates = _saved(run, document, writer)
+    console = Console(stderr=True)
+    if quiet or not console.is_terminal:
+        for _ in updates:
+            pass
+        return
+    columns = TextColumn("{task.description}"), BarColumn(bar_width=16), TextColumn("{task.fields[left]}")
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("starting", total=None, left="")
+        for update in updates:
+            bar.update(task, **_bar_state(update))
+
+
+def _saved(run: ProfileRun, document: dict[str, Any], writer: ResultWriter | None) -> Iterator[Update]:
+    """The run's updates, each that is worth saving already in the document and on the disk."""
+    earlier = [warning for warning in document["warnings"] if warning not in run.warnings]  # of a resumed file
+    for update in run.run():
+        if update.save:
+            document["results"] = update.rows
+            document["ceilings"] = update.ceilings or document.get("ceilings")
+            document["interleaved"] = update.interleaved
+            document["warnings"] = earlier + update.warnings
+            if writer is not None:
+                writer.write(document)
+        yield update
+
+
+def _bar_state(update: Update) -> dict[str, Any]:
+    """What the bar shows: the row, its current median and the time left."""
+    progress = update.progress
+    if progress is None:
+        return {"description": update.doing, "total": None, "left": ""}
+    text = update.doing
+    if progress.track is not None:
+        text += f"  {progress.track.label}"
+        if progress.track.samples:
+            text += f"  median {progress.track.summary().median_s * 1e3:.3f} ms"
+    if progress.left_s is None:
+        return {"description": text, "total": None, "left": ""}
+    left = f"at most {progress.left_s:.0f} s left"
+    return {
+        "description": text,
+        "total": progress.elapsed_s + progress.left_s,
+        "completed": progress.elapsed_s,
+        "left": left,
+    }
+
+
+def _plan_lines(
+    config: MeasureConfig,
+    rows: list[PlannedRow],
+    subjects: Mapping[str, Subject],
+    session: Session,
+    path: Path | None,
+) -> list[str]:
+    """What will be measured, where it goes and how long it may take."""
+    from bgcbench.experiments.profile import estimated_seconds
+
+    threads = session.environment["cpu"]["threads"]
+    flops = [[subject.work(phase).flops for phase in subject.phases] for subject in subjects.values()]
+    minutes = estimated_seconds(config, flops, session.device.type, threads) / 60
+    lines = [
+        f"plan: {len(subjects)} rows x {', '.join(config.phases)} on {session.environment['device']['name']}, "
+        f"{config.precision}, {config.layout}, {config.mode}; roughly {minutes:.1f} min"
+    ]
+    lines += [f"  {row.key}" + (f"  invalid: {row.invalid}" if row.invalid else "") for row in rows]
+    return [*lines, f"result file: {path}" if path else "result: stdout"]

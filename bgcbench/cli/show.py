@@ -1,0 +1,135 @@
+"""``bgcbench show``, ``doctor`` and ``compare``: what needs a result file or the machine, and no measurement."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from bgcbench.cli import common
+from bgcbench.cli.common import Format, app
+from bgcbench.errors import UsageError
+
+
+@app.command(short_help="Print a result file again, or Table 1.")
+def show(
+    file: Annotated[Path | None, typer.Argument(help="A result file.")] = None,
+    table1: Annotated[
+        bool, typer.Option("--table1", help="The paper's Table 1 evaluated, for FILE's layer or the one given here.")
+    ] = False,
+    channels: Annotated[int | None, typer.Option(help="Channels in and out.", show_default="1024")] = None,
+    in_channels: Annotated[int | None, typer.Option(help="Input channels.", show_default="--channels")] = None,
+    out_channels: Annotated[int | None, typer.Option(help="Output channels.", show_default="--channels")] = None,
+    kernel: Annotated[int | None, typer.Option(help="Kernel size.", show_default="3")] = None,
+    size: Annotated[str | None, typer.Option(help="Input height and width.", show_default="7")] = None,
+    groups: Annotated[str | None, typer.Option(help="Group counts N.", show_default="2,4,8,16")] = None,
+    form: Format = "auto",
+) -> int:
+    """Print a result file again, or Table 1 for any layer. Measures nothing.
+
+    [bold]bgcbench show results/FILE.json --format markdown[/bold]
+
+    [bold]bgcbench show --table1 --channels 256 --groups 2,4,8[/bold]
+    """
+    from bgcbench import results
+    from bgcbench.experiments.profile import ProfileConfig
+
+    common.check_format(form)
+    shape = {"channels": channels, "in-channels": in_channels, "out-channels": out_channels, "kernel": kernel,
+             "size": size, "groups": groups}  # fmt: skip
+    given = [f"--{name}" for name, value in shape.items() if value is not None]
+    if given and (file is not None or not table1):
+        raise UsageError(f"{given[0]} describes a layer for --table1 without FILE; drop it, or use show --table1")
+    if file is None and not table1:
+        raise UsageError("show needs a result FILE, or --table1 with a layer such as --channels 1024")
+    document = results.read(file) if file is not None else None
+    if document is not None and not table1:
+        common.print_document(document, form)
+        return 0
+    if document is not None and "model" in document.get("config", {}):
+        raise UsageError(f"{file} measured a network; --table1 is for one layer, such as --channels 1024")
+    if document is not None:
+        config = ProfileConfig.from_json(document.get("config", {}))
+        measurable = {row["params"]["groups"] for row in document["results"] if row["status"] != "invalid"}
+        config = dataclasses.replace(config, groups=tuple(sorted(measurable)))
+    else:
+        options: dict[str, Any] = {
+            "in_channels": in_channels if in_channels is not None else channels,
+            "out_channels": out_channels if out_channels is not None else channels,
+            "kernel": kernel,
+            "groups": common.numbers("--groups", groups),
+        }
+        if size is not None:
+            options["height"], options["width"] = common.size(size)
+        config = dataclasses.replace(ProfileConfig(), **{k: v for k, v in options.items() if v is not None})
+    from bgcbench.report import table1_report
+
+    common.emit(
+        table1_report(
+            config.in_channels, config.out_channels, config.kernel, (config.height, config.width), config.groups
+        ),
+        form,
+    )
+    return 0
+
+
+@app.command(short_help="Print what could spoil a measurement here.")
+def doctor(
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:K.")] = "auto", form: Format = "auto"
+) -> int:
+    """Print this machine's environment and what on it could spoil a measurement."""
+    from bgcbench.experiments.profile import ProfileConfig
+
+    common.check_format(form)
+    ProfileConfig(device=device)  # the name is checked before torch is imported
+    from bgcbench.measure.device import resolve_device
+    from bgcbench.measure.environment import describe_environment, diagnose
+    from bgcbench.report import doctor_report
+
+    found, warning = resolve_device(device)
+    findings = diagnose(found)
+    if warning:
+        findings.insert(0, ("device search", warning, "pass --device cpu to say so yourself"))
+    common.emit(doctor_report(describe_environment(found), findings), form)
+    return 0
+
+
+@app.command(short_help="Compare two profile files.")
+def compare(
+    before: Annotated[Path, typer.Argument(help="A result file.")],
+    after: Annotated[Path, typer.Argument(help="A later result file.")],
+    fail_on: Annotated[
+        float | None,
+        typer.Option(help="Exit with 5 if a row is slower by more than this percentage beyond doubt, or is gone."),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Compare files measured with different settings.")] = False,
+    form: Format = "auto",
+) -> int:
+    """Compare two profile files row by row, with confidence intervals.
+
+    [bold]bgcbench compare before.json after.json --fail-on 3[/bold]
+    """
+    from bgcbench import results
+
+    common.check_format(form)
+    if fail_on is not None and not 0 <= fail_on < float("inf"):
+        raise UsageError(f"--fail-on {fail_on} must be 0 or a positive number of percent")
+    documents = [results.read(path) for path in (before, after)]
+    for path, document in zip((before, after), documents, strict=True):
+        results.check_command(document, "profile", str(path))
+    from bgcbench.report import compare_report, settings_that_differ
+
+    differing = settings_that_differ(*documents)
+    if differing and not force:
+        name, old, new = differing[0]
+        raise UsageError(f"{name} is {old} in {before} and {new} in {after}; measure alike, or use --force")
+
+    report, tripped = compare_report(
+        documents[0], documents[1], (str(before), str(after)), None if fail_on is None else fail_on / 100
+    )
+    common.emit(report, form)
+    if tripped:
+        common.say(f"a row is slower by more than {fail_on} % beyond doubt, or is no longer measured")
+    return 5 if tripped else 0
