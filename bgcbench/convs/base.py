@@ -136,7 +136,7 @@ class VariantConv2d(nn.Module, ABC):
             'copy'           what the paper does: weights are copied (BGC: the construction in the proof of Thm 3.6)
             'white'          the closed-form optimum for uncorrelated inputs of equal power
             'least_squares'  the optimum for inputs with ``second_moment`` E[u u^T] (nK, nK), u the patch vector in
-                             ``torch.nn.functional.unfold``'s order (see theory.leastsquares.patch_second_moment);
+                             ``torch.nn.functional.unfold``'s order (see theory.moments.patch_second_moment);
                              ``ridge`` >= 0 pulls it towards 'white'
 
         Raises ShapeError where shapes do not fit and UsageError for an unknown projection, for

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from bgcbench.errors import ResultFileError, ShapeError, UsageError
+from bgcbench.experiments.config import RunConfig
 from bgcbench.measure.counts import count
 from bgcbench.measure.timing import Rules
 from bgcbench.results import Json
@@ -28,58 +28,40 @@ from bgcbench.specs import (
     ConvSpec,
     check_choice,
     check_on_cpu,
-    check_positive,
     unfit,
 )
 from bgcbench.theory import paper
 
-if TYPE_CHECKING:
-    from typing_extensions import Self
-
 # Fields that only say which rows there are: a resumed run may add to them.
-GRID_FIELDS = ("variants", "groups", "algorithm", "reference", "skip_invalid", "layers")
+GRID_FIELDS = ("variants", "groups", "algorithm", "reference", "skip_invalid", "layers", "inputs")
 
 
 @dataclass(frozen=True)
-class MeasureConfig:
+class MeasureConfig(RunConfig):
     """What every ``profile`` run depends on, of a layer or of a network; valid once constructed.
 
     Raises UsageError or ShapeError. None stands for a default that depends on the device.
     """
 
-    variants: tuple[str, ...] = ("standard", "gc", "bgc")
     groups: tuple[int, ...] = paper.GROUPS
     batch: int = 1
-    precision: str = "fp32"
     layout: str = "nchw"
     mode: str = "eager"
     algorithm: str = "auto"
     phases: tuple[str, ...] = ("fwd",)
     input_grad: bool = True
     cache: str | None = None
-    device: str = "auto"
-    threads: int | None = None
-    seed: int = 0
     max_time_s: float | None = None
-    quick: bool = False
     reference: bool = True
-    skip_invalid: bool = False
 
     SIZES: ClassVar[tuple[str, ...]] = ("batch",)
     PHASES: ClassVar[tuple[str, ...]] = PHASES
 
     def __post_init__(self) -> None:
-        for name in self.variants:
-            check_choice("variant", name, VARIANTS)
-        for what, values in (("variants", self.variants), ("groups", self.groups), ("phases", self.phases)):
-            if not values:
-                raise UsageError(f"--{what} is empty; name at least one")
-        for value in self.groups:
-            check_positive("groups", value)
-        for name in self.SIZES:
-            check_positive(name, getattr(self, name))
+        super().__post_init__()
+        if not self.phases:
+            raise UsageError("--phases is empty; name at least one")
         choices: tuple[tuple[str, str | None, Iterable[str]], ...] = (
-            ("precision", self.precision, PRECISIONS),
             ("layout", self.layout, LAYOUTS),
             ("mode", self.mode, MODES),
             ("algorithm", self.algorithm, ("auto", "all", *ALGORITHMS)),
@@ -93,33 +75,12 @@ class MeasureConfig:
 
     def _check_measurement(self) -> None:
         """Values and combinations that have no meaning whatever the device is."""
-        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
-            raise UsageError(f"unknown device '{self.device}': choose from auto, cpu, cuda, cuda:K")
-        if self.threads is not None:
-            check_positive("threads", self.threads)
-        if self.seed < 0:
-            raise UsageError(f"--seed {self.seed} must be 0 or positive")
         if self.max_time_s is not None and not 0 < self.max_time_s < float("inf"):
             raise UsageError(f"--max-time {self.max_time_s} must be a positive number of seconds")
         if not self.input_grad and self.phases == ("fwd",):
             raise UsageError("--no-input-grad changes the backward pass, and --phases fwd has none")
         if self.device == "cpu":
             check_on_cpu(self.precision, self.mode)
-
-    @classmethod
-    def from_json(cls, stored: Mapping[str, Any]) -> Self:
-        """The configuration that a result file holds."""
-        known = {f.name for f in dataclasses.fields(cls)}
-        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items() if k in known}
-        return cls(**values)
-
-    def to_json(self) -> Json:
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
-
-    @property
-    def what(self) -> str:
-        """The workload in a file name."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -143,7 +104,7 @@ class ProfileConfig(MeasureConfig):
         return f"conv{self.in_channels}x{self.out_channels}k{self.kernel}-{self.precision}-{self.layout}"
 
 
-def check_same_workload(stored: Mapping[str, Any], config: MeasureConfig, name: str) -> None:
+def check_same_workload(stored: Mapping[str, Any], config: RunConfig, name: str) -> None:
     """Raise ResultFileError if ``config`` measures something else than the run in file ``name`` did."""
     for field_name, value in config.to_json().items():
         if field_name in GRID_FIELDS or field_name == "device" or stored.get(field_name) == value:

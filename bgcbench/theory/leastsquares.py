@@ -13,29 +13,6 @@ from torch import Tensor
 from bgcbench.errors import ShapeError, UsageError
 
 
-def patch_second_moment(
-    x: Tensor,
-    kernel_size: tuple[int, int],
-    *,
-    stride: tuple[int, int] = (1, 1),
-    padding: tuple[int, int] = (0, 0),
-    dilation: tuple[int, int] = (1, 1),
-) -> Tensor:
-    """C = E[u u^T] over all patches of ``x`` (B, n, H, W), as (nK, nK) in float64.
-
-    One image at a time: the whole set's im2col matrix is never formed. The moment is about zero, not centred.
-    """
-    if x.shape[0] == 0:
-        raise ShapeError("the second moment of 0 images is undefined; pass at least one")
-    size = x.shape[1] * kernel_size[0] * kernel_size[1]
-    total, count = torch.zeros(size, size, dtype=torch.float64, device=x.device), 0
-    for image in x.detach().split(1):
-        patches = torch.nn.functional.unfold(image.double(), kernel_size, dilation, padding, stride)[0]  # (nK, D)
-        total.addmm_(patches, patches.T)
-        count += patches.shape[1]
-    return total / count
-
-
 def check_second_moment(second_moment: Tensor, weight: Tensor) -> Tensor:
     """``second_moment`` in float64 on the weight's device; raises unless it is (nK, nK) for ``weight``."""
     size = weight[0].numel()

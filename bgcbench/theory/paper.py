@@ -1,4 +1,4 @@
-"""The figures that Lee, Park & Lee print for one layer (Tables 3 and 4), in SI units."""
+"""The figures that Lee, Park & Lee print: one layer (Tables 3 and 4) in SI units, and section 5.1."""
 
 from __future__ import annotations
 
@@ -25,6 +25,12 @@ DEVICE = "RTX 3090"
 # widest 3x3 has 512 channels; wide_resnet50_2 has this one.)
 WORKLOAD = {"in_channels": 1024, "out_channels": 1024, "kernel": 3, "stride": 1, "batch": 128, "height": 7, "width": 7}
 GROUPS = (2, 4, 8, 16)
+
+# Section 5.1: 1-D convolutions, n = m, K = 3; the number of samples S and the length of the signals are not stated.
+FIGURE_CHANNELS = 256
+FIGURE_GROUPS = (4, 8, 16, 32, 64)
+FIGURE_CEILING = 3.83e-3  # printed bound on every Rel.E / (1 - 1/N)^p
+FIGURE_SLOPES = {"gc": 1, "bgc": 2}  # as the text reads them off Figure 1
 
 
 def _printed(time_ms: float, memory_mib: float, error: float) -> Printed:

@@ -15,7 +15,7 @@ from bgcbench.convs.lgc import LearnedGroupConv2d
 from bgcbench.errors import ShapeError, UsageError
 from bgcbench.measure.counts import count
 from bgcbench.specs import VARIANTS, ConvSpec
-from bgcbench.theory.leastsquares import patch_second_moment
+from bgcbench.theory.moments import patch_second_moment
 
 FORMS = [(name, form) for name in CONVS for form in VARIANTS[name].algorithms]
 SHAPES = [

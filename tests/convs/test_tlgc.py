@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bgcbench.convs.tlgc import TwoLevelGroupConv2d, white_optimum
-from bgcbench.theory.leastsquares import patch_second_moment
+from bgcbench.theory.moments import patch_second_moment
 
 
 @pytest.mark.parametrize(("n", "m", "kernel", "groups"), [(8, 12, 3, 4), (24, 8, 1, 2), (16, 48, (3, 1), 8)])

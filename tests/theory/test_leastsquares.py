@@ -3,27 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bgcbench.errors import ShapeError, UsageError
-from bgcbench.theory.leastsquares import patch_second_moment, shrink_to_white, solve_normal
-
-
-def test_the_second_moment_is_the_mean_of_outer_products_of_patches() -> None:
-    x = torch.randn(2, 3, 4, 4, dtype=torch.float64)
-    patches = torch.nn.functional.unfold(x, 2, stride=2)  # (2, 12, 4)
-    expected = sum(torch.outer(patches[b, :, d], patches[b, :, d]) for b in range(2) for d in range(4)) / 8
-    torch.testing.assert_close(patch_second_moment(x, (2, 2), stride=(2, 2)), expected)
-
-
-def test_a_patch_and_a_kernel_are_flattened_in_the_same_order() -> None:
-    x, weight = (torch.randn(s, dtype=torch.float64) for s in ((1, 3, 3, 3), (2, 3, 3, 3)))
-    moment = patch_second_moment(x, (3, 3))
-    y = torch.nn.functional.conv2d(x, weight).flatten()
-    torch.testing.assert_close((weight.flatten(1) @ moment @ weight.flatten(1).T).diagonal(), y.square())
-
-
-def test_no_images_have_no_second_moment() -> None:
-    with pytest.raises(ShapeError, match="at least one"):
-        patch_second_moment(torch.empty(0, 3, 4, 4), (1, 1))
+from bgcbench.errors import UsageError
+from bgcbench.theory.leastsquares import shrink_to_white, solve_normal
 
 
 def test_dependent_regressors_give_the_solution_of_least_norm() -> None:

@@ -1,0 +1,218 @@
+"""``bgcbench approx``: how well a variant can stand in for standard convolutions (section 5.1 of Lee, Park & Lee).
+
+The configuration and the plan are pure Python; :mod:`bgcbench.experiments.approx_run` computes them. The same question
+asked of a real network is :mod:`bgcbench.experiments.approx_network`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+from bgcbench.errors import ShapeError, UsageError
+from bgcbench.experiments.config import RunConfig
+from bgcbench.measure.counts import count
+from bgcbench.results import Json
+from bgcbench.specs import VARIANTS, ConvSpec, Pair, unfit
+from bgcbench.theory import paper
+from bgcbench.theory.inputs import InputLaw
+
+# How each variant's least error is found. Of the linear ones it is solved for all convolutions at once; of the others
+# each convolution is solved by itself, from the closed form or search on white input.
+LINEAR = ("gc", "shuffle", "bgc")
+METHODS = {
+    "standard": "exact",
+    "gc": "schur",
+    "shuffle": "schur",
+    "bgc": "schur",
+    "tlgc": "als",
+    "flgc": "partition-search",
+    "lgc": "column-search",
+}
+FEW_ROWS = 10  # rows an unknown below which the in-sample error is low by more than a tenth
+QUICK_SAMPLES = 64
+
+
+@dataclass(frozen=True)
+class ApproxConfig(RunConfig):
+    """Sampled convolutions on random inputs; without a shape section 5.1 of the paper. Valid once constructed.
+
+    dims: 1 or 2; kernel and length are those of one axis, padded by (kernel - 1) // 2. inputs: laws of
+    :mod:`bgcbench.theory.inputs`. samples: S convolutions and S inputs (5.1). search_samples: of the convolutions, how
+    many the variants that are not linear are solved for, each by itself.
+    Raises UsageError for a precision below fp32 (moments need it), ShapeError where the input leaves no output.
+    """
+
+    variants: tuple[str, ...] = ("gc", "bgc")
+    groups: tuple[int, ...] = paper.FIGURE_GROUPS
+    precision: str = "fp64"
+    in_channels: int = paper.FIGURE_CHANNELS
+    out_channels: int = paper.FIGURE_CHANNELS
+    kernel: int = 3
+    dims: int = 1
+    length: int = 32
+    stride: int = 1
+    inputs: tuple[str, ...] = ("normal", "uniform")
+    samples: int | None = None
+    search_samples: int = 4
+
+    PRECISIONS: ClassVar[tuple[str, ...]] = ("fp64", "fp32")
+    SIZES: ClassVar[tuple[str, ...]] = ("in_channels", "out_channels", "kernel", "length", "stride", "search_samples")
+
+    def __post_init__(self) -> None:
+        if self.samples is None:
+            object.__setattr__(self, "samples", QUICK_SAMPLES if self.quick else 1000)
+        super().__post_init__()
+        if self.dims not in (1, 2):
+            raise UsageError(f"--dims {self.dims} must be 1 or 2")
+        if not self.inputs:
+            raise UsageError("--input is empty; name at least one")
+        # Under their canonical names, so that normal:0.50 and normal:0.5 are one row.
+        object.__setattr__(self, "inputs", tuple(dict.fromkeys(law.name for law in self.laws)))
+        if self.number < 1:
+            raise UsageError(f"--samples {self.samples} must be a whole number of at least 1")
+        self.spec("standard", 1).output_size(*self.size)
+
+    @property
+    def number(self) -> int:
+        """S, resolved."""
+        return self.samples or 0
+
+    @property
+    def laws(self) -> tuple[InputLaw, ...]:
+        """The input laws."""
+        return tuple(InputLaw.parse(name) for name in self.inputs)
+
+    @property
+    def size(self) -> Pair:
+        """(height, width) of an input; a row of values is an image one pixel high."""
+        return (1 if self.dims == 1 else self.length), self.length
+
+    def spec(self, variant: str, groups: int) -> ConvSpec:
+        """The layer of a row, a 1-D kernel being (1, k). Raises ShapeError for an N that does not divide."""
+        pad = (self.kernel - 1) // 2
+        kernel, stride, padding = (
+            ((1, self.kernel), (1, self.stride), (0, pad))
+            if self.dims == 1
+            else ((self.kernel,) * 2, (self.stride,) * 2, (pad, pad))
+        )
+        return ConvSpec(
+            variant, self.in_channels, self.out_channels, kernel, stride, padding, groups=groups, bias=False
+        )
+
+    @property
+    def rows_of_data(self) -> int:
+        """S D: positions that each least-squares problem sees."""
+        height, width = self.spec("standard", 1).output_size(*self.size)
+        return self.number * height * width
+
+    @property
+    def what(self) -> str:
+        """The workload in a file name."""
+        return f"conv{self.dims}d-{self.in_channels}x{self.out_channels}k{self.kernel}-{self.precision}"
+
+
+@dataclass(frozen=True)
+class ApproxRow:
+    """One row to compute: its stable key, its parameters, and why it cannot be."""
+
+    key: str
+    params: Json
+    law: InputLaw
+    invalid: str | None = None
+
+    @property
+    def variant(self) -> str:
+        return str(self.params["variant"])
+
+    @property
+    def groups(self) -> int:
+        return int(self.params["groups"])
+
+
+def plan(config: ApproxConfig) -> list[ApproxRow]:
+    """The rows of ``config``: by input, then N, in the order of the variants.
+
+    N = 1 of any variant is the standard convolution and is one row. Raises ShapeError naming every N that does not
+    divide the channels unless ``skip_invalid``, UsageError where there are fewer data than unknowns.
+    """
+    rows = [_row(config, law, variant, groups) for law in config.laws for variant, groups in wanted(config)]
+    offenders = list(dict.fromkeys(row.invalid for row in rows if row.invalid))
+    if offenders and not config.skip_invalid:
+        raise ShapeError("; ".join(offenders) + "; drop these groups or use --skip-invalid")
+    valid = [row for row in rows if not row.invalid]
+    if not valid:
+        raise UsageError("nothing to compute: --groups and --variants leave no valid row")
+    worst = max(valid, key=lambda row: unknowns(config, row.variant, row.groups))
+    needed = unknowns(config, worst.variant, worst.groups)
+    if config.rows_of_data < needed:
+        least = -(-needed * config.number // config.rows_of_data)
+        raise UsageError(
+            f"--samples {config.number} gives {config.rows_of_data} positions for {needed} unknowns an output of "
+            f"{VARIANTS[worst.variant].label} N={worst.groups}: fewer than one, so any error could be fitted away; use "
+            f"at least {least}, or {10 * least} for an error that is low by less than a tenth, or larger N"
+        )
+    return rows
+
+
+def wanted(config: ApproxConfig) -> Iterator[tuple[str, int]]:
+    """(variant, N) of every row of one input."""
+    if "standard" in config.variants or 1 in config.groups:
+        yield "standard", 1
+    for groups in sorted(set(config.groups) - {1}):
+        yield from ((name, groups) for name in VARIANTS if name in config.variants and name != "standard")
+
+
+def unknowns(config: ApproxConfig, variant: str, groups: int) -> int:
+    """p: free numbers that one output's least squares fits, what the in-sample error is low by: 1 - p / (S D)."""
+    if variant == "standard":
+        return 0
+    own = config.spec("standard", 1).kernel_positions * config.in_channels // groups
+    return {"bgc": 2 * own, "tlgc": own + groups}.get(variant, own)
+
+
+def few_rows(config: ApproxConfig, rows: list[ApproxRow]) -> list[str]:
+    """A warning where some row has fewer than ten data an unknown."""
+    scarce = [
+        (config.rows_of_data / p, row)
+        for row in rows
+        if not row.invalid and (p := unknowns(config, row.variant, row.groups)) > config.rows_of_data / FEW_ROWS
+    ]
+    if not scarce:
+        return []
+    share, row = min(scarce, key=lambda pair: pair[0])
+    return [
+        f"only {share:.1f} data an unknown for {VARIANTS[row.variant].label} N={row.groups}: its error within the "
+        f"sample is low by a factor of about {1 - 1 / share:.2f}, and others by less; use more --samples"
+    ]
+
+
+def _row(config: ApproxConfig, law: InputLaw, variant: str, groups: int) -> ApproxRow:
+    params: Json = {
+        "variant": variant,
+        "groups": groups,
+        **{
+            name: getattr(config, name)
+            for name in ("in_channels", "out_channels", "kernel", "dims", "length", "stride")
+        },
+        "input": law.name,
+        "samples": config.samples,
+        "convolutions": config.samples
+        if variant in ("standard", *LINEAR)
+        else min(config.search_samples, config.number),
+        "solver": METHODS[variant],
+        "precision": config.precision,
+    }
+    shape = f"{config.in_channels}x{config.out_channels}-k{config.kernel}-d{config.dims}-l{config.length}"
+    key = f"{variant}-n{groups}-{shape}-s{config.stride}-{law.name}-S{config.samples}-{config.precision}"
+    return ApproxRow(key, params, law, unfit(variant, config.in_channels, config.out_channels, groups))
+
+
+def counts_of(config: ApproxConfig, variant: str, groups: int) -> Json:
+    """Parameters and multiply-adds of a row's layer, as in ``profile``."""
+    return count(config.spec(variant, groups), *config.size).to_json()
+
+
+# Both are section 5.1 as the defaults have it; they differ in the picture that is drawn.
+PRESETS = ("figure1", "figure2")
