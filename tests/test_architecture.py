@@ -18,14 +18,19 @@ ALLOWED = {
     "theory": {"errors", "specs"},
     "convs": {"errors", "specs", "measure", "theory"},
     "models": {"errors", "specs"},
+    "data": {"errors", "specs"},
+    "activations": {"errors", "specs", "measure", "theory", "convs", "convert"},
     "convert": {"errors", "specs", "measure", "convs", "models"},
     "results": {"errors", "specs"},
     "report": {"errors", "specs", "measure", "theory", "results"},
-    "experiments": {"errors", "specs", "measure", "theory", "convs", "models", "convert", "results"},
+    "plots": {"errors", "specs", "theory", "results"},
+    "experiments": {
+        "errors", "specs", "measure", "theory", "convs", "models", "data", "convert", "activations", "results",
+    },
     "interrupts": set(),
-    "cli": {"errors", "specs", "measure", "theory", "experiments", "results", "report", "interrupts"},
+    "cli": {"errors", "specs", "measure", "theory", "experiments", "results", "report", "plots", "interrupts"},
     "__main__": {"cli"},
-    "__init__": {"convert", "convs", "errors", "models", "specs"},
+    "__init__": {"activations", "convert", "convs", "errors", "models", "specs"},
 }
 MONOPOLIES = {
     "triton": {"kernels"},
@@ -34,6 +39,8 @@ MONOPOLIES = {
     "typer": {"cli"},
     "rich": {"cli", "report"},
     "matplotlib": {"plots"},
+    "PIL": {"data"},
+    "sklearn": {"data"},
     "psutil": {"measure"},
     "jsonschema": {"results"},
 }

@@ -1,0 +1,54 @@
+"""What every source of images offers: a number of them, and seeded batches of them as a network takes them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bgcbench.specs import Pair, check_positive
+
+Channels = tuple[float, float, float]  # a number for red, green and blue
+
+
+@dataclass(frozen=True)
+class Images(ABC):
+    """Images of one size.
+
+    name: for tables and file names. size: (height, width) in px. num_classes: None where they have no labels. mean,
+    std: of the channels with 0 as black and 1 as white; a batch is (image - mean) / std. ``len`` is the number of
+    images that may be drawn: those of the training split where there is one.
+    """
+
+    name: str
+    size: Pair
+    num_classes: int | None
+    mean: Channels
+    std: Channels
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def read(self, chosen: Sequence[int]) -> Tensor:
+        """The images numbered ``chosen`` (each below ``len``) as (B, 3, h, w) in uint8, 0 to 255, on the CPU."""
+
+    def batches(self, count: int, batch: int, seed: int) -> Iterator[Tensor]:
+        """``count`` images (all where there are fewer), none twice, in batches of at most ``batch`` images.
+
+        Each batch is (B, 3, h, w) in fp32, normalised, on the CPU. Which images come, and in which order, follows from
+        ``seed`` and ``len`` alone; fewer images with the same seed are the first of more. The global random state is
+        not touched. Raises ShapeError for a count or batch below 1, UsageError (while iterating) for an image that
+        cannot be read.
+        """
+        check_positive("count", count)
+        check_positive("batch", batch)
+        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))[:count].tolist()
+        return (self._normalised(order[start : start + batch]) for start in range(0, len(order), batch))
+
+    def _normalised(self, chosen: Sequence[int]) -> Tensor:
+        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (self.mean, self.std))
+        return self.read(chosen).to(torch.float32).div_(255).sub_(mean).div_(std)

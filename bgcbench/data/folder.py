@@ -1,0 +1,124 @@
+"""Any folder of images, prepared as the networks trained on ImageNet expect them."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import functional as image_ops
+
+from bgcbench.data.base import Images
+from bgcbench.errors import UsageError
+from bgcbench.specs import Pair, as_pair
+
+DEFAULT_SIZE = (224, 224)
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+_BEFORE_CROP, _CROP = 256, 224  # images are resized to 256/224 of what is cut out of them
+_DEEP_MODES = ("I", "F")  # Pillow's modes of more than 8 bits a channel, which it clips instead of scaling
+
+
+@dataclass(frozen=True)
+class Folder(Images):
+    """The images below ``root``. files: their paths relative to it, with forward slashes, sorted."""
+
+    root: Path
+    files: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def read(self, chosen: Sequence[int]) -> Tensor:
+        return torch.stack([load_image(self.root / self.files[number], self.size) for number in chosen])
+
+
+def open_folder(path: str, size: Pair | None = None) -> Folder:
+    """The images in ``path`` and its subfolders, or in its subfolder ``train`` where it has one.
+
+    An image is a file with one of torchvision's IMG_EXTENSIONS, in either case; what starts with a dot is skipped.
+    size: (height, width) in px, by default 224 x 224. Raises UsageError for a path that is no folder, or that has no
+    images or cannot be listed.
+    """
+    given = Path(path)
+    if not os.path.exists(given):
+        raise UsageError(f"{path} is not there; give the path of a folder of images")
+    if not os.path.isdir(given):
+        raise UsageError(f"{path} is a file, not a folder of images; give the folder it is in")
+    root = given / "train" if os.path.isdir(given / "train") else given
+    files = _image_files(root)
+    if not files:
+        raise UsageError(
+            f"{root} has no images, in its subfolders neither; looked for files ending in {', '.join(IMG_EXTENSIONS)}"
+        )
+    pair = as_pair("size", size or DEFAULT_SIZE)
+    # abspath, because '.' has no name and a symbolic link keeps its own
+    name = Path(os.path.abspath(given)).name or "root"
+    return Folder(name, pair, None, IMAGENET_MEAN, IMAGENET_STD, root, files)
+
+
+def _image_files(root: Path) -> tuple[str, ...]:
+    def refuse(problem: OSError) -> None:
+        raise UsageError(f"{problem.filename} cannot be listed ({problem.strerror}); make it readable") from problem
+
+    found: list[str] = []
+    seen: set[str] = set()
+    for folder, inside, files in os.walk(root, onerror=refuse, followlinks=True):
+        # A link that leads back up would be followed for ever.
+        real = os.path.realpath(folder)
+        inside[:] = [] if real in seen else sorted(name for name in inside if not name.startswith("."))
+        if real not in seen:
+            found += [
+                Path(folder, name).relative_to(root).as_posix()
+                for name in files
+                if name.lower().endswith(IMG_EXTENSIONS) and not name.startswith(".")
+            ]
+        seen.add(real)
+    return tuple(sorted(found))
+
+
+def load_image(path: Path, size: Pair) -> Tensor:
+    """The image as (3, height, width) in uint8, 0 to 255: resized until it covers 256/224 of ``size``, then cut out.
+
+    With a square ``size`` the short side becomes 256/224 of it, as in torchvision's evaluation of its networks: RGB
+    without transparency, bilinear with antialiasing, the centre, no turning by EXIF. Raises UsageError, naming the
+    file, for one that cannot be read, is truncated, or has more than 8 bits a channel.
+    """
+    try:
+        with warnings.catch_warnings(), Image.open(path) as image:
+            warnings.simplefilter("ignore")  # Pillow's about palettes and large images: neither changes the result
+            deep = image.mode.split(";")[0] in _DEEP_MODES
+            rgb = image.convert("RGB")
+    except Exception as problem:  # Pillow's decoders raise anything on a damaged file
+        raise UsageError(f"{path} cannot be read as an image ({_reason(problem)}); repair or remove it") from problem
+    if deep:
+        raise UsageError(f"{path} has more than 8 bits a channel, which would be clipped; convert it to 8 bits")
+    resized = image_ops.resize(
+        rgb, _covering(rgb.height, rgb.width, size), interpolation=InterpolationMode.BILINEAR, antialias=True
+    )
+    pixels: Tensor = image_ops.pil_to_tensor(image_ops.center_crop(resized, list(size)))
+    return pixels
+
+
+def _covering(height: int, width: int, size: Pair) -> list[int]:
+    """[height, width] of an image scaled, keeping its proportions, until it just covers 256/224 of ``size``."""
+    high, wide = (round(side * _BEFORE_CROP / _CROP) for side in size)
+    if high * width >= wide * height:  # the height is what limits
+        return [high, high * width // height]
+    return [wide * height // width, wide]
+
+
+def _reason(problem: Exception) -> str:
+    if isinstance(problem, OSError) and problem.strerror:
+        return problem.strerror
+    if isinstance(problem, UnidentifiedImageError):
+        return "no image format that Pillow knows"
+    return (str(problem) or type(problem).__name__).splitlines()[0][:120]
