@@ -208,9 +208,7 @@ def convert(
     _divide(convs, variant, groups, on_indivisible)
     chosen = [conv for conv in convs if conv.reason is None]
     if not chosen and groups > 1 and variant != "standard":
-        reasons = ", ".join(f"{conv.name}: {conv.reason}" for conv in convs[:8]) or "it has no convolution"
-        more = f", and {len(convs) - 8} more" if len(convs) > 8 else ""
-        raise UsageError(f"nothing to replace with where='{where}' ({reasons}{more}); name convolutions with include")
+        raise UsageError(_nothing(convs, where))
 
     def recorded() -> Record:
         return Record(
@@ -236,6 +234,47 @@ def convert(
         record = recorded()
     target = model if inplace else _copied(model)
     return Converted(replay(target, record), record)
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The convolutions of a network that :func:`convert` would replace, in the order of execution, and the others."""
+
+    chosen: tuple[Replaced, ...]
+    kept: tuple[Kept, ...]
+    notes: tuple[str, ...]
+
+
+def candidates(
+    model: nn.Module,
+    *,
+    where: str = "auto",
+    include: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] | None = None,
+    example_input: Tensor | Size | None = None,
+) -> Candidates:
+    """What :func:`convert` with these options would replace, before any N is asked for (``groups`` is 1 in each).
+
+    Raises UsageError for an unknown option or pattern and where nothing can be replaced.
+    """
+    check_choice("where", where, WHERE)
+    _check_wrapper(model)
+    found, notes = _look(model, _checked_example(example_input))
+    convs = _collect(model, found)
+    _decide(model, convs, found, where, _patterns(include), _patterns(exclude))
+    chosen = [conv for conv in convs if conv.reason is None]
+    if not chosen:
+        raise UsageError(_nothing(convs, where))
+    for conv in chosen:
+        conv.groups = 1
+    kept = tuple(Kept(conv.name, conv.reason) for conv in convs if conv.reason is not None)
+    return Candidates(tuple(_describe(conv) for conv in chosen), kept, tuple(notes))
+
+
+def _nothing(convs: Sequence[_Conv], where: str) -> str:
+    reasons = ", ".join(f"{conv.name}: {conv.reason}" for conv in convs[:8]) or "it has no convolution"
+    more = f", and {len(convs) - 8} more" if len(convs) > 8 else ""
+    return f"nothing to replace with where='{where}' ({reasons}{more}); name convolutions with include"
 
 
 def _check_options(variant: str, groups: int, where: str, init: str, on_indivisible: str, algorithm: str) -> None:

@@ -6,7 +6,7 @@ import dataclasses
 import os
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -71,6 +71,46 @@ class Output:
     replace: bool
     form: str
     quiet: bool
+    resumes: bool = False
+    plot: Path | None = None
+
+    @classmethod
+    def asked(
+        cls, out: str | None, form: str, *, force: bool, resume: Path | None, quiet: bool, plot: Path | None = None
+    ) -> Output:
+        """What --out, --format, --force, --resume, --quiet and --plot ask for; raises UsageError for contradictions."""
+        check_format(form)
+        if resume is not None and (out is not None or force):
+            raise UsageError("--resume writes to the file it continues; leave --out and --force out")
+        if force and out in (None, "-") and plot is None:
+            raise UsageError("--force replaces an existing --out file; name one with --out, or leave --force out")
+        if out == "-" and form not in ("auto", "json"):
+            raise UsageError(f"--out - prints JSON, not {form}; leave --format out, or write to a file")
+        path = resume or (Path(out) if out not in (None, "-") else None)
+        shown = "json" if out == "-" else form
+        return cls(path, out == "-", force or resume is not None, shown, quiet, resume is not None, plot)
+
+    def stored(self) -> dict[str, Any] | None:
+        """The document that a run is to continue, or None."""
+        from bgcbench.results import read
+
+        return read(self.path) if self.resumes and self.path is not None else None
+
+    def probe(self, *, dry_run: bool) -> None:
+        """Raise OutputError now where a file could not be written in the end; a dry run writes none."""
+        from bgcbench.results import ResultWriter
+
+        if self.plot is not None:
+            from bgcbench.plots import check_plot
+
+            check_plot(self.plot, replace=self.replace or dry_run)
+        if self.path is not None and not dry_run:
+            ResultWriter(self.path).probe(replace=self.replace)
+
+    @property
+    def destination(self) -> str:
+        """Where the result goes, in words."""
+        return f"result file: {self.path}" if self.path else "result: stdout"
 
     def named(self, command: str, what: str, environment: Mapping[str, Any]) -> Output:
         """This with a path of our own making where none was given; it needs the device's name."""
@@ -81,17 +121,6 @@ class Output:
         device = environment["device"]
         name = "cpu" if device["type"] == "cpu" else device["name"]
         return dataclasses.replace(self, path=default_path(command, what, name))
-
-
-def check_output(out: str | None, form: str, *, force: bool, resume: Path | None) -> None:
-    """Refuse output options that contradict one another or would do nothing."""
-    check_format(form)
-    if resume is not None and (out is not None or force):
-        raise UsageError("--resume writes to the file it continues; leave --out and --force out")
-    if force and out in (None, "-"):
-        raise UsageError("--force replaces an existing --out file; name one with --out, or leave --force out")
-    if out == "-" and form not in ("auto", "json"):
-        raise UsageError(f"--out - prints JSON, not {form}; leave --format out, or write to a file")
 
 
 def check_format(form: str) -> None:
@@ -159,6 +188,31 @@ def stdout(report: Report) -> Console:
 def say(message: str) -> None:
     """Print a line on stderr."""
     print(message, file=sys.stderr, flush=True)
+
+
+def draw(document: dict[str, Any], path: Path, picture: str | None) -> None:
+    """Draw a result document; raises UsageError without matplotlib, OutputError where the file cannot be written."""
+    from bgcbench.plots import draw as draw_plot
+
+    draw_plot(document, path, picture)
+
+
+def followed(steps: Iterator[tuple[str, float | None]], *, quiet: bool) -> Iterator[None]:
+    """Go through ``steps`` (what is done, and the share that is), with a bar on a terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    if quiet or not console.is_terminal:
+        for _ in steps:
+            yield
+        return
+    columns = TextColumn("{task.description}"), BarColumn(bar_width=16), TimeElapsedColumn()
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("starting", total=None)
+        for doing, done in steps:
+            bar.update(task, description=doing, total=None if done is None else 1.0, completed=done or 0.0)
+            yield
 
 
 def closing(writer: ResultWriter | None, interrupts: Interrupts, done: int, planned: int, *, quiet: bool) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,9 +17,6 @@ if TYPE_CHECKING:
     from bgcbench.experiments.profile_run import ProfileRun, Session, Subject, Update
     from bgcbench.interrupts import Interrupts
     from bgcbench.results import ResultWriter
-
-# Fields of a configuration that another option fills.
-_OPTIONS = {"num_classes": "classes", "in_channels": "channels", "out_channels": "channels"}
 
 
 @app.command(short_help="Measure what convolution variants cost here.")
@@ -258,21 +254,13 @@ def profile(
     }
     given = {name: value for name, value in given.items() if value is not None}
     _check_preset(preset, {"channels": channels, **shape, "model": model})
-    common.check_output(out, form, force=force, resume=resume)
+    output = Output.asked(out, form, force=force, resume=resume, quiet=quiet)
     if no_reference and ((groups is not None and 1 in given["groups"]) or "standard" in (variants or "").split(",")):
         raise UsageError("--no-reference leaves the standard convolution out, and it is asked for; drop one of the two")
-    stored = None if resume is None else results.read(resume)
-    config = _fresh(given) if stored is None else _resumed(stored, given, str(resume))
+    stored = output.stored()
+    config = _configuration(given, stored, str(resume))
     rows = _layer_plan(config)
-    output = Output(
-        path=resume or (Path(out) if out not in (None, "-") else None),
-        to_stdout=out == "-",
-        replace=force or resume is not None,
-        form="json" if out == "-" else form,
-        quiet=quiet,
-    )
-    if output.path is not None and not dry_run:
-        results.ResultWriter(output.path).probe(replace=output.replace)
+    output.probe(dry_run=dry_run)
     with Interrupts() as interrupts:
         from bgcbench.experiments.profile_run import open_session  # torch, and what needs it
 
@@ -310,21 +298,16 @@ def _check_preset(preset: str | None, shape: dict[str, Any]) -> None:
         raise UsageError(f"--preset {preset} fixes the layer, and --{fixed[0]} {how}; leave one of them out")
 
 
-def _fresh(given: dict[str, Any]) -> MeasureConfig:
-    """The configuration of a new run: of a network where --model is given, else of a layer."""
+def _configuration(given: dict[str, Any], stored: dict[str, Any] | None, name: str) -> MeasureConfig:
+    """What to measure: as asked, or what file ``name`` holds with what is asked for added."""
+    from bgcbench.cli.settings import fresh, resumed
     from bgcbench.experiments.network import NetworkConfig
     from bgcbench.experiments.profile import ProfileConfig
 
-    kind: type[MeasureConfig] = NetworkConfig if "model" in given else ProfileConfig
-    for name in given:
-        if name not in {field.name for field in dataclasses.fields(kind)}:
-            why = (
-                "describes a layer, and --model a network; leave one of them out"
-                if "model" in given
-                else "is for a network; name it with --model, or leave the option out"
-            )
-            raise UsageError(f"--{_OPTIONS.get(name, name).replace('_', '-')} {why}")
-    return kind(**given)
+    layer: type[MeasureConfig] = ProfileConfig
+    if stored is None:
+        return fresh(given, layer, NetworkConfig)
+    return resumed(stored, given, name, "profile", layer, NetworkConfig)
 
 
 def _layer_plan(config: MeasureConfig) -> list[PlannedRow]:
@@ -348,29 +331,6 @@ def _full_plan(
     from bgcbench.experiments.profile_run import layer_subjects
 
     return rows, layer_subjects(config, rows), []
-
-
-def _resumed(stored: dict[str, Any], given: dict[str, Any], name: str) -> MeasureConfig:
-    """The configuration that continues ``stored``: its own, with a grid that may have grown."""
-    from bgcbench.experiments.network import NetworkConfig
-    from bgcbench.experiments.profile import ProfileConfig, check_same_workload
-    from bgcbench.results import check_command
-
-    check_command(stored, "profile", name)
-    kind: type[MeasureConfig] = NetworkConfig if "model" in stored.get("config", {}) else ProfileConfig
-    base = kind.from_json(stored.get("config", {}))
-    unknown = given.keys() - {field.name for field in dataclasses.fields(kind)}
-    if unknown:
-        option = _OPTIONS.get(min(unknown), min(unknown)).replace("_", "-")
-        raise UsageError(f"--{option} has no meaning for what {name} measures; leave it out")
-    grown: dict[str, Any] = {
-        grid: tuple(dict.fromkeys((*getattr(base, grid), *given[grid])))
-        for grid in ("groups", "variants")
-        if grid in given
-    }
-    config = dataclasses.replace(base, **{**given, **grown})
-    check_same_workload(stored["config"], config, name)
-    return config
 
 
 def _measure(

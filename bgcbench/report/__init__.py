@@ -325,15 +325,20 @@ def _profile_title(document: Json) -> list[str]:
     return lines + run_lines(document)
 
 
-def run_lines(document: Json) -> list[str]:
-    """Under which conditions and where a document was measured."""
-    environment, ceilings = document["environment"], document.get("ceilings")
+def where_line(document: Json) -> str:
+    """On what a document was measured or computed."""
+    environment = document["environment"]
     device = environment["device"]
     where = device["name"] if device["type"] == "cuda" else f"{device['name']}, {environment['cpu']['threads']} threads"
-    settings = document["settings"]
+    return f"{where}; torch {environment['torch']}"
+
+
+def run_lines(document: Json) -> list[str]:
+    """Under which conditions and where a document was measured."""
+    settings, ceilings = document["settings"], document.get("ceilings")
     lines = [
         f"{settings['precision']}, {settings['layout']}, {settings.get('mode', 'eager')}, "
-        f"{settings.get('cache', 'unknown')} cache; {where}; torch {environment['torch']}"
+        f"{settings.get('cache', 'unknown')} cache; {where_line(document)}"
     ]
     if ceilings:
         lines.append(
@@ -580,6 +585,10 @@ def _change_words(ratio: Ratio) -> str:
 
 def document_report(document: Json) -> Report:
     """The report of any result document."""
+    if document["command"] == "approx":
+        from bgcbench.report.approx import approx_report
+
+        return approx_report(document)
     if any("model" in row["params"] for row in document["results"]) or "model" in document.get("config", {}):
         from bgcbench.report.network import network_report
 

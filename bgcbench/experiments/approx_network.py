@@ -1,0 +1,96 @@
+"""``bgcbench approx --model``: what each convolution of a network loses, on the inputs that the network gives it.
+
+The configuration is pure Python; :mod:`bgcbench.experiments.approx_network_run` computes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from bgcbench.errors import UsageError
+from bgcbench.experiments.config import RunConfig
+from bgcbench.specs import WHERE, NetSpec, check_choice
+
+DIGITS_PX = 16  # a side of the digits for networks that are made for small images
+LEAST_IMAGES = 4  # one in four is held out
+
+
+@dataclass(frozen=True)
+class ApproxNetworkConfig(RunConfig):
+    """One network, its weights and the images to calibrate with; valid once constructed.
+
+    weights: a file, 'default' (torchvision's published ones), 'none' (untrained), or None: default where there are any.
+    data: a data set's name or a folder of images. height, width, num_classes, stem_stride: None for the network's own;
+    digits are 16 px high for networks of up to 32 px. where, include, exclude as in :func:`bgcbench.convert`.
+    memory_gib: what the second moments may take at once. Raises UsageError or ShapeError.
+    """
+
+    variants: tuple[str, ...] = ("gc", "bgc")
+    groups: tuple[int, ...] = (2, 4, 8, 16)
+    precision: str = "fp64"
+    model: str = "resnet50"
+    weights: str | None = None
+    data: str = ""
+    height: int | None = None
+    width: int | None = None
+    num_classes: int | None = None
+    stem_stride: int | None = None
+    where: str = "auto"
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    calibration_images: int | None = None
+    batch: int = 32
+    memory_gib: float = 4.0
+
+    PRECISIONS: ClassVar[tuple[str, ...]] = ("fp64",)
+    SIZES: ClassVar[tuple[str, ...]] = ("batch",)
+
+    def __post_init__(self) -> None:
+        if self.calibration_images is None:
+            object.__setattr__(self, "calibration_images", 32 if self.quick else 256)
+        super().__post_init__()
+        check_choice("where", self.where, WHERE)
+        if not self.data:
+            raise UsageError("--model needs images to run: --data digits, or --data FOLDER of images")
+        if self.images < LEAST_IMAGES:
+            raise UsageError(
+                f"--calibration-images {self.calibration_images} must be at least {LEAST_IMAGES}: one in four is held "
+                "out"
+            )
+        if not 0 < self.memory_gib < float("inf"):
+            raise UsageError(f"--memory {self.memory_gib} must be a positive number of GiB")
+        if not set(self.variants) - {"standard"} or not set(self.groups) - {1}:
+            raise UsageError("a standard convolution (N = 1) loses nothing; name another variant and N of 2 or more")
+        spec = self.spec
+        for name in ("height", "width", "num_classes", "stem_stride"):  # written out, so that a file says what ran
+            object.__setattr__(self, name, getattr(spec, name))
+
+    @property
+    def images(self) -> int:
+        """calibration_images, resolved."""
+        return self.calibration_images or 0
+
+    @property
+    def spec(self) -> NetSpec:
+        """The network."""
+        height, width = self.height, self.width
+        own = NetSpec(self.model, self.num_classes, height, width, self.stem_stride)
+        if height is None and self.data == "digits" and own.size[1] <= 32:
+            own = NetSpec(self.model, self.num_classes, DIGITS_PX, DIGITS_PX, self.stem_stride)
+        return own
+
+    @property
+    def cells(self) -> list[tuple[str, int]]:
+        """(variant, N) asked of every layer."""
+        return [
+            (variant, groups)
+            for groups in sorted(set(self.groups) - {1})
+            for variant in self.variants
+            if variant != "standard"
+        ]
+
+    @property
+    def what(self) -> str:
+        """The workload in a file name."""
+        return f"{self.model}-{self.data.rstrip('/').rpartition('/')[2]}"

@@ -1,0 +1,204 @@
+"""Computes the rows of ``bgcbench approx --model``: the network is built, filled with weights and run over images."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bgcbench.activations import Judge, LayerError, check_divisible, kernel_of, moment_bytes, passes, shares, stream
+from bgcbench.convert import Candidates, Replaced, candidates
+from bgcbench.data import Images, open_images
+from bgcbench.errors import UsageError
+from bgcbench.experiments.approx_network import LEAST_IMAGES, ApproxNetworkConfig
+from bgcbench.experiments.approx_run import ApproxSession, Step
+from bgcbench.experiments.profile import row_seed
+from bgcbench.measure.device import backend_state
+from bgcbench.models import build_model
+from bgcbench.models.weights import Loaded, has_default, load_weights
+from bgcbench.results import DONE, Json
+
+UNTRAINED = "no published weights: the network is untrained, and so are its activations; give --weights FILE"
+
+
+@dataclass
+class _Batches:
+    """The calibration images, the same every time they are gone through."""
+
+    images: Images
+    count: int
+    batch: int
+    seed: int
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return self.images.batches(self.count, self.batch, self.seed)
+
+
+@dataclass
+class Prepared:
+    """The network with its weights, the images and the convolutions to look at: everything that can be wrong is known.
+
+    portions: the layers whose moments are held at the same time; each is one run over the images.
+    """
+
+    model: nn.Module
+    loaded: Loaded
+    images: Images
+    layers: Candidates
+    portions: int
+    moment_bytes: int
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def facts(self) -> Json:
+        """What a result file says of the network as a whole."""
+        return {
+            "weights": self.loaded.name,
+            "weights_sha256": self.loaded.sha256,
+            "kept": [dataclasses.asdict(kept) for kept in self.layers.kept],
+            "moments": {"bytes": self.moment_bytes, "passes": self.portions},
+        }
+
+
+def prepare(config: ApproxNetworkConfig) -> Prepared:
+    """Build the network, load its weights, open the images and choose the convolutions.
+
+    Raises UsageError for what is not there or does not fit, ShapeError where N does not divide (unless skip_invalid).
+    """
+    spec = config.spec
+    images = open_images(config.data, (spec.size[1], spec.size[2]))
+    if len(images) < LEAST_IMAGES:
+        raise UsageError(f"--data {config.data} has {len(images)} images; at least {LEAST_IMAGES} are needed")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(row_seed(config.seed, "model"))
+        model = build_model(spec)
+    published = has_default(spec)
+    loaded = load_weights(model, spec, config.weights or ("default" if published else "none"))
+    found = candidates(
+        model, where=config.where, include=config.include, exclude=config.exclude, example_input=spec.size
+    )
+    if not config.skip_invalid:
+        check_divisible(found.chosen, [name for name in config.variants if name != "standard"], config.groups)
+    memory = round(config.memory_gib * 2**30)
+    portions = passes(found.chosen, memory)
+    held = max(sum(moment_bytes(layer) for layer in portion) for portion in portions)
+    warnings = list(found.notes)
+    if config.weights is None and not published:
+        warnings.append(f"{config.model}: {UNTRAINED}")
+    if len(images) < config.images:
+        warnings.append(
+            f"{images.name} has {len(images)} images, fewer than the {config.images} asked for; all are used"
+        )
+    return Prepared(model, loaded, images, found, len(portions), held, warnings)
+
+
+class ApproxNetworkRun:
+    """One run over the layers of a prepared network."""
+
+    def __init__(
+        self,
+        config: ApproxNetworkConfig,
+        session: ApproxSession,
+        prepared: Prepared,
+        *,
+        kept: Mapping[str, Json] | None = None,
+        stop: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self.config, self.session, self.prepared, self.stop = config, session, prepared, stop
+        self.done: dict[str, Json] = {key: row for key, row in (kept or {}).items() if row["status"] in DONE}
+        self.warnings = list(prepared.warnings)
+        self.keys = [self._key(layer.name, *cell) for layer in prepared.layers.chosen for cell in config.cells]
+
+    @property
+    def results(self) -> list[Json]:
+        """The finished rows, in the order of execution, then any others of a resumed file."""
+        return [self.done[key] for key in dict.fromkeys((*self.keys, *self.done)) if key in self.done]
+
+    def run(self) -> Iterator[Step]:
+        """Compute, and say after every step what is new."""
+        config, prepared = self.config, self.prepared
+        chosen = prepared.layers.chosen
+        todo = [
+            layer for layer in chosen if any(self._key(layer.name, *cell) not in self.done for cell in config.cells)
+        ]
+        if not todo:
+            return
+        share_of = shares(chosen)
+        count = min(config.images, len(prepared.images))
+        batches = _Batches(prepared.images, count, config.batch, config.seed)
+        with backend_state("fp32", config.threads):
+            model = prepared.model.to(self.session.device)
+            yield Step(f"{count} images through {config.model}")
+            source = stream(
+                model,
+                todo,
+                batches,
+                images=count,
+                memory_bytes=round(config.memory_gib * 2**30),
+                seed=row_seed(config.seed, "positions"),
+                stop=self.stop,
+            )
+            scarce: list[LayerError] = []
+            for number, (layer, moments) in enumerate(source):
+                judge = Judge(layer, kernel_of(model, layer), moments, share_of.get(layer.name))
+                for variant, groups in config.cells:
+                    key = self._key(layer.name, variant, groups)
+                    if key in self.done:
+                        continue
+                    if self.stop():
+                        return
+                    yield Step(f"{layer.name}: {variant} N={groups}", number / len(todo))
+                    found = judge.judge(variant, groups)
+                    scarce += [found] if found.scarce and found.reason is None else []
+                    self.done[key] = self._record(key, layer, found, count)
+                yield Step(layer.name, (number + 1) / len(todo), rows=self.results)
+            if scarce:
+                self.warnings.append(_scarce(scarce))
+
+    def _key(self, layer: str, variant: str, groups: int) -> str:
+        config = self.config
+        return f"{config.model}-{layer}-{variant}-n{groups}-{self.prepared.loaded.name}-{self.prepared.images.name}"
+
+    def _record(self, key: str, layer: Replaced, found: LayerError, images: int) -> Json:
+        params: Json = {
+            "model": self.config.model,
+            "weights": self.prepared.loaded.name,
+            "layer": layer.name,
+            "variant": found.variant,
+            "groups": found.groups,
+            "kernel": layer.kernel[0],
+            "kernel_width": layer.kernel[1],
+            "stride": layer.stride[0],
+            "in_channels": layer.in_channels,
+            "out_channels": layer.out_channels,
+            "input": "activations",
+            "data": self.prepared.images.name,
+            "calibration_images": images,
+        }
+        errors: Any = {"copy": found.copied, "white": found.white, "calibrated": found.calibrated}
+        counts = None if found.params is None else {"params": found.params, "macs": found.macs}
+        return {
+            "key": key,
+            "params": params,
+            "status": "ok" if found.reason is None else "invalid",
+            "reason": found.reason,
+            "counts": counts,
+            "output_relative_error": errors if found.reason is None else None,
+            "ridge": found.ridge,
+            "rows": found.rows,
+            "held_out_rows": found.held_out_rows,
+            "macs_share": found.share,
+        }
+
+
+def _scarce(found: list[LayerError]) -> str:
+    names = list(dict.fromkeys(error.name for error in found))
+    shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+    return (
+        f"fewer than ten positions for each number that is solved for in {shown} (small N): calibrated weights gain "
+        "from more --calibration-images there"
+    )
