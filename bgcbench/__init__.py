@@ -17,10 +17,12 @@ _HOMES = {
     "Converted": "bgcbench.convert",
     "FullyLearnableGroupConv2d": "bgcbench.convs.flgc",
     "GroupConv2d": "bgcbench.convs.gc",
+    "LayerError": "bgcbench.activations",
     "LearnedGroupConv2d": "bgcbench.convs.lgc",
     "ShuffleGroupConv2d": "bgcbench.convs.shuffle",
     "StandardConv2d": "bgcbench.convs.standard",
     "TwoLevelGroupConv2d": "bgcbench.convs.tlgc",
+    "approximability": "bgcbench.activations",
     "build_conv": "bgcbench.convs",
     "build_model": "bgcbench.models",
     "convert": "bgcbench.convert",
@@ -36,11 +38,13 @@ __all__ = [
     "Converted",
     "FullyLearnableGroupConv2d",
     "GroupConv2d",
+    "LayerError",
     "LearnedGroupConv2d",
     "ShuffleGroupConv2d",
     "StandardConv2d",
     "TwoLevelGroupConv2d",
     "__version__",
+    "approximability",
     "build_conv",
     "build_model",
     "convert",
@@ -50,6 +54,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from bgcbench.activations import LayerError, approximability
     from bgcbench.convert import Converted, convert, load_converted, save_converted
     from bgcbench.convs import build_conv
     from bgcbench.convs.base import parameter_groups

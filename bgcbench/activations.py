@@ -32,6 +32,7 @@ from bgcbench.theory.moments import PatchMoments
 HELD_OUT = 4  # of so many images one is held out
 LEAST_IMAGES = HELD_OUT
 ROWS_AN_ENTRY = 20  # positions that are enough for a moment, for each entry of the patch vector
+LEAST_ROWS = 2**14  # positions that are taken in any case, where there are as many
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)  # of the least squares, in units of the mean power of the regressors
 SEARCH_RIDGE = 1e-2  # of the variants that are no linear space: solving each of them four times is not worth it
 LINEAR = ("gc", "shuffle", "bgc")
@@ -292,7 +293,7 @@ def _padded(x: Tensor, layer: Replaced) -> Tensor:
 
 def _positions(layer: Replaced, images: int) -> int:
     """Positions of an image that are enough: together some twenty for each entry of the patch vector."""
-    return max(1, math.ceil(ROWS_AN_ENTRY * patch_length(layer) / images))
+    return math.ceil(max(LEAST_ROWS, ROWS_AN_ENTRY * patch_length(layer)) / images)
 
 
 # ------------------------------------------------------------------------------------------------------------- judging
@@ -310,6 +311,10 @@ class Judge:
 
     def judge(self, variant: str, groups: int) -> LayerError:
         """What the layer loses as ``variant`` with N = ``groups``."""
+        with torch.random.fork_rng(devices=[]):  # a layer is initialised before it takes the projection
+            return self._judged(variant, groups)
+
+    def _judged(self, variant: str, groups: int) -> LayerError:
         layer = self.layer
         reason = unfit(variant, layer.in_channels, layer.out_channels, groups)
         copied = white = calibrated = ridge = counts = None

@@ -557,6 +557,10 @@ def _describe(conv: _Conv) -> Replaced:
     if not isinstance(module, nn.Conv2d):
         raise TypeError(f"{conv.name} is no Conv2d")
     height, width = conv.calls[0].size if conv.calls and conv.calls[0].size else (None, None)
+    padding = _padding(module) or (0, 0)
+    if module.padding_mode != "zeros" and height is not None and width is not None:
+        # Other paddings are an operation of their own, and what was seen to run has them in its input.
+        height, width = height - 2 * padding[0], width - 2 * padding[1]
     return Replaced(
         conv.name,
         conv.also,
@@ -564,7 +568,7 @@ def _describe(conv: _Conv) -> Replaced:
         module.out_channels,
         (module.kernel_size[0], module.kernel_size[1]),
         (module.stride[0], module.stride[1]),
-        _padding(module) or (0, 0),
+        padding,
         (module.dilation[0], module.dilation[1]),
         module.bias is not None,
         module.padding_mode,

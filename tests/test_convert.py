@@ -604,3 +604,18 @@ def test_the_module_and_the_function_of_one_name_are_both_callable() -> None:
     converted = bgcbench.convert(build_small(), "bgc", 2)
     assert converted.record.variant == "bgc"
     assert pickle.loads(pickle.dumps(bgcbench.convert)) is bgcbench.convert  # for worker processes
+
+
+def test_the_size_of_a_layers_input_is_that_before_padding_whatever_the_padding() -> None:
+    class Padded(nn.Module):
+        def __init__(self, mode: str) -> None:
+            super().__init__()
+            self.stem = nn.Conv2d(3, 8, 3, padding=1)
+            self.body = nn.Conv2d(8, 8, 3, padding=(1, 2), dilation=(1, 2), padding_mode=mode)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.body(self.stem(x)).mean((2, 3)) * 2
+
+    for mode in ("zeros", "circular", "reflect"):
+        (layer,) = convert(Padded(mode), "gc", 2, example_input=(3, 12, 10)).record.replaced
+        assert (layer.height, layer.width) == (12, 10)

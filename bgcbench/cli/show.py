@@ -25,6 +25,14 @@ def show(
     kernel: Annotated[int | None, typer.Option(help="Kernel size.", show_default="3")] = None,
     size: Annotated[str | None, typer.Option(help="Input height and width.", show_default="7")] = None,
     groups: Annotated[str | None, typer.Option(help="Group counts N.", show_default="2,4,8,16")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Also draw an approx file: a .png, .svg or .pdf file (extra: plot).")
+    ] = None,
+    picture: Annotated[
+        str | None,
+        typer.Option(help="Which one: figure1, figure2, pareto, heatmap.", show_default="what there is to draw"),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing --plot file.")] = False,
     form: Format = "auto",
 ) -> int:
     """Print a result file again, or Table 1 for any layer. Measures nothing.
@@ -45,9 +53,14 @@ def show(
     if file is None and not table1:
         raise UsageError("show needs a result FILE, or --table1 with a layer such as --channels 1024")
     document = results.read(file) if file is not None else None
+    _check_plot(plot, picture, force=force, drawable=document is not None and not table1)
     if document is not None and not table1:
         common.print_document(document, form)
+        if plot is not None:
+            common.draw(document, plot, picture)
         return 0
+    if document is not None:
+        results.check_command(document, "profile", str(file))
     if document is not None and "model" in document.get("config", {}):
         raise UsageError(f"{file} measured a network; --table1 is for one layer, such as --channels 1024")
     if document is not None:
@@ -73,6 +86,20 @@ def show(
         form,
     )
     return 0
+
+
+def _check_plot(plot: Path | None, picture: str | None, *, force: bool, drawable: bool) -> None:
+    """Refuse --plot, --picture and --force where they would do nothing, or the file could not be written."""
+    if plot is None:
+        if picture is not None or force:
+            option = "--picture" if picture is not None else "--force"
+            raise UsageError(f"{option} is for --plot FILE; add that, or leave {option} out")
+        return
+    if not drawable:
+        raise UsageError("--plot draws a result FILE; name one, without --table1")
+    from bgcbench.plots import check_plot
+
+    check_plot(plot, replace=force)
 
 
 @app.command(short_help="Print what could spoil a measurement here.")

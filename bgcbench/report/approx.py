@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 
 from bgcbench.report import Column, Report, notes, scaled, significant, where_line
@@ -316,6 +317,25 @@ def _tolerant(by_layer: dict[str, list[Json]], cells: Sequence[tuple[str, int]])
             f"{VARIANTS[variant].label} N={groups}, of {len(known)} layers: {', '.join(parts)}; most is lost in "
             f"{worst} ({known[worst][0]:.1%}){beside}"
         )
+    return lines + _at_equal_size(by_layer, cells)
+
+
+def _at_equal_size(by_layer: dict[str, list[Json]], cells: Sequence[tuple[str, int]]) -> list[str]:
+    """BGC at 2N against GC at N, which have as many parameters, layer by layer."""
+    lines = []
+    for groups in [n for variant, n in cells if variant == "gc" and ("bgc", 2 * n) in cells]:
+        ratios = []
+        for rows in by_layer.values():
+            errors = {(row["params"]["variant"], row["params"]["groups"]): _calibrated(row) for row in rows}
+            plain, balanced = errors.get(("gc", groups)), errors.get(("bgc", 2 * groups))
+            if plain and balanced is not None:
+                ratios.append(balanced / plain)
+        if ratios:
+            fewer = sum(ratio < 1 for ratio in ratios)
+            lines.append(
+                f"at equal parameters, BGC N={2 * groups} loses less than GC N={groups} in {fewer} of {len(ratios)} "
+                f"layers (calibrated; median {statistics.median(ratios):.2f} of GC's loss)"
+            )
     return lines
 
 

@@ -86,7 +86,8 @@ def squared_norms(moment: Tensor, factors: Explained) -> tuple[float, float]:
     crossed = ((factor @ moment) * factor).sum(1)
     inner = (factor @ factor.T).square()
     own = whole - 2 * float(crossed[:first].sum()) + float(inner[:first, :first].sum())
-    return own, whole - 2 * float(crossed.sum()) + float(inner.sum())
+    with_mean = whole - 2 * float(crossed.sum()) + float(inner.sum())
+    return max(0.0, own), max(0.0, with_mean)  # rounding may leave less than nothing of what is exact
 
 
 def centred(moment: Tensor, groups: int) -> Tensor:
