@@ -27,13 +27,14 @@ from bgcbench.errors import ShapeError, UsageError
 from bgcbench.measure.counts import count
 from bgcbench.measure.trace import Size
 from bgcbench.specs import VARIANTS, ConvSpec, check_choice, check_positive, unfit
+from bgcbench.theory.fits import EXACT
 from bgcbench.theory.moments import PatchMoments
 
 HELD_OUT = 4  # of so many images one is held out
 LEAST_IMAGES = HELD_OUT
 ROWS_AN_ENTRY = 20  # positions that are enough for a moment, for each entry of the patch vector
 LEAST_ROWS = 2**14  # positions that are taken in any case, where there are as many
-RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)  # of the least squares, in units of the mean power of the regressors
+RIDGES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # of the least squares, in units of the mean power of the regressors
 SEARCH_RIDGE = 1e-2  # of the variants that are no linear space: solving each of them four times is not worth it
 LINEAR = ("gc", "shuffle", "bgc")
 MOMENT_BYTES = 8  # float64
@@ -306,7 +307,8 @@ class Judge:
         self.layer, self.share = layer, share
         self.weight = weight.detach().double()
         self.rows, self.held_out_rows = moments.fit.positions, moments.held_out.positions
-        self._fit, self._held_out = moments.fit.moment, moments.held_out.moment
+        # Sums serve as well as means, for a solution and for a share, and need no second copy.
+        self._fit, self._held_out = moments.fit.total, moments.held_out.total
         self._whole = self._energy(self.weight)
 
     def judge(self, variant: str, groups: int) -> LayerError:
@@ -320,11 +322,7 @@ class Judge:
         copied = white = calibrated = ridge = counts = None
         if reason is None:
             copied, white = (self._error(variant, groups, projection) for projection in ("copy", "white"))
-            calibrated = white
-            for strength in RIDGES if variant in LINEAR else (SEARCH_RIDGE,):
-                tried = self._error(variant, groups, "least_squares", strength)
-                if tried < calibrated:
-                    calibrated, ridge = tried, strength
+            calibrated, ridge = self._calibrate(variant, groups, white)
             if layer.height is not None and layer.width is not None:
                 counts = count(_spec(layer, variant, groups), layer.height, layer.width)
         free = (2 if variant == "bgc" else 1) * patch_length(layer) // groups
@@ -345,6 +343,25 @@ class Judge:
             share=self.share,
             reason=reason,
         )
+
+    def _calibrate(self, variant: str, groups: int, white: float) -> tuple[float, float | None]:
+        """The error with calibrated weights and their ridge: from the middle of RIDGES as far as it falls."""
+        best: tuple[float, float | None] = (white, None)
+        if white <= EXACT:
+            return best
+        if variant not in LINEAR:
+            tried = self._error(variant, groups, "least_squares", SEARCH_RIDGE)
+            return (tried, SEARCH_RIDGE) if tried < white else best
+        start = len(RIDGES) // 2
+        for way in (range(start, -1, -1), range(start + 1, len(RIDGES))):
+            for place in way:
+                tried = self._error(variant, groups, "least_squares", RIDGES[place])
+                if tried >= best[0]:
+                    break
+                best = (tried, RIDGES[place])
+            if best[1] is not None and best[1] < RIDGES[start]:
+                break  # it fell towards less ridge
+        return best
 
     @torch.no_grad()
     def _error(self, variant: str, groups: int, projection: str, ridge: float = 0.0) -> float:

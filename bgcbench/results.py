@@ -159,25 +159,26 @@ class ResultWriter:
         text = dumps(document)
         if self.problem is None:
             try:
-                _write_atomically(self.path, text)
+                write_atomically(self.path, text.encode())
             except OSError as error:
                 self.problem = error.strerror or str(error)
             else:
                 return
         rescue = Path(tempfile.gettempdir()) / f"bgcbench-rescued-{os.getpid()}-{self.path.name}"
         try:
-            _write_atomically(rescue, text)
+            write_atomically(rescue, text.encode())
         except OSError:
             self.rescued_to = None
         else:
             self.rescued_to = rescue
 
 
-def _write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all: an older one survives until this one is on the disk. Raises OSError."""
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
-        with open(handle, "w", encoding="utf-8") as file:
-            file.write(text)
+        with open(handle, "wb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         # mkstemp makes private files; a result is as readable as any file the user writes.

@@ -185,14 +185,14 @@ class TestProfile:
         assert document["exit_reason"] == "ok"
 
     def test_a_full_disk_in_the_middle_of_a_run_loses_nothing(self, here: Path, capsys, monkeypatch) -> None:
-        write, target = results._write_atomically, here / "r.json"
+        write, target = results.write_atomically, here / "r.json"
 
-        def full(path: Path, text: str) -> None:
+        def full(path: Path, content: bytes) -> None:
             if path.name == target.name:
                 raise OSError(28, "No space left on device")
-            write(path, text)
+            write(path, content)
 
-        monkeypatch.setattr(results, "_write_atomically", full)
+        monkeypatch.setattr(results, "write_atomically", full)
         monkeypatch.setattr("tempfile.tempdir", str(here))
         assert main([*LIGHT, "--out", "r.json"]) == 4
         out, err = capsys.readouterr()

@@ -11,7 +11,7 @@ from bgcbench.specs import VARIANTS
 from bgcbench.theory import paper
 from bgcbench.theory.bounds import SCALING_POWER
 from bgcbench.theory.exact import white_error
-from bgcbench.theory.pareto import front, uncertainty
+from bgcbench.theory.pareto import front, uncertainty_of
 
 TOLERATED = (0.05, 0.10, 0.20)  # shares of a layer's output energy
 
@@ -102,21 +102,12 @@ def _method(row: Json) -> str:
     return f"{names.get(solver, solver)}, {row['params']['convolutions']}x"
 
 
-def _spread(row: Json) -> float:
-    """Standard error of the share of the output's energy that is lost."""
-    if not row["relative_error"] or row["relative_error_se"] is None:
-        return 0.0
-    params = row["params"]
-    values = params["samples"] * params["in_channels"] * params["length"] ** params["dims"]
-    return uncertainty(row["output_relative_error"], row["relative_error_se"] / row["relative_error"], values)
-
-
 def _fronts(rows: Sequence[Json]) -> dict[str, str]:
     """For each row on a Pareto front of its input, which: error against params, MACs, or both."""
     marks: dict[str, list[str]] = {}
     for name in dict.fromkeys(row["params"]["input"] for row in rows):
         mine = [row for row in rows if row["params"]["input"] == name and row["status"] == "ok"]
-        errors, spreads = [row["output_relative_error"] for row in mine], [_spread(row) for row in mine]
+        errors, spreads = [row["output_relative_error"] for row in mine], [uncertainty_of(row) for row in mine]
         for what, title in (("params", "params"), ("macs", "MACs")):
             on_front = front([row["counts"][what] for row in mine], errors, spreads)
             for row, chosen in zip(mine, on_front, strict=True):
