@@ -559,7 +559,6 @@ def test_matplotlib_that_is_missing_is_named_with_the_way_out(tmp_path: Path, mo
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     for call in (
-        lambda: plots.check_plot(tmp_path / "p.png", replace=False),
         lambda: plots.figure(sampled()),
         lambda: plots.draw(sampled(), tmp_path / "p.png"),
     ):
