@@ -48,7 +48,7 @@ class InputLaw:
             raise UsageError(f"input '{text}': RHO is the share of a common factor, a number from 0 to 1")
         if not math.isfinite(value):
             raise UsageError(f"input '{text}': MU is a mean, a finite number such as 0.5")
-        return cls(f"{kind}:{value:g}", kind, value)
+        return cls(f"{kind}:{repr(value).removesuffix('.0')}", kind, value)
 
     @property
     def mean(self) -> float:
