@@ -6,11 +6,11 @@ The default shape of ``bgcbench approx`` (1-D, 256 -> 256 channels, K = 3, lengt
 S normal inputs, GC and BGC:
 
     ours          a whole run, from sampling to rows: second moments, no problem is solved by itself
-    separate      one torch.linalg.lstsq a convolution, variant, N and group on the explicit design matrix (S D rows);
+    conventional  one torch.linalg.lstsq a convolution, variant, N and group on the explicit design matrix (S D rows);
                   measured on some convolutions and scaled to S, sampling and design matrices counted once
-    factorised    one QR a N and group, of [u^k, ubar], for both variants and the stacked outputs of all convolutions
+    shared        one QR a N and group, of [u^k, ubar], for both variants and the stacked outputs of all convolutions
 
-Ours and the factorised one are run in turns. Exit code 1 if any two of the three disagree by more than 1e-9.
+Ours and the shared factorisation are run in turns. Exit code 1 if any two of the three disagree by more than 1e-9.
 """
 
 from __future__ import annotations
@@ -69,12 +69,12 @@ def designs(patches: Tensor, groups: int) -> list[Tensor]:
 
 
 def prepared(config: ApproxConfig) -> tuple[Tensor, Tensor, dict[int, list[Tensor]]]:
-    """What the separate problems have in common: the sample, and every N's designs."""
+    """What the conventional problems have in common: the sample, and every N's designs."""
     patches, weights = sampled(config)
     return patches, weights, {groups: designs(patches, groups) for groups in config.groups}
 
 
-def separate(config: ApproxConfig, patches: Tensor, weights: Tensor, at_hand: dict[int, list[Tensor]]) -> Errors:
+def conventional(config: ApproxConfig, patches: Tensor, weights: Tensor, at_hand: dict[int, list[Tensor]]) -> Errors:
     """One lstsq a convolution, variant, N and group; ``weights`` (some, m, nK), ``at_hand`` the designs of every N."""
     found: dict[tuple[str, int], list[float]] = {(v, n): [] for v in VARIANTS for n in config.groups}
     for weight in weights:
@@ -90,7 +90,7 @@ def separate(config: ApproxConfig, patches: Tensor, weights: Tensor, at_hand: di
     return {key: torch.tensor(errors, dtype=torch.float64) for key, errors in found.items()}
 
 
-def factorised(config: ApproxConfig) -> Errors:
+def shared(config: ApproxConfig) -> Errors:
     """Sampling, all outputs by one product, and a QR a N and group: ||Y||^2 - ||Q^T Y||^2."""
     patches, weights = sampled(config)
     outputs = patches @ weights.transpose(0, 1).flatten(0, 1).T  # (S D, m S), output by output
@@ -120,7 +120,7 @@ def timed(call: Callable[[], Result]) -> tuple[float, Result]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--convolutions", type=int, default=2, help="of how many the separate problems are solved")
+    parser.add_argument("--convolutions", type=int, default=2, help="how many are solved the conventional way")
     parser.add_argument("--samples", type=int, default=64, help="S")
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--out", type=Path, default=Path("results/approx-solver.json"))
@@ -130,21 +130,21 @@ def main() -> int:
     config = ApproxConfig(variants=VARIANTS, inputs=("normal",), samples=options.samples, device="cpu")
     some = min(options.convolutions, config.number)
 
-    times: dict[str, list[float]] = {"ours": [], "factorised": []}
+    times: dict[str, list[float]] = {"ours": [], "shared": []}
     errors: Errors = {}
     together: dict[tuple[str, int], float] = {}
     for number in range(options.rounds):
-        for name in ("ours", "factorised") if number % 2 == 0 else ("factorised", "ours"):
+        for name in ("ours", "shared") if number % 2 == 0 else ("shared", "ours"):
             if name == "ours":
                 seconds, together = timed(lambda: ours(config))
             else:
-                seconds, errors = timed(lambda: factorised(config))
+                seconds, errors = timed(lambda: shared(config))
             times[name].append(seconds)
             print(f"round {number + 1}: {name:10} {seconds:.2f} s", flush=True)
     setup_s, (patches, weights, at_hand) = timed(lambda: prepared(config))
-    solve_s, alone = timed(lambda: separate(config, patches, weights[:some], at_hand))
+    solve_s, alone = timed(lambda: conventional(config, patches, weights[:some], at_hand))
     scaled_s = setup_s + solve_s * config.number / some
-    print(f"separate: {solve_s:.2f} s for {some} convolutions, so {scaled_s:.1f} s for {config.number}", flush=True)
+    print(f"conventional: {solve_s:.2f} s for {some} convolutions, so {scaled_s:.1f} s for {config.number}", flush=True)
 
     difference = max(
         *(abs(together[key] / float(each.mean()) - 1) for key, each in errors.items()),
@@ -152,19 +152,20 @@ def main() -> int:
     )
     medians = {name: statistics.median(seconds) for name, seconds in times.items()}
     ratios = {
-        "separate": scaled_s / medians["ours"],
-        "factorised": medians["factorised"] / medians["ours"],
+        "conventional": scaled_s / medians["ours"],
+        "shared": medians["shared"] / medians["ours"],
     }
     save(
         options.out,
         " ".join(["python -m benchmarks.approx_solver", *sys.argv[1:]]),
         {
             "config": config.to_json(),
+            "samples": config.number,
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
             "times_s": times,
             "medians_s": medians,
-            "separate": {
+            "conventional": {
                 "driver": "gels",
                 "convolutions": some,
                 "setup_s": setup_s,
@@ -173,13 +174,13 @@ def main() -> int:
                 "note": f"solved for {some} of {config.number} convolutions; scaled_s is setup_s (sampling and "
                 f"designs, once) + solve_s x {config.number}/{some}",
             },
-            "ratios_to_ours": ratios,
+            "ratios": ratios,
             "largest_relative_difference": difference,
             "errors": {f"{variant}-{groups}": value for (variant, groups), value in together.items()},
         },
     )
     print(
-        f"ours {medians['ours']:.2f} s; separate {ratios['separate']:.0f}x, factorised {ratios['factorised']:.2f}x as "
+        f"ours {medians['ours']:.2f} s; conventional {ratios['conventional']:.0f}x, shared {ratios['shared']:.2f}x as "
         f"long; the three agree to {difference:.0e}"
     )
     return int(difference > LIMIT)

@@ -11,9 +11,11 @@ calibrated weights are solved for on the others, and all errors are those on the
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +34,8 @@ from bgcbench.theory.moments import PatchMoments
 
 HELD_OUT = 4  # of so many images one is held out
 LEAST_IMAGES = HELD_OUT
+DEFAULT_IMAGES = 256
+WORKING = 3  # moments' worth of memory that solving for the largest layer takes besides
 ROWS_AN_ENTRY = 20  # positions that are enough for a moment, for each entry of the patch vector
 LEAST_ROWS = 2**14  # positions that are taken in any case, where there are as many
 RIDGES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # of the least squares, in units of the mean power of the regressors
@@ -83,7 +87,7 @@ def approximability(
     *,
     variants: Sequence[str] = ("gc", "bgc"),
     groups: Sequence[int] = (2, 4, 8, 16),
-    images: int = 256,
+    images: int | None = None,
     where: str = "auto",
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
@@ -94,26 +98,57 @@ def approximability(
     """The loss of every convolution that ``convert`` would replace, for each variant and N; in execution order.
 
     batches: anything that yields inputs (B, C, H, W), or tuples that begin with one, more than once if it is asked to
-    (a list, a DataLoader; a generator serves where one pass is enough). images: how many of them are used, at least 4.
-    memory_bytes: what the moments may take; where all layers need more, the images are run through the network several
-    times. The network's weights, mode, hooks and random state are left as they were. Raises UsageError for too few
-    images and for a layer whose moments alone exceed the memory.
+    (a list, a DataLoader; a generator serves where one pass is enough, and one that shuffles gives each pass other
+    images). images: how many of them are used, at least 4; None for all there are, or 256 where that cannot be told.
+    memory_bytes: what the moments and the solving may take; where all layers need more, the images are run through the
+    network several times. The network's weights, mode, hooks and torch's random state are left as they were. Raises
+    UsageError for too few images, for inputs that are not finite and for a layer whose moments exceed the memory.
     """
     for name in variants:
         check_choice("variant", name, VARIANTS)
-    first, batches = _first(batches)
-    found = candidates(
-        model,
-        where=where,
-        include=include,
-        exclude=exclude,
-        example_input=example_input if example_input is not None else first[:1],
-    )
-    errors: list[LayerError] = []
-    for layer, moments in stream(model, found.chosen, batches, images=images, memory_bytes=memory_bytes, seed=seed):
-        judge = Judge(layer, kernel_of(model, layer), moments, shares(found.chosen).get(layer.name))
-        errors += [judge.judge(variant, n) for n in groups for variant in variants if variant != "standard"]
+    for number in groups:
+        check_positive("groups", number)
+    if not groups or not set(variants) - {"standard"}:
+        raise UsageError("nothing to look at: name a variant besides standard, and at least one N")
+    with _random_state_kept(model):
+        first, batches = _first(batches)
+        if images is None:
+            images = _counted(batches)
+        found = candidates(
+            model,
+            where=where,
+            include=include,
+            exclude=exclude,
+            example_input=example_input if example_input is not None else _for_network(first[:1], model),
+        )
+        share_of = shares(found.chosen)
+        errors: list[LayerError] = []
+        for layer, moments in stream(model, found.chosen, batches, images=images, memory_bytes=memory_bytes, seed=seed):
+            judge = Judge(layer, kernel_of(model, layer), moments, share_of.get(layer.name))
+            errors += [judge.judge(variant, n) for n in groups for variant in variants if variant != "standard"]
     return errors
+
+
+@contextmanager
+def _random_state_kept(model: nn.Module) -> Iterator[None]:
+    """torch's random state, on the CPU and where the network is, as it was before the block."""
+    devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
+    with torch.random.fork_rng(devices=[index for index in devices if index is not None]):
+        yield
+
+
+def _counted(batches: Iterable[Any]) -> int:
+    """How many images there are."""
+    if isinstance(batches, (list, tuple)):
+        return sum(len(_input(batch)) for batch in batches)
+    dataset: Any = getattr(batches, "dataset", None)
+    return len(dataset) if hasattr(dataset, "__len__") else DEFAULT_IMAGES
+
+
+def _for_network(x: Tensor, model: nn.Module) -> Tensor:
+    """x where the network is, in its floating-point type."""
+    reference = next(itertools.chain(model.parameters(), model.buffers()), torch.empty(0))
+    return x.to(device=reference.device, dtype=reference.dtype if reference.is_floating_point() else None)
 
 
 def kernel_of(model: nn.Module, layer: Replaced) -> Tensor:
@@ -174,20 +209,26 @@ def patch_length(layer: Replaced) -> int:
 
 
 def passes(layers: Sequence[Replaced], memory_bytes: int) -> list[list[Replaced]]:
-    """The layers in as few portions, in order, as fit ``memory_bytes``; raises UsageError for one that does not."""
+    """The layers in as few portions, in order, as fit ``memory_bytes`` besides what solving for the largest takes.
+
+    Raises UsageError where the memory is too little for some layer alone.
+    """
+    largest = max(layers, key=moment_bytes)
+    room = memory_bytes - WORKING * moment_bytes(largest)
+    if room < moment_bytes(largest):
+        needed = (1 + WORKING) * moment_bytes(largest)
+        raise UsageError(
+            f"the second moments of {largest.name} ({largest.in_channels} channels, {patch_length(largest)} patch "
+            f"entries) and solving with them take {needed / 2**30:.2g} GiB, more than the "
+            f"{memory_bytes / 2**30:.2g} GiB allowed; raise --memory, or leave it out with --exclude {largest.name}"
+        )
     portions: list[list[Replaced]] = []
     left = 0
     for layer in layers:
         needed = moment_bytes(layer)
-        if needed > memory_bytes:
-            raise UsageError(
-                f"the moments of {layer.name} ({layer.in_channels} channels, {patch_length(layer)} patch entries) take "
-                f"{needed / 2**30:.2g} GiB, more than the {memory_bytes / 2**30:.2g} GiB allowed; raise --memory, or "
-                f"leave it out with --exclude {layer.name}"
-            )
         if not portions or needed > left:
             portions.append([])
-            left = memory_bytes
+            left = room
         portions[-1].append(layer)
         left -= needed
     return portions
@@ -228,33 +269,31 @@ def _collect(
     seed: int,
     stop: Callable[[], bool],
 ) -> dict[str, LayerMoments] | None:
-    """Run the images through the network and add up the moments of ``layers``; None where it was stopped."""
-    reference = next(itertools.chain(model.parameters(), model.buffers()), torch.empty(0))
-    moments = {layer.name: LayerMoments(_fresh(layer, reference), _fresh(layer, reference)) for layer in layers}
-    at_most = {layer.name: _positions(layer, images) for layer in layers}
-    generator = torch.Generator(device="cpu").manual_seed(seed)
-    held = torch.empty(0, dtype=torch.bool)
+    """Run the images through the network and add up the moments of ``layers``; None where it was stopped.
 
-    def watch(layer: Replaced) -> Any:
-        def add(module: nn.Module, arguments: tuple[Any, ...]) -> None:
-            x = _padded(arguments[0].detach(), layer)
-            own = moments[layer.name]
-            for part, chosen in ((own.fit, ~held), (own.held_out, held)):
-                if chosen.any():
-                    part.add(x[chosen.to(x.device)], at_most[layer.name], generator)
-
-        return add
-
+    The images held out go through by themselves, so that nothing has to be known of how the network stacks them.
+    """
+    device = next(itertools.chain(model.parameters(), model.buffers()), torch.empty(0)).device
+    moments = {layer.name: LayerMoments(_fresh(layer, device), _fresh(layer, device)) for layer in layers}
+    watchers = [_Watcher(layer, moments[layer.name], images, seed) for layer in layers]
     was_training = {name: module.training for name, module in model.named_modules()}
-    handles = [model.get_submodule(layer.name).register_forward_pre_hook(watch(layer)) for layer in layers]
+    handles = [
+        model.get_submodule(watcher.layer.name).register_forward_pre_hook(watcher, with_kwargs=True)
+        for watcher in watchers
+    ]
     seen = 0
     try:
         model.eval()
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        with torch.no_grad(), _random_state_kept(model):
             for batch in batches:
                 x = _input(batch)[: images - seen]
-                held = (torch.arange(seen, seen + len(x)) % HELD_OUT) == HELD_OUT - 1
-                model(x.to(device=reference.device, dtype=reference.dtype if x.is_floating_point() else None))
+                numbers = torch.arange(seen, seen + len(x))
+                held = numbers % HELD_OUT == HELD_OUT - 1
+                for part in (~held, held):
+                    for watcher in watchers:
+                        watcher.expect(numbers[part].tolist(), held_out=part is held)
+                    if part.any():
+                        model(_for_network(x[part.to(x.device)], model))
                 seen += len(x)
                 if stop():
                     return None
@@ -268,12 +307,54 @@ def _collect(
     if seen < LEAST_IMAGES:
         raise UsageError(f"{seen} calibration images are too few; use at least {LEAST_IMAGES}: one in four is held out")
     for layer in layers:
-        if not moments[layer.name].held_out.positions:
-            raise UsageError(f"{layer.name} is not reached by a forward pass of the calibration images; exclude it")
+        _check_moments(layer, moments[layer.name])
     return moments
 
 
-def _fresh(layer: Replaced, reference: Tensor) -> PatchMoments:
+def _check_moments(layer: Replaced, moments: LayerMoments) -> None:
+    for part in (moments.fit, moments.held_out):
+        if not part.positions:
+            raise UsageError(f"{layer.name} is not reached by a forward pass of the calibration images; exclude it")
+        if not bool(torch.isfinite(part.first).all()) or not bool(torch.isfinite(part.total.diagonal()).all()):
+            raise UsageError(
+                f"the inputs of {layer.name} are not finite: the network's weights, or the images, are damaged; "
+                "check them, or exclude what comes after the damage"
+            )
+
+
+class _Watcher:
+    """A hook that adds what comes to one convolution to its moments.
+
+    Which positions of an image are taken depends on the seed, the layer, the image and the call only: not on how the
+    images are batched or which other layers are looked at.
+    """
+
+    def __init__(self, layer: Replaced, moments: LayerMoments, images: int, seed: int) -> None:
+        self.layer, self.moments, self.seed = layer, moments, seed
+        self.at_most = _positions(layer, images)
+        self.part, self.numbers, self.call = moments.fit, [0], 0
+
+    def expect(self, numbers: list[int], *, held_out: bool) -> None:
+        """The images ``numbers`` are about to be run."""
+        self.part = self.moments.held_out if held_out else self.moments.fit
+        self.numbers, self.call = numbers, 0
+
+    def __call__(self, module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+        x = (arguments[0] if arguments else options["input"]).detach()
+        x = _padded(x if x.dim() == 4 else x[None], self.layer)
+        height, width = self.part.output_size(x)
+        if height * width <= self.at_most:
+            self.part.add(x)
+        else:
+            for place, image in enumerate(x.split(1)):
+                copy, at = divmod(place, len(self.numbers))
+                key = f"{self.seed}:{self.layer.name}:{self.numbers[at]}:{self.call}:{copy}"
+                number = int.from_bytes(hashlib.sha256(key.encode()).digest()[:6], "big")
+                self.part.add(image, self.at_most, torch.Generator(device="cpu").manual_seed(number))
+        self.call += 1
+
+
+def _fresh(layer: Replaced, device: torch.device) -> PatchMoments:
     padding = layer.padding if layer.padding_mode == "zeros" else (0, 0)  # others are padded before
     return PatchMoments(
         layer.in_channels,
@@ -281,7 +362,7 @@ def _fresh(layer: Replaced, reference: Tensor) -> PatchMoments:
         stride=layer.stride,
         padding=padding,
         dilation=layer.dilation,
-        device=reference.device,
+        device="cpu" if device.type == "mps" else device,  # Apple's GPUs have no float64
     )
 
 
@@ -305,15 +386,18 @@ class Judge:
 
     def __init__(self, layer: Replaced, weight: Tensor, moments: LayerMoments, share: float | None = None) -> None:
         self.layer, self.share = layer, share
-        self.weight = weight.detach().double()
+        self.weight = weight.detach().to(device=moments.fit.total.device, dtype=torch.float64)
         self.rows, self.held_out_rows = moments.fit.positions, moments.held_out.positions
         # Sums serve as well as means, for a solution and for a share, and need no second copy.
         self._fit, self._held_out = moments.fit.total, moments.held_out.total
+        if not bool(torch.isfinite(self.weight).all()):
+            raise UsageError(f"the weights of {layer.name} are not finite; check the file they come from")
         self._whole = self._energy(self.weight)
 
     def judge(self, variant: str, groups: int) -> LayerError:
         """What the layer loses as ``variant`` with N = ``groups``."""
-        with torch.random.fork_rng(devices=[]):  # a layer is initialised before it takes the projection
+        devices = [self.weight.device] if self.weight.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):  # a layer is initialised before it takes the projection
             return self._judged(variant, groups)
 
     def _judged(self, variant: str, groups: int) -> LayerError:

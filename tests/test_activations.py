@@ -180,19 +180,18 @@ def test_layers_that_do_not_fit_the_memory_together_are_done_in_turn_with_the_sa
     whole = approximability(net, images(), groups=(2, 4))
     largest = max(moment_bytes(layer) for layer in candidates(net, example_input=(3, 8, 8)).chosen)
     assert largest == 2 * 8 * (9 * 32) ** 2
-    portions = passes(candidates(net, example_input=(3, 8, 8)).chosen, largest)
+    room = 4 * largest  # one for the moments, three for solving with them
+    portions = passes(candidates(net, example_input=(3, 8, 8)).chosen, room)
     assert [[layer.name for layer in portion] for portion in portions] == [["first", "second"], ["third"]]
-    parts = approximability(net, images(), groups=(2, 4), memory_bytes=largest)
-    # The positions are drawn in another order, but here all of them are used.
-    assert [e.calibrated for e in parts] == pytest.approx([e.calibrated for e in whole], rel=1e-9)
+    assert approximability(net, images(), groups=(2, 4), memory_bytes=room) == whole
     with pytest.raises(UsageError, match=r"third.*more than the .* GiB allowed; raise --memory"):
-        approximability(net, images(), groups=(2,), memory_bytes=largest - 1)
+        approximability(net, images(), groups=(2,), memory_bytes=room - 1)
 
 
 def test_a_generator_serves_one_pass_and_not_two(net: Net) -> None:
     assert approximability(net, iter(images()), groups=(2,)) == approximability(net, images(), groups=(2,))
     with pytest.raises(UsageError, match="needed more than once"):
-        approximability(net, iter(images()), groups=(2,), memory_bytes=2 * 8 * (9 * 32) ** 2)
+        approximability(net, iter(images()), groups=(2,), memory_bytes=4 * 2 * 8 * (9 * 32) ** 2)
 
 
 def test_of_large_maps_so_many_positions_are_drawn_as_are_enough(net: Net, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -267,6 +266,104 @@ def test_candidates_are_what_convert_replaces_in_the_papers_networks() -> None:
         assert [layer.name for layer in found.chosen] == [layer.name for layer in converted.record.replaced]
         assert all(isinstance(layer, Replaced) and layer.groups == 1 for layer in found.chosen)
         assert found.kept == converted.record.kept
+
+
+def test_which_positions_are_drawn_depends_on_neither_batches_nor_other_layers_nor_memory(
+    net: Net, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(activations, "LEAST_ROWS", 100)
+    monkeypatch.setattr(activations, "ROWS_AN_ENTRY", 1)
+    data = torch.randn(12, 3, 16, 16)
+    options: dict[str, Any] = {"groups": (2, 4), "seed": 3}
+    whole = approximability(net, list(data.split(12)), **options)
+    assert whole[0].rows == 9 * 12  # of 256 positions of each of nine images
+    again = approximability(net, list(data.split(5)), **options)
+    assert [e.calibrated for e in again] == pytest.approx([e.calibrated for e in whole], rel=1e-6)
+    alone = approximability(net, list(data.split(12)), exclude="first", **options)
+    assert alone[0].calibrated == next(e for e in whole if e.name == "second").calibrated
+    turns = approximability(net, list(data.split(12)), memory_bytes=4 * 2 * 8 * (9 * 32) ** 2, **options)
+    assert turns[-1].calibrated == whole[-1].calibrated
+    assert approximability(net, list(data.split(12)), groups=(2, 4), seed=4) != whole
+
+
+def test_without_a_number_all_images_there_are_are_used(net: Net) -> None:
+    data = images(12)
+    loader = torch.utils.data.DataLoader(torch.cat(data), batch_size=4)
+    whole = approximability(net, data, groups=(2,), images=12)
+    assert approximability(net, data, groups=(2,)) == approximability(net, tuple(data), groups=(2,)) == whole
+    loaded = approximability(net, loader, groups=(2,))  # in batches of its own, so it adds up in another order
+    assert [e.calibrated for e in loaded] == pytest.approx([e.calibrated for e in whole], rel=1e-6)
+    assert [e.rows for e in loaded] == [e.rows for e in whole]
+    # A generator does not say how many come; 256 are reckoned with, which here makes no difference.
+    assert approximability(net, iter(data), groups=(2,)) == approximability(net, data, groups=(2,), images=12)
+
+
+def test_a_shuffling_loader_leaves_the_random_state_alone(net: Net) -> None:
+    loader = torch.utils.data.DataLoader(torch.cat(images()), batch_size=4, shuffle=True)
+    state = torch.random.get_rng_state()
+    approximability(net, loader, groups=(2,))
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_network_in_another_precision_takes_float_images(net: Net, dtype: torch.dtype) -> None:
+    plain = approximability(net, images(), groups=(2,))
+    other = approximability(net.to(dtype), images(), groups=(2,))
+    assert [e.calibrated for e in other] == pytest.approx([e.calibrated for e in plain], abs=0.03)
+
+
+class TestNetworksThatCallTheirConvolutionsInTheirOwnWay:
+    class Odd(nn.Module):
+        def __init__(self, way: str) -> None:
+            super().__init__()
+            self.way = way
+            self.stem, self.body = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.stem(x).relu()
+            if self.way == "stacked":  # an image and its mirror image in one batch
+                x = self.body(torch.cat([x, x.flip(3)]))
+            elif self.way == "one by one":
+                x = torch.stack([self.body(image) for image in x])
+            else:
+                x = self.body(input=x)
+            return x.mean((2, 3)) * 2
+
+    @pytest.mark.parametrize(("way", "calls"), [("stacked", 2), ("one by one", 1), ("by name", 1)])
+    def test_every_input_is_counted_once_and_held_out_with_its_image(self, way: str, calls: int) -> None:
+        network = self.Odd(way)
+        found = candidates(network, example_input=(3, 8, 8), where="none", include="body")
+        ((_, moments),) = stream(network, found.chosen, images(8), images=8, memory_bytes=2**30)
+        assert (moments.fit.images, moments.held_out.images) == (6 * calls, 2 * calls)
+
+
+def test_inputs_and_weights_that_are_no_numbers_are_refused_by_layer(net: Net) -> None:
+    with torch.no_grad():
+        net.second.weight[3, 2] = torch.nan
+    with pytest.raises(UsageError, match="the weights of second are not finite"):
+        approximability(net, images(), groups=(2,), where="1x1")
+    with pytest.raises(UsageError, match="the inputs of third are not finite"):
+        approximability(net, images(), groups=(2,), where="none", include="third")
+
+
+@pytest.mark.parametrize("variant", ["gc", "shuffle", "bgc", "tlgc", "flgc", "lgc"])
+def test_inputs_that_are_always_zero_do_no_harm(net: Net, variant: str) -> None:
+    with torch.no_grad():
+        net.first.weight[:9].zero_()
+        net.first.bias[:9] = -1.0  # whole groups of the next layer's inputs are dead
+    for error in approximability(net, images(), variants=(variant,), groups=(2, 4, 8, 16), where="1x1"):
+        assert error.calibrated is not None
+        assert error.white is not None
+        assert 0 <= error.calibrated <= error.white
+
+
+@pytest.mark.parametrize(("options", "message"), [({"groups": ()}, "nothing to look at"),
+                                                  ({"variants": ("standard",)}, "nothing to look at")])  # fmt: skip
+def test_nothing_asked_for_is_said(net: Net, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        approximability(net, images(), **options)
+    with pytest.raises(ShapeError, match="groups=0"):
+        approximability(net, images(), groups=(0,))
 
 
 @pytest.mark.gpu

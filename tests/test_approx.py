@@ -489,9 +489,9 @@ def test_fewer_than_ten_data_an_unknown_is_a_warning() -> None:
         config = small(variants=("gc", "bgc"), samples=samples, groups=(2,))  # 24 unknowns, 8 positions
         run = run_of(config)
         assert bool(run.warnings) == warned == bool(few_rows(config, plan(config)))
-    (warning,) = run_of(small(variants=("gc", "bgc"), samples=6, groups=(2, 4))).warnings
-    assert "only 2.0 data an unknown for BGC N=2" in warning
-    assert "factor of about 0.50" in warning
+    (warning,) = run_of(small(variants=("gc", "bgc"), samples=9, groups=(2, 4))).warnings
+    assert "only 3.0 data an unknown for BGC N=2" in warning
+    assert "factor of about 0.67" in warning
     assert "--samples" in warning
 
 
@@ -524,6 +524,17 @@ def test_inputs_named_twice_are_one() -> None:
 def test_what_makes_no_sense_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         small(**options)
+
+
+def test_in_single_precision_a_mean_may_not_hide_what_stands_beside_it() -> None:
+    for mean in (10.5, -11):
+        assert small(inputs=(f"normal:{mean}",))
+        with pytest.raises(UsageError, match=f"'normal:{mean}' has too large a mean for --precision fp32"):
+            small(inputs=("relu", f"normal:{mean}"), precision="fp32")
+    config = small(inputs=("normal:-10",), variants=("gc", "bgc"), samples=60)
+    double, single = (by_row(computed(replace(config, precision=p))) for p in ("fp64", "fp32"))
+    for at, row in double.items():
+        assert single[at]["error"] == pytest.approx(row["error"], rel=1e-3, abs=1e-2), at
 
 
 def test_the_defaults_are_the_papers_experiment() -> None:
@@ -648,26 +659,34 @@ def test_an_input_whose_rows_are_all_kept_is_not_even_drawn(monkeypatch: pytest.
     assert list(run_of(config, kept=everything).run()) == []
 
 
+def stopped_after(config: ApproxConfig, times: int) -> tuple[list[Json], list[approx_run.Step], int]:
+    """(rows, steps, rows that were there when it was told to stop) of a run that is let go on ``times`` times."""
+    there: list[int] = []
+
+    def stop() -> bool:
+        there.append(len(run.results))
+        return len(there) > times
+
+    run = run_of(config, stop=stop)
+    steps = list(run.run())
+    return run.results, steps, there[times] if len(there) > times else len(run.results)
+
+
 def test_a_run_that_is_stopped_ends_soon_with_whole_rows_only() -> None:
     config = small(variants=("gc", "shuffle", "bgc", "tlgc"), inputs=("normal", "relu"), search_samples=1)
     whole = {row["key"]: row for row in computed(config)}
     lengths = []
-    for allowed in range(40):
-        asked = [0]
-
-        def stop(asked: list[int] = asked, allowed: int = allowed) -> bool:
-            asked[0] += 1
-            return asked[0] > allowed
-
-        run = run_of(config, stop=stop)
-        steps = list(run.run())
-        results = run.results
-        assert all(row == whole[row["key"]] for row in results)
+    for times in range(40):
+        rows, steps, there = stopped_after(config, times)
+        assert len(rows) == there  # none after the stop
+        assert all(row == whole[row["key"]] for row in rows)
         shown = [step.rows for step in steps if step.rows is not None]
-        assert (shown[-1] if shown else []) == results
-        lengths.append(len(results))
-        if len(results) == len(whole):
+        assert (shown[-1] if shown else []) == rows
+        lengths.append(len(rows))
+        if len(rows) == len(whole):
             break
+        if times == 0:
+            assert steps == []  # not even the inputs are drawn
     assert lengths[0] == 0
     assert lengths == sorted(lengths)
     assert lengths[-1] == len(whole)

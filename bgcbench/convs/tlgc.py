@@ -13,7 +13,7 @@ and the N maps go to all m outputs pointwise (Nm numbers). That the kernel sits 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +21,11 @@ from torch.nn import functional as F
 
 from bgcbench.convs.base import VariantConv2d, block_diagonal, diagonal_blocks, is_channels_last, row_blocks
 from bgcbench.theory.leastsquares import check_second_moment, shrink_to_white
+from bgcbench.theory.residual import explained
 
 MAX_SWEEPS = 200  # of alternating least squares; some tens are needed
 SETTLED = 1e-8  # relative fall of the error in one sweep at which they end
+MAX_STEPS = 50  # of conjugate gradients in a sweep
 
 
 class TwoLevelGroupConv2d(VariantConv2d):
@@ -123,64 +125,122 @@ def least_squares(
     (nK, nK), u in unfold order; shapes of the result as in :func:`white_optimum`.
     """
     moment = shrink_to_white(check_second_moment(second_moment, weight), ridge)
-    size, rows = moment.shape[0] // groups, weight.shape[0] // groups
-    target = weight.flatten(1).to(moment.dtype).reshape(groups, rows, groups * size)  # (N, m/N, nK)
-    inverses = [torch.linalg.pinv(moment[_part(k, size), _part(k, size)], hermitian=True) for k in range(groups)]
+    problem = _CoarseLevel(weight, groups, moment)
     _, start, _ = white_optimum(weight.to(moment.dtype), groups)
-    r = start.flatten(1)  # (N, p)
-    p = torch.zeros(groups, rows, groups, dtype=moment.dtype, device=moment.device)
+    r = last = best = start.flatten(1)  # (N, p)
     previous: float | None = None
-    best, momentum, last = r, 0, r
+    momentum = 0
     for _ in range(MAX_SWEEPS):
-        error = 0.0
-        hessian, gradient = torch.zeros_like(moment), torch.zeros_like(r)
-        for k in range(groups):
-            left = _left_over(moment, inverses[k], k, size)  # S_k: (nK, nK)
-            seen = target[k] @ left  # (m/N, nK)
-            blocks = left.reshape(groups, size, groups, size)
-            features = torch.einsum("la,lanb,nb->ln", r, blocks, r)
-            cross = torch.einsum("inb,nb->in", seen.reshape(rows, groups, size), r)  # (m/N, N)
-            p[k] = cross @ torch.linalg.pinv(features, hermitian=True)
-            error += float((seen * target[k]).sum() - (p[k] * cross).sum())
-            strength = p[k].T @ p[k]  # (N, N)
-            hessian += (strength[:, None, :, None] * blocks).reshape(hessian.shape)
-            gradient += torch.einsum("il,ila->la", p[k], seen.reshape(rows, groups, size))
+        p, error = problem.best_outputs(r)
         if previous is not None and error > previous and momentum:
             r, momentum = best, 0  # went too far: back to the last solution, without extrapolating
             continue
         if previous is not None and previous - error <= SETTLED * abs(previous):
             break
         previous = error
-        # A step towards the last r costs nothing at the solution and keeps a singular system solvable.
-        anchor = 1e-12 * hessian.diagonal().mean() + torch.finfo(moment.dtype).tiny
-        hessian.diagonal().add_(anchor)
-        best = torch.linalg.solve(hessian, gradient.flatten() + anchor * r.flatten()).reshape(groups, size)
+        best = problem.best_inputs(p, r)
         # Nesterov's extrapolation: plain alternation crawls along narrow valleys.
         momentum += 1
         r = best + (momentum - 1) / (momentum + 2) * (best - last)
         last = best
-    a = []
-    for k in range(groups):
-        rest = target[k] - (p[k][:, :, None] * r).flatten(1)
-        a.append(rest @ moment[:, _part(k, size)] @ inverses[k])
+    p, _ = problem.best_outputs(r)
     m, n, height, width = weight.shape
-    per_group = n // groups
     return (
-        torch.cat(a).reshape(m, per_group, height, width),
-        r.reshape(groups, per_group, height, width),
+        problem.own_level(p, r).reshape(m, n // groups, height, width),
+        r.reshape(groups, n // groups, height, width),
         p.reshape(m, groups, 1, 1),
     )
 
 
-def _part(k: int, size: int) -> slice:
-    """Where group k stands in the patch vector."""
-    return slice(k * size, (k + 1) * size)
+class _CoarseLevel:
+    """The coarse level's two linear problems, A being eliminated, without ever forming an S_k.
+
+    S_k = C - H_k^T H_k, with its rows and columns of group k set to 0; H_k: (p, nK), all of them as large as C.
+    """
+
+    def __init__(self, weight: Tensor, groups: int, moment: Tensor) -> None:
+        size, rows = moment.shape[0] // groups, weight.shape[0] // groups
+        self.groups, self.size, self.moment = groups, size, moment
+        self.target = weight.flatten(1).to(moment.dtype).reshape(groups, rows, groups * size)  # (N, m/N, nK)
+        factors = moment.new_zeros(groups, size, groups * size)  # (k, p, nK); fewer rows where C_kk is singular
+        seen = []
+        for k in range(groups):
+            own = explained(moment, k, groups, with_mean=False).own
+            factors[k, : len(own)] = own
+            left = self.target[k] @ moment - (self.target[k] @ own.T) @ own  # W^k S_k
+            left[:, k * size : (k + 1) * size] = 0.0
+            seen.append(left)
+        self.seen = torch.stack(seen)  # (N, m/N, nK)
+        self.whole = float((self.seen * self.target).sum())
+        # By input group, so that one batched product serves all k: (l, k p, p).
+        self.factors = factors.reshape(groups * size, groups, size).transpose(0, 1).contiguous()
+        self.others = 1.0 - torch.eye(groups, dtype=moment.dtype, device=moment.device)  # [k != l]
+
+    def _through(self, r: Tensor) -> Tensor:
+        """H_k r_l for every k and l: (l, k, p)."""
+        return torch.bmm(self.factors, r[:, :, None]).reshape(self.groups, self.groups, self.size)
+
+    def _moment_times(self, r: Tensor) -> Tensor:
+        """C^{nl} r_l for every n and l: (n, p, l)."""
+        columns = self.moment.reshape(-1, self.groups, self.size).transpose(0, 1)  # (l, nK, p)
+        return torch.bmm(columns, r[:, :, None])[..., 0].T.reshape(self.groups, self.size, self.groups)
+
+    def best_outputs(self, r: Tensor) -> tuple[Tensor, float]:
+        """p (N, m/N, N) given r (N, p), and the error that is left."""
+        inner = torch.einsum("la,lan->ln", r, self._moment_times(r))  # r_l^T C^{ln} r_n
+        through = self._through(r)  # (l, k, p)
+        features = inner - torch.einsum("lkp,nkp->kln", through, through)
+        features = features * self.others[:, :, None] * self.others[:, None, :]  # row and column k of S_k are 0
+        blocks = self.seen.reshape(self.groups, -1, self.groups, self.size)  # (k, m/N, l, p)
+        cross = torch.einsum("kila,la->kil", blocks, r)
+        p = cross @ torch.linalg.pinv(features, hermitian=True)
+        return p, self.whole - float((p * cross).sum())
+
+    def best_inputs(self, p: Tensor, start: Tensor) -> Tensor:
+        """r (N, p) given p (N, m/N, N), by conjugate gradients from ``start``: never worse than that."""
+        strength = torch.einsum("kil,kin->kln", p, p)  # (k, l, n)
+        summed = strength.sum(0)  # (l, n)
+        blocks = self.seen.reshape(self.groups, -1, self.groups, self.size)
+        gradient = torch.einsum("kil,kila->la", p, blocks)
+
+        def apply(v: Tensor) -> Tensor:
+            direct = torch.einsum("ln,lan->la", summed, self._moment_times(v))
+            weighed = torch.einsum("kln,nkp->lkp", strength, self._through(v)).flatten(1)  # (l, k p)
+            return direct - torch.bmm(self.factors.transpose(1, 2), weighed[:, :, None])[..., 0]
+
+        own = self.moment.diagonal().reshape(self.groups, self.size)  # the diagonal, to precondition with
+        squares = self.factors.square().reshape(self.groups, self.groups, self.size, self.size).sum(2)  # (l, k, a)
+        diagonal = summed.diagonal()[:, None] * own - torch.einsum("kll,lka->la", strength, squares)
+        scale = diagonal.clamp_min(1e-12 * float(diagonal.max()) + torch.finfo(diagonal.dtype).tiny)
+        return _conjugate_gradients(apply, gradient, start, scale)
+
+    def own_level(self, p: Tensor, r: Tensor) -> Tensor:
+        """A (m, p) given the coarse level: the regression of what it leaves on the group's own input."""
+        solved = []
+        for k in range(self.groups):
+            at = slice(k * self.size, (k + 1) * self.size)
+            rest = self.target[k] - (p[k][:, :, None] * r).flatten(1)
+            inverse = torch.linalg.pinv(self.moment[at, at], hermitian=True)
+            solved.append(rest @ self.moment[:, at] @ inverse)
+        return torch.cat(solved)
 
 
-def _left_over(moment: Tensor, inverse: Tensor, k: int, size: int) -> Tensor:
-    """S_k: the second moment of what a regression on group k leaves of every input."""
-    column = moment[:, _part(k, size)]
-    left = moment - column @ inverse @ column.T
-    left[_part(k, size)] = 0.0  # exactly, not to rounding
-    left[:, _part(k, size)] = 0.0
-    return left
+def _conjugate_gradients(apply: Callable[[Tensor], Tensor], right: Tensor, x: Tensor, scale: Tensor) -> Tensor:
+    """x with apply(x) = right, apply being symmetric positive semidefinite and ``scale`` near its diagonal."""
+    residual = right - apply(x)
+    goal = 1e-20 * float((right * right / scale).sum())
+    step = residual / scale
+    direction, size = step, float((residual * step).sum())
+    for _ in range(MAX_STEPS):
+        if size <= goal:
+            break
+        image = apply(direction)
+        curvature = float((direction * image).sum())
+        if curvature <= 0.0:
+            break  # a direction that changes nothing
+        x = x + (size / curvature) * direction
+        residual = residual - (size / curvature) * image
+        step = residual / scale
+        before, size = size, float((residual * step).sum())
+        direction = step + (size / before) * direction
+    return x

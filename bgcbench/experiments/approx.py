@@ -30,6 +30,7 @@ METHODS = {
     "flgc": "partition-search",
     "lgc": "column-search",
 }
+FP32_MEAN = 10  # above it the squares of a mean hide the rest of a single-precision moment
 FEW_ROWS = 10  # rows an unknown below which the in-sample error is low by more than a tenth
 QUICK_SAMPLES = 64
 
@@ -70,6 +71,11 @@ class ApproxConfig(RunConfig):
             raise UsageError("--input is empty; name at least one")
         # Under their canonical names, so that normal:0.50 and normal:0.5 are one row.
         object.__setattr__(self, "inputs", tuple(dict.fromkeys(law.name for law in self.laws)))
+        far = [law.name for law in self.laws if self.precision == "fp32" and abs(law.mean) > FP32_MEAN]
+        if far:
+            raise UsageError(
+                f"input '{far[0]}' has too large a mean for --precision fp32: use fp64, or at most {FP32_MEAN}"
+            )
         if self.number < 1:
             raise UsageError(f"--samples {self.samples} must be a whole number of at least 1")
         self.spec("standard", 1).output_size(*self.size)

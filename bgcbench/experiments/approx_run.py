@@ -27,7 +27,7 @@ from bgcbench.results import DONE, Json
 from bgcbench.specs import VARIANTS, as_pair
 from bgcbench.theory.bounds import SCALING_POWER, bounds
 from bgcbench.theory.exchangeable import exact_relative_error
-from bgcbench.theory.fits import fit
+from bgcbench.theory.fits import EXACT, fit
 from bgcbench.theory.inputs import InputLaw
 from bgcbench.theory.moments import CHUNK_NUMBERS, PatchMoments
 from bgcbench.theory.residual import SEES_MEAN, centred, explained, inner_product, outside, squared_norms
@@ -375,7 +375,7 @@ def fits(results: Collection[Json]) -> list[Json]:
         }
         # What is known to be exact has no logarithm, whatever rounding leaves of it in this precision.
         errors = {row["params"]["groups"]: row["relative_error"] for row in mine}
-        measured = fit({n: 0.0 if closed.get(n) == 0.0 else error for n, error in errors.items()})
+        measured = fit({n: 0.0 if closed.get(n, 1.0) <= EXACT else error for n, error in errors.items()})
         exact = fit(closed)
         scaled = [row["scaled_error"] for row in mine if row["scaled_error"] is not None]
         found.append(

@@ -11,6 +11,7 @@ from bgcbench.specs import VARIANTS
 from bgcbench.theory import paper
 from bgcbench.theory.bounds import SCALING_POWER
 from bgcbench.theory.exact import white_error
+from bgcbench.theory.fits import EXACT
 from bgcbench.theory.pareto import front, uncertainty_of
 
 TOLERATED = (0.05, 0.10, 0.20)  # shares of a layer's output energy
@@ -65,7 +66,9 @@ def _count(row: Json, name: str) -> str:
 
 
 def _number(value: float | None, digits: int) -> str:
-    return "-" if value is None else significant(value, digits)
+    if value is None:
+        return "-"
+    return f"{value:.1e}" if 0 < value < 1e-6 else significant(value, digits)
 
 
 def _milli(value: float | None) -> str:
@@ -152,10 +155,10 @@ def _findings(rows: Sequence[Json]) -> list[str]:
             ratios = ", ".join(
                 f"{b['relative_error'] / g['relative_error']:.4f} (N={b['params']['groups']})"
                 for b, g in pairs
-                if g["relative_error"]
+                if g["relative_error"] > EXACT
             )
             lines.append(f"{name}: BGC at 2N over GC at N, equal parameters: {ratios}")
-        proofs = [row for (variant, n), row in by.items() if variant == "bgc" and n > 2]
+        proofs = [row for (variant, n), row in by.items() if variant == "bgc" and row["relative_error"] > EXACT]
         if proofs:
             ratios = ", ".join(
                 f"{row['construction_relative_error'] / row['relative_error']:.3f} (N={row['params']['groups']})"
@@ -186,7 +189,8 @@ def _sampled_notes(document: Json, rows: Sequence[Json]) -> list[str]:
         "E: least error (5.1), mean over the convolutions; Rel.E: over E||W||^2 E||x||^2 (5.3), ± its standard error "
         "over the convolutions, given the inputs; lost: over E||Wx||^2, the share of the output's energy",
         "exact: closed form for an endless sample, border included. in sample: Rel.E / (exact (1 - p/(SD))); the error "
-        "within a sample is low by that factor, p being the numbers that an output fits and SD the positions it sees",
+        "within a sample is low by that factor, p being the numbers that an output fits and SD the positions it sees. "
+        "It also carries what the inputs scatter, which all rows of an input share and ± leaves out",
         "proof's weights: error of the construction in the proofs of Theorems 3.5 and 3.6. bound: (K/n)(1 - 1/N)^p, "
         "general bound: K (1 - 1/N)^(p+1), p = 1 for GC and 2 for BGC; scaled: Rel.E / (1 - 1/N)^p",
         "front: no other row of the input has fewer params (MACs) without losing more",
@@ -234,7 +238,9 @@ def _network_report(document: Json, rows: Sequence[Json]) -> Report:
     sections = {"Which layers tolerate what": _tolerant(by_layer, cells)} if rows else {}
     sections["Notes"] = _network_notes(document, rows)
     records = [_network_record(row) for row in rows]
-    return Report(_network_title(document), columns, sections, records, [_by_weights(rows, order)] if rows else [])
+    return Report(
+        _network_title(document, rows), columns, sections, records, [_by_weights(rows, order)] if rows else []
+    )
 
 
 def _calibrated(row: Json) -> float | None:
@@ -330,13 +336,14 @@ def _at_equal_size(by_layer: dict[str, list[Json]], cells: Sequence[tuple[str, i
     return lines
 
 
-def _network_title(document: Json) -> list[str]:
+def _network_title(document: Json, rows: Sequence[Json]) -> list[str]:
     config, network = document.get("config", {}), document.get("network", {})
     lines = []
     if config:
         size = f"{config['height']} x {config['width']}"
+        images = next((row["params"]["calibration_images"] for row in rows), config["calibration_images"])
         lines.append(
-            f"{config['model']} (weights: {network.get('weights', 'unknown')}) on {config['calibration_images']} "
+            f"{config['model']} (weights: {network.get('weights', 'unknown')}) on {images} "
             f"images of {config['data']}, {size} px; convolutions: {config['where']}"
         )
     return [*lines, f"{document['settings']['precision']}; {where_line(document)}"]

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from bgcbench.errors import UsageError
 
+LARGEST_MEAN = 1000  # its square stands beside 1 in a second moment
 NAMES = ("normal", "uniform", "normal:MU", "relu", "factor:RHO")
 
 
@@ -46,8 +47,13 @@ class InputLaw:
             value = math.nan
         if kind == "factor" and not 0.0 <= value <= 1.0:
             raise UsageError(f"input '{text}': RHO is the share of a common factor, a number from 0 to 1")
-        if not math.isfinite(value):
-            raise UsageError(f"input '{text}': MU is a mean, a finite number such as 0.5")
+        if kind == "normal" and not abs(value) <= LARGEST_MEAN:
+            raise UsageError(
+                f"input '{text}': MU is a mean in standard deviations, a number from -{LARGEST_MEAN} to "
+                f"{LARGEST_MEAN}; beyond that rounding hides what the channels do not share"
+            )
+        if kind == "normal" and value == 0.0:
+            return cls("normal", kind)
         return cls(f"{kind}:{repr(value).removesuffix('.0')}", kind, value)
 
     @property

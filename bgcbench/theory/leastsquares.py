@@ -38,7 +38,9 @@ def solve_normal(gram: Tensor, cross: Tensor, *, ridge: float = 0.0, prior: Tens
         least: Tensor = cross @ torch.linalg.pinv(gram, hermitian=True)
         return least
     size = gram.shape[-1]
-    lam = ridge * gram.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]  # (..., 1, 1)
+    # Where z is 0 throughout (a dead group of inputs) the prior remains.
+    least = torch.finfo(gram.dtype).tiny ** 0.5
+    lam = (ridge * gram.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]).clamp_min(least)  # (..., 1, 1)
     anchored = cross if prior is None else cross + lam * prior
     damped = gram + lam * torch.eye(size, dtype=gram.dtype, device=gram.device)
     solved: Tensor = torch.linalg.solve(damped, anchored.mT)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from bgcbench.errors import ShapeError
+from bgcbench.specs import output_length
 
 CHUNK_NUMBERS = 2**22  # of the patches that are formed at once: 32 MiB in float64
 
@@ -18,8 +19,9 @@ CHUNK_NUMBERS = 2**22  # of the patches that are formed at once: 32 MiB in float
 class PatchMoments:
     """sum u u^T and sum u over the patches of all inputs added so far.
 
-    Memory: (nK)^2 + nK numbers of ``dtype``, and some 64 MiB of patches while adding; the im2col matrix of a whole set
-    is never formed. ``total``: (nK, nK); ``first``: (nK,); ``positions``: patches seen; ``images``: inputs seen.
+    Memory: (nK)^2 + nK numbers of ``dtype``, and while adding the patches of one image at least, of 32 MiB otherwise,
+    twice; the im2col matrix of a whole set is never formed.
+    ``total``: (nK, nK); ``first``: (nK,); ``positions``: patches seen; ``images``: inputs seen.
     """
 
     def __init__(
@@ -43,24 +45,47 @@ class PatchMoments:
     def add(self, x: Tensor, at_most: int | None = None, generator: torch.Generator | None = None) -> None:
         """Count the patches of x (B, n, H, W) in.
 
-        at_most: of each image take no more than that many positions, drawn without replacement from ``generator``.
+        at_most: of each image take no more than that many positions, drawn without replacement from ``generator``, for
+        each image anew; only their patches are formed.
         """
-        x = x.detach().to(device=self.total.device, dtype=self.total.dtype)
-        for image in x.split(self._images_at_once(x)) if x.shape[0] else ():
-            patches = torch.nn.functional.unfold(image, *self._geometry)  # (B, nK, D)
-            if at_most is not None and patches.shape[2] > at_most:
-                chosen = torch.randperm(patches.shape[2], generator=generator, device="cpu")[:at_most].sort().values
-                patches = patches.index_select(2, chosen.to(patches.device))
-            flat = patches.transpose(0, 1).flatten(1)  # (nK, B D)
-            self.total.addmm_(flat, flat.T)
-            self.first += flat.sum(1)
-            self.positions += flat.shape[1]
-            self.images += image.shape[0]
+        x = x.detach()
+        height, width = self.output_size(x)
+        if at_most is not None and height * width > at_most:
+            for image in x:
+                chosen = torch.randperm(height * width, generator=generator, device="cpu")[:at_most].sort().values
+                self._count(self._patches_at(image, chosen // width, chosen % width), 1)
+            return
+        for images in x.split(self._images_at_once(height * width)) if x.shape[0] else ():
+            given = images.to(device=self.total.device, dtype=self.total.dtype)
+            patches = torch.nn.functional.unfold(given, *self._geometry)  # (B, nK, D)
+            self._count(patches.transpose(0, 1).flatten(1), images.shape[0])
 
-    def _images_at_once(self, x: Tensor) -> int:
-        _, _, _, stride = self._geometry
-        patches = max(1, x.shape[2] // stride[0]) * max(1, x.shape[3] // stride[1])
-        return max(1, CHUNK_NUMBERS // (patches * len(self.first)))
+    def _count(self, patches: Tensor, images: int) -> None:
+        """Add patches (nK, positions)."""
+        self.total.addmm_(patches, patches.T)
+        self.first += patches.sum(1)
+        self.positions += patches.shape[1]
+        self.images += images
+
+    def _patches_at(self, image: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+        """The patches of image (n, H, W) at these output positions (P,): (nK, P), in unfold's order."""
+        kernel, dilation, padding, stride = self._geometry
+        padded = torch.nn.functional.pad(image, (padding[1], padding[1], padding[0], padding[0]))
+        taps = [(i * dilation[0], j * dilation[1]) for i in range(kernel[0]) for j in range(kernel[1])]
+        down, right = torch.tensor(taps).T  # (K,)
+        at = (rows[None] * stride[0] + down[:, None]), (columns[None] * stride[1] + right[:, None])  # (K, P)
+        gathered = padded[:, at[0].to(image.device), at[1].to(image.device)]  # (n, K, P)
+        return gathered.flatten(0, 1).to(device=self.total.device, dtype=self.total.dtype)
+
+    def output_size(self, x: Tensor) -> tuple[int, int]:
+        """(height, width) of the positions at which x (B, n, H, W) has patches."""
+        kernel, dilation, padding, stride = self._geometry
+        sides = zip(x.shape[-2:], kernel, stride, padding, dilation, strict=True)
+        height, width = (output_length(*side) for side in sides)
+        return height, width
+
+    def _images_at_once(self, positions: int) -> int:
+        return max(1, CHUNK_NUMBERS // (max(1, positions) * len(self.first)))
 
     @property
     def moment(self) -> Tensor:

@@ -73,21 +73,21 @@ def _half(gram: Tensor, rows: Tensor, scale: Tensor) -> Any:
     if int(info) == 0 and least > _SINGULAR[gram.dtype] * float(scale.diagonal().max()):
         return torch.linalg.solve_triangular(lower, rows, upper=False)
     values, vectors = torch.linalg.eigh(gram)
-    cutoff = float(scale.diagonal().max()) * len(gram) ** 2 * torch.finfo(gram.dtype).eps
+    cutoff = float(scale.diagonal().max()) * 10 * len(gram) * torch.finfo(gram.dtype).eps
     kept = values > cutoff
     return (vectors[:, kept] / values[kept].sqrt()).T @ rows
 
 
 def squared_norms(moment: Tensor, factors: Explained) -> tuple[float, float]:
-    """tr(S^2) without and with the mean: the spread of w S w^T over Gaussian rows w (see the SE in experiments)."""
-    whole = float(moment.square().sum())
-    factor = factors.factor
-    first = len(factors.own)
-    crossed = ((factor @ moment) * factor).sum(1)
-    inner = (factor @ factor.T).square()
-    own = whole - 2 * float(crossed[:first].sum()) + float(inner[:first, :first].sum())
-    with_mean = whole - 2 * float(crossed.sum()) + float(inner.sum())
-    return max(0.0, own), max(0.0, with_mean)  # rounding may leave less than nothing of what is exact
+    """tr(S^2) without and with the mean: the spread of w S w^T over Gaussian rows w (see the SE in experiments).
+
+    S is formed: from the norms of its parts the large ones would have to cancel.
+    """
+    left = torch.addmm(moment, factors.own.T, factors.own, alpha=-1)
+    own = float(left.square().sum())
+    if factors.mean is None:
+        return own, own
+    return own, float(left.addmm_(factors.mean.T, factors.mean, alpha=-1).square().sum())
 
 
 def centred(moment: Tensor, groups: int) -> Tensor:

@@ -134,13 +134,32 @@ def test_a_sample_of_positions_is_a_subset_of_each_images_patches_without_repeti
     assert float(found.moment) == pytest.approx(squares / (2 * at_most), rel=1e-14)
 
 
-def test_a_sampled_patch_is_a_whole_patch_of_the_image() -> None:
-    x = torch.randn(1, 3, 5, 6, dtype=torch.float64)
-    found = PatchMoments(3, (3, 2), stride=(1, 2), padding=(1, 1))
-    found.add(x, at_most=1, generator=torch.Generator().manual_seed(0))
-    cut = patches(x, (3, 2), stride=(1, 2), padding=(1, 1))[0]
-    assert sum(torch.equal(found.first, patch) for patch in cut) == 1
-    torch.testing.assert_close(found.total, torch.outer(found.first, found.first), rtol=1e-14, atol=0)
+@pytest.mark.parametrize(("kernel", "geometry"), SHAPES)
+def test_a_sampled_patch_is_a_whole_patch_of_the_image(kernel: tuple[int, int], geometry: dict) -> None:
+    x = torch.randn(1, 3, 7, 6, dtype=torch.float64)
+    cut, taken = patches(x, kernel, **geometry)[0], set()
+    for seed in range(30):
+        found = PatchMoments(3, kernel, **geometry)
+        found.add(x, at_most=1, generator=torch.Generator().manual_seed(seed))
+        matches = [position for position, patch in enumerate(cut) if torch.equal(found.first, patch)]
+        assert len(matches) == 1
+        taken.add(matches[0])
+        torch.testing.assert_close(found.total, torch.outer(found.first, found.first), rtol=1e-14, atol=0)
+    assert len(taken) > len(cut) / 4  # not always the same corner
+
+
+def test_of_each_image_other_positions_are_taken() -> None:
+    found = PatchMoments(1, (1, 1))
+    found.add(powers(), at_most=4, generator=torch.Generator().manual_seed(3))
+    bits = f"{int(found.first):024b}"[::-1]
+    assert bits[:12] != bits[12:]
+
+
+def test_a_sample_is_added_up_in_the_moments_own_dtype_and_without_a_graph() -> None:
+    found = PatchMoments(3, (3, 2), padding=(1, 1))
+    found.add(torch.randn(2, 3, 5, 6, requires_grad=True), at_most=4, generator=torch.Generator().manual_seed(0))
+    assert found.total.dtype == found.first.dtype == torch.float64
+    assert not found.total.requires_grad
 
 
 def sampled(seed: int, at_most: int = 4) -> float:
