@@ -16,7 +16,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -400,32 +400,47 @@ class Judge:
         with torch.random.fork_rng(devices=devices):  # a layer is initialised before it takes the projection
             return self._judged(variant, groups)
 
+    def unknown(self, variant: str, groups: int, reason: str) -> LayerError:
+        """The same without numbers, and why."""
+        return LayerError(
+            name=self.layer.name,
+            layer=self.layer,
+            variant=variant,
+            groups=groups,
+            copied=None,
+            white=None,
+            calibrated=None,
+            ridge=None,
+            rows=self.rows,
+            held_out_rows=self.held_out_rows,
+            scarce=False,
+            params=None,
+            macs=None,
+            share=self.share,
+            reason=reason,
+        )
+
     def _judged(self, variant: str, groups: int) -> LayerError:
         layer = self.layer
         reason = unfit(variant, layer.in_channels, layer.out_channels, groups)
-        copied = white = calibrated = ridge = counts = None
-        if reason is None:
-            copied, white = (self._error(variant, groups, projection) for projection in ("copy", "white"))
-            calibrated, ridge = self._calibrate(variant, groups, white)
-            if layer.height is not None and layer.width is not None:
-                counts = count(_spec(layer, variant, groups), layer.height, layer.width)
+        if reason is not None:
+            return self.unknown(variant, groups, reason)
+        copied, white = (self._error(variant, groups, projection) for projection in ("copy", "white"))
+        calibrated, ridge = self._calibrate(variant, groups, white)
+        found = self.unknown(variant, groups, "")
+        known = layer.height is not None and layer.width is not None
+        counts = count(_spec(layer, variant, groups), layer.height or 0, layer.width or 0) if known else None
         free = (2 if variant == "bgc" else 1) * patch_length(layer) // groups
-        return LayerError(
-            name=layer.name,
-            layer=layer,
-            variant=variant,
-            groups=groups,
+        return replace(
+            found,
             copied=copied,
             white=white,
             calibrated=calibrated,
             ridge=ridge,
-            rows=self.rows,
-            held_out_rows=self.held_out_rows,
             scarce=self.rows < 10 * free,
             params=None if counts is None else counts.params,
             macs=None if counts is None else counts.macs,
-            share=self.share,
-            reason=reason,
+            reason=None,
         )
 
     def _calibrate(self, variant: str, groups: int, white: float) -> tuple[float, float | None]:

@@ -462,7 +462,7 @@ def test_nothing_valid_is_nothing_to_compute() -> None:
     [({"variants": ("gc", "bgc"), "groups": (2, 4)}, 24, "BGC N=2"),
      ({"variants": ("gc",), "groups": (4, 2)}, 12, "GC N=2"),
      ({"variants": ("tlgc", "gc"), "groups": (4,)}, 10, "TLGC N=4"),
-     ({"dims": 2, "length": 3, "groups": (2,)}, 72, "BGC N=2"),
+     ({"dims": 2, "length": 3, "groups": (2,)}, 32, "BGC N=2"),
      ({"variants": ("bgc",), "groups": (3, 4), "skip_invalid": True}, 12, "BGC N=4")],
 )  # fmt: skip
 def test_fewer_data_than_unknowns_are_refused_with_the_number_that_would_do(

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import jsonschema
 import pytest
@@ -55,7 +56,7 @@ class TestUsage:
             (["--variants", "bcg"], "did you mean 'bgc'?"),
             (["--input", "gauss"], "unknown input 'gauss': choose from normal, uniform, normal:MU, relu, factor:RHO"),
             (["--input", "factor:2"], "RHO is the share of a common factor, a number from 0 to 1"),
-            (["--input", "normal:much"], "MU is a mean, a finite number"),
+            (["--input", "normal:much"], "MU is a mean in standard deviations, a number from -1000 to 1000"),
             (["--input", ","], "--input is empty"),
             (["--dims", "3"], "--dims 3 must be 1 or 2"),
             (["--samples", "0"], "--samples 0 must be a whole number of at least 1"),
@@ -344,6 +345,70 @@ class TestNetwork:
         assert main(["approx", "--resume", "r.json"]) == 2
         assert "its weights_sha256 was" in capsys.readouterr().err
 
+    def test_a_resumed_run_refuses_other_images_of_the_same_name(self, here: Path, photos: Path, capsys) -> None:
+        arguments = [*NETWORK, "--data", "photos", "--size", "16", "--groups", "2", "--out", "r.json"]
+        assert main(arguments) == 0
+        (photos / "0.png").rename(photos / "9.png")
+        assert main(["approx", "--resume", "r.json", "--groups", "4"]) == 2
+        assert "its data_sha256 was" in capsys.readouterr().err
+
+    def test_batches_and_memory_may_change_on_resume_and_change_no_row(self, here: Path, capsys) -> None:
+        assert main([*NETWORK, "--data", "digits", "--out", "r.json"]) == 0
+        document = results.read(here / "r.json")
+        whole = document["results"]
+        document["results"] = whole[:3]
+        results.ResultWriter(here / "r.json").write(document)
+        assert main(["approx", "--resume", "r.json", "--batch", "5", "--memory", "0.1"]) == 0
+        again = results.read(here / "r.json")["results"]
+        for before, after in zip(whole, again, strict=True):
+            errors = after["output_relative_error"]
+            assert errors == pytest.approx(before["output_relative_error"], rel=1e-6, abs=1e-9)
+
+    def test_a_row_that_fails_is_recorded_and_the_others_are_computed(self, here: Path, monkeypatch, capsys) -> None:
+        from bgcbench.activations import Judge
+
+        judge = Judge.judge
+
+        def failing(self: Judge, variant: str, groups: int) -> Any:
+            if (self.layer.name, variant) == ("stages.1.0.conv1", "gc"):
+                raise torch.linalg.LinAlgError("the matrix is singular")
+            return judge(self, variant, groups)
+
+        monkeypatch.setattr(Judge, "judge", failing)
+        assert main([*NETWORK, "--data", "digits", "--out", "r.json"]) == 1
+        document = results.read(here / "r.json")
+        failed = [row for row in document["results"] if row["status"] == "error"]
+        assert [row["params"]["layer"] for row in failed] == ["stages.1.0.conv1"] * 2
+        assert {row["reason"] for row in failed} == {"_LinAlgError: the matrix is singular"}
+        assert document["exit_reason"] == "partial"
+        out, err = capsys.readouterr()
+        assert "the matrix is singular" in out
+        assert "saved 22/24" in err
+        monkeypatch.undo()
+        monkeypatch.chdir(here)
+        assert main(["approx", "--resume", "r.json"]) == 0
+        assert results.read(here / "r.json")["exit_reason"] == "ok"
+
+    def test_weights_that_are_no_numbers_end_the_run_with_the_layers_name(self, here: Path, capsys) -> None:
+        model = build_model("wrn_10_1")
+        with torch.no_grad():
+            model.stages[1][0].conv1.weight[0, 0] = torch.nan
+        torch.save(model.state_dict(), here / "nan.pth")
+        arguments = [*NETWORK, "--weights", "nan.pth", "--data", "digits", "--out", "r.json"]
+        assert main(arguments) == 2
+        assert "the inputs of stages.1.0.conv2 are not finite" in capsys.readouterr().err.splitlines()[-1]
+
+    def test_a_dry_run_names_what_is_looked_at_and_what_is_kept(self, here: Path, capsys) -> None:
+        assert main([*NETWORK, "--data", "digits", "--dry-run"]) == 0
+        err = capsys.readouterr().err
+        assert "  stages.0.0.conv1: 16 -> 16" in err
+        assert "  kept: stem (the first convolution)" in err
+        assert list(here.iterdir()) == []
+
+    def test_groups_that_fit_nowhere_are_refused_even_where_they_may_be_skipped(self, here: Path, capsys) -> None:
+        assert main([*NETWORK, "--data", "digits", "--groups", "7", "--skip-invalid"]) == 2
+        assert "no N of --groups divides the channels of any convolution" in capsys.readouterr().err
+
     @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
     def test_a_signal_leaves_a_valid_file_that_can_be_resumed(self, number: signal.Signals, here: Path) -> None:
         arguments = ["approx", "--model", "wrn_16_4", "--weights", "none", "--data", "digits", "--device", "cpu",
@@ -364,6 +429,42 @@ class TestNetwork:
         assert document["exit_reason"] == "interrupted"
         assert 0 < len(document["results"]) < 12 * 8
         assert "resume with --resume r.json" in err
+
+
+def test_inputs_whose_channels_are_all_equal_leave_nothing_to_divide_by(here: Path, capsys) -> None:
+    for seed in ("0", "1", "2", "3"):
+        assert main(["approx", "--channels", "8", "--samples", "40", "--groups", "4,8", "--input", "factor:1", "--seed",
+                     seed, "--device", "cpu", "--out", f"{seed}.json"]) == 0  # fmt: skip
+        assert main(["show", f"{seed}.json"]) == 0
+
+
+def test_a_mean_beyond_what_a_precision_can_hold_is_refused(here: Path, capsys) -> None:
+    assert main(["approx", "--input", "normal:20", "--precision", "fp32"]) == 2
+    assert "'normal:20' has too large a mean for --precision fp32: use fp64, or at most 10" in capsys.readouterr().err
+    assert main(["approx", "--input", "normal:1001"]) == 2
+    assert "a number from -1000 to 1000" in capsys.readouterr().err
+
+
+def test_a_large_mean_costs_no_digits_of_the_standard_error(here: Path) -> None:
+    errors = {}
+    for law in ("normal", "normal:1000"):
+        assert main([*SMALL, "--channels", "32", "--samples", "200", "--input", law, "--out", "r.json", "--force",
+                     "--quiet"]) == 0  # fmt: skip
+        errors[law] = {
+            (row["params"]["variant"], row["params"]["groups"]): row for row in results.read(here / "r.json")["results"]
+        }
+    # BGC does not see what the channels share, so its error and its spread are those of the same inputs without a mean.
+    plain, shifted = errors["normal"]["bgc", 4], errors["normal:1000"]["bgc", 4]
+    assert shifted["error_se"] == pytest.approx(plain["error_se"], rel=0.1)
+    assert shifted["error"] == pytest.approx(plain["error"], rel=0.1)
+
+
+def test_taps_that_only_meet_padding_are_no_unknowns(here: Path, capsys) -> None:
+    # kernel 7 on 3 values: taps 1 to 5 of 0..6 meet the input
+    assert main(["approx", "--channels", "8", "--kernel", "7", "--length", "3", "--groups", "4", "--samples", "60",
+                 "--variants", "bgc", "--input", "normal", "--device", "cpu", "--out", "-"]) == 0  # fmt: skip
+    (row,) = json.loads(capsys.readouterr().out)["results"]
+    assert row["in_sample_factor"] == pytest.approx(1 - 2 * 5 * 8 / 4 / (60 * 3))
 
 
 class TestPlot:

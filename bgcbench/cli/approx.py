@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -252,11 +253,23 @@ def approx(
         given["height"], given["width"] = common.size(size)
     given = {name: value for name, value in given.items() if value is not None}
     _check_preset(preset, given)
+    _check_files(given)
     output = Output.asked(out, form, force=force, resume=resume, quiet=quiet, plot=plot)
     stored = output.stored()
     config = _configuration(given, stored, str(resume))
     output.probe(dry_run=dry_run)
     return _run(context, config, stored, output, preset=preset, dry_run=dry_run)
+
+
+def _check_files(given: dict[str, Any]) -> None:
+    """Refuse files and folders that are not there before torch is imported; what is in them is seen later."""
+    from bgcbench.specs import DATA_SETS, WEIGHTS
+
+    data, weights = given.get("data"), given.get("weights")
+    if data is not None and data not in DATA_SETS and os.path.dirname(data) and not os.path.exists(data):
+        raise UsageError(f"--data {data} is not there; give {', '.join(DATA_SETS)}, or a folder of images")
+    if weights is not None and weights not in WEIGHTS and os.path.dirname(weights) and not os.path.exists(weights):
+        raise UsageError(f"--weights {weights}: there is no such file; choose a file, {' or '.join(WEIGHTS)}")
 
 
 def _check_preset(preset: str | None, given: dict[str, Any]) -> None:
@@ -357,7 +370,7 @@ def _prepared(
     from bgcbench.experiments.approx_network_run import ApproxNetworkRun, prepare
 
     prepared = prepare(config)
-    session.settings["weights_sha256"] = prepared.loaded.sha256
+    session.settings |= {name: prepared.facts[name] for name in ("weights_sha256", "data_sha256")}
     network_run = ApproxNetworkRun(config, session, prepared, kept=kept, stop=interrupts.requested)
     layers = prepared.layers.chosen
     lines = [
@@ -366,6 +379,8 @@ def _prepared(
         f"{prepared.moment_bytes / 2**30:.2g} GiB at once, {prepared.portions} run"
         f"{'s' * (prepared.portions > 1)} over the images"
     ]
+    lines += [f"  {layer.name}: {layer.in_channels} -> {layer.out_channels}" for layer in layers]
+    lines += [f"  kept: {kept.name} ({kept.reason})" for kept in prepared.layers.kept]
     return network_run, network_run.keys, {"network": prepared.facts}, lines
 
 
@@ -395,6 +410,8 @@ def _compute(
         results.finish(document, planned, interrupted=interrupts.requested(), failed=failed)
         if writer is not None:
             writer.write(document)
+        if failed is not None and document["results"]:
+            common.print_document(document, output.form)  # what there is; the error follows
     common.print_document(document, output.form)
     done = sum(row["status"] in results.DONE for row in document["results"])
     return common.closing(writer, interrupts, done, planned, quiet=output.quiet)

@@ -32,6 +32,11 @@ class Images(ABC):
     @abstractmethod
     def __len__(self) -> int: ...
 
+    @property
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits that change when the images do: a result must not mix two sets of them."""
+
     @abstractmethod
     def read(self, chosen: Sequence[int]) -> Tensor:
         """The images numbered ``chosen`` (each below ``len``) as (B, 3, h, w) in uint8, 0 to 255, on the CPU."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import warnings
 from collections.abc import Sequence
@@ -23,6 +24,8 @@ DEFAULT_SIZE = (224, 224)
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
+OTHER_SPLITS = ("val", "valid", "validation", "test", "testing")
+
 _BEFORE_CROP, _CROP = 256, 224  # images are resized to 256/224 of what is cut out of them
 _DEEP_MODES = ("I", "F")  # Pillow's modes of more than 8 bits a channel, which it clips instead of scaling
 
@@ -37,12 +40,18 @@ class Folder(Images):
     def __len__(self) -> int:
         return len(self.files)
 
+    @property
+    def fingerprint(self) -> str:
+        """Of the files' names and sizes: reading them all would take as long as using them."""
+        listed = "\n".join(f"{name} {os.path.getsize(self.root / name)}" for name in self.files)
+        return hashlib.sha256(f"{self.size}\n{listed}".encode()).hexdigest()[:16]
+
     def read(self, chosen: Sequence[int]) -> Tensor:
         return torch.stack([load_image(self.root / self.files[number], self.size) for number in chosen])
 
 
 def open_folder(path: str, size: Pair | None = None) -> Folder:
-    """The images in ``path`` and its subfolders, or in its subfolder ``train`` where it has one.
+    """The images in ``path`` and its subfolders, or in its subfolder ``train`` where it has that and no other splits.
 
     An image is a file with one of torchvision's IMG_EXTENSIONS, in either case; what starts with a dot is skipped.
     size: (height, width) in px, by default 224 x 224. Raises UsageError for a path that is no folder, or that has no
@@ -53,7 +62,7 @@ def open_folder(path: str, size: Pair | None = None) -> Folder:
         raise UsageError(f"{path} is not there; give the path of a folder of images")
     if not os.path.isdir(given):
         raise UsageError(f"{path} is a file, not a folder of images; give the folder it is in")
-    root = given / "train" if os.path.isdir(given / "train") else given
+    root = given / "train" if _is_split(given) else given
     files = _image_files(root)
     if not files:
         raise UsageError(
@@ -63,6 +72,18 @@ def open_folder(path: str, size: Pair | None = None) -> Folder:
     # abspath, because '.' has no name and a symbolic link keeps its own
     name = Path(os.path.abspath(given)).name or "root"
     return Folder(name, pair, None, IMAGENET_MEAN, IMAGENET_STD, root, files)
+
+
+def _is_split(folder: Path) -> bool:
+    """Whether the folder has a training split: a subfolder ``train``, and no other but further splits.
+
+    A class may be called train too, and then stands among other classes.
+    """
+    try:
+        inside = {name for name in os.listdir(folder) if not name.startswith(".") and os.path.isdir(folder / name)}
+    except OSError:
+        return False  # listing it again says why
+    return "train" in inside and inside <= {"train", *OTHER_SPLITS}
 
 
 def _image_files(root: Path) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from bgcbench.errors import ShapeError, UsageError
 from bgcbench.experiments.config import RunConfig
 from bgcbench.measure.counts import count
 from bgcbench.results import Json
-from bgcbench.specs import VARIANTS, ConvSpec, Pair, unfit
+from bgcbench.specs import VARIANTS, ConvSpec, Pair, output_length, unfit
 from bgcbench.theory import paper
 from bgcbench.theory.inputs import InputLaw
 
@@ -108,6 +108,16 @@ class ApproxConfig(RunConfig):
         )
 
     @property
+    def taps_used(self) -> int:
+        """Kernel positions that ever meet the input; the others only see padding and fit nothing."""
+        pad = (self.kernel - 1) // 2
+        outputs = output_length(self.length, self.kernel, self.stride, pad, 1)
+        used = sum(
+            any(0 <= d * self.stride + tap - pad < self.length for d in range(outputs)) for tap in range(self.kernel)
+        )
+        return int(used**self.dims)
+
+    @property
     def rows_of_data(self) -> int:
         """S D: positions that each least-squares problem sees."""
         height, width = self.spec("standard", 1).output_size(*self.size)
@@ -174,7 +184,7 @@ def unknowns(config: ApproxConfig, variant: str, groups: int) -> int:
     """p: free numbers that one output's least squares fits, what the in-sample error is low by: 1 - p / (S D)."""
     if variant == "standard":
         return 0
-    own = config.spec("standard", 1).kernel_positions * config.in_channels // groups
+    own = config.taps_used * config.in_channels // groups
     return {"bgc": 2 * own, "tlgc": own + groups}.get(variant, own)
 
 

@@ -45,6 +45,7 @@ class ApproxNetworkConfig(RunConfig):
 
     PRECISIONS: ClassVar[tuple[str, ...]] = ("fp64",)
     SIZES: ClassVar[tuple[str, ...]] = ("batch",)
+    FREE: ClassVar[tuple[str, ...]] = ("batch", "memory_gib", "threads")
 
     def __post_init__(self) -> None:
         if self.calibration_images is None:

@@ -17,10 +17,11 @@ from bgcbench.errors import UsageError
 from bgcbench.experiments.approx_network import LEAST_IMAGES, ApproxNetworkConfig
 from bgcbench.experiments.approx_run import ApproxSession, Step
 from bgcbench.experiments.profile import row_seed
-from bgcbench.measure.device import backend_state
+from bgcbench.measure.device import backend_state, describe_failure
 from bgcbench.models import build_model
 from bgcbench.models.weights import Loaded, has_default, load_weights
 from bgcbench.results import DONE, Json
+from bgcbench.specs import unfit
 
 UNTRAINED = "no published weights: the network is untrained, and so are its activations; give --weights FILE"
 
@@ -59,6 +60,7 @@ class Prepared:
         return {
             "weights": self.loaded.name,
             "weights_sha256": self.loaded.sha256,
+            "data_sha256": self.images.fingerprint,
             "kept": [dataclasses.asdict(kept) for kept in self.layers.kept],
             "moments": {"bytes": self.moment_bytes, "passes": self.portions},
         }
@@ -83,10 +85,17 @@ def prepare(config: ApproxNetworkConfig) -> Prepared:
     )
     if not config.skip_invalid:
         check_divisible(found.chosen, [name for name in config.variants if name != "standard"], config.groups)
+    elif all(unfit(v, la.in_channels, la.out_channels, n) for la in found.chosen for v, n in config.cells):
+        raise UsageError("nothing to compute: no N of --groups divides the channels of any convolution")
     memory = round(config.memory_gib * 2**30)
     portions = passes(found.chosen, memory)
     held = max(sum(moment_bytes(layer) for layer in portion) for portion in portions)
     warnings = list(found.notes)
+    if loaded.size_px is not None and loaded.size_px != min(spec.size[1:]):
+        warnings.append(
+            f"{loaded.name} of {config.model} is for images of {loaded.size_px} px, and {spec.size[1]}x{spec.size[2]} "
+            f"are used; --size {loaded.size_px} is what it was published with"
+        )
     if config.weights is None and not published:
         warnings.append(f"{config.model}: {UNTRAINED}")
     if len(images) < config.images:
@@ -152,7 +161,13 @@ class ApproxNetworkRun:
                     if self.stop():
                         return
                     yield Step(f"{layer.name}: {variant} N={groups}", number / len(todo))
-                    found = judge.judge(variant, groups)
+                    try:
+                        found = judge.judge(variant, groups)
+                    except Exception as problem:  # noqa: BLE001 - whatever it is, the other rows are worth having
+                        failure = describe_failure(problem, self.session.device)
+                        found = judge.unknown(variant, groups, failure.reason)
+                        self.done[key] = self._record(key, layer, found, count, failure.status)
+                        continue
                     scarce += [found] if found.scarce and found.reason is None else []
                     self.done[key] = self._record(key, layer, found, count)
                 yield Step(layer.name, (number + 1) / len(todo), rows=self.results)
@@ -163,7 +178,7 @@ class ApproxNetworkRun:
         config = self.config
         return f"{config.model}-{layer}-{variant}-n{groups}-{self.prepared.loaded.name}-{self.prepared.images.name}"
 
-    def _record(self, key: str, layer: Replaced, found: LayerError, images: int) -> Json:
+    def _record(self, key: str, layer: Replaced, found: LayerError, images: int, failed: str = "invalid") -> Json:
         params: Json = {
             "model": self.config.model,
             "weights": self.prepared.loaded.name,
@@ -184,7 +199,7 @@ class ApproxNetworkRun:
         return {
             "key": key,
             "params": params,
-            "status": "ok" if found.reason is None else "invalid",
+            "status": "ok" if found.reason is None else failed,
             "reason": found.reason,
             "counts": counts,
             "output_relative_error": errors if found.reason is None else None,

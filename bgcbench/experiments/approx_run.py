@@ -21,7 +21,14 @@ from bgcbench.convs import CONVS
 from bgcbench.experiments.approx import LINEAR, ApproxConfig, ApproxRow, counts_of, few_rows, unknowns
 from bgcbench.experiments.config import RunConfig
 from bgcbench.experiments.profile import row_seed
-from bgcbench.measure.device import DTYPES, backend_state, check_combination, resolve_device, tf32_state
+from bgcbench.measure.device import (
+    DTYPES,
+    backend_state,
+    check_combination,
+    describe_failure,
+    resolve_device,
+    tf32_state,
+)
 from bgcbench.measure.environment import describe_environment
 from bgcbench.results import DONE, Json
 from bgcbench.specs import VARIANTS, as_pair
@@ -123,6 +130,8 @@ class ApproxRun:
                     return
                 yield Step(f"inputs {law.name}")
                 inputs[law.name] = self._sample(law)
+            if self.stop():
+                return
             linear = [row for row in open_rows if row.variant in ("standard", *LINEAR)]
             for shuffled in (False, True):
                 chosen = [row for row in linear if (row.variant == "shuffle") == shuffled]
@@ -131,8 +140,14 @@ class ApproxRun:
             for row in open_rows:
                 if row not in linear and not self.stop():
                     yield Step(f"{VARIANTS[row.variant].label} N={row.groups}, {row.law.name} (solved one by one)")
-                    self.done[row.key] = self._solve_apart(row, inputs[row.law.name])
-                    yield Step(row.key, rows=self.results)
+                    try:
+                        solved = self._solve_apart(row, inputs[row.law.name])
+                    except Exception as problem:  # noqa: BLE001 - whatever it is, the other rows are worth having
+                        failure = describe_failure(problem, self.session.device)
+                        solved = _unknown(row, failure.status, failure.reason)
+                    if solved is not None:
+                        self.done[row.key] = solved
+                        yield Step(row.key, rows=self.results)
 
     @property
     def results(self) -> list[Json]:
@@ -154,6 +169,8 @@ class ApproxRun:
         at_once = max(1, CHUNK_NUMBERS // math.prod(shape))
         generator = torch.Generator(device="cpu").manual_seed(self._seeds(f"inputs:{law.name}"))
         for start in range(0, config.number, at_once):
+            if self.stop():
+                break
             x = draw_inputs(law, (min(at_once, config.number - start), *shape), generator)
             energy += float(x.square().sum())
             moments.add(x)
@@ -225,13 +242,13 @@ class ApproxRun:
                 total.trace += float(moment.trace()) - float(energy[:end].sum())
                 if spread is not None:
                     total.squares.append(spread[with_mean])
-                form = moment
-                if with_mean:
-                    key = (name, found.groups)
-                    if key not in centred_moments:
-                        centred_moments[key] = centred(moment, found.groups)
-                    form = centred_moments[key]
-                total.construction += outside(form, found.matrix, found.group, found.groups)
+                if not with_mean:
+                    total.construction += outside(moment, found.matrix, found.group, found.groups, output)
+                    continue
+                key = (name, found.groups)
+                if key not in centred_moments:
+                    centred_moments[key] = centred(moment, found.groups)
+                total.construction += outside(centred_moments[key], found.matrix, found.group, found.groups)
 
     def _linear_record(self, row: ApproxRow, total: _Sums, inputs: _Inputs) -> Json:
         config = self.config
@@ -261,11 +278,16 @@ class ApproxRun:
 
     # -------------------------------------------------------------------------------------------------- other variants
 
-    def _solve_apart(self, row: ApproxRow, inputs: _Inputs) -> Json:
-        """A variant that is no linear space: each of the first S' convolutions by its own projection."""
+    def _solve_apart(self, row: ApproxRow, inputs: _Inputs) -> Json | None:
+        """A variant that is no linear space: each of the first S' convolutions by its own projection.
+
+        None where it was stopped in between.
+        """
         layer = CONVS[row.variant]
         errors, weights, outputs = [], [], []
         for weight in self._convolutions:
+            if self.stop():
+                return None
             solved = layer.from_dense(weight, row.groups, projection="least_squares", second_moment=inputs.moment)
             lost = (weight - solved.dense_weight()).flatten(1)
             errors.append(inner_product(lost @ inputs.moment, lost))
@@ -320,6 +342,8 @@ class ApproxRun:
             reasons["exact_relative_error"] = f"no closed form is known for {variant}"
         if construction is None:
             reasons["construction_relative_error"] = f"no theorem of the paper constructs {variant}"
+        if error_se is None:
+            reasons["error_se"] = reasons["relative_error_se"] = "one convolution has no spread; use --search-samples 2"
         return {
             "key": row.key,
             "params": row.params,

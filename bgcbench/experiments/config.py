@@ -30,6 +30,7 @@ class RunConfig:
     skip_invalid: bool = False
 
     PRECISIONS: ClassVar[tuple[str, ...]] = tuple(PRECISIONS)
+    FREE: ClassVar[tuple[str, ...]] = ()  # fields that change no number: a resumed run may choose them anew
     SIZES: ClassVar[tuple[str, ...]] = ()  # fields that are whole numbers of at least 1
 
     def __post_init__(self) -> None:

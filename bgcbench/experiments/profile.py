@@ -107,7 +107,7 @@ class ProfileConfig(MeasureConfig):
 def check_same_workload(stored: Mapping[str, Any], config: RunConfig, name: str) -> None:
     """Raise ResultFileError if ``config`` measures something else than the run in file ``name`` did."""
     for field_name, value in config.to_json().items():
-        if field_name in GRID_FIELDS or field_name == "device" or stored.get(field_name) == value:
+        if field_name in (*GRID_FIELDS, *config.FREE, "device") or stored.get(field_name) == value:
             continue
         raise ResultFileError(
             f"{name} cannot be resumed: its {field_name} is {stored.get(field_name)} and {value} is asked for; "

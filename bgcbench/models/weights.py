@@ -25,9 +25,8 @@ from torch import Tensor, nn
 from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
 from bgcbench.errors import UsageError
-from bgcbench.specs import TIMM_PREFIX, NetSpec
+from bgcbench.specs import TIMM_PREFIX, WEIGHTS, NetSpec
 
-NAMES = ("none", "default")  # what --weights may be besides a file
 CONTAINERS = ("state_dict", "model", "model_state", "ema")  # where training scripts keep it; the first found is taken
 PREFIXES = ("module.", "_orig_mod.")  # which data parallelism and torch.compile put before every key
 
@@ -47,11 +46,13 @@ class Loaded:
     """Where a network's numbers come from.
 
     name: 'none' (as it was initialised), torchvision's name such as 'IMAGENET1K_V1', or the file's name without its
-    folder. sha256: the first 16 hexadecimal digits of the file's; None without a file.
+    folder. sha256: the first 16 hexadecimal digits of the file's; None without a file. size_px: the side of the images
+    that published weights are evaluated on, where torchvision says it.
     """
 
     name: str
     sha256: str | None
+    size_px: int | None = None
 
 
 def has_default(spec: NetSpec) -> bool:
@@ -91,7 +92,8 @@ def load_weights(model: nn.Module, spec: NetSpec, weights: str) -> Loaded:
     model.load_state_dict(state)
     if spec.name in _OTHER_INPUT and published is not None and path.name == _file_name(published):
         model.transform_input = True  # type: ignore[assignment]
-    return Loaded(name, digest[:16])
+    size = published.transforms().crop_size[0] if weights == "default" else None
+    return Loaded(name, digest[:16], size)
 
 
 def _published(name: str) -> Any:
@@ -165,9 +167,9 @@ def _existing(weights: str) -> Path:
     if os.path.isdir(weights):
         raise UsageError(f"--weights {weights} is a folder; give a file in it")
     if not os.path.isfile(weights):
-        near = difflib.get_close_matches(weights.lower(), NAMES, n=1, cutoff=0.5)
+        near = difflib.get_close_matches(weights.lower(), WEIGHTS, n=1, cutoff=0.5)
         hint = f"did you mean '{near[0]}'? " if near else ""
-        raise UsageError(f"--weights {weights}: {hint}there is no such file; choose a file, {' or '.join(NAMES)}")
+        raise UsageError(f"--weights {weights}: {hint}there is no such file; choose a file, {' or '.join(WEIGHTS)}")
     if path.suffix.lower() == ".safetensors":
         raise UsageError(
             f"--weights {weights}: safetensors files are not supported; write the state dict with torch.save"

@@ -97,9 +97,10 @@ def centred(moment: Tensor, groups: int) -> Tensor:
     return (blocks - blocks.mean(1, keepdim=True)).flatten(1)
 
 
-def outside(form: Tensor, rows: Tensor, group: int, groups: int) -> float:
+def outside(form: Tensor, rows: Tensor, group: int, groups: int, whole: float | None = None) -> float:
     """<form, rows> over the entries outside of the group's rows and columns; both (nK, nK), symmetric.
 
+    whole: <form, rows> over all entries, where it is known already.
     With form = M it is the error of the diagonal blocks (the proof of Theorem 3.5), with form = centred(M) that of A^k
     = W^kk, B^k = sum over l != k of W^kl (the proof of Theorem 3.6), for rows = G.
     """
@@ -107,7 +108,7 @@ def outside(form: Tensor, rows: Tensor, group: int, groups: int) -> float:
     at = slice(group * size, (group + 1) * size)
     stripe = float((form[at] * rows[at]).sum())
     corner = float((form[at, at] * rows[at, at]).sum())
-    return inner_product(form, rows) - 2 * stripe + corner
+    return (inner_product(form, rows) if whole is None else whole) - 2 * stripe + corner
 
 
 def inner_product(left: Tensor, right: Tensor) -> float:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from bgcbench.errors import ShapeError
 
+STRIPE = 192  # columns of a second moment that are formed at once
 PRODUCT_NUMBERS = 2**22  # of rows that go into one matrix product: 32 MiB in float64
 
 
@@ -84,13 +85,24 @@ def _moment_of(parts: Iterable[Tensor]) -> Tensor:
     for part in itertools.chain(parts, [None]):
         if waiting and (part is None or sum(w.numel() for w in waiting) + part.numel() > PRODUCT_NUMBERS):
             rows = torch.cat(waiting)
-            total = rows.T @ rows if total is None else total.addmm_(rows.T, rows)
+            if total is None:
+                total = rows.new_zeros(rows.shape[1], rows.shape[1])
+            _add_gram(total, rows)
             waiting = []
         if part is not None:
             waiting.append(part)
     if total is None:
         raise ShapeError("the second moment of no rows is undefined")
+    for start in range(STRIPE, len(total), STRIPE):  # mirrored from above the diagonal
+        total[start : start + STRIPE, :start] = total[:start, start : start + STRIPE].T
     return total
+
+
+def _add_gram(total: Tensor, rows: Tensor) -> None:
+    """total += rows^T rows, in stripes and only on and above their diagonal: torch offers no symmetric product."""
+    for start in range(0, len(total), STRIPE):
+        stripe = slice(start, start + STRIPE)
+        total[stripe, start:].addmm_(rows[:, stripe].T, rows[:, start:])
 
 
 def he_rows(row: int, samples: int, size: int, seeds: Callable[[str], int], dtype: torch.dtype) -> Tensor:

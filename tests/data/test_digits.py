@@ -95,3 +95,7 @@ def test_without_scikit_learn_the_way_to_get_it_is_named(monkeypatch: pytest.Mon
 def test_a_size_below_one_pixel_is_refused() -> None:
     with pytest.raises(ShapeError, match="size=0"):
         open_digits((0, 16))
+
+
+def test_the_fingerprint_is_that_of_the_pixels() -> None:
+    assert open_digits().fingerprint == open_digits((16, 16)).fingerprint != open_digits((8, 8)).fingerprint

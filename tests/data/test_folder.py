@@ -173,3 +173,22 @@ def test_a_size_below_one_pixel_is_refused(tmp_path: Path) -> None:
     save(tmp_path / "1.png")
     with pytest.raises(ShapeError, match="size=0"):
         open_folder(str(tmp_path), (0, 4))
+
+
+def test_a_class_that_is_called_train_is_one_among_others(tmp_path: Path) -> None:
+    for name in ("train", "boat", "car"):
+        save(tmp_path / "photos" / name / "1.png")
+    assert len(open_folder(str(tmp_path / "photos"))) == 3
+    for name in ("train", "val", "test"):
+        save(tmp_path / "splits" / name / "1.png")
+    assert open_folder(str(tmp_path / "splits")).files == ("1.png",)
+
+
+def test_the_fingerprint_changes_with_names_sizes_and_the_crop(tmp_path: Path) -> None:
+    save(tmp_path / "a" / "1.png")
+    first = open_folder(str(tmp_path / "a")).fingerprint
+    assert len(first) == 16
+    assert open_folder(str(tmp_path / "a")).fingerprint == first
+    assert open_folder(str(tmp_path / "a"), (32, 32)).fingerprint != first
+    (tmp_path / "a" / "1.png").rename(tmp_path / "a" / "2.png")
+    assert open_folder(str(tmp_path / "a")).fingerprint != first

@@ -27,6 +27,10 @@ class Numbered(Images):
     def __len__(self) -> int:
         return self.images
 
+    @property
+    def fingerprint(self) -> str:
+        return f"{self.images} numbers"
+
     def read(self, chosen: Sequence[int]) -> Tensor:
         return torch.tensor(chosen, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, *self.size)
 

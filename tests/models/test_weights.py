@@ -200,7 +200,7 @@ def test_default_is_taken_from_torch_hubs_cache(cache: Path, publish: Callable[.
     cache.mkdir(parents=True)
     written(cache / "squeezenet.pth", source.state_dict())
     path = publish(cache / "squeezenet.pth", SMALL.name)
-    assert load_weights(model, SMALL, "default") == Loaded("IMAGENET1K_V1", sha256(path)[:16])
+    assert load_weights(model, SMALL, "default") == Loaded("IMAGENET1K_V1", sha256(path)[:16], 224)
     assert same(model, source)
 
 
@@ -239,7 +239,7 @@ def test_default_is_downloaded_into_the_cache_where_it_is_missing(
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", download)
     loaded = load_weights(model, SMALL, "default")
-    assert loaded == load_weights(model, SMALL, "default") == Loaded("IMAGENET1K_V1", sha256(server)[:16])
+    assert loaded == load_weights(model, SMALL, "default") == Loaded("IMAGENET1K_V1", sha256(server)[:16], 224)
     assert same(model, source)
     assert asked == [(f"https://download.pytorch.org/models/{server.name}", sha256(server)[:8], False, 30.0)]
     assert socket.getdefaulttimeout() is None
