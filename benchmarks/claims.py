@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from bgcbench import report, results
+from bgcbench.specs import VARIANTS
 
 ROOT = Path(__file__).resolve().parent.parent
 START, END = "<!-- claims: python -m benchmarks.claims --write -->", "<!-- end of claims -->"
@@ -205,7 +206,7 @@ def variants_claim() -> tuple[str, str, str]:
     parts = []
     for law in config["inputs"]:
         cells = (("gc", 4), ("shuffle", 4), ("lgc", 4), ("flgc", 4), ("bgc", 8), ("tlgc", 4))
-        lost = [f"{v.upper()} N={n} {rows[v, n, law]['output_relative_error']:.1%}" for v, n in cells]
+        lost = [f"{VARIANTS[v].label} N={n} {rows[v, n, law]['output_relative_error']:.1%}" for v, n in cells]
         parts.append(f"{law}: {', '.join(lost)}")
     return (
         "Least share of a convolution's output that is lost at a quarter of its parameters (TLGC: a little more; "
