@@ -366,6 +366,48 @@ def test_nothing_asked_for_is_said(net: Net, options: dict[str, Any], message: s
         approximability(net, images(), groups=(0,))
 
 
+def test_a_row_is_scarce_below_ten_positions_for_each_number_that_an_output_has(net: Net) -> None:
+    # 12 images solved on, 64 positions each: 768. A 3x3 on 16 channels has 144 numbers: GC N=2 asks for 720 positions,
+    # BGC N=2 for 1440 and BGC N=4 for 720.
+    found = {
+        (e.variant, e.groups): e.scarce for e in approximability(net, images(), groups=(2, 4)) if e.name == "first"
+    }
+    assert found == {("gc", 2): False, ("gc", 4): False, ("bgc", 2): True, ("bgc", 4): False}
+
+
+def test_a_layer_that_runs_twice_counts_twice_in_the_shares() -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.twice, self.once = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.once(self.twice(self.twice(self.stem(x)).relu()).relu()).mean((2, 3)) * 2
+
+    found = approximability(Shared(), images(8), variants=("gc",), groups=(2,), where="none", include=("twice", "once"))
+    assert {e.name: e.share for e in found} == {"twice": pytest.approx(2 / 3), "once": pytest.approx(1 / 3)}
+
+
+def test_padding_of_another_kind_and_other_sides_is_that_of_the_layer() -> None:
+    class Padded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = nn.Conv2d(3, 8, 1)
+            self.body = nn.Conv2d(8, 8, (1, 3), padding=(2, 1), padding_mode="reflect")
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.body(self.stem(x)).mean((2, 3)) * 2
+
+    network, data = Padded(), images(8)
+    (found,) = approximability(network, data, variants=("gc",), groups=(2,), where="none", include="body")
+    with torch.no_grad():
+        x = network.stem(torch.cat(data)[3::4])
+        dense = network.body(x) - network.body.bias[:, None, None]
+        options: dict[str, Any] = {"padding": (2, 1), "padding_mode": "reflect"}
+        lost = dense - CONVS["gc"].from_dense(network.body.weight, 2, **options)(x)
+    assert found.copied == pytest.approx(float(lost.square().sum() / dense.square().sum()), rel=1e-5)
+
+
 @pytest.mark.gpu
 def test_on_a_cuda_device_the_errors_are_those_of_the_cpu() -> None:
     net = Net().double()

@@ -195,3 +195,65 @@ def test_compare_trips_on_a_row_that_is_no_longer_measured() -> None:
     after["results"] = []
     with pytest.raises(UsageError, match="no measured row in common"):
         report.compare_report(before, after, ("a.json", "b.json"), None)
+
+
+class TestApprox:
+    """A network's layers; every number is made up."""
+
+    def document(self) -> dict[str, Any]:
+        errors = {  # layer: {(variant, N): calibrated}
+            "a": {("gc", 4): 0.04, ("bgc", 4): 0.01, ("bgc", 8): 0.03},
+            "b": {("gc", 4): 0.30, ("bgc", 4): 0.06, ("bgc", 8): 0.33},
+            "c": {("gc", 4): 0.10, ("bgc", 4): 0.05, ("bgc", 8): 0.08},
+        }
+        shares = {"a": 0.5, "b": 0.2, "c": 0.3}
+        rows = [
+            {
+                "key": f"{layer}-{variant}-{groups}",
+                "params": {"model": "net", "weights": "none", "layer": layer, "variant": variant, "groups": groups,
+                           "kernel": 3, "kernel_width": 3, "stride": 2 if layer == "b" else 1, "in_channels": 16,
+                           "out_channels": 32, "input": "activations", "data": "photos", "calibration_images": 8},
+                "status": "ok", "reason": None, "counts": {"params": 1152, "macs": 73728},
+                "output_relative_error": {"copy": 0.9, "white": 0.8, "calibrated": error},
+                "ridge": 0.01, "rows": 384, "held_out_rows": 128, "macs_share": shares[layer],
+            }
+            for layer, cells in errors.items()
+            for (variant, groups), error in cells.items()
+        ]  # fmt: skip
+        base = example_document()
+        return {**base, "command": "approx", "config": {}, "results": rows, "warnings": []}
+
+    def test_layers_stand_by_what_they_lose_on_average_and_by_what_they_tolerate(self) -> None:
+        shown = report.document_report(self.document())
+        assert shown.columns[0].cells == ["b", "c", "a"]
+        assert [column.header for column in shown.columns[3:]] == ["GC N=4", "BGC N=4", "BGC N=8"]
+        assert shown.columns[3].cells == ["30.0%", "10.0%", "4.0%"]
+        assert shown.columns[1].cells == ["3x3 16->32 /2", "3x3 16->32", "3x3 16->32"]
+        lines = shown.sections["Which layers tolerate what"]
+        assert lines[0] == (
+            "GC N=4, of 3 layers: 1 at most 5% (50% of the MACs), 2 at most 10% (80% of the MACs), 2 at most 20% (80% "
+            "of the MACs); most is lost in b (30.0%); white input would lose 75.0%"
+        )
+        assert lines[1].startswith(
+            "BGC N=4, of 3 layers: 2 at most 5% (80% of the MACs), 3 at most 10% (100% of the MACs)"
+        )
+        # BGC N=8 over GC N=4: 0.75, 1.1 and 0.8
+        assert lines[3] == (
+            "at equal parameters, BGC N=8 loses less than GC N=4 in 2 of 3 layers (calibrated; median 0.80 of GC's "
+            "loss)"
+        )
+        (listed,) = shown.more
+        assert [column.cells[0] for column in listed.columns[4:7]] == ["90.00%", "80.00%", "30.00%"]
+
+    def test_a_row_that_failed_has_no_numbers_and_its_reason(self) -> None:
+        document = self.document()
+        document["results"][0] |= {
+            "status": "error",
+            "reason": "singular",
+            "output_relative_error": None,
+            "ridge": None,
+        }
+        shown = report.document_report(document)
+        assert shown.columns[3].cells[shown.columns[0].cells.index("a")] == "-"
+        assert "a-gc-4: error: singular" in shown.sections["Notes"]
+        assert report.as_csv(shown).splitlines()[1].startswith("a-gc-4,net,none,a,gc,4")

@@ -201,7 +201,11 @@ def _sampled_notes(document: Json, rows: Sequence[Json]) -> list[str]:
                if name.startswith("bound") and "no bound" not in why}  # fmt: skip
     lines += sorted(missing)
     lines += [f"{row['key']}: invalid: {row['reason']}" for row in rows if row["status"] == "invalid"]
-    return lines + notes(document, [])
+    return lines + _failed(rows) + notes(document, [])
+
+
+def _failed(rows: Sequence[Json]) -> list[str]:
+    return [f"{row['key']}: {row['status']}: {row['reason']}" for row in rows if row["status"] in ("oom", "error")]
 
 
 def _sampled_records(rows: Sequence[Json]) -> list[Json]:
@@ -367,7 +371,7 @@ def _network_notes(document: Json, rows: Sequence[Json]) -> list[str]:
         )
     if any(row["params"]["variant"] in ("tlgc", "flgc", "lgc") for row in rows):
         lines.append("TLGC, FLGC and LGC are searches, with one fixed ridge")
-    return lines + notes(document, [])
+    return lines + _failed(rows) + notes(document, [])
 
 
 def _network_record(row: Json) -> Json:

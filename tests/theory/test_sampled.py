@@ -33,9 +33,13 @@ def test_contiguous_groups_are_runs_and_shuffled_ones_those_behind_a_channel_shu
     assert shuffled_rows(channels, groups) == [int(source) // per_group for source in shuffled]
 
 
+@pytest.mark.parametrize("stripe", [3, 192])  # columns that are formed at once: several stripes, and one
 @pytest.mark.parametrize("order", ROWS)
 @pytest.mark.parametrize("numbers", LISTS)
-def test_every_group_comes_once_with_the_moment_of_its_rows(numbers: tuple[int, ...], order: str) -> None:
+def test_every_group_comes_once_with_the_moment_of_its_rows(
+    numbers: tuple[int, ...], order: str, stripe: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sampled, "STRIPE", stripe)
     rows, m = ROWS[order], 24
     found: dict[tuple[int, int], Tensor] = {}
     asked: list[int] = []
