@@ -28,18 +28,16 @@ from bgcbench.convs import CONVS
 from bgcbench.errors import ShapeError, UsageError
 from bgcbench.measure.counts import count
 from bgcbench.measure.trace import Size
-from bgcbench.specs import VARIANTS, ConvSpec, check_choice, check_positive, unfit
+from bgcbench.specs import HELD_OUT, VARIANTS, ConvSpec, check_choice, check_positive, unfit
 from bgcbench.theory.fits import EXACT
 from bgcbench.theory.moments import PatchMoments
 
-HELD_OUT = 4  # of so many images one is held out
-LEAST_IMAGES = HELD_OUT
 DEFAULT_IMAGES = 256
 WORKING = 3  # moments' worth of memory that solving for the largest layer takes besides
 ROWS_AN_ENTRY = 20  # positions that are enough for a moment, for each entry of the patch vector
 LEAST_ROWS = 2**14  # positions that are taken in any case, where there are as many
 RIDGES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # of the least squares, in units of the mean power of the regressors
-SEARCH_RIDGE = 1e-2  # of the variants that are no linear space: solving each of them four times is not worth it
+SEARCH_RIDGE = 1e-2  # of the variants that are no linear space, which take too long to be solved several times
 LINEAR = ("gc", "shuffle", "bgc")
 MOMENT_BYTES = 8  # float64
 
@@ -304,8 +302,8 @@ def _collect(
             handle.remove()
         for name, module in model.named_modules():
             module.training = was_training[name]
-    if seen < LEAST_IMAGES:
-        raise UsageError(f"{seen} calibration images are too few; use at least {LEAST_IMAGES}: one in four is held out")
+    if seen < HELD_OUT:
+        raise UsageError(f"{seen} calibration images are too few; use at least {HELD_OUT}: one in four is held out")
     for layer in layers:
         _check_moments(layer, moments[layer.name])
     return moments

@@ -59,6 +59,7 @@ ALGORITHMS: tuple[str, ...] = tuple(
 PRECISIONS: dict[str, int] = {"fp64": 8, "fp32": 4, "tf32": 4, "bf16": 2, "fp16": 2}  # bytes a number
 LAYOUTS: tuple[str, ...] = ("nchw", "nhwc")
 WHERE: tuple[str, ...] = ("auto", "3x3", "1x1", "all", "none")  # which convolutions of a network
+HELD_OUT = 4  # of so many calibration images one is held out to judge by; fewer images are too few
 DATA_SETS: tuple[str, ...] = ("digits",)  # by name; anything else is a folder
 WEIGHTS: tuple[str, ...] = ("none", "default")  # what --weights may be besides a file
 PHASES: tuple[str, ...] = ("fwd", "bwd", "fwd_bwd")

@@ -12,11 +12,12 @@ from torch.nn import functional as F
 
 import bgcbench
 from bgcbench import activations
-from bgcbench.activations import HELD_OUT, RIDGES, approximability, moment_bytes, passes, stream
+from bgcbench.activations import RIDGES, approximability, moment_bytes, passes, stream
 from bgcbench.convert import Replaced, candidates
 from bgcbench.convs import CONVS
 from bgcbench.errors import ShapeError, UsageError
 from bgcbench.models import build_model
+from bgcbench.specs import HELD_OUT
 
 
 class Net(nn.Module):

@@ -10,10 +10,9 @@ from typing import ClassVar
 
 from bgcbench.errors import UsageError
 from bgcbench.experiments.config import RunConfig
-from bgcbench.specs import WHERE, NetSpec, check_choice
+from bgcbench.specs import HELD_OUT, WHERE, NetSpec, check_choice
 
 DIGITS_PX = 16  # a side of the digits for networks that are made for small images
-LEAST_IMAGES = 4  # one in four is held out
 
 
 @dataclass(frozen=True)
@@ -54,10 +53,9 @@ class ApproxNetworkConfig(RunConfig):
         check_choice("where", self.where, WHERE)
         if not self.data:
             raise UsageError("--model needs images to run: --data digits, or --data FOLDER of images")
-        if self.images < LEAST_IMAGES:
+        if self.images < HELD_OUT:
             raise UsageError(
-                f"--calibration-images {self.calibration_images} must be at least {LEAST_IMAGES}: one in four is held "
-                "out"
+                f"--calibration-images {self.calibration_images} must be at least {HELD_OUT}: one in four is held out"
             )
         if not 0 < self.memory_gib < float("inf"):
             raise UsageError(f"--memory {self.memory_gib} must be a positive number of GiB")

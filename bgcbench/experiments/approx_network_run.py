@@ -14,14 +14,14 @@ from bgcbench.activations import Judge, LayerError, check_divisible, kernel_of, 
 from bgcbench.convert import Candidates, Replaced, candidates
 from bgcbench.data import Images, open_images
 from bgcbench.errors import UsageError
-from bgcbench.experiments.approx_network import LEAST_IMAGES, ApproxNetworkConfig
+from bgcbench.experiments.approx_network import ApproxNetworkConfig
 from bgcbench.experiments.approx_run import ApproxSession, Step
 from bgcbench.experiments.profile import row_seed
 from bgcbench.measure.device import backend_state, describe_failure
 from bgcbench.models import build_model
 from bgcbench.models.weights import Loaded, has_default, load_weights
 from bgcbench.results import DONE, Json
-from bgcbench.specs import unfit
+from bgcbench.specs import HELD_OUT, unfit
 
 UNTRAINED = "no published weights: the network is untrained, and so are its activations; give --weights FILE"
 
@@ -73,8 +73,8 @@ def prepare(config: ApproxNetworkConfig) -> Prepared:
     """
     spec = config.spec
     images = open_images(config.data, (spec.size[1], spec.size[2]))
-    if len(images) < LEAST_IMAGES:
-        raise UsageError(f"--data {config.data} has {len(images)} images; at least {LEAST_IMAGES} are needed")
+    if len(images) < HELD_OUT:
+        raise UsageError(f"--data {config.data} has {len(images)} images; at least {HELD_OUT} are needed")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(row_seed(config.seed, "model"))
         model = build_model(spec)

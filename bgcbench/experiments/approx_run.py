@@ -101,7 +101,7 @@ class _Sums:
 
 
 class ApproxRun:
-    """One run over ``rows``. After it ``rows_done`` and ``fits`` hold what was computed."""
+    """One run over ``rows``; ``results`` are the finished ones at any time, :func:`fits` their slopes."""
 
     def __init__(
         self,
@@ -135,7 +135,7 @@ class ApproxRun:
             linear = [row for row in open_rows if row.variant in ("standard", *LINEAR)]
             for shuffled in (False, True):
                 chosen = [row for row in linear if (row.variant == "shuffle") == shuffled]
-                if chosen:
+                if chosen and not self.stop():
                     yield from self._solve_together(chosen, inputs, shuffled)
             for row in open_rows:
                 if row not in linear and not self.stop():
