@@ -169,7 +169,7 @@ def approx(
         str | None, typer.Option(help="auto, cpu, cuda or cuda:K.", show_default="auto", rich_help_panel=MEASURE)
     ] = None,
     precision: Annotated[
-        str | None, typer.Option(help="fp64 or fp32.", show_default="fp64", rich_help_panel=MEASURE)
+        str | None, typer.Option(help="fp64 or fp32; with --model fp64.", show_default="fp64", rich_help_panel=MEASURE)
     ] = None,
     threads: Annotated[
         int | None, typer.Option(help="CPU threads.", show_default="torch's", rich_help_panel=MEASURE)
