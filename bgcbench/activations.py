@@ -28,7 +28,7 @@ from bgcbench.convs import CONVS
 from bgcbench.errors import ShapeError, UsageError
 from bgcbench.measure.counts import count
 from bgcbench.measure.trace import Size
-from bgcbench.specs import HELD_OUT, VARIANTS, ConvSpec, check_choice, check_positive, unfit
+from bgcbench.specs import HELD_OUT, LINEAR, VARIANTS, ConvSpec, check_choice, check_positive, unfit
 from bgcbench.theory.fits import EXACT
 from bgcbench.theory.moments import PatchMoments
 
@@ -38,7 +38,6 @@ ROWS_AN_ENTRY = 20  # positions that are enough for a moment, for each entry of 
 LEAST_ROWS = 2**14  # positions that are taken in any case, where there are as many
 RIDGES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # of the least squares, in units of the mean power of the regressors
 SEARCH_RIDGE = 1e-2  # of the variants that are no linear space, which take too long to be solved several times
-LINEAR = ("gc", "shuffle", "bgc")
 MOMENT_BYTES = 8  # float64
 
 

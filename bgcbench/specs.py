@@ -59,6 +59,7 @@ ALGORITHMS: tuple[str, ...] = tuple(
 PRECISIONS: dict[str, int] = {"fp64": 8, "fp32": 4, "tf32": 4, "bf16": 2, "fp16": 2}  # bytes a number
 LAYOUTS: tuple[str, ...] = ("nchw", "nhwc")
 WHERE: tuple[str, ...] = ("auto", "3x3", "1x1", "all", "none")  # which convolutions of a network
+LINEAR: tuple[str, ...] = ("gc", "shuffle", "bgc")  # variants that are linear spaces of kernels, but the standard one
 HELD_OUT = 4  # of so many calibration images one is held out to judge by; fewer images are too few
 DATA_SETS: tuple[str, ...] = ("digits",)  # by name; anything else is a folder
 WEIGHTS: tuple[str, ...] = ("none", "default")  # what --weights may be besides a file
@@ -183,9 +184,9 @@ class ConvSpec:
         height, width = as_pair("kernel_size", self.kernel_size)
         return height * width
 
-    def output_size(self, height: int, width: int) -> Pair:
-        """(height, width) of the output for an input of ``height`` x ``width``; raises where none is left."""
-        axes = zip(
+    def axes(self, height: int, width: int) -> list[tuple[int, int, int, int, int]]:
+        """(length, kernel, stride, padding, dilation) of the rows and of the columns."""
+        sides = zip(
             (height, width),
             as_pair("kernel_size", self.kernel_size),
             as_pair("stride", self.stride),
@@ -193,7 +194,11 @@ class ConvSpec:
             as_pair("dilation", self.dilation),
             strict=True,
         )
-        out = tuple(output_length(*axis) for axis in axes)
+        return list(sides)
+
+    def output_size(self, height: int, width: int) -> Pair:
+        """(height, width) of the output for an input of ``height`` x ``width``; raises where none is left."""
+        out = tuple(output_length(*axis) for axis in self.axes(height, width))
         if min(out) < 1:
             raise ShapeError(
                 f"an input of {height}x{width} leaves no output for kernel {self.kernel_size}, padding "

@@ -3,7 +3,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -58,3 +58,12 @@ def brisk(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(Rules, "for_device", shortened)
     monkeypatch.setattr(ceilings, "measure_ceilings", lambda *_, **__: ceilings.Ceilings(1e11, 1e10, (1,), 1))
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Matrices this small are slower on several threads, much slower beside other work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -14,13 +14,12 @@ from bgcbench.errors import ShapeError, UsageError
 from bgcbench.experiments.config import RunConfig
 from bgcbench.measure.counts import count
 from bgcbench.results import Json
-from bgcbench.specs import VARIANTS, ConvSpec, Pair, output_length, unfit
+from bgcbench.specs import LINEAR, VARIANTS, ConvSpec, Pair, output_length, unfit
 from bgcbench.theory import paper
 from bgcbench.theory.inputs import InputLaw
 
 # How each variant's least error is found. Of the linear ones it is solved for all convolutions at once; of the others
 # each convolution is solved by itself, from the closed form or search on white input.
-LINEAR = ("gc", "shuffle", "bgc")
 METHODS = {
     "standard": "exact",
     "gc": "schur",

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from bgcbench.convs import CONVS
-from bgcbench.experiments.approx import LINEAR, ApproxConfig, ApproxRow, counts_of, few_rows, unknowns
+from bgcbench.experiments.approx import ApproxConfig, ApproxRow, counts_of, few_rows, unknowns
 from bgcbench.experiments.config import RunConfig
 from bgcbench.experiments.profile import row_seed
 from bgcbench.measure.device import (
@@ -31,7 +31,7 @@ from bgcbench.measure.device import (
 )
 from bgcbench.measure.environment import describe_environment
 from bgcbench.results import DONE, Json
-from bgcbench.specs import VARIANTS, as_pair
+from bgcbench.specs import LINEAR, VARIANTS, as_pair
 from bgcbench.theory.bounds import SCALING_POWER, bounds
 from bgcbench.theory.exchangeable import exact_relative_error
 from bgcbench.theory.fits import EXACT, fit

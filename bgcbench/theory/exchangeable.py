@@ -23,13 +23,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bgcbench.specs import ConvSpec, Pair, as_pair
+from bgcbench.specs import ConvSpec, Pair, output_length
 from bgcbench.theory.inputs import InputLaw
 
 
 def axis_coverage(length: int, kernel: int, stride: int, padding: int, dilation: int = 1) -> Tensor:
     """c2 of one axis: output positions at which taps a and b both stand on the input; (k, k), float64."""
-    outputs = (length + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+    outputs = output_length(length, kernel, stride, padding, dilation)
     at = torch.arange(outputs)[:, None] * stride + torch.arange(kernel) * dilation - padding  # (D, k)
     inside = ((at >= 0) & (at < length)).double()
     return inside.T @ inside
@@ -37,15 +37,7 @@ def axis_coverage(length: int, kernel: int, stride: int, padding: int, dilation:
 
 def coverage(spec: ConvSpec, height: int, width: int) -> Tensor:
     """c2 of a 2-D kernel, taps in row-major order: (K, K), float64; its diagonal is c."""
-    sides = zip(
-        (height, width),
-        as_pair("kernel_size", spec.kernel_size),
-        as_pair("stride", spec.stride),
-        as_pair("padding", spec.padding, 0),
-        as_pair("dilation", spec.dilation),
-        strict=True,
-    )
-    rows, columns = (axis_coverage(*side) for side in sides)
+    rows, columns = (axis_coverage(*axis) for axis in spec.axes(height, width))
     return torch.kron(rows, columns)
 
 
