@@ -15,11 +15,15 @@ class Interrupts:
 
     Python runs signal handlers between its own instructions, so a second Ctrl-C would wait for the current call into
     a library, which may take seconds. The operating system's wake-up pipe is written at once, and a thread reads it.
+
+    patient: a second signal does not leave. A launcher of several processes sends the same request on, so that two
+    arrive for one Ctrl-C, and it has a way of its own to end what does not stop.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
-    def __init__(self) -> None:
+    def __init__(self, *, patient: bool = False) -> None:
+        self.patient = patient
         self.signum: int | None = None
         self._old: dict[int, Any] = {}
         self._pipe: tuple[int, int] | None = None
@@ -67,6 +71,6 @@ class Interrupts:
             if byte[0] not in self.SIGNALS:
                 continue
             seen += 1
-            if seen == 2:
+            if seen == 2 and not self.patient:
                 os._exit(128 + byte[0])
         os.close(read)

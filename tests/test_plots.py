@@ -18,6 +18,7 @@ from bgcbench import plots, results
 from bgcbench.errors import OutputError, UsageError
 from bgcbench.experiments.approx import ApproxConfig, counts_of, plan
 from bgcbench.experiments.approx_run import ApproxRun, fits, open_session
+from bgcbench.plots import approx
 from bgcbench.theory import paper
 from bgcbench.theory.bounds import SCALING_POWER
 from bgcbench.theory.exact import white_error
@@ -166,7 +167,7 @@ def test_exact_curves_go_through_the_exact_values() -> None:
     drawn = lines(plots.figure(document, "figure1"))
     for variant, kept, least in (("gc", 1, 2), ("bgc", 2, 4)):
         x, y = drawn[f"_exact {variant}, normal"].get_data()
-        assert len(x) == plots.SMOOTH
+        assert len(x) == approx.SMOOTH
         assert (x[0], x[-1]) == pytest.approx((math.log(1 - 1 / least), math.log(1 - 1 / 16)))
         shares = [math.exp(value) for value in x]  # 1 - 1/N
         expected = [7000 / 64 * (share if kept == 1 else 2 * share - 1) for share in shares]
@@ -177,7 +178,7 @@ def test_on_other_inputs_the_exact_values_of_gc_are_joined() -> None:
     document = sampled(inputs=("relu",))
     drawn = lines(plots.figure(document, "figure1"))
     assert len(drawn["_exact gc, relu"].get_xdata()) == 4
-    assert len(drawn["_exact bgc, relu"].get_xdata()) == plots.SMOOTH
+    assert len(drawn["_exact bgc, relu"].get_xdata()) == approx.SMOOTH
     unit = 7000 * InputLaw.parse("relu").variance
     exact = [unit * row_of(document, "gc", n, "relu")["exact_relative_error"] for n in (2, 4, 8, 16)]
     assert list(drawn["_exact gc, relu"].get_ydata()) == pytest.approx([math.log(value) for value in exact])
@@ -228,7 +229,7 @@ def test_figure_2_has_the_documents_scaled_errors() -> None:
     built = drawn["BGC, normal: the proof's construction"]
     assert list(built.get_xdata()) == [2, 4, 8, 16]
     assert list(built.get_ydata()) == pytest.approx([1e3 / 64] * 4)
-    assert list(drawn["_exact gc, normal"].get_ydata()) == pytest.approx([1e3 / 64] * plots.SMOOTH)
+    assert list(drawn["_exact gc, normal"].get_ydata()) == pytest.approx([1e3 / 64] * approx.SMOOTH)
     assert not any("huffle" in label for label in drawn)
     axes = figure.axes[0]
     assert axes.get_xscale() == "log"
@@ -295,7 +296,7 @@ def test_points_off_the_front_are_open() -> None:
 
 @pytest.mark.parametrize(("value", "text"), [(500, "500"), (1e3, "1 k"), (2e4, "20 k"), (5e6, "5 M"), (1e9, "1 G")])
 def test_costs_at_ticks_are_readable(value: float, text: str) -> None:
-    assert plots._counted(value) == text
+    assert plots.counted(value) == text
 
 
 # ------------------------------------------------------------------------------------------------------------ heat map
@@ -332,7 +333,7 @@ def test_the_heat_map_has_every_number_on_its_cell() -> None:
     [(math.nan, "-"), (1e-14, "0"), (0.01, "<0.1"), (4.26, "4.3"), (9.96, "10"), (47.5, "48"), (130, "130")],
 )
 def test_cells_have_two_digits(value: float, text: str) -> None:
-    assert plots._percent(value) == text
+    assert approx._percent(value) == text
 
 
 def test_numbers_can_be_read_on_every_colour() -> None:
@@ -344,8 +345,8 @@ def test_numbers_can_be_read_on_every_colour() -> None:
             if text.get_text() == "-":
                 continue
             j, i = (round(at) for at in text.get_position())
-            ground = plots._luminance(image.cmap(image.norm(image.get_array()[i, j])))
-            front = plots._luminance(to_rgb(text.get_color()))
+            ground = approx._luminance(image.cmap(image.norm(image.get_array()[i, j])))
+            front = approx._luminance(to_rgb(text.get_color()))
             light, dark = max(ground, front), min(ground, front)
             assert (light + 0.05) / (dark + 0.05) > 4.5
 
@@ -571,7 +572,11 @@ def test_matplotlib_that_is_missing_is_named_with_the_way_out(tmp_path: Path, mo
 @pytest.mark.parametrize(
     ("document", "picture", "why"),
     [
-        (new_document(command="profile"), None, "--plot draws 'approx' results, and this is a 'profile' run"),
+        (
+            new_document(command="profile"),
+            None,
+            "--plot draws 'approx' and 'train' results, and this is a 'profile' run",
+        ),
         (new_document(), None, "nothing to draw: the result has no finished row"),
         (sampled(variants=("standard",)), None, "nothing to draw"),
         (sampled(variants=("standard",)), "figure1", "figure1 needs rows of sampled convolutions with N > 1"),

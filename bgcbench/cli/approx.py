@@ -4,24 +4,44 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from bgcbench.cli import common
-from bgcbench.cli.common import GRID, MEASURE, NETWORK, OUTPUT, WORKLOAD, Format, Output, Quiet, app
+from bgcbench.cli.common import (
+    GRID,
+    MEASURE,
+    NETWORK,
+    WORKLOAD,
+    Device,
+    DryRun,
+    Exclude,
+    Force,
+    Format,
+    Include,
+    Out,
+    Output,
+    Plot,
+    Quiet,
+    Resume,
+    Seed,
+    SkipInvalid,
+    StemStride,
+    Threads,
+    Where,
+    app,
+)
 from bgcbench.errors import UsageError
 
 if TYPE_CHECKING:
     from bgcbench.experiments.approx import ApproxConfig
     from bgcbench.experiments.approx_network import ApproxNetworkConfig
     from bgcbench.experiments.approx_network_run import ApproxNetworkRun
-    from bgcbench.experiments.approx_run import ApproxRun, ApproxSession
+    from bgcbench.experiments.approx_run import ApproxRun
+    from bgcbench.experiments.session import Session
     from bgcbench.interrupts import Interrupts
     from bgcbench.results import ResultWriter
-
-_NETWORK = NETWORK.replace("whole network", "real network")
 
 
 @app.command(short_help="How well variants can stand in for standard convolutions.")
@@ -83,7 +103,7 @@ def approx(
         typer.Option(
             help="Ask every convolution of this network, on its own activations: resnet50, wrn_28_10, any "
             "classification network of torchvision, or timm/NAME.",
-            rich_help_panel=_NETWORK,
+            rich_help_panel=NETWORK,
         ),
     ] = None,
     weights: Annotated[
@@ -91,17 +111,17 @@ def approx(
         typer.Option(
             help="A file, default (torchvision's published ones) or none (untrained).",
             show_default="default where there are any",
-            rich_help_panel=_NETWORK,
+            rich_help_panel=NETWORK,
         ),
     ] = None,
     data: Annotated[
         str | None,
-        typer.Option(help="Images to run through it: digits, or a folder of images.", rich_help_panel=_NETWORK),
+        typer.Option(help="Images to run through it: digits, or a folder of images.", rich_help_panel=NETWORK),
     ] = None,
     calibration_images: Annotated[
         int | None,
         typer.Option(
-            help="How many of them; one in four is held out to judge.", show_default="256", rich_help_panel=_NETWORK
+            help="How many of them; one in four is held out to judge.", show_default="256", rich_help_panel=NETWORK
         ),
     ] = None,
     size: Annotated[
@@ -109,47 +129,28 @@ def approx(
         typer.Option(
             help="Their height and width: 224 or 224x160.",
             show_default="the network's own; 16 for digits and small networks",
-            rich_help_panel=_NETWORK,
+            rich_help_panel=NETWORK,
         ),
     ] = None,
     classes: Annotated[
         int | None,
         typer.Option(
-            help="Classes of the network.", show_default="1000; 10 for wrn and resnext29", rich_help_panel=_NETWORK
+            help="Classes of the network.", show_default="1000; 10 for wrn and resnext29", rich_help_panel=NETWORK
         ),
     ] = None,
-    stem_stride: Annotated[
-        int | None,
-        typer.Option(
-            help="Stride of the first convolution of efficientnet_* and mobilenet_v*.",
-            show_default="2, and 1 up to 64 px",
-            rich_help_panel=_NETWORK,
-        ),
-    ] = None,
-    where: Annotated[
-        str | None,
-        typer.Option(
-            help="Which of its convolutions: auto (what the paper replaces), 3x3, 1x1, all, none.",
-            show_default="auto",
-            rich_help_panel=_NETWORK,
-        ),
-    ] = None,
-    include: Annotated[
-        list[str] | None,
-        typer.Option(help="These too (GLOB of module names; repeatable).", rich_help_panel=_NETWORK),
-    ] = None,
-    exclude: Annotated[
-        list[str] | None, typer.Option(help="Not these (GLOB; repeatable).", rich_help_panel=_NETWORK)
-    ] = None,
+    stem_stride: StemStride = None,
+    where: Where = None,
+    include: Include = None,
+    exclude: Exclude = None,
     batch: Annotated[
-        int | None, typer.Option(help="Images at a time.", show_default="32", rich_help_panel=_NETWORK)
+        int | None, typer.Option(help="Images at a time.", show_default="32", rich_help_panel=NETWORK)
     ] = None,
     memory: Annotated[
         float | None,
         typer.Option(
             help="GiB that the second moments may take; more layers than fit are done in several runs over the images.",
             show_default="4",
-            rich_help_panel=_NETWORK,
+            rich_help_panel=NETWORK,
         ),
     ] = None,
     groups: Annotated[
@@ -159,51 +160,22 @@ def approx(
     variants: Annotated[
         str | None, typer.Option(help="Variants, or all.", show_default="gc,bgc", rich_help_panel=GRID)
     ] = None,
-    skip_invalid: Annotated[
-        bool,
-        typer.Option(
-            "--skip-invalid", help="Go on when N does not divide the channels; the row says so.", rich_help_panel=GRID
-        ),
-    ] = False,
-    device: Annotated[
-        str | None, typer.Option(help="auto, cpu, cuda or cuda:K.", show_default="auto", rich_help_panel=MEASURE)
-    ] = None,
+    skip_invalid: SkipInvalid = False,
+    device: Device = None,
     precision: Annotated[
         str | None, typer.Option(help="fp64 or fp32; with --model fp64.", show_default="fp64", rich_help_panel=MEASURE)
     ] = None,
-    threads: Annotated[
-        int | None, typer.Option(help="CPU threads.", show_default="torch's", rich_help_panel=MEASURE)
-    ] = None,
-    seed: Annotated[int | None, typer.Option(show_default="0", rich_help_panel=MEASURE)] = None,
+    threads: Threads = None,
+    seed: Seed = None,
     quick: Annotated[
         bool,
         typer.Option("--quick", help="A look: 64 samples, or 32 images. No claim.", rich_help_panel=MEASURE),
     ] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check everything, print the plan and stop.", rich_help_panel=OUTPUT)
-    ] = False,
-    plot: Annotated[
-        Path | None,
-        typer.Option(help="Draw the result: a .png, .svg or .pdf file (extra: plot).", rich_help_panel=OUTPUT),
-    ] = None,
-    out: Annotated[
-        str | None,
-        typer.Option(
-            help="Result file; - is stdout (JSON).",
-            show_default="results/approx-WHAT-DEVICE-TIME.json",
-            rich_help_panel=OUTPUT,
-        ),
-    ] = None,
-    force: Annotated[
-        bool, typer.Option("--force", help="Replace existing --out and --plot files.", rich_help_panel=OUTPUT)
-    ] = False,
-    resume: Annotated[
-        Path | None,
-        typer.Option(
-            help="Continue this result file: keep what it holds, compute the rest. Its settings are used.",
-            rich_help_panel=OUTPUT,
-        ),
-    ] = None,
+    dry_run: DryRun = False,
+    plot: Plot = None,
+    out: Out = None,
+    force: Force = False,
+    resume: Resume = None,
     form: Format = "auto",
     quiet: Quiet = False,
 ) -> int:
@@ -353,7 +325,7 @@ def _run(
 
 def _prepared(
     config: ApproxConfig | ApproxNetworkConfig,
-    session: ApproxSession,
+    session: Session,
     kept: dict[str, Any],
     interrupts: Interrupts,
 ) -> tuple[ApproxRun | ApproxNetworkRun, list[str], dict[str, Any], list[str]]:

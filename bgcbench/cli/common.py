@@ -46,7 +46,7 @@ app = typer.Typer(
 
 # The panels of a command's --help.
 WORKLOAD = "Workload"
-NETWORK = "A whole network (with --model)"
+NETWORK = "A whole network"
 GRID = "What is compared"
 MEASURE = "How it is measured"
 OUTPUT = "Output"
@@ -60,6 +60,67 @@ Format = Annotated[
     ),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress and no notes on stderr.", rich_help_panel=OUTPUT)]
+Where = Annotated[
+    str | None,
+    typer.Option(
+        help="Which of its convolutions: auto (what the paper replaces), 3x3, 1x1, all, none.",
+        show_default="auto",
+        rich_help_panel=NETWORK,
+    ),
+]
+Include = Annotated[
+    list[str] | None, typer.Option(help="These too (GLOB of module names; repeatable).", rich_help_panel=NETWORK)
+]
+Exclude = Annotated[list[str] | None, typer.Option(help="Not these (GLOB; repeatable).", rich_help_panel=NETWORK)]
+StemStride = Annotated[
+    int | None,
+    typer.Option(
+        help="Stride of the first convolution of efficientnet_* and mobilenet_v*.",
+        show_default="2, and 1 up to 64 px",
+        rich_help_panel=NETWORK,
+    ),
+]
+NoReference = Annotated[
+    bool, typer.Option("--no-reference", help="Leave the standard convolution out.", rich_help_panel=GRID)
+]
+SkipInvalid = Annotated[
+    bool,
+    typer.Option(
+        "--skip-invalid",
+        help="Go on when N does not divide the channels; the row says so.",
+        rich_help_panel=GRID,
+    ),
+]
+Device = Annotated[
+    str | None, typer.Option(help="auto, cpu, cuda or cuda:K.", show_default="auto", rich_help_panel=MEASURE)
+]
+Threads = Annotated[int | None, typer.Option(help="CPU threads.", show_default="torch's", rich_help_panel=MEASURE)]
+Seed = Annotated[int | None, typer.Option(show_default="0", rich_help_panel=MEASURE)]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Check everything, print the plan and stop.", rich_help_panel=OUTPUT)
+]
+Plot = Annotated[
+    Path | None,
+    typer.Option(help="Draw the result: a .png, .svg or .pdf file (extra: plot).", rich_help_panel=OUTPUT),
+]
+Out = Annotated[
+    str | None,
+    typer.Option(
+        help="Result file; - is stdout (JSON).",
+        show_default="results/COMMAND-WHAT-DEVICE-TIME.json",
+        rich_help_panel=OUTPUT,
+    ),
+]
+Force = Annotated[
+    bool, typer.Option("--force", help="Replace existing --out and --plot files.", rich_help_panel=OUTPUT)
+]
+Resume = Annotated[
+    Path | None,
+    typer.Option(
+        help="Continue this result file: keep what it holds, do the rest. Its settings are used.",
+        rich_help_panel=OUTPUT,
+    ),
+]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,12 +9,34 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bgcbench.cli import common
-from bgcbench.cli.common import GRID, MEASURE, NETWORK, OUTPUT, WORKLOAD, Format, Output, Quiet, app
+from bgcbench.cli.common import (
+    GRID,
+    MEASURE,
+    NETWORK,
+    WORKLOAD,
+    Device,
+    DryRun,
+    Exclude,
+    Force,
+    Format,
+    Include,
+    NoReference,
+    Out,
+    Output,
+    Quiet,
+    Resume,
+    Seed,
+    SkipInvalid,
+    StemStride,
+    Threads,
+    Where,
+    app,
+)
 from bgcbench.errors import UsageError
 
 if TYPE_CHECKING:
     from bgcbench.experiments.profile import MeasureConfig, PlannedRow
-    from bgcbench.experiments.profile_run import ProfileRun, Session, Subject, Update
+    from bgcbench.experiments.profile_run import ProfileRun, ProfileSession, Subject, Update
     from bgcbench.interrupts import Interrupts
     from bgcbench.results import ResultWriter
 
@@ -60,21 +82,9 @@ def profile(
             rich_help_panel=NETWORK,
         ),
     ] = None,
-    where: Annotated[
-        str | None,
-        typer.Option(
-            help="Which of its convolutions: auto (what the paper replaces), 3x3, 1x1, all, none.",
-            show_default="auto",
-            rich_help_panel=NETWORK,
-        ),
-    ] = None,
-    include: Annotated[
-        list[str] | None,
-        typer.Option(help="Replace these too (GLOB of module names; repeatable).", rich_help_panel=NETWORK),
-    ] = None,
-    exclude: Annotated[
-        list[str] | None, typer.Option(help="Keep these (GLOB; repeatable).", rich_help_panel=NETWORK)
-    ] = None,
+    where: Where = None,
+    include: Include = None,
+    exclude: Exclude = None,
     layers: Annotated[
         bool,
         typer.Option(
@@ -83,14 +93,7 @@ def profile(
             rich_help_panel=NETWORK,
         ),
     ] = False,
-    stem_stride: Annotated[
-        int | None,
-        typer.Option(
-            help="Stride of the first convolution of efficientnet_* and mobilenet_v*.",
-            show_default="2, and 1 up to 64 px",
-            rich_help_panel=NETWORK,
-        ),
-    ] = None,
+    stem_stride: StemStride = None,
     classes: Annotated[
         int | None,
         typer.Option(help="Classes.", show_default="1000; 10 for wrn and resnext29", rich_help_panel=NETWORK),
@@ -110,19 +113,9 @@ def profile(
             rich_help_panel=GRID,
         ),
     ] = None,
-    no_reference: Annotated[
-        bool, typer.Option("--no-reference", help="Leave the standard convolution out.", rich_help_panel=GRID)
-    ] = False,
-    skip_invalid: Annotated[
-        bool,
-        typer.Option(
-            "--skip-invalid", help="Go on when N does not divide the channels; the row says so.", rich_help_panel=GRID
-        ),
-    ] = False,
-    device: Annotated[
-        str | None,
-        typer.Option(help="auto, cpu, cuda or cuda:K.", show_default="auto", rich_help_panel=MEASURE),
-    ] = None,
+    no_reference: NoReference = False,
+    skip_invalid: SkipInvalid = False,
+    device: Device = None,
     precision: Annotated[
         str | None,
         typer.Option(help="fp64, fp32, tf32, bf16 or fp16.", show_default="fp32", rich_help_panel=MEASURE),
@@ -169,34 +162,15 @@ def profile(
             rich_help_panel=MEASURE,
         ),
     ] = None,
-    threads: Annotated[
-        int | None, typer.Option(help="CPU threads.", show_default="torch's", rich_help_panel=MEASURE)
-    ] = None,
-    seed: Annotated[int | None, typer.Option(show_default="0", rich_help_panel=MEASURE)] = None,
+    threads: Threads = None,
+    seed: Seed = None,
     quick: Annotated[
         bool, typer.Option("--quick", help="A look in seconds: few samples, no claim.", rich_help_panel=MEASURE)
     ] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check everything, print the plan and stop.", rich_help_panel=OUTPUT)
-    ] = False,
-    out: Annotated[
-        str | None,
-        typer.Option(
-            help="Result file; - is stdout (JSON).",
-            show_default="results/profile-WHAT-DEVICE-TIME.json",
-            rich_help_panel=OUTPUT,
-        ),
-    ] = None,
-    force: Annotated[
-        bool, typer.Option("--force", help="Replace an existing --out file.", rich_help_panel=OUTPUT)
-    ] = False,
-    resume: Annotated[
-        Path | None,
-        typer.Option(
-            help="Continue this result file: keep what it holds, measure the rest. Its settings are used.",
-            rich_help_panel=OUTPUT,
-        ),
-    ] = None,
+    dry_run: DryRun = False,
+    out: Out = None,
+    force: Force = False,
+    resume: Resume = None,
     form: Format = "auto",
     quiet: Quiet = False,
 ) -> int:
@@ -335,7 +309,7 @@ def _full_plan(
 
 def _measure(
     config: MeasureConfig,
-    session: Session,
+    session: ProfileSession,
     rows: list[PlannedRow],
     subjects: Mapping[str, Subject],
     document: dict[str, Any],
@@ -437,7 +411,7 @@ def _plan_lines(
     config: MeasureConfig,
     rows: list[PlannedRow],
     subjects: Mapping[str, Subject],
-    session: Session,
+    session: ProfileSession,
     path: Path | None,
 ) -> list[str]:
     """What will be measured, where it goes and how long it may take."""

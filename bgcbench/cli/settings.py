@@ -20,6 +20,8 @@ OPTIONS = {
     "out_channels": "channels",
     "inputs": "input",
     "memory_gib": "memory",
+    "data_dirs": "data_dir",
+    "save_every_s": "save_every",
 }
 
 
@@ -59,7 +61,7 @@ def resumed(
         raise UsageError(f"{option(min(unknown))} has no meaning for what {name} measures; leave it out")
     grown = {
         grid: tuple(dict.fromkeys((*getattr(base, grid), *given[grid])))
-        for grid in ("groups", "variants", "inputs")
+        for grid in ("groups", "variants", "inputs", "seeds")
         if grid in given
     }
     config = dataclasses.replace(base, **{**given, **grown})

@@ -197,6 +197,21 @@ class VariantConv2d(nn.Module, ABC):
         """All counts of one image of ``height`` x ``width`` (see bgcbench.measure.counts)."""
         return count(self.spec, height, width)
 
+    def set_progress(self, fraction: float) -> bool:
+        """Be told by a training loop, before every step, which ``fraction`` (0 to 1) of the training has passed.
+
+        Returns whether the layer has changed its structure; only a variant that prunes itself (LGC) ever does.
+        """
+        return False
+
+    def group_lasso(self) -> Tensor | None:
+        """The penalty that the variant wants in the loss, to be weighted; a scalar, None where it wants none."""
+        return None
+
+    def learnt(self) -> Mapping[str, float]:
+        """What there is to say of a structure that is learnt (shares from 0 to 1), by name; mostly nothing."""
+        return {}
+
     def _smallest_input(self) -> tuple[int, int]:
         height, width = (d * (k - 1) + 1 for d, k in zip(self.dilation, self.kernel_size, strict=True))
         return height, width

@@ -170,6 +170,9 @@ class FullyLearnableGroupConv2d(MaskedConv2d):
         """Share of the outputs that stand in a group without inputs and are constant."""
         return sum(m_g for m_g, n_g in self.group_sizes() if not n_g) / self.out_channels
 
+    def learnt(self) -> Mapping[str, float]:
+        return {} if self.groups == 1 else {"dead_outputs": self.dead_outputs()}
+
     def counts(self, height: int, width: int) -> Counts:
         """As the groups are now; balanced ones give the formula of bgcbench.measure.counts."""
         return count(self.spec, height, width, pairs=sum(m_g * n_g for m_g, n_g in self.group_sizes()))

@@ -1,20 +1,47 @@
-"""Images by name, or from any folder: to calibrate networks with."""
+"""Images by name, or from any folder: to calibrate networks with, and with labels to train them."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 from bgcbench.data.base import Images
-from bgcbench.data.digits import open_digits
+from bgcbench.data.cifar10 import open_cifar10
+from bgcbench.data.digits import open_digits, open_labelled_digits
+from bgcbench.data.feeds import Batch, Feed, epoch_order
 from bgcbench.data.folder import open_folder
+from bgcbench.data.imagefolder import open_imagefolder, open_imagenet
+from bgcbench.data.labelled import LabelledData
+from bgcbench.data.synthetic import open_synthetic
 from bgcbench.errors import UsageError
 from bgcbench.specs import Pair, check_choice
 
-__all__ = ["DATASETS", "Images", "open_images"]
+__all__ = ["DATASETS", "LABELLED", "Batch", "Feed", "Images", "LabelledData", "epoch_order", "open_images",
+           "open_labelled"]  # fmt: skip
 
 # The one registration of the data sets. A new one is its file here and its line.
 DATASETS: dict[str, Callable[[Pair | None], Images]] = {"digits": open_digits}
+
+
+@dataclass(frozen=True)
+class _Asked:
+    size: Pair | None
+    dirs: Sequence[Path]
+    download: bool
+    classes: int | None
+    counts: tuple[int, int] | None
+
+
+# The one registration of the data sets to train on.
+LABELLED: dict[str, Callable[[_Asked], LabelledData]] = {
+    "digits": lambda asked: open_labelled_digits(asked.size),
+    "cifar10": lambda asked: open_cifar10(asked.size, asked.dirs, download=asked.download),
+    "imagenet": lambda asked: open_imagenet(asked.size, asked.dirs),
+    "folder": lambda asked: open_imagefolder(asked.size, asked.dirs),
+    "synthetic": lambda asked: open_synthetic(asked.size, asked.classes, asked.counts),
+}
 
 
 def open_images(data: str, size: Pair | None = None) -> Images:
@@ -23,10 +50,43 @@ def open_images(data: str, size: Pair | None = None) -> Images:
     size: (height, width) in px, None for the source's own: 16 x 16 for digits, 224 x 224 for a folder. Raises
     UsageError for what is neither name nor folder, for a folder without images and for a package that is missing.
     """
-    if data not in DATASETS and (os.path.exists(data) or os.path.dirname(data)):
+    if _is_path(data, DATASETS):
         return open_folder(data, size)
+    return DATASETS[_known(data, DATASETS, "a folder of images")](size)
+
+
+def open_labelled(
+    name: str,
+    size: Pair | None,
+    dirs: Sequence[Path],
+    *,
+    download: bool = False,
+    classes: int | None = None,
+    counts: tuple[int, int] | None = None,
+) -> LabelledData:
+    """The data set that ``name`` names: one of LABELLED or, where it is none of these, the path of a folder of splits.
+
+    size: (height, width) in px, None for the data set's own. dirs: folders (or CIFAR-10's archive) searched in order
+    by those that are in files. download: for cifar10, where it is in none of them. classes, counts: of synthetic, the
+    counts being images to train with and to test with. Raises UsageError for an unknown name, for an option that is not
+    the data set's, and for files that are missing, incomplete, damaged or not in their places.
+    """
+    if _is_path(name, LABELLED):
+        name, dirs = "folder", (Path(name),)
+    _known(name, LABELLED, "a folder with the folders train and val")
+    if download and name != "cifar10":
+        raise UsageError(f"--download is for cifar10, not for {name}; leave it out")
+    if name != "synthetic" and (classes is not None or counts is not None):
+        raise UsageError(f"numbers of classes and images are for synthetic, and {name} has its own; leave them out")
+    return LABELLED[name](_Asked(size, dirs, download, classes, counts))
+
+
+def _is_path(data: str, names: Collection[str]) -> bool:
+    return data not in names and (os.path.exists(data) or os.path.dirname(data) != "")
+
+
+def _known(name: str, names: Collection[str], folder: str) -> str:
     try:
-        name = check_choice("data set", data, DATASETS)
+        return check_choice("data set", name, names)
     except UsageError as unknown:
-        raise UsageError(f"{unknown}, or give the path of a folder of images") from None
-    return DATASETS[name](size)
+        raise UsageError(f"{unknown}, or give the path of {folder}") from None

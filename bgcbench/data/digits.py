@@ -16,12 +16,14 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from bgcbench.data.base import Images
+from bgcbench.data.labelled import ResidentData
 from bgcbench.errors import UsageError
 from bgcbench.specs import Pair, as_pair
 
 DEFAULT_SIZE = (16, 16)
 CLASSES = 10
 TEST_IMAGES = 500
+PAD = 2  # px to crop from; a mirrored digit is another digit
 # Of all pixels of the 1,297 training images at 8 x 8 px, 0 as black and 1 as white; the same whatever the size.
 MEAN = 0.306178
 STD = 0.376571
@@ -63,6 +65,25 @@ def open_digits(size: Pair | None = None) -> Digits:
     train, test = split(labels.tolist())
     channel = (MEAN,) * 3, (STD,) * 3
     return Digits("digits", (height, width), CLASSES, *channel, resized.expand(-1, 3, -1, -1), labels, train, test)
+
+
+def open_labelled_digits(size: Pair | None = None) -> ResidentData:
+    """The digits with their labels, 1,297 to train with and 500 to test with; raises as ``open_digits``."""
+    digits = open_digits(size)
+    train, test = list(digits.train), list(digits.test)
+    return ResidentData(
+        name=digits.name,
+        size=digits.size,
+        num_classes=CLASSES,
+        mean=digits.mean,
+        std=digits.std,
+        train_labels=digits.labels[train],
+        test_labels=digits.labels[test],
+        train_images=digits.pixels[train],
+        test_images=digits.pixels[test],
+        pad=PAD,
+        flip=False,
+    )
 
 
 def split(labels: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:

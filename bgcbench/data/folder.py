@@ -43,7 +43,7 @@ class Folder(Images):
     @property
     def fingerprint(self) -> str:
         """Of the files' names and sizes: reading them all would take as long as using them."""
-        listed = "\n".join(f"{name} {os.path.getsize(self.root / name)}" for name in self.files)
+        listed = "\n".join(f"{name} {file_size(self.root / name)}" for name in self.files)
         return hashlib.sha256(f"{self.size}\n{listed}".encode()).hexdigest()[:16]
 
     def read(self, chosen: Sequence[int]) -> Tensor:
@@ -53,7 +53,6 @@ class Folder(Images):
 def open_folder(path: str, size: Pair | None = None) -> Folder:
     """The images in ``path`` and its subfolders, or in its subfolder ``train`` where it has that and no other splits.
 
-    An image is a file with one of torchvision's IMG_EXTENSIONS, in either case; what starts with a dot is skipped.
     size: (height, width) in px, by default 224 x 224. Raises UsageError for a path that is no folder, or that has no
     images or cannot be listed.
     """
@@ -63,7 +62,7 @@ def open_folder(path: str, size: Pair | None = None) -> Folder:
     if not os.path.isdir(given):
         raise UsageError(f"{path} is a file, not a folder of images; give the folder it is in")
     root = given / "train" if _is_split(given) else given
-    files = _image_files(root)
+    files = image_files(root)
     if not files:
         raise UsageError(
             f"{root} has no images, in its subfolders neither; looked for files ending in {', '.join(IMG_EXTENSIONS)}"
@@ -86,7 +85,12 @@ def _is_split(folder: Path) -> bool:
     return "train" in inside and inside <= {"train", *OTHER_SPLITS}
 
 
-def _image_files(root: Path) -> tuple[str, ...]:
+def image_files(root: Path) -> tuple[str, ...]:
+    """The images below ``root``: their paths relative to it, with forward slashes, sorted.
+
+    What starts with a dot is skipped. Raises UsageError, naming it, for a folder that cannot be listed.
+    """
+
     def refuse(problem: OSError) -> None:
         raise UsageError(f"{problem.filename} cannot be listed ({problem.strerror}); make it readable") from problem
 
@@ -97,36 +101,55 @@ def _image_files(root: Path) -> tuple[str, ...]:
         real = os.path.realpath(folder)
         inside[:] = [] if real in seen else sorted(name for name in inside if not name.startswith("."))
         if real not in seen:
-            found += [
-                Path(folder, name).relative_to(root).as_posix()
-                for name in files
-                if name.lower().endswith(IMG_EXTENSIONS) and not name.startswith(".")
-            ]
+            below = Path(folder).relative_to(root).as_posix()
+            prefix = "" if below == "." else f"{below}/"
+            found += [prefix + name for name in files if is_image(name)]
         seen.add(real)
     return tuple(sorted(found))
+
+
+def is_image(name: str) -> bool:
+    """Whether a file of this name counts: one of torchvision's IMG_EXTENSIONS, in either case, and no leading dot."""
+    return name.lower().endswith(IMG_EXTENSIONS) and not name.startswith(".")
+
+
+def file_size(path: Path) -> int:
+    """Bytes; raises UsageError for a file that is gone, or for a link to nothing."""
+    try:
+        return os.path.getsize(path)
+    except OSError as problem:
+        raise UsageError(f"{path} cannot be read as an image ({_reason(problem)}); repair or remove it") from problem
 
 
 def load_image(path: Path, size: Pair) -> Tensor:
     """The image as (3, height, width) in uint8, 0 to 255: resized until it covers 256/224 of ``size``, then cut out.
 
     With a square ``size`` the short side becomes 256/224 of it, as in torchvision's evaluation of its networks: RGB
-    without transparency, bilinear with antialiasing, the centre, no turning by EXIF. Raises UsageError, naming the
-    file, for one that cannot be read, is truncated, or has more than 8 bits a channel.
+    without transparency, bilinear with antialiasing, the centre, no turning by EXIF. Raises as ``open_rgb``.
     """
-    try:
-        with warnings.catch_warnings(), Image.open(path) as image:
-            warnings.simplefilter("ignore")  # Pillow's about palettes and large images: neither changes the result
-            deep = image.mode.split(";")[0] in _DEEP_MODES
-            rgb = image.convert("RGB")
-    except Exception as problem:  # Pillow's decoders raise anything on a damaged file
-        raise UsageError(f"{path} cannot be read as an image ({_reason(problem)}); repair or remove it") from problem
-    if deep:
-        raise UsageError(f"{path} has more than 8 bits a channel, which would be clipped; convert it to 8 bits")
+    rgb = open_rgb(path)
     resized = image_ops.resize(
         rgb, _covering(rgb.height, rgb.width, size), interpolation=InterpolationMode.BILINEAR, antialias=True
     )
     pixels: Tensor = image_ops.pil_to_tensor(image_ops.center_crop(resized, list(size)))
     return pixels
+
+
+def open_rgb(path: Path) -> Image.Image:
+    """The image in 8-bit RGB, decoded.
+
+    Raises UsageError, naming the file, for one that cannot be read, is truncated, or has more than 8 bits a channel.
+    """
+    try:
+        with warnings.catch_warnings(), Image.open(path) as image:
+            warnings.simplefilter("ignore")  # Pillow's about palettes and large images: neither changes the result
+            deep = image.mode.split(";")[0] in _DEEP_MODES
+            rgb: Image.Image = image.convert("RGB")
+    except Exception as problem:  # Pillow's decoders raise anything on a damaged file
+        raise UsageError(f"{path} cannot be read as an image ({_reason(problem)}); repair or remove it") from problem
+    if deep:
+        raise UsageError(f"{path} has more than 8 bits a channel, which would be clipped; convert it to 8 bits")
+    return rgb
 
 
 def _covering(height: int, width: int, size: Pair) -> list[int]:

@@ -9,35 +9,24 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from bgcbench.errors import UsageError
-from bgcbench.experiments.config import RunConfig
-from bgcbench.specs import HELD_OUT, WHERE, NetSpec, check_choice
-
-DIGITS_PX = 16  # a side of the digits for networks that are made for small images
+from bgcbench.experiments.config import NetworkChoice, RunConfig
+from bgcbench.specs import DIGITS_PX, HELD_OUT, NetSpec
 
 
 @dataclass(frozen=True)
-class ApproxNetworkConfig(RunConfig):
+class ApproxNetworkConfig(NetworkChoice, RunConfig):
     """One network, its weights and the images to calibrate with; valid once constructed.
 
     weights: a file, 'default' (torchvision's published ones), 'none' (untrained), or None: default where there are any.
-    data: a data set's name or a folder of images. height, width, num_classes, stem_stride: None for the network's own;
-    digits are 16 px high for networks of up to 32 px. where, include, exclude as in :func:`bgcbench.convert`.
+    data: a data set's name or a folder of images; digits are 16 px high for networks of up to 32 px.
     memory_gib: what the second moments may take at once. Raises UsageError or ShapeError.
     """
 
     variants: tuple[str, ...] = ("gc", "bgc")
     groups: tuple[int, ...] = (2, 4, 8, 16)
     precision: str = "fp64"
-    model: str = "resnet50"
     weights: str | None = None
     data: str = ""
-    height: int | None = None
-    width: int | None = None
-    num_classes: int | None = None
-    stem_stride: int | None = None
-    where: str = "auto"
-    include: tuple[str, ...] = ()
-    exclude: tuple[str, ...] = ()
     calibration_images: int | None = None
     batch: int = 32
     memory_gib: float = 4.0
@@ -50,7 +39,6 @@ class ApproxNetworkConfig(RunConfig):
         if self.calibration_images is None:
             object.__setattr__(self, "calibration_images", 32 if self.quick else 256)
         super().__post_init__()
-        check_choice("where", self.where, WHERE)
         if not self.data:
             raise UsageError("--model needs images to run: --data digits, or --data FOLDER of images")
         if self.images < HELD_OUT:
@@ -61,9 +49,7 @@ class ApproxNetworkConfig(RunConfig):
             raise UsageError(f"--memory {self.memory_gib} must be a positive number of GiB")
         if not set(self.variants) - {"standard"} or not set(self.groups) - {1}:
             raise UsageError("a standard convolution (N = 1) loses nothing; name another variant and N of 2 or more")
-        spec = self.spec
-        for name in ("height", "width", "num_classes", "stem_stride"):  # written out, so that a file says what ran
-            object.__setattr__(self, name, getattr(spec, name))
+        self._resolve_network()
 
     @property
     def images(self) -> int:

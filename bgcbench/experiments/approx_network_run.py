@@ -15,8 +15,9 @@ from bgcbench.convert import Candidates, Replaced, candidates
 from bgcbench.data import Images, open_images
 from bgcbench.errors import UsageError
 from bgcbench.experiments.approx_network import ApproxNetworkConfig
-from bgcbench.experiments.approx_run import ApproxSession, Step
+from bgcbench.experiments.approx_run import Step
 from bgcbench.experiments.profile import row_seed
+from bgcbench.experiments.session import Session
 from bgcbench.measure.device import backend_state, describe_failure
 from bgcbench.models import build_model
 from bgcbench.models.weights import Loaded, has_default, load_weights
@@ -111,7 +112,7 @@ class ApproxNetworkRun:
     def __init__(
         self,
         config: ApproxNetworkConfig,
-        session: ApproxSession,
+        session: Session,
         prepared: Prepared,
         *,
         kept: Mapping[str, Json] | None = None,

@@ -21,6 +21,7 @@ from bgcbench.convs import CONVS
 from bgcbench.experiments.approx import ApproxConfig, ApproxRow, counts_of, few_rows, unknowns
 from bgcbench.experiments.config import RunConfig
 from bgcbench.experiments.profile import row_seed
+from bgcbench.experiments.session import Session
 from bgcbench.measure.device import (
     DTYPES,
     backend_state,
@@ -45,17 +46,7 @@ from bgcbench.theory.sampled import GroupMoment, contiguous_rows, group_moments,
 SPREAD_GROUPS = 4
 
 
-@dataclass
-class ApproxSession:
-    """The device at hand and what is recorded about it."""
-
-    device: torch.device
-    environment: Json
-    settings: Json
-    warnings: list[str] = field(default_factory=list)
-
-
-def open_session(config: RunConfig) -> ApproxSession:
+def open_session(config: RunConfig) -> Session:
     """Find the device and describe it; raises DeviceError where the device asked for is not there."""
     device, _ = resolve_device(config.device)  # the numbers are the same wherever they are computed: no warning
     check_combination(device, config.precision, "eager")
@@ -67,7 +58,7 @@ def open_session(config: RunConfig) -> ApproxSession:
             "tf32": tf32_state(),
             "cudnn_benchmark": True,
         }
-        return ApproxSession(device, describe_environment(device), settings)
+        return Session(device, describe_environment(device), settings)
 
 
 @dataclass(frozen=True)
@@ -106,7 +97,7 @@ class ApproxRun:
     def __init__(
         self,
         config: ApproxConfig,
-        session: ApproxSession,
+        session: Session,
         rows: list[ApproxRow],
         *,
         kept: Mapping[str, Json] | None = None,

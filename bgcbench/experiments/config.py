@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from bgcbench.errors import UsageError
 from bgcbench.results import Json
-from bgcbench.specs import PRECISIONS, VARIANTS, check_choice, check_positive
+from bgcbench.specs import PRECISIONS, VARIANTS, WHERE, NetSpec, check_choice, check_positive
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -67,3 +67,33 @@ class RunConfig:
     def what(self) -> str:
         """The workload in a file name."""
         raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class NetworkChoice:
+    """The part of a configuration that names a network and which of its convolutions are replaced.
+
+    height, width, num_classes and stem_stride are None for the network's own; where, include and exclude choose the
+    convolutions as in :func:`bgcbench.convert`.
+    """
+
+    model: str = "resnet50"
+    height: int | None = None
+    width: int | None = None
+    num_classes: int | None = None
+    stem_stride: int | None = None
+    where: str = "auto"
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+
+    @property
+    def spec(self) -> NetSpec:
+        """The network."""
+        return NetSpec(self.model, self.num_classes, self.height, self.width, self.stem_stride)
+
+    def _resolve_network(self) -> None:
+        """Check the choice and write the network's own numbers out, so that a file says what ran."""
+        check_choice("where", self.where, WHERE)
+        spec = self.spec
+        for name in ("height", "width", "num_classes", "stem_stride"):
+            object.__setattr__(self, name, getattr(spec, name))

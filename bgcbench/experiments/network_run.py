@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
-from bgcbench.convert import Record, convert, replay
+from bgcbench.convert import Converted, Record, convert, replay
 from bgcbench.convs.base import VariantConv2d
 from bgcbench.errors import ShapeError, UsageError
 from bgcbench.experiments.network import NetworkConfig
 from bgcbench.experiments.profile import PlannedRow, ProfileConfig, conditions, row_key, row_seed, wanted_rows
-from bgcbench.experiments.profile_run import LayerSubject, Session, Subject, on_device
+from bgcbench.experiments.profile_run import LayerSubject, ProfileSession, Subject, on_device
 from bgcbench.measure.counts import CallWork, count
 from bgcbench.measure.trace import Call, Trace, trace
 from bgcbench.measure.workload import Like, NetworkWorkload, Workload
 from bgcbench.models import build_empty, build_model
 from bgcbench.results import Json
-from bgcbench.specs import PRECISIONS, VARIANTS, ConvSpec, unfit
+from bgcbench.specs import PRECISIONS, VARIANTS, ConvSpec, NetSpec, unfit
 
 PASSES = {"fwd": 1, "train_step": 3}  # convolution-sized passes: y; and dx and dW
 
@@ -53,31 +54,16 @@ def plan_network(config: NetworkConfig) -> NetworkPlan:
         record, model = None, dense
         if variant != "standard":
             try:
-                converted = convert(
-                    dense,
-                    variant,
-                    groups,
-                    where=config.where,
-                    include=config.include,
-                    exclude=config.exclude,
-                    init="scratch",
-                    on_indivisible="skip" if config.skip_invalid else "raise",
-                    algorithm=form,
-                    example_input=spec.size,
-                )
+                converted = converted_as_chosen(config, dense, variant, groups, form)
             except ShapeError as problem:
-                problems.append(str(problem).partition("; keep them dense")[0])
+                problems.append(str(problem))
                 continue
             record, model = converted.record, converted.model
             records.append(record)
-            skipped = [kept for kept in record.kept if f"N={groups} does not divide" in kept.reason]
-            if skipped:
-                names = ", ".join(kept.name for kept in skipped)
-                notes.append(f"{_label(variant, groups)}: N={groups} does not divide, kept dense: {names}")
+            notes += kept_dense(record)
         rows.append(row)
-        subjects[row.key] = NetworkSubject(config, record, model, _label(variant, groups))
-    if problems:
-        raise ShapeError("; ".join(dict.fromkeys(problems)) + "; drop these groups or use --skip-invalid")
+        subjects[row.key] = NetworkSubject(config, record, model, network_label(variant, groups))
+    refuse_indivisible(problems)
     found = trace(dense, spec.size)
     if found.uncounted:
         names = ", ".join(f"{name} ({times}x)" for name, times in found.uncounted.items())
@@ -92,7 +78,58 @@ def plan_network(config: NetworkConfig) -> NetworkPlan:
     return NetworkPlan(rows, subjects, list(dict.fromkeys(notes)))
 
 
-def _label(variant: str, groups: int) -> str:
+class Choice(Protocol):
+    """The configuration of a command that converts a network: of profile, of train."""
+
+    @property
+    def spec(self) -> NetSpec: ...
+    @property
+    def where(self) -> str: ...
+    @property
+    def include(self) -> tuple[str, ...]: ...
+    @property
+    def exclude(self) -> tuple[str, ...]: ...
+    @property
+    def skip_invalid(self) -> bool: ...
+
+
+def converted_as_chosen(config: Choice, dense: nn.Module, variant: str, groups: int, form: str = "auto") -> Converted:
+    """``dense`` with the convolutions that ``config`` chooses replaced, freshly initialised.
+
+    Raises ShapeError where N does not divide some of them, unless ``skip_invalid``, which keeps those dense.
+    """
+    try:
+        return convert(
+            dense,
+            variant,
+            groups,
+            where=config.where,
+            include=config.include,
+            exclude=config.exclude,
+            init="scratch",
+            on_indivisible="skip" if config.skip_invalid else "raise",
+            algorithm=form,
+            example_input=config.spec.size,
+        )
+    except ShapeError as problem:
+        raise ShapeError(str(problem).partition("; keep them dense")[0]) from None
+
+
+def kept_dense(record: Record) -> list[str]:
+    """A note that names the convolutions which N does not divide, where there are any."""
+    skipped = [kept.name for kept in record.kept if f"N={record.groups} does not divide" in kept.reason]
+    label = network_label(record.variant, record.groups)
+    return [f"{label}: N={record.groups} does not divide, kept dense: {', '.join(skipped)}"] if skipped else []
+
+
+def refuse_indivisible(problems: Sequence[str]) -> None:
+    """Raise one ShapeError with all that N does not divide, if there is anything."""
+    if problems:
+        raise ShapeError("; ".join(dict.fromkeys(problems)) + "; drop these groups or use --skip-invalid")
+
+
+def network_label(variant: str, groups: int) -> str:
+    """A row for people: "dense", "BGC N=4"."""
     return "dense" if variant == "standard" else f"{VARIANTS[variant].label} N={groups}"
 
 
@@ -129,7 +166,7 @@ class NetworkSubject(Subject):
         self.macs = int(self.counts["macs_training" if masked else "macs"])
         self.buffers_bytes = sum(b.numel() * b.element_size() for b in empty.buffers())
 
-    def module(self, session: Session) -> nn.Module:
+    def module(self, session: ProfileSession) -> nn.Module:
         # The same seed in every row: what was not replaced starts from the same weights.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(row_seed(self.config.seed, "network"))
@@ -138,7 +175,7 @@ class NetworkSubject(Subject):
                 model = replay(model, self.record)
         return on_device(model, self.config, session)
 
-    def workload(self, session: Session, x: torch.Tensor, like: Like | None) -> Workload:
+    def workload(self, session: ProfileSession, x: torch.Tensor, like: Like | None) -> Workload:
         generator = torch.Generator().manual_seed(row_seed(self.config.seed, "labels"))
         labels = torch.randint(self.config.spec.classes, (self.batch,), generator=generator).to(session.device)
         return NetworkWorkload(self.module(session), x, self.config.mode, like, labels=labels)
@@ -180,11 +217,12 @@ class NetworkSubject(Subject):
         }
 
 
-def network_counts(model: nn.Module, found: Trace, batch: int, item: int) -> Json:
+def network_counts(model: nn.Module, found: Trace, batch: int, item: int, *, learnt: bool = False) -> Json:
     """counts of a network's row: deployed parameters and multiply-adds an image, BGC's additions, and what trains.
 
     MACs are those of convolutions and fully connected layers; bytes_min is what these read and write, and this image's
-    share of the weights.
+    share of the weights. learnt: as the layers' structure is now, where it is learnt (FLGC's groups may be uneven), and
+    not as the formula has it.
     """
     stored = sum(p.numel() for p in model.parameters())
     params, macs, adds, trained = stored, found.macs, 0, found.macs
@@ -194,7 +232,7 @@ def network_counts(model: nn.Module, found: Trace, batch: int, item: int) -> Jso
         module = modules.get(call.module) if call.module is not None else None
         if not isinstance(module, VariantConv2d) or call.size is None or call.module is None:
             continue
-        counts = count(module.spec, *call.size)
+        counts = module.counts(*call.size) if learnt else count(module.spec, *call.size)
         adds += counts.adds
         trained += (counts.macs_training or counts.macs) - counts.macs
         if call.module not in seen:
@@ -333,7 +371,7 @@ def _layer_rows(
             row = _layer_row(config, layer, distinct, number, (variant, groups, form))
             subject = None
             if row.spec is not None:
-                label = f"{_label(variant, groups)} of {distinct.label}"
+                label = f"{network_label(variant, groups)} of {distinct.label}"
                 subject = NetworkLayerSubject(layer, row, row.spec, distinct, label)
             planned.append((row, subject))
     return planned

@@ -33,7 +33,7 @@ from bgcbench.specs import (
 from bgcbench.theory import paper
 
 # Fields that only say which rows there are: a resumed run may add to them.
-GRID_FIELDS = ("variants", "groups", "algorithm", "reference", "skip_invalid", "layers", "inputs")
+GRID_FIELDS = ("variants", "groups", "algorithm", "reference", "skip_invalid", "layers", "inputs", "seeds")
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from bgcbench.experiments.profile import (
     printed_figures,
     row_seed,
 )
+from bgcbench.experiments.session import Session
 from bgcbench.measure import ceilings, environment
 from bgcbench.measure.ceilings import Ceilings
 from bgcbench.measure.counts import CallWork, call_work, count, paper_bytes
@@ -53,19 +54,15 @@ from bgcbench.specs import NETWORK_PHASES, PHASES, PRECISIONS, VARIANTS, ConvSpe
 from bgcbench.theory.exact import white_error
 
 
-@dataclass
-class Session:
-    """The device at hand and what is recorded about it."""
+@dataclass(kw_only=True)
+class ProfileSession(Session):
+    """The device at hand, and how times are taken on it."""
 
-    device: torch.device
-    environment: Json
-    settings: Json
     rules: Rules
     cold: bool
-    warnings: list[str] = field(default_factory=list)
 
 
-def open_session(config: MeasureConfig) -> Session:
+def open_session(config: MeasureConfig) -> ProfileSession:
     """Find the device and describe it; nothing is computed on it yet.
 
     Raises DeviceError where the device asked for is not there, UsageError for what it cannot do.
@@ -89,7 +86,7 @@ def open_session(config: MeasureConfig) -> Session:
             "input_grad": config.input_grad,
             "timing": {"protocol": PROTOCOL, **dataclasses.asdict(rules)},
         }
-    return Session(device, described, settings, rules, cold, [warning] if warning else [])
+    return ProfileSession(device, described, settings, [warning] if warning else [], rules=rules, cold=cold)
 
 
 class Subject(ABC):
@@ -103,11 +100,11 @@ class Subject(ABC):
     quick_share: float = 1.0  # of a quick look's time a row; a network's calls are long
 
     @abstractmethod
-    def module(self, session: Session) -> nn.Module:
+    def module(self, session: ProfileSession) -> nn.Module:
         """A fresh module on the session's device; the same weights every time."""
 
     @abstractmethod
-    def workload(self, session: Session, x: torch.Tensor, like: Like | None) -> Workload:
+    def workload(self, session: ProfileSession, x: torch.Tensor, like: Like | None) -> Workload:
         """The cells of a fresh module on ``x``."""
 
     @abstractmethod
@@ -140,13 +137,13 @@ class LayerSubject(Subject):
         counts = count(spec, config.height, config.width, batch=config.batch, precision=config.precision)
         self.counts, self.executed = counts, counts.executed(str(planned.params["algorithm"]))
 
-    def module(self, session: Session) -> nn.Module:
+    def module(self, session: ProfileSession) -> nn.Module:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(row_seed(self.config.seed, self.key))
             module: nn.Module = build_conv(self.spec)
         return on_device(module, self.config, session)
 
-    def workload(self, session: Session, x: torch.Tensor, like: Like | None) -> Workload:
+    def workload(self, session: ProfileSession, x: torch.Tensor, like: Like | None) -> Workload:
         return Workload(self.module(session), x, self.config.mode, like)
 
     def work(self, phase: str) -> CallWork:
@@ -178,7 +175,7 @@ class LayerSubject(Subject):
         }
 
 
-def on_device(module: nn.Module, config: MeasureConfig, session: Session) -> nn.Module:
+def on_device(module: nn.Module, config: MeasureConfig, session: ProfileSession) -> nn.Module:
     """``module`` on the session's device in the run's precision and layout."""
     module.to(device=session.device, dtype=DTYPES[config.precision])
     return module.to(memory_format=torch.channels_last) if config.layout == "nhwc" else module
@@ -239,7 +236,7 @@ class ProfileRun:
     def __init__(
         self,
         config: MeasureConfig,
-        session: Session,
+        session: ProfileSession,
         rows: Sequence[PlannedRow],
         *,
         subjects: Mapping[str, Subject] | None = None,

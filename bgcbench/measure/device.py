@@ -295,13 +295,15 @@ def is_out_of_memory(failure: BaseException) -> bool:
     return isinstance(failure, RuntimeError) and any(sign in str(failure).lower() for sign in signs)
 
 
-def describe_failure(failure: BaseException, device: torch.device) -> Failure:
+def describe_failure(
+    failure: BaseException, device: torch.device, way_out: str = "use a smaller --batch"
+) -> Failure:
     """What a row that raised ``failure`` is called: out of memory, device lost, or an error with its first line."""
     message = str(failure).strip() or type(failure).__name__
     if is_out_of_memory(failure):
         asked = asked_bytes(message)
         size = "an unknown size" if asked is None else f"{asked} bytes"
-        return Failure("oom", f"out of memory: {size} asked for; use a smaller --batch")
+        return Failure("oom", f"out of memory: {size} asked for; {way_out}")
     if not device_answers(device):
         return DEVICE_LOST
     return Failure("error", f"{type(failure).__name__}: {message.splitlines()[0]}")

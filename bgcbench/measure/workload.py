@@ -165,7 +165,7 @@ class NetworkWorkload(Workload):
 
     def _step(self) -> None:
         self.optimiser.zero_grad(set_to_none=True)
-        total: Any = sum(F.cross_entropy(scores.float(), self.labels) for scores in _scores(self.module(self.x)))
+        total: Any = sum(F.cross_entropy(scores.float(), self.labels) for scores in class_scores(self.module(self.x)))
         total.backward()
         self.optimiser.step()
 
@@ -173,7 +173,7 @@ class NetworkWorkload(Workload):
         self.optimiser.zero_grad(set_to_none=True)
 
 
-def _scores(output: Any) -> list[Tensor]:
+def class_scores(output: Any) -> list[Tensor]:
     """The class scores in a network's output: one tensor, or several where it has auxiliary heads."""
     if isinstance(output, Tensor):
         return [output]

@@ -367,7 +367,9 @@ def _profile_notes(document: Json, rows: Sequence[Json], printed: bool) -> list[
     return lines + notes(document, rows)
 
 
-def notes(document: Json, rows: Sequence[Json]) -> list[str]:
+def notes(
+    document: Json, rows: Sequence[Json], quick: str = "few samples, no claim; run without --quick for intervals"
+) -> list[str]:
     """What to know of any document: its flags, whether it is quick or incomplete, what failed, its warnings."""
     lines = []
     if any(_phase_flags(measured) for row in rows for measured in row["phases"].values()):
@@ -376,7 +378,7 @@ def notes(document: Json, rows: Sequence[Json]) -> list[str]:
             "the samples spreads over more than 3 %, 10 % of the median; launch-bound: the host is the limit"
         )
     if document.get("quality") == "quick":
-        lines.append("a quick look: few samples, no claim; run without --quick for intervals")
+        lines.append(f"a quick look: {quick}")
     if document["exit_reason"] in ("running", "interrupted", "error"):
         lines.append(f"this run is not complete ({document['exit_reason']})")
     # The fields of a row tell which rows failed; a reason longer than a flag stands here.
@@ -589,6 +591,10 @@ def document_report(document: Json) -> Report:
         from bgcbench.report.approx import approx_report
 
         return approx_report(document)
+    if document["command"] == "train":
+        from bgcbench.report.train import train_report
+
+        return train_report(document)
     if any("model" in row["params"] for row in document["results"]) or "model" in document.get("config", {}):
         from bgcbench.report.network import network_report
 

@@ -1,30 +1,31 @@
-"""Figures from ``approx`` documents. The only module that imports matplotlib, once a figure is asked for.
-
-    figure1   log E against log(1 - 1/N), as Figure 1 of Lee, Park & Lee       sampled convolutions
-    figure2   the error over (1 - 1/N)^p against N, as their Figure 2          sampled convolutions
-    pareto    the share of the output that is lost against parameters and multiply-adds
-    heatmap   the same by layer and N                                          a network's layers
-
-A figure is a stack of parts, each with its own size in inches and small notes under it. Nothing of matplotlib's global
-state is left changed, and the same document gives the same bytes.
-"""
+"""The pictures of ``approx`` documents."""
 
 from __future__ import annotations
 
-import contextlib
-import io
 import math
 import statistics
-import tempfile
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from bgcbench.errors import OutputError, UsageError
-from bgcbench.results import Json, write_atomically
-from bgcbench.specs import VARIANTS, check_choice
+from bgcbench.errors import UsageError
+from bgcbench.plots import (
+    GREY,
+    LOOKS,
+    SMALL,
+    WIDTH,
+    NothingToDraw,
+    Part,
+    counted,
+    groups_of,
+    label_of,
+    legend,
+    legend_height,
+    log_ticks,
+    state_of,
+)
+from bgcbench.results import Json
+from bgcbench.specs import VARIANTS
 from bgcbench.theory import paper
 from bgcbench.theory.bounds import SCALING_POWER
 from bgcbench.theory.fits import EXACT
@@ -34,47 +35,9 @@ from bgcbench.theory.pareto import front, uncertainty_of
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.colors import Colormap
-    from matplotlib.figure import Figure, SubFigure
-    from matplotlib.lines import Line2D
+    from matplotlib.figure import SubFigure
 
-PICTURES = ("figure1", "figure2", "pareto", "heatmap")
-# What a file's date and the drawing program's name would be written as; None leaves them out.
-FORMATS: dict[str, dict[str, Any]] = {
-    ".png": {"Software": None},
-    ".svg": {"Date": None, "Creator": None},
-    ".pdf": {"CreationDate": None, "Creator": None, "Producer": None},
-}
-MISSING = "--plot needs matplotlib, which is not installed; pip install 'bgcbench[plot]'"
-
-DPI = 150
-WIDTH = 7.5  # inches; a README shows about 900 px of it
-SMALL = 7.0  # points, as are all sizes of letters
-GREY = "#666666"
-STYLE: dict[str, Any] = {
-    "font.family": "DejaVu Sans",
-    "font.size": 8.0,
-    "axes.titlesize": 9.0,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#e4e4e4",
-    "grid.linewidth": 0.6,
-    "axes.axisbelow": True,
-    "legend.frameon": False,
-    "svg.hashsalt": "bgcbench",
-    "text.parse_math": False,  # a folder's name may have $ in it
-}
-# Okabe and Ito's colours, which all kinds of colour vision tell apart, with a shape and a size (points) each: where two
-# variants lose the same, the smaller marker stands inside the larger.
-LOOKS = (
-    ("#000000", "*", 9.0),
-    ("#D55E00", "s", 7.5),
-    ("#E69F00", "D", 4.0),
-    ("#009E73", "^", 6.5),
-    ("#CC79A7", "v", 6.5),
-    ("#56B4E9", "P", 7.0),
-    ("#0072B2", "o", 6.0),
-)
+NOTHING = "the result has no finished row with an error above 0; run approx first"
 # By input: how a marker is filled, how lines are dashed, how much larger markers are.
 INPUT_LOOKS: tuple[tuple[str, Any, float], ...] = (
     ("full", "-", 1.0),
@@ -89,161 +52,14 @@ COLOURS, EMPTY = "cividis", "#e6e6e6"  # of the heat map, and of its cells witho
 LEGIBLE = 0.179  # relative luminance (WCAG) above which black reads better than white
 
 
-# ------------------------------------------------------------------------------------------------------------- files
-
-
-def check_plot(path: Path, *, replace: bool) -> None:
-    """Raise now what :func:`draw` would raise after everything is computed, but for a missing matplotlib.
-
-    UsageError for a suffix that names no format, OutputError for a file that exists (unless ``replace``) and for a
-    folder that cannot be written.
-    """
-    _metadata(path)
-    try:
-        if path.is_dir():
-            raise OutputError(f"--plot {path} is a folder; name a file in it")
-        if path.exists() and not replace:
-            raise OutputError(f"--plot {path} exists; use --force to replace it, or another name")
-        if path.parent.exists() and not path.parent.is_dir():
-            raise OutputError(f"--plot {path} cannot be written: {path.parent} is no folder; choose one")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        raise _unwritable(path, error) from error
-
-
-def draw(document: Json, path: Path, picture: str | None = None) -> None:
-    """Draw ``picture`` (None: everything that fits the document) into ``path``, whole or not at all.
-
-    The suffix decides the format. Raises UsageError as :func:`figure`, OutputError if the file cannot be written.
-    """
-    metadata = _metadata(path)
-    drawn = figure(document, picture)
-    image = io.BytesIO()
-    with _style():
-        drawn.savefig(image, format=path.suffix[1:].lower(), dpi=DPI, metadata=metadata)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, image.getvalue())
-    except OSError as error:
-        raise _unwritable(path, error) from error
-
-
-def _metadata(path: Path) -> dict[str, Any]:
-    if path.suffix.lower() not in FORMATS:
-        raise UsageError(f"--plot {path}: the name must end in {', '.join(FORMATS)}; the ending decides the format")
-    return FORMATS[path.suffix.lower()]
-
-
-def _unwritable(path: Path, error: OSError) -> OutputError:
-    return OutputError(f"--plot {path} cannot be written ({error.strerror or error}); choose another folder")
-
-
-# ------------------------------------------------------------------------------------------------------------ figures
-
-
-@dataclass(frozen=True)
-class _Part:
-    """One picture: its size (inches), what paints it, and what stands under it."""
-
-    width: float
-    height: float
-    paint: Callable[[SubFigure], None]
-    notes: Sequence[str]
-
-    @property
-    def footer(self) -> str:
-        """The notes in lines as long as the picture is wide."""
-        return "\n".join(line for note in self.notes for line in textwrap.wrap(note, int(19 * self.width)))
-
-    @property
-    def heights(self) -> tuple[float, float]:
-        """Inches of the picture and of its notes."""
-        return self.height, 0.135 * (self.footer.count("\n") + 1) + 0.1
-
-
-class _NothingToDraw(Exception):
-    """What a picture needs and the document does not have."""
-
-
-def figure(document: Json, picture: str | None = None) -> Figure:
-    """``picture`` of an ``approx`` document, or all that fit it in one figure.
-
-    Together with figure1 and figure2 stands the front of the first input, where there are variants beyond gc and bgc.
-    Raises UsageError if matplotlib is missing, or if the document has no rows for the picture.
-    """
-    if picture is not None:
-        check_choice("picture", picture, PICTURES)
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UsageError(MISSING) from error
-    if document["command"] != "approx":
-        raise UsageError(f"--plot draws 'approx' results, and this is a '{document['command']}' run; give another file")
-    parts = _parts(document, picture)
-    heights = [height for part in parts for height in part.heights]
-    with _style():
-        size = max(part.width for part in parts), sum(heights)
-        drawn = Figure(figsize=size, dpi=DPI, layout="constrained")
-        layout: Any = drawn.get_layout_engine()
-        layout.set(w_pad=0.06, h_pad=0.06)
-        panels: list[SubFigure] = list(drawn.subfigures(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0])
-        for part, panel, foot in zip(parts, panels[::2], panels[1::2], strict=True):
-            part.paint(panel)
-            foot.text(0.012, 1, part.footer, fontsize=SMALL, color=GREY, va="top", linespacing=1.25)
-        _lay_out(drawn, layout, panels)
-    return drawn
-
-
-def _lay_out(drawn: Figure, layout: Any, panels: Sequence[SubFigure]) -> None:
-    """Place everything once, to a millionth: the solver adds up in an order that differs from run to run."""
-    layout.execute(drawn)
-    drawn.set_layout_engine("none")
-    for panel in panels:
-        corners = panel.bbox_relative.get_points().round(6)
-        panel.bbox_relative.set_points(corners)
-    for axes in drawn.axes:
-        place = axes.get_position(original=True)
-        place.set_points(place.get_points().round(6))
-        axes.set_position(place)
-
-
-@contextlib.contextmanager
-def _style() -> Iterator[None]:
-    """matplotlib's own defaults and ours, whatever the user's settings are, for as long as something is drawn."""
-    import matplotlib
-
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()
-        parameters: Any = matplotlib.rcParams
-        parameters.update(STYLE)
-        yield
-
-
-def _parts(document: Json, picture: str | None) -> list[_Part]:
-    makers: dict[str, Callable[[Json], _Part]] = {
-        "figure1": _figure1,
-        "figure2": _figure2,
-        "pareto": _pareto,
-        "heatmap": _heatmap,
-    }
-    if picture is not None:
-        try:
-            return [makers[picture](document)]
-        except _NothingToDraw as missing:
-            raise UsageError(f"nothing to draw: {picture} needs {missing}") from missing
+def makers(document: Json) -> dict[str, Callable[[Json], Part]]:
+    """What is drawn where no picture is named; the front of the first input, where there is more than gc and bgc."""
+    chosen = dict(MAKERS)
     if {row["params"]["variant"] for row in _sampled(document)} - {"standard", "gc", "bgc"}:
-        makers["pareto"] = lambda document: _pareto(document, all_inputs=False)
+        chosen["pareto"] = lambda document: _pareto(document, all_inputs=False)
     else:
-        del makers["pareto"]
-    parts = []
-    for make in makers.values():
-        with contextlib.suppress(_NothingToDraw):
-            parts.append(make(document))
-    if not parts:
-        raise UsageError("nothing to draw: the result has no finished row with an error above 0; run approx first")
-    return parts
+        del chosen["pareto"]
+    return chosen
 
 
 def _sampled(document: Json) -> list[Json]:
@@ -268,25 +84,15 @@ def _series(rows: Sequence[Json]) -> dict[tuple[str, str], list[Json]]:
     return found
 
 
-def _groups(rows: Sequence[Json]) -> list[int]:
-    return sorted({row["params"]["groups"] for row in rows})
-
-
 def _shape(document: Json, rows: Sequence[Json]) -> str:
     """The convolutions and their number, for a title."""
     p = rows[0]["params"]
     size = f"length {p['length']}" if p["dims"] == 1 else f"{p['length']} x {p['length']} px"
     stride = f", stride {p['stride']}" if p["stride"] != 1 else ""
-    quick = ", a quick run" if document.get("quality") == "quick" else ""
-    unfinished = "" if document.get("complete", True) else ", not complete"
     return (
         f"{p['dims']}-D convolutions, {p['in_channels']} to {p['out_channels']} channels, k = {p['kernel']}{stride}, "
-        f"{size}; S = {p['samples']}{quick}{unfinished}"
+        f"{size}; S = {p['samples']}{state_of(document)}"
     )
-
-
-def _label(variant: str) -> str:
-    return VARIANTS[variant].label
 
 
 def _look(variant: str, name: str, names: Sequence[str]) -> dict[str, Any]:
@@ -328,35 +134,17 @@ def _columns(labels: Sequence[str], inputs: int) -> int:
     return inputs if sum(wide) <= WIDTH else max(1, min(inputs, int(WIDTH / max(wide))))
 
 
-def _legend(panel: SubFigure, handles: Sequence[Line2D], columns: int) -> None:
-    """A legend below the axes, filled by columns."""
-    panel.legend(
-        handles=handles,
-        loc="outside lower center",
-        ncols=columns,
-        fontsize=SMALL,
-        numpoints=1,
-        handlelength=1.6,
-        handletextpad=0.4,
-        columnspacing=1.2,
-    )
-
-
-def _legend_height(entries: int, columns: int) -> float:
-    return 0.165 * math.ceil(entries / columns) + 0.1
-
-
 # ---------------------------------------------------------------------------------------- figures 1 and 2 of the paper
 
 
-def _figure1(document: Json) -> _Part:
+def _figure1(document: Json) -> Part:
     rows = _lossy(_sampled(document))
     if not rows:
-        raise _NothingToDraw("rows of sampled convolutions with N > 1 and an error above 0; this result has none")
+        raise NothingToDraw("rows of sampled convolutions with N > 1 and an error above 0; this result has none")
     series = _series(rows)
     names = list(dict.fromkeys(name for _, name in series))
     slopes = {(fit["variant"], fit["input"]): fit for fit in document.get("fits", [])}
-    labels = {at: f"{_label(at[0])}, {at[1]}: {_slopes(slopes.get(at))}" for at in series}
+    labels = {at: f"{label_of(at[0])}, {at[1]}: {_slopes(slopes.get(at))}" for at in series}
     columns = _columns(list(labels.values()), len(names))
 
     def paint(panel: SubFigure) -> None:
@@ -374,14 +162,14 @@ def _figure1(document: Json) -> _Part:
                 _exact_line(axes, *lines, (variant, name), names)
             else:
                 axes.plot(x, y, label=f"_join {variant}, {name}", color=look["color"], linewidth=0.6, alpha=0.4)
-        groups = _groups(rows)
+        groups = groups_of(rows)
         axes.set_xticks(*_apart(groups, [math.log(1 - 1 / n) for n in groups]))
         axes.set_xlabel("N, spaced as log(1 - 1/N)")
         axes.set_ylabel("log E   (natural; E: output energy an input)")
-        _legend(panel, handles, columns)
+        legend(panel, handles, columns)
 
-    height = 3.9 + _legend_height(len(series), columns)
-    return _Part(WIDTH, height, paint, [*_lines_note(rows), *_left_out(document)])
+    height = 3.9 + legend_height(len(series), columns)
+    return Part(WIDTH, height, paint, [*_lines_note(rows), *_left_out(document)])
 
 
 def _slopes(fit: Json | None) -> str:
@@ -435,7 +223,7 @@ def _left_out(document: Json, variants: Sequence[str] = tuple(VARIANTS)) -> list
     rows = [row for row in _sampled(document) if row["params"]["variant"] in variants]
     there = _lossy(rows)
     gone = [row["params"] for row in rows if row not in there]
-    named = dict.fromkeys(f"{_label(p['variant'])} N = {p['groups']}" for p in gone)
+    named = dict.fromkeys(f"{label_of(p['variant'])} N = {p['groups']}" for p in gone)
     return [f"Not drawn, because nothing is lost: {', '.join(named)}."] if named else []
 
 
@@ -451,17 +239,17 @@ def _lines_note(rows: Sequence[Json]) -> list[str]:
 CONSTRUCTION = "the proof's construction"
 
 
-def _figure2(document: Json) -> _Part:
+def _figure2(document: Json) -> Part:
     variants = ("gc", "bgc")
     rows = [row for row in _lossy(_sampled(document)) if row["params"]["variant"] in variants]
     if not rows:
-        raise _NothingToDraw("rows of gc or bgc on sampled convolutions with N > 1; this result has none")
+        raise NothingToDraw("rows of gc or bgc on sampled convolutions with N > 1; this result has none")
     every = [row for row in _sampled(document) if row["params"]["variant"] == "bgc" and row["params"]["groups"] > 1]
     series, built = _series(rows), _series([r for r in every if r["construction_relative_error"] is not None])
     names = list(dict.fromkeys(row["params"]["input"] for row in rows))
     p = rows[0]["params"]
     ceiling = (p["in_channels"], p["out_channels"], p["kernel"]) == (*[paper.FIGURE_CHANNELS] * 2, 3)
-    columns = _columns([f"{_label('bgc')}, {name}: {CONSTRUCTION}" for name in names], len(names))
+    columns = _columns([f"{label_of('bgc')}, {name}: {CONSTRUCTION}" for name in names], len(names))
     inner = 2.9
 
     def paint(panel: SubFigure) -> None:
@@ -472,7 +260,7 @@ def _figure2(document: Json) -> _Part:
             mine, look = series.get((variant, name), []), _look(variant, name, names)
             x, y = [row["params"]["groups"] for row in mine], [1e3 * row["scaled_error"] for row in mine]
             if mine:
-                handles += axes.plot(x, y, label=f"{_label(variant)}, {name}", **look)
+                handles += axes.plot(x, y, label=f"{label_of(variant)}, {name}", **look)
             numbers, curve = _exact_curve(variant, name, mine)
             if numbers:
                 scaled = [1e3 * e / _power(variant, n) for n, e in zip(numbers, curve, strict=True)]
@@ -481,7 +269,7 @@ def _figure2(document: Json) -> _Part:
                 x = [row["params"]["groups"] for row in mine]
                 y = [1e3 * r["construction_relative_error"] / _power(variant, r["params"]["groups"]) for r in mine]
                 faint = {**look, "marker": "x", "markersize": 5 * look["markersize"] / 6, "alpha": 0.6, "zorder": 5}
-                handles += axes.plot(x, y, label=f"{_label(variant)}, {name}: {CONSTRUCTION}", **faint)
+                handles += axes.plot(x, y, label=f"{label_of(variant)}, {name}: {CONSTRUCTION}", **faint)
         if ceiling:
             axes.axhline(1e3 * paper.FIGURE_CEILING, color="black", linestyle=":", linewidth=1, label="_ceiling")
             axes.annotate(
@@ -495,16 +283,16 @@ def _figure2(document: Json) -> _Part:
             )
         axes.margins(y=0.13)
         _error_bars(axes, series, names, inner)
-        groups = _groups([*rows, *every])
+        groups = groups_of([*rows, *every])
         ticks, texts = _apart(groups, [math.log2(n) for n in groups])
         axes.set_xticks([2**at for at in ticks], texts)
         axes.minorticks_off()
         axes.set_xlabel("N")
         axes.set_ylabel("1000 Rel. E / (1 - 1/N)^p,   p = " + _powers(series))
-        _legend(panel, handles, columns)
+        legend(panel, handles, columns)
 
-    height = inner + 0.9 + _legend_height(len(series) + len(built), columns)
-    return _Part(WIDTH, height, paint, [*_lines_note(rows), *_left_out(document, variants)])
+    height = inner + 0.9 + legend_height(len(series) + len(built), columns)
+    return Part(WIDTH, height, paint, [*_lines_note(rows), *_left_out(document, variants)])
 
 
 def _power(variant: str, groups: float) -> float:
@@ -513,7 +301,7 @@ def _power(variant: str, groups: float) -> float:
 
 def _powers(series: dict[tuple[str, str], list[Json]]) -> str:
     variants = dict.fromkeys(variant for variant, _ in series)
-    return ", ".join(f"{SCALING_POWER[variant]} for {_label(variant)}" for variant in variants)
+    return ", ".join(f"{SCALING_POWER[variant]} for {label_of(variant)}" for variant in variants)
 
 
 def _error_bars(axes: Axes, series: dict[tuple[str, str], list[Json]], names: Sequence[str], height: float) -> None:
@@ -534,10 +322,10 @@ COSTS = {"params": "parameters", "macs": "multiply-adds an input"}
 PANEL = (3.1, 2.2)  # inches of a panel's axes, nearly
 
 
-def _pareto(document: Json, *, all_inputs: bool = True) -> _Part:
+def _pareto(document: Json, *, all_inputs: bool = True) -> Part:
     rows = [row for row in _sampled(document) if row["counts"] and row["output_relative_error"] is not None]
     if not rows:
-        raise _NothingToDraw("finished rows of sampled convolutions; this result has none")
+        raise NothingToDraw("finished rows of sampled convolutions; this result has none")
     series = _series(rows)
     names = list(dict.fromkeys(name for _, name in series))[: None if all_inputs else 1]
     variants = list(dict.fromkeys(variant for variant, name in series if name in names))
@@ -557,16 +345,14 @@ def _pareto(document: Json, *, all_inputs: bool = True) -> _Part:
                     axes.set_xlabel(words)
             line[0].set_ylabel("output error (% of its energy)")
             line[0].set_title(f"input: {name}", loc="left", fontsize=8)
-        handles = [grid[0, 0].plot([], [], label=_label(v), **_look(v, names[0], names[:1]))[0] for v in variants]
+        handles = [grid[0, 0].plot([], [], label=label_of(v), **_look(v, names[0], names[:1]))[0] for v in variants]
         handles += grid[0, 0].plot([], [], color=GREY, linewidth=1, label="Pareto front")
-        _legend(panel, handles, len(handles))
+        legend(panel, handles, len(handles))
 
-    return _Part(WIDTH, 2.7 * len(names) + 0.9 + _legend_height(1, 1), paint, notes)
+    return Part(WIDTH, 2.7 * len(names) + 0.9 + legend_height(1, 1), paint, notes)
 
 
 def _front_panel(axes: Axes, rows: Sequence[Json], cost: str) -> None:
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
-
     costs = [row["counts"][cost] for row in rows]
     errors = [row["output_relative_error"] for row in rows]
     chosen = front(costs, errors, [uncertainty_of(row) for row in rows])
@@ -598,11 +384,7 @@ def _front_panel(axes: Axes, rows: Sequence[Json], cost: str) -> None:
             linespacing=1.0,
             zorder=5,
         )
-    decades = math.log10(max(costs) / min(costs))
-    steps = (1.0, 2.0, 5.0) if decades < 2 else (1.0, 3.0) if decades < 4 else (1.0,)
-    axes.xaxis.set_major_locator(LogLocator(10, subs=steps))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _counted(value)))
+    log_ticks(axes.xaxis, costs, counted)
 
 
 def _clear(axes: Axes, texts: dict[float, str], best: dict[float, float]) -> list[float]:
@@ -624,15 +406,7 @@ def _along(params: Sequence[Json]) -> str:
     numbers = list(dict.fromkeys(p["groups"] for p in params))
     if len(numbers) == 1 and numbers != [1]:
         return str(numbers[0])
-    return "\n".join(_label(p["variant"]) + (f" {p['groups']}" if p["groups"] > 1 else "") for p in params)
-
-
-def _counted(value: float) -> str:
-    """A count at a tick: 500, 20 k, 5 M."""
-    for factor, unit in ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k")):
-        if value >= factor:
-            return f"{value / factor:g}{unit}"
-    return f"{value:g}"
+    return "\n".join(label_of(p["variant"]) + (f" {p['groups']}" if p["groups"] > 1 else "") for p in params)
 
 
 # ------------------------------------------------------------------------------------------------------------ heat map
@@ -642,13 +416,13 @@ LEAST_CELL, CELL, CELL_HEIGHT = 0.44, 0.6, 0.21
 PANELS = 6.2
 
 
-def _heatmap(document: Json) -> _Part:
+def _heatmap(document: Json) -> Part:
     rows = [row for row in document["results"] if row["params"]["input"] == "activations"]
     rows = [row for row in rows if row["params"]["variant"] != "standard"]
     if not any(_calibrated(row) is not None for row in rows):
-        raise _NothingToDraw("finished rows of a network's layers (approx --model); this result has none")
+        raise NothingToDraw("finished rows of a network's layers (approx --model); this result has none")
     layers = list(dict.fromkeys(row["params"]["layer"] for row in rows))
-    groups = _groups(rows)
+    groups = groups_of(rows)
     variants = [variant for variant in VARIANTS if any(row["params"]["variant"] == variant for row in rows)]
     values = {
         (row["params"]["variant"], row["params"]["layer"], row["params"]["groups"]): _calibrated(row) for row in rows
@@ -684,7 +458,7 @@ def _heatmap(document: Json) -> _Part:
         for axes, variant in zip(flat, variants, strict=False):
             cells = [[values.get((variant, layer, n)) for n in groups] for layer in layers]
             image = _cells(axes, cells, colours)
-            axes.set_title(_label(variant))
+            axes.set_title(label_of(variant))
             axes.set_xticks(range(len(groups)), [str(n) for n in groups])
             axes.set_xlabel("N")
             axes.set_yticks(range(len(layers)), layers if axes in grid[:, 0] else [""] * len(layers))
@@ -697,7 +471,7 @@ def _heatmap(document: Json) -> _Part:
         outline.set_visible(False)
 
     height = down * (max(CELL_HEIGHT * len(layers), 1.1) + 0.75) + 0.2 * len(title) + 0.2
-    return _Part(width, height, paint, notes)
+    return Part(width, height, paint, notes)
 
 
 def _calibrated(row: Json) -> float | None:
@@ -741,3 +515,11 @@ def _luminance(colour: Sequence[float]) -> float:
     """Relative luminance of an sRGB colour (WCAG 2): 0 for black to 1 for white."""
     red, green, blue = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in colour[:3])
     return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+MAKERS: dict[str, Callable[[Json], Part]] = {
+    "figure1": _figure1,
+    "figure2": _figure2,
+    "pareto": _pareto,
+    "heatmap": _heatmap,
+}

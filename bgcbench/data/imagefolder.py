@@ -1,0 +1,182 @@
+"""Folders with a subfolder for each class, to train on: ImageNet, and anybody's own."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from bgcbench.data.folder import DEFAULT_SIZE, IMAGENET_MEAN, IMAGENET_STD, image_files, is_image
+from bgcbench.data.labelled import DATA_DIR, FolderData, search, some
+from bgcbench.errors import UsageError
+from bgcbench.specs import Pair, as_pair
+
+TRAIN = "train"
+TEST = ("val", "valid", "validation", "test")  # the first that is there
+
+_IMAGENET_FILE = "ILSVRC2012_val_"  # what the names of ImageNet's validation images begin with
+
+
+@dataclass(frozen=True)
+class Expected:
+    """How much a data set has: classes, and images to train with and to test with."""
+
+    classes: int
+    train: int
+    test: int
+
+
+IMAGENET = Expected(1000, 1_281_167, 50_000)
+
+
+def open_imagenet(size: Pair | None, dirs: Sequence[Path], *, expected: Expected | None = None) -> FolderData:
+    """ImageNet (ILSVRC 2012) from the first of ``dirs`` that has a folder ``train``, with ``val`` beside it.
+
+    size: (height, width) in px, by default 224 x 224. expected: by default IMAGENET. Raises UsageError as
+    ``open_imagefolder``, and for other numbers of classes or images.
+    """
+    expected = expected or IMAGENET
+    data = _opened("imagenet", size, dirs, TEST[:1])
+    for root, labels, images in (
+        (data.train_root, data.train_labels, expected.train),
+        (data.test_root, data.test_labels, expected.test),
+    ):
+        for count, whole, what in ((data.num_classes, expected.classes, "classes"), (len(labels), images, "images")):
+            if count != whole:
+                raise UsageError(
+                    f"{root} has {count:,} {what}, and imagenet has {whole:,}; complete it, or train on a part of "
+                    "imagenet with --data folder"
+                )
+    return data
+
+
+def open_imagefolder(size: Pair | None, dirs: Sequence[Path]) -> FolderData:
+    """The images of the first of ``dirs`` that has a folder ``train``, with one of TEST beside it.
+
+    Each split has a folder for each class, and the labels are the numbers of their sorted names, as in torchvision's
+    ImageFolder. size: (height, width) in px, by default 224 x 224. Raises UsageError where nothing is found, and for
+    a split that is missing, has no or other classes, only one, or one without images, or cannot be listed.
+    """
+    return _opened("folder", size, dirs, TEST)
+
+
+def _opened(name: str, size: Pair | None, dirs: Sequence[Path], tests: Sequence[str]) -> FolderData:
+    pair = as_pair("size", size or DEFAULT_SIZE)
+    top = _top(name, dirs, tests)
+    test_root = next((top / split for split in tests if (top / split).is_dir()), None)
+    if test_root is None:
+        raise UsageError(f"{top} has no folder {' or '.join(tests)} beside {TRAIN}; put the images to test with there")
+    test = _read(test_root)  # first: it is the smaller one, and the one that is flat where one is
+    train = _read(top / TRAIN)
+    _check_same(train, test)
+    for split in (train, test):
+        _check_classes(split)
+    return FolderData(
+        # abspath, because '.' has no name and a symbolic link keeps its own
+        name=name if name != "folder" else Path(os.path.abspath(top)).name or "root",
+        size=pair,
+        num_classes=len(train.classes),
+        mean=IMAGENET_MEAN,
+        std=IMAGENET_STD,
+        train_labels=train.labels,
+        test_labels=test.labels,
+        notes=tuple(split.note for split in (train, test) if split.loose),
+        train_root=train.root,
+        test_root=test.root,
+        train_files=train.files,
+        test_files=test.files,
+    )
+
+
+def _top(name: str, dirs: Sequence[Path], tests: Sequence[str]) -> Path:
+    """The folder that has the splits."""
+    wanted = f"{TRAIN} and {' or '.join(tests)}"
+    if not dirs:
+        path = "; or give its path as --data" if name == "folder" else ""
+        raise UsageError(f"{name} needs {DATA_DIR}: the folder that has {wanted}{path}")
+
+    def look(directory: Path, names: set[str]) -> Path | str:
+        if directory.is_file():
+            return f"{directory} is a file, not a folder"
+        if (directory / TRAIN).is_dir():
+            return directory
+        own = Path(os.path.abspath(directory))
+        if own.name in (TRAIN, *TEST):
+            return f"{directory} is one of the splits: give the folder above it, {own.parent}"
+        there = some(sorted(entry for entry in names if not entry.startswith(".")))
+        return f"{directory} has no folder {TRAIN}, it has {there or 'nothing'}"
+
+    top = search(dirs, look)
+    if isinstance(top, str):
+        raise UsageError(f"{name} was not found: {top}; give {DATA_DIR} the folder that has {wanted}")
+    return top
+
+
+@dataclass(frozen=True, eq=False)
+class _Split:
+    """classes: their folders' names, sorted. counts: images of each. loose: images that are in no class's folder."""
+
+    root: Path
+    classes: tuple[str, ...]
+    counts: tuple[int, ...]
+    files: tuple[str, ...]
+    loose: int
+
+    @property
+    def labels(self) -> Tensor:
+        return torch.arange(len(self.classes)).repeat_interleave(torch.tensor(self.counts))
+
+    @property
+    def note(self) -> str:
+        return f"{self.root} has {self.loose:,} images outside the folders of the classes, which are not used"
+
+
+def _read(root: Path) -> _Split:
+    """One listing of each folder, and no look at a file: there may be a million on a network disk."""
+    try:
+        with os.scandir(root) as entries:
+            there = [(entry.name, entry.is_dir()) for entry in entries if not entry.name.startswith(".")]
+    except OSError as problem:
+        raise UsageError(f"{root} cannot be listed ({problem.strerror}); make it readable") from problem
+    classes = sorted(name for name, is_folder in there if is_folder)
+    loose = [name for name, is_folder in there if not is_folder and is_image(name)]
+    if not classes:
+        raise UsageError(_without_classes(root, loose))
+    files = [[f"{name}/{file}" for file in image_files(root / name)] for name in classes]
+    counts = tuple(len(part) for part in files)
+    return _Split(root, tuple(classes), counts, tuple(file for part in files for file in part), len(loose))
+
+
+def _without_classes(root: Path, images: Sequence[str]) -> str:
+    if images and images[0].startswith(_IMAGENET_FILE):
+        return (
+            f"{root} has {len(images):,} images and no folders of classes; sort them into a folder for each class with "
+            "the script valprep.sh (soumith/imagenetloader.torch), or by ILSVRC2012_validation_ground_truth.txt"
+        )
+    there = f"{len(images):,} images and " if images else ""
+    return f"{root} has {there}no folders of classes; put the images of each class into a folder of its own"
+
+
+def _check_same(train: _Split, test: _Split) -> None:
+    only_train, only_test = (sorted(set(a.classes) - set(b.classes)) for a, b in ((train, test), (test, train)))
+    if only_train or only_test:
+        parts = [
+            f"{len(names):,} only in {split.root} ({some(names)})"
+            for names, split in ((only_train, train), (only_test, test))
+            if names
+        ]
+        raise UsageError(f"the splits have different classes, {' and '.join(parts)}; give both the same folders")
+
+
+def _check_classes(split: _Split) -> None:
+    if len(split.classes) == 1:
+        raise UsageError(f"{split.root} has one class, {split.classes[0]}, and a network needs two to tell apart")
+    if empty := [name for name, count in zip(split.classes, split.counts, strict=True) if not count]:
+        raise UsageError(
+            f"{split.root} has no image in {len(empty):,} of its {len(split.classes):,} classes ({some(empty)}); fill "
+            "their folders, or remove them from both splits"
+        )

@@ -1,0 +1,138 @@
+"""What every data set to train on offers: two splits with labels, and a feed of them to a device."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from bgcbench.data.base import Channels
+from bgcbench.data.feeds import Feed, FolderFeed, LabelledFiles, ResidentFeed
+from bgcbench.data.folder import file_size
+from bgcbench.specs import Pair
+
+DATA_DIR = "--data-dir (or BGCBENCH_DATA_DIR)"
+SIZES_UP_TO = 200_000  # files; above, a look at each takes a minute on a network disk
+
+
+@dataclass(frozen=True, eq=False)
+class LabelledData(ABC):
+    """A training and a test split with labels.
+
+    name: for tables and file names. size: (height, width) in px of what the network gets. mean, std: of the channels
+    with 0 as black and 1 as white. train_labels, test_labels: (count,) in int64 on the CPU. meaningful: False where
+    the labels are random and an error rate says nothing. notes: what the user should be told.
+    """
+
+    name: str
+    size: Pair
+    num_classes: int
+    mean: Channels
+    std: Channels
+    train_labels: Tensor
+    test_labels: Tensor
+    meaningful: bool = True
+    notes: tuple[str, ...] = ()
+
+    @property
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits that change when images or labels do: a run must not go on with other ones."""
+
+    @abstractmethod
+    def feed(self, device: torch.device, *, workers: int = 0) -> Feed:
+        """The images on ``device``, read by ``workers`` processes (0: this one) where they are in files."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ResidentData(LabelledData):
+    """Images that fit into memory: (count, 3, h, w) in uint8 on the CPU.
+
+    Augmented by a crop out of ``pad`` px of zeros on each side and, with ``flip``, by mirroring half of them.
+    """
+
+    train_images: Tensor
+    test_images: Tensor
+    pad: int
+    flip: bool
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of all pixels and labels."""
+        digest = hashlib.sha256()
+        for part in (self.train_images, self.train_labels, self.test_images, self.test_labels):
+            digest.update(f"{list(part.shape)}".encode())
+            digest.update(part.contiguous().numpy().data)
+        return digest.hexdigest()[:16]
+
+    def feed(self, device: torch.device, *, workers: int = 0) -> ResidentFeed:
+        train, test = (self.train_images, self.train_labels), (self.test_images, self.test_labels)
+        return ResidentFeed(train, test, device, pad=self.pad, flip=self.flip)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class FolderData(LabelledData):
+    """Images in files: their paths relative to each split's root, with forward slashes, in the order of the labels."""
+
+    train_root: Path
+    test_root: Path
+    train_files: tuple[str, ...]
+    test_files: tuple[str, ...]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of the files' names, which their labels follow from, and of their sizes up to 200,000 files.
+
+        Reading them would take as long as using them, and above 200,000 even a look at each is slow on a network disk.
+        Raises UsageError for a file that is gone.
+        """
+        sizes = len(self.train_files) + len(self.test_files) <= SIZES_UP_TO
+        digest = hashlib.sha256(f"{self.size}\n".encode())
+        for split, root, files in (
+            ("train", self.train_root, self.train_files),
+            ("test", self.test_root, self.test_files),
+        ):
+            for name in sorted(files):
+                size = f" {file_size(root / name)}" if sizes else ""
+                digest.update(f"{split}/{name}{size}\n".encode())
+        return digest.hexdigest()[:16]
+
+    def feed(self, device: torch.device, *, workers: int = 0) -> FolderFeed:
+        train = LabelledFiles(self.train_root, self.train_files, self.train_labels)
+        test = LabelledFiles(self.test_root, self.test_files, self.test_labels)
+        return FolderFeed(train, test, self.size, device, workers=workers)
+
+
+def search(dirs: Sequence[Path], look: Callable[[Path, set[str]], Path | str]) -> Path | str:
+    """What ``look`` finds in the first of ``dirs`` that has it; where none has, the reasons, joined.
+
+    look: given one of ``dirs`` and the names in it (none where it is a file), returns the place or why it is not there.
+    """
+    reasons = []
+    for directory in dirs:
+        try:
+            names = set(os.listdir(directory)) if not os.path.isfile(directory) else set()
+        except FileNotFoundError:
+            reasons.append(f"{directory} is not there")
+            continue
+        except OSError as problem:
+            reasons.append(f"{directory} cannot be listed ({problem.strerror})")
+            continue
+        place = look(directory, names)
+        if isinstance(place, Path):
+            return place
+        reasons.append(place)
+    return "; ".join(reasons)
+
+
+def some(names: Sequence[str], most: int = 3) -> str:
+    """The first names and how many more there are."""
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

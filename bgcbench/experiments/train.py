@@ -1,0 +1,206 @@
+"""``bgcbench train``: the same network with each variant, trained alike on one data set (Tables 5 and 6).
+
+The configuration is pure Python; :mod:`bgcbench.experiments.train_run` trains.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from bgcbench.errors import UsageError
+from bgcbench.experiments.config import NetworkChoice, RunConfig
+from bgcbench.results import Json
+from bgcbench.specs import DIGITS_PX, LAYOUTS, TRAINING_SETS, NetSpec, check_choice
+from bgcbench.theory import paper
+from bgcbench.training.recipes import HYPER, RECIPES, Recipe, default_recipe, make_recipe
+
+CLASSES = {"digits": 10, "cifar10": 10, "imagenet": 1000}
+SIDES_PX = {"digits": DIGITS_PX, "cifar10": 32}
+QUICK_EPOCHS, QUICK_IMAGES = 2, 512
+
+# Data set and printed cells of Tables 5 and 6; a run trains one of their networks.
+PRESETS = {"table5": ("cifar10", paper.TABLE5), "table6": ("imagenet", paper.TABLE6)}
+
+
+@dataclass(frozen=True)
+class TrainConfig(NetworkChoice, RunConfig):
+    """One network, one data set, one recipe, the variants and seeds; valid once constructed.
+
+    data: one of TRAINING_SETS or the path of a folder with train/ and val/. data_dirs: where it is looked for.
+    recipe: None for the data set's own. The hyper-parameters (see :class:`bgcbench.training.recipes.Recipe`) are None
+    for the recipe's and written out afterwards, as are height, width, num_classes and stem_stride. pad, flip: of the
+    augmentation, None for the data set's. seeds: each trains every row once. Raises UsageError or ShapeError.
+    """
+
+    groups: tuple[int, ...] = (2, 4, 8)
+    precision: str = ""
+    data: str = ""
+    data_dirs: tuple[str, ...] = ()
+    download: bool = False
+    recipe: str | None = None
+    epochs: int | None = None
+    batch_size: int | None = None
+    lr: float | None = None
+    schedule: str | None = None
+    milestones: tuple[int, ...] | None = None
+    gamma: float | None = None
+    momentum: float | None = None
+    nesterov: bool | None = None
+    weight_decay: float | None = None
+    label_smoothing: float | None = None
+    group_lasso: float | None = None
+    layout: str = ""
+    compile: bool | None = None
+    pad: int | None = None
+    flip: bool | None = None
+    accumulate: int = 1
+    sync_bn: bool = False
+    seeds: tuple[int, ...] = (0,)
+    subset: int | None = None
+    workers: int | None = None
+    save_every_s: float = 300.0
+    reference: bool = True
+
+    SIZES: ClassVar[tuple[str, ...]] = ("accumulate",)
+    FREE: ClassVar[tuple[str, ...]] = ("data_dirs", "download", "threads", "workers", "save_every_s", "seed")
+
+    def __post_init__(self) -> None:
+        if not self.data:
+            raise UsageError(f"--data is missing: choose from {', '.join(TRAINING_SETS)}, or give a folder of images")
+        if self.recipe is None:
+            object.__setattr__(self, "recipe", default_recipe(self.data))
+        check_choice("recipe", self.recipe or "", RECIPES)
+        if self.layout:
+            check_choice("layout", self.layout, LAYOUTS)
+        for name, value in (("epochs", QUICK_EPOCHS), ("subset", QUICK_IMAGES)) if self.quick else ():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+        # How many classes a folder has is known when it is opened.
+        unknown = self.num_classes is None and self.data not in (*CLASSES, "synthetic")
+        self._resolve_network()
+        if unknown:
+            object.__setattr__(self, "num_classes", None)
+        for name, value in dataclasses.asdict(self._made()).items():  # so that a file says what ran
+            if name != "name":
+                object.__setattr__(self, name, value)
+        self._check_own()
+        object.__setattr__(self, "seed", self.seeds[0])
+        super().__post_init__()
+        if not self.cells:
+            raise UsageError("nothing to train: --groups and --variants leave no row")
+
+    def _check_own(self) -> None:
+        """Raise UsageError for a number that no recipe checks."""
+        if not self.seeds or min(self.seeds) < 0 or len(set(self.seeds)) < len(self.seeds):
+            listed = ",".join(map(str, self.seeds))
+            raise UsageError(f"--seeds {listed} must be whole numbers from 0 up, none twice")
+        if self.subset is not None and self.subset < 1:
+            raise UsageError(f"--subset {self.subset} must be a number of training images")
+        if self.pad is not None and self.pad < 0:
+            raise UsageError(f"--pad {self.pad} must be 0 or a number of pixels")
+        if self.workers is not None and self.workers < 0:
+            raise UsageError(f"--workers {self.workers} must be 0 (read in this process) or a number of processes")
+        if not self.save_every_s > 0:
+            raise UsageError(f"--save-every {self.save_every_s} must be a positive number of seconds")
+
+    def _made(self) -> Recipe:
+        given = {name: getattr(self, name) for name in HYPER}
+        given = {name: value for name, value in given.items() if value is not None and value != ""}
+        return make_recipe(self.recipe or "", max(self.spec.size[1:]), given)
+
+    @property
+    def hyper(self) -> Recipe:
+        """The recipe with every hyper-parameter as it was asked for."""
+        return Recipe(self.recipe or "", **{name: getattr(self, name) for name in HYPER})
+
+    @property
+    def spec(self) -> NetSpec:
+        """The network; a data set of known classes and size decides both where they are not given."""
+        classes = self.num_classes or CLASSES.get(self.data)
+        height = self.height or SIDES_PX.get(self.data)
+        return NetSpec(self.model, classes, height, self.width or (None if self.height else height), self.stem_stride)
+
+    @property
+    def cells(self) -> list[tuple[str, int]]:
+        """(variant, N) of every row, by N, the standard convolution first; it is N = 1 of all of them."""
+        standard = self.reference or "standard" in self.variants or 1 in self.groups
+        wanted = [("standard", 1)] if standard else []
+        others = [name for name in self.variants if name != "standard"]
+        return wanted + [(name, n) for n in sorted(set(self.groups) - {1}) for name in others]
+
+    @property
+    def dataset(self) -> str:
+        """The data set in keys and tables: its name, or the folder's."""
+        return self.data if self.data in TRAINING_SETS else self.data.rstrip("/").rpartition("/")[2] or "folder"
+
+    @property
+    def what(self) -> str:
+        """The workload in a file name."""
+        return f"{self.model.replace('/', '-')}-{self.dataset}"
+
+
+@dataclass(frozen=True)
+class TrainRow:
+    """One training: its stable key and its parameters."""
+
+    key: str
+    params: Json
+
+    @property
+    def cell(self) -> tuple[str, int]:
+        """(variant, N)."""
+        return self.params["variant"], self.params["groups"]
+
+    @property
+    def seed(self) -> int:
+        return int(self.params["seed"])
+
+
+def plan(config: TrainConfig) -> list[TrainRow]:
+    """The rows of ``config``: seed by seed, so that a run cut short has compared all variants once."""
+    return [_row(config, variant, groups, seed) for seed in config.seeds for variant, groups in config.cells]
+
+
+def _row(config: TrainConfig, variant: str, groups: int, seed: int) -> TrainRow:
+    params: Json = {
+        "model": config.model,
+        "weights": "none",
+        "dataset": config.dataset,
+        "variant": variant,
+        "groups": groups,
+        "where": config.where,
+        "init": "scratch",
+        "rebn": False,
+        "distill": False,
+        "recipe": config.recipe,
+        "epochs": config.epochs,
+        "seed": seed,
+        **{name: getattr(config, name) for name in ("batch_size", "precision", "layout", "height", "width", "subset")},
+        "classes": config.num_classes,
+    }
+    return TrainRow(f"{config.what}-{variant}-n{groups}-s{seed}", params)
+
+
+def identity(config: TrainConfig, row: TrainRow) -> Json:
+    """What a checkpoint of ``row`` must agree on: all that its training depends on but the data's contents."""
+    left_out = {*config.FREE, "variants", "groups", "seeds", "reference", "skip_invalid", "device", "quick"}
+    shared: Mapping[str, Any] = {name: v for name, v in config.to_json().items() if name not in left_out}
+    return {**shared, "variant": row.cell[0], "groups": row.cell[1], "seed": row.seed}
+
+
+def preset(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """``given`` with what ``--preset name`` fixes; raises UsageError where the two contradict each other."""
+    check_choice("preset", name, PRESETS)
+    data, cells = PRESETS[name]
+    model = given.get("model")
+    models = dict.fromkeys(printed for printed, _, _ in cells)
+    if model not in models:
+        raise UsageError(f"--preset {name} is for {', '.join(models)}; '{model}' is none of them")
+    for field in ("data", "variants", "groups"):
+        if field in given:
+            raise UsageError(f"--preset {name} fixes --{field}; leave one of them out")
+    groups = sorted({n for printed, _, n in cells if printed == model and n > 1})
+    return {"data": data, "variants": paper.TABLE_VARIANTS, "groups": tuple(groups), "recipe": "paper", **given}

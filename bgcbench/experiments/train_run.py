@@ -1,0 +1,396 @@
+"""Trains the rows of ``bgcbench train``: the data is opened, each network built, converted and trained."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from bgcbench.convert import Record, candidates, replay
+from bgcbench.data import open_labelled
+from bgcbench.data.labelled import LabelledData, ResidentData
+from bgcbench.errors import BgcbenchError, OutputError, ShapeError, UsageError
+from bgcbench.experiments.network_run import (
+    converted_as_chosen,
+    kept_dense,
+    network_counts,
+    network_label,
+    refuse_indivisible,
+)
+from bgcbench.experiments.profile import row_seed
+from bgcbench.experiments.session import Session
+from bgcbench.experiments.train import TrainConfig, TrainRow, identity, plan
+from bgcbench.measure.device import (
+    backend_state,
+    check_combination,
+    compile_state,
+    describe_failure,
+    free_memory,
+    resolve_device,
+    tf32_state,
+)
+from bgcbench.measure.environment import describe_environment
+from bgcbench.measure.trace import Trace, trace
+from bgcbench.models import build_empty, build_model
+from bgcbench.results import DONE, Json
+from bgcbench.specs import PRECISIONS
+from bgcbench.theory import paper
+from bgcbench.training.checkpoint import Checkpoints
+from bgcbench.training.distributed import World, own_device
+from bgcbench.training.loop import NonFiniteLoss, Options, Progress, Training, check_batch
+
+OUT_OF_MEMORY = "use --accumulate 2 or more (the same batch in smaller parts), or a smaller --batch-size"
+WORKERS = 8  # at most, where --workers is not given
+
+
+def open_session(config: TrainConfig) -> Session:
+    """Find this process's device and describe it.
+
+    Raises DeviceError where the device asked for is not there, UsageError for what it cannot do.
+    """
+    device, warning = resolve_device(own_device(config.device))
+    check_combination(device, config.precision, "eager")
+    if device.type != "cuda" and config.precision == "fp16":
+        raise UsageError("--precision fp16 trains on CUDA devices only; on a CPU use bf16 or fp32")
+    if device.type != "cuda" and config.sync_bn:
+        raise UsageError("--sync-bn is for CUDA devices, PyTorch has none for a CPU; leave it out")
+    with backend_state(config.precision, config.threads):
+        settings: Json = {
+            "seed": config.seed,
+            "precision": config.precision,
+            "layout": config.layout,
+            "mode": "compile" if config.compile else "eager",
+            "tf32": tf32_state(),
+            "cudnn_benchmark": True,
+            "deterministic": False,
+        }
+        session = Session(device, describe_environment(device), settings)
+    if warning:
+        session.warnings.append(warning.replace("measured", "trained"))
+    return session
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What all seeds of a variant and N share. record: None for the dense network; kept: its convolutions that stay."""
+
+    record: Record | None
+    found: Trace
+    counts: Json
+    convert: Json
+
+
+@dataclass
+class Prepared:
+    """The data and the networks of a run, without numbers: everything that can be wrong is known.
+
+    config: with the number of classes that the data has.
+    """
+
+    config: TrainConfig
+    data: LabelledData
+    rows: list[TrainRow]
+    cells: dict[tuple[str, int], Cell]
+    options: Options
+    warnings: list[str] = field(default_factory=list)
+
+
+def prepare(config: TrainConfig, world: World) -> Prepared:
+    """Open and verify the data, try every conversion and check every size, before anything is trained.
+
+    The main process opens the data first, so that a download is made once. Raises UsageError for what is not there or
+    does not fit, ShapeError where N does not divide (unless skip_invalid).
+    """
+    data = _opened(config, world)
+    if config.num_classes is None:
+        config = dataclasses.replace(config, num_classes=data.num_classes)
+    if config.num_classes != data.num_classes:
+        raise UsageError(
+            f"--classes {config.num_classes} does not go with --data {config.data}, which has {data.num_classes}; "
+            "leave --classes out"
+        )
+    spec = config.spec
+    options = Options(config.accumulate, _workers(config), config.save_every_s, config.sync_bn, config.subset)
+    images = min(len(data.train_labels), config.subset or len(data.train_labels))
+    check_batch(config.hyper, options, images, world.size)
+    dense = build_empty(spec)
+    warnings, problems = list(data.notes), []
+    cells: dict[tuple[str, int], Cell] = {}
+    for variant, groups in config.cells:
+        record, model = None, dense
+        if variant != "standard":
+            try:
+                converted = converted_as_chosen(config, dense, variant, groups)
+            except ShapeError as problem:
+                problems.append(str(problem))
+                continue
+            record, model = converted.record, converted.model
+            warnings += [*kept_dense(record), *record.notes]
+        found = trace(model, spec.size)
+        counts = network_counts(model, found, config.batch_size or 1, PRECISIONS[config.precision])
+        cells[variant, groups] = Cell(record, found, counts, _converted(record, dense, config))
+    refuse_indivisible(problems)
+    return Prepared(config, data, plan(config), cells, options, list(dict.fromkeys(warnings)))
+
+
+def _opened(config: TrainConfig, world: World) -> LabelledData:
+    size = (config.height or 0, config.width or 0)
+    folders = [Path(folder) for folder in config.data_dirs]
+
+    def opened(*, download: bool) -> LabelledData:
+        classes = config.num_classes if config.data == "synthetic" else None
+        return open_labelled(config.data, size, folders, download=download, classes=classes)
+
+    data = None
+    if world.is_main:
+        data = opened(download=config.download)
+    world.share(None)  # the others wait until everything is there
+    data = data or opened(download=False)
+    changed: dict[str, Any] = {"pad": config.pad, "flip": config.flip}
+    changed = {name: value for name, value in changed.items() if value is not None}
+    if not changed:
+        return data
+    if not isinstance(data, ResidentData):
+        raise UsageError(
+            f"--{next(iter(changed))} is for images that fit into memory; {data.name} is augmented by random resized "
+            "crops: leave it out"
+        )
+    return dataclasses.replace(data, **changed)
+
+
+def _workers(config: TrainConfig) -> int:
+    """--workers, or a process a core, within reason."""
+    return min(WORKERS, os.cpu_count() or 1) if config.workers is None else config.workers
+
+
+def _converted(record: Record | None, dense: nn.Module, config: TrainConfig) -> Json:
+    """The ``convert`` entry of a row; of the dense network it is what a conversion would look at."""
+    if record is not None:
+        return record.to_json()
+    found = candidates(
+        dense, where=config.where, include=config.include, exclude=config.exclude, example_input=config.spec.size
+    )
+    kept = [{"name": layer.name, "reason": "the dense network"} for layer in found.chosen]
+    return {"replaced": [], "kept": kept + [dataclasses.asdict(one) for one in found.kept]}
+
+
+@dataclass(frozen=True)
+class Update:
+    """What a run is at: the row, ``number`` (from 0) of ``count``, its progress (None before the first step), and the
+    share of the run that is done.
+
+    ended: an epoch, or the row, has just ended; ``results`` are newer than before. record: the epoch that has ended.
+    """
+
+    row: TrainRow
+    number: int
+    count: int
+    progress: Progress | None
+    done: float
+    left_s: float | None = None
+    ended: bool = False
+    record: Json | None = None
+
+
+class TrainRun:
+    """One run over the rows of ``prepared``; ``results`` are what is known of them at any time.
+
+    kept: rows of an earlier file by key; those that are done are not trained again. folder: where checkpoints are kept,
+    None for nowhere. A run that begins ``afresh`` goes on with nothing: checkpoints of an earlier run in that folder
+    are removed if ``replace``, and otherwise an OutputError.
+    """
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        session: Session,
+        world: World,
+        *,
+        kept: Mapping[str, Json] | None = None,
+        folder: Path | None = None,
+        afresh: bool = True,
+        replace: bool = False,
+        stop: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self.prepared, self.session, self.world, self.stop = prepared, session, world, stop
+        self.config = prepared.config
+        self.folder = folder
+        self.known: dict[str, Json] = dict(kept or {})
+        self.warnings = [*session.warnings, *prepared.warnings]
+        self.rows = prepared.rows
+        self._begun: float | None = None
+        self._make_room(afresh=afresh, replace=replace)
+
+    def _make_room(self, *, afresh: bool, replace: bool) -> None:
+        if self.folder is None or not afresh or not self.world.is_main:
+            return
+        for row in self.rows:
+            earlier = Checkpoints(self.folder / row.key)
+            if earlier.names and not replace:
+                raise OutputError(
+                    f"{earlier.folder} holds checkpoints of an earlier run; --force removes them, --resume goes on "
+                    "with them, or give another --out"
+                )
+            earlier.clear()
+
+    def name_of(self, variant: str, groups: int) -> str:
+        """A variant and N for people: "dense", "BGC N=4"."""
+        return network_label(variant, groups)
+
+    @property
+    def results(self) -> list[Json]:
+        """The rows so far, in the order of the plan, then any others of a resumed file."""
+        order = dict.fromkeys((*(row.key for row in self.rows), *self.known))
+        return [self.known[key] for key in order if key in self.known]
+
+    @property
+    def todo(self) -> list[TrainRow]:
+        """The rows that are not done."""
+        return [row for row in self.rows if self.known.get(row.key, {}).get("status") not in DONE]
+
+    def run(self) -> Iterator[Update]:
+        """Train what is left, and say how it goes. The global random state is put back afterwards."""
+        todo = self.todo
+        self._begun = time.perf_counter()
+        devices = [self.session.device] if self.session.device.type == "cuda" else []
+        with (
+            torch.random.fork_rng(devices=devices),
+            backend_state(self.config.precision, self.config.threads),
+            compile_state(),
+        ):
+            for number, row in enumerate(todo):
+                if self.stop():
+                    return
+                yield from self._trained(row, number, len(todo))
+                free_memory(self.session.device)
+                if self.config.compile:
+                    torch._dynamo.reset()
+                if self.known[row.key]["status"] == "interrupted":
+                    return
+
+    def _trained(self, row: TrainRow, number: int, count: int) -> Iterator[Update]:
+        yield Update(row, number, count, None, number / count)
+        training: Training | None = None
+        try:
+            training = self.training(row)
+            for progress in training.run():
+                if progress.ended:
+                    self._take(
+                        row, training, "interrupted", f"epoch {progress.epoch} of {progress.epochs} was the last"
+                    )
+                done = (number + progress.done) / count
+                record = training.state.history[-1] if progress.ended else None
+                yield Update(row, number, count, progress, done, self._left(done), progress.ended, record)
+            if training.stopped:
+                self._take(row, training, "interrupted", f"stopped in epoch {training.state.epoch + 1}")
+            else:
+                self._take(row, training, "ok", None)
+        except NonFiniteLoss as problem:
+            self._take(row, training, "error", str(problem))
+        except BgcbenchError:
+            raise  # a file that cannot be read, a checkpoint of something else: other rows would meet it too
+        except Exception as problem:
+            failure = describe_failure(problem, self.session.device, OUT_OF_MEMORY)
+            self._take(row, training, failure.status, failure.reason)
+            if self.world.size > 1:
+                raise  # the other processes wait for this one
+        yield Update(row, number, count, None, (number + 1) / count, ended=True)
+
+    def training(self, row: TrainRow, *, checkpoints: bool = True) -> Training:
+        """The training of ``row``, with its network on the device."""
+        config, device = self.config, self.session.device
+        record = self.prepared.cells[row.cell].record
+        # What is not replaced starts alike in every row of a seed.
+        torch.manual_seed(row_seed(row.seed, "network"))
+        model = build_model(config.spec)
+        if record is not None:
+            torch.manual_seed(row_seed(row.seed, row.key))
+            model = replay(model, record)
+        model = model.to(device, torch.float64 if config.precision == "fp64" else None)
+        if config.layout == "nhwc":
+            model = model.to(memory_format=torch.channels_last)
+        where = None
+        if checkpoints and self.folder is not None:
+            where = Checkpoints(self.folder / row.key)
+        return Training(
+            model,
+            self.prepared.data,
+            config.hyper,
+            self.world,
+            seed=row_seed(row.seed, "training"),
+            identity=identity(config, row),
+            record=None if record is None else record.to_json(),
+            options=self.prepared.options,
+            checkpoints=where,
+            stop=self.stop,
+            warn=self.warnings.append,
+        )
+
+    def _left(self, done: float) -> float | None:
+        """Seconds left of the run, as fast as it has been so far."""
+        if self._begun is None or done <= 0:
+            return None
+        elapsed = time.perf_counter() - self._begun
+        return elapsed * (1 - done) / done
+
+    def _take(self, row: TrainRow, training: Training | None, status: str, reason: str | None) -> None:
+        """Write down what is known of a row."""
+        cell = self.prepared.cells[row.cell]
+        history = list(training.state.history) if training is not None else []
+        last = history[-1] if history else {}
+        counts = cell.counts
+        if training is not None and status == "ok" and cell.record is not None:
+            counts = network_counts(
+                training.network,
+                cell.found,
+                self.config.batch_size or 1,
+                PRECISIONS[self.config.precision],
+                learnt=True,
+            )
+        printed = paper.printed_error(row.params["dataset"], row.params["model"], *row.cell)
+        speeds = [epoch["images_per_s"] for epoch in history if epoch["images_per_s"]]
+        self.known[row.key] = {
+            "key": row.key,
+            "params": row.params,
+            "status": status,
+            "reason": reason,
+            "counts": counts,
+            "epochs": history,
+            "error_initial": training.state.initial if training is not None else None,
+            "error_final": last.get("test_error"),
+            "error_best": training.state.best if training is not None else None,
+            "epoch_best": training.state.best_epoch if training is not None else None,
+            "error_final_top5": last.get("test_error_top5"),
+            "train_images": self.prepared.options.subset or len(self.prepared.data.train_labels),
+            "test_images": len(self.prepared.data.test_labels),
+            "images_per_s": statistics.median(speeds) if speeds else None,
+            "train_seconds": sum(epoch["seconds"] for epoch in history),
+            "world_size": self.world.size,
+            "paper": None if printed is None else {"error": printed},
+            "convert": cell.convert,
+            "checkpoints": None if self.folder is None else f"{self.folder.name}/{row.key}",
+        }
+
+    # --------------------------------------------------------------------------------------------------- the dry run
+
+    def estimates(self) -> Iterator[tuple[TrainRow, float, float]]:
+        """(row, seconds an epoch, seconds in all) of one row of each variant and N, by training a few steps of it."""
+        seen: set[tuple[str, int]] = set()
+        with torch.random.fork_rng(), backend_state(self.config.precision, self.config.threads), compile_state():
+            for row in self.todo:
+                if row.cell in seen or self.stop():
+                    continue
+                seen.add(row.cell)
+                training = self.training(row, checkpoints=False)
+                epoch_s = training.estimate()
+                yield row, epoch_s, epoch_s * self.config.hyper.epochs
+                del training
+                free_memory(self.session.device)

@@ -1,0 +1,94 @@
+"""Several processes, one a device, that torchrun has started: who this one is, and what they agree on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import torch
+from torch import distributed as dist
+from torch import nn
+
+from bgcbench.errors import DeviceError, UsageError
+from bgcbench.training.launcher import launched
+
+Shared = TypeVar("Shared")
+
+
+@dataclass(frozen=True)
+class World:
+    """``size`` processes, this one being ``rank``; alone by default. device: where its tensors live."""
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files and speaks."""
+        return self.rank == 0
+
+    def total(self, values: Sequence[float]) -> list[float]:
+        """The sum of each of ``values`` over all processes, in float64: whole numbers stay exact below 2^53."""
+        if self.size == 1:
+            return list(values)
+        summed = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(summed)
+        return [float(value) for value in summed]
+
+    def share(self, value: Shared) -> Shared:
+        """The main process's ``value``, in every process. The other processes' own is ignored."""
+        if self.size == 1:
+            return value
+        box = [value if self.is_main else None]
+        dist.broadcast_object_list(box, src=0, device=self.device if self.device.type == "cuda" else None)
+        return box[0]  # type: ignore[return-value]
+
+    def share_buffers(self, module: nn.Module) -> None:
+        """Give every process the main one's buffers (running statistics), which each has counted for itself."""
+        if self.size > 1:
+            for buffer in module.buffers():
+                # gloo knows no bool
+                sent = buffer.to(torch.uint8) if buffer.dtype == torch.bool else buffer
+                dist.broadcast(sent, src=0)
+                if sent is not buffer:
+                    buffer.copy_(sent)
+
+
+def own_device(name: str) -> str:
+    """The device for this process: under torchrun each takes the CUDA device of its number on the machine.
+
+    Raises UsageError for one named device for several processes, DeviceError where there are fewer devices.
+    """
+    found = launched()
+    if found is None or found[1] == 1 or name == "cpu":
+        return name
+    if name.startswith("cuda:"):
+        raise UsageError(f"--device {name} is one device for {found[1]} processes; use --device cuda, one for each")
+    devices = torch.cuda.device_count()
+    if name == "auto" and not devices:
+        return "cpu"
+    if found[2] >= devices:
+        raise DeviceError(
+            f"--device {name}: process {found[2]} of this machine finds {devices} CUDA devices; start fewer with "
+            "--nproc-per-node, or use --device cpu"
+        )
+    return f"cuda:{found[2]}"
+
+
+@contextmanager
+def joined(device: torch.device) -> Iterator[World]:
+    """This process among those that torchrun has started, for the block: nccl on CUDA, gloo on a CPU."""
+    found = launched()
+    if found is None or found[1] == 1:
+        yield World(device=device)
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield World(found[0], found[1], device)
+    finally:
+        dist.destroy_process_group()
