@@ -30,8 +30,9 @@ from torch.nn import functional as F
 
 from benchmarks.common import save
 from bgcbench.experiments.approx import ApproxConfig, plan
-from bgcbench.experiments.approx_run import ApproxRun, ApproxSession, draw_inputs, open_session
+from bgcbench.experiments.approx_run import ApproxRun, draw_inputs, open_session
 from bgcbench.experiments.profile import row_seed
+from bgcbench.experiments.session import Session
 from bgcbench.theory.sampled import he_rows
 
 LIMIT = 1e-9
@@ -40,7 +41,7 @@ Errors = dict[tuple[str, int], Tensor]  # (variant, N) -> (1/S) sum over inputs 
 Result = TypeVar("Result")
 
 
-def ours(config: ApproxConfig, session: ApproxSession) -> dict[tuple[str, int], float]:
+def ours(config: ApproxConfig, session: Session) -> dict[tuple[str, int], float]:
     """The mean errors of a run, from sampling to rows."""
     run = ApproxRun(config, session, plan(config))
     for _ in run.run():

@@ -396,7 +396,7 @@ def _run(
                 output = dataclasses.replace(output, path=None, to_stdout=True, quiet=True, plot=None)
             with _only_first_speaks():
                 prepared = prepare(config, world)
-                session.settings["data_sha256"] = prepared.data.fingerprint
+                session.settings |= prepared.settings
                 if stored is not None:
                     results.check_resumable(stored, "train", session.settings, session.environment, str(output.path))
             output = output.named("train", config.what, session.environment)

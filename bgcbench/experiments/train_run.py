@@ -102,6 +102,13 @@ class Prepared:
     options: Options
     warnings: list[str] = field(default_factory=list)
 
+    @property
+    def settings(self) -> Json:
+        """What a result file says of the data as it ran."""
+        data = self.data
+        crops = {"pad": data.pad, "flip": data.flip} if isinstance(data, ResidentData) else {"pad": None, "flip": True}
+        return {"data_sha256": data.fingerprint, **crops}
+
 
 def prepare(config: TrainConfig, world: World) -> Prepared:
     """Open and verify the data, try every conversion and check every size, before anything is trained.
