@@ -102,9 +102,7 @@ def loops() -> dict[str, Callable[[], float]]:
     recipe = make_recipe("digits", 8, {"batch_size": 16})
     training = Training(tiny(), data, recipe, World(), seed=0)
     bare = tiny()
-    optimiser = torch.optim.SGD(
-        parameter_groups(bare, recipe.weight_decay), lr=0.1, momentum=0.9, nesterov=True
-    )
+    optimiser = torch.optim.SGD(parameter_groups(bare, recipe.weight_decay), lr=0.1, momentum=0.9, nesterov=True)
     images, labels = torch.randn(16, 3, 8, 8), torch.arange(16) % 10
 
     def ours() -> float:

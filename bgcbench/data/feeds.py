@@ -149,24 +149,26 @@ class FolderFeed(Feed):
     def _read(self, split: LabelledFiles, batches: Sequence[Tensor], draw: Pair | None) -> Iterator[Batch]:
         if not batches:
             return
+        reader = _Reader(split.root, self.size, draw)
         # The paths travel with the batches: a worker with all of them would hold its own copy of a million names.
         loader: DataLoader[Any] = DataLoader(
-            _Reader(split.root, self.size, draw),
+            reader,
             batch_sampler=([(n, split.files[n]) for n in numbers.tolist()] for numbers in batches),
             num_workers=min(self.workers, len(batches)),
-            collate_fn=_stacked,
+            collate_fn=reader.stacked,
             pin_memory=self.device.type == "cuda",
             worker_init_fn=_leave_signals_to_the_parent,
             generator=torch.Generator(),  # or it takes a number from the global one
         )
         with _signals_kept_from_children():
-            reading = [iter(loader)]
-        # Its last reference gone, it ends the workers. At exit Python waits for them, who do not listen to SIGTERM.
-        end = reading.clear
+            reading = iter(loader)
+        # Without workers there is nothing to end. With them, waiting for the last reference to go is not enough: a
+        # traceback may keep it, and at exit Python waits for processes that do not listen to SIGTERM.
+        end = getattr(reading, "_shutdown_workers", lambda: None)
         atexit.register(end)
         try:
             for numbers in batches:
-                images = _next(reading[0])  # (B, h, w, 3)
+                images = _next(reading)  # (B, h, w, 3)
                 labels = split.labels[numbers].to(self.device, non_blocking=True)
                 yield images.to(self.device, non_blocking=True).permute(0, 3, 1, 2), labels
         finally:
@@ -211,14 +213,14 @@ class _Reader(Dataset[Tensor | str]):
             return str(refused)
         return image.permute(1, 2, 0)
 
-
-def _stacked(images: list[Tensor | str]) -> Tensor | str:
-    read: list[Tensor] = []
-    for image in images:
-        if isinstance(image, str):
-            return image
-        read.append(image)
-    return torch.stack(read)
+    def stacked(self, images: list[Tensor | str]) -> Tensor | str:
+        """(B, h, w, 3), B may be 0; or why the first of those that cannot be read cannot."""
+        read: list[Tensor] = []
+        for image in images:
+            if isinstance(image, str):
+                return image
+            read.append(image)
+        return torch.stack(read) if read else torch.empty(0, *self.size, 3, dtype=torch.uint8)
 
 
 def _next(reading: Iterator[Tensor | str]) -> Tensor:

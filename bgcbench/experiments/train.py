@@ -6,6 +6,7 @@ The configuration is pure Python; :mod:`bgcbench.experiments.train_run` trains.
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -13,11 +14,12 @@ from typing import Any, ClassVar
 from bgcbench.errors import UsageError
 from bgcbench.experiments.config import NetworkChoice, RunConfig
 from bgcbench.results import Json
-from bgcbench.specs import DIGITS_PX, LAYOUTS, TRAINING_SETS, NetSpec, check_choice
+from bgcbench.specs import DIGITS_PX, LAYOUTS, TRAINING_SETS, NetSpec, check_choice, check_on_cpu
 from bgcbench.theory import paper
 from bgcbench.training.recipes import HYPER, RECIPES, Recipe, default_recipe, make_recipe
 
 CLASSES = {"digits": 10, "cifar10": 10, "imagenet": 1000}
+IN_FILES = ("cifar10", "imagenet", "folder")  # data sets that are looked for in --data-dir
 SIDES_PX = {"digits": DIGITS_PX, "cifar10": 32}
 QUICK_EPOCHS, QUICK_IMAGES = 2, 512
 
@@ -68,8 +70,7 @@ class TrainConfig(NetworkChoice, RunConfig):
     FREE: ClassVar[tuple[str, ...]] = ("data_dirs", "download", "threads", "workers", "save_every_s", "seed")
 
     def __post_init__(self) -> None:
-        if not self.data:
-            raise UsageError(f"--data is missing: choose from {', '.join(TRAINING_SETS)}, or give a folder of images")
+        self._check_data()
         if self.recipe is None:
             object.__setattr__(self, "recipe", default_recipe(self.data))
         check_choice("recipe", self.recipe or "", RECIPES)
@@ -87,10 +88,35 @@ class TrainConfig(NetworkChoice, RunConfig):
             if name != "name":
                 object.__setattr__(self, name, value)
         self._check_own()
+        self._check_device()
         object.__setattr__(self, "seed", self.seeds[0])
         super().__post_init__()
         if not self.cells:
             raise UsageError("nothing to train: --groups and --variants leave no row")
+
+    def _check_data(self) -> None:
+        """Raise UsageError for data that cannot be there; whether it is whole is seen when it is opened."""
+        if not self.data:
+            raise UsageError(f"--data is missing: choose from {', '.join(TRAINING_SETS)}, or give a folder of images")
+        if self.data not in TRAINING_SETS and not os.path.dirname(self.data) and not os.path.exists(self.data):
+            try:
+                check_choice("data set", self.data, TRAINING_SETS)
+            except UsageError as unknown:
+                raise UsageError(f"{unknown}, or give the path of a folder with train/ and val/") from None
+        if self.download and self.data != "cifar10":
+            raise UsageError(f"--download is for cifar10, not for {self.data}; leave it out")
+        if self.data in IN_FILES and not self.data_dirs:
+            also = "; --download fetches it there" if self.data == "cifar10" else ""
+            raise UsageError(f"--data {self.data} needs --data-dir DIR (or BGCBENCH_DATA_DIR), where it is{also}")
+
+    def _check_device(self) -> None:
+        """Raise UsageError for what a CPU cannot do, where it is asked for by name."""
+        if self.device == "cpu":
+            check_on_cpu(self.precision, "eager")
+            if self.precision == "fp16":
+                raise UsageError("--precision fp16 trains on CUDA devices only; on a CPU use bf16 or fp32")
+            if self.sync_bn:
+                raise UsageError("--sync-bn is for CUDA devices, PyTorch has none for a CPU; leave it out")
 
     def _check_own(self) -> None:
         """Raise UsageError for a number that no recipe checks."""

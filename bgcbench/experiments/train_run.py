@@ -45,7 +45,7 @@ from bgcbench.specs import PRECISIONS
 from bgcbench.theory import paper
 from bgcbench.training.checkpoint import Checkpoints
 from bgcbench.training.distributed import World, own_device
-from bgcbench.training.loop import NonFiniteLoss, Options, Progress, Training, check_batch
+from bgcbench.training.loop import NonFiniteLoss, Options, Progress, Training, check_batch, subset_of
 
 OUT_OF_MEMORY = "use --accumulate 2 or more (the same batch in smaller parts), or a smaller --batch-size"
 WORKERS = 8  # at most, where --workers is not given
@@ -58,10 +58,8 @@ def open_session(config: TrainConfig) -> Session:
     """
     device, warning = resolve_device(own_device(config.device))
     check_combination(device, config.precision, "eager")
-    if device.type != "cuda" and config.precision == "fp16":
-        raise UsageError("--precision fp16 trains on CUDA devices only; on a CPU use bf16 or fp32")
-    if device.type != "cuda" and config.sync_bn:
-        raise UsageError("--sync-bn is for CUDA devices, PyTorch has none for a CPU; leave it out")
+    if device.type == "cpu":
+        dataclasses.replace(config, device="cpu")  # which refuses what a CPU cannot do
     with backend_state(config.precision, config.threads):
         settings: Json = {
             "seed": config.seed,
@@ -126,8 +124,7 @@ def prepare(config: TrainConfig, world: World) -> Prepared:
         )
     spec = config.spec
     options = Options(config.accumulate, _workers(config), config.save_every_s, config.sync_bn, config.subset)
-    images = min(len(data.train_labels), config.subset or len(data.train_labels))
-    check_batch(config.hyper, options, images, world.size)
+    check_batch(config.hyper, options, len(subset_of(data.train_labels, config.subset)), world.size)
     dense = build_empty(spec)
     warnings, problems = list(data.notes), []
     cells: dict[tuple[str, int], Cell] = {}

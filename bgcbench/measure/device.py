@@ -295,9 +295,7 @@ def is_out_of_memory(failure: BaseException) -> bool:
     return isinstance(failure, RuntimeError) and any(sign in str(failure).lower() for sign in signs)
 
 
-def describe_failure(
-    failure: BaseException, device: torch.device, way_out: str = "use a smaller --batch"
-) -> Failure:
+def describe_failure(failure: BaseException, device: torch.device, way_out: str = "use a smaller --batch") -> Failure:
     """What a row that raised ``failure`` is called: out of memory, device lost, or an error with its first line."""
     message = str(failure).strip() or type(failure).__name__
     if is_out_of_memory(failure):

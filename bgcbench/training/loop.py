@@ -155,7 +155,7 @@ class Training:
         self.seed, self.identity, self.record = seed, {**(identity or {}), "data_sha256": data.fingerprint}, record
         self.options, self.checkpoints = options or Options(), checkpoints
         self.stop, self.warn = stop, warn
-        self.numbers = _subset(data.train_labels, self.options.subset)
+        self.numbers = subset_of(data.train_labels, self.options.subset)
         self.steps = check_batch(recipe, self.options, len(self.numbers), world.size)
         self.state = State()
         self.stopped = False
@@ -565,7 +565,7 @@ def check_batch(recipe: Recipe, options: Options, images: int, processes: int) -
     return images // batch
 
 
-def _subset(labels: Tensor, count: int | None) -> Tensor:
+def subset_of(labels: Tensor, count: int | None) -> Tensor:
     """The numbers of ``count`` training images, ascending: of every class the same share, whatever the seed."""
     everything = torch.arange(len(labels))
     if count is None or count == len(labels):
@@ -574,11 +574,11 @@ def _subset(labels: Tensor, count: int | None) -> Tensor:
         raise UsageError(f"--subset {count} must be at most the {len(labels)} training images, and at least 1")
     # Each image's rank in its class over the size of that class: the lowest are an even sample of all classes.
     order = epoch_order(len(labels), 0, 0)
+    by_class = order[labels[order].argsort(stable=True)]
     sizes = torch.bincount(labels)
+    place = torch.arange(len(labels), dtype=torch.float64) - (sizes.cumsum(0) - sizes)[labels[by_class]]
     rank = torch.empty(len(labels), dtype=torch.float64)
-    for label in range(len(sizes)):
-        members = order[labels[order] == label]
-        rank[members] = (torch.arange(len(members), dtype=torch.float64) + 0.5) / max(1, len(members))
+    rank[by_class] = (place + 0.5) / sizes[labels[by_class]]
     return rank.argsort(stable=True)[:count].sort().values
 
 

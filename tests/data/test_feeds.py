@@ -135,10 +135,11 @@ def test_batches_lie_in_memory_with_their_channels_last() -> None:
         assert next(fed)[0].is_contiguous(memory_format=torch.channels_last)
 
 
-def test_a_batch_may_be_empty_and_an_epoch_may_have_none_left() -> None:
-    feed = resident()
-    ((images, labels),) = feed.train(numbers([]), 0, 0)
-    assert (images.shape, labels.shape) == ((0, 3, 6, 9), (0,))
+@pytest.mark.parametrize("kind", ["resident", "folder"])
+def test_a_batch_may_be_empty_and_an_epoch_may_have_none_left(tmp_path: Path, kind: str) -> None:
+    feed, size = (resident(), (6, 9)) if kind == "resident" else (folder(tmp_path, workers=1)[0], (20, 28))
+    for fed in (feed.train(numbers([], [0]), 0, 0), feed.test(numbers([], [0]))):
+        assert [(images.shape, labels.shape) for images, labels in fed] == [((n, 3, *size), (n,)) for n in (0, 1)]
     assert list(feed.train([], 0, 0)) == list(feed.test([])) == []
 
 

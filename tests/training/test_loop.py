@@ -310,9 +310,7 @@ def test_a_training_that_lost_its_newest_checkpoint_goes_on_from_the_one_before(
 
 def test_checkpoints_within_an_epoch_do_not_change_the_training(tmp_path: Path) -> None:
     whole = trained(tiny_network(dropout=0.5))
-    often = trained(
-        tiny_network(dropout=0.5), checkpoints=Checkpoints(tmp_path), options=Options(save_every_s=1e-9)
-    )
+    often = trained(tiny_network(dropout=0.5), checkpoints=Checkpoints(tmp_path), options=Options(save_every_s=1e-9))
     assert same(often.network, whole.network)
 
 
@@ -327,7 +325,9 @@ def test_a_training_that_is_done_is_not_done_again(tmp_path: Path) -> None:
     assert checkpoints.names == names
 
 
-@pytest.mark.parametrize(("changed", "field"), [({"identity": {"lr": 0.2}}, "lr"), ({"data": tiny_data(27)}, "data_sha256")])
+@pytest.mark.parametrize(
+    ("changed", "field"), [({"identity": {"lr": 0.2}}, "lr"), ({"data": tiny_data(27)}, "data_sha256")]
+)
 def test_a_checkpoint_of_another_training_is_refused_by_field(
     tmp_path: Path, changed: dict[str, Any], field: str
 ) -> None:

@@ -58,7 +58,13 @@ def test_the_recipes_are_those_of_the_paper() -> None:
     assert (small.epochs, small.milestones, small.weight_decay) == (200, (60, 120, 160), 5e-4)
     assert (large.epochs, large.milestones, large.weight_decay) == (90, (30, 60), 1e-4)
     for recipe in (small, large):
-        assert (recipe.batch_size, recipe.lr, recipe.gamma, recipe.momentum, recipe.nesterov) == (128, 0.1, 0.1, 0.9, True)
+        assert (recipe.batch_size, recipe.lr, recipe.gamma, recipe.momentum, recipe.nesterov) == (
+            128,
+            0.1,
+            0.1,
+            0.9,
+            True,
+        )
         assert (recipe.label_smoothing, recipe.precision, recipe.layout, recipe.compile) == (0.0, "fp32", "nchw", False)
 
 
