@@ -24,6 +24,10 @@ from bgcbench.measure.memory import measure_peak
 from bgcbench.measure.workload import Cell
 from bgcbench.models import build_model
 from bgcbench.specs import VARIANTS
+from bgcbench.training.checkpoint import Checkpoints
+from bgcbench.training.distributed import World
+from bgcbench.training.loop import Training
+from tests.training.example import tiny_data, tiny_network, tiny_recipe
 
 pytestmark = pytest.mark.gpu
 FORMS = [(name, form) for name in CONVS for form in VARIANTS[name].algorithms]
@@ -177,3 +181,70 @@ def test_the_environment_and_the_doctor_know_the_device(device: torch.device) ->
     assert environment["device"]["l2_bytes"] > 0
     assert json.dumps(environment)
     assert any(what == "device memory in use" for what, _, _ in diagnose(device))
+
+
+@pytest.mark.parametrize("variant", ["standard", "bgc", "lgc", "flgc"])
+def test_a_training_step_computes_what_it_does_on_a_cpu(device: torch.device, variant: str) -> None:
+    groups = 1 if variant == "standard" else 2
+    losses = []
+    for where in (torch.device("cpu"), device):
+        with backend_state("fp32"):
+            run = Training(
+                tiny_network(variant, groups).double().to(where),
+                tiny_data(),
+                tiny_recipe(),
+                World(device=where),
+                seed=5,
+            )
+            for _ in run.run():
+                pass
+        losses.append([epoch["train_loss"] for epoch in run.state.history])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+def test_a_training_is_resumed_on_the_device(device: torch.device, tmp_path: Path) -> None:
+    asked = 0
+
+    def stop() -> bool:
+        nonlocal asked
+        asked += 1
+        return asked == 6
+
+    found = []
+    for stopped in (None, stop):
+        where = Checkpoints(tmp_path / str(stopped is None))
+        while True:
+            run = Training(
+                tiny_network("bgc", 2, dropout=0.2).to(device, torch.float64), tiny_data(), tiny_recipe(),
+                World(device=device), seed=5, checkpoints=where, stop=stopped or (lambda: False),
+            )  # fmt: skip
+            for _ in run.run():
+                pass
+            if not run.stopped:
+                break
+        found.append(run.network.state_dict())
+    for name, value in found[0].items():
+        assert torch.allclose(value, found[1][name], rtol=1e-6, atol=1e-9), name
+
+
+@pytest.mark.parametrize("recipe", ["paper", "fast"])
+def test_a_network_trains_and_says_how_near_the_peak_it_comes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    arguments = ["train", "wrn_10_2", "--data", "synthetic", "--recipe", recipe, "--epochs", "2", "--variants", "all",
+                 "--groups", "4", "--device", "cuda", "--quiet", "--out", "r.json"]  # fmt: skip
+    assert main(arguments) == 0
+    found = results.read(tmp_path / "r.json")
+    assert len(found["results"]) == 7
+    for row in found["results"]:
+        assert row["images_per_s"] > 0
+        assert 0 < row["matmul_fraction"] < 1
+
+
+def test_digits_are_learnt_on_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    arguments = ["train", "wrn_10_2", "--data", "digits", "--groups", "4", "--variants", "bgc", "--device", "cuda",
+                 "--quiet", "--out", "r.json"]  # fmt: skip
+    assert main(arguments) == 0
+    assert all(row["error_final"] < 4 for row in results.read(tmp_path / "r.json")["results"])

@@ -529,6 +529,8 @@ def _saved(run: TrainRun, document: dict[str, Any], writer: ResultWriter | None)
 
 def _take(run: TrainRun, document: dict[str, Any]) -> None:
     document["results"] = run.results
+    if run.ceilings is not None:
+        document["ceilings"] = {**dataclasses.asdict(run.ceilings), "matmul_sizes": list(run.ceilings.matmul_sizes)}
     document["warnings"] = list(dict.fromkeys((*document["warnings"], *run.warnings)))
 
 

@@ -130,7 +130,7 @@ class TrainConfig(NetworkChoice, RunConfig):
         if self.workers is not None and self.workers < 0:
             raise UsageError(f"--workers {self.workers} must be 0 (read in this process) or a number of processes")
         if not self.save_every_s > 0:
-            raise UsageError(f"--save-every {self.save_every_s} must be a positive number of seconds")
+            raise UsageError(f"--save-every {self.save_every_s:g} must be a positive number of seconds")
 
     def _made(self) -> Recipe:
         given = {name: getattr(self, name) for name in HYPER}

@@ -28,12 +28,15 @@ from bgcbench.experiments.network_run import (
 from bgcbench.experiments.profile import row_seed
 from bgcbench.experiments.session import Session
 from bgcbench.experiments.train import TrainConfig, TrainRow, identity, plan
+from bgcbench.measure.ceilings import Ceilings, measure_ceilings
 from bgcbench.measure.device import (
+    DTYPES,
     backend_state,
     check_combination,
     compile_state,
     describe_failure,
     free_memory,
+    make_stopwatch,
     resolve_device,
     tf32_state,
 )
@@ -230,6 +233,7 @@ class TrainRun:
         self.known: dict[str, Json] = dict(kept or {})
         self.warnings = [*session.warnings, *prepared.warnings]
         self.rows = prepared.rows
+        self.ceilings: Ceilings | None = None
         self._begun: float | None = None
         self._make_room(afresh=afresh, replace=replace)
 
@@ -263,13 +267,16 @@ class TrainRun:
     def run(self) -> Iterator[Update]:
         """Train what is left, and say how it goes. The global random state is put back afterwards."""
         todo = self.todo
-        self._begun = time.perf_counter()
         devices = [self.session.device] if self.session.device.type == "cuda" else []
         with (
             torch.random.fork_rng(devices=devices),
             backend_state(self.config.precision, self.config.threads),
             compile_state(),
         ):
+            if todo and devices:
+                stopwatch = make_stopwatch(self.session.device, cold=False)
+                self.ceilings = measure_ceilings(stopwatch, DTYPES[self.config.precision])
+            self._begun = time.perf_counter()
             for number, row in enumerate(todo):
                 if self.stop():
                     return
@@ -376,12 +383,23 @@ class TrainRun:
             "train_images": self.prepared.options.subset or len(self.prepared.data.train_labels),
             "test_images": len(self.prepared.data.test_labels),
             "images_per_s": statistics.median(speeds) if speeds else None,
+            "matmul_fraction": self._of_peak(counts, statistics.median(speeds)) if speeds else None,
             "train_seconds": sum(epoch["seconds"] for epoch in history),
             "world_size": self.world.size,
             "paper": None if printed is None else {"error": printed},
             "convert": cell.convert,
             "checkpoints": None if self.folder is None else f"{self.folder.name}/{row.key}",
         }
+
+    def _of_peak(self, counts: Json, images_per_s: float) -> float | None:
+        """Achieved FLOP/s of each device over those of its best matrix product; None where that was not measured.
+
+        A training step is counted as three forward passes: y, dx and dW.
+        """
+        if self.ceilings is None:
+            return None
+        macs = float(counts.get("macs_training") or counts["macs"])
+        return (3 * 2 * macs * images_per_s / self.world.size / self.ceilings.flops_per_s)
 
     # --------------------------------------------------------------------------------------------------- the dry run
 

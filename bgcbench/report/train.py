@@ -69,7 +69,15 @@ class _Cell:
 
     @property
     def images_per_s(self) -> float | None:
-        known = [row["images_per_s"] for row in self.rows if row["images_per_s"] is not None]
+        return self._median("images_per_s")
+
+    @property
+    def matmul_fraction(self) -> float | None:
+        """Arithmetic done over what the device's best matrix product does in the same time."""
+        return self._median("matmul_fraction")
+
+    def _median(self, field: str) -> float | None:
+        known = [row[field] for row in self.rows if row.get(field) is not None]
         return statistics.median(known) if known else None
 
 
@@ -119,6 +127,10 @@ def train_report(document: Json) -> Report:
         Column("seeds", [f"{len(cell.done)}/{planned}" for cell in cells]),
         Column("images/s", ["-" if (v := cell.images_per_s) is None else significant(v) for cell in cells]),
     ]
+    if any(cell.matmul_fraction is not None for cell in cells):
+        columns.append(
+            Column("of peak", ["-" if (v := cell.matmul_fraction) is None else f"{v:.0%}" for cell in cells])
+        )
     if any(_printed(cell) is not None for cell in cells):
         columns.append(Column("paper %", ["-" if (e := _printed(cell)) is None else f"{e:.2f}" for cell in cells]))
     if not _synthetic(rows):
@@ -286,6 +298,11 @@ def _notes(document: Json, rows: Sequence[Json], cells: Sequence[_Cell]) -> list
             "LGC and FLGC are trained masked, with dense kernels (trained params); params and MACs are of the form "
             "that is deployed afterwards"
         )
+    if any(row.get("matmul_fraction") for row in rows):
+        lines.append(
+            "of peak: multiply-adds done (three forward passes a step) over those of the device's best matrix product "
+            "in the same precision, measured in this run"
+        )
     lines += [line for cell in cells if (line := _learnt(cell))]
     lines += _about_paper(rows)
     for cell in cells:
@@ -409,7 +426,10 @@ def _record(row: Json, standard: _Cell | None) -> Json:
         "reason": row["reason"],
         **(row["counts"] or {}),
         **{name: _error(row, name) for name in names},
-        **{name: row.get(name) for name in ("epoch_best", "test_images", "images_per_s", "train_seconds")},
+        **{
+            name: row.get(name)
+            for name in ("epoch_best", "test_images", "images_per_s", "matmul_fraction", "train_seconds")
+        },
         "epochs_done": len(row["epochs"]),
         "to_standard": None if final is None or same is None else round(final - same, 9),
         "paper_error": row["paper"]["error"] if row.get("paper") else None,

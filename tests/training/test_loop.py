@@ -427,6 +427,16 @@ def test_autocast_trains_in_bf16_and_keeps_weights_in_fp32() -> None:
     assert losses[0] == pytest.approx(losses[1], rel=0.05)
 
 
+def test_a_compiled_training_follows_what_lgc_drops() -> None:
+    eager, compiled = (
+        trained(tiny_network("lgc", 4, norm=False), recipe=tiny_recipe(epochs=4, compile=on)) for on in (False, True)
+    )
+    losses = [[epoch["train_loss"] for epoch in run.state.history] for run in (eager, compiled)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert [e["test_error"] for e in eager.state.history] == [e["test_error"] for e in compiled.state.history]
+    assert compiled.state.history[-1]["learnt"] == {"kept": 0.25}
+
+
 def test_progress_is_told_and_ends_with_every_epoch() -> None:
     run = training(tiny_network())
     seen = [progress for progress in run.run() if progress.ended]
