@@ -9,6 +9,7 @@ Every figure in the table is computed from a result file; a test holds the two d
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import datetime
 import json
 import statistics
@@ -19,7 +20,8 @@ from bgcbench import report, results
 from bgcbench.specs import VARIANTS
 
 ROOT = Path(__file__).resolve().parent.parent
-START, END = "<!-- claims: python -m benchmarks.claims --write -->", "<!-- end of claims -->"
+MARKS = "<!-- {}: python -m benchmarks.claims --write -->", "<!-- end of {} -->"
+TRAINED = "train-wrn_10_2-digits-cpu.json"
 
 
 def row_of(document: dict[str, Any], variant: str, groups: int, algorithm: str | None = None) -> dict[str, Any]:
@@ -255,6 +257,62 @@ def solver_claim() -> tuple[str, str, str]:
     )
 
 
+def train_claims() -> list[tuple[str, str, str]]:
+    """wrn_10_2 on digits: the standard convolution, and what each variant loses at the largest N; the quick start."""
+    document = results.read(ROOT / "results" / TRAINED)
+    config = document["config"]
+    seeds = len(config["seeds"])
+
+    def mean(variant: str, groups: int) -> str:
+        errors = [row["error_final"] for row in document["results"]
+                  if (row["params"]["variant"], row["params"]["groups"]) == (variant, groups)]  # fmt: skip
+        return f"{statistics.fmean(errors):.2f} ± {statistics.stdev(errors):.2f} %"
+
+    dense = row_of(document, "standard", 1)["counts"]["params"]
+    most = max(config["groups"])
+    parts = [
+        f"{VARIANTS[name].label} {mean(name, most)} ({row_of(document, name, most)['counts']['params'] / dense:.0%})"
+        for name in VARIANTS
+        if name != "standard"
+    ]
+    command = (
+        "bgcbench train wrn_10_2 --data digits --variants all --groups 2,4,8 --seeds 0,1,2 --device cpu --threads 1"
+    )
+    whole = (
+        f"Trained from scratch: wrn_10_2 on digits, test error after {config['epochs']} epochs, mean ± standard "
+        f"deviation of {seeds} seeds: SC {mean('standard', 1)}; at N={most} (with that share of SC's parameters) "
+        + ", ".join(parts)
+    )
+    name = "train-quickstart-cpu.json"
+    quick = results.read(ROOT / "results" / name)
+    errors = ", ".join(
+        f"{VARIANTS[row['params']['variant']].label} {row['error_final']:.1f} %" for row in quick["results"]
+    )
+    start = (
+        f"Training wrn_10_2 on digits with SC, GC and BGC N=4 takes {minutes(quick):.1f} minutes on 2 cores ({errors}; "
+        "one seed)"
+    )
+    return [
+        (whole, TRAINED, command),
+        (start, name, "bgcbench train wrn_10_2 --data digits --variants standard,gc,bgc --groups 4"),
+    ]
+
+
+def train_speed_claim() -> tuple[str, str, str]:
+    """The input pipeline against torchvision's, and the loop against a bare one."""
+    name = "train-speed-cpu.json"
+    document = json.loads((ROOT / "results" / name).read_text())
+    pipeline, loop = document["pipeline"], document["loop"]
+    speed = statistics.median(pipeline["images_per_s"]["bgcbench"])
+    return (
+        f"The CIFAR pipeline (crop, flip, normalise, batch) delivers {speed:,.0f} images/s, {pipeline['ratio']:.0f} "
+        "times torchvision's faster per-image transforms in one process; the training loop adds "
+        f"{loop['added_s'] * 1e3:.2f} ms a step to a bare one, images and labels included",
+        name,
+        document["command"],
+    )
+
+
 def claims() -> list[tuple[str, str, str]]:
     """(claim, file under results/, command) of every row."""
     rows = []
@@ -312,6 +370,7 @@ def claims() -> list[tuple[str, str, str]]:
     rows += [network_claims(model, most) for model, most in NETWORKS.items()]
     rows += [all_variants_claim(), layers_claim()]
     rows += [*figure_claims(), variants_claim(), digits_claim(), solver_claim()]
+    rows += [*train_claims(), train_speed_claim()]
     agree = json.loads((ROOT / "results" / "agree-with-torch.json").read_text())
     rows.append(
         (
@@ -348,11 +407,23 @@ def table(prefix: str) -> str:
     return "\n".join(lines)
 
 
+def trained_table() -> str:
+    """The table of the training on digits, and what is told apart in it."""
+    found = report.document_report(results.read(ROOT / "results" / TRAINED))
+    shown = dataclasses.replace(found, title=[], sections={})
+    return report.as_markdown(shown).strip()
+
+
 def put_into(text: str, prefix: str) -> str:
-    """``text`` with the table between its two marks."""
-    head, _, rest = text.partition(START)
-    _, _, tail = rest.partition(END)
-    return f"{head}{START}\n\n{table(prefix)}\n\n{END}{tail}"
+    """``text`` with its tables between their marks; the README alone has the training's."""
+    for name, content in {"claims": table(prefix), "training": trained_table()}.items():
+        start, end = (mark.format(name) for mark in MARKS)
+        if start not in text:
+            continue
+        head, _, rest = text.partition(start)
+        _, _, tail = rest.partition(end)
+        text = f"{head}{start}\n\n{content}\n\n{end}{tail}"
+    return text
 
 
 DOCUMENTS = {"README.md": "results/", "results/README.md": ""}

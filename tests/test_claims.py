@@ -21,6 +21,19 @@ def test_the_table_of_claims_is_drawn_from_the_files(name: str, prefix: str) -> 
 
 
 @pytest.mark.parametrize(
+    "path", [f for f in FILES if f.name.startswith("train-") and "speed" not in f.name], ids=lambda path: path.name
+)
+def test_a_committed_training_is_complete(path) -> None:
+    document = results.read(path)
+    jsonschema.validate(document, results.schema())
+    assert document["complete"]
+    assert document["quality"] == "full"
+    for row in document["results"]:
+        assert row["status"] == "ok"
+        assert len(row["epochs"]) == row["params"]["epochs"]
+
+
+@pytest.mark.parametrize(
     "path", [f for f in FILES if f.name.startswith(("table4", "network"))], ids=lambda path: path.name
 )
 def test_a_committed_run_is_complete_and_of_full_quality(path) -> None:

@@ -160,7 +160,7 @@ class TrainConfig(NetworkChoice, RunConfig):
     @property
     def dataset(self) -> str:
         """The data set in keys and tables: its name, or the folder's."""
-        return self.data if self.data in TRAINING_SETS else self.data.rstrip("/").rpartition("/")[2] or "folder"
+        return self.data if self.data in TRAINING_SETS else os.path.basename(os.path.abspath(self.data)) or "folder"
 
     @property
     def what(self) -> str:

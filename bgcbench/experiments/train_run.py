@@ -399,7 +399,7 @@ class TrainRun:
         if self.ceilings is None:
             return None
         macs = float(counts.get("macs_training") or counts["macs"])
-        return (3 * 2 * macs * images_per_s / self.world.size / self.ceilings.flops_per_s)
+        return 3 * 2 * macs * images_per_s / self.world.size / self.ceilings.flops_per_s
 
     # --------------------------------------------------------------------------------------------------- the dry run
 

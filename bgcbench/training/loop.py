@@ -42,6 +42,10 @@ class NonFiniteLoss(BgcbenchError):
     """The loss became infinite or no number."""
 
 
+class _AskedToStop(Exception):
+    """The run was asked to stop while it judged the network."""
+
+
 @dataclass(frozen=True)
 class Options:
     """How a training runs, without any effect on what it computes but ``accumulate`` (batch norm) and ``sync_bn``.
@@ -197,16 +201,21 @@ class Training:
 
         Raises NonFiniteLoss, ResultFileError for a checkpoint of something else, and what the network raises.
         """
-        if not self._resume():
-            self.state.initial = self._judged(self.evaluate())
-        trained = self.state.epoch < self.recipe.epochs
-        while self.state.epoch < self.recipe.epochs:
-            yield from self._epoch()
-            if self.stopped:
-                return
-            if self.state.epoch < self.recipe.epochs and self._agreed(due=False)[0]:
-                self.stopped = True  # with the checkpoint that the epoch has ended with
-                return
+        trained = False
+        try:
+            if not self._resume():
+                self.state.initial = self._judged(self.evaluate())
+            while self.state.epoch < self.recipe.epochs and not self.stopped:
+                trained = True
+                yield from self._epoch()
+                if self.state.epoch < self.recipe.epochs and self._agreed(due=False)[0]:
+                    self.stopped = True  # with the checkpoint that the epoch has ended with
+        except _AskedToStop:
+            self.stopped = True
+            if self.state.step:
+                self._save()
+        if self.stopped:
+            return
         self._tell_layers(1.0)
         if self.checkpoints is not None and self.world.is_main and trained:
             self.checkpoints.save_final(replace(self._stored(), extra={}), self.state.epoch)
@@ -227,7 +236,7 @@ class Training:
                 now = time.perf_counter()
                 state.seconds = before + now - begin
                 stop, save = self._agreed(due=now - saved > self.options.save_every_s)
-                if stop or (save and state.step < self.steps):
+                if stop or save:
                     self._save()
                     begin += time.perf_counter() - now
                     saved = time.perf_counter()
@@ -365,7 +374,9 @@ class Training:
         The first step is left out where there is time for more, because libraries set themselves up in it.
         """
         batches = self._shares(self.numbers[epoch_order(len(self.numbers), self.seed, 0)])
-        parts, most = self.options.accumulate, min(self.steps, 8)
+        # Several processes must all do the same number of steps.
+        parts, most = self.options.accumulate, min(self.steps, 8 if self.world.size == 1 else 3)
+        budget_s = budget_s if self.world.size == 1 else math.inf
         self.train_model.train()
         times: list[float] = []
         begin = time.perf_counter()
@@ -399,19 +410,25 @@ class Training:
         world.share_buffers(self.network)
         five = self.data.num_classes >= TOP5_CLASSES
         mine = torch.arange(world.rank, len(labels), world.size)
-        images, wrong, missed, loss = world.total(self._judge(mine.split(max(1, self.recipe.batch_size // world.size))))
+        # Several processes cannot leave one by one.
+        stop = self.stop if world.size == 1 else None
+        images, wrong, missed, loss = world.total(
+            self._judge(mine.split(max(1, self.recipe.batch_size // world.size)), stop)
+        )
         if int(images) != len(labels):
             raise BgcbenchError(f"{int(images)} test images were judged, and there are {len(labels)}")
         return Scores(loss / images, 100 * wrong / images, 100 * missed / images if five else None, int(images))
 
-    def _judge(self, batches: Sequence[Tensor]) -> list[float]:
+    def _judge(self, batches: Sequence[Tensor], stop: Callable[[], bool] | None = None) -> list[float]:
         """Of the test images numbered in ``batches``: how many they are, how many of them are wrong at first and within
-        five guesses, and the sum of their losses."""
+        five guesses, and the sum of their losses. Raises _AskedToStop where ``stop`` says so."""
         device = self.world.device
         self.eval_model.eval()
         found = torch.zeros(4, dtype=torch.float64, device=device)
         with torch.no_grad():
             for images, truth in self.feed.test(batches):
+                if stop is not None and stop():
+                    raise _AskedToStop
                 # One batch may be smaller than the others; it is not worth another compilation.
                 model = self.eval_model if len(truth) == len(batches[0]) else self.plain
                 with torch.autocast(device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):

@@ -267,16 +267,12 @@ def test_a_training_that_is_stopped_after_any_step_ends_with_the_same_weights(tm
     data = tiny_data(train=18)
     whole = trained(tiny_network(variant, 2, dropout=0.3), data)
     for number in range(1, 9):
-        steps = 0
-
-        def stop(after: int = number) -> bool:
-            nonlocal steps
-            steps += 1
-            return steps == after
-
         checkpoints = Checkpoints(tmp_path / str(number))
-        first = trained(tiny_network(variant, 2, dropout=0.3), data, checkpoints=checkpoints, stop=stop)
+        first = training(tiny_network(variant, 2, dropout=0.3), data, checkpoints=checkpoints)
+        first.stop = lambda run=first, after=number: 3 * run.state.epoch + run.state.step >= after  # type: ignore[misc]
+        list(first.run())
         assert first.stopped
+        assert checkpoints.names[-1].startswith(f"e{(number - 1) // 3:04d}-s{(number - 1) % 3 + 1:06d}-")
         # Another seed for the weights and the random numbers: everything must come from the checkpoint.
         torch.manual_seed(99)
         network = tiny_network(variant, 2, dropout=0.3)
@@ -291,6 +287,21 @@ def test_a_training_that_is_stopped_after_any_step_ends_with_the_same_weights(tm
                 k: v for k, v in theirs.items() if k not in left_out
             }
         assert (second.state.best, second.state.initial) == (whole.state.best, whole.state.initial)
+
+
+def test_a_training_can_be_stopped_while_it_judges_the_network(tmp_path: Path) -> None:
+    whole = trained(tiny_network())
+    checkpoints = Checkpoints(tmp_path)
+    asked_in = training(tiny_network(), checkpoints=checkpoints)
+    # 4 steps ask, then the evaluation after them: it is the first batch of that which is not done.
+    count = iter(range(100))
+    asked_in.stop = lambda: asked_in.state.step == 4 and next(count) >= 1
+    assert [progress for progress in asked_in.run() if progress.ended] == []
+    assert asked_in.stopped
+    assert checkpoints.names[-1].startswith("e0000-s000004-")
+    again = trained(tiny_network(), checkpoints=checkpoints)
+    assert same(again.network, whole.network)
+    assert [e["train_loss"] for e in again.state.history] == [e["train_loss"] for e in whole.state.history]
 
 
 def test_a_training_that_lost_its_newest_checkpoint_goes_on_from_the_one_before(tmp_path: Path) -> None:
@@ -339,7 +350,8 @@ def test_a_checkpoint_of_another_training_is_refused_by_field(
 
 def test_a_form_that_was_measured_is_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoints = Checkpoints(tmp_path)
-    stopped = training(tiny_network("bgc", 4), checkpoints=checkpoints, stop=lambda: True)
+    stopped = training(tiny_network("bgc", 4), checkpoints=checkpoints)
+    stopped.stop = lambda: stopped.state.step == 1
     monkeypatch.setattr(type(stopped.network[3]), "algorithm", "concat")  # what 'auto' was found to be
     list(stopped.run())
     monkeypatch.undo()
