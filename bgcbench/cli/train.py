@@ -27,7 +27,6 @@ from bgcbench.cli.common import (
     Output,
     Plot,
     Quiet,
-    Seed,
     SkipInvalid,
     StemStride,
     Threads,
@@ -111,7 +110,9 @@ def train(
             rich_help_panel=GRID,
         ),
     ] = None,
-    seed: Seed = None,
+    seed: Annotated[
+        int | None, typer.Option(help="The same for one seed.", show_default="0", rich_help_panel=GRID)
+    ] = None,
     no_reference: NoReference = False,
     skip_invalid: SkipInvalid = False,
     recipe: Annotated[
