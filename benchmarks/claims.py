@@ -30,7 +30,7 @@ def row_of(document: dict[str, Any], variant: str, groups: int, algorithm: str |
         row
         for row in document["results"]
         if (row["params"]["variant"], row["params"]["groups"]) == (variant, groups)
-        and algorithm in (None, row["params"]["algorithm"])
+        and (algorithm is None or row["params"]["algorithm"] == algorithm)
     ]
     return found[0]
 

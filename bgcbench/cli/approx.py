@@ -364,29 +364,12 @@ def _compute(
     interrupts: Interrupts,
 ) -> int:
     """Run into ``document``, saving as it grows; print it and return the exit code."""
-    from bgcbench import results
 
-    writer = None if output.path is None else results.ResultWriter(output.path)
-    if writer is not None:
-        writer.probe(replace=output.replace)
-    planned = len({*keys, *(row["key"] for row in document["results"])})  # a resumed file may hold rows beyond the plan
-    failed: str | None = None
-    try:
+    def go(writer: ResultWriter | None) -> None:
         for _ in common.followed(_saved(run, document, writer), quiet=output.quiet):
             pass
-    except Exception as error:
-        failed = f"the run broke off: {type(error).__name__}: {error}"
-        raise
-    finally:
-        _take(run, document)
-        results.finish(document, planned, interrupted=interrupts.requested(), failed=failed)
-        if writer is not None:
-            writer.write(document)
-        if failed is not None and document["results"]:
-            common.print_document(document, output.form)  # what there is; the error follows
-    common.print_document(document, output.form)
-    done = sum(row["status"] in results.DONE for row in document["results"])
-    return common.closing(writer, interrupts, done, planned, quiet=output.quiet)
+
+    return common.carried_out(go, lambda: _take(run, document), document, keys, output, interrupts)
 
 
 def _saved(

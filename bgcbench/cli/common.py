@@ -6,7 +6,7 @@ import dataclasses
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -274,6 +274,47 @@ def followed(steps: Iterator[tuple[str, float | None]], *, quiet: bool) -> Itera
         for doing, done in steps:
             bar.update(task, description=doing, total=None if done is None else 1.0, completed=done or 0.0)
             yield
+
+
+def carried_out(
+    go: Callable[[ResultWriter | None], None],
+    take: Callable[[], None],
+    document: dict[str, Any],
+    keys: Iterable[str],
+    output: Output,
+    interrupts: Interrupts,
+    *,
+    speaks: bool = True,
+) -> int:
+    """Run ``go`` into ``document``, print that and return the exit code; whatever happens, what there is is saved.
+
+    go: does the run, saving with the writer that it is given (None where the result goes to stdout). take: puts what is
+    known into the document. keys: of the planned rows. speaks: whether this process prints.
+    """
+    from bgcbench import results
+
+    writer = None if output.path is None else results.ResultWriter(output.path)
+    if writer is not None:
+        writer.probe(replace=output.replace)
+    planned = len({*keys, *(row["key"] for row in document["results"])})  # a resumed file may hold rows beyond the plan
+    failed: str | None = None
+    try:
+        go(writer)
+    except Exception as error:
+        failed = f"the run broke off: {type(error).__name__}: {error}"
+        raise
+    finally:
+        take()
+        results.finish(document, planned, interrupted=interrupts.requested(), failed=failed)
+        if writer is not None:
+            writer.write(document)
+        if failed is not None and document["results"] and speaks:
+            print_document(document, output.form)  # what there is; the error follows
+    done = sum(row["status"] in results.DONE for row in document["results"])
+    if not speaks:
+        return interrupts.exit_code if interrupts.requested() else int(done < planned)
+    print_document(document, output.form)
+    return closing(writer, interrupts, done, planned, quiet=output.quiet)
 
 
 def closing(writer: ResultWriter | None, interrupts: Interrupts, done: int, planned: int, *, quiet: bool) -> int:

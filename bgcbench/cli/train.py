@@ -426,7 +426,15 @@ def _run(
                 "quick" if config.quick else "full",
             )
             document |= {"config": prepared.config.to_json(), "exit_reason": "running"}
-            code = _train(run, document, output, interrupts, speaks=world.is_main)
+            code = common.carried_out(
+                lambda writer: _follow(_saved(run, document, writer), run, quiet=output.quiet),
+                lambda: _take(run, document),
+                document,
+                [row.key for row in run.rows],
+                output,
+                interrupts,
+                speaks=world.is_main,
+            )
             if output.plot is not None and any(row["epochs"] for row in document["results"]):
                 common.draw(document, output.plot, None)
                 if not output.quiet:
@@ -489,33 +497,6 @@ def _duration(seconds: float) -> str:
         return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes}:{rest:02d} min" if minutes < 60 else f"{minutes // 60}:{minutes % 60:02d} h"
-
-
-def _train(run: TrainRun, document: dict[str, Any], output: Output, interrupts: Interrupts, *, speaks: bool) -> int:
-    """Train into ``document``, saving after every epoch; print it and return the exit code."""
-    from bgcbench import results
-
-    writer = None if output.path is None else results.ResultWriter(output.path)
-    if writer is not None:
-        writer.probe(replace=output.replace)
-    planned = len({*(row.key for row in run.rows), *(row["key"] for row in document["results"])})
-    failed: str | None = None
-    try:
-        _follow(_saved(run, document, writer), run, quiet=output.quiet)
-    except Exception as error:
-        failed = f"the run broke off: {type(error).__name__}: {error}"
-        raise
-    finally:
-        _take(run, document)
-        results.finish(document, planned, interrupted=interrupts.requested(), failed=failed)
-        if writer is not None:
-            writer.write(document)
-        if failed is not None and document["results"] and speaks:
-            common.print_document(document, output.form)  # what there is; the error follows
-    if speaks:
-        common.print_document(document, output.form)
-    done = sum(row["status"] in results.DONE for row in document["results"])
-    return common.closing(writer, interrupts, done, planned, quiet=output.quiet)
 
 
 def _saved(run: TrainRun, document: dict[str, Any], writer: ResultWriter | None) -> Iterator[Update]:
