@@ -78,7 +78,14 @@ def equal(one: Path, other: Path) -> bool:
         (["wrn_10_1", "--data", "digits", "--seeds", "1", "--seed", "1"], "--seed 1 is the same as --seeds 1"),
         (["wrn_10_1", "--data", "digits", "--subset", "0"], "--subset 0 must be a number of training images"),
         (["wrn_10_1", "--data", "digits", "--accumulate", "0"], "accumulate=0 must be a whole number of at least 1"),
-        (["wrn_10_1", "--data", "digits", "--workers", "-1"], "--workers -1 must be 0"),
+        (["wrn_10_1", "--data", "folder", "--data-dir", "d", "--workers", "-1"], "--workers -1 must be 0"),
+        (["wrn_10_1", "--data", "digits", "--workers", "2"], "--workers reads image files, and digits is held in"),
+        (["wrn_10_1", "--data", "digits", "--classes", "5"], "--classes 5 does not go with --data digits, which has"),
+        (["wrn_10_1", "--data", "digits", "--accumulate", "3"], "--batch-size 64 cannot be divided by --accumulate 3;"),
+        (["wrn_10_1", "--data", "digits", "--group-lasso", "1e-5"], "--group-lasso is a penalty on lgc, which is not"),
+        (["wrn_10_1", "--data", "digits", "--gamma", "0.2"], "--gamma is for --schedule multistep, and this is one"),
+        (["wrn_10_1", "--data", "digits", "--out", "-", "--save-every", "9"], "--save-every is for checkpoints, which"),
+        (["wrn_10_1", "--data", "digits", "--resume", "x.json", "--force"], "x.json cannot be read"),
         (["wrn_10_1", "--data", "digits", "--pad", "-1"], "--pad -1 must be 0 or a number of pixels"),
         (["wrn_10_1", "--data", "digits", "--save-every", "0"], "--save-every 0 must be a positive number of seconds"),
         (["wrn_10_1", "--data", "digits", "--device", "cpu", "--precision", "fp16"], "fp16 trains on CUDA devices"),
@@ -109,10 +116,8 @@ def test_a_mistake_is_one_line_and_exit_code_2(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--classes", "5"], "--classes 5 does not go with --data digits, which has 10; leave --classes out"),
         (["--subset", "32"], "--batch-size 64 is more than the 32 training images; use a smaller one"),
         (["--subset", "5000"], "--subset 5000 must be at most the 1297 training images"),
-        (["--accumulate", "3"], "--batch-size 64 cannot be divided by --accumulate 3; use --batch-size 63"),
         (["--groups", "3"], "groups=3 does not divide the channels of 6 convolutions"),
         (["--exclude", "nothing.*"], "no convolution of the network is called 'nothing.*'"),
     ],
@@ -197,7 +202,7 @@ def test_what_was_replaced_and_counted_is_in_the_row(run: Path) -> None:
     assert rows["lgc", 0]["counts"]["params"] == gc["counts"]["params"]
     assert rows["lgc", 0]["counts"]["params_training"] == dense["counts"]["params"]
     assert rows["lgc", 0]["epochs"][-1]["learnt"] == {"kept": 0.5}
-    assert set(rows["flgc", 0]["epochs"][-1]["learnt"]) == {"dead_outputs"}
+    assert set(rows["flgc", 0]["epochs"][-1]["learnt"]) == {"dead_outputs", "moved"}
 
 
 def test_seeds_differ_and_a_seed_repeats(run: Path, here: Path) -> None:
@@ -328,6 +333,18 @@ def test_the_presets_are_the_papers_grids() -> None:
 # ------------------------------------------------------------------------------------------------------- real files
 
 
+def test_a_checkpoint_agrees_on_every_hyper_parameter() -> None:
+    from bgcbench.experiments.train import TrainConfig, identity, plan
+    from bgcbench.training.recipes import HYPER
+
+    config = TrainConfig(model="wrn_10_1", data="digits", seeds=(3, 4), groups=(2,), variants=("bgc",))
+    row = plan(config)[-1]
+    found = identity(config, row)
+    assert {*HYPER, "recipe", "pad", "flip", "accumulate", "sync_bn", "subset", "model", "data", "height"} <= set(found)
+    assert (found["variant"], found["groups"], found["seed"]) == ("bgc", 2, 4)
+    assert not {"variants", "seeds", "data_dirs", "workers", "threads", "device"} & set(found)
+
+
 def test_cifar_10_in_the_real_format_trains_end_to_end(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cifar10, "PUBLISHED", fabricate(here / "data", each=16))
     monkeypatch.setenv("BGCBENCH_DATA_DIR", str(here / "data"))
@@ -429,6 +446,89 @@ def test_checkpoints_of_an_earlier_run_are_not_gone_on_with_by_accident(
     assert not old.exists()
 
 
+def test_a_dry_run_touches_nothing_even_with_force(here: Path) -> None:
+    arguments = [*SMALL, "--variants", "gc", "--no-reference", "--out", "r.json"]
+    assert main(arguments) == 0
+    before = {path: path.read_bytes() for path in here.rglob("*") if path.is_file()}
+    assert main([*arguments, "--force", "--dry-run"]) == 0
+    assert main([*arguments, "--dry-run"]) == 0
+    assert {path: path.read_bytes() for path in here.rglob("*") if path.is_file()} == before
+
+
+def test_a_test_loss_that_is_no_number_fails_its_row_and_keeps_the_others(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dataclasses import replace
+
+    from bgcbench.training.loop import Scores, Training
+
+    whole = Training.evaluate
+
+    def evaluate(self: Training) -> Scores:
+        scores = whole(self)
+        return replace(scores, loss=float("nan")) if self.layers and self.state.step else scores
+
+    monkeypatch.setattr(Training, "evaluate", evaluate)
+    assert main([*SMALL, "--variants", "gc", "--out", "r.json"]) == 1
+    found = document("r.json")
+    assert [row["status"] for row in found["results"]] == ["ok", "error"]
+    assert "the test loss was no longer finite" in found["results"][1]["reason"]
+    assert found["results"][1]["epochs"] == []
+
+
+def test_files_with_a_dot_in_their_names_have_checkpoints_of_their_own(here: Path) -> None:
+    for name in ("lr0.1", "lr0.2"):
+        assert main([*SMALL, "--variants", "gc", "--no-reference", "--epochs", "1", "--out", name]) == 0
+    assert {path.name for path in here.iterdir()} == {"lr0.1", "lr0.2", "lr0.1.checkpoints", "lr0.2.checkpoints"}
+
+
+def test_a_row_whose_checkpoints_are_gone_is_said_to_begin_again(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import shutil
+
+    assert main([*SMALL, "--variants", "gc", "--no-reference", "--out", "r.json"]) == 0
+    found = document("r.json")
+    found["results"][0]["status"], found["complete"] = "interrupted", False
+    Path("r.json").write_text(json.dumps(found))
+    shutil.rmtree("r.checkpoints")
+    assert main(["train", "--resume", "r.json"]) == 0
+    assert (
+        "wrn_10_1-digits-gc-n2-s0: no checkpoint is there, so it is trained from the start" in capsys.readouterr().err
+    )
+
+
+def test_uneven_groups_are_counted_as_they_are() -> None:
+    from bgcbench.convert import convert
+    from bgcbench.experiments.network_run import network_counts
+    from bgcbench.measure.trace import trace
+
+    dense = bgcbench.build_model("wrn_10_1")
+    size = (3, 16, 16)
+    converted = convert(dense, "flgc", 2, init="scratch", example_input=size).model
+    balanced = network_counts(converted, trace(converted, size), 1, 4, learnt=True)
+    assert balanced == network_counts(converted, trace(converted, size), 1, 4)
+    with torch.no_grad():
+        for name, logits in converted.named_parameters():
+            if "logits" in name:
+                logits[:, 0] = 100.0  # all channels in one group: the dense convolution
+    uneven = network_counts(converted, trace(converted, size), 1, 4, learnt=True)
+    found = trace(dense, size)
+    assert uneven["params"] == sum(p.numel() for p in dense.parameters())
+    assert (uneven["macs"], uneven["macs_training"]) == (found.macs, found.macs)
+    assert balanced["macs"] < uneven["macs"]
+    assert balanced["macs_training"] == found.macs
+
+
+@pytest.mark.parametrize("variants", ["standard,gc", "all", None])
+def test_no_reference_leaves_the_standard_convolution_out(variants: str | None) -> None:
+    from bgcbench.experiments.train import TrainConfig
+
+    chosen = {} if variants is None else {"variants": tuple(variants.split(","))} if variants != "all" else {}
+    config = TrainConfig(model="wrn_10_1", data="digits", reference=False, **chosen)
+    assert "standard" not in {variant for variant, _ in config.cells}
+
+
 def test_seeds_and_variants_can_be_added_to_a_file(here: Path) -> None:
     assert main([*SMALL, "--variants", "gc", "--no-reference", "--out", "r.json"]) == 0
     before = document("r.json")["results"][0]
@@ -471,6 +571,27 @@ def test_resume_auto_starts_goes_on_and_ends(here: Path, capsys: pytest.CaptureF
     assert document("named.json")["complete"]
 
 
+def test_resume_auto_leaves_runs_of_other_settings_alone(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [*BASE, "--groups", "2", "--subset", "128", "--variants", "gc", "--no-reference", "--epochs", "1"]
+    assert main([*arguments, "--lr", "0.5", "--quiet"]) == 0
+    (path,) = Path("results").glob("train-*.json")
+    found = document(path)
+    found["results"][0]["status"], found["complete"] = "interrupted", False
+    path.write_text(json.dumps(found))
+    path.with_suffix(".checkpoints").rename("results/train-older.checkpoints")
+    path = path.rename(path.with_name("train-older.json"))
+    capsys.readouterr()
+    assert main([*arguments, "--resume", "auto"]) == 0  # the learning rate is the recipe's, not the other run's
+    assert "going on with" not in capsys.readouterr().err
+    assert len(list(Path("results").glob("train-*.json"))) == 2
+    assert not document(path)["complete"]
+    assert main([*arguments, "--lr", "0.5", "--resume", "auto"]) == 0
+    assert f"going on with {path}" in capsys.readouterr().err
+    assert document(path)["complete"]
+    assert main([*arguments, "--resume", "auto", "--out", str(path)]) == 2
+    assert "its lr is 0.5 and 0.1 is asked for" in capsys.readouterr().err
+
+
 # ------------------------------------------------------------------------------------ killed, stopped, several at once
 
 
@@ -482,19 +603,20 @@ def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
 
 def test_killed_and_stopped_at_random_it_ends_with_the_same_bits(tmp_path: Path) -> None:
     arguments = [*BASE, "--groups", "2", "--variants", "bgc", "--no-reference", "--subset", "1024",
-                 "--epochs", "6", "--save-every", "0.05", "--quiet"]  # fmt: skip
+                 "--epochs", "6", "--batch-size", "32", "--save-every", "0.05", "--quiet"]  # fmt: skip
     whole = start(tmp_path, *arguments, "--out", "whole.json")
     draw = random.Random(os.getpid())
     broken = tmp_path / "broken.checkpoints" / "wrn_10_1-digits-bgc-n2-s0"
     begun = False
-    for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGKILL):
+    # Killed first: the file must be there before the first epoch has ended.
+    for signum in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT):
         again = ["train", "--resume", "broken.json", "--quiet"] if begun else [*arguments, "--out", "broken.json"]
         process = start(tmp_path, *again)
         seen = set(broken.glob("*.pt"))
         deadline = time.monotonic() + 60
         while set(broken.glob("*.pt")) <= seen and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.01)
-        time.sleep(draw.uniform(0, 0.4))
+        time.sleep(0 if signum == signal.SIGKILL else draw.uniform(0, 0.4))
         process.send_signal(signum)
         _, errors = process.communicate(timeout=60)
         if process.returncode == 0:
@@ -544,6 +666,19 @@ def test_two_processes_train_the_same_network_and_judge_every_image_once(tmp_pat
             assert torch.allclose(value, states[1][name], rtol=1e-9, atol=1e-11), name
 
 
+def test_what_one_process_finds_wrong_is_said_once_and_ends_all(tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "bgcbench",
+         "train", "wrn_10_1", "--data", "./nope", "--groups", "2", "--device", "cpu"],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert len([line for line in done.stderr.splitlines() if line.startswith("bgcbench: ")]) == 1, done.stderr
+    assert "gloo" not in done.stderr.lower()
+    assert "bgcbench/training" not in done.stderr
+
+
 def test_two_processes_stop_together_and_one_goes_on(tmp_path: Path) -> None:
     arguments = [*BASE, "--groups", "2", "--variants", "bgc", "--no-reference", "--epochs", "40", "--batch-size", "32"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -559,6 +694,7 @@ def test_two_processes_stop_together_and_one_goes_on(tmp_path: Path) -> None:
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=60)
     assert process.returncode != 0
+    assert "bgcbench/training" not in errors, errors  # no traceback of ours
     found = document(tmp_path / "r.json")
     assert found["exit_reason"] == "interrupted", errors
     assert list(folder.glob("e*.pt"))

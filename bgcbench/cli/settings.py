@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from bgcbench.errors import UsageError
 from bgcbench.experiments.config import RunConfig
-from bgcbench.experiments.profile import check_same_workload
+from bgcbench.experiments.profile import check_same_fields, check_same_workload
 from bgcbench.results import check_command
 
 Config = TypeVar("Config", bound=RunConfig)
@@ -64,6 +64,7 @@ def resumed(
         for grid in ("groups", "variants", "inputs", "seeds")
         if grid in given
     }
+    check_same_fields(stored["config"], {**given, **grown}, base.FREE, name)  # before they are checked together
     config = dataclasses.replace(base, **{**given, **grown})
     check_same_workload(stored["config"], config, name)
     return config

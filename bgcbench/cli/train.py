@@ -33,7 +33,7 @@ from bgcbench.cli.common import (
     Where,
     app,
 )
-from bgcbench.errors import ResultFileError, UsageError
+from bgcbench.errors import OutputError, ResultFileError, UsageError
 from bgcbench.training.launcher import launched
 
 if TYPE_CHECKING:
@@ -299,13 +299,16 @@ def train(
     if no_reference and (1 in given.get("groups", ()) or "standard" in (variants or "").split(",")):
         raise UsageError("--no-reference leaves the standard convolution out, and it is asked for; drop one of the two")
     with _only_first_speaks():
+        if out == "-" and save_every is not None:
+            raise UsageError("--save-every is for checkpoints, which --out - keeps none of; leave one of them out")
+        given = _with_preset(given, preset)
         path, stored = _file_to_resume(resume, given, out)
-        output = Output.asked(
-            None if path else out, form, force=force and path is None, resume=path, quiet=quiet, plot=plot
-        )
-        config = _configuration(given, preset, stored, str(path))
-        if _rank() == 0:
-            output.probe(dry_run=dry_run)
+        replacing = force and not (resume == "auto" and path is not None)
+        output = Output.asked(None if path else out, form, force=replacing, resume=path, quiet=quiet, plot=plot)
+        config = _configuration(given, stored, str(path))
+        output.probe(dry_run=dry_run)
+    if resume == "auto" and path is not None and not quiet and _rank() == 0:
+        common.say(f"going on with {path}")
     return _run(context, config, stored, output, dry_run=dry_run)
 
 
@@ -325,7 +328,7 @@ def _only_first_speaks() -> Iterator[None]:
     """What is wrong with the options is wrong in every process; one of them says so."""
     try:
         yield
-    except UsageError as error:
+    except (UsageError, OutputError) as error:
         if _rank() == 0:
             raise
         raise typer.Exit(error.exit_code) from None
@@ -343,30 +346,55 @@ def _file_to_resume(
         if out is not None:
             raise UsageError("--resume writes to the file it continues; leave --out out, or say --resume auto")
         return Path(resume), read(Path(resume))
+    if out == "-":
+        raise UsageError("--resume auto needs a file; name one with --out, or leave --out out")
+    wanted = _configuration(given, None, "")
     if out is not None:
-        if out == "-":
-            raise UsageError("--resume auto needs a file; name one with --out, or leave --out out")
-        return (Path(out), read(Path(out))) if Path(out).exists() else (None, None)
+        if not Path(out).exists():
+            return None, None
+        stored = read(Path(out))
+        _check_same_run(stored, wanted, out)
+        return Path(out), stored
     newest = sorted(Path("results").glob("train-*.json"), key=lambda path: path.stat().st_mtime, reverse=True)
     for path in newest:
-        try:
+        with contextlib.suppress(ResultFileError):  # of another run, or damaged
             stored = read(path)
-            _configuration(given, None, stored, str(path))
-        except (ResultFileError, UsageError):
-            continue  # a run of something else
-        if not stored["complete"]:
-            return path, stored
+            if not stored["complete"]:
+                _check_same_run(stored, wanted, str(path))
+                return path, stored
     return None, None
 
 
-def _configuration(given: dict[str, Any], preset: str | None, stored: dict[str, Any] | None, name: str) -> TrainConfig:
+def _check_same_run(stored: dict[str, Any], wanted: TrainConfig, name: str) -> None:
+    """Raise ResultFileError unless ``stored`` is a run of these very settings, those that were not typed included."""
+    from bgcbench.experiments.profile import check_same_fields
+    from bgcbench.results import check_command
+
+    check_command(stored, "train", name)
+    fields = wanted.to_json()
+    if fields["num_classes"] is None:  # seen only in the data
+        del fields["num_classes"]
+    check_same_fields(stored["config"], fields, wanted.FREE, name)
+    for grid in ("variants", "groups", "seeds"):
+        if stored["config"].get(grid) != fields[grid]:
+            raise ResultFileError(
+                f"{name} cannot be resumed: its {grid} are {stored['config'].get(grid)} and {fields[grid]} are asked "
+                f"for; say --resume {name} to add to them, or start a new file with --out"
+            )
+
+
+def _with_preset(given: dict[str, Any], preset: str | None) -> dict[str, Any]:
+    from bgcbench.experiments.train import as_folder
+    from bgcbench.experiments.train import preset as with_preset
+
+    return as_folder(given) if preset is None else with_preset(preset, given)
+
+
+def _configuration(given: dict[str, Any], stored: dict[str, Any] | None, name: str) -> TrainConfig:
     """What to train: as asked, or what file ``name`` holds with the seeds, variants and N that are asked for added."""
     from bgcbench.cli.settings import resumed
     from bgcbench.experiments.train import TrainConfig
-    from bgcbench.experiments.train import preset as with_preset
 
-    if preset is not None:
-        given = with_preset(preset, given)
     if stored is not None:
         return resumed(stored, given, name, "train", TrainConfig, TrainConfig)
     if "model" not in given:
@@ -385,7 +413,7 @@ def _run(
     from bgcbench import results
     from bgcbench.interrupts import Interrupts
 
-    found = launched()
+    found, quiet = launched(), output.quiet
     with Interrupts(patient=found is not None and found[1] > 1) as interrupts:
         from bgcbench.experiments.train_run import TrainRun, open_session, prepare  # torch, and what needs it
         from bgcbench.training.distributed import joined
@@ -407,7 +435,7 @@ def _run(
                 session,
                 world,
                 kept=world.share(kept),
-                folder=world.share(None if output.path is None else output.path.with_suffix(".checkpoints")),
+                folder=world.share(_checkpoints_of(output.path)),
                 afresh=not output.resumes,
                 replace=output.replace,
                 stop=interrupts.requested,
@@ -416,7 +444,9 @@ def _run(
                 for line in (*run.warnings, *_plan_lines(run, full=dry_run), output.destination):
                     common.say(line)
             if dry_run:
-                return _estimate(run, interrupts, quiet=output.quiet)
+                return 0 if quiet else _estimate(run, interrupts, quiet=output.quiet)
+            with _only_first_speaks():
+                run.make_room()
             document = stored or results.new_document(
                 "train",
                 context.obj or [],
@@ -461,11 +491,21 @@ def _plan_lines(run: TrainRun, *, full: bool) -> list[str]:
             f"  {run.name_of(variant, groups)}: {counts['params']:,} parameters, {counts['macs'] / 1e6:,.1f} M MACs an "
             f"image, {len(convert['replaced'])} convolutions replaced, {len(convert['kept'])} kept"
         )
-    if full:
-        convert = list(run.prepared.cells.values())[-1].convert
-        lines += [f"  replaced: {name}" for name in convert["replaced"]]
-        lines += [f"  kept: {kept['name']} ({kept['reason']})" for kept in convert["kept"]]
+    told: list[dict[str, Any]] = []
+    for (variant, groups), cell in run.prepared.cells.items() if full else ():
+        choice = {name: cell.convert[name] for name in ("replaced", "kept")}
+        if variant == "standard" or choice in told:  # the same convolutions, unless N does not divide some
+            continue
+        told.append(choice)
+        lines.append(f"{run.name_of(variant, groups)}:" if len(told) > 1 else "convolutions:")
+        lines += [f"  replaced: {name}" for name in choice["replaced"]]
+        lines += [f"  kept: {kept['name']} ({kept['reason']})" for kept in choice["kept"]]
     return lines
+
+
+def _checkpoints_of(path: Path | None) -> Path | None:
+    """The folder beside a result file that its checkpoints are kept in."""
+    return None if path is None else path.with_name(f"{path.name.removesuffix('.json')}.checkpoints")
 
 
 _SHOWN = ("batch_size", "lr", "schedule", "milestones", "momentum", "nesterov", "weight_decay", "label_smoothing",
@@ -500,7 +540,12 @@ def _duration(seconds: float) -> str:
 
 
 def _saved(run: TrainRun, document: dict[str, Any], writer: ResultWriter | None) -> Iterator[Update]:
-    """The run's updates; what an epoch has found is already in the document and on the disk."""
+    """The run's updates; what an epoch has found is already in the document and on the disk.
+
+    The file is there from the start: a run that is killed in its first epoch has checkpoints to go on from.
+    """
+    if writer is not None:
+        writer.write(document)
     for update in run.run():
         if update.ended:
             _take(run, document)

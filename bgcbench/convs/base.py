@@ -208,6 +208,15 @@ class VariantConv2d(nn.Module, ABC):
         """The penalty that the variant wants in the loss, to be weighted; a scalar, None where it wants none."""
         return None
 
+    @property
+    def is_settled(self) -> bool:
+        """Whether the layer has made all the changes to its structure that training is to make (see set_progress)."""
+        return True
+
+    def grouping(self) -> Tensor | None:
+        """A structure that is learnt, as whole numbers that can be compared with those at the start; mostly None."""
+        return None
+
     def learnt(self) -> Mapping[str, float]:
         """What there is to say of a structure that is learnt (shares from 0 to 1), by name; mostly nothing."""
         return {}

@@ -170,6 +170,10 @@ class FullyLearnableGroupConv2d(MaskedConv2d):
         """Share of the outputs that stand in a group without inputs and are constant."""
         return sum(m_g for m_g, n_g in self.group_sizes() if not n_g) / self.out_channels
 
+    def grouping(self) -> Tensor | None:
+        """The group of each input and then of each output: (n + m,)."""
+        return None if self.groups == 1 else torch.cat(self.assignments())
+
     def learnt(self) -> Mapping[str, float]:
         return {} if self.groups == 1 else {"dead_outputs": self.dead_outputs()}
 

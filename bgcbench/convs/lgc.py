@@ -139,6 +139,10 @@ class LearnedGroupConv2d(MaskedConv2d):
         squares = column_scores(self.masked_kernel().square(), self.groups)  # (N, n)
         return squares.clamp_min(LASSO_FLOOR).sqrt().sum()
 
+    @property
+    def is_settled(self) -> bool:
+        return self.stage >= self.stages
+
     def learnt(self) -> Mapping[str, float]:
         """kept: share of the inputs that a group has not yet dropped, at the end 1/N."""
         return {} if self.groups == 1 or self.is_deployed else {"kept": float(self.kept.float().mean())}

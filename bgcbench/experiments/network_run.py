@@ -232,7 +232,10 @@ def network_counts(model: nn.Module, found: Trace, batch: int, item: int, *, lea
         module = modules.get(call.module) if call.module is not None else None
         if not isinstance(module, VariantConv2d) or call.size is None or call.module is None:
             continue
-        counts = module.counts(*call.size) if learnt else count(module.spec, *call.size)
+        formula = count(module.spec, *call.size)
+        counts = module.counts(*call.size) if learnt else formula
+        macs += counts.macs - formula.macs
+        trained += counts.macs - formula.macs
         adds += counts.adds
         trained += (counts.macs_training or counts.macs) - counts.macs
         if call.module not in seen:

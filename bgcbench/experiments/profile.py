@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -106,8 +106,14 @@ class ProfileConfig(MeasureConfig):
 
 def check_same_workload(stored: Mapping[str, Any], config: RunConfig, name: str) -> None:
     """Raise ResultFileError if ``config`` measures something else than the run in file ``name`` did."""
-    for field_name, value in config.to_json().items():
-        if field_name in (*GRID_FIELDS, *config.FREE, "device") or stored.get(field_name) == value:
+    check_same_fields(stored, config.to_json(), config.FREE, name)
+
+
+def check_same_fields(stored: Mapping[str, Any], wanted: Mapping[str, Any], free: Collection[str], name: str) -> None:
+    """Raise ResultFileError for the first of the ``wanted`` fields that is another one in file ``name``."""
+    for field_name, given in wanted.items():
+        value = list(given) if isinstance(given, tuple) else given
+        if field_name in (*GRID_FIELDS, *free, "device") or stored.get(field_name) == value:
             continue
         raise ResultFileError(
             f"{name} cannot be resumed: its {field_name} is {stored.get(field_name)} and {value} is asked for; "

@@ -16,10 +16,12 @@ from bgcbench.experiments.config import NetworkChoice, RunConfig
 from bgcbench.results import Json
 from bgcbench.specs import DIGITS_PX, LAYOUTS, TRAINING_SETS, NetSpec, check_choice, check_on_cpu
 from bgcbench.theory import paper
-from bgcbench.training.recipes import HYPER, RECIPES, Recipe, default_recipe, make_recipe
+from bgcbench.training.launcher import processes
+from bgcbench.training.recipes import HYPER, RECIPES, Recipe, check_parts, default_recipe, make_recipe
 
 CLASSES = {"digits": 10, "cifar10": 10, "imagenet": 1000}
 IN_FILES = ("cifar10", "imagenet", "folder")  # data sets that are looked for in --data-dir
+READ_BY_WORKERS = ("imagenet", "folder")
 SIDES_PX = {"digits": DIGITS_PX, "cifar10": 32}
 QUICK_EPOCHS, QUICK_IMAGES = 2, 512
 
@@ -31,7 +33,7 @@ PRESETS = {"table5": ("cifar10", paper.TABLE5), "table6": ("imagenet", paper.TAB
 class TrainConfig(NetworkChoice, RunConfig):
     """One network, one data set, one recipe, the variants and seeds; valid once constructed.
 
-    data: one of TRAINING_SETS or the path of a folder with train/ and val/. data_dirs: where it is looked for.
+    data: one of TRAINING_SETS; :func:`as_folder` makes 'folder' of a path. data_dirs: where it is looked for.
     recipe: None for the data set's own. The hyper-parameters (see :class:`bgcbench.training.recipes.Recipe`) are None
     for the recipe's and written out afterwards, as are height, width, num_classes and stem_stride. pad, flip: of the
     augmentation, None for the data set's. seeds: each trains every row once. Raises UsageError or ShapeError.
@@ -98,16 +100,22 @@ class TrainConfig(NetworkChoice, RunConfig):
         """Raise UsageError for data that cannot be there; whether it is whole is seen when it is opened."""
         if not self.data:
             raise UsageError(f"--data is missing: choose from {', '.join(TRAINING_SETS)}, or give a folder of images")
-        if self.data not in TRAINING_SETS and not os.path.dirname(self.data) and not os.path.exists(self.data):
-            try:
-                check_choice("data set", self.data, TRAINING_SETS)
-            except UsageError as unknown:
-                raise UsageError(f"{unknown}, or give the path of a folder with train/ and val/") from None
+        try:
+            check_choice("data set", self.data, TRAINING_SETS)
+        except UsageError as unknown:
+            raise UsageError(f"{unknown}, or give the path of a folder with train/ and val/") from None
         if self.download and self.data != "cifar10":
             raise UsageError(f"--download is for cifar10, not for {self.data}; leave it out")
         if self.data in IN_FILES and not self.data_dirs:
             also = "; --download fetches it there" if self.data == "cifar10" else ""
             raise UsageError(f"--data {self.data} needs --data-dir DIR (or BGCBENCH_DATA_DIR), where it is{also}")
+        if self.workers is not None and self.data not in READ_BY_WORKERS:
+            raise UsageError(f"--workers reads image files, and {self.data} is held in memory; leave it out")
+        own = CLASSES[self.data] if self.data in ("digits", "cifar10") else None
+        if own and self.num_classes not in (None, own):
+            raise UsageError(
+                f"--classes {self.num_classes} does not go with --data {self.data}, which has {own}; leave it out"
+            )
 
     def _check_device(self) -> None:
         """Raise UsageError for what a CPU cannot do, where it is asked for by name."""
@@ -123,6 +131,9 @@ class TrainConfig(NetworkChoice, RunConfig):
         if not self.seeds or min(self.seeds) < 0 or len(set(self.seeds)) < len(self.seeds):
             listed = ",".join(map(str, self.seeds))
             raise UsageError(f"--seeds {listed} must be whole numbers from 0 up, none twice")
+        if self.group_lasso and "lgc" not in self.variants:
+            raise UsageError("--group-lasso is a penalty on lgc, which is not among --variants; leave it out")
+        check_parts(self.hyper.batch_size, self.accumulate, processes())
         if self.subset is not None and self.subset < 1:
             raise UsageError(f"--subset {self.subset} must be a number of training images")
         if self.pad is not None and self.pad < 0:
@@ -152,15 +163,14 @@ class TrainConfig(NetworkChoice, RunConfig):
     @property
     def cells(self) -> list[tuple[str, int]]:
         """(variant, N) of every row, by N, the standard convolution first; it is N = 1 of all of them."""
-        standard = self.reference or "standard" in self.variants or 1 in self.groups
-        wanted = [("standard", 1)] if standard else []
+        wanted = [("standard", 1)] if self.reference else []
         others = [name for name in self.variants if name != "standard"]
         return wanted + [(name, n) for n in sorted(set(self.groups) - {1}) for name in others]
 
     @property
     def dataset(self) -> str:
-        """The data set in keys and tables: its name, or the folder's."""
-        return self.data if self.data in TRAINING_SETS else os.path.basename(os.path.abspath(self.data)) or "folder"
+        """The data set in keys and tables."""
+        return self.data
 
     @property
     def what(self) -> str:
@@ -215,6 +225,14 @@ def identity(config: TrainConfig, row: TrainRow) -> Json:
     left_out = {*config.FREE, "variants", "groups", "seeds", "reference", "skip_invalid", "device", "quick"}
     shared: Mapping[str, Any] = {name: v for name, v in config.to_json().items() if name not in left_out}
     return {**shared, "variant": row.cell[0], "groups": row.cell[1], "seed": row.seed}
+
+
+def as_folder(given: Mapping[str, Any]) -> dict[str, Any]:
+    """``given`` with a --data that is the path of a folder as the data set 'folder' in that place."""
+    data = given.get("data")
+    if data is None or data in TRAINING_SETS or not (os.path.dirname(data) or os.path.exists(data)):
+        return dict(given)
+    return {**given, "data": "folder", "data_dirs": (data,)}
 
 
 def preset(name: str, given: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import statistics
@@ -34,6 +35,7 @@ from bgcbench.measure.device import (
     backend_state,
     check_combination,
     compile_state,
+    current,
     describe_failure,
     free_memory,
     make_stopwatch,
@@ -125,6 +127,10 @@ def prepare(config: TrainConfig, world: World) -> Prepared:
             f"--classes {config.num_classes} does not go with --data {config.data}, which has {data.num_classes}; "
             "leave --classes out"
         )
+    if config.quick and config.subset is not None and config.subset > len(data.train_labels):
+        config = dataclasses.replace(config, subset=len(data.train_labels))
+    if config.sync_bn and world.size == 1:
+        raise UsageError("--sync-bn is for several processes, and this is one; start them with torchrun")
     spec = config.spec
     options = Options(config.accumulate, _workers(config), config.save_every_s, config.sync_bn, config.subset)
     check_batch(config.hyper, options, len(subset_of(data.train_labels, config.subset)), world.size)
@@ -156,11 +162,9 @@ def _opened(config: TrainConfig, world: World) -> LabelledData:
         classes = config.num_classes if config.data == "synthetic" else None
         return open_labelled(config.data, size, folders, download=download, classes=classes)
 
-    data = None
-    if world.is_main:
-        data = opened(download=config.download)
-    world.share(None)  # the others wait until everything is there
-    data = data or opened(download=False)
+    found: list[LabelledData] = []
+    world.once(lambda: found.append(opened(download=config.download)))
+    data = found[0] if found else opened(download=False)
     changed: dict[str, Any] = {"pad": config.pad, "flip": config.flip}
     changed = {name: value for name, value in changed.items() if value is not None}
     if not changed:
@@ -174,8 +178,11 @@ def _opened(config: TrainConfig, world: World) -> LabelledData:
 
 
 def _workers(config: TrainConfig) -> int:
-    """--workers, or a process a core, within reason."""
-    return min(WORKERS, os.cpu_count() or 1) if config.workers is None else config.workers
+    """--workers, or a process a core, within reason and shared by the trainings on this machine."""
+    if config.workers is not None:
+        return config.workers
+    beside = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # set by torchrun
+    return max(1, min(WORKERS, (os.cpu_count() or 1) // max(1, beside)))
 
 
 def _converted(record: Record | None, dense: nn.Module, config: TrainConfig) -> Json:
@@ -235,14 +242,18 @@ class TrainRun:
         self.rows = prepared.rows
         self.ceilings: Ceilings | None = None
         self._begun: float | None = None
-        self._make_room(afresh=afresh, replace=replace)
+        self._credit = 0.0  # rows' worth of what earlier runs have done
+        self._afresh, self._replace = afresh, replace
 
-    def _make_room(self, *, afresh: bool, replace: bool) -> None:
-        if self.folder is None or not afresh or not self.world.is_main:
-            return
-        for row in self.rows:
-            earlier = Checkpoints(self.folder / row.key)
-            if earlier.names and not replace:
+    def make_room(self) -> None:
+        """See that no checkpoint of an earlier run is in the way of one that begins afresh; raises OutputError."""
+        if self._afresh:
+            self.world.once(self._make_room)
+
+    def _make_room(self) -> None:
+        for row in self.rows if self.folder is not None else ():
+            earlier = Checkpoints(Path(self.folder or "") / row.key)
+            if earlier.names and not self._replace:
                 raise OutputError(
                     f"{earlier.folder} holds checkpoints of an earlier run; --force removes them, --resume goes on "
                     "with them, or give another --out"
@@ -265,20 +276,20 @@ class TrainRun:
         return [row for row in self.rows if self.known.get(row.key, {}).get("status") not in DONE]
 
     def run(self) -> Iterator[Update]:
-        """Train what is left, and say how it goes. The global random state is put back afterwards."""
+        """Train what is left, and say how it goes. The global random state is put back afterwards.
+
+        Raises OutputError before anything else where checkpoints of an earlier run are in the way.
+        """
+        self.make_room()
         todo = self.todo
         devices = [self.session.device] if self.session.device.type == "cuda" else []
-        with (
-            torch.random.fork_rng(devices=devices),
-            backend_state(self.config.precision, self.config.threads),
-            compile_state(),
-        ):
+        with self._state():
             if todo and devices:
                 stopwatch = make_stopwatch(self.session.device, cold=False)
                 self.ceilings = measure_ceilings(stopwatch, DTYPES[self.config.precision])
             self._begun = time.perf_counter()
             for number, row in enumerate(todo):
-                if self.stop():
+                if self.world.any(self.stop()):
                     return
                 yield from self._trained(row, number, len(todo))
                 free_memory(self.session.device)
@@ -287,19 +298,39 @@ class TrainRun:
                 if self.known[row.key]["status"] == "interrupted":
                     return
 
+    @contextlib.contextmanager
+    def _state(self) -> Iterator[None]:
+        """Everything global that a training sets, put back afterwards; its device is the current one."""
+        device = self.session.device
+        with (
+            current(device),
+            torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+            backend_state(self.config.precision, self.config.threads),
+            compile_state(),
+        ):
+            yield
+
     def _trained(self, row: TrainRow, number: int, count: int) -> Iterator[Update]:
         yield Update(row, number, count, None, number / count)
         training: Training | None = None
+        credited = False
         try:
             training = self.training(row)
+            lost = bool(self.known.get(row.key, {}).get("epochs"))
             for progress in training.run():
+                if not credited:
+                    credited = True
+                    self._credit += training.resumed
+                    if lost and not training.resumed:
+                        self.warnings.append(f"{row.key}: no checkpoint is there, so it is trained from the start")
                 if progress.ended:
                     self._take(
                         row, training, "interrupted", f"epoch {progress.epoch} of {progress.epochs} was the last"
                     )
                 done = (number + progress.done) / count
                 record = training.state.history[-1] if progress.ended else None
-                yield Update(row, number, count, progress, done, self._left(done), progress.ended, record)
+                left = self._left(done, self._credit / count)
+                yield Update(row, number, count, progress, done, left, progress.ended, record)
             if training.stopped:
                 self._take(row, training, "interrupted", f"stopped in epoch {training.state.epoch + 1}")
             else:
@@ -345,12 +376,12 @@ class TrainRun:
             warn=self.warnings.append,
         )
 
-    def _left(self, done: float) -> float | None:
-        """Seconds left of the run, as fast as it has been so far."""
-        if self._begun is None or done <= 0:
+    def _left(self, done: float, before: float) -> float | None:
+        """Seconds left of the run, as fast as it has been so far; the share ``before`` was done by an earlier one."""
+        if self._begun is None or done <= before:
             return None
         elapsed = time.perf_counter() - self._begun
-        return elapsed * (1 - done) / done
+        return elapsed * (1 - done) / (done - before)
 
     def _take(self, row: TrainRow, training: Training | None, status: str, reason: str | None) -> None:
         """Write down what is known of a row."""
@@ -404,15 +435,24 @@ class TrainRun:
     # --------------------------------------------------------------------------------------------------- the dry run
 
     def estimates(self) -> Iterator[tuple[TrainRow, float, float]]:
-        """(row, seconds an epoch, seconds in all) of one row of each variant and N, by training a few steps of it."""
+        """(row, seconds an epoch, seconds in all) of one row of each variant and N, by training a few steps of it.
+
+        Raises BgcbenchError where a network cannot be trained, as out of memory.
+        """
         seen: set[tuple[str, int]] = set()
-        with torch.random.fork_rng(), backend_state(self.config.precision, self.config.threads), compile_state():
+        with self._state():
             for row in self.todo:
-                if row.cell in seen or self.stop():
+                if row.cell in seen:
                     continue
+                if self.world.any(self.stop()):
+                    return
                 seen.add(row.cell)
-                training = self.training(row, checkpoints=False)
-                epoch_s = training.estimate()
+                try:
+                    epoch_s = self.training(row, checkpoints=False).estimate()
+                except BgcbenchError:
+                    raise
+                except Exception as problem:
+                    failure = describe_failure(problem, self.session.device, OUT_OF_MEMORY)
+                    raise BgcbenchError(f"{network_label(*row.cell)}: {failure.reason}") from problem
                 yield row, epoch_s, epoch_s * self.config.hyper.epochs
-                del training
                 free_memory(self.session.device)

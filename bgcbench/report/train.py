@@ -362,13 +362,29 @@ def _about_errors(rows: Sequence[Json], cells: Sequence[_Cell]) -> list[str]:
 
 def _learnt(cell: _Cell) -> str | None:
     """What a learned grouping left behind that the counts do not tell."""
+    lines = [text for text in (_moved(cell), _left_behind(cell)) if text]
+    return "; ".join(lines) and f"{cell.name}: {'; '.join(lines)}"
+
+
+def _moved(cell: _Cell) -> str | None:
+    """How many channels are in another group than at the start."""
+    moved = [share for row in cell.done if (share := _last(row, "moved")) is not None]
+    if not moved:
+        return None
+    if not any(moved):
+        return "no channel ever changed its group, so it trained as a group convolution with random, fixed groups"
+    return f"{_percent(moved)} of the channels changed their group"
+
+
+def _left_behind(cell: _Cell) -> str | None:
+    """Outputs without inputs; inputs that should have been dropped."""
     dead = [share for row in cell.done if (share := _last(row, "dead_outputs"))]
     if dead:
-        return f"{cell.name}: {_percent(dead)} of the outputs ended dead, without inputs ({_seeds(len(dead), cell)})"
+        return f"{_percent(dead)} of the outputs ended dead, without inputs ({_seeds(len(dead), cell)})"
     kept = [share for row in cell.done if (share := _last(row, "kept")) and share > 1.01 / cell.groups]
     if kept:
         over = f"and not {significant(100 / cell.groups, 2)} %"
-        return f"{cell.name}: its groups ended with {_percent(kept)} of the inputs {over} ({_seeds(len(kept), cell)})"
+        return f"its groups ended with {_percent(kept)} of the inputs {over} ({_seeds(len(kept), cell)})"
     return None
 
 
@@ -435,6 +451,7 @@ def _record(row: Json, standard: _Cell | None) -> Json:
         "paper_error": row["paper"]["error"] if row.get("paper") else None,
         "dead_outputs": _last(row, "dead_outputs"),
         "kept": _last(row, "kept"),
+        "moved": _last(row, "moved"),
         "replaced": len(row["convert"]["replaced"]) if row.get("convert") else None,
         "checkpoints": row.get("checkpoints"),
     }

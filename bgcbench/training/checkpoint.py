@@ -10,10 +10,13 @@ The digits are the beginning of the file's SHA-256, as torch.hub names files: a 
 
 from __future__ import annotations
 
+import builtins
+import contextlib
 import hashlib
 import io
 import json
 import re
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +36,8 @@ _ANY_NAME = re.compile(r"(?:best-|final-)?e\d+(?:-s\d+)?-[0-9a-f]+\.pt")
 # A training that is done may be asked for again, where it ended before the result file said so.
 _NAME = re.compile(r"(?:final-)?e(\d+)(?:-s(\d+))?-[0-9a-f]+\.pt")
 # What torch.load says of a file that asks for code.
-_CODE = re.compile(r"GLOBAL (\S+)|Unsupported (?:global|operand|class)|Can only (?:build|create)", re.IGNORECASE)
+_GLOBAL = re.compile(r"GLOBAL (\S+)")
+_CODE = re.compile(r"Unsupported (?:global|operand|class)|Can only (?:build|create)", re.IGNORECASE)
 
 State = dict[str, Tensor]
 
@@ -96,10 +100,13 @@ class Checkpoints:
         One that is torn or damaged is passed over, which ``warn`` is told. Raises ResultFileError for one that holds
         code, and where there are checkpoints and all of them are damaged.
         """
-        found = self._running()
-        for _, path in found:
+        found = [path for _, path in self._running()]
+        for number, path in enumerate(found):
             stored = _read(path)
             if isinstance(stored, Stored):
+                for damaged in found[:number]:  # or they would stand in the places of newer ones
+                    with contextlib.suppress(OSError):
+                        damaged.rename(f"{damaged}.damaged")
                 return stored
             warn(f"{path} is passed over: {stored}")
         if found:
@@ -151,18 +158,30 @@ def _read(path: Path) -> Stored | str:
         data = path.read_bytes()
     except OSError as error:
         return f"it cannot be read ({error.strerror or error})"
+    intact = hashlib.sha256(data).hexdigest().startswith(path.stem.rpartition("-")[2])
     try:
         content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as problem:
-        if code := _CODE.search(str(problem)):
+        if code := _code_asked_for(str(problem), intact=intact):
             raise ResultFileError(
-                f"{path} holds pickled code ({code[1] or 'a call'}), which is not run; it is no checkpoint of "
-                "bgcbench: remove it"
+                f"{path} holds pickled code ({code}), which is not run; it is no checkpoint of bgcbench: remove it"
             ) from problem
         return "it is torn or damaged"
-    if not hashlib.sha256(data).hexdigest().startswith(path.stem.rpartition("-")[2]):
-        return "its contents are not those that its name was made from"
-    return _checked(content)
+    return _checked(content) if intact else "its contents are not those that its name was made from"
+
+
+def _code_asked_for(refusal: str, *, intact: bool) -> str | None:
+    """What torch.load has refused to run; None where it has only met damage.
+
+    A flipped bit may turn a name that a checkpoint has into another one, but hardly into that of a standard module.
+    """
+    found = _GLOBAL.search(refusal)
+    if found is None:
+        return "a call" if intact and _CODE.search(refusal) else None
+    name = found[1]
+    module = name.split(".")[0]
+    standard = module in sys.stdlib_module_names or module == "__builtin__" or hasattr(builtins, name)
+    return name if intact or (standard and module != "collections") else None
 
 
 def _checked(content: Any) -> Stored | str:

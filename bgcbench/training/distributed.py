@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import distributed as dist
 from torch import nn
 
-from bgcbench.errors import DeviceError, UsageError
+from bgcbench.errors import BgcbenchError, DeviceError, UsageError
 from bgcbench.training.launcher import launched
 
 Shared = TypeVar("Shared")
@@ -45,6 +45,28 @@ class World:
         box = [value if self.is_main else None]
         dist.broadcast_object_list(box, src=0, device=self.device if self.device.type == "cuda" else None)
         return box[0]  # type: ignore[return-value]
+
+    def once(self, action: Callable[[], Shared]) -> Shared:
+        """What ``action`` returns in the main process, in every process; a BgcbenchError of it is raised in every one.
+
+        Nobody is left waiting for a process that has found something wrong.
+        """
+        if self.size == 1:
+            return action()
+        done: tuple[bool, Any] = (True, None)
+        if self.is_main:
+            try:
+                done = True, action()
+            except BgcbenchError as error:
+                done = False, error
+        good, value = self.share(done)
+        if not good:
+            raise value
+        return value  # type: ignore[no-any-return]
+
+    def any(self, flag: bool) -> bool:
+        """Whether ``flag`` is set in one of the processes at least."""
+        return self.total([flag])[0] > 0
 
     def share_buffers(self, module: nn.Module) -> None:
         """Give every process the main one's buffers (running statistics), which each has counted for itself."""

@@ -1,8 +1,9 @@
 """The training loop: one network, one data set, one recipe, in one process or in several.
 
 What happens in a step follows from (seed, epoch, step) alone: the order and augmentation of the images, the learning
-rate, the random numbers inside the network (dropout). So a training that was stopped anywhere, killed or moved to
-another number of processes goes on as if it had not been.
+rate, the random numbers inside the network (dropout). So a training that was stopped anywhere or killed goes on as if
+it had not been; on another number of processes too, but for what each of them draws or counts for itself (dropout, the
+statistics of batch norm).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -30,12 +31,13 @@ from bgcbench.measure.workload import class_scores
 from bgcbench.results import Json, write_atomically
 from bgcbench.training.checkpoint import DIAGNOSIS, Checkpoints, Stored
 from bgcbench.training.distributed import World
-from bgcbench.training.recipes import Recipe
+from bgcbench.training.recipes import Recipe, check_parts
 
 TOP5_CLASSES = 10  # from so many classes on the five best scores are looked at too
 LOOK_STEPS = {"cpu": 1, "cuda": 50}  # between two looks at the losses: on CUDA each one waits for the device
 AGREE_STEPS = 10  # several processes ask one another this often whether to stop or to save
 SHOW_S = 0.25  # between two reports of progress
+AUXILIARY_WEIGHT = 0.3  # of the losses of auxiliary heads, as in GoogLeNet's paper
 
 
 class NonFiniteLoss(BgcbenchError):
@@ -165,6 +167,9 @@ class Training:
         self.stopped = False
         self.feed = data.feed(world.device, workers=self.options.workers)
         self.layers = [m for m in network.modules() if isinstance(m, VariantConv2d)]
+        groupings = [layer.grouping() for layer in self.layers]
+        self.starts = [None if grouping is None else grouping.cpu() for grouping in groupings]
+        self.resumed = 0.0  # the share of the training that an earlier run has done
         if self.options.sync_bn and world.size > 1:
             self.network = network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
         self._prepare(network)
@@ -216,7 +221,6 @@ class Training:
                 self._save()
         if self.stopped:
             return
-        self._tell_layers(1.0)
         if self.checkpoints is not None and self.world.is_main and trained:
             self.checkpoints.save_final(replace(self._stored(), extra={}), self.state.epoch)
             self._warn_of_problem()
@@ -237,6 +241,9 @@ class Training:
                 state.seconds = before + now - begin
                 stop, save = self._agreed(due=now - saved > self.options.save_every_s)
                 if stop or save:
+                    self._wait()
+                    now = time.perf_counter()
+                    state.seconds = before + now - begin
                     self._save()
                     begin += time.perf_counter() - now
                     saved = time.perf_counter()
@@ -281,12 +288,14 @@ class Training:
         with torch.autocast(self.world.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
             output = self.train_model(images)
         heads = [scores if scores.dtype == torch.float64 else scores.float() for scores in class_scores(output)]
-        loss: Any = sum(F.cross_entropy(scores, labels, label_smoothing=recipe.label_smoothing) for scores in heads)
+        losses = [F.cross_entropy(scores, labels, label_smoothing=recipe.label_smoothing) for scores in heads]
+        loss = losses[0]
+        for auxiliary in losses[1:]:
+            loss = loss + AUXILIARY_WEIGHT * auxiliary
         if recipe.group_lasso:
             penalties = [penalty for layer in self.layers if (penalty := layer.group_lasso()) is not None]
             loss = loss + recipe.group_lasso * sum(penalties)
-        found: Tensor = loss
-        return found
+        return loss
 
     def _tell_layers(self, fraction: float) -> None:
         for layer in self.layers:
@@ -297,8 +306,11 @@ class Training:
         state = self.state
         self._look(0)
         self.losses = self._merged_losses()
+        self._tell_layers((state.epoch + 1) / self.recipe.epochs)
         begin = time.perf_counter()
         scores = self.evaluate()
+        if not math.isfinite(scores.loss):
+            self._give_up(self.steps - 1, "test loss")
         error = self._judged(scores)
         images = self.steps * self.recipe.batch_size
         state.history.append(
@@ -313,11 +325,14 @@ class Training:
                 "test_seconds": time.perf_counter() - begin,
                 "images_per_s": images / state.seconds if state.seconds > 0 else None,
                 "learnt": self._learnt(),
+                "world_size": self.world.size,
             }
         )
         speed = self.steps / state.seconds if state.seconds > 0 else None
         state.epoch, state.step, state.seconds = state.epoch + 1, 0, 0.0
-        better = error is not None and (state.best is None or error < state.best)
+        # A network that is still to be pruned is another one than the row is about.
+        settled = all(layer.is_settled for layer in self.layers)
+        better = settled and error is not None and (state.best is None or error < state.best)
         if better:
             state.best, state.best_epoch = error, state.epoch
         progress = replace(self._progress(speed), epoch=state.epoch, ended=True, loss=float(self.losses[-1]))
@@ -332,8 +347,12 @@ class Training:
     def _learnt(self) -> Json | None:
         """What the layers say of their structure, each by the share of its outputs."""
         sums: dict[str, list[float]] = {}
-        for layer in self.layers:
-            for name, value in layer.learnt().items():
+        for layer, start in zip(self.layers, self.starts, strict=True):
+            said = dict(layer.learnt())
+            grouping = layer.grouping()
+            if grouping is not None and start is not None:
+                said["moved"] = float((grouping.cpu() != start).double().mean())
+            for name, value in said.items():
                 found = sums.setdefault(name, [0.0, 0.0])
                 found[0] += value * layer.out_channels
                 found[1] += layer.out_channels
@@ -371,29 +390,33 @@ class Training:
     def estimate(self, budget_s: float = 3.0) -> float:
         """Seconds that an epoch takes, evaluation included, from a few steps of it; the network is changed by them.
 
-        The first step is left out where there is time for more, because libraries set themselves up in it.
+        A step and a test batch come before the clock runs: in the first one libraries set themselves up and compilers
+        compile.
         """
         batches = self._shares(self.numbers[epoch_order(len(self.numbers), self.seed, 0)])
+        parts = self.options.accumulate
         # Several processes must all do the same number of steps.
-        parts, most = self.options.accumulate, min(self.steps, 8 if self.world.size == 1 else 3)
+        most = min(self.steps, 9 if self.world.size == 1 else 4)
         budget_s = budget_s if self.world.size == 1 else math.inf
         self.train_model.train()
         times: list[float] = []
-        begin = time.perf_counter()
         with contextlib.closing(self.feed.train(batches[: most * parts], self.seed, 0)) as stream:  # type: ignore[type-var]
-            while len(times) < most and (not times or time.perf_counter() - begin < budget_s):
+            for number in range(most):
                 start = time.perf_counter()
                 self._step(stream)
                 self._wait()
                 times.append(time.perf_counter() - start)
+                if number and sum(times[1:]) > budget_s:
+                    break
         self.state = State()
-        start = time.perf_counter()
+        batch = max(1, self.recipe.batch_size // self.world.size)
         tests = len(self.data.test_labels)
-        shown = min(tests, 2 * self.recipe.batch_size)
-        self._judge(torch.arange(shown).split(max(1, self.recipe.batch_size // self.world.size)))
-        self._wait()
-        share = -(-tests // self.world.size) / shown
-        return statistics.median(times[1:] or times) * self.steps + (time.perf_counter() - start) * share
+        shown = torch.arange(min(tests, batch))
+        self._judge([shown])
+        start = time.perf_counter()
+        self._judge([shown])
+        test_s = (time.perf_counter() - start) * -(-tests // self.world.size) / len(shown)
+        return statistics.median(times[1:] or times) * self.steps + test_s
 
     def _wait(self) -> None:
         if self.world.device.type == "cuda":
@@ -459,8 +482,11 @@ class Training:
             mark = torch.tensor(first, device=self.world.device)
             torch.distributed.all_reduce(mark, op=torch.distributed.ReduceOp.MIN)
             first = int(mark)
-        if first >= self.steps:
-            return
+        if first < self.steps:
+            self._give_up(first, "loss")
+
+    def _give_up(self, first: int, what: str) -> NoReturn:
+        """Raise NonFiniteLoss for step ``first`` of this epoch, with a diagnosis written."""
         state = self.state
         number = state.epoch * self.steps + first
         lr = self.recipe.lr_at(number, self.steps)
@@ -470,7 +496,7 @@ class Training:
             write_diagnosis(path, self._diagnosis(first, lr))
             where = f"; {path.name} beside its checkpoints says more"
         raise NonFiniteLoss(
-            f"the loss was no longer finite in epoch {state.epoch + 1}, step {first + 1} of {self.steps} "
+            f"the {what} was no longer finite in epoch {state.epoch + 1}, step {first + 1} of {self.steps} "
             f"(learning rate {lr:.3g}); use a lower --lr or another --precision{where}"
         )
 
@@ -515,7 +541,7 @@ class Training:
         """Everything that the rest of the training depends on."""
         names = {id(parameter): name for name, parameter in self.network.named_parameters()}
         extra = {
-            f"momentum.{names[id(parameter)]}": held["momentum_buffer"].detach().clone()
+            f"momentum.{names[id(parameter)]}": held["momentum_buffer"].detach()
             for parameter, held in self.optimiser.state.items()
             if held.get("momentum_buffer") is not None
         }
@@ -527,6 +553,7 @@ class Training:
             "world_size": self.world.size,
             "torch": torch.__version__,
         }
+        extra |= {f"start.{number}": start for number, start in enumerate(self.starts) if start is not None}
         state = {name: value.detach() for name, value in self.network.state_dict().items()}
         return Stored(state, {**extra, "losses": self.losses}, meta, self.record)
 
@@ -538,7 +565,8 @@ class Training:
         """Take over the newest checkpoint; False where there is none. The main process reads it for all."""
         if self.checkpoints is None:
             return False
-        stored = self.world.share(self.checkpoints.latest(self.warn) if self.world.is_main else None)
+        checkpoints = self.checkpoints
+        stored = self.world.once(lambda: checkpoints.latest(self.warn))
         if stored is None:
             return False
         where = self.checkpoints.folder
@@ -557,6 +585,12 @@ class Training:
         self.scaler.load_state_dict(stored.meta["scaler"])
         if "losses" in stored.extra:
             self.losses = stored.extra["losses"].to(self.world.device)
+        self.starts = [stored.extra.get(f"start.{number}", start) for number, start in enumerate(self.starts)]
+        self.resumed = (self.state.epoch + self.state.step / self.steps) / self.recipe.epochs
+        if stored.meta["world_size"] != self.world.size:
+            self.warn(
+                f"{where}: trained by {stored.meta['world_size']} processes so far, by {self.world.size} from here on"
+            )
         return True
 
     def _warn_of_problem(self) -> None:
@@ -569,14 +603,8 @@ class Training:
 
 def check_batch(recipe: Recipe, options: Options, images: int, processes: int) -> int:
     """Steps of an epoch of ``images`` images; raises UsageError for a batch that does not divide or is not filled."""
-    batch, parts = recipe.batch_size, processes * options.accumulate
-    if batch % parts:
-        near = max(parts, round(batch / parts) * parts)
-        split = f"{processes} processes" if processes > 1 else ""
-        split += (" x " if split and options.accumulate > 1 else "") + (
-            f"--accumulate {options.accumulate}" if options.accumulate > 1 else ""
-        )
-        raise UsageError(f"--batch-size {batch} cannot be divided by {split}; use --batch-size {near}")
+    batch = recipe.batch_size
+    check_parts(batch, options.accumulate, processes)
     if images < batch:
         raise UsageError(f"--batch-size {batch} is more than the {images} training images; use a smaller one")
     return images // batch

@@ -110,6 +110,16 @@ def _listed(values: tuple[int, ...]) -> str:
     return ",".join(map(str, values))
 
 
+def check_parts(batch: int, accumulate: int, processes: int) -> None:
+    """Raise UsageError unless a batch can be divided among the processes, and each share into ``accumulate`` parts."""
+    parts = processes * check_positive("accumulate", accumulate)
+    if batch % parts:
+        near = max(parts, round(batch / parts) * parts)
+        split = [f"{processes} processes"] if processes > 1 else []
+        split += [f"--accumulate {accumulate}"] if accumulate > 1 else []
+        raise UsageError(f"--batch-size {batch} cannot be divided by {' x '.join(split)}; use --batch-size {near}")
+
+
 def default_recipe(data: str) -> str:
     """The recipe of a data set where none is asked for."""
     return "digits" if data == "digits" else "paper"
@@ -132,6 +142,8 @@ def make_recipe(name: str, size_px: int, given: Mapping[str, Any]) -> Recipe:
     schedule = given.get("schedule", recipe.schedule)
     if schedule != "multistep" and given.get("milestones"):
         raise UsageError(f"--milestones is for --schedule multistep, and this is {schedule}; leave one of them out")
+    if schedule != "multistep" and given.get("gamma", recipe.gamma) != recipe.gamma:
+        raise UsageError(f"--gamma is for --schedule multistep, and this is {schedule}; leave one of them out")
     given = {"milestones": _scaled_milestones(recipe, schedule, given.get("epochs", recipe.epochs)), **given}
     return replace(recipe, **given)
 

@@ -80,6 +80,35 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(tmp_path: Path, dama
     assert said[0].startswith(f"{path} is passed over: ")
 
 
+def test_a_flipped_bit_is_damage_wherever_it_is(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(stored(1.0), 0, 1)
+    checkpoints.save(stored(2.0), 0, 2)
+    path = tmp_path / checkpoints.names[-1]
+    whole = path.read_bytes()
+    for at in range(0, min(len(whole), 1400), 7):  # the pickle comes first
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << at % 8]) + whole[at + 1 :])
+        found = checkpoints.latest(lambda _: None)
+        assert found is not None
+        assert float(found.model["w"][0, 0]) == 1.0
+        Path(f"{path}.damaged").rename(path)
+
+
+def test_damaged_checkpoints_do_not_take_the_place_of_newer_ones(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    for step in (1, 2, 3):
+        checkpoints.save(stored(float(step)), 5, step)
+    newest = tmp_path / checkpoints.names[-1]
+    newest.write_bytes(b"torn")
+    assert checkpoints.latest(lambda _: None) is not None
+    assert Path(f"{newest}.damaged").read_bytes() == b"torn"
+    for step in (3, 4):
+        checkpoints.save(stored(10.0 + step), 5, step)
+    found, said = warnings_of(checkpoints)
+    assert found is not None
+    assert (float(found.model["w"][0, 0]), said) == (14.0, [])
+
+
 def test_only_damaged_checkpoints_are_an_error_and_not_a_start_from_nothing(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(stored(), 0, 1)

@@ -17,7 +17,7 @@ from bgcbench.data.labelled import ResidentData
 from bgcbench.errors import BgcbenchError, ResultFileError, UsageError
 from bgcbench.training.checkpoint import Checkpoints
 from bgcbench.training.distributed import World
-from bgcbench.training.loop import NonFiniteLoss, Options, Prepared, Scores, Training, check_batch
+from bgcbench.training.loop import NonFiniteLoss, Options, Prepared, Scores, Training, check_batch, subset_of
 from tests.training.example import MEAN, STD, tiny_data, tiny_network, tiny_recipe
 
 
@@ -156,16 +156,27 @@ def test_lgc_drops_its_inputs_in_the_first_half_of_the_training() -> None:
     for progress in run.run():
         if progress.ended:
             kept.append(run.state.history[-1]["learnt"]["kept"])
-    # Drops at 1/6, 2/6 and 3/6: the last step of epoch 1 is before 1/6, the first of epoch 2 at it.
-    assert kept == [1.0, 0.75, 0.5, 0.25, 0.25, 0.25]
+    # Drops at 1/6, 2/6 and 3/6, which is where epochs end: each is judged as it goes on.
+    assert kept == [0.75, 0.5, 0.25, 0.25, 0.25, 0.25]
     assert lgc.stage == 3
+    assert run.state.best_epoch is not None
+    assert run.state.best_epoch >= 3  # before, it was another network
     lgc.deploy()  # which refuses a layer that has not dropped everything
+
+
+def test_layers_are_told_the_progress_before_every_step_and_every_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[float] = []
+    monkeypatch.setattr(LearnedGroupConv2d, "set_progress", lambda self, fraction: told.append(fraction))
+    trained(tiny_network("lgc", 2), recipe=tiny_recipe(epochs=2))
+    steps = [number / 8 for number in range(8)]
+    assert told == [*steps[:4], 0.5, *steps[4:], 1.0]
 
 
 def test_one_epoch_is_enough_for_all_drops() -> None:
     network = tiny_network("lgc", 8)
-    trained(network, tiny_data(train=12), recipe=tiny_recipe(epochs=1, batch_size=6))
+    run = trained(network, tiny_data(train=6), recipe=tiny_recipe(epochs=1, batch_size=6))
     assert network[3].stage == 7  # type: ignore[union-attr]
+    assert run.state.history[0]["learnt"] == {"kept": 0.125}  # and it is the sparse network that is judged
 
 
 def test_the_group_lasso_is_weighted_and_added_to_the_loss() -> None:
@@ -181,9 +192,21 @@ def test_the_group_lasso_is_weighted_and_added_to_the_loss() -> None:
 def test_layers_that_learn_no_structure_have_nothing_to_say() -> None:
     run = trained(tiny_network("bgc", 4), recipe=tiny_recipe(epochs=1))
     assert run.state.history[0]["learnt"] is None
-    assert trained(tiny_network("flgc", 4), recipe=tiny_recipe(epochs=1)).state.history[0]["learnt"] == {
-        "dead_outputs": 0.0
-    }
+    learnt = trained(tiny_network("flgc", 4), recipe=tiny_recipe(epochs=1)).state.history[0]["learnt"]
+    assert learnt == {"dead_outputs": 0.0, "moved": 0.0}
+
+
+def test_channels_that_changed_their_group_are_counted_also_after_a_break(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    run = training(tiny_network("flgc", 2), checkpoints=checkpoints)
+    flgc = run.network[3]
+    with torch.no_grad():  # two of the 16 channels
+        flgc.logits_in[0] = -flgc.logits_in[0]
+        flgc.logits_out[5] = -flgc.logits_out[5]
+    run.stop = lambda: run.state.step == 2
+    list(run.run())
+    again = trained(tiny_network("flgc", 2), checkpoints=checkpoints)
+    assert [epoch["learnt"]["moved"] for epoch in again.state.history] == [2 / 16] * 3
 
 
 # -------------------------------------------------------------------------------------------------- the evaluation
@@ -249,6 +272,29 @@ def test_the_best_epoch_is_the_first_of_the_least_error() -> None:
     assert run.state.initial is not None
 
 
+def test_of_equal_epochs_the_first_is_the_best() -> None:
+    run = trained(Fixed(torch.zeros(200, 4, dtype=torch.float64)), tiny_data(test=8))
+    assert len({epoch["test_error"] for epoch in run.state.history}) == 1
+    assert run.state.best_epoch == 1
+
+
+def test_the_recipe_reaches_the_optimiser() -> None:
+    run = training(tiny_network(), recipe=tiny_recipe(momentum=0.5, nesterov=False, weight_decay=0.03))
+    (group,) = run.optimiser.param_groups
+    assert (group["momentum"], group["nesterov"], group["weight_decay"]) == (0.5, False, 0.03)
+
+
+def test_the_epochs_take_no_longer_than_the_run() -> None:
+    import time
+
+    begin = time.perf_counter()
+    run = trained(tiny_network(), recipe=tiny_recipe(epochs=6))
+    spent = [epoch["seconds"] + epoch["test_seconds"] for epoch in run.state.history]
+    assert 0 < sum(spent) < time.perf_counter() - begin
+    for epoch in run.state.history:
+        assert epoch["images_per_s"] * epoch["seconds"] == pytest.approx(4 * 6)
+
+
 def test_random_labels_have_no_error_to_show() -> None:
     data = tiny_data()
     object.__setattr__(data, "meaningful", False)
@@ -302,6 +348,36 @@ def test_a_training_can_be_stopped_while_it_judges_the_network(tmp_path: Path) -
     again = trained(tiny_network(), checkpoints=checkpoints)
     assert same(again.network, whole.network)
     assert [e["train_loss"] for e in again.state.history] == [e["train_loss"] for e in whole.state.history]
+
+
+def test_a_training_in_parts_is_gone_on_with_at_the_right_image(tmp_path: Path) -> None:
+    options, checkpoints = Options(accumulate=3), Checkpoints(tmp_path)
+    whole = trained(tiny_network(), options=options)
+    first = training(tiny_network(), options=options, checkpoints=checkpoints)
+    first.stop = lambda: first.state.step == 2
+    list(first.run())
+    assert same(trained(tiny_network(), options=options, checkpoints=checkpoints).network, whole.network)
+
+
+class Noisy(nn.Module):
+    """Draws a number in every forward pass in training, and remembers it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.drawn = nn.Linear(3, 4), []
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.drawn.append(float(torch.rand(())))
+        scores: Tensor = self.fc(x.mean((2, 3)))
+        return scores
+
+
+def test_every_step_of_every_epoch_has_random_numbers_of_its_own() -> None:
+    drawn = trained(Noisy()).network.drawn
+    assert len(drawn) == len(set(drawn)) == 12
+    assert trained(Noisy()).network.drawn == drawn
+    assert set(trained(Noisy(), seed=6).network.drawn).isdisjoint(drawn)
 
 
 def test_a_training_that_lost_its_newest_checkpoint_goes_on_from_the_one_before(tmp_path: Path) -> None:
@@ -388,6 +464,39 @@ def test_a_loss_that_is_no_number_stops_the_training_with_a_diagnosis(tmp_path: 
     assert diagnosis["not_finite"]
 
 
+class Exploding(nn.Module):
+    """Finite in training, no number when it is judged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(3, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores: Tensor = self.fc(x.mean((2, 3)))
+        return scores if self.training else scores * float("nan")
+
+
+def test_a_test_loss_that_is_no_number_stops_the_training_before_it_is_saved(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    with pytest.raises(NonFiniteLoss, match="the test loss was no longer finite in epoch 1"):
+        trained(Exploding(), checkpoints=checkpoints)
+    assert checkpoints.names == []
+    assert (tmp_path / "diagnosis.json").exists()
+
+
+@pytest.mark.parametrize("every", [1, 3, 1000])
+def test_a_loss_that_is_no_number_is_seen_at_the_next_look_and_at_the_end_of_the_epoch(
+    monkeypatch: pytest.MonkeyPatch, every: int
+) -> None:
+    from bgcbench.training import loop
+
+    monkeypatch.setitem(loop.LOOK_STEPS, "cpu", every)
+    run = training(tiny_network(norm=False), recipe=tiny_recipe(lr=1e30, precision="fp32", schedule="constant"))
+    with pytest.raises(NonFiniteLoss, match="in epoch 1, step 2 of 4"):
+        list(run.run())
+    assert run.state.step == {1: 2, 3: 3, 1000: 4}[every]
+
+
 def test_a_poisoned_network_is_never_saved(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path)
     with pytest.raises(NonFiniteLoss):
@@ -423,6 +532,8 @@ def test_a_subset_has_of_every_class_the_same_share() -> None:
     other = training(tiny_network(), data, options=Options(subset=18), seed=6)
     assert torch.equal(other.numbers, run.numbers)
     trained(tiny_network(), data, options=Options(subset=18))
+    rare = torch.tensor([0] * 20 + [1] * 60 + [2] * 20)
+    assert torch.bincount(rare[subset_of(rare, 25)]).tolist() == [5, 15, 5]
     with pytest.raises(UsageError, match="--subset 41 must be at most the 40 training images"):
         training(tiny_network(), data, options=Options(subset=41))
 
@@ -461,8 +572,12 @@ def test_progress_is_told_and_ends_with_every_epoch() -> None:
 def test_an_estimate_is_the_time_of_an_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
     from bgcbench.training import loop
 
-    clock = iter(range(1000))
+    # The first step takes 500 ticks, as a compiled one does; then each takes one, and so does a test batch.
+    clock = iter([0, *range(500, 1000)])
     monkeypatch.setattr(loop.time, "perf_counter", lambda: float(next(clock)))
     run = training(tiny_network(), tiny_data(train=60, test=24))
-    # A step takes one tick of this clock, 10 of them an epoch, and one tick is half of the evaluation.
-    assert run.estimate(budget_s=100.0) == 10 * 1.0 + 2 * 1.0
+    assert run.estimate(budget_s=100.0) == 10 * 1.0 + 4 * 1.0
+
+
+def test_one_step_is_enough_for_an_estimate() -> None:
+    assert training(tiny_network(), tiny_data(train=6, test=2)).estimate(budget_s=0.0) > 0
