@@ -211,6 +211,7 @@ def test_seeds_differ_and_a_seed_repeats(run: Path, here: Path) -> None:
     assert losses[0] != losses[1]
     # Other variants and seeds beside it change nothing in a row.
     assert main([*SMALL, "--variants", "bgc", "--seed", "1", "--no-reference", "--out", "again.json"]) == 0
+    assert document("again.json")["settings"]["seed"] == 1
     (row,) = document("again.json")["results"]
     key = "wrn_10_1-digits-bgc-n2-s1"
     assert [e["train_loss"] for e in row["epochs"]] == [e["train_loss"] for e in found[key]["epochs"]]
@@ -265,8 +266,12 @@ def test_dry_run_names_every_convolution_and_the_time_and_writes_nothing(
 
 def test_without_a_terminal_there_is_a_line_an_epoch(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [word for word in SMALL if word != "--quiet"]
-    assert main([*arguments, "--variants", "flgc", "--no-reference", "--out", "r.json"]) == 0
-    lines = [line for line in capsys.readouterr().err.splitlines() if "epoch 2/2" in line]
+    arguments += ["--variants", "flgc,lgc", "--no-reference", "--epochs", "3", "--out", "r.json"]
+    assert main(arguments) == 0
+    every = capsys.readouterr().err.splitlines()
+    # LGC's network is its own from half-way on, and has no best before.
+    assert [line.count("(best ") for line in every if "-lgc-n2-s0 epoch" in line] == [0, 1, 1]
+    lines = [line for line in every if "flgc-n2-s0 epoch 3/3" in line]
     assert len(lines) == 1
     for text in ("wrn_10_1-digits-flgc-n2-s0", "lr ", "loss ", "test error ", "dead_outputs 0.0%", "images/s", "left"):
         assert text in lines[0]

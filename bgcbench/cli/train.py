@@ -590,7 +590,8 @@ def _epoch_line(update: Update, run: TrainRun) -> str:
     """One epoch, for a log."""
     record = update.record or {}
     error, best = record["test_error"], run.known[update.row.key]["error_best"]
-    judged = "" if error is None else f", test error {error:.2f} % (best {best:.2f} %)"
+    judged = "" if error is None else f", test error {error:.2f} %"
+    judged += "" if best is None else f" (best {best:.2f} %)"
     speed = "" if record["images_per_s"] is None else f", {record['images_per_s']:.0f} images/s"
     left = "" if update.left_s is None else f", {_duration(update.left_s)} left"
     learnt = "".join(f", {name} {value:.1%}" for name, value in (record["learnt"] or {}).items())
