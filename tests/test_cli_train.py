@@ -536,12 +536,16 @@ def test_no_reference_leaves_the_standard_convolution_out(variants: str | None) 
 
 def test_seeds_and_variants_can_be_added_to_a_file(here: Path) -> None:
     assert main([*SMALL, "--variants", "gc", "--no-reference", "--out", "r.json"]) == 0
-    before = document("r.json")["results"][0]
+    found = document("r.json")
+    before = found["results"][0]
+    found["warnings"].append("the run broke off: somebody pulled the plug")  # an earlier run
+    Path("r.json").write_text(json.dumps(found))
     assert main(["train", "--resume", "r.json", "--seeds", "1", "--variants", "bgc", "--quiet"]) == 0
     found = document("r.json")
     assert [row["key"][16:] for row in found["results"]] == ["gc-n2-s0", "bgc-n2-s0", "gc-n2-s1", "bgc-n2-s1"]
     assert found["results"][0] == before
     assert found["complete"]
+    assert found["warnings"] == []
 
 
 @pytest.mark.parametrize(

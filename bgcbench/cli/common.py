@@ -51,6 +51,8 @@ GRID = "What is compared"
 MEASURE = "How it is measured"
 OUTPUT = "Output"
 
+BROKE_OFF = "the run broke off"
+
 Format = Annotated[
     str,
     typer.Option(
@@ -297,11 +299,13 @@ def carried_out(
     if writer is not None:
         writer.probe(replace=output.replace)
     planned = len({*keys, *(row["key"] for row in document["results"])})  # a resumed file may hold rows beyond the plan
+    # How an earlier run of this file ended is no news of this one.
+    document["warnings"] = [text for text in document["warnings"] if not text.startswith(BROKE_OFF)]
     failed: str | None = None
     try:
         go(writer)
     except Exception as error:
-        failed = f"the run broke off: {type(error).__name__}: {error}"
+        failed = f"{BROKE_OFF}: {type(error).__name__}: {error}"
         raise
     finally:
         take()
