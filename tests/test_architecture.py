@@ -107,7 +107,8 @@ def test_only_the_command_line_and_the_report_print() -> None:
     [["--help"], ["profile", "--help"], ["--version"], ["profile", "--groups", "x"], ["profile", "--groups", "3"],
      ["show", "--table1"], ["show", "missing.json"], ["compare", "a.json", "b.json"], ["profile", "--nonsense"],
      ["profile", "--resume", "missing.json"], ["train", "--help"], ["train", "wrn_10_2"],
-     ["train", "wrn_10_2", "--data", "cifar10"], ["train", "--resume", "missing.json"],
+     ["train", "wrn_10_2", "--data", "cifar10"],
+     ["train", "wrn_10_2", "--data", "./no"], ["train", "--resume", "missing.json"],
      ["profile", "--out", "/dev/null/x.json"]],
 )  # fmt: skip
 def test_torch_is_not_imported_before_a_device_is_needed(arguments: list[str]) -> None:

@@ -67,6 +67,8 @@ def equal(one: Path, other: Path) -> bool:
         (["wrn_10_1"], "--data is missing: choose from digits, cifar10, imagenet, folder, synthetic, or give a folder"),
         (["wrn_10_1", "--data", "cifar"], "unknown data set 'cifar': did you mean 'cifar10'? choose from"),
         (["wrn_10_1", "--data", "cifar10"], "--data cifar10 needs --data-dir DIR (or BGCBENCH_DATA_DIR), where it is"),
+        (["wrn_10_1", "--data", "cifar10", "--data-dir", "no/a", "--data-dir", "no/b"], "--data-dir no/a, no/b is"),
+        (["wrn_10_1", "--data", "./no"], "--data-dir ./no is not there; give the place of folder"),
         (["wrn_10_1", "--data", "digits", "--download"], "--download is for cifar10, not for digits; leave it out"),
         (["wrn_11_1", "--data", "digits"], "wrn_11_1: a wide residual network has 6 b + 4 layers"),
         (["wrn_10_1", "--data", "digits", "--variants", "bcg"], "unknown variant 'bcg': did you mean 'bgc'?"),
@@ -677,6 +679,7 @@ def test_two_processes_train_the_same_network_and_judge_every_image_once(tmp_pat
 
 def test_what_one_process_finds_wrong_is_said_once_and_ends_all(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    (tmp_path / "nope").mkdir()  # there, and empty: only the first process looks
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "bgcbench",
          "train", "wrn_10_1", "--data", "./nope", "--groups", "2", "--device", "cpu"],
@@ -717,3 +720,10 @@ def test_two_processes_stop_together_and_one_goes_on(tmp_path: Path) -> None:
     _, errors = again.communicate(timeout=60)
     assert again.returncode == 143, errors
     assert len(document(tmp_path / "r.json")["results"][0]["epochs"]) > done
+
+
+def test_a_folder_in_the_environment_is_no_matter_for_data_that_needs_none(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BGCBENCH_DATA_DIR", os.pathsep.join(["gone/a", "gone/b"]))
+    assert main([*SMALL, "--variants", "gc", "--no-reference", "--dry-run"]) == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -306,6 +307,7 @@ def train(
         replacing = force and not (resume == "auto" and path is not None)
         output = Output.asked(None if path else out, form, force=replacing, resume=path, quiet=quiet, plot=plot)
         config = _configuration(given, stored, str(path))
+        _check_places(config)
         output.probe(dry_run=dry_run)
     if resume == "auto" and path is not None and not quiet and _rank() == 0:
         common.say(f"going on with {path}")
@@ -381,6 +383,15 @@ def _check_same_run(stored: dict[str, Any], wanted: TrainConfig, name: str) -> N
                 f"{name} cannot be resumed: its {grid} are {stored['config'].get(grid)} and {fields[grid]} are asked "
                 f"for; say --resume {name} to add to them, or start a new file with --out"
             )
+
+
+def _check_places(config: TrainConfig) -> None:
+    """Refuse folders none of which is there before torch is imported; what is in them is seen later."""
+    from bgcbench.experiments.train import IN_FILES
+
+    if config.data in IN_FILES and not config.download and not any(map(os.path.exists, config.data_dirs)):
+        places = ", ".join(config.data_dirs)
+        raise UsageError(f"--data-dir {places} is not there; give the place of {config.data} (or in BGCBENCH_DATA_DIR)")
 
 
 def _with_preset(given: dict[str, Any], preset: str | None) -> dict[str, Any]:
