@@ -35,7 +35,7 @@ from bgcbench.cli.common import (
     app,
 )
 from bgcbench.errors import OutputError, ResultFileError, UsageError
-from bgcbench.training.launcher import launched
+from bgcbench.training.launcher import own_rank, processes
 
 if TYPE_CHECKING:
     from bgcbench.experiments.train import TrainConfig
@@ -309,7 +309,7 @@ def train(
         config = _configuration(given, stored, str(path))
         _check_places(config)
         output.probe(dry_run=dry_run)
-    if resume == "auto" and path is not None and not quiet and _rank() == 0:
+    if resume == "auto" and path is not None and not quiet and own_rank() == 0:
         common.say(f"going on with {path}")
     return _run(context, config, stored, output, dry_run=dry_run)
 
@@ -320,18 +320,13 @@ def _seeds(seeds: str | None, seed: int | None) -> tuple[int, ...] | None:
     return common.numbers("--seeds", seeds) if seed is None else (seed,)
 
 
-def _rank() -> int:
-    found = launched()
-    return 0 if found is None else found[0]
-
-
 @contextlib.contextmanager
 def _only_first_speaks() -> Iterator[None]:
     """What is wrong with the options is wrong in every process; one of them says so."""
     try:
         yield
     except (UsageError, OutputError) as error:
-        if _rank() == 0:
+        if own_rank() == 0:
             raise
         raise typer.Exit(error.exit_code) from None
 
@@ -424,8 +419,8 @@ def _run(
     from bgcbench import results
     from bgcbench.interrupts import Interrupts
 
-    found, quiet = launched(), output.quiet
-    with Interrupts(patient=found is not None and found[1] > 1) as interrupts:
+    quiet = output.quiet  # as it was asked for
+    with Interrupts(patient=processes() > 1) as interrupts:
         from bgcbench.experiments.train_run import TrainRun, open_session, prepare  # torch, and what needs it
         from bgcbench.training.distributed import joined
 

@@ -52,10 +52,10 @@ class Feed(ABC):
 
 def epoch_order(count: int, seed: int, epoch: int) -> Tensor:
     """A permutation of range(count), int64 on the CPU, that follows from the seed and the epoch alone."""
-    return torch.randperm(count, generator=torch.Generator().manual_seed(_stream("order", seed, epoch)))
+    return torch.randperm(count, generator=torch.Generator().manual_seed(stream_seed("order", seed, epoch)))
 
 
-def _stream(what: str, *numbers: int) -> int:
+def stream_seed(what: str, *numbers: int) -> int:
     """A seed below 2^63; another ``what`` or other numbers give a stream that has nothing to do with it."""
     text = f"bgcbench {what} {' '.join(map(str, numbers))}"
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
@@ -100,7 +100,7 @@ class ResidentFeed(Feed):
 
     def draws(self, seed: int, epoch: int) -> tuple[Tensor, Tensor, Tensor]:
         """(count,) in int64 each: how far down and right of the padded corner each image is cut, and 1 to mirror it."""
-        random = torch.Generator().manual_seed(_stream("crops", seed, epoch))
+        random = torch.Generator().manual_seed(stream_seed("crops", seed, epoch))
         down, right = (torch.randint(0, 2 * self.pad + 1, (self.count,), generator=random) for _ in range(2))
         return down, right, torch.randint(0, 1 + self.flip, (self.count,), generator=random)
 
@@ -208,7 +208,7 @@ class _Reader(Dataset[Tensor | str]):
             if self.draw is None:
                 image = load_image(self.root / file, self.size)
             else:
-                image = random_crop(self.root / file, self.size, _stream("crop", *self.draw, number))
+                image = random_crop(self.root / file, self.size, stream_seed("crop", *self.draw, number))
         except UsageError as refused:
             return str(refused)
         return image.permute(1, 2, 0)

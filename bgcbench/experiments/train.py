@@ -168,14 +168,9 @@ class TrainConfig(NetworkChoice, RunConfig):
         return wanted + [(name, n) for n in sorted(set(self.groups) - {1}) for name in others]
 
     @property
-    def dataset(self) -> str:
-        """The data set in keys and tables."""
-        return self.data
-
-    @property
     def what(self) -> str:
         """The workload in a file name."""
-        return f"{self.model.replace('/', '-')}-{self.dataset}"
+        return f"{self.model.replace('/', '-')}-{self.data}"
 
 
 @dataclass(frozen=True)
@@ -204,7 +199,7 @@ def _row(config: TrainConfig, variant: str, groups: int, seed: int) -> TrainRow:
     params: Json = {
         "model": config.model,
         "weights": "none",
-        "dataset": config.dataset,
+        "dataset": config.data,
         "variant": variant,
         "groups": groups,
         "where": config.where,

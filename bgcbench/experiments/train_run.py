@@ -218,8 +218,8 @@ class TrainRun:
     """One run over the rows of ``prepared``; ``results`` are what is known of them at any time.
 
     kept: rows of an earlier file by key; those that are done are not trained again. folder: where checkpoints are kept,
-    None for nowhere. A run that begins ``afresh`` goes on with nothing: checkpoints of an earlier run in that folder
-    are removed if ``replace``, and otherwise an OutputError.
+    None for nowhere. A run that begins ``afresh`` goes on with nothing: :meth:`make_room`, which is to be called first,
+    removes checkpoints of an earlier run in that folder if ``replace``, and otherwise raises OutputError.
     """
 
     def __init__(
@@ -276,11 +276,7 @@ class TrainRun:
         return [row for row in self.rows if self.known.get(row.key, {}).get("status") not in DONE]
 
     def run(self) -> Iterator[Update]:
-        """Train what is left, and say how it goes. The global random state is put back afterwards.
-
-        Raises OutputError before anything else where checkpoints of an earlier run are in the way.
-        """
-        self.make_room()
+        """Train what is left, and say how it goes. The global random state is put back afterwards."""
         todo = self.todo
         devices = [self.session.device] if self.session.device.type == "cuda" else []
         with self._state():

@@ -282,7 +282,7 @@ def _title(document: Json, rows: Sequence[Json]) -> list[str]:
     line += f"; convolutions: {about['where']}" if "where" in about else ""
     ran = [str(about[name]) for name in ("precision", "layout") if about.get(name)]
     ran += ["compiled"] if about.get("compile") else []
-    processes = max([document["settings"].get("world_size") or 1, *(row.get("world_size") or 1 for row in rows)])
+    processes = max((row.get("world_size") or 1 for row in rows), default=1)
     ran += [f"{processes} processes"] if processes > 1 else []
     return [line, f"{', '.join(ran)}; {where_line(document)}"]
 

@@ -38,6 +38,14 @@ class World:
         dist.all_reduce(summed)
         return [float(value) for value in summed]
 
+    def least(self, value: int) -> int:
+        """The smallest of the processes' values."""
+        if self.size == 1:
+            return value
+        found = torch.tensor(value, device=self.device)
+        dist.all_reduce(found, op=dist.ReduceOp.MIN)
+        return int(found)
+
     def share(self, value: Shared) -> Shared:
         """The main process's ``value``, in every process. The other processes' own is ignored."""
         if self.size == 1:

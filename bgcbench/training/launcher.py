@@ -14,6 +14,12 @@ def launched() -> tuple[int, int, int] | None:
     return rank, size, local
 
 
+def own_rank() -> int:
+    """The rank of this process; 0 where it is alone."""
+    found = launched()
+    return 0 if found is None else found[0]
+
+
 def processes() -> int:
     """How many there are."""
     found = launched()

@@ -9,7 +9,6 @@ statistics of batch norm).
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import math
 import statistics
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bgcbench.convs.base import VariantConv2d, parameter_groups
-from bgcbench.data.feeds import epoch_order
+from bgcbench.data.feeds import epoch_order, stream_seed
 from bgcbench.data.labelled import LabelledData
 from bgcbench.errors import BgcbenchError, ResultFileError, UsageError
 from bgcbench.measure.device import DTYPES
@@ -50,9 +49,10 @@ class _AskedToStop(Exception):
 
 @dataclass(frozen=True)
 class Options:
-    """How a training runs, without any effect on what it computes but ``accumulate`` (batch norm) and ``sync_bn``.
+    """How a training runs.
 
-    accumulate: parts that a process's share of a batch is cut into, one after the other through the network.
+    accumulate: parts that a process's share of a batch is cut into, one after the other through the network; batch norm
+    sees them one by one.
     workers: processes that read images from files. save_every_s: seconds between checkpoints within an epoch; one is
     always made at its end. sync_bn: batch-norm statistics over all processes. subset: train on so many images.
     """
@@ -260,7 +260,7 @@ class Training:
     def _step(self, stream: Iterator[tuple[Tensor, Tensor]]) -> None:
         """One step of the optimiser, on one batch."""
         state, parts = self.state, self.options.accumulate
-        torch.manual_seed(_mixed(self.seed, state.epoch, state.step, self.world.rank))
+        torch.manual_seed(stream_seed("step", self.seed, state.epoch, state.step, self.world.rank))
         number = state.epoch * self.steps + state.step
         lr = self.recipe.lr_at(number, self.steps)
         for group in self.optimiser.param_groups:
@@ -477,11 +477,7 @@ class Training:
         """Raise NonFiniteLoss, with a diagnosis written, if a loss from step ``start`` on is infinite or no number."""
         recent = self.losses[start : self.state.step]
         bad = (~recent.isfinite()).nonzero()
-        first = int(bad[0]) + start if len(bad) else self.steps
-        if self.world.size > 1:
-            mark = torch.tensor(first, device=self.world.device)
-            torch.distributed.all_reduce(mark, op=torch.distributed.ReduceOp.MIN)
-            first = int(mark)
+        first = self.world.least(int(bad[0]) + start if len(bad) else self.steps)
         if first < self.steps:
             self._give_up(first, "loss")
 
@@ -655,8 +651,3 @@ def write_diagnosis(path: Any, diagnosis: Json) -> None:
 
 def _plain(value: float) -> float | str:
     return value if math.isfinite(value) else str(value)
-
-
-def _mixed(*numbers: int) -> int:
-    """One seed of several numbers."""
-    return int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:7], "big")
