@@ -15,7 +15,7 @@ file as functions of tensors; the module only owns parameters.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from bgcbench.errors import ShapeError, UsageError
 from bgcbench.measure.counts import Counts, count
 from bgcbench.specs import VARIANTS, ConvSpec, as_pair, check_choice
+from bgcbench.theory.leastsquares import Fit
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -107,10 +108,25 @@ class VariantConv2d(nn.Module, ABC):
 
     @classmethod
     @abstractmethod
-    def project(
-        cls, weight: Tensor, groups: int, projection: str, second_moment: Tensor | None, ridge: float
-    ) -> Mapping[str, Tensor]:
-        """This variant's parameters, by name, for the standard kernel ``weight`` (m, n, kh, kw)."""
+    def project(cls, weight: Tensor, groups: int, projection: str, fit: Fit | None) -> Mapping[str, Tensor]:
+        """This variant's parameters, by name, for the standard kernel ``weight`` (m, n, kh, kw).
+
+        fit: what 'least_squares' looks at, None for the other projections.
+        """
+
+    def normal_matrices(self, moment: Tensor) -> Iterator[Tensor]:
+        """The matrices E[z z^T] that least squares solves with, a group each, for inputs with E[u u^T] = ``moment``.
+
+        moment: (nK, nK); z is what the outputs of a group see of a patch u. Of a variant that is no linear space, of
+        its part that is solved for last, as its structure is now.
+        """
+        for at in self.seen_entries():
+            yield moment[at][:, at]
+
+    def seen_entries(self) -> Iterator[Tensor]:
+        """Which of the nK entries of a patch each group's own kernel sees, as numbers: contiguous groups, here."""
+        size = self.in_channels * self.kernel_size[0] * self.kernel_size[1]
+        yield from torch.arange(size, device=self.weight.device).chunk(self.groups)
 
     @classmethod
     def from_dense(
@@ -124,6 +140,7 @@ class VariantConv2d(nn.Module, ABC):
         dilation: int | tuple[int, int] = 1,
         projection: str = "white",
         second_moment: Tensor | None = None,
+        cross_moment: Tensor | None = None,
         ridge: float = 0.0,
         **options: Any,
     ) -> Self:
@@ -137,7 +154,8 @@ class VariantConv2d(nn.Module, ABC):
             'white'          the closed-form optimum for uncorrelated inputs of equal power
             'least_squares'  the optimum for inputs with ``second_moment`` E[u u^T] (nK, nK), u the patch vector in
                              ``torch.nn.functional.unfold``'s order (see theory.moments.patch_second_moment);
-                             ``ridge`` >= 0 pulls it towards 'white'
+                             ``ridge`` >= 0 pulls it towards 'white'. With ``cross_moment`` E[y u^T] (m, nK) it is
+                             to make the outputs y, which may be others than W u, from these inputs
 
         Raises ShapeError where shapes do not fit and UsageError for an unknown projection, for
         'least_squares' without a second moment and for a second moment or ridge that would not be used.
@@ -147,8 +165,11 @@ class VariantConv2d(nn.Module, ABC):
         check_choice("projection", projection, PROJECTIONS)
         if projection == "least_squares" and second_moment is None:
             raise UsageError("projection 'least_squares' needs second_moment=E[u u^T]; without one use 'white'")
-        if projection != "least_squares" and (second_moment is not None or ridge):
-            raise UsageError(f"projection '{projection}' uses no second_moment or ridge; use 'least_squares'")
+        if projection != "least_squares" and (second_moment is not None or cross_moment is not None or ridge):
+            raise UsageError(
+                f"projection '{projection}' uses no second_moment, cross_moment or ridge; use 'least_squares'"
+            )
+        fit = None if second_moment is None else Fit(second_moment, cross_moment, ridge)
         out_channels, in_channels, height, width = weight.shape
         layer = cls(
             in_channels,
@@ -164,7 +185,7 @@ class VariantConv2d(nn.Module, ABC):
             **options,
         )
         with torch.no_grad():
-            layer.load_projected(cls.project(weight.detach().double(), groups, projection, second_moment, ridge))
+            layer.load_projected(cls.project(weight.detach().double(), groups, projection, fit))
             if bias is not None and layer.bias is not None:
                 layer.bias.copy_(bias)
         return layer

@@ -9,7 +9,7 @@ all of them (2Kmn/2 = Kmn): BGC at N = 2 saves nothing and loses nothing.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from bgcbench.convs.base import VariantConv2d, block_diagonal, diagonal_blocks, is_channels_last, row_blocks
 from bgcbench.convs.gc import group_cross_moments
-from bgcbench.theory.leastsquares import solve_normal
+from bgcbench.theory.leastsquares import Fit, solve_normal
 
 
 class BalancedGroupConv2d(VariantConv2d):
@@ -69,17 +69,22 @@ class BalancedGroupConv2d(VariantConv2d):
         return dense_kernel(self.weight, self.weight_mean, self.groups)
 
     @classmethod
-    def project(
-        cls, weight: Tensor, groups: int, projection: str, second_moment: Tensor | None, ridge: float
-    ) -> Mapping[str, Tensor]:
+    def project(cls, weight: Tensor, groups: int, projection: str, fit: Fit | None) -> Mapping[str, Tensor]:
         """Theorem 3.6's construction ('copy'), the white optimum, or least squares on a second moment."""
         if groups == 1:
             return {"weight": weight}
-        if projection == "least_squares" and second_moment is not None:
-            a, b = least_squares(weight, groups, second_moment, ridge)
+        if fit is not None:
+            a, b = least_squares(weight, groups, fit.second_moment, fit.ridge, fit.cross_moment)
         else:
             a, b = copy_blocks(weight, groups) if projection == "copy" else white_optimum(weight, groups)
         return {"weight": a, "weight_mean": b}
+
+    def normal_matrices(self, moment: Tensor) -> Iterator[Tensor]:
+        if self.groups == 1:
+            yield moment
+        else:
+            size = len(moment) // self.groups
+            yield from regressor_moments(moment.reshape(self.groups, size, self.groups, size))
 
 
 def group_mean(x: Tensor, groups: int) -> Tensor:
@@ -138,26 +143,29 @@ def white_optimum(weight: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     return diagonal - rest / (groups - 1), rest * (groups / (groups - 1))
 
 
-def least_squares(weight: Tensor, groups: int, second_moment: Tensor, ridge: float = 0.0) -> tuple[Tensor, Tensor]:
+def regressor_moments(moment: Tensor) -> Iterator[Tensor]:
+    """T_k C T_k^T = E[z_k z_k^T] for z_k = [u^k ; ubar], group by group: (2p, 2p). moment: C as (N, p, N, p)."""
+    with_mean = moment.mean(2)  # E[u^k ubar^T]: (N, p, p)
+    mean_mean = with_mean.mean(0)  # E[ubar ubar^T]: (p, p)
+    for k in range(len(moment)):
+        upper = torch.cat([moment[k, :, k], with_mean[k]], dim=1)
+        yield torch.cat([upper, torch.cat([with_mean[k].T, mean_mean], dim=1)])
+
+
+def least_squares(
+    weight: Tensor, groups: int, second_moment: Tensor, ridge: float = 0.0, cross_moment: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """The (A, B) that minimise E||Wu - D u||^2 for inputs with C = E[u u^T] = ``second_moment``.
 
     With z_k = [u^k ; ubar] = T_k u:  [A^k B^k] = W^{k,:} C T_k^T (T_k C T_k^T)^+ ; ``ridge`` pulls it towards the
-    white optimum. weight: (m, n, kh, kw); second_moment: (nK, nK), u in unfold order; N >= 2; returns A, B:
-    (m, n/N, kh, kw).
+    white optimum. With ``cross_moment`` K = E[y u^T] in the place of W C it is E||y - D u||^2. weight: (m, n, kh, kw);
+    second_moment: (nK, nK), u in unfold order; N >= 2; returns A, B: (m, n/N, kh, kw).
     """
-    moment, cross = group_cross_moments(weight, groups, second_moment)  # (N, p, N, p), (N, m/N, N, p)
-    with_mean = moment.mean(2)  # E[u^k ubar^T]: (N, p, p)
-    mean_mean = with_mean.mean(0)  # E[ubar ubar^T]: (p, p)
+    moment, cross = group_cross_moments(weight, groups, second_moment, cross_moment)  # (N, p, N, p), (N, m/N, N, p)
     prior = torch.cat([part.flatten(1) for part in white_optimum(weight, groups)], dim=1)  # (m, 2p)
     prior = prior.to(moment.dtype).unflatten(0, (groups, -1))  # (N, m/N, 2p)
     solved = []
-    for k in range(groups):
-        gram = torch.cat(
-            [
-                torch.cat([moment[k, :, k], with_mean[k]], dim=1),
-                torch.cat([with_mean[k].T, mean_mean], dim=1),
-            ]
-        )  # T_k C T_k^T: (2p, 2p)
+    for k, gram in enumerate(regressor_moments(moment)):
         target = torch.cat([cross[k, :, k], cross[k].mean(1)], dim=1)  # W^{k,:} C T_k^T: (m/N, 2p)
         solved.append(solve_normal(gram, target, ridge=ridge, prior=prior[k]))
     shape: tuple[Any, ...] = (weight.shape[0], weight.shape[1] // groups, *weight.shape[2:])

@@ -18,7 +18,7 @@ from bgcbench.convs.lgc import contributions
 from bgcbench.convs.masked import MaskedConv2d, gather_channels
 from bgcbench.measure.counts import Counts, count
 from bgcbench.specs import output_length
-from bgcbench.theory.leastsquares import check_second_moment, shrink_to_white, solve_normal
+from bgcbench.theory.leastsquares import Fit, shrunk, solve_normal
 from bgcbench.theory.partition import contiguous_partition, search_partition
 
 MARGIN = 2.0  # by which a channel's own logit stands above the others at the start
@@ -225,9 +225,7 @@ class FullyLearnableGroupConv2d(MaskedConv2d):
         return [w.reshape(*block, *self.kernel_size) for w, block in zip(flat, self._blocks, strict=True)]
 
     @classmethod
-    def project(
-        cls, weight: Tensor, groups: int, projection: str, second_moment: Tensor | None, ridge: float
-    ) -> Mapping[str, Tensor]:
+    def project(cls, weight: Tensor, groups: int, projection: str, fit: Fit | None) -> Mapping[str, Tensor]:
         """The kernel with balanced groups; ``weight`` stays whole, so that training can still change the groups.
 
         'copy', 'white': groups that keep much of the kernel's energy, the weights in them copied (which is their best
@@ -237,8 +235,8 @@ class FullyLearnableGroupConv2d(MaskedConv2d):
         """
         if groups == 1:
             return {"weight": weight}
-        if projection == "least_squares" and second_moment is not None:
-            moment = shrink_to_white(check_second_moment(second_moment, weight), ridge)
+        if fit is not None:
+            weight, moment, _ = shrunk(weight, fit.second_moment, fit.cross_moment, fit.ridge)
             outputs, inputs = search_partition(contributions(weight, moment), groups)
             weight = solve_blocks(weight, moment, outputs.to(weight.device), inputs.to(weight.device), groups)
         else:

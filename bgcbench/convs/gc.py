@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from bgcbench.convs.base import VariantConv2d, block_diagonal, diagonal_blocks, row_blocks
-from bgcbench.theory.leastsquares import check_second_moment, solve_normal
+from bgcbench.theory.leastsquares import Fit, check_cross_moment, check_second_moment, solve_normal
 
 
 class GroupConv2d(VariantConv2d):
@@ -28,35 +28,38 @@ class GroupConv2d(VariantConv2d):
         return block_diagonal(self.weight, self.groups)
 
     @classmethod
-    def project(
-        cls, weight: Tensor, groups: int, projection: str, second_moment: Tensor | None, ridge: float
-    ) -> Mapping[str, Tensor]:
+    def project(cls, weight: Tensor, groups: int, projection: str, fit: Fit | None) -> Mapping[str, Tensor]:
         """Diagonal blocks ('copy', which is the white optimum too: error 1 - 1/N), or least squares."""
-        if projection == "least_squares" and second_moment is not None:
-            return {"weight": least_squares(weight, groups, second_moment, ridge)}
+        if fit is not None:
+            return {"weight": least_squares(weight, groups, fit.second_moment, fit.ridge, fit.cross_moment)}
         return {"weight": diagonal_blocks(weight, groups)}
 
 
-def group_cross_moments(weight: Tensor, groups: int, second_moment: Tensor) -> tuple[Tensor, Tensor]:
+def group_cross_moments(
+    weight: Tensor, groups: int, second_moment: Tensor, cross_moment: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """C as group blocks, and every output's cross moments E[y u^T], by output group and input group.
 
-    weight: (m, n, kh, kw); second_moment C: (nK, nK). Returns (N, p, N, p) and (N, m/N, N, p), p = K n/N.
+    weight: (m, n, kh, kw); second_moment C: (nK, nK); cross_moment: (m, nK), None for W C. Returns (N, p, N, p) and
+    (N, m/N, N, p), p = K n/N.
     """
     moment = check_second_moment(second_moment, weight)
     per_group = moment.shape[0] // groups
-    cross = weight.flatten(1).to(moment.dtype) @ moment  # (m, nK)
+    cross = check_cross_moment(cross_moment, weight, moment)
     rows = weight.shape[0] // groups
     return moment.reshape(groups, per_group, groups, per_group), cross.reshape(groups, rows, groups, per_group)
 
 
-def least_squares(weight: Tensor, groups: int, second_moment: Tensor, ridge: float = 0.0) -> Tensor:
+def least_squares(
+    weight: Tensor, groups: int, second_moment: Tensor, ridge: float = 0.0, cross_moment: Tensor | None = None
+) -> Tensor:
     """The grouped kernel that minimises E||Wu - Vu||^2 for inputs with E[u u^T] = ``second_moment``.
 
     A^k = W^{k,:} C E_k^T (E_k C E_k^T)^+ , E_k selecting group k of the patch vector; with ``ridge`` pulled towards
-    the diagonal blocks (see :func:`bgcbench.theory.leastsquares.solve_normal`). weight: (m, n, kh, kw); returns
-    (m, n/N, kh, kw).
+    the diagonal blocks (see :func:`bgcbench.theory.leastsquares.solve_normal`). With ``cross_moment`` E[y u^T] in the
+    place of W C it is E||y - Vu||^2. weight: (m, n, kh, kw); returns (m, n/N, kh, kw).
     """
-    moment, cross = group_cross_moments(weight, groups, second_moment)
+    moment, cross = group_cross_moments(weight, groups, second_moment, cross_moment)
     prior = row_blocks(weight, groups).flatten(3)  # (N, m/N, N, p)
     solved = torch.stack(
         [solve_normal(moment[k, :, k], cross[k, :, k], ridge=ridge, prior=prior[k, :, k]) for k in range(groups)]

@@ -12,7 +12,7 @@ from torch import Tensor
 from bgcbench.convs.masked import MaskedConv2d, gather_channels
 from bgcbench.convs.shuffle import before_shuffle, shuffle_channels
 from bgcbench.errors import UsageError
-from bgcbench.theory.leastsquares import check_second_moment, shrink_to_white, solve_normal
+from bgcbench.theory.leastsquares import Fit, shrunk, solve_normal
 
 LASSO_FLOOR = 1e-6  # under the root of the group lasso, whose gradient is unbounded at 0
 
@@ -148,9 +148,7 @@ class LearnedGroupConv2d(MaskedConv2d):
         return {} if self.groups == 1 or self.is_deployed else {"kept": float(self.kept.float().mean())}
 
     @classmethod
-    def project(
-        cls, weight: Tensor, groups: int, projection: str, second_moment: Tensor | None, ridge: float
-    ) -> Mapping[str, Tensor]:
+    def project(cls, weight: Tensor, groups: int, projection: str, fit: Fit | None) -> Mapping[str, Tensor]:
         """The kernel with n/N inputs kept in each group, in one shot.
 
         'copy' keeps those with the largest sum of |W_ij|, what the training's criterion would drop last; 'white' those
@@ -161,8 +159,8 @@ class LearnedGroupConv2d(MaskedConv2d):
         if groups == 1:
             return {"weight": weight}
         per_group = weight.shape[1] // groups
-        if projection == "least_squares" and second_moment is not None:
-            return least_squares(weight, groups, second_moment, ridge)
+        if fit is not None:
+            return least_squares(weight, groups, fit.second_moment, fit.ridge, fit.cross_moment)
         scores = column_scores(weight, groups) if projection == "copy" else column_scores(weight.square(), groups)
         return {"weight": weight, "kept": top_columns(scores, per_group)}
 
@@ -194,24 +192,25 @@ def pack(weight: Tensor, kept: Tensor) -> Tensor:
     return torch.cat([rows[group][:, kept[group]] for group in range(groups)])
 
 
-def least_squares(weight: Tensor, groups: int, second_moment: Tensor, ridge: float = 0.0) -> dict[str, Tensor]:
+def least_squares(
+    weight: Tensor, groups: int, second_moment: Tensor, ridge: float = 0.0, cross_moment: Tensor | None = None
+) -> dict[str, Tensor]:
     """Inputs chosen by the energy of what they contribute, W_gj C_jj W_gj^T, and the best weights on them.
 
     weight: (m, n, kh, kw); second_moment: (nK, nK). Returns 'weight' (m, n, kh, kw), the solution in the kept columns
-    and 0 elsewhere, and 'kept' (N, n). ``ridge`` shrinks the moment towards its white part.
+    and 0 elsewhere, and 'kept' (N, n). ``ridge`` shrinks the moment towards its white part. With ``cross_moment``
+    E[y u^T] W gives way to the best dense kernel for these outputs (see ``shrunk``).
     """
-    moment = shrink_to_white(check_second_moment(second_moment, weight), ridge)
+    weight, moment, whole = shrunk(weight, second_moment, cross_moment, ridge)
     m, n, height, width = weight.shape
     taps = height * width
     kept = top_columns(column_scores(contributions(weight, moment)[:, :, None, None], groups), n // groups)
-    flat = weight.flatten(1).to(moment.dtype)
-    solved = torch.zeros_like(flat)
+    solved = torch.zeros_like(whole)
     for group in range(groups):
         at = kept[group].repeat_interleave(taps)  # which of the nK patch entries
         rows = slice(group, m, groups)
-        cross = flat[rows] @ moment[:, at]
         part: Any = solved[rows]
-        part[:, at] = solve_normal(moment[at][:, at], cross)
+        part[:, at] = solve_normal(moment[at][:, at], whole[rows][:, at])
     return {"weight": solved.reshape(m, n, height, width), "kept": kept}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -39,6 +39,13 @@ class MaskedConv2d(VariantConv2d):
     @abstractmethod
     def training_state(self) -> Mapping[str, Tensor]:
         """The tensors of the masked form that decide what it computes, by the names that ``project`` uses."""
+
+    def seen_entries(self) -> Iterator[Tensor]:
+        """The entries of the inputs that the mask leaves to each group; groups without any are passed over."""
+        taps = self.kernel_size[0] * self.kernel_size[1]
+        for kept in torch.unique(self.mask().detach() > 0, dim=0):
+            if kept.any():
+                yield torch.where(kept.repeat_interleave(taps))[0]
 
     def masked_kernel(self) -> Tensor:
         """weight * mask: (m, n, kh, kw)."""

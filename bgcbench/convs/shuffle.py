@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch.nn import functional as F
 
 from bgcbench.convs.base import VariantConv2d, block_diagonal, is_channels_last
 from bgcbench.convs.gc import GroupConv2d
+from bgcbench.theory.leastsquares import Fit
 
 
 class ShuffleGroupConv2d(VariantConv2d):
@@ -33,16 +35,16 @@ class ShuffleGroupConv2d(VariantConv2d):
         return block_diagonal(self.weight, self.groups)[order]
 
     @classmethod
-    def project(
-        cls, weight: Tensor, groups: int, projection: str, second_moment: Tensor | None, ridge: float
-    ) -> Mapping[str, Tensor]:
+    def project(cls, weight: Tensor, groups: int, projection: str, fit: Fit | None) -> Mapping[str, Tensor]:
         """GC's projection of the rows in pre-shuffle order: row pi(p) stands in for W's row p.
 
         Input and output orders of the standard convolution are kept, so residual additions stay aligned.
         """
         # Undoing a shuffle over N groups is the shuffle over m/N groups.
         undo = shuffle_order(weight.shape[0], weight.shape[0] // groups, weight.device)
-        return GroupConv2d.project(weight[undo], groups, projection, second_moment, ridge)
+        if fit is not None and fit.cross_moment is not None:
+            fit = replace(fit, cross_moment=fit.cross_moment[undo])
+        return GroupConv2d.project(weight[undo], groups, projection, fit)
 
 
 def shuffle_channels(y: Tensor, groups: int) -> Tensor:

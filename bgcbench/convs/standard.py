@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from bgcbench.convs.base import VariantConv2d
+from bgcbench.theory.leastsquares import Fit
 
 
 class StandardConv2d(VariantConv2d):
@@ -25,8 +26,6 @@ class StandardConv2d(VariantConv2d):
         return self.weight
 
     @classmethod
-    def project(
-        cls, weight: Tensor, groups: int, projection: str, second_moment: Tensor | None, ridge: float
-    ) -> Mapping[str, Tensor]:
+    def project(cls, weight: Tensor, groups: int, projection: str, fit: Fit | None) -> Mapping[str, Tensor]:
         """Every projection of a standard kernel onto standard kernels is itself."""
         return {"weight": weight}

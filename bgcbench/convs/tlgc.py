@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bgcbench.convs.base import VariantConv2d, block_diagonal, diagonal_blocks, is_channels_last, row_blocks
-from bgcbench.theory.leastsquares import check_second_moment, shrink_to_white
+from bgcbench.theory.leastsquares import Fit, shrunk
 from bgcbench.theory.residual import explained
 
 MAX_SWEEPS = 200  # of alternating least squares; some tens are needed
@@ -73,14 +73,12 @@ class TwoLevelGroupConv2d(VariantConv2d):
         return dense_kernel(self.weight, self.weight_coarse_in, self.weight_coarse)
 
     @classmethod
-    def project(
-        cls, weight: Tensor, groups: int, projection: str, second_moment: Tensor | None, ridge: float
-    ) -> Mapping[str, Tensor]:
+    def project(cls, weight: Tensor, groups: int, projection: str, fit: Fit | None) -> Mapping[str, Tensor]:
         """The white optimum ('white', and 'copy': the paper copies nothing into this variant), or least squares."""
         if groups == 1:
             return {"weight": weight}
-        if projection == "least_squares" and second_moment is not None:
-            a, r, p = least_squares(weight, groups, second_moment, ridge)
+        if fit is not None:
+            a, r, p = least_squares(weight, groups, fit.second_moment, fit.ridge, fit.cross_moment)
         else:
             a, r, p = white_optimum(weight, groups)
         return {"weight": a, "weight_coarse_in": r, "weight_coarse": p}
@@ -114,19 +112,20 @@ def white_optimum(weight: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def least_squares(
-    weight: Tensor, groups: int, second_moment: Tensor, ridge: float = 0.0
+    weight: Tensor, groups: int, second_moment: Tensor, ridge: float = 0.0, cross_moment: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(A, r, p) minimising E||Wu - Du||^2 for inputs with C = E[u u^T], by alternating least squares.
 
     A is eliminated: given the coarse level, A^k is the regression on u^k, so what is left to the coarse level in the
     rows of group k is weighted by S_k = C - C_{.k} C_kk^+ C_{k.} . Then p (given r) and r (given p) are linear
     problems, solved in turn from the white optimum until the error stops falling: a local minimum. ``ridge`` shrinks
-    C towards its white part, so that a large one gives the white optimum. weight: (m, n, kh, kw); second_moment:
+    C towards its white part, so that a large one gives the white optimum. With ``cross_moment`` K = E[y u^T] W gives
+    way to the best dense kernel for these outputs (see ``shrunk``). weight: (m, n, kh, kw); second_moment:
     (nK, nK), u in unfold order; shapes of the result as in :func:`white_optimum`.
     """
-    moment = shrink_to_white(check_second_moment(second_moment, weight), ridge)
+    weight, moment, _ = shrunk(weight, second_moment, cross_moment, ridge)
     problem = _CoarseLevel(weight, groups, moment)
-    _, start, _ = white_optimum(weight.to(moment.dtype), groups)
+    _, start, _ = white_optimum(weight, groups)
     r = last = best = start.flatten(1)  # (N, p)
     previous: float | None = None
     momentum = 0
