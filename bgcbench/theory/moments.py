@@ -7,6 +7,8 @@ depends on them only through sum u u^T.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -92,6 +94,11 @@ class RegressionMoments:
             getattr(self, name).add_(getattr(other, name))
         self._power += other._power
         self.positions += other.positions
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether everything that was added is a number."""
+        return math.isfinite(self._power) and bool(torch.isfinite(self._total.diagonal()).all())
 
     @property
     def means(self) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,368 @@
+"""Which convolutions of a network are replaced, and why the others stay.
+
+No variant is known by name here: all that is asked of one is whether N fits the channels.
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bgcbench.convs.base import VariantConv2d
+from bgcbench.errors import ShapeError, UsageError
+from bgcbench.measure.trace import SHORTCUT_NAME, Call, Size, Trace, trace
+from bgcbench.record import Kept, Replaced
+from bgcbench.specs import WHERE, as_pair, check_choice, unfit
+
+_OTHER_CONVS = (nn.Conv1d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+@dataclass
+class Conv:
+    """A convolution of the network with what is known of it. ``reason`` says why it stays; None: it is replaced."""
+
+    name: str
+    module: nn.Module
+    also: tuple[str, ...] = ()
+    calls: list[Call] = field(default_factory=list)
+    reason: str | None = None
+    groups: int = 0
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The convolutions of a network that :func:`convert` would replace, in the order of execution, and the others."""
+
+    chosen: tuple[Replaced, ...]
+    kept: tuple[Kept, ...]
+    notes: tuple[str, ...]
+
+
+def candidates(
+    model: nn.Module,
+    *,
+    where: str = "auto",
+    include: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] | None = None,
+    example_input: Tensor | Size | None = None,
+) -> Candidates:
+    """What :func:`convert` with these options would replace, before any N is asked for (``groups`` is 1 in each).
+
+    Raises UsageError for an unknown option or pattern and where nothing can be replaced.
+    """
+    check_choice("where", where, WHERE)
+    check_wrapper(model)
+    found, notes = look(model, checked_example(example_input))
+    convs = collect(model, found)
+    decide(model, convs, found, where, patterns(include), patterns(exclude))
+    chosen = [conv for conv in convs if conv.reason is None]
+    if not chosen:
+        raise UsageError(nothing_to_replace(convs, where))
+    for conv in chosen:
+        conv.groups = 1
+    kept = tuple(Kept(conv.name, conv.reason) for conv in convs if conv.reason is not None)
+    return Candidates(tuple(describe(conv) for conv in chosen), kept, tuple(notes))
+
+
+def nothing_to_replace(convs: Sequence[Conv], where: str) -> str:
+    reasons = ", ".join(f"{conv.name}: {conv.reason}" for conv in convs[:8]) or "it has no convolution"
+    more = f", and {len(convs) - 8} more" if len(convs) > 8 else ""
+    return f"nothing to replace with where='{where}' ({reasons}{more}); name convolutions with include"
+
+
+def check_wrapper(model: nn.Module) -> None:
+    """Refuse wrappers around a network, with what to do instead."""
+    if isinstance(model, torch.jit.ScriptModule):
+        raise UsageError("a scripted network cannot be changed any more; convert it before torch.jit.script")
+    if hasattr(model, "_orig_mod"):
+        raise UsageError("this is a compiled network; convert the original one, then compile the result")
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        raise UsageError(f"this is a {type(model).__name__}; convert its .module, then wrap the result")
+
+
+def checked_example(example: Any) -> Any:
+    """A size as a tuple, an input as it is; raises UsageError for what is neither."""
+    if isinstance(example, (list, tuple)) and len(example) == 3 and all(isinstance(side, int) for side in example):
+        return tuple(example)
+    inputs = example if isinstance(example, tuple) else (example,)
+    if example is None or any(isinstance(part, Tensor) for part in inputs):
+        return example
+    raise UsageError(
+        f"example_input is a {type(example).__name__}; pass (channels, height, width), a tensor, or a tuple of the "
+        "network's arguments with a tensor among them"
+    )
+
+
+def traced(model: nn.Module, example: Any, size: Size | None = None) -> Trace:
+    if isinstance(example, tuple) and all(isinstance(side, int) for side in example):
+        return trace(model, size=example)
+    return trace(model, size=size) if example is None else trace(model, example=example)
+
+
+def look(model: nn.Module, example: Any) -> tuple[Trace | None, list[str]]:
+    """Run the network once; where it cannot be run, None and a note that says so."""
+    try:
+        return traced(model, example), []
+    except Exception as problem:
+        if example is not None:
+            reason = str(problem) or type(problem).__name__
+            raise UsageError(f"the network does not run on example_input (in eval mode): {reason}") from problem
+        first = str(problem).splitlines()[0] if str(problem) else type(problem).__name__
+        return None, [
+            "the network could not be run, so shapes are unknown and shortcuts are told by their names only: "
+            f"{first} (pass example_input)"
+        ]
+
+
+def collect(model: nn.Module, found: Trace | None) -> list[Conv]:
+    """Every convolution module, in the order of execution where that is known; each once, under its first name."""
+    convs: dict[int, Conv] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if not isinstance(module, (nn.Conv2d, VariantConv2d, *_OTHER_CONVS)):
+            continue
+        if id(module) in convs:
+            convs[id(module)].also += (name,)
+        else:
+            convs[id(module)] = Conv(name, module)
+    if found is None:
+        return list(convs.values())
+    order: dict[str, int] = {}
+    by_name = {conv.name: conv for conv in convs.values()}
+    for number, call in enumerate(found.convs):
+        if call.module is not None and call.module in by_name:
+            order.setdefault(call.module, number)
+            by_name[call.module].calls.append(call)
+    return sorted(convs.values(), key=lambda conv: order.get(conv.name, len(found.convs)))
+
+
+def decide(
+    model: nn.Module,
+    convs: list[Conv],
+    found: Trace | None,
+    where: str,
+    include: tuple[str, ...],
+    exclude: tuple[str, ...],
+) -> None:
+    """Give each convolution that stays its reason."""
+    for pattern in (*include, *exclude):
+        if not any(_matches(conv, [pattern]) for conv in convs):
+            near = difflib.get_close_matches(pattern, [conv.name for conv in convs], n=3, cutoff=0.3)
+            hint = f"; there are {', '.join(near)}" if near else ""
+            raise UsageError(f"no convolution of the network is called '{pattern}'{hint}")
+    owners: dict[Any, list[str]] = {}
+    for name, module in model.named_modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                owners.setdefault(_identity(parameter), []).append(name)
+    policy = _policy(model, convs, found, where)
+    for conv in convs:
+        hard = _cannot(conv, owners, found)
+        if _matches(conv, exclude):
+            conv.reason = hard or "excluded"
+        elif _matches(conv, include):
+            named = any(name in include for name in (conv.name, *conv.also))
+            if hard is not None and named:
+                raise UsageError(f"{conv.name} cannot be replaced: {hard}; leave it out of include")
+            conv.reason = hard
+        else:
+            conv.reason = hard or policy.get(conv.name)
+
+
+def _identity(parameter: Tensor) -> Any:
+    """What two tied parameters have in common: where their numbers are, or the object where they have none."""
+    if parameter.is_meta or isinstance(parameter, nn.parameter.UninitializedParameter) or not parameter.numel():
+        return id(parameter)
+    return parameter.device, parameter.data_ptr()
+
+
+def _cannot(conv: Conv, owners: Mapping[Any, Sequence[str]], found: Trace | None) -> str | None:
+    """Why this convolution cannot be replaced, whatever is asked for; None if it can."""
+    module = conv.module
+    kind = type(module).__name__
+    if isinstance(module, VariantConv2d):
+        return f"already a {kind}"
+    if not isinstance(module, nn.Conv2d):
+        return f"a {kind}; only Conv2d has these variants"
+    reasons: list[str | None] = [
+        f"{kind} has a forward of its own" if _own_forward(module) else None,
+        f"{kind} has no weight yet; run the network once"
+        if isinstance(module, nn.modules.lazy.LazyModuleMixin)
+        else None,
+    ]
+    for name in ("weight", "bias"):
+        if name == "bias" and getattr(module, name, None) is None:
+            continue
+        parameter = module._parameters.get(name)
+        if parameter is None or nn.utils.parametrize.is_parametrized(module, name):
+            reasons.append(f"its {name} is computed (parametrised), not stored")
+            continue
+        others = [other for other in owners.get(_identity(parameter), ()) if other != conv.name]
+        reasons.append(f"its {name} is shared with {', '.join(others)}" if others else None)
+        reasons.append(f"its {name} has a hook" if getattr(parameter, "_backward_hooks", None) else None)
+    extra = [*(set(module._parameters) - {"weight", "bias"}), *module._buffers, *module._modules]
+    reasons.append(f"it holds more than a weight and a bias ({', '.join(sorted(extra))})" if extra else None)
+    if found is not None and conv.name in found.borrowed:
+        reasons.append("its weight is used outside of it")
+    if module.groups != 1:
+        depthwise = module.groups == module.in_channels
+        reasons.append(f"already grouped ({'depthwise' if depthwise else f'groups={module.groups}'})")
+    if _padding(module) is None:
+        reasons.append(f"padding='{module.padding}' is uneven for its kernel")
+    return next((reason for reason in reasons if reason is not None), None)
+
+
+def _own_forward(module: nn.Conv2d) -> bool:
+    kind = type(module)
+    names = ("forward", "_conv_forward", "__call__", "_call_impl", "_wrapped_call_impl")
+    changed = any(getattr(kind, name) is not getattr(nn.Conv2d, name) for name in names)
+    return changed or any(name in vars(module) for name in names)
+
+
+def _padding(module: nn.Conv2d) -> tuple[int, int] | None:
+    """Padding in pixels; None where 'same' needs more on one side than on the other."""
+    if module.padding == "valid":
+        return (0, 0)
+    if module.padding == "same":
+        total = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
+        return None if any(side % 2 for side in total) else (total[0] // 2, total[1] // 2)
+    return as_pair("padding", module.padding, 0)  # type: ignore[arg-type]  # no string any more
+
+
+def _policy(model: nn.Module, convs: Sequence[Conv], found: Trace | None, where: str) -> dict[str, str]:
+    """Why the policy keeps a convolution, by name; what is not in it is replaced."""
+    if where == "none":
+        return {conv.name: "not included" for conv in convs}
+    reasons: dict[str, str] = {}
+    kernel = {"3x3": (3, 3), "1x1": (1, 1)}.get(where)
+    families = _families(model, convs, found) if where == "auto" else {}
+    usable = [conv for conv in convs if isinstance(conv.module, (nn.Conv2d, VariantConv2d))]
+    first = found.convs[0].module if found and found.convs else usable[0].name if usable else ""
+    for conv in usable:
+        name, size = conv.name, conv.module.kernel_size
+        role = "the first convolution" if name == first else _role(conv, found, shortcuts=where == "all")
+        role = role or families.get(name)
+        if role is not None:
+            reasons[name] = role
+        elif kernel is not None and size != kernel:
+            reasons[name] = f"a {_by(size)} kernel, not {_by(kernel)}"
+    return reasons
+
+
+def _families(model: nn.Module, convs: Sequence[Conv], found: Trace | None) -> dict[str, str]:
+    """Why the paper keeps convolutions of the families that it names, wherever such a network stands in ``model``.
+
+    Families are told by class name (torchvision's and timm's, and subclasses): of a ResNet of bottlenecks whose 3x3 are
+    not grouped only the 3x3 are replaced; MobileNetV2 and EfficientNet keep their last convolution.
+    """
+    reasons: dict[str, str] = {}
+    for root, module in model.named_modules():
+        names = {kind.__name__ for kind in type(module).__mro__}
+        if not names & {"ResNet", "MobileNetV2", "EfficientNet"}:
+            continue
+        prefix = f"{root}." if root else ""
+        mine = [c for c in convs if c.name.startswith(prefix) and isinstance(c.module, (nn.Conv2d, VariantConv2d))]
+        if "ResNet" not in names:
+            last = [conv.name for conv in mine if conv.calls]
+            reasons |= {name: "the last convolution, outside of the blocks" for name in last[-1:] if found}
+            continue
+        middle = [c.module for c in mine if isinstance(c.module, nn.Conv2d) and c.module.kernel_size == (3, 3)]
+        bottlenecks = any(type(m).__name__ == "Bottleneck" for m in module.modules())
+        if bottlenecks and middle and all(conv.groups == 1 for conv in middle):
+            others = [conv for conv in mine if conv.module.kernel_size != (3, 3)]
+            reasons |= {conv.name: f"a {_by(conv.module.kernel_size)} kernel, not 3x3" for conv in others}
+    return reasons
+
+
+def _role(conv: Conv, found: Trace | None, *, shortcuts: bool) -> str | None:
+    """What this convolution is in its network that speaks for keeping it; ``shortcuts``: those do not count."""
+    if found is None:
+        return "a shortcut" if SHORTCUT_NAME.search(conv.name) and not shortcuts else None
+    if not conv.calls:
+        return "not reached by a forward pass"
+    if all(call.reads_image for call in conv.calls):
+        return "reads the image"
+    pointwise, few = conv.module.kernel_size == (1, 1), _channels(conv.module)[1] <= 3
+    if conv.name in found.heads and (pointwise or few):
+        return "the classifier" if pointwise else "writes the image"
+    if all(call.size == (1, 1) and call.pooled for call in conv.calls):
+        return "1x1 pixels of input (squeeze-and-excitation)"
+    return "a shortcut" if conv.name in found.shortcuts and not shortcuts else None
+
+
+def divide(convs: Iterable[Conv], variant: str, groups: int, on_indivisible: str) -> None:
+    """Set each chosen convolution's N, or its reason; raises one ShapeError that names all that N does not divide."""
+    offenders = []
+    for conv in convs:
+        if conv.reason is not None:
+            continue
+        n, m = _channels(conv.module)
+        conv.groups = groups
+        if unfit(variant, n, m, groups) is None:
+            continue
+        if on_indivisible == "gcd":
+            conv.groups = math.gcd(groups, n, m)
+        if on_indivisible == "raise":
+            offenders.append(f"{conv.name} ({n} -> {m})")
+        elif conv.groups == 1 or unfit(variant, n, m, conv.groups):
+            conv.reason = f"N={groups} does not divide {n} -> {m} channels"
+    if offenders:
+        count = f"{len(offenders)} convolutions" if len(offenders) > 1 else "a convolution"
+        raise ShapeError(
+            f"groups={groups} does not divide the channels of {count}: {', '.join(offenders)}; keep them dense with "
+            "on_indivisible='skip' (--skip-invalid), or use 'gcd', or fewer groups"
+        )
+
+
+def _channels(module: nn.Module) -> tuple[int, int]:
+    return int(module.in_channels), int(module.out_channels)  # type: ignore[arg-type]
+
+
+def describe(conv: Conv) -> Replaced:
+    module = conv.module
+    if not isinstance(module, nn.Conv2d):
+        raise TypeError(f"{conv.name} is no Conv2d")
+    height, width = conv.calls[0].size if conv.calls and conv.calls[0].size else (None, None)
+    padding = _padding(module) or (0, 0)
+    if module.padding_mode != "zeros" and height is not None and width is not None:
+        # Other paddings are an operation of their own, and what was seen to run has them in its input.
+        height, width = height - 2 * padding[0], width - 2 * padding[1]
+    return Replaced(
+        conv.name,
+        conv.also,
+        module.in_channels,
+        module.out_channels,
+        (module.kernel_size[0], module.kernel_size[1]),
+        (module.stride[0], module.stride[1]),
+        padding,
+        (module.dilation[0], module.dilation[1]),
+        module.bias is not None,
+        module.padding_mode,
+        conv.groups,
+        height,
+        width,
+        len(conv.calls) if conv.calls else None,
+    )
+
+
+def patterns(given: str | Sequence[str] | None) -> tuple[str, ...]:
+    return () if given is None else (given,) if isinstance(given, str) else tuple(given)
+
+
+def _matches(conv: Conv, patterns: Iterable[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns for name in (conv.name, *conv.also))
+
+
+def _by(sides: Any) -> str:
+    return "x".join(str(side) for side in sides)
+
+
+def call_shape(call: Call) -> str:
+    grouped = f", groups={call.groups}" if call.groups > 1 else ""
+    return f"{call.in_channels} -> {call.out_channels}, {_by(call.kernel)}{grouped}"

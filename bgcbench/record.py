@@ -1,0 +1,219 @@
+"""What a conversion did to a network, and doing it again.
+
+A record names every convolution that gave way and the shape of what took its place; :func:`replay` does to a network
+like the original what the record says. Which convolutions those are is decided in :mod:`bgcbench.policy`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from bgcbench.convs.base import VariantConv2d, is_channels_last
+from bgcbench.errors import BgcbenchError, ResultFileError
+from bgcbench.measure.trace import Size
+from bgcbench.specs import load_layer
+
+SCRATCH, CALIBRATED = "scratch", "calibrated"  # initialisations that are no projection
+
+_HOOKS = (
+    "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks", "_is_full_backward_hook",
+    "_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_post_hooks",
+)  # fmt: skip
+
+
+_OWN_ATTRIBUTES = set(vars(nn.Conv2d(1, 1, 1, device="meta")))
+
+
+@dataclass(frozen=True)
+class Replaced:
+    """One convolution that was replaced: its name, where else it hangs, its shape, and the layer that took its place.
+
+    groups: N of this layer, which 'gcd' may have lowered. height, width: of its input, and calls: how often one forward
+    pass runs it; None where the network could not be run.
+    """
+
+    name: str
+    also: tuple[str, ...]
+    in_channels: int
+    out_channels: int
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    bias: bool
+    padding_mode: str
+    groups: int
+    height: int | None
+    width: int | None
+    calls: int | None
+
+
+@dataclass(frozen=True)
+class Kept:
+    """One convolution that stays as it is, and why."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Record:
+    """Everything that a conversion decided; with a network like the original it can be repeated (load_converted).
+
+    source: how :func:`bgcbench.models.build_model` makes the original network, None where it cannot. size: the input
+    (channels, height, width) on which the network was run to find shapes, order and roles; None where it could not be.
+    functional: convolutions that are called as functions, which no module owns and nothing here replaces.
+    rebn: whether the statistics of batch norm were re-estimated. calibration: what was done with images, and what each
+    layer lost before and after, as plain JSON (see :meth:`bgcbench.calibration.Calibration.settle`); None without.
+    """
+
+    variant: str
+    groups: int
+    where: str
+    include: tuple[str, ...]
+    exclude: tuple[str, ...]
+    init: str
+    on_indivisible: str
+    algorithm: str
+    source: dict[str, Any] | None
+    size: Size | None
+    replaced: tuple[Replaced, ...]
+    kept: tuple[Kept, ...]
+    functional: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    rebn: bool = False
+    calibration: dict[str, Any] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """This as plain JSON; ``replaced`` holds the names and ``layers`` the shapes."""
+        text = asdict(self)
+        text["layers"] = text.pop("replaced")
+        text["replaced"] = [layer.name for layer in self.replaced]
+        plain: dict[str, Any] = json.loads(json.dumps(text))
+        return plain
+
+    @classmethod
+    def from_json(cls, stored: Mapping[str, Any]) -> Record:
+        """The record that :meth:`to_json` wrote; raises ResultFileError for anything else."""
+        try:
+            later = {"rebn", "calibration"}  # which older files have not
+            names = [name for name in cls.__dataclass_fields__ if name != "replaced"]
+            values = {name: stored[name] for name in names if name not in later or name in stored}
+            layers = [{k: _as_tuple(v) for k, v in layer.items()} for layer in stored["layers"]]
+            return cls(
+                **{
+                    **{name: _as_tuple(value) for name, value in values.items()},
+                    "kept": tuple(Kept(**kept) for kept in values["kept"]),
+                    "replaced": tuple(Replaced(**layer) for layer in layers),
+                }
+            )
+        except (KeyError, TypeError, AttributeError) as problem:
+            raise ResultFileError(f"this is no record of a conversion: {problem!r}") from None
+
+
+@dataclass(frozen=True)
+class Converted:
+    """A converted network and the record of what was done to it."""
+
+    model: nn.Module
+    record: Record
+
+
+def copied(model: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(model)
+    except Exception as problem:
+        raise BgcbenchError(f"the network cannot be copied ({problem}); convert it with inplace=True") from problem
+
+
+def replay(model: nn.Module, record: Record) -> nn.Module:
+    """Do to ``model``, in place, what ``record`` says was done to a network like it; returns the converted network.
+
+    Every replaced convolution gives way in every place where it hangs. Raises ResultFileError where ``model`` has no
+    such convolution.
+    """
+    modules = dict(model.named_modules())
+    fresh: dict[int, nn.Module] = {}
+    for layer in record.replaced:
+        old = modules.get(layer.name)
+        if not isinstance(old, nn.Conv2d):
+            raise ResultFileError(
+                f"the network has no Conv2d called '{layer.name}'; it is not the one that was converted"
+            )
+        shape = (old.in_channels, old.out_channels, tuple(old.kernel_size), tuple(old.stride), old.bias is not None)
+        if shape != (layer.in_channels, layer.out_channels, layer.kernel, layer.stride, layer.bias):
+            raise ResultFileError(f"'{layer.name}' has another shape than the convolution that was converted")
+        fresh[id(old)] = _layer(old, layer, record)
+    if id(model) in fresh:
+        return fresh[id(model)]
+    for module in list(model.modules()):
+        for name, child in module._modules.items():
+            if child is not None and id(child) in fresh:
+                module._modules[name] = fresh[id(child)]
+    return model
+
+
+def _layer(old: nn.Conv2d, layer: Replaced, record: Record) -> VariantConv2d:
+    """The layer that takes the place of ``old``, with everything that was set on it."""
+    kind: type[VariantConv2d] = load_layer(record.variant)
+    options: dict[str, Any] = {"padding_mode": layer.padding_mode, "algorithm": record.algorithm}
+    options |= {"stride": layer.stride, "padding": layer.padding, "dilation": layer.dilation}
+    # Initialisation that is overwritten must not be seen in the random state.
+    unseen = torch.random.fork_rng([old.weight.device] if old.weight.is_cuda else [])
+    if record.init in (SCRATCH, CALIBRATED) or old.weight.is_meta:
+        with unseen if record.init == CALIBRATED else contextlib.nullcontext():
+            new = kind(
+                layer.in_channels,
+                layer.out_channels,
+                layer.kernel,
+                groups=layer.groups,
+                bias=layer.bias,
+                device=old.weight.device,
+                dtype=old.weight.dtype,
+                **options,
+            )
+            if record.init == CALIBRATED and new.bias is not None and old.bias is not None:
+                with torch.no_grad():  # the weights come later, and what is added to the bias with them
+                    new.bias.copy_(old.bias)
+    else:
+        with unseen:
+            new = kind.from_dense(old.weight.detach(), layer.groups, bias=old.bias, projection=record.init, **options)
+    for name, parameter in new.named_parameters():
+        like = old.bias if name == "bias" and old.bias is not None else old.weight
+        parameter.requires_grad_(like.requires_grad)
+    if is_channels_last(old.weight):
+        new.to(memory_format=torch.channels_last)
+    for hooks in _HOOKS:
+        if hooks in vars(old):
+            setattr(new, hooks, getattr(old, hooks))  # the same dictionary, so that a hook's handle still removes it
+    for name, value in vars(old).items():  # what people hang onto a module
+        if not name.startswith("_") and name not in _OWN_ATTRIBUTES:
+            setattr(new, name, value)
+    return new.train(old.training)
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(_as_tuple(part) for part in value) if isinstance(value, list) else value
+
+
+# ------------------------------------------------------------------------------------------------ saved and loaded
+
+
+def record_in(stored: Mapping[str, Any]) -> Record:
+    """The record of a saved dict, in whichever of its forms."""
+    record = stored["record"]
+    if isinstance(record, str):
+        try:
+            record = json.loads(record)
+        except ValueError:
+            raise ResultFileError("this is no record of a conversion: its text is no JSON") from None
+    return record if isinstance(record, Record) else Record.from_json(record)
