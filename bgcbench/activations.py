@@ -11,33 +11,46 @@ calibrated weights are solved for on the others, and all errors are those on the
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from bgcbench.convert import Replaced, candidates
+from bgcbench.calibration.images import (
+    Part,
+    batched,
+    check_enough,
+    device_of,
+    first_of,
+    for_network,
+    input_of,
+    moments_device,
+    padded,
+    parts_of,
+    patch_length,
+    position_stream,
+    positions_an_image,
+    random_state_kept,
+    undisturbed,
+    zero_padding,
+)
+from bgcbench.calibration.solve import RIDGES, SEARCH_RIDGE
 from bgcbench.convs import CONVS
 from bgcbench.errors import ShapeError, UsageError
 from bgcbench.measure.counts import count
 from bgcbench.measure.trace import Size
-from bgcbench.specs import HELD_OUT, LINEAR, VARIANTS, ConvSpec, check_choice, check_positive, unfit
+from bgcbench.policy import candidates
+from bgcbench.record import Replaced
+from bgcbench.specs import LINEAR, VARIANTS, ConvSpec, check_choice, check_positive, unfit
 from bgcbench.theory.fits import EXACT
+from bgcbench.theory.leastsquares import best_ridge
 from bgcbench.theory.moments import PatchMoments
 
 DEFAULT_IMAGES = 256
 WORKING = 3  # moments' worth of memory that solving for the largest layer takes besides
-ROWS_AN_ENTRY = 20  # positions that are enough for a moment, for each entry of the patch vector
-LEAST_ROWS = 2**14  # positions that are taken in any case, where there are as many
-RIDGES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # of the least squares, in units of the mean power of the regressors
-SEARCH_RIDGE = 1e-2  # of the variants that are no linear space, which take too long to be solved several times
 MOMENT_BYTES = 8  # float64
 
 
@@ -107,8 +120,8 @@ def approximability(
         check_positive("groups", number)
     if not groups or not set(variants) - {"standard"}:
         raise UsageError("nothing to look at: name a variant besides standard, and at least one N")
-    with _random_state_kept(model):
-        first, batches = _first(batches)
+    with random_state_kept(model):
+        first, batches = first_of(batches)
         if images is None:
             images = _counted(batches)
         found = candidates(
@@ -116,7 +129,7 @@ def approximability(
             where=where,
             include=include,
             exclude=exclude,
-            example_input=example_input if example_input is not None else _for_network(first[:1], model),
+            example_input=example_input if example_input is not None else for_network(first[:1], model),
         )
         share_of = shares(found.chosen)
         errors: list[LayerError] = []
@@ -126,52 +139,18 @@ def approximability(
     return errors
 
 
-@contextmanager
-def _random_state_kept(model: nn.Module) -> Iterator[None]:
-    """torch's random state, on the CPU and where the network is, as it was before the block."""
-    devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
-    with torch.random.fork_rng(devices=[index for index in devices if index is not None]):
-        yield
-
-
 def _counted(batches: Iterable[Any]) -> int:
     """How many images there are."""
     if isinstance(batches, (list, tuple)):
-        return sum(len(_input(batch)) for batch in batches)
+        return sum(len(input_of(batch)) for batch in batches)
     dataset: Any = getattr(batches, "dataset", None)
     return len(dataset) if hasattr(dataset, "__len__") else DEFAULT_IMAGES
-
-
-def _for_network(x: Tensor, model: nn.Module) -> Tensor:
-    """x where the network is, in its floating-point type."""
-    reference = next(itertools.chain(model.parameters(), model.buffers()), torch.empty(0))
-    return x.to(device=reference.device, dtype=reference.dtype if reference.is_floating_point() else None)
 
 
 def kernel_of(model: nn.Module, layer: Replaced) -> Tensor:
     """The dense kernel of a layer (m, n, kh, kw)."""
     weight: Tensor = model.get_submodule(layer.name).weight  # type: ignore[assignment]
     return weight
-
-
-def _first(batches: Iterable[Any]) -> tuple[Tensor, Iterable[Any]]:
-    """The first input, and the batches with it back in front where they can be gone through once only."""
-    iterator = iter(batches)
-    try:
-        head = next(iterator)
-    except StopIteration:
-        raise UsageError("there are no calibration images; pass batches of them") from None
-    return _input(head), itertools.chain([head], iterator) if iterator is batches else batches
-
-
-def _input(batch: Any) -> Tensor:
-    """The images of a batch: itself, or the first of a tuple (with labels behind it)."""
-    images = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
-    if not isinstance(images, Tensor) or images.dim() != 4:
-        raise UsageError(
-            f"a calibration batch is a {type(batch).__name__}; pass tensors (B, C, H, W), or tuples that begin with one"
-        )
-    return images
 
 
 def shares(layers: Sequence[Replaced]) -> dict[str, float]:
@@ -198,11 +177,6 @@ def _spec(layer: Replaced, variant: str, groups: int) -> ConvSpec:
 def moment_bytes(layer: Replaced) -> int:
     """Memory of one layer's moments, both of them."""
     return 2 * MOMENT_BYTES * patch_length(layer) ** 2
-
-
-def patch_length(layer: Replaced) -> int:
-    """nK, the length of a patch vector."""
-    return layer.in_channels * math.prod(layer.kernel)
 
 
 def passes(layers: Sequence[Replaced], memory_bytes: int) -> list[list[Replaced]]:
@@ -270,39 +244,26 @@ def _collect(
 
     The images held out go through by themselves, so that nothing has to be known of how the network stacks them.
     """
-    device = next(itertools.chain(model.parameters(), model.buffers()), torch.empty(0)).device
-    moments = {layer.name: LayerMoments(_fresh(layer, device), _fresh(layer, device)) for layer in layers}
+    moments = {layer.name: LayerMoments(_fresh(layer, model), _fresh(layer, model)) for layer in layers}
     watchers = [_Watcher(layer, moments[layer.name], images, seed) for layer in layers]
-    was_training = {name: module.training for name, module in model.named_modules()}
     handles = [
         model.get_submodule(watcher.layer.name).register_forward_pre_hook(watcher, with_kwargs=True)
         for watcher in watchers
     ]
     seen = 0
     try:
-        model.eval()
-        with torch.no_grad(), _random_state_kept(model):
-            for batch in batches:
-                x = _input(batch)[: images - seen]
-                numbers = torch.arange(seen, seen + len(x))
-                held = numbers % HELD_OUT == HELD_OUT - 1
-                for part in (~held, held):
-                    for watcher in watchers:
-                        watcher.expect(numbers[part].tolist(), held_out=part is held)
-                    if part.any():
-                        model(_for_network(x[part.to(x.device)], model))
-                seen += len(x)
+        with undisturbed(model):
+            for part in parts_of(batches, images):
+                for watcher in watchers:
+                    watcher.expect(part)
+                model(for_network(part.images, model))
+                seen += len(part.numbers)
                 if stop():
                     return None
-                if seen >= images:
-                    break
     finally:
         for handle in handles:
             handle.remove()
-        for name, module in model.named_modules():
-            module.training = was_training[name]
-    if seen < HELD_OUT:
-        raise UsageError(f"{seen} calibration images are too few; use at least {HELD_OUT}: one in four is held out")
+    check_enough(seen)
     for layer in layers:
         _check_moments(layer, moments[layer.name])
     return moments
@@ -328,51 +289,36 @@ class _Watcher:
 
     def __init__(self, layer: Replaced, moments: LayerMoments, images: int, seed: int) -> None:
         self.layer, self.moments, self.seed = layer, moments, seed
-        self.at_most = _positions(layer, images)
+        self.at_most = positions_an_image(layer, images)
         self.part, self.numbers, self.call = moments.fit, [0], 0
 
-    def expect(self, numbers: list[int], *, held_out: bool) -> None:
-        """The images ``numbers`` are about to be run."""
-        self.part = self.moments.held_out if held_out else self.moments.fit
-        self.numbers, self.call = numbers, 0
+    def expect(self, part: Part) -> None:
+        """The images of ``part`` are about to be run."""
+        self.part = self.moments.held_out if part.held_out else self.moments.fit
+        self.numbers, self.call = part.numbers, 0
 
     def __call__(self, module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
-        x = (arguments[0] if arguments else options["input"]).detach()
-        x = _padded(x if x.dim() == 4 else x[None], self.layer)
+        x = padded(batched((arguments[0] if arguments else options["input"]).detach()), self.layer)
         height, width = self.part.output_size(x)
         if height * width <= self.at_most:
             self.part.add(x)
         else:
             for place, image in enumerate(x.split(1)):
                 copy, at = divmod(place, len(self.numbers))
-                key = f"{self.seed}:{self.layer.name}:{self.numbers[at]}:{self.call}:{copy}"
-                number = int.from_bytes(hashlib.sha256(key.encode()).digest()[:6], "big")
-                self.part.add(image, self.at_most, torch.Generator(device="cpu").manual_seed(number))
+                stream = position_stream(self.layer.name, self.seed, self.numbers[at], call=self.call, copy=copy)
+                self.part.add(image, self.at_most, stream)
         self.call += 1
 
 
-def _fresh(layer: Replaced, device: torch.device) -> PatchMoments:
-    padding = layer.padding if layer.padding_mode == "zeros" else (0, 0)  # others are padded before
+def _fresh(layer: Replaced, model: nn.Module) -> PatchMoments:
     return PatchMoments(
         layer.in_channels,
         layer.kernel,
         stride=layer.stride,
-        padding=padding,
+        padding=zero_padding(layer),
         dilation=layer.dilation,
-        device="cpu" if device.type == "mps" else device,  # Apple's GPUs have no float64
+        device=moments_device(device_of(model)),
     )
-
-
-def _padded(x: Tensor, layer: Replaced) -> Tensor:
-    if layer.padding_mode == "zeros":
-        return x
-    rows, columns = layer.padding
-    return F.pad(x, (columns, columns, rows, rows), mode=layer.padding_mode)
-
-
-def _positions(layer: Replaced, images: int) -> int:
-    """Positions of an image that are enough: together some twenty for each entry of the patch vector."""
-    return math.ceil(max(LEAST_ROWS, ROWS_AN_ENTRY * patch_length(layer)) / images)
 
 
 # ------------------------------------------------------------------------------------------------------------- judging
@@ -442,22 +388,10 @@ class Judge:
 
     def _calibrate(self, variant: str, groups: int, white: float) -> tuple[float, float | None]:
         """The error with calibrated weights and their ridge: from the middle of RIDGES as far as it falls."""
-        best: tuple[float, float | None] = (white, None)
         if white <= EXACT:
-            return best
-        if variant not in LINEAR:
-            tried = self._error(variant, groups, "least_squares", SEARCH_RIDGE)
-            return (tried, SEARCH_RIDGE) if tried < white else best
-        start = len(RIDGES) // 2
-        for way in (range(start, -1, -1), range(start + 1, len(RIDGES))):
-            for place in way:
-                tried = self._error(variant, groups, "least_squares", RIDGES[place])
-                if tried >= best[0]:
-                    break
-                best = (tried, RIDGES[place])
-            if best[1] is not None and best[1] < RIDGES[start]:
-                break  # it fell towards less ridge
-        return best
+            return white, None
+        ridges = RIDGES if variant in LINEAR else (SEARCH_RIDGE,)
+        return best_ridge(ridges, lambda ridge: self._error(variant, groups, "least_squares", ridge), white)
 
     @torch.no_grad()
     def _error(self, variant: str, groups: int, projection: str, ridge: float = 0.0) -> float:

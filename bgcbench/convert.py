@@ -162,7 +162,7 @@ def convert(
     if images is None or not chosen:
         return Converted(replay(model if inplace else copied(model), record), record)
     # What the original says comes first: a network that is converted in place cannot be asked any more.
-    wanted = images.observe(model, record.replaced) if init == CALIBRATED else None
+    wanted = images.observe(model, record.replaced if init == CALIBRATED else ())
     target = replay(model if inplace else copied(model), record)
     report = images.settle(target, record, wanted)
     notes += images.notes

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 import bgcbench
 from bgcbench import activations
 from bgcbench.activations import RIDGES, approximability, moment_bytes, passes, stream
+from bgcbench.calibration import images as calibration_images
 from bgcbench.convert import Replaced, candidates
 from bgcbench.convs import CONVS
 from bgcbench.errors import ShapeError, UsageError
@@ -202,7 +203,7 @@ def test_of_large_maps_so_many_positions_are_drawn_as_are_enough(net: Net, monke
     # 16,384 spread over 8 images: 2,048 of the 4,096 positions of each, and 6 images to solve on
     assert counted["second"].fit.positions == 6 * 2048
     assert counted["second"].held_out.positions == 2 * 2048
-    monkeypatch.setattr(activations, "LEAST_ROWS", 1)
+    monkeypatch.setattr(calibration_images, "LEAST_ROWS", 1)
     counted = {layer.name: moments for layer, moments in stream(net, found.chosen, data, images=8, memory_bytes=2**30)}
     # 20 for each of the 16 entries of a 1x1 patch, and of the 144 of a 3x3 one
     assert counted["second"].fit.positions == 6 * 40
@@ -272,8 +273,8 @@ def test_candidates_are_what_convert_replaces_in_the_papers_networks() -> None:
 def test_which_positions_are_drawn_depends_on_neither_batches_nor_other_layers_nor_memory(
     net: Net, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(activations, "LEAST_ROWS", 100)
-    monkeypatch.setattr(activations, "ROWS_AN_ENTRY", 1)
+    monkeypatch.setattr(calibration_images, "LEAST_ROWS", 100)
+    monkeypatch.setattr(calibration_images, "ROWS_AN_ENTRY", 1)
     data = torch.randn(12, 3, 16, 16)
     options: dict[str, Any] = {"groups": (2, 4), "seed": 3}
     whole = approximability(net, list(data.split(12)), **options)

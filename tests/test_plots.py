@@ -575,7 +575,7 @@ def test_matplotlib_that_is_missing_is_named_with_the_way_out(tmp_path: Path, mo
         (
             new_document(command="profile"),
             None,
-            "--plot draws 'approx' and 'train' results, and this is a 'profile' run",
+            "--plot draws 'approx', 'train' and 'transfer' results, and this is a 'profile' run",
         ),
         (new_document(), None, "nothing to draw: the result has no finished row"),
         (sampled(variants=("standard",)), None, "nothing to draw"),

@@ -246,7 +246,7 @@ def failed(document: Json) -> Json:
         (train_document(), "pareto", "pareto is no picture of 'train' results; they have errors, curves"),
         (new_document(), "curves", "'approx' results; they have figure1, figure2, pareto, heatmap"),
         (train_document(), "curve", "unknown picture 'curve': did you mean 'curves'"),
-        (new_document(command="profile"), "errors", "--plot draws 'approx' and 'train' results"),
+        (new_document(command="profile"), "errors", "--plot draws 'approx', 'train' and 'transfer' results"),
     ],
 )
 def test_what_a_document_does_not_have_is_named_in_one_line(document: Json, picture: str | None, why: str) -> None:

@@ -2,9 +2,10 @@
 
 Layer by layer in the order of execution: the inputs are those that the network makes with all layers before already
 converted, the outputs to be met are the original network's, on the same images. So a layer also makes up for what
-those before it have lost. Batch norm's statistics are re-estimated in the same pass, each from all images. The whole
-takes one forward pass of the original network and one of the converted one (see :mod:`bgcbench.calibration.lockstep`),
-whatever the number of layers.
+those before it have lost. Batch norm's statistics are re-estimated in the same pass, each from all images, so that a
+norm's output has the mean and the variance that it had in the original network on these images. The whole takes one
+forward pass of the original network and one of the converted one (see :mod:`bgcbench.calibration.lockstep`), whatever
+the number of layers.
 
 At a position a layer is y = V u with u the patch vector. It minimises E|y - V u|^2 with y of the original network.
 Where the layer has a bias, or norms take a constant of each channel away from its output, all is about the means:
@@ -61,6 +62,7 @@ class Wanted:
     def __init__(self, looked: Survey, weights: dict[str, Tensor]) -> None:
         self.survey, self.weights = looked, weights
         self.outputs: dict[str, dict[int, Tensor]] = {name: {} for name in weights}  # layer -> part -> (m, positions)
+        self.norms: dict[str, NormMoments] = {}  # of the inputs of each norm
 
 
 class Calibration:
@@ -98,7 +100,7 @@ class Calibration:
     # ------------------------------------------------------------------------------------------- the original network
 
     def observe(self, model: nn.Module, layers: Sequence[Replaced]) -> Wanted:
-        """Run the original network over the images and keep what is wanted of each of ``layers``.
+        """Run the original network over the images and keep what is wanted of each of ``layers``, and of the norms.
 
         Raises UsageError where the memory is too little for a layer, and Stopped.
         """
@@ -107,16 +109,26 @@ class Calibration:
             looked = survey(model, set(weights), self.example)
             self._fit_into_memory(layers, looked)
             wanted = Wanted(looked, weights)
-            watchers = {layer.name: _Watcher(layer, self, wanted) for layer in layers}
+            layer_watchers = {layer.name: _Watcher(layer, self, wanted) for layer in layers}
+            norm_watchers = {
+                name: _NormWatcher(name, self, wanted)
+                for name, module in (model.named_modules() if self.rebn else ())
+                if is_norm(module)
+            }
             handles = [
                 model.get_submodule(name).register_forward_hook(watcher, prepend=True)
-                for name, watcher in watchers.items()
+                for name, watcher in layer_watchers.items()
             ]
+            handles += [
+                model.get_submodule(name).register_forward_pre_hook(watcher, with_kwargs=True)
+                for name, watcher in norm_watchers.items()
+            ]
+            watchers: list[_Watcher | _NormWatcher] = [*layer_watchers.values(), *norm_watchers.values()]
             try:
                 for number, part in enumerate(self.parts):
                     if self.stop():
                         raise Stopped
-                    for watcher in watchers.values():
+                    for watcher in watchers:
                         watcher.expect(number, part)
                     model(for_network(part.images, model))
             finally:
@@ -151,8 +163,8 @@ class Calibration:
 
     # ------------------------------------------------------------------------------------------ the converted network
 
-    def settle(self, network: nn.Module, record: Record, wanted: Wanted | None = None) -> dict[str, Any]:
-        """Solve the layers of the converted ``network``, if it is known what is ``wanted``, and estimate its norms.
+    def settle(self, network: nn.Module, record: Record, wanted: Wanted) -> dict[str, Any]:
+        """Solve the layers of the converted ``network`` of which is known what is ``wanted``, and estimate its norms.
 
         Returns what was done as plain JSON: images, held_out, seed, rebn, norms (how many were re-estimated), seconds,
         moment_bytes and in_flight_bytes (what was held at most), and for each layer that was solved name, groups,
@@ -164,15 +176,13 @@ class Calibration:
         modules = dict(network.named_modules())
         changed = [modules[layer.name] for layer in record.replaced]
         with undisturbed(network):
-            if wanted is None:
-                self._fit_into_memory((), survey(network, (), self.example))
-            stops = self._layer_stops(modules, record, wanted, solved) if wanted is not None else []
-            stops += self._norm_stops(modules, estimated) if self.rebn else []
+            stops = self._layer_stops(modules, record, wanted, solved) if wanted.weights else []
+            stops += self._norm_stops(modules, estimated, wanted.norms) if self.rebn else []
             if stops:
                 batches = [for_network(part.images, network) for part in self.parts]
                 run_in_step(network, batches, stops, changed=changed, asked_to_stop=self.stop)
-        missed = [layer.name for layer in record.replaced if wanted is not None and layer.name not in solved]
-        if missed and wanted is not None:
+        missed = [layer.name for layer in record.replaced if layer.name in wanted.weights and layer.name not in solved]
+        if missed:
             self.notes.append(f"never reached by the calibration images: {', '.join(missed)}; white weights are taken")
             for name in missed:
                 layer = _variant(modules[name])
@@ -281,8 +291,13 @@ class Calibration:
         copy, at = divmod(place, len(part.numbers))
         return positions_of(layer.name, self.seed, part.numbers[at], count, at_most, copy=copy)
 
-    def _norm_stops(self, modules: dict[str, nn.Module], estimated: list[str]) -> list[Stop]:
-        """A stop at each norm, where it gets the statistics of everything that has come to it."""
+    def _norm_stops(
+        self, modules: dict[str, nn.Module], estimated: list[str], before: dict[str, NormMoments]
+    ) -> list[Stop]:
+        """A stop at each norm, where it gets its statistics from everything that has come to it.
+
+        before: what came to the norms of the original network, where that is known.
+        """
         stops = []
         for name, module in modules.items():
             if not is_norm(module):
@@ -294,7 +309,7 @@ class Calibration:
                     moments.add(x.to(moments.mean.device))
                 if not bool(torch.isfinite(moments.mean).all()):
                     raise UsageError(f"the inputs of {name} are not finite: the network's weights are damaged")
-                moments.put_into(module)
+                moments.put_into(module, before.get(name))
                 estimated.append(name)
 
             stops.append(Stop(module, settle, only_changed=True))
@@ -328,6 +343,27 @@ class _Watcher:
         self.wanted.outputs[self.layer.name][self.number] = torch.cat(kept, dim=1)
 
 
+class _NormWatcher:
+    """A hook on a norm of the original network that adds what comes to it to its moments."""
+
+    def __init__(self, name: str, owner: Calibration, wanted: Wanted) -> None:
+        self.name, self.owner, self.wanted = name, owner, wanted
+        self.seen = False
+
+    def expect(self, number: int, part: Part) -> None:
+        """Another part is about to be run."""
+        self.seen = False
+
+    def __call__(self, module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+        if self.seen:  # as with layers, the first time counts
+            return
+        self.seen = True
+        x = (arguments[0] if arguments else options["input"]).detach()
+        device = moments_device(x.device)
+        moments = self.wanted.norms.setdefault(self.name, NormMoments(x.shape[1], device))
+        moments.add(x.to(device))
+
+
 def reestimate_norms(
     model: nn.Module,
     calibration: Iterable[Any],
@@ -345,7 +381,7 @@ def reestimate_norms(
     estimated: list[str] = []
     with undisturbed(model):
         found._fit_into_memory((), survey(model, (), found.example))
-        stops = found._norm_stops(dict(model.named_modules()), estimated)
+        stops = found._norm_stops(dict(model.named_modules()), estimated, {})
         for each in stops:
             each.only_changed = False
         run_in_step(model, [for_network(part.images, model) for part in found.parts], stops, asked_to_stop=stop)

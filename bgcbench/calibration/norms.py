@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -34,8 +36,26 @@ class NormMoments:
         """Of each channel (C,), divided by count - 1 as running_var is."""
         return self._squares / max(1, self.count - 1)
 
-    def put_into(self, norm: nn.Module) -> None:
-        """Make these the running statistics of ``norm``."""
-        if isinstance(norm.running_mean, Tensor) and isinstance(norm.running_var, Tensor):
-            norm.running_mean.copy_(self.mean)
-            norm.running_var.copy_(self.variance)
+    def put_into(self, norm: nn.Module, before: NormMoments | None = None) -> None:
+        """Make these the running statistics of ``norm``.
+
+        before: what came to it when its running statistics were right (m, v; now m', v'). Then they become
+
+            mean' = m' + (mean - m) s    var' + eps = (var + eps) s^2    s^2 = (v' + eps) / (v + eps)
+
+        with which the norm's output has the mean and the variance that it had before on the same images. So what these
+        images have by chance, or by not being augmented, does not get into the statistics, and where nothing has
+        changed nothing does; where the images are the whole training set, it is plain re-estimation.
+        """
+        mean, variance = norm.running_mean, norm.running_var
+        if not isinstance(mean, Tensor) or not isinstance(variance, Tensor):
+            return
+        if before is None:
+            mean.copy_(self.mean)
+            variance.copy_(self.variance)
+            return
+        eps: Any = norm.eps
+        own, then = self.variance + eps, before.variance + eps
+        scale = own / then  # s^2
+        mean.copy_(self.mean + (mean.to(self.mean) - before.mean) * scale.sqrt())
+        variance.copy_(((variance.to(self.mean) + eps) * scale - eps).clamp_min(0.0))

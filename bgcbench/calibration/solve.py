@@ -15,6 +15,7 @@ from bgcbench.theory.leastsquares import Fit, Regression, best_ridge, condition_
 from bgcbench.theory.moments import RegressionMoments
 
 RIDGES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # of the least squares, in units of the mean power of the regressors
+SETTLED = 1e-4  # relative gain at which a search in turns ends: far below what other images would change
 SEARCH_RIDGE = 1e-2  # of the variants that are no linear space, which take too long to be solved several times
 ROWS_A_NUMBER = 10  # positions for each number that an output has; fewer are called scarce
 
@@ -98,7 +99,7 @@ def _judged(
 
 
 def _fit(regression: Regression, ridge: float) -> Fit:
-    return Fit(regression.moment, regression.cross, ridge)
+    return Fit(regression.moment, regression.cross, ridge, SETTLED)
 
 
 def _projected(layer: VariantConv2d, weight: Tensor, projection: str, fit: Fit | None = None) -> dict[str, Tensor]:

@@ -24,7 +24,6 @@ from bgcbench.theory.leastsquares import Fit, shrunk
 from bgcbench.theory.residual import explained
 
 MAX_SWEEPS = 200  # of alternating least squares; some tens are needed
-SETTLED = 1e-8  # relative fall of the error in one sweep at which they end
 MAX_STEPS = 50  # of conjugate gradients in a sweep
 
 
@@ -78,7 +77,7 @@ class TwoLevelGroupConv2d(VariantConv2d):
         if groups == 1:
             return {"weight": weight}
         if fit is not None:
-            a, r, p = least_squares(weight, groups, fit.second_moment, fit.ridge, fit.cross_moment)
+            a, r, p = least_squares(weight, groups, fit.second_moment, fit.ridge, fit.cross_moment, fit.settled)
         else:
             a, r, p = white_optimum(weight, groups)
         return {"weight": a, "weight_coarse_in": r, "weight_coarse": p}
@@ -112,13 +111,19 @@ def white_optimum(weight: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def least_squares(
-    weight: Tensor, groups: int, second_moment: Tensor, ridge: float = 0.0, cross_moment: Tensor | None = None
+    weight: Tensor,
+    groups: int,
+    second_moment: Tensor,
+    ridge: float = 0.0,
+    cross_moment: Tensor | None = None,
+    settled: float = 1e-8,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(A, r, p) minimising E||Wu - Du||^2 for inputs with C = E[u u^T], by alternating least squares.
 
     A is eliminated: given the coarse level, A^k is the regression on u^k, so what is left to the coarse level in the
     rows of group k is weighted by S_k = C - C_{.k} C_kk^+ C_{k.} . Then p (given r) and r (given p) are linear
-    problems, solved in turn from the white optimum until the error stops falling: a local minimum. ``ridge`` shrinks
+    problems, solved in turn from the white optimum until the error falls by less than ``settled`` of itself: a local
+    minimum. ``ridge`` shrinks
     C towards its white part, so that a large one gives the white optimum. With ``cross_moment`` K = E[y u^T] W gives
     way to the best dense kernel for these outputs (see ``shrunk``). weight: (m, n, kh, kw); second_moment:
     (nK, nK), u in unfold order; shapes of the result as in :func:`white_optimum`.
@@ -134,7 +139,7 @@ def least_squares(
         if previous is not None and error > previous and momentum:
             r, momentum = best, 0  # went too far: back to the last solution, without extrapolating
             continue
-        if previous is not None and previous - error <= SETTLED * abs(previous):
+        if previous is not None and previous - error <= settled * abs(previous):
             break
         previous = error
         best = problem.best_inputs(p, r)

@@ -42,12 +42,14 @@ class Fit:
     """What a projection by least squares is to fit: inputs with ``second_moment`` C = E[u u^T] (nK, nK).
 
     cross_moment: E[y u^T] (m, nK) of the outputs wanted, None for those of the standard kernel itself, W C. ridge: how
-    far it is pulled towards the white optimum.
+    far it is pulled towards the white optimum. settled: the relative fall of the error at which a search in turns
+    (TLGC's) ends.
     """
 
     second_moment: Tensor
     cross_moment: Tensor | None = None
     ridge: float = 0.0
+    settled: float = 1e-8
 
 
 def check_second_moment(second_moment: Tensor, weight: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from bgcbench.errors import ShapeError
 from bgcbench.specs import output_length
 from bgcbench.theory.leastsquares import Regression
 
+BLOCK = 256  # rows of a moment that are added up at a time
 CHUNK_NUMBERS = 2**22  # of the patches that are formed at once: 32 MiB in float64
 
 
@@ -81,7 +82,10 @@ class RegressionMoments:
         """Count pairs in: patches (nK, P) and outputs (m, P)."""
         u = patches.to(self._total) - self.origin_in[:, None]
         y = outputs.to(self._total) - self.origin_out[:, None]
-        self._total.addmm_(u, u.T)
+        # Only the lower half, in blocks: the other one is its mirror image.
+        for begin in range(0, len(u), BLOCK):
+            end = min(begin + BLOCK, len(u))
+            self._total[begin:end, :end].addmm_(u[begin:end], u[:end].T)
         self._cross.addmm_(y, u.T)
         self._first_in += u.sum(1)
         self._first_out += y.sum(1)
@@ -112,7 +116,8 @@ class RegressionMoments:
         d, e = self._first_in / self.positions, self._first_out / self.positions  # means about the origin
         c, f = mean_in.to(d) - self.origin_in, mean_out.to(e) - self.origin_out
         # sum (u - c)(u - c)^T / P = sum u u^T / P - d c^T - c d^T + c c^T, and likewise the others.
-        moment = self._total / self.positions
+        moment = self._total.tril().div_(self.positions)
+        moment += moment.tril(-1).T
         moment.addr_(d, c, alpha=-1).addr_(c, d, alpha=-1).addr_(c, c)
         cross = self._cross / self.positions
         cross.addr_(e, c, alpha=-1).addr_(f, d, alpha=-1).addr_(f, c)

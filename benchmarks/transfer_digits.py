@@ -1,0 +1,113 @@
+"""A small network trained on real images, converted without training and with little: what each start is worth.
+
+    python -m benchmarks.transfer_digits [--out results/transfer-wrn_16_4-digits-cpu.json] [--plot FILE] [--work DIR]
+
+wrn_16_4 is trained on scikit-learn's digits by ``bgcbench train``, three times. Each of the networks is converted by
+``bgcbench transfer``: every variant and N, weights copied, white and calibrated, batch norm as it is (judged only) and
+re-estimated (judged, and trained for 1 and 3 epochs). What is written is one ``bgcbench transfer`` result of all these
+runs; its seeds are the trained networks. With --work the parts stay in that folder, and a second call goes on with them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from bgcbench.plots import draw
+
+MODEL = "wrn_16_4"
+GROUPS = "2,4,8,16"
+# For these two a copy is the white optimum.
+STARTS = {"gc,shuffle": "copy,calibrated", "bgc": "copy,white,calibrated", "tlgc": "white,calibrated"}
+NORMS = {"--no-rebn": ["--epochs", "0"], "--rebn": ["--epochs", "3", "--batch-size", "64", "--control"]}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("results/transfer-wrn_16_4-digits-cpu.json"))
+    parser.add_argument("--plot", type=Path, default=Path("results/transfer-wrn_16_4-digits-cpu.png"))
+    parser.add_argument("--work", type=Path, help="keep the parts here")
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--variants", default="gc,shuffle,tlgc,bgc")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, of one thread each")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        work = options.work or Path(folder)
+        work.mkdir(parents=True, exist_ok=True)
+        dense = _dense(work, options.seeds)
+        wanted = set(options.variants.split(","))
+        runs = [
+            (seed, weights, ",".join(v for v in variants.split(",") if v in wanted), inits, norms)
+            for norms in NORMS
+            for variants, inits in STARTS.items()
+            for seed, weights in dense.items()
+            if wanted & set(variants.split(","))
+        ]
+        with ThreadPoolExecutor(options.jobs) as pool:
+            parts = list(pool.map(lambda run: _part(work, *run), runs))
+        document = _joined([json.loads((work / part).read_text()) for part in parts], options.seeds)
+    options.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    draw(document, options.plot, None)
+    return 0
+
+
+def _dense(work: Path, seeds: str) -> dict[int, str]:
+    """The trained networks by seed: their files, relative to ``work``."""
+    if not (work / "dense.json").exists():
+        _run(work, ["train", MODEL, "--data", "digits", "--variants", "standard", "--seeds", seeds, "--device", "cpu",
+                    "--threads", "1", "--out", "dense.json"])  # fmt: skip
+    found = {}
+    for row in json.loads((work / "dense.json").read_text())["results"]:
+        (final,) = (work / row["checkpoints"]).glob("final-*.pt")
+        named = work / f"{MODEL}-digits-s{row['params']['seed']}.pt"
+        if not named.exists():
+            shutil.copy(final, named)
+        found[row["params"]["seed"]] = named.name
+    return found
+
+
+def _part(work: Path, seed: int, weights: str, variants: str, inits: str, norms: str) -> str:
+    """One run of the command, and the name of its file."""
+    name = f"part-{variants.replace(',', '-')}{norms}-s{seed}.json"
+    document = json.loads((work / name).read_text()) if (work / name).exists() else None
+    if document is None or not document["complete"]:
+        again = ["--resume", name] if document is not None else None
+        _run(work, ["transfer", *(again or [weights, "--data", "digits", "--variants", variants, "--groups", GROUPS,
+                    "--init", inits, "--seed", str(seed), norms, *NORMS[norms], "--device", "cpu", "--threads", "1",
+                    "--out", name])])  # fmt: skip
+    return name
+
+
+def _run(work: Path, words: list[str]) -> None:
+    here = os.environ.get("PYTHONPATH", "")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{Path.cwd()}{os.pathsep}{here}"}
+    command = [sys.executable, "-m", "bgcbench", *words, "--format", "json"]
+    with open(work / "log.txt", "a", encoding="utf-8") as log:
+        subprocess.run(command, cwd=work, check=True, stdout=subprocess.DEVNULL, stderr=log, env=environment)
+
+
+def _joined(documents: list[dict[str, Any]], seeds: str) -> dict[str, Any]:
+    """One result of all parts: the rows of all, and what the last of them says of itself."""
+    joined = dict(documents[-1])
+    rows: dict[str, Any] = {}
+    for document in documents:
+        # A part that is not trained must not take the place of the same row in one that is.
+        rows |= {row["key"]: row for row in document["results"] if row["epochs"] or row["key"] not in rows}
+    config = dict(joined["config"])
+    config["seeds"] = [int(seed) for seed in seeds.split(",")]
+    for field in ("variants", "inits"):
+        config[field] = list(dict.fromkeys(name for document in documents for name in document["config"][field]))
+    warnings = dict.fromkeys(text for document in documents for text in document["warnings"])
+    return {**joined, "config": config, "results": list(rows.values()), "warnings": list(warnings)}
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
