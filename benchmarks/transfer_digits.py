@@ -5,12 +5,14 @@
 wrn_16_4 is trained on scikit-learn's digits by ``bgcbench train``, three times. Each of the networks is converted by
 ``bgcbench transfer``: every variant and N, weights copied, white and calibrated, batch norm as it is (judged only) and
 re-estimated (judged, and trained for 1 and 3 epochs). What is written is one ``bgcbench transfer`` result of all these
-runs; its seeds are the trained networks. With --work the parts stay in that folder, and a second call goes on with them.
+runs; its seeds are the trained networks. With --work the parts stay in that folder, and another call goes on with
+them.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import shutil
@@ -27,7 +29,12 @@ MODEL = "wrn_16_4"
 GROUPS = "2,4,8,16"
 # For these two a copy is the white optimum.
 STARTS = {"gc,shuffle": "copy,calibrated", "bgc": "copy,white,calibrated", "tlgc": "white,calibrated"}
-NORMS = {"--no-rebn": ["--epochs", "0"], "--rebn": ["--epochs", "3", "--batch-size", "64", "--control"]}
+# Judged with batch norm as it is and re-estimated, and trained from what that gives.
+WAYS = {
+    "no-rebn": ["--no-rebn", "--epochs", "0"],
+    "rebn": ["--rebn", "--epochs", "0"],
+    "trained": ["--rebn", "--epochs", "3", "--batch-size", "64", "--control"],
+}
 
 
 def main() -> int:
@@ -37,20 +44,21 @@ def main() -> int:
     parser.add_argument("--work", type=Path, help="keep the parts here")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--variants", default="gc,shuffle,tlgc,bgc")
+    parser.add_argument("--train-variants", default="gc,shuffle,tlgc,bgc", help="of these, those that are trained")
+    parser.add_argument("--train-groups", default=GROUPS)
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, of one thread each")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         work = options.work or Path(folder)
         work.mkdir(parents=True, exist_ok=True)
         dense = _dense(work, options.seeds)
-        wanted = set(options.variants.split(","))
-        runs = [
-            (seed, weights, ",".join(v for v in variants.split(",") if v in wanted), inits, norms)
-            for norms in NORMS
-            for variants, inits in STARTS.items()
-            for seed, weights in dense.items()
-            if wanted & set(variants.split(","))
-        ]
+        runs = []
+        for way, (variants, inits), (seed, weights) in itertools.product(WAYS, STARTS.items(), dense.items()):
+            wanted = set(options.variants.split(","))
+            wanted &= set(options.train_variants.split(",")) if way == "trained" else wanted
+            named = ",".join(name for name in variants.split(",") if name in wanted)
+            groups = options.train_groups if way == "trained" else GROUPS
+            runs += [(seed, weights, named, groups, inits, way)] if named else []
         with ThreadPoolExecutor(options.jobs) as pool:
             parts = list(pool.map(lambda run: _part(work, *run), runs))
         document = _joined([json.loads((work / part).read_text()) for part in parts], options.seeds)
@@ -74,14 +82,14 @@ def _dense(work: Path, seeds: str) -> dict[int, str]:
     return found
 
 
-def _part(work: Path, seed: int, weights: str, variants: str, inits: str, norms: str) -> str:
+def _part(work: Path, seed: int, weights: str, variants: str, groups: str, inits: str, way: str) -> str:
     """One run of the command, and the name of its file."""
-    name = f"part-{variants.replace(',', '-')}{norms}-s{seed}.json"
+    name = f"part-{variants.replace(',', '-')}-{way}-s{seed}.json"
     document = json.loads((work / name).read_text()) if (work / name).exists() else None
     if document is None or not document["complete"]:
         again = ["--resume", name] if document is not None else None
-        _run(work, ["transfer", *(again or [weights, "--data", "digits", "--variants", variants, "--groups", GROUPS,
-                    "--init", inits, "--seed", str(seed), norms, *NORMS[norms], "--device", "cpu", "--threads", "1",
+        _run(work, ["transfer", *(again or [weights, "--data", "digits", "--variants", variants, "--groups", groups,
+                    "--init", inits, "--seed", str(seed), *WAYS[way], "--device", "cpu", "--threads", "1",
                     "--out", name])])  # fmt: skip
     return name
 

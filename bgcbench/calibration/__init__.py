@@ -39,7 +39,7 @@ from bgcbench.calibration.images import (
 )
 from bgcbench.calibration.lockstep import Stop, Stopped, run_in_step
 from bgcbench.calibration.norms import NormMoments
-from bgcbench.calibration.solve import Solution, solve
+from bgcbench.calibration.solve import Solution, solve_layer
 from bgcbench.calibration.survey import Survey, is_norm, survey
 from bgcbench.convs.base import VariantConv2d
 from bgcbench.errors import UsageError
@@ -219,7 +219,7 @@ class Calibration:
                 fit, held_out = self._moments(come, replaced, wanted)
                 if not fit.positions:
                     return
-                found = solve(
+                found = solve_layer(
                     layer,
                     wanted.weights[replaced.name],
                     fit,

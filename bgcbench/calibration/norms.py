@@ -43,9 +43,9 @@ class NormMoments:
 
             mean' = m' + (mean - m) s    var' + eps = (var + eps) s^2    s^2 = (v' + eps) / (v + eps)
 
-        with which the norm's output has the mean and the variance that it had before on the same images. So what these
-        images have by chance, or by not being augmented, does not get into the statistics, and where nothing has
-        changed nothing does; where the images are the whole training set, it is plain re-estimation.
+        with which the norm's output has the mean and (but for eps) the variance that it had before on the same images.
+        So what these images have by chance, or by not being augmented, does not get into the statistics, and where
+        nothing has changed nothing does; where the images are the whole training set, it is plain re-estimation.
         """
         mean, variance = norm.running_mean, norm.running_var
         if not isinstance(mean, Tensor) or not isinstance(variance, Tensor):

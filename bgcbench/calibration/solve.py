@@ -43,7 +43,7 @@ class Solution:
     scarce: bool
 
 
-def solve(
+def solve_layer(
     layer: VariantConv2d, weight: Tensor, fit: RegressionMoments, held_out: RegressionMoments, *, centred: bool
 ) -> Solution:
     """The best weights of ``layer`` in the place of the dense kernel ``weight`` (m, n, kh, kw).

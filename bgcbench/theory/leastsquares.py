@@ -32,7 +32,7 @@ class Regression:
 
     def error(self, kernel: Tensor) -> float:
         """E|y - V u|^2 for V = ``kernel`` (m, nK) or (m, n, kh, kw); rounding leaves no negative number."""
-        flat = kernel.flatten(1)
+        flat = kernel.detach().flatten(1)
         explained = 2 * float((flat * self.cross).sum()) - float(((flat @ self.moment) * flat).sum())
         return max(0.0, self.power - explained)
 
