@@ -17,11 +17,16 @@ from pathlib import Path
 from typing import Any
 
 from bgcbench import report, results
+from bgcbench.report import scaled
 from bgcbench.specs import VARIANTS
 
 ROOT = Path(__file__).resolve().parent.parent
 MARKS = "<!-- {}: python -m benchmarks.claims --write -->", "<!-- end of {} -->"
 TRAINED = "train-wrn_10_2-digits-cpu.json"
+TRANSFERRED = "transfer-wrn_16_4-digits-cpu.json"
+COMMAND_TRANSFER = (
+    "python -m benchmarks.transfer_digits --variants gc,shuffle,bgc --train-variants gc,bgc --train-groups 4,16"
+)
 
 
 def row_of(document: dict[str, Any], variant: str, groups: int, algorithm: str | None = None) -> dict[str, Any]:
@@ -298,6 +303,72 @@ def train_claims() -> list[tuple[str, str, str]]:
     ]
 
 
+def transfer_cells() -> dict[tuple[str, int, str, bool], list[dict[str, Any]]]:
+    """The rows of the conversions on digits by variant, N, initialisation and whether norms were re-estimated."""
+    found: dict[tuple[str, int, str, bool], list[dict[str, Any]]] = {}
+    for row in results.read(ROOT / "results" / TRANSFERRED)["results"]:
+        params = row["params"]
+        found.setdefault((params["variant"], params["groups"], params["init"], params["rebn"]), []).append(row)
+    return found
+
+
+def errors_of(rows: list[dict[str, Any]], epoch: int | None = None) -> str:
+    """Mean and standard deviation of the error before training or after ``epoch``; "-" where it is not there."""
+    values = [
+        row["error_initial"] if epoch is None else row["epochs"][epoch - 1]["test_error"]
+        for row in rows
+        if epoch is None or len(row["epochs"]) >= epoch
+    ]
+    return f"{statistics.fmean(values):.1f} ± {statistics.stdev(values):.1f}" if len(values) > 1 else "-"
+
+
+def transfer_claim() -> tuple[str, str, str]:
+    """What copied and calibrated weights leave of a network before any training."""
+    cells = transfer_cells()
+    dense = next(rows for at, rows in cells.items() if at[0] == "standard")
+    parts = []
+    for groups in (4, 8, 16):
+        for variant in ("gc", "bgc"):
+            copied, calibrated = (
+                errors_of(cells[variant, groups, init, init == "calibrated"]) for init in ("copy", "calibrated")
+            )
+            parts.append(f"{VARIANTS[variant].label} N={groups} {copied} % copied, {calibrated} % calibrated")
+    return (
+        f"A trained wrn_16_4 on digits (error {errors_of(dense)} %, {len(dense)} trainings), converted without any "
+        f"training: {'; '.join(parts)}",
+        TRANSFERRED,
+        COMMAND_TRANSFER,
+    )
+
+
+def transfer_table() -> str:
+    """Errors before training and after 1 and 3 epochs, by variant, N and start."""
+    cells = transfer_cells()
+    lines = [
+        "| variant | N | weights | params | as it is | norms re-estimated | layer loss | 1 epoch | 3 epochs |",
+        "| --- | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    order = {name: place for place, name in enumerate(VARIANTS)}
+    for variant, groups, init in sorted(
+        {at[:3] for at in cells}, key=lambda at: (at[1], order[at[0]], at[2] != "copy")
+    ):
+        plain, rebn = (cells.get((variant, groups, init, way), []) for way in (False, True))
+        rows = rebn or plain
+        losses = [
+            statistics.median(layer["after"] for layer in row["convert"]["calibration"]["layers"])
+            for row in rebn
+            if init == "calibrated"
+        ]
+        lines.append(
+            f"| {VARIANTS[variant].label} | {groups} | {'untouched' if variant == 'standard' else init} "
+            f"| {scaled(rows[0]['counts']['params'])} | {errors_of(plain)} "
+            f"| {errors_of(rebn) if variant != 'standard' else '-'} "
+            f"| {f'{statistics.fmean(losses):.1%}' if losses else '-'} "
+            f"| {errors_of(rows, 1)} | {errors_of(rows, 3)} |"
+        )
+    return "\n".join(lines)
+
+
 def train_speed_claim() -> tuple[str, str, str]:
     """The input pipeline against torchvision's, and the loop against a bare one."""
     name = "train-speed-cpu.json"
@@ -370,7 +441,7 @@ def claims() -> list[tuple[str, str, str]]:
     rows += [network_claims(model, most) for model, most in NETWORKS.items()]
     rows += [all_variants_claim(), layers_claim()]
     rows += [*figure_claims(), variants_claim(), digits_claim(), solver_claim()]
-    rows += [*train_claims(), train_speed_claim()]
+    rows += [*train_claims(), train_speed_claim(), transfer_claim()]
     agree = json.loads((ROOT / "results" / "agree-with-torch.json").read_text())
     rows.append(
         (
@@ -416,7 +487,7 @@ def trained_table() -> str:
 
 def put_into(text: str, prefix: str) -> str:
     """``text`` with its tables between their marks; the README alone has the training's."""
-    for name, content in {"claims": table(prefix), "training": trained_table()}.items():
+    for name, content in {"claims": table(prefix), "training": trained_table(), "transfer": transfer_table()}.items():
         start, end = (mark.format(name) for mark in MARKS)
         if start not in text:
             continue

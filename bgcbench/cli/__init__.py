@@ -15,7 +15,7 @@ from bgcbench.cli.common import app, say
 from bgcbench.errors import BgcbenchError, UsageError
 
 # Each registers its commands; --help lists them in this order.
-from bgcbench.cli import profile, approx, train, show  # noqa: F401  # isort: skip
+from bgcbench.cli import profile, approx, train, transfer, show  # noqa: F401  # isort: skip
 
 __all__ = ["app", "main", "run"]
 

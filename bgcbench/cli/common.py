@@ -317,7 +317,8 @@ def carried_out(
     done = sum(row["status"] in results.DONE for row in document["results"])
     if not speaks:
         return interrupts.exit_code if interrupts.requested() else int(done < planned)
-    print_document(document, output.form)
+    if document["results"] or output.form == "json":  # a run that was stopped at once has nothing to show
+        print_document(document, output.form)
     return closing(writer, interrupts, done, planned, quiet=output.quiet)
 
 

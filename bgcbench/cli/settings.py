@@ -19,6 +19,7 @@ OPTIONS = {
     "in_channels": "channels",
     "out_channels": "channels",
     "inputs": "input",
+    "inits": "init",
     "memory_gib": "memory",
     "data_dirs": "data_dir",
     "save_every_s": "save_every",
@@ -61,7 +62,7 @@ def resumed(
         raise UsageError(f"{option(min(unknown))} has no meaning for what {name} measures; leave it out")
     grown = {
         grid: tuple(dict.fromkeys((*getattr(base, grid), *given[grid])))
-        for grid in ("groups", "variants", "inputs", "seeds")
+        for grid in ("groups", "variants", "inputs", "seeds", "inits")
         if grid in given
     }
     check_same_fields(stored["config"], {**given, **grown}, base.FREE, name)  # before they are checked together

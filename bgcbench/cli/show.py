@@ -26,12 +26,14 @@ def show(
     size: Annotated[str | None, typer.Option(help="Input height and width.", show_default="7")] = None,
     groups: Annotated[str | None, typer.Option(help="Group counts N.", show_default="2,4,8,16")] = None,
     plot: Annotated[
-        Path | None, typer.Option(help="Also draw an approx or train file: a .png, .svg or .pdf file (extra: plot).")
+        Path | None,
+        typer.Option(help="Also draw an approx, train or transfer file: a .png, .svg or .pdf file (extra: plot)."),
     ] = None,
     picture: Annotated[
         str | None,
         typer.Option(
-            help="Which one: figure1, figure2, pareto, heatmap (approx); errors, curves (train).",
+            help="Which one: figure1, figure2, pareto, heatmap (approx); errors, curves (train); errors, layers "
+            "(transfer).",
             show_default="what there is to draw",
         ),
     ] = None,

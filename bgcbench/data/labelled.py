@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bgcbench.data.base import Channels
+from bgcbench.data.base import Channels, Images
 from bgcbench.data.feeds import Feed, FolderFeed, LabelledFiles, ResidentFeed
-from bgcbench.data.folder import file_size
+from bgcbench.data.folder import Folder, file_size
 from bgcbench.specs import Pair
 
 DATA_DIR = "--data-dir (or BGCBENCH_DATA_DIR)"
@@ -50,6 +50,28 @@ class LabelledData(ABC):
     def feed(self, device: torch.device, *, workers: int = 0) -> Feed:
         """The images on ``device``, read by ``workers`` processes (0: this one) where they are in files."""
 
+    @abstractmethod
+    def calibration(self) -> Images:
+        """The training images as those to test with are: not augmented. To calibrate a network with."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Resident(Images):
+    """Images in memory: ``pixels`` (count, 3, h, w) in uint8 on the CPU."""
+
+    pixels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of all pixels."""
+        return _digest(self.pixels)
+
+    def read(self, chosen: Sequence[int]) -> Tensor:
+        return self.pixels[list(chosen)]
+
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class ResidentData(LabelledData):
@@ -66,15 +88,14 @@ class ResidentData(LabelledData):
     @cached_property
     def fingerprint(self) -> str:
         """Of all pixels and labels."""
-        digest = hashlib.sha256()
-        for part in (self.train_images, self.train_labels, self.test_images, self.test_labels):
-            digest.update(f"{list(part.shape)}".encode())
-            digest.update(part.contiguous().numpy().data)
-        return digest.hexdigest()[:16]
+        return _digest(self.train_images, self.train_labels, self.test_images, self.test_labels)
 
     def feed(self, device: torch.device, *, workers: int = 0) -> ResidentFeed:
         train, test = (self.train_images, self.train_labels), (self.test_images, self.test_labels)
         return ResidentFeed(train, test, device, pad=self.pad, flip=self.flip)
+
+    def calibration(self) -> Images:
+        return _Resident(self.name, self.size, self.num_classes, self.mean, self.std, self.train_images)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -108,6 +129,19 @@ class FolderData(LabelledData):
         train = LabelledFiles(self.train_root, self.train_files, self.train_labels)
         test = LabelledFiles(self.test_root, self.test_files, self.test_labels)
         return FolderFeed(train, test, self.size, device, workers=workers)
+
+    def calibration(self) -> Images:
+        shared = self.name, self.size, self.num_classes, self.mean, self.std
+        return Folder(*shared, self.train_root, self.train_files)
+
+
+def _digest(*parts: Tensor) -> str:
+    """16 hexadecimal digits of the contents of ``parts``."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(f"{list(part.shape)}".encode())
+        digest.update(part.contiguous().numpy().data)
+    return digest.hexdigest()[:16]
 
 
 def search(dirs: Sequence[Path], look: Callable[[Path, set[str]], Path | str]) -> Path | str:

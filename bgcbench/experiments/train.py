@@ -70,12 +70,15 @@ class TrainConfig(NetworkChoice, RunConfig):
 
     SIZES: ClassVar[tuple[str, ...]] = ("accumulate",)
     FREE: ClassVar[tuple[str, ...]] = ("data_dirs", "download", "threads", "workers", "save_every_s", "seed")
+    # What --resume may add to or change, and --resume auto must find as it is.
+    GRIDS: ClassVar[tuple[str, ...]] = ("variants", "groups", "seeds")
+    RECIPES: ClassVar[tuple[str, ...]] = RECIPES
 
     def __post_init__(self) -> None:
         self._check_data()
         if self.recipe is None:
-            object.__setattr__(self, "recipe", default_recipe(self.data))
-        check_choice("recipe", self.recipe or "", RECIPES)
+            object.__setattr__(self, "recipe", self._default_recipe())
+        check_choice("recipe", self.recipe or "", self.RECIPES)
         if self.layout:
             check_choice("layout", self.layout, LAYOUTS)
         for name, value in (("epochs", QUICK_EPOCHS), ("subset", QUICK_IMAGES)) if self.quick else ():
@@ -93,6 +96,9 @@ class TrainConfig(NetworkChoice, RunConfig):
         self._check_device()
         object.__setattr__(self, "seed", self.seeds[0])
         super().__post_init__()
+        self._check_rows()
+
+    def _check_rows(self) -> None:
         if not self.cells:
             raise UsageError("nothing to train: --groups and --variants leave no row")
 
@@ -111,10 +117,15 @@ class TrainConfig(NetworkChoice, RunConfig):
             raise UsageError(f"--data {self.data} needs --data-dir DIR (or BGCBENCH_DATA_DIR), where it is{also}")
         if self.workers is not None and self.data not in READ_BY_WORKERS:
             raise UsageError(f"--workers reads image files, and {self.data} is held in memory; leave it out")
-        own = CLASSES[self.data] if self.data in ("digits", "cifar10") else None
-        if own and self.num_classes not in (None, own):
+        if self.data in ("digits", "cifar10"):
+            self.check_classes(CLASSES[self.data])
+
+    def check_classes(self, found: int) -> None:
+        """Raise UsageError unless a network for ``found`` classes, which the data has, is what is asked for."""
+        if self.num_classes not in (None, found):
             raise UsageError(
-                f"--classes {self.num_classes} does not go with --data {self.data}, which has {own}; leave it out"
+                f"--classes {self.num_classes} does not go with --data {self.data}, which has {found}; leave --classes "
+                "out"
             )
 
     def _check_device(self) -> None:
@@ -143,10 +154,16 @@ class TrainConfig(NetworkChoice, RunConfig):
         if not self.save_every_s > 0:
             raise UsageError(f"--save-every {self.save_every_s:g} must be a positive number of seconds")
 
+    def _default_recipe(self) -> str:
+        return default_recipe(self.data)
+
     def _made(self) -> Recipe:
+        return make_recipe(self.recipe or "", max(self.spec.size[1:]), self._hyper_given())
+
+    def _hyper_given(self) -> Json:
+        """The hyper-parameters that were asked for."""
         given = {name: getattr(self, name) for name in HYPER}
-        given = {name: value for name, value in given.items() if value is not None and value != ""}
-        return make_recipe(self.recipe or "", max(self.spec.size[1:]), given)
+        return {name: value for name, value in given.items() if value is not None and value != ""}
 
     @property
     def hyper(self) -> Recipe:
@@ -189,6 +206,20 @@ class TrainRow:
     def seed(self) -> int:
         return int(self.params["seed"])
 
+    @property
+    def init(self) -> str:
+        """How its weights are found; 'none' for a network that is taken as it is."""
+        return str(self.params["init"])
+
+    @property
+    def is_dense(self) -> bool:
+        return bool(self.params["variant"] == "standard")
+
+    @property
+    def epochs(self) -> int:
+        """How many it is to be trained for; 0 where it is only judged."""
+        return int(self.params["epochs"])
+
 
 def plan(config: TrainConfig) -> list[TrainRow]:
     """The rows of ``config``: seed by seed, so that a run cut short has compared all variants once."""
@@ -197,27 +228,33 @@ def plan(config: TrainConfig) -> list[TrainRow]:
 
 def _row(config: TrainConfig, variant: str, groups: int, seed: int) -> TrainRow:
     params: Json = {
-        "model": config.model,
+        **conditions(config),
         "weights": "none",
-        "dataset": config.data,
         "variant": variant,
         "groups": groups,
-        "where": config.where,
         "init": "scratch",
         "rebn": False,
         "distill": False,
-        "recipe": config.recipe,
         "epochs": config.epochs,
         "seed": seed,
-        **{name: getattr(config, name) for name in ("batch_size", "precision", "layout", "height", "width", "subset")},
-        "classes": config.num_classes,
     }
     return TrainRow(f"{config.what}-{variant}-n{groups}-s{seed}", params)
 
 
+def conditions(config: TrainConfig) -> Json:
+    """What the parameters of every row of a run have in common."""
+    names = ("where", "recipe", "batch_size", "precision", "layout", "height", "width", "subset")
+    return {
+        "model": config.model,
+        "dataset": config.data,
+        **{name: getattr(config, name) for name in names},
+        "classes": config.num_classes,
+    }
+
+
 def identity(config: TrainConfig, row: TrainRow) -> Json:
     """What a checkpoint of ``row`` must agree on: all that its training depends on but the data's contents."""
-    left_out = {*config.FREE, "variants", "groups", "seeds", "reference", "skip_invalid", "device", "quick"}
+    left_out = {*config.FREE, *config.GRIDS, "reference", "skip_invalid", "device", "quick"}
     shared: Mapping[str, Any] = {name: v for name, v in config.to_json().items() if name not in left_out}
     return {**shared, "variant": row.cell[0], "groups": row.cell[1], "seed": row.seed}
 

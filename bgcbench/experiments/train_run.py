@@ -7,10 +7,10 @@ import dataclasses
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -50,7 +50,8 @@ from bgcbench.specs import PRECISIONS
 from bgcbench.theory import paper
 from bgcbench.training.checkpoint import Checkpoints
 from bgcbench.training.distributed import World, own_device
-from bgcbench.training.loop import NonFiniteLoss, Options, Progress, Training, check_batch, subset_of
+from bgcbench.training.loop import NonFiniteLoss, Options, Progress, State, Training, check_batch, subset_of
+from bgcbench.training.recipes import Recipe
 
 OUT_OF_MEMORY = "use --accumulate 2 or more (the same batch in smaller parts), or a smaller --batch-size"
 WORKERS = 8  # at most, where --workers is not given
@@ -116,26 +117,53 @@ class Prepared:
 def prepare(config: TrainConfig, world: World) -> Prepared:
     """Open and verify the data, try every conversion and check every size, before anything is trained.
 
-    The main process opens the data first, so that a download is made once. Raises UsageError for what is not there or
-    does not fit, ShapeError where N does not divide (unless skip_invalid).
+    Raises UsageError for what is not there or does not fit, ShapeError where N does not divide (unless skip_invalid).
+    """
+    config, data = open_data(config, world)
+    options = options_of(config, data, world)
+    cells, warnings = try_conversions(config)
+    return Prepared(config, data, plan(config), cells, options, list(dict.fromkeys((*data.notes, *warnings))))
+
+
+Config = TypeVar("Config", bound=TrainConfig)
+
+
+def open_data(config: Config, world: World) -> tuple[Config, LabelledData]:
+    """The data, and ``config`` with what is known only now: how many classes it has.
+
+    The main process opens it first, so that a download is made once. Raises UsageError for what is not there or does
+    not fit.
     """
     data = _opened(config, world)
     if config.num_classes is None:
         config = dataclasses.replace(config, num_classes=data.num_classes)
-    if config.num_classes != data.num_classes:
-        raise UsageError(
-            f"--classes {config.num_classes} does not go with --data {config.data}, which has {data.num_classes}; "
-            "leave --classes out"
-        )
+    config.check_classes(data.num_classes)
     if config.quick and config.subset is not None and config.subset > len(data.train_labels):
         config = dataclasses.replace(config, subset=len(data.train_labels))
+    return config, data
+
+
+def options_of(config: TrainConfig, data: LabelledData, world: World) -> Options:
+    """How a training runs; raises UsageError where a batch does not divide or the data does not fill it."""
     if config.sync_bn and world.size == 1:
         raise UsageError("--sync-bn is for several processes, and this is one; start them with torchrun")
-    spec = config.spec
     options = Options(config.accumulate, _workers(config), config.save_every_s, config.sync_bn, config.subset)
-    check_batch(config.hyper, options, len(subset_of(data.train_labels, config.subset)), world.size)
+    images = subset_of(data.train_labels, config.subset)
+    if config.hyper.epochs:
+        check_batch(config.hyper, options, len(images), world.size)
+    return options
+
+
+def try_conversions(config: TrainConfig) -> tuple[dict[tuple[str, int], Cell], list[str]]:
+    """Each variant and N of ``config``, converted without numbers, and what the user should know of it.
+
+    Raises ShapeError naming every convolution that some N does not divide, unless skip_invalid, and UsageError where
+    there is nothing to replace.
+    """
+    spec = config.spec
     dense = build_empty(spec)
-    warnings, problems = list(data.notes), []
+    warnings: list[str] = []
+    problems: list[str] = []
     cells: dict[tuple[str, int], Cell] = {}
     for variant, groups in config.cells:
         record, model = None, dense
@@ -151,7 +179,7 @@ def prepare(config: TrainConfig, world: World) -> Prepared:
         counts = network_counts(model, found, config.batch_size or 1, PRECISIONS[config.precision])
         cells[variant, groups] = Cell(record, found, counts, _converted(record, dense, config))
     refuse_indivisible(problems)
-    return Prepared(config, data, plan(config), cells, options, list(dict.fromkeys(warnings)))
+    return cells, warnings
 
 
 def _opened(config: TrainConfig, world: World) -> LabelledData:
@@ -202,6 +230,7 @@ class Update:
     share of the run that is done.
 
     ended: an epoch, or the row, has just ended; ``results`` are newer than before. record: the epoch that has ended.
+    doing: what else than training is done, "" for nothing.
     """
 
     row: TrainRow
@@ -212,6 +241,7 @@ class Update:
     left_s: float | None = None
     ended: bool = False
     record: Json | None = None
+    doing: str = ""
 
 
 class TrainRun:
@@ -260,9 +290,10 @@ class TrainRun:
                 )
             earlier.clear()
 
-    def name_of(self, variant: str, groups: int) -> str:
-        """A variant and N for people: "dense", "BGC N=4"."""
-        return network_label(variant, groups)
+    def title(self, row: TrainRow) -> str:
+        """A row for people, as far as the run's rows differ: "BGC N=4", "BGC N=4 seed 1"."""
+        label = network_label(*row.cell)
+        return f"{label} seed {row.seed}" if len(self.config.seeds) > 1 else label
 
     @property
     def results(self) -> list[Json]:
@@ -276,23 +307,27 @@ class TrainRun:
         return [row for row in self.rows if self.known.get(row.key, {}).get("status") not in DONE]
 
     def run(self) -> Iterator[Update]:
-        """Train what is left, and say how it goes. The global random state is put back afterwards."""
-        todo = self.todo
-        devices = [self.session.device] if self.session.device.type == "cuda" else []
+        """Do what is left, and say how it goes. The global random state is put back afterwards."""
         with self._state():
-            if todo and devices:
-                stopwatch = make_stopwatch(self.session.device, cold=False)
-                self.ceilings = measure_ceilings(stopwatch, DTYPES[self.config.precision])
-            self._begun = time.perf_counter()
-            for number, row in enumerate(todo):
-                if self.world.any(self.stop()):
-                    return
-                yield from self._trained(row, number, len(todo))
-                free_memory(self.session.device)
-                if self.config.compile:
-                    torch._dynamo.reset()
-                if self.known[row.key]["status"] == "interrupted":
-                    return
+            yield from self._work()
+
+    def _work(self) -> Iterator[Update]:
+        yield from self._train(self.todo)
+
+    def _train(self, todo: Sequence[TrainRow]) -> Iterator[Update]:
+        if todo and self.session.device.type == "cuda":
+            stopwatch = make_stopwatch(self.session.device, cold=False)
+            self.ceilings = measure_ceilings(stopwatch, DTYPES[self.config.precision])
+        self._begun = time.perf_counter()
+        for number, row in enumerate(todo):
+            if self.world.any(self.stop()):
+                return
+            yield from self._trained(row, number, len(todo))
+            free_memory(self.session.device)
+            if self.config.compile:
+                torch._dynamo.reset()
+            if self.known[row.key]["status"] == "interrupted":
+                return
 
     @contextlib.contextmanager
     def _state(self) -> Iterator[None]:
@@ -344,33 +379,43 @@ class TrainRun:
 
     def training(self, row: TrainRow, *, checkpoints: bool = True) -> Training:
         """The training of ``row``, with its network on the device."""
-        config, device = self.config, self.session.device
+        return self._training(row, self._placed(self._network(row)), checkpoints=checkpoints)
+
+    def _network(self, row: TrainRow) -> nn.Module:
+        """The network that the training of ``row`` starts with."""
         record = self.prepared.cells[row.cell].record
         # What is not replaced starts alike in every row of a seed.
         torch.manual_seed(row_seed(row.seed, "network"))
-        model = build_model(config.spec)
+        model = build_model(self.config.spec)
         if record is not None:
             torch.manual_seed(row_seed(row.seed, row.key))
             model = replay(model, record)
-        model = model.to(device, torch.float64 if config.precision == "fp64" else None)
-        if config.layout == "nhwc":
-            model = model.to(memory_format=torch.channels_last)
-        where = None
-        if checkpoints and self.folder is not None:
-            where = Checkpoints(self.folder / row.key)
-        return Training(
-            model,
-            self.prepared.data,
-            config.hyper,
-            self.world,
-            seed=row_seed(row.seed, "training"),
-            identity=identity(config, row),
-            record=None if record is None else record.to_json(),
-            options=self.prepared.options,
-            checkpoints=where,
-            stop=self.stop,
-            warn=self.warnings.append,
-        )
+        return model
+
+    def _placed(self, model: nn.Module) -> nn.Module:
+        """``model`` on the device, in the run's layout."""
+        config = self.config
+        model = model.to(self.session.device, torch.float64 if config.precision == "fp64" else None)
+        return model.to(memory_format=torch.channels_last) if config.layout == "nhwc" else model
+
+    def _training(self, row: TrainRow, model: nn.Module, *, checkpoints: bool = True, **options: Any) -> Training:
+        """The training of ``row`` with ``model``, which is placed; options: others of Training's than a training's."""
+        where = Checkpoints(self.folder / row.key) if checkpoints and self.folder is not None else None
+        record = self.prepared.cells[row.cell].record
+        recipe = options.pop("recipe", None) or self._recipe(row)
+        shared = {
+            "seed": row_seed(row.seed, "training"),
+            "identity": identity(self.config, row),
+            "record": None if record is None else record.to_json(),
+            "options": self.prepared.options,
+            "checkpoints": where,
+            "stop": self.stop,
+            "warn": self.warnings.append,
+        }
+        return Training(model, self.prepared.data, recipe, self.world, **{**shared, **options})
+
+    def _recipe(self, row: TrainRow) -> Recipe:
+        return self.config.hyper
 
     def _left(self, done: float, before: float) -> float | None:
         """Seconds left of the run, as fast as it has been so far; the share ``before`` was done by an earlier one."""
@@ -380,9 +425,13 @@ class TrainRun:
         return elapsed * (1 - done) / (done - before)
 
     def _take(self, row: TrainRow, training: Training | None, status: str, reason: str | None) -> None:
-        """Write down what is known of a row."""
+        """Write down what is known of a row; without a training that is what was known before."""
         cell = self.prepared.cells[row.cell]
-        history = list(training.state.history) if training is not None else []
+        earlier = self.known.get(row.key, {})
+        state = State(history=earlier.get("epochs", []), initial=earlier.get("error_initial"),
+                      best=earlier.get("error_best"), best_epoch=earlier.get("epoch_best"))  # fmt: skip
+        state = state if training is None else training.state
+        history = list(state.history)
         last = history[-1] if history else {}
         counts = cell.counts
         if training is not None and status == "ok" and cell.record is not None:
@@ -393,7 +442,7 @@ class TrainRun:
                 PRECISIONS[self.config.precision],
                 learnt=True,
             )
-        printed = paper.printed_error(row.params["dataset"], row.params["model"], *row.cell)
+        printed = self._printed(row)
         speeds = [epoch["images_per_s"] for epoch in history if epoch["images_per_s"]]
         self.known[row.key] = {
             "key": row.key,
@@ -402,10 +451,10 @@ class TrainRun:
             "reason": reason,
             "counts": counts,
             "epochs": history,
-            "error_initial": training.state.initial if training is not None else None,
+            "error_initial": state.initial,
             "error_final": last.get("test_error"),
-            "error_best": training.state.best if training is not None else None,
-            "epoch_best": training.state.best_epoch if training is not None else None,
+            "error_best": state.best,
+            "epoch_best": state.best_epoch,
             "error_final_top5": last.get("test_error_top5"),
             "train_images": self.prepared.options.subset or len(self.prepared.data.train_labels),
             "test_images": len(self.prepared.data.test_labels),
@@ -417,6 +466,10 @@ class TrainRun:
             "convert": cell.convert,
             "checkpoints": None if self.folder is None else f"{self.folder.name}/{row.key}",
         }
+
+    def _printed(self, row: TrainRow) -> float | None:
+        """The error that the paper prints for ``row``."""
+        return paper.printed_error(row.params["dataset"], row.params["model"], *row.cell)
 
     def _of_peak(self, counts: Json, images_per_s: float) -> float | None:
         """Achieved FLOP/s of each device over those of its best matrix product; None where that was not measured.
@@ -433,7 +486,8 @@ class TrainRun:
     def estimates(self) -> Iterator[tuple[TrainRow, float, float]]:
         """(row, seconds an epoch, seconds in all) of one row of each variant and N, by training a few steps of it.
 
-        Raises BgcbenchError where a network cannot be trained, as out of memory.
+        Of a row that is not trained, what judging it takes. Raises BgcbenchError where a network cannot be trained, as
+        out of memory.
         """
         seen: set[tuple[str, int]] = set()
         with self._state():
@@ -450,5 +504,5 @@ class TrainRun:
                 except Exception as problem:
                     failure = describe_failure(problem, self.session.device, OUT_OF_MEMORY)
                     raise BgcbenchError(f"{network_label(*row.cell)}: {failure.reason}") from problem
-                yield row, epoch_s, epoch_s * self.config.hyper.epochs
+                yield row, epoch_s, epoch_s * max(1, row.epochs)
                 free_memory(self.session.device)

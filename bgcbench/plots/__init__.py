@@ -1,11 +1,13 @@
-"""Figures from ``approx`` and ``train`` documents. Only here is matplotlib imported, once a figure is asked for.
+"""Figures from ``approx``, ``train`` and ``transfer`` documents. Only here is matplotlib imported, when one is drawn.
 
     figure1   log E against log(1 - 1/N), as Figure 1 of Lee, Park & Lee       sampled convolutions
     figure2   the error over (1 - 1/N)^p against N, as their Figure 2          sampled convolutions
     pareto    the share of the output that is lost against parameters and multiply-adds
     heatmap   the same by layer and N                                          a network's layers
     errors    the test error against N and against parameters                  trained networks
+              before and after training against parameters                     converted networks
     curves    the test error by epoch                                          trained networks
+    layers    what each layer loses with copied, white, calibrated weights     converted networks
 
 A figure is a stack of parts, each with its own size in inches and small notes under it. Nothing of matplotlib's global
 state is left changed, and the same document gives the same bytes.
@@ -28,13 +30,18 @@ from bgcbench.results import Json, write_atomically
 from bgcbench.specs import VARIANTS, check_choice
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure, SubFigure
     from matplotlib.lines import Line2D
 
 # By command, in the order in which they stand in a figure of all.
-PICTURES_OF = {"approx": ("figure1", "figure2", "pareto", "heatmap"), "train": ("errors", "curves")}
-PICTURES = tuple(picture for pictures in PICTURES_OF.values() for picture in pictures)
+PICTURES_OF = {
+    "approx": ("figure1", "figure2", "pareto", "heatmap"),
+    "train": ("errors", "curves"),
+    "transfer": ("errors", "layers"),
+}
+PICTURES = tuple(dict.fromkeys(picture for pictures in PICTURES_OF.values() for picture in pictures))
 # What a file's date and the drawing program's name would be written as; None leaves them out.
 FORMATS: dict[str, dict[str, Any]] = {
     ".png": {"Software": None},
@@ -47,6 +54,7 @@ DPI = 150
 WIDTH = 7.5  # inches; a README shows about 900 px of it
 SMALL = 7.0  # points, as are all sizes of letters
 GREY = "#666666"
+WIDE = 10.0  # how often the least the largest error is from which on their axis is logarithmic
 STYLE: dict[str, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 8.0,
@@ -153,7 +161,7 @@ class NothingToDraw(Exception):
 
 
 def figure(document: Json, picture: str | None = None) -> Figure:
-    """``picture`` of an ``approx`` or a ``train`` document, or all that fit it in one figure.
+    """``picture`` of an ``approx``, ``train`` or ``transfer`` document, or all that fit it in one figure.
 
     Raises UsageError if matplotlib is missing, if the picture is another command's, or if the document has no rows for
     it.
@@ -207,14 +215,15 @@ def _style() -> Iterator[None]:
 def _parts(document: Json, picture: str | None) -> list[Part]:
     command = document["command"]
     if command not in PICTURES_OF:
-        known = " and ".join(f"'{name}'" for name in PICTURES_OF)
+        *others, last = (f"'{name}'" for name in PICTURES_OF)
+        known = f"{', '.join(others)} and {last}"
         raise UsageError(f"--plot draws {known} results, and this is a '{command}' run; give another file")
     if picture is not None and picture not in PICTURES_OF[command]:
         has = ", ".join(PICTURES_OF[command])
         raise UsageError(f"{picture} is no picture of '{command}' results; they have {has}")
-    from bgcbench.plots import approx, train
+    from bgcbench.plots import approx, train, transfer
 
-    module = {"approx": approx, "train": train}[command]
+    module = {"approx": approx, "train": train, "transfer": transfer}[command]
     if picture is not None:
         try:
             return [module.MAKERS[picture](document)]
@@ -238,6 +247,12 @@ def groups_of(rows: Sequence[Json]) -> list[int]:
 
 def label_of(variant: str) -> str:
     return VARIANTS[variant].label
+
+
+def look_of(variant: str) -> dict[str, Any]:
+    """How a variant's line and markers look in every picture of trained networks."""
+    colour, marker, size = LOOKS[list(VARIANTS).index(variant) % len(LOOKS)]
+    return {"color": colour, "marker": marker, "markersize": size, "linewidth": 0.9, "zorder": 3 + 1 / size}
 
 
 def state_of(document: Json) -> str:
@@ -276,6 +291,21 @@ def log_ticks(
     axis.set_major_locator(LogLocator(10, subs=steps))
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(FuncFormatter(lambda value, _: text(value)))
+
+
+def scale_errors(axes: Axes, errors: Sequence[float], ends: Sequence[float] = ()) -> None:
+    """The axis of ``errors`` (percent) and of what bars end at; logarithmic if errors span more than ``WIDE``."""
+    low, high = min(errors), max([*errors, *ends])
+    if low > 0 and max(errors) / low > WIDE:
+        low = min([low, *(end for end in ends if end > low / 2)])
+        axes.set_yscale("log")
+        room = (high / low) ** 0.06
+        axes.set_ylim(low / room, high * room)
+        log_ticks(axes.yaxis, [low, high], lambda value: f"{value:g}")
+    else:
+        low = min([low, *ends])
+        room = max(0.08 * (high - low), 0.02 * high, 0.05)
+        axes.set_ylim(max(0.0, low - room), high + room)
 
 
 def counted(value: float) -> str:

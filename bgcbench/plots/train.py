@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from bgcbench.plots import (
     GREY,
-    LOOKS,
     WIDTH,
     NothingToDraw,
     Part,
@@ -17,6 +16,8 @@ from bgcbench.plots import (
     legend,
     legend_height,
     log_ticks,
+    look_of,
+    scale_errors,
     state_of,
 )
 from bgcbench.results import Json
@@ -31,7 +32,6 @@ NOTHING = "the result has no test error, which only finished trainings on real i
 SYNTHETIC = "synthetic"
 DODGE = 0.1  # octaves of N between two variants of one N, which would hide each other
 BESIDE = 4.5  # points between a marker and the dots of its seeds
-WIDE = 10.0  # how often the least the largest error is from which on the axis is logarithmic
 ACROSS = 3  # panels of curves side by side
 FINE = (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)  # ticks of a decade where less than one is shown
 MARKS = 6  # markers along a curve, about
@@ -81,28 +81,8 @@ def _name(variant: str, groups: int) -> str:
     return label_of(variant) + ("" if variant == "standard" else f" N = {groups}")
 
 
-def _look(variant: str) -> dict[str, Any]:
-    colour, marker, size = LOOKS[list(VARIANTS).index(variant) % len(LOOKS)]
-    return {"color": colour, "marker": marker, "markersize": size, "linewidth": 0.9, "zorder": 3 + 1 / size}
-
-
 def _variants(cells: Cells) -> list[str]:
     return list(dict.fromkeys(variant for variant, _ in cells))
-
-
-def _scale_errors(axes: Axes, errors: Sequence[float], ends: Sequence[float] = ()) -> None:
-    """The axis of ``errors`` (percent) and of what bars end at; logarithmic if errors span more than ``WIDE``."""
-    low, high = min(errors), max([*errors, *ends])
-    if low > 0 and max(errors) / low > WIDE:
-        low = min([low, *(end for end in ends if end > low / 2)])
-        axes.set_yscale("log")
-        room = (high / low) ** 0.06
-        axes.set_ylim(low / room, high * room)
-        log_ticks(axes.yaxis, [low, high], lambda value: f"{value:g}")
-    else:
-        low = min([low, *ends])
-        room = max(0.08 * (high - low), 0.02 * high, 0.05)
-        axes.set_ylim(max(0.0, low - room), high + room)
 
 
 # --------------------------------------------------------------------------------------------------------------- errors
@@ -143,8 +123,8 @@ def _errors(document: Json) -> Part:
             narrow = max(known) < 5 * min(known)
             log_ticks(by_params.xaxis, known, lambda value: f"{value / 1e6:g}", FINE if narrow else None)
         by_params.set_xlabel("parameters (millions)")
-        _scale_errors(by_groups, _drawn(cells), _ends(cells))
-        handles = [by_groups.plot([], [], label=label_of(v), **_look(v))[0] for v in variants]
+        scale_errors(by_groups, _drawn(cells), _ends(cells))
+        handles = [by_groups.plot([], [], label=label_of(v), **look_of(v))[0] for v in variants]
         if printed:
             hollow = {"color": GREY, "marker": "o", "markersize": 6.0, "markerfacecolor": "none", "linestyle": "none"}
             handles += by_groups.plot([], [], label="paper", **hollow)
@@ -166,7 +146,7 @@ def _error_panel(axes: Axes, places: dict[tuple[str, int], float], cells: Cells,
     for variant in _variants(cells):
         mine = [(places[at], rows) for at, rows in cells.items() if at[0] == variant]
         mine.sort(key=lambda pair: pair[0])
-        look, means = _look(variant), [statistics.fmean(_last(rows)) for _, rows in mine]
+        look, means = look_of(variant), [statistics.fmean(_last(rows)) for _, rows in mine]
         axes.plot([x for x, _ in mine], means, label=f"_mean {variant}", **look)
         for x, rows in mine:
             errors = _last(rows)
@@ -191,7 +171,7 @@ def _dots(axes: Axes, x: float, errors: Sequence[float], variant: str) -> None:
     from matplotlib.transforms import offset_copy
 
     whole: Any = axes.get_figure()
-    look = {"color": _look(variant)["color"], "marker": "o", "markersize": 2.2, "alpha": 0.6, "linestyle": "none"}
+    look = {"color": look_of(variant)["color"], "marker": "o", "markersize": 2.2, "alpha": 0.6, "linestyle": "none"}
     beside = offset_copy(axes.transData, whole, x=BESIDE, units="points")
     axes.plot([x] * len(errors), errors, label=f"_seeds {variant}", transform=beside, zorder=2.5, **look)
 
@@ -247,7 +227,7 @@ def _curves(document: Json) -> Part:
                 if k == n or variant == "standard":
                     _curve_panel(axes, variant, curve, variants.index(variant))
             axes.set_title(f"N = {n}")
-        _scale_errors(flat[0], every)
+        scale_errors(flat[0], every)
         for axes in flat[len(groups) :]:
             axes.set_axis_off()
         for line in grid:
@@ -276,7 +256,7 @@ def _curve(rows: Sequence[Json]) -> dict[int, list[float]]:
 
 
 def _curve_look(variant: str) -> dict[str, Any]:
-    look = _look(variant)
+    look = look_of(variant)
     return {**look, "markersize": 0.65 * look["markersize"], "linewidth": 1.1}
 
 

@@ -93,7 +93,7 @@ def mebibytes(count_bytes: float | None) -> str:
     return "-" if count_bytes is None else f"{count_bytes / MIB:.2f}"
 
 
-def _bounds(interval: Interval | None, form: Callable[[float], str]) -> str:
+def bounds_text(interval: Interval | None, form: Callable[[float], str]) -> str:
     return "" if interval is None else f" [{form(interval.low)}, {form(interval.high)}]"
 
 
@@ -188,7 +188,7 @@ def time_text(row: Json, phase: str, factor: float) -> str:
         return f"{seconds * factor:.{min(digits, 4)}f}"
 
     interval = Interval(*summary["ci95_s"]) if summary["ci95_s"] else None
-    return form(summary["median_s"]) + _bounds(interval, form)
+    return form(summary["median_s"]) + bounds_text(interval, form)
 
 
 def _series(row: Json, phase: str) -> Series:
@@ -217,7 +217,7 @@ def speed_up(row: Json, reference: Json | None, phase: str) -> str:
     if row is reference:
         return "1"
     ratio = row_ratio(reference, row, phase)
-    return "-" if ratio is None else ratio_text(ratio.value) + _bounds(ratio.ci95, ratio_text)
+    return "-" if ratio is None else ratio_text(ratio.value) + bounds_text(ratio.ci95, ratio_text)
 
 
 def roofline(row: Json, phases: Sequence[str]) -> str:
@@ -595,6 +595,10 @@ def document_report(document: Json) -> Report:
         from bgcbench.report.train import train_report
 
         return train_report(document)
+    if document["command"] == "transfer":
+        from bgcbench.report.transfer import transfer_report
+
+        return transfer_report(document)
     if any("model" in row["params"] for row in document["results"]) or "model" in document.get("config", {}):
         from bgcbench.report.network import network_report
 

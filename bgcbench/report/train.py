@@ -2,104 +2,36 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from bgcbench.report import Column, Report, notes, scaled, share_words, significant, where_line
+from bgcbench.report import Column, Report, notes, share_words, significant
+from bgcbench.report.errors import (
+    TELLING,
+    Cell,
+    Difference,
+    count_text,
+    dense_lines,
+    difference_of,
+    ended_lines,
+    error_of,
+    error_text,
+    flags,
+    image_of,
+    masked,
+    place_of,
+    planned,
+    recipe_line,
+    spread_text,
+    synthetic,
+    title_lines,
+)
 from bgcbench.results import Json
-from bgcbench.specs import VARIANTS
 from bgcbench.theory import paper
 
-SYNTHETIC = "synthetic"  # a data set without anything to be right about
-TELLING = 3  # seeds from which on a difference may be called one
 # Epochs and table of the paper's trainings, by data set.
 PAPERS = {"cifar10": (5, paper.TABLE5_EPOCHS), "imagenet": (6, paper.TABLE6_EPOCHS)}
-# The terms of a recipe in the order in which they are told; those that are off or unknown are left out.
-TERMS = {
-    "epochs": "{} epochs",
-    "batch_size": "batch {}",
-    "accumulate": "in {} parts",
-    "subset": "{} training images",
-    "lr": "SGD at lr {}",
-    "schedule": "{}",
-    "milestones": "at epochs {}",
-    "gamma": "times {}",
-    "momentum": "momentum {}",
-    "nesterov": "Nesterov",
-    "weight_decay": "weight decay {}",
-    "label_smoothing": "label smoothing {}",
-    "group_lasso": "group lasso {} (LGC)",
-    "pad": "crops of images padded by {}",
-    "flip": "flipped at random",
-}
-
-
-@dataclass(frozen=True)
-class _Cell:
-    """One variant at one N: a row a seed."""
-
-    variant: str
-    groups: int
-    rows: list[Json]
-
-    @property
-    def label(self) -> str:
-        return VARIANTS[self.variant].label if self.variant in VARIANTS else self.variant
-
-    @property
-    def name(self) -> str:
-        return self.label if self.variant == "standard" else f"{self.label} N={self.groups}"
-
-    @property
-    def done(self) -> list[Json]:
-        return [row for row in self.rows if row["status"] == "ok"]
-
-    def by_seed(self, field: str = "error_final") -> dict[int, float]:
-        """What is known of ``field`` in the finished rows, by seed."""
-        return {row["params"]["seed"]: value for row in self.done if (value := _error(row, field)) is not None}
-
-    def count(self, name: str) -> float | None:
-        """A count of the deployed form, or with _training of what was trained; the mean where seeds differ."""
-        every = [row["counts"] for row in self.rows if row["counts"]]
-        known = [counts.get(name) or counts[name.removesuffix("_training")] for counts in every]
-        return statistics.fmean(known) if known else None
-
-    @property
-    def images_per_s(self) -> float | None:
-        return self._median("images_per_s")
-
-    @property
-    def matmul_fraction(self) -> float | None:
-        """Arithmetic done over what the device's best matrix product does in the same time."""
-        return self._median("matmul_fraction")
-
-    def _median(self, field: str) -> float | None:
-        known = [row[field] for row in self.rows if row.get(field) is not None]
-        return statistics.median(known) if known else None
-
-
-@dataclass(frozen=True)
-class _Difference:
-    """Mean errors of two cells (percent) over ``seeds`` common ones; ``sd`` is that of the differences by seed."""
-
-    ours: float
-    theirs: float
-    seeds: int
-    sd: float | None
-
-    @property
-    def value(self) -> float:
-        """In percentage points; what floating point makes of 0 is 0."""
-        return round(self.ours - self.theirs, 9) + 0.0
-
-    def beyond_doubt(self, image: float) -> bool:
-        """Whether the difference is more than two standard errors, and more than one test image."""
-        if self.sd is None or self.seeds < TELLING:
-            return False
-        return abs(self.value) > max(2 * self.sd / math.sqrt(self.seeds), image * (1 + 1e-6))
 
 
 def train_report(document: Json) -> Report:
@@ -110,65 +42,43 @@ def train_report(document: Json) -> Report:
     columns = [
         Column("variant", [cell.label for cell in cells], right=False, lead=True),
         Column("N", [str(cell.groups) for cell in cells], lead=True),
-        Column("params", [_scaled(cell.count("params")) for cell in cells]),
-        Column("MACs", [_scaled(cell.count("macs")) for cell in cells]),
+        Column("params", [count_text(cell.count("params")) for cell in cells]),
+        Column("MACs", [count_text(cell.count("macs")) for cell in cells]),
     ]
-    if _masked(rows):
-        columns.append(Column("trained params", [_scaled(cell.count("params_training")) for cell in cells]))
-    if not _synthetic(rows):
+    if masked(rows):
+        columns.append(Column("trained params", [count_text(cell.count("params_training")) for cell in cells]))
+    if not synthetic(rows):
         columns += [
-            Column("error last %", [_spread(cell.by_seed()) for cell in cells]),
-            Column("error best %", [_spread(cell.by_seed("error_best")) for cell in cells]),
+            Column("error last %", [spread_text(cell.by_seed()) for cell in cells]),
+            Column("error best %", [spread_text(cell.by_seed("error_best")) for cell in cells]),
         ]
     if any(cell.by_seed("error_final_top5") for cell in cells):
-        columns.append(Column("top-5 %", [_spread(cell.by_seed("error_final_top5")) for cell in cells]))
-    planned = _planned(document)
+        columns.append(Column("top-5 %", [spread_text(cell.by_seed("error_final_top5")) for cell in cells]))
+    wanted = planned(document)
     columns += [
-        Column("seeds", [f"{len(cell.done)}/{planned}" for cell in cells]),
+        Column("seeds", [f"{len(cell.done)}/{wanted}" for cell in cells]),
         Column("images/s", ["-" if (v := cell.images_per_s) is None else significant(v) for cell in cells]),
     ]
     if any(cell.matmul_fraction is not None for cell in cells):
         columns.append(
             Column("of peak", ["-" if (v := cell.matmul_fraction) is None else f"{v:.0%}" for cell in cells])
         )
-    if any(_printed(cell) is not None for cell in cells):
-        columns.append(Column("paper %", ["-" if (e := _printed(cell)) is None else f"{e:.2f}" for cell in cells]))
-    if not _synthetic(rows):
+    if any(cell.printed is not None for cell in cells):
+        columns.append(Column("paper %", [error_text(cell.printed) for cell in cells]))
+    if not synthetic(rows):
         columns.append(Column("to SC", [_to_standard(cell, standard) for cell in cells]))
-    columns.append(Column("flags", [", ".join(_flags(cell)) for cell in cells], right=False))
+    columns.append(Column("flags", [", ".join(flags(cell)) for cell in cells], right=False))
     sections = {"What this shows": _findings(cells, rows), "Notes": _notes(document, rows, cells)}
     records = [_record(row, standard) for row in rows]
-    return Report(_title(document, rows), columns, {k: v for k, v in sections.items() if v}, records)
+    return Report(title_lines(document, rows), columns, {k: v for k, v in sections.items() if v}, records)
 
 
-def _cells(rows: Sequence[Json]) -> list[_Cell]:
-    """By N, and the variants as they are registered, which puts the standard convolution first."""
+def _cells(rows: Sequence[Json]) -> list[Cell]:
+    """In the order of :func:`place_of`."""
     found: dict[tuple[str, int], list[Json]] = {}
     for row in rows:
         found.setdefault((row["params"]["variant"], row["params"]["groups"]), []).append(row)
-    order = {name: number for number, name in enumerate(VARIANTS)}
-    places = sorted(found, key=lambda at: (at[1], order.get(at[0], len(order))))
-    return [_Cell(*at, found[at]) for at in places]
-
-
-def _planned(document: Json) -> int:
-    """Seeds that a cell was to have."""
-    return len(document.get("config", {}).get("seeds") or {row["params"]["seed"] for row in document["results"]})
-
-
-def _synthetic(rows: Sequence[Json]) -> bool:
-    return any(row["params"]["dataset"] == SYNTHETIC for row in rows)
-
-
-def _masked(rows: Sequence[Json]) -> bool:
-    """Whether a form is trained that is not the one that is deployed."""
-    return any((row["counts"] or {}).get("params_training") for row in rows)
-
-
-def _error(row: Json, field: str) -> float | None:
-    """An error of a row (percent); None where there is none, and for images that mean nothing."""
-    value = row.get(field)
-    return None if value is None or _synthetic([row]) else float(value)
+    return sorted((Cell(*at, mine) for at, mine in found.items()), key=place_of)
 
 
 def _last(row: Json, field: str) -> Any:
@@ -176,81 +86,34 @@ def _last(row: Json, field: str) -> Any:
     return (row["epochs"][-1].get("learnt") or {}).get(field) if row["epochs"] else None
 
 
-# ---------------------------------------------------------------------------------------------------------------- cells
+def _against(one: Cell, other: Cell) -> Difference | None:
+    """Their last errors."""
+    return difference_of(one.by_seed(), other.by_seed())
 
 
-def _scaled(value: float | None) -> str:
-    return "-" if value is None else scaled(value)
-
-
-def _spread(by_seed: dict[int, float], sign: str = "") -> str:
-    """The mean, with the standard deviation over the seeds from two on."""
-    values = list(by_seed.values())
-    if not values:
-        return "-"
-    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):{sign}.2f}{spread}"
-
-
-def _against(one: _Cell, other: _Cell) -> _Difference | None:
-    """Last errors of two cells: of the seeds that both have if they are two or more, else of what each has."""
-    ours, theirs = one.by_seed(), other.by_seed()
-    common = sorted(ours.keys() & theirs.keys())
-    sd = None
-    if len(common) > 1:
-        ours, theirs = {s: ours[s] for s in common}, {s: theirs[s] for s in common}
-        sd = statistics.stdev([ours[s] - theirs[s] for s in common])
-    if not ours or not theirs:
-        return None
-    return _Difference(statistics.fmean(ours.values()), statistics.fmean(theirs.values()), len(common), sd)
-
-
-def _to_standard(cell: _Cell, standard: _Cell | None) -> str:
+def _to_standard(cell: Cell, standard: Cell | None) -> str:
     if cell is standard:
         return "0"
     found = None if standard is None else _against(cell, standard)
-    if found is None:
-        return "-"
-    return f"{found.value:+.2f}" + ("" if found.sd is None else f" ± {found.sd:.2f}")
-
-
-def _printed(cell: _Cell) -> float | None:
-    return next((row["paper"]["error"] for row in cell.rows if row.get("paper")), None)
-
-
-def _flags(cell: _Cell) -> list[str]:
-    """How the rows that are not done ended, and what stayed dense because N does not divide it."""
-    ended: dict[str, list[str]] = {}
-    for row in cell.rows:
-        if row["status"] != "ok":
-            ended.setdefault(row["status"], []).append(f"s{row['params']['seed']}")
-    every = len(ended) == 1 and not cell.done
-    found = [status if every else f"{status} ({', '.join(seeds)})" for status, seeds in ended.items()]
-    dense = _indivisible(cell)
-    return [*found, *([f"{len(dense)} kept dense"] if dense else [])]
-
-
-def _indivisible(cell: _Cell) -> list[str]:
-    record: Json = next((row["convert"] for row in cell.rows if row.get("convert")), {"kept": []})
-    return [kept["name"] for kept in record["kept"] if "does not divide" in kept["reason"]]
+    return "-" if found is None else found.text
 
 
 # ------------------------------------------------------------------------------------------------------- what it shows
 
 
-def _pairs(cells: Sequence[_Cell]) -> list[tuple[_Cell, _Cell]]:
+def _pairs(cells: Sequence[Cell]) -> list[tuple[Cell, Cell]]:
     """BGC beside GC at the same N and, at twice its N, beside GC; a GC of one group is the standard convolution."""
     at = {(cell.variant, cell.groups): cell for cell in cells}
     plain = {cell.groups: cell for cell in cells if cell.variant in ("standard", "gc")}
     return [(at["bgc", n], plain[k]) for k in sorted(plain) for n in (k, 2 * k) if ("bgc", n) in at]
 
 
-def _findings(cells: Sequence[_Cell], rows: Sequence[Json]) -> list[str]:
+def _findings(cells: Sequence[Cell], rows: Sequence[Json]) -> list[str]:
     found = [(one, other, _against(one, other)) for one, other in _pairs(cells)]
-    return [_beside(one, other, difference, _image(rows)) for one, other, difference in found if difference]
+    return [_beside(one, other, difference, image_of(rows)) for one, other, difference in found if difference]
 
 
-def _beside(one: _Cell, other: _Cell, difference: _Difference, image: float) -> str:
+def _beside(one: Cell, other: Cell, difference: Difference, image: float) -> str:
     """Two cells in plain words: how large, which has the lower error, and whether that is more than scatter."""
     ours, theirs = one.count("params"), other.count("params")
     size = f" ({share_words(ours / theirs)})" if ours and theirs else ""
@@ -264,36 +127,16 @@ def _beside(one: _Cell, other: _Cell, difference: _Difference, image: float) -> 
     return f"{line} over {difference.seeds} seeds: {told}"
 
 
-def _image(rows: Sequence[Json]) -> float:
-    """How much one test image changes an error (percentage points); 0 where that is not known."""
-    images = next((row["test_images"] for row in rows if row.get("test_images")), None)
-    return 100 / images if images else 0.0
+# ----------------------------------------------------------------------------------------------- notes and records
 
 
-# ----------------------------------------------------------------------------------------- title, notes and records
-
-
-def _title(document: Json, rows: Sequence[Json]) -> list[str]:
-    config = document.get("config", {})
-    about = {**config, "dataset": config.get("data"), **(rows[0]["params"] if rows else {})}
-    line = f"{about.get('model', 'a network')} on {about['dataset']}"
-    if "height" in about:
-        line += f", {about['height']} x {about['width']} px, {about['classes']} classes"
-    line += f"; convolutions: {about['where']}" if "where" in about else ""
-    ran = [str(about[name]) for name in ("precision", "layout") if about.get(name)]
-    ran += ["compiled"] if about.get("compile") else []
-    processes = max((row.get("world_size") or 1 for row in rows), default=1)
-    ran += [f"{processes} processes"] if processes > 1 else []
-    return [line, f"{', '.join(ran)}; {where_line(document)}"]
-
-
-def _notes(document: Json, rows: Sequence[Json], cells: Sequence[_Cell]) -> list[str]:
-    lines = [_recipe(document, rows)] if rows else []
-    if _synthetic(rows):
+def _notes(document: Json, rows: Sequence[Json], cells: Sequence[Cell]) -> list[str]:
+    lines = [recipe_line(document, rows)] if rows else []
+    if synthetic(rows):
         lines.append("synthetic images: the speed is all that is measured; there is no error to show")
     else:
         lines += _about_errors(rows, cells)
-    if _masked(rows):
+    if masked(rows):
         lines.append(
             "LGC and FLGC are trained masked, with dense kernels (trained params); params and MACs are of the form "
             "that is deployed afterwards"
@@ -305,49 +148,22 @@ def _notes(document: Json, rows: Sequence[Json], cells: Sequence[_Cell]) -> list
         )
     lines += [line for cell in cells if (line := _learnt(cell))]
     lines += _about_paper(rows)
-    for cell in cells:
-        told = any(text.startswith(f"{cell.name}: ") and "kept dense" in text for text in document["warnings"])
-        if (dense := _indivisible(cell)) and not told:
-            lines.append(f"{cell.name}: N does not divide, kept dense: {', '.join(dense)}")
+    lines += dense_lines(document, cells)
     if any(cell.done and len(cell.done) < len(cell.rows) for cell in cells):
         lines.append(
             "where a seed did not finish, the mean is of those that did, which flatters if it failed in training"
         )
-    lines += [line for cell in cells for line in _ended(cell)]
+    lines += [line for cell in cells for line in ended_lines(cell)]
     return lines + notes(document, [], quick="few epochs or images, no claim; run without --quick")
 
 
-def _recipe(document: Json, rows: Sequence[Json]) -> str:
-    """The recipe and its terms in one line, as they ran."""
-    ran = {name: value for name, value in document["settings"].items() if value is not None}
-    values = {
-        **document.get("config", {}),
-        **{name: rows[0]["params"].get(name) for name in ("epochs", "subset")},
-        **ran,
-    }
-    if not any(row["params"]["variant"] == "lgc" for row in rows):
-        values.pop("group_lasso", None)
-    if not values.get("milestones"):
-        values.pop("gamma", None)
-    if values.get("accumulate") == 1:
-        values.pop("accumulate")
-    told = [term.format(_plain(values[name])) for name, term in TERMS.items() if values.get(name)]
-    return f"recipe {rows[0]['params']['recipe']}: {', '.join(told)}"
-
-
-def _plain(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:g}"
-    return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
-
-
-def _about_errors(rows: Sequence[Json], cells: Sequence[_Cell]) -> list[str]:
+def _about_errors(rows: Sequence[Json], cells: Sequence[Cell]) -> list[str]:
     lines = [
         "error: top-1 on the test images, mean ± standard deviation over the seeds. last: after the last epoch, the "
         "figure to quote; best: of the epoch that was best on these same test images, which flatters. to SC: last "
         "error less SC's, in percentage points; of the same seeds, where there are two or more"
     ]
-    if image := _image(rows):
+    if image := image_of(rows):
         data = rows[0]["params"]["dataset"]
         lines.append(f"{data}: {100 / image:.0f} test images, so one image is {significant(image, 2)} points")
     if any(d and d.seeds >= TELLING for one, other in _pairs(cells) if (d := _against(one, other))):
@@ -360,13 +176,13 @@ def _about_errors(rows: Sequence[Json], cells: Sequence[_Cell]) -> list[str]:
     return lines
 
 
-def _learnt(cell: _Cell) -> str | None:
+def _learnt(cell: Cell) -> str | None:
     """What a learned grouping left behind that the counts do not tell."""
     lines = [text for text in (_moved(cell), _left_behind(cell)) if text]
     return "; ".join(lines) and f"{cell.name}: {'; '.join(lines)}"
 
 
-def _moved(cell: _Cell) -> str | None:
+def _moved(cell: Cell) -> str | None:
     """How many channels are in another group than at the start."""
     moved = [share for row in cell.done if (share := _last(row, "moved")) is not None]
     if not moved:
@@ -376,7 +192,7 @@ def _moved(cell: _Cell) -> str | None:
     return f"{_percent(moved)} of the channels changed their group"
 
 
-def _left_behind(cell: _Cell) -> str | None:
+def _left_behind(cell: Cell) -> str | None:
     """Outputs without inputs; inputs that should have been dropped."""
     dead = [share for row in cell.done if (share := _last(row, "dead_outputs"))]
     if dead:
@@ -392,7 +208,7 @@ def _percent(shares: Sequence[float]) -> str:
     return f"{significant(100 * statistics.fmean(shares), 2)} %"
 
 
-def _seeds(number: int, cell: _Cell) -> str:
+def _seeds(number: int, cell: Cell) -> str:
     return f"{number} of {len(cell.done)} seeds"
 
 
@@ -412,27 +228,10 @@ def _about_paper(rows: Sequence[Json]) -> list[str]:
     return [line]
 
 
-def _ended(cell: _Cell) -> list[str]:
-    """The rows that are not done, why, and how far they came; in one line where that is the same for all seeds."""
-    lines = []
-    for row in cell.rows:
-        if row["status"] == "ok":
-            continue
-        line = f"{row['status']}: {row['reason']}"
-        if row["epochs"]:
-            line += f"; {len(row['epochs'])} of {row['params']['epochs']} epochs"
-            if (error := _error({**row["epochs"][-1], "params": row["params"]}, "test_error")) is not None:
-                line += f", the last test error {error:.2f} %"
-        lines.append((row["key"], line))
-    if len(lines) == len(cell.rows) > 1 and len({line for _, line in lines}) == 1:
-        return [f"{cell.name}, all seeds: {lines[0][1]}"]
-    return [f"{key}: {line}" for key, line in lines]
-
-
-def _record(row: Json, standard: _Cell | None) -> Json:
+def _record(row: Json, standard: Cell | None) -> Json:
     """One training, flat."""
     theirs = {} if standard is None else standard.by_seed()
-    final, seed = _error(row, "error_final"), row["params"]["seed"]
+    final, seed = error_of(row, "error_final"), row["params"]["seed"]
     same = theirs.get(seed) if row["status"] == "ok" else None
     names = ("error_initial", "error_final", "error_best", "error_final_top5")
     return {
@@ -441,7 +240,7 @@ def _record(row: Json, standard: _Cell | None) -> Json:
         "status": row["status"],
         "reason": row["reason"],
         **(row["counts"] or {}),
-        **{name: _error(row, name) for name in names},
+        **{name: error_of(row, name) for name in names},
         **{
             name: row.get(name)
             for name in ("epoch_best", "test_images", "images_per_s", "matmul_fraction", "train_seconds")

@@ -17,6 +17,7 @@ import io
 import json
 import re
 import sys
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -150,6 +151,38 @@ class Checkpoints:
             return None
         self.problem = None
         return path
+
+
+def network_in(path: Path) -> Json:
+    """Which dense network a checkpoint holds: its ``model``, ``num_classes``, ``height``, ``width``, ``stem_stride``.
+
+    The name that the file once had does not matter. Raises ResultFileError for any other file, with what to do.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # about the pickle protocol of a file that is refused then
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise ResultFileError(f"{path} cannot be read ({error.strerror or error}); give another file") from error
+    except Exception as problem:
+        raise ResultFileError(
+            f"{path} is no checkpoint of bgcbench: it is damaged, or holds more than tensors and text (which is not "
+            "run); give another file"
+        ) from problem
+    if isinstance(content, Mapping) and "record" in content:
+        raise ResultFileError(
+            f"{path} holds a converted network, and only a dense one is converted: give the checkpoint of a standard "
+            "row; bgcbench.load_converted reads this one"
+        )
+    stored = _checked(content)
+    identity = stored.meta.get("identity", {}) if isinstance(stored, Stored) else {}
+    fields = ("model", "num_classes", "height", "width", "stem_stride")
+    if any(name not in identity for name in fields):
+        raise ResultFileError(
+            f"{path} does not say which network it holds, as a checkpoint of bgcbench train does; name the network, "
+            f"and give the file with --weights {path}"
+        )
+    return {name: identity[name] for name in fields}
 
 
 def _read(path: Path) -> Stored | str:

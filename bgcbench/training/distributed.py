@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor, nn
 from torch import distributed as dist
-from torch import nn
 
 from bgcbench.errors import BgcbenchError, DeviceError, UsageError
 from bgcbench.training.launcher import launched
@@ -78,13 +78,20 @@ class World:
 
     def share_buffers(self, module: nn.Module) -> None:
         """Give every process the main one's buffers (running statistics), which each has counted for itself."""
+        self._send(module.buffers())
+
+    def share_module(self, module: nn.Module) -> None:
+        """Give every process the main one's parameters and buffers; ``module`` is built alike in all of them."""
+        self._send((*(parameter.detach() for parameter in module.parameters()), *module.buffers()))
+
+    def _send(self, tensors: Iterable[Tensor]) -> None:
         if self.size > 1:
-            for buffer in module.buffers():
-                # gloo knows no bool
-                sent = buffer.to(torch.uint8) if buffer.dtype == torch.bool else buffer
+            for tensor in tensors:
+                # gloo knows no bool, nccl no layout but the plain one
+                sent = (tensor.to(torch.uint8) if tensor.dtype == torch.bool else tensor).contiguous()
                 dist.broadcast(sent, src=0)
-                if sent is not buffer:
-                    buffer.copy_(sent)
+                if sent is not tensor:
+                    tensor.copy_(sent)
 
 
 def own_device(name: str) -> str:

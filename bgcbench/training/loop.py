@@ -37,6 +37,7 @@ LOOK_STEPS = {"cpu": 1, "cuda": 50}  # between two looks at the losses: on CUDA 
 AGREE_STEPS = 10  # several processes ask one another this often whether to stop or to save
 SHOW_S = 0.25  # between two reports of progress
 AUXILIARY_WEIGHT = 0.3  # of the losses of auxiliary heads, as in GoogLeNet's paper
+TEACHER_WEIGHT, TEACHER_TEMPERATURE = 1.0, 1.0  # of the divergence from a teacher's outputs, beside the labels' 1
 
 
 class NonFiniteLoss(BgcbenchError):
@@ -137,9 +138,13 @@ class Training:
     network: on ``world.device``, in the recipe's layout, freshly initialised. identity: what a checkpoint must agree
     on, flat; a resumed training refuses any other, field by field. record: how the network was converted, for the
     checkpoints. checkpoints: None to keep none. warn: told what the user should know. stop: asked at every step
-    whether to end early, with a checkpoint.
+    whether to end early, with a checkpoint. teacher: a network, on the device and laid out like ``network``, whose
+    outputs on the same images are targets beside the labels (Hinton, Vinyals & Dean, 2015); it stays as it is, in eval
+    mode.
 
-    Raises UsageError for a batch that does not divide or that the data set does not fill.
+    A recipe of 0 epochs trains nothing; :meth:`begin` judges the network. ``guesses`` are the classes that the last
+    evaluation has found, in the order of this process's share of the test images. Raises UsageError for a batch that
+    does not divide or that the data set does not fill.
     """
 
     def __init__(
@@ -154,6 +159,7 @@ class Training:
         record: Json | None = None,
         options: Options | None = None,
         checkpoints: Checkpoints | None = None,
+        teacher: nn.Module | None = None,
         stop: Callable[[], bool] = lambda: False,
         warn: Callable[[str], None] = lambda _: None,
     ) -> None:
@@ -162,24 +168,30 @@ class Training:
         self.options, self.checkpoints = options or Options(), checkpoints
         self.stop, self.warn = stop, warn
         self.numbers = subset_of(data.train_labels, self.options.subset)
-        self.steps = check_batch(recipe, self.options, len(self.numbers), world.size)
+        self.steps = check_batch(recipe, self.options, len(self.numbers), world.size) if recipe.epochs else 0
         self.state = State()
+        self.guesses = torch.empty(0, dtype=torch.int64)
         self.stopped = False
         self.feed = data.feed(world.device, workers=self.options.workers)
         self.layers = [m for m in network.modules() if isinstance(m, VariantConv2d)]
         groupings = [layer.grouping() for layer in self.layers]
         self.starts = [None if grouping is None else grouping.cpu() for grouping in groupings]
         self.resumed = 0.0  # the share of the training that an earlier run has done
-        if self.options.sync_bn and world.size > 1:
+        if self.options.sync_bn and world.size > 1 and recipe.epochs:
             self.network = network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
-        self._prepare(network)
+        self._prepare(network, teacher)
         self.losses = torch.zeros(self.steps, device=world.device)
 
-    def _prepare(self, network: nn.Module) -> None:
+    def _prepare(self, network: nn.Module, teacher: nn.Module | None) -> None:
         """Everything around the network: normalisation, optimiser, data parallelism, compilation."""
         recipe, device = self.recipe, self.world.device
         dtype = torch.float64 if recipe.precision == "fp64" else torch.float32
-        self.plain: nn.Module = Prepared(network, self.data.mean, self.data.std, dtype, recipe.layout).to(device)
+
+        def prepared(inner: nn.Module) -> nn.Module:
+            return Prepared(inner, self.data.mean, self.data.std, dtype, recipe.layout).to(device)
+
+        self.plain = prepared(network)
+        self.teacher: Any = None if teacher is None else prepared(teacher).eval()
         self.autocast_dtype = DTYPES[recipe.precision] if recipe.precision in ("bf16", "fp16") else None
         self.optimiser = torch.optim.SGD(
             parameter_groups(network, recipe.weight_decay),
@@ -189,7 +201,7 @@ class Training:
         )
         self.scaler = torch.amp.GradScaler(device.type, enabled=recipe.precision == "fp16")
         self.parallel: Any = self.plain
-        if self.world.size > 1:
+        if self.world.size > 1 and recipe.epochs:
             own = [device] if device.type == "cuda" else None
             # Flags cannot go round by gloo; each process sets its own alike.
             flags = [name for name, buffer in self.plain.named_buffers() if buffer.dtype == torch.bool]
@@ -198,17 +210,34 @@ class Training:
             self.parallel = parallel(self.plain, device_ids=own)
         self.train_model: Any = torch.compile(self.parallel) if recipe.compile else self.parallel
         self.eval_model: Any = torch.compile(self.plain) if recipe.compile else self.plain
+        if recipe.compile and teacher is not None:
+            self.teacher = torch.compile(self.teacher)
 
     # ------------------------------------------------------------------------------------------------------ the run
+
+    def keep(self) -> None:
+        """A checkpoint of the network before any training, from which ``run`` or :meth:`resume` goes on."""
+        self._save()
+
+    def begin(self) -> Scores | None:
+        """Judge the network before any training; None where the run was asked to stop meanwhile."""
+        try:
+            scores = self.evaluate()
+        except _AskedToStop:
+            self.stopped = True
+            return None
+        self.state.initial = self._judged(scores)
+        return scores
 
     def run(self) -> Iterator[Progress]:
         """Train from the last checkpoint, or from the start, to the end; ``stopped`` says that it was asked to stop.
 
-        Raises NonFiniteLoss, ResultFileError for a checkpoint of something else, and what the network raises.
+        What is known of the network before any training is not found out again. Raises NonFiniteLoss, ResultFileError
+        for a checkpoint of something else, and what the network raises.
         """
         trained = False
         try:
-            if not self._resume():
+            if not self.resume() and self.state.initial is None:
                 self.state.initial = self._judged(self.evaluate())
             while self.state.epoch < self.recipe.epochs and not self.stopped:
                 trained = True
@@ -292,10 +321,23 @@ class Training:
         loss = losses[0]
         for auxiliary in losses[1:]:
             loss = loss + AUXILIARY_WEIGHT * auxiliary
+        if self.teacher is not None:
+            loss = loss + TEACHER_WEIGHT * self._divergence(heads[0], images)
         if recipe.group_lasso:
             penalties = [penalty for layer in self.layers if (penalty := layer.group_lasso()) is not None]
             loss = loss + recipe.group_lasso * sum(penalties)
         return loss
+
+    def _divergence(self, scores: Tensor, images: Tensor) -> Tensor:
+        """KL(teacher || network) of the class probabilities, a mean over the images.
+
+        Times the square of the temperature, so that its gradient does not depend on that (Hinton et al., section 2.1).
+        """
+        device = self.world.device.type
+        with torch.no_grad(), torch.autocast(device, self.autocast_dtype, enabled=self.autocast_dtype is not None):
+            wanted = class_scores(self.teacher(images))[0]
+        logs, targets = ((part / TEACHER_TEMPERATURE).log_softmax(1) for part in (scores, wanted.to(scores.dtype)))
+        return TEACHER_TEMPERATURE**2 * F.kl_div(logs, targets, reduction="batchmean", log_target=True)
 
     def _tell_layers(self, fraction: float) -> None:
         for layer in self.layers:
@@ -390,9 +432,19 @@ class Training:
     def estimate(self, budget_s: float = 3.0) -> float:
         """Seconds that an epoch takes, evaluation included, from a few steps of it; the network is changed by them.
 
-        A step and a test batch come before the clock runs: in the first one libraries set themselves up and compilers
-        compile.
+        Of a recipe of 0 epochs, what the evaluation takes. A step and a test batch come before the clock runs: in the
+        first one libraries set themselves up and compilers compile.
         """
+        steps_s = self._step_time(budget_s) * self.steps if self.steps else 0.0
+        batch = max(1, self.recipe.batch_size // self.world.size)
+        tests = len(self.data.test_labels)
+        shown = torch.arange(min(tests, batch))
+        self._judge([shown])
+        start = time.perf_counter()
+        self._judge([shown])
+        return steps_s + (time.perf_counter() - start) * -(-tests // self.world.size) / len(shown)
+
+    def _step_time(self, budget_s: float) -> float:
         batches = self._shares(self.numbers[epoch_order(len(self.numbers), self.seed, 0)])
         parts = self.options.accumulate
         # Several processes must all do the same number of steps.
@@ -409,14 +461,7 @@ class Training:
                 if number and sum(times[1:]) > budget_s:
                     break
         self.state = State()
-        batch = max(1, self.recipe.batch_size // self.world.size)
-        tests = len(self.data.test_labels)
-        shown = torch.arange(min(tests, batch))
-        self._judge([shown])
-        start = time.perf_counter()
-        self._judge([shown])
-        test_s = (time.perf_counter() - start) * -(-tests // self.world.size) / len(shown)
-        return statistics.median(times[1:] or times) * self.steps + test_s
+        return statistics.median(times[1:] or times)
 
     def _wait(self) -> None:
         if self.world.device.type == "cuda":
@@ -435,19 +480,22 @@ class Training:
         mine = torch.arange(world.rank, len(labels), world.size)
         # Several processes cannot leave one by one.
         stop = self.stop if world.size == 1 else None
-        images, wrong, missed, loss = world.total(
-            self._judge(mine.split(max(1, self.recipe.batch_size // world.size)), stop)
-        )
+        counted, self.guesses = self._judge(mine.split(max(1, self.recipe.batch_size // world.size)), stop)
+        images, wrong, missed, loss = world.total(counted)
         if int(images) != len(labels):
             raise BgcbenchError(f"{int(images)} test images were judged, and there are {len(labels)}")
         return Scores(loss / images, 100 * wrong / images, 100 * missed / images if five else None, int(images))
 
-    def _judge(self, batches: Sequence[Tensor], stop: Callable[[], bool] | None = None) -> list[float]:
+    def _judge(self, batches: Sequence[Tensor], stop: Callable[[], bool] | None = None) -> tuple[list[float], Tensor]:
         """Of the test images numbered in ``batches``: how many they are, how many of them are wrong at first and within
-        five guesses, and the sum of their losses. Raises _AskedToStop where ``stop`` says so."""
+        five guesses, and the sum of their losses; and the first guesses, one an image, on the CPU.
+
+        Raises _AskedToStop where ``stop`` says so.
+        """
         device = self.world.device
         self.eval_model.eval()
         found = torch.zeros(4, dtype=torch.float64, device=device)
+        guesses = [torch.empty(0, dtype=torch.int64, device=device)]
         with torch.no_grad():
             for images, truth in self.feed.test(batches):
                 if stop is not None and stop():
@@ -458,6 +506,7 @@ class Training:
                     output = model(images)
                 scores = class_scores(output)[0].double()
                 best = scores.topk(min(5, scores.shape[1]), dim=1).indices
+                guesses.append(best[:, 0])
                 right = best == truth[:, None]
                 found[0] += len(truth)
                 found[1] += len(truth) - right[:, 0].sum()
@@ -465,7 +514,7 @@ class Training:
                 found[3] += F.cross_entropy(scores, truth, reduction="sum")
         self.eval_model.train()
         counted: list[float] = found.tolist()
-        return counted
+        return counted, torch.cat(guesses).cpu()
 
     def _judged(self, scores: Scores) -> float | None:
         """The error, None where labels are random and an error would say nothing."""
@@ -518,7 +567,7 @@ class Training:
 
     def _merged_losses(self) -> Tensor:
         """The losses of this epoch so far, averaged over the processes."""
-        if self.world.size == 1:
+        if self.world.size == 1 or not self.steps:
             return self.losses
         summed = self.world.total(self.losses.double().tolist())
         return torch.tensor([value / self.world.size for value in summed], device=self.world.device)
@@ -557,7 +606,7 @@ class Training:
         """The form that each layer with a choice runs in. It may have been measured, and must not change half-way."""
         return {name: m.algorithm for name, m in self.network.named_modules() if isinstance(m, VariantConv2d)}
 
-    def _resume(self) -> bool:
+    def resume(self) -> bool:
         """Take over the newest checkpoint; False where there is none. The main process reads it for all."""
         if self.checkpoints is None:
             return False
@@ -579,10 +628,11 @@ class Training:
                     memory_format=torch.preserve_format
                 )
         self.scaler.load_state_dict(stored.meta["scaler"])
-        if "losses" in stored.extra:
+        if self.state.step:
             self.losses = stored.extra["losses"].to(self.world.device)
         self.starts = [stored.extra.get(f"start.{number}", start) for number, start in enumerate(self.starts)]
-        self.resumed = (self.state.epoch + self.state.step / self.steps) / self.recipe.epochs
+        if self.steps:
+            self.resumed = (self.state.epoch + self.state.step / self.steps) / self.recipe.epochs
         if stored.meta["world_size"] != self.world.size:
             self.warn(
                 f"{where}: trained by {stored.meta['world_size']} processes so far, by {self.world.size} from here on"

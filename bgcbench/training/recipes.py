@@ -6,6 +6,9 @@
             large images, as ImageNet: 90 epochs, drops at 30, 60, weight decay 1e-4
     fast    the same optimisation, in bf16, channels_last and compiled
 
+Transfer learning has recipes of its own under the last two names (Lee, Park & Lee, Table 3): 30 epochs of 128 images,
+the same optimiser at a constant 0.01 (the paper names no schedule), weight decay 1e-4.
+
 Weight decay acts on all parameters but learnt group assignments, there is no label smoothing, and fp32 is without TF32.
 """
 
@@ -20,6 +23,7 @@ from bgcbench.errors import UsageError
 from bgcbench.specs import LAYOUTS, PRECISIONS, SMALL_IMAGE_PX, check_choice, check_positive
 
 RECIPES = ("digits", "paper", "fast")
+TRANSFER_RECIPES = ("paper", "fast")
 SCHEDULES = ("multistep", "onecycle", "cosine", "constant")
 
 # One cycle (Smith & Topin, 2019) in the form that torch.optim.lr_scheduler.OneCycleLR has by default.
@@ -30,9 +34,9 @@ _RISING, _START, _END = 0.3, 1 / 25, 1 / 25e4
 class Recipe:
     """Every hyper-parameter of a training; valid once constructed (raises UsageError or ShapeError).
 
-    batch_size: images a step, over all processes. schedule: multistep (``lr`` times ``gamma`` for every one of
-    ``milestones``, in epochs, that has passed), onecycle, cosine (to 0) or constant. group_lasso: strength of the
-    penalty that LGC's layers add to the loss. compile: torch.compile.
+    epochs: 0 trains nothing (transfer learning only). batch_size: images a step, over all processes. schedule:
+    multistep (``lr`` times ``gamma`` for every one of ``milestones``, in epochs, that has passed), onecycle, cosine (to
+    0) or constant. group_lasso: strength of the penalty that LGC's layers add to the loss. compile: torch.compile.
     """
 
     name: str
@@ -53,7 +57,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         check_choice("recipe", self.name, RECIPES)
-        check_positive("epochs", self.epochs)
+        check_positive("epochs", self.epochs, 0)
         check_positive("batch_size", self.batch_size)
         check_choice("schedule", self.schedule, SCHEDULES)
         check_choice("precision", self.precision, PRECISIONS)
@@ -69,7 +73,8 @@ class Recipe:
             raise UsageError("--momentum 0 has no Nesterov form; add --no-nesterov")
         if any(later <= earlier for earlier, later in zip(self.milestones, self.milestones[1:], strict=False)):
             raise UsageError(f"--milestones {_listed(self.milestones)} must rise from one to the next")
-        if self.schedule == "multistep" and any(not 0 < mark < self.epochs for mark in self.milestones):
+        outside = any(not 0 < mark < self.epochs for mark in self.milestones)
+        if self.schedule == "multistep" and self.epochs and outside:
             raise UsageError(
                 f"--milestones {_listed(self.milestones)} must lie between epoch 1 and the last but one of "
                 f"{self.epochs}; give others, or other --epochs"
@@ -137,8 +142,27 @@ def make_recipe(name: str, size_px: int, given: Mapping[str, Any]) -> Recipe:
         recipe = Recipe(name)
     else:
         recipe = Recipe(name, epochs=90, milestones=(30, 60), weight_decay=1e-4)
-    if name == "fast":
-        recipe = replace(recipe, precision="bf16", layout="nhwc", compile=True)
+    check_positive("epochs", given.get("epochs", recipe.epochs))
+    return _with(_accelerated(recipe), given)
+
+
+def make_transfer_recipe(name: str, given: Mapping[str, Any]) -> Recipe:
+    """The recipe ``name`` of TRANSFER_RECIPES for a network that has been trained before; as ``make_recipe``.
+
+    ``epochs`` may be 0.
+    """
+    check_choice("recipe", name, TRANSFER_RECIPES)
+    recipe = Recipe(name, epochs=30, lr=0.01, schedule="constant", milestones=(), weight_decay=1e-4)
+    return _with(_accelerated(recipe), given)
+
+
+def _accelerated(recipe: Recipe) -> Recipe:
+    """The recipe called 'fast' with what makes it so."""
+    return replace(recipe, precision="bf16", layout="nhwc", compile=True) if recipe.name == "fast" else recipe
+
+
+def _with(recipe: Recipe, given: Mapping[str, Any]) -> Recipe:
+    """``recipe`` with the hyper-parameters ``given`` in place of its own, its milestones scaled to other epochs."""
     schedule = given.get("schedule", recipe.schedule)
     if schedule != "multistep" and given.get("milestones"):
         raise UsageError(f"--milestones is for --schedule multistep, and this is {schedule}; leave one of them out")

@@ -15,9 +15,11 @@ from torch import Tensor
 from bgcbench.data import LABELLED, LabelledData, open_labelled
 from bgcbench.data.digits import open_digits
 from bgcbench.data.feeds import FolderFeed, ResidentFeed
+from bgcbench.data.folder import load_image
 from bgcbench.data.labelled import FolderData, ResidentData, search, some
 from bgcbench.errors import ShapeError, UsageError
 from bgcbench.specs import TRAINING_SETS
+from tests.data.test_folder import save
 
 CPU = torch.device("cpu")
 
@@ -164,3 +166,35 @@ def test_a_few_names_stand_for_many() -> None:
 def test_every_data_set_is_one_of_labelled_data() -> None:
     data = open_labelled("synthetic", (4, 4), [], counts=(5, 5))
     assert isinstance(data, LabelledData)
+
+
+def test_calibration_images_are_those_to_train_with_and_not_augmented() -> None:
+    data = resident(mean=(0.1, 0.2, 0.3), std=(0.5, 0.25, 2.0))
+    images = data.calibration()
+    assert (images.name, images.size, images.num_classes, len(images)) == ("counted", (2, 3), 3, 6)
+    assert torch.equal(images.read([4, 1]), data.train_images[[4, 1]])
+    batches = list(images.batches(5, 2, seed=3))
+    assert [len(batch) for batch in batches] == [2, 2, 1]
+    drawn = torch.cat(batches)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (data.mean, data.std))
+    every = (data.train_images / 255 - mean) / std
+    # each is one of the training images, and none comes twice
+    matches = [int((image - every).abs().amax(dim=(1, 2, 3)).argmin()) for image in drawn]
+    assert torch.allclose(drawn, every[matches], atol=1e-6)
+    assert len(set(matches)) == 5
+    assert images.fingerprint != resident(train_images=altered(data.train_images)).calibration().fingerprint
+
+
+def test_calibration_images_in_files_are_read_as_those_to_test_with(tmp_path: Path) -> None:
+    for name in ("a", "b", "c"):
+        save(tmp_path / "train" / f"{name}.png", 20, 30)
+    data = FolderData("f", (8, 12), 2, (0.5,) * 3, (0.25,) * 3, torch.tensor([0, 1, 1]), torch.tensor([1]),
+                      train_root=tmp_path / "train", test_root=tmp_path, train_files=("a.png", "b.png", "c.png"),
+                      test_files=("gone.png",))  # fmt: skip
+    images = data.calibration()
+    assert (len(images), images.size, images.num_classes) == (3, (8, 12), 2)
+    assert torch.equal(images.read([1])[0], load_image(tmp_path / "train" / "b.png", (8, 12)))
+    (batch,) = images.batches(9, 64, seed=0)
+    assert batch.shape == (3, 3, 8, 12)
+    pixels = batch.mul(0.25).add(0.5).mul(255).round()
+    assert sorted(float(image.sum()) for image in pixels) == sorted(float(images.read([n]).sum()) for n in range(3))

@@ -6,7 +6,7 @@ import pytest
 
 from bgcbench.specs import VARIANTS, NetSpec
 from bgcbench.theory import paper
-from bgcbench.theory.paper import TABLE5, TABLE6, printed_error
+from bgcbench.theory.paper import TABLE5, TABLE6, printed_error, transferred_error
 
 
 @pytest.mark.parametrize(
@@ -77,3 +77,15 @@ def test_every_name_is_one_that_the_package_knows() -> None:
     assert set(paper.TABLE_VARIANTS) <= set(VARIANTS)
     for model in (*paper.TABLE5_MODELS, *paper.TABLE6_MODELS):
         assert NetSpec(model).source["name"] == model
+
+
+def test_table_3_has_the_errors_of_the_printed_page() -> None:
+    cells = {cell: transferred_error("imagenet", "resnet50", *cell) for cell in paper.TABLE3}
+    assert len(cells) == 9
+    assert cells["standard", 1] == 23.87
+    assert [cells["gc", n] for n in paper.GROUPS] == [26.54, 36.7, 43.72, 50.09]
+    assert [cells["bgc", n] for n in paper.GROUPS] == [22.45, 25.51, 31.13, 35.45]
+    assert {cell: printed.error for cell, printed in paper.TABLE4.items()} == cells  # it prints them once more
+    for dataset, model, cell in (("imagenet", "resnet18", ("gc", 2)), ("digits", "resnet50", ("gc", 2)),
+                                 ("imagenet", "resnet50", ("gc", 3))):  # fmt: skip
+        assert transferred_error(dataset, model, *cell) is None

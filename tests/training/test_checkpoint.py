@@ -12,7 +12,7 @@ import torch
 
 from bgcbench.errors import ResultFileError
 from bgcbench.training import checkpoint
-from bgcbench.training.checkpoint import Checkpoints, Stored
+from bgcbench.training.checkpoint import Checkpoints, Stored, network_in
 
 
 def stored(value: float = 1.0, **meta: Any) -> Stored:
@@ -202,3 +202,35 @@ def test_a_full_disk_is_a_problem_to_tell_and_the_older_checkpoint_stays(
     assert float(found.model["w"][0, 0]) == 1.0
     checkpoints.save(stored(3.0), 0, 5)
     assert checkpoints.problem is None
+
+
+NETWORK = {"model": "wrn_10_1", "num_classes": 10, "height": 16, "width": 16, "stem_stride": None}
+
+
+def test_a_checkpoint_says_which_network_it_holds_whatever_it_is_called(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(stored(identity={**NETWORK, "lr": 0.1}), 0, 1)
+    (name,) = checkpoints.names
+    assert network_in(tmp_path / name) == NETWORK
+    assert network_in((tmp_path / name).rename(tmp_path / "mine")) == NETWORK
+
+
+def test_other_files_than_dense_checkpoints_are_refused_with_what_to_do(tmp_path: Path) -> None:
+    def refused(content: Any, message: str) -> None:
+        path = tmp_path / "file.pt"
+        torch.save(content, path) if not isinstance(content, bytes) else path.write_bytes(content)
+        with pytest.raises(ResultFileError, match=message) as caught:
+            network_in(path)
+        assert str(path) in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+    whole = {"format": checkpoint.FORMAT, "meta": "{}", "model": {}, "extra": {}}
+    refused({**whole, "record": "{}"}, "holds a converted network, and only a dense one is converted: give the")
+    refused({"w": torch.ones(2)}, "does not say which network it holds.* give the file with --weights")
+    refused(whole, "does not say which network it holds")
+    refused({**whole, "meta": "{"}, "does not say which network it holds")
+    refused([1, 2], "does not say which network it holds")
+    refused(b"nothing of the kind", "is no checkpoint of bgcbench: it is damaged, or holds more than tensors")
+    refused(pickle.dumps(os.system), "is no checkpoint of bgcbench")
+    with pytest.raises(ResultFileError, match="cannot be read"):
+        network_in(tmp_path / "gone.pt")

@@ -305,6 +305,88 @@ def test_random_labels_have_no_error_to_show() -> None:
     assert run.state.history[0]["images_per_s"] > 0
 
 
+# ----------------------------------------------------------------------------------------- a network that is trained on
+
+
+def test_a_teachers_outputs_are_targets_beside_the_labels() -> None:
+    network, teacher = tiny_network().double(), tiny_network(dropout=0.5).double()
+    with torch.no_grad():
+        teacher[0].weight.mul_(-2)
+    images, labels = torch.randint(0, 256, (6, 3, 6, 5), dtype=torch.uint8), torch.arange(6) % 4
+    loss = training(network, teacher=teacher)._loss(images, labels)
+    x = normalised(images)
+    mine, theirs = network(x).softmax(1), teacher.eval()(x).softmax(1)
+    divergence = (theirs * (theirs / mine).log()).sum(1).mean()
+    expected = F.cross_entropy(network(x), labels) + divergence
+    assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-12)
+    loss.backward()
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+    assert all(parameter.grad is not None for parameter in network.parameters())
+
+
+def test_a_teacher_that_is_the_network_itself_says_nothing_new() -> None:
+    images, labels = torch.randint(0, 256, (6, 3, 6, 5), dtype=torch.uint8), torch.arange(6) % 4
+    network = tiny_network(norm=False).double()
+    losses = [training(network, teacher=teacher)._loss(images, labels) for teacher in (None, network)]
+    assert float((losses[1] - losses[0]).detach()) == pytest.approx(0, abs=1e-14)
+
+
+def test_a_distilled_training_leaves_its_teacher_alone_and_goes_on_with_the_same_bits(tmp_path: Path) -> None:
+    teacher = tiny_network(dropout=0.5).double()
+    before = {name: value.clone() for name, value in teacher.state_dict().items()}
+    plain, whole = trained(tiny_network("bgc", 4)), trained(tiny_network("bgc", 4), teacher=teacher)
+    assert not same(plain.network, whole.network)
+    first = training(tiny_network("bgc", 4), teacher=teacher, checkpoints=Checkpoints(tmp_path))
+    first.stop = lambda: first.state.epoch == 1 and first.state.step == 2
+    list(first.run())
+    assert first.stopped
+    again = trained(tiny_network("bgc", 4), teacher=teacher, checkpoints=Checkpoints(tmp_path))
+    assert same(again.network, whole.network)
+    assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
+    assert not teacher.training
+    assert all(parameter.requires_grad for parameter in teacher.parameters())
+
+
+def test_a_network_that_was_judged_before_is_trained_from_its_checkpoint(tmp_path: Path) -> None:
+    network = tiny_network("lgc", 2)
+    start = {name: value.clone() for name, value in network.double().state_dict().items()}
+    judged = training(network, recipe=tiny_recipe(epochs=0), checkpoints=Checkpoints(tmp_path), record={"n": 1})
+    judged.keep()
+    scores = judged.begin()
+    assert scores is not None
+    assert scores == judged.evaluate()
+    assert judged.state.initial == scores.error
+    assert len(judged.guesses) == 11
+    assert 100 * (judged.guesses != tiny_data().test_labels).double().mean() == pytest.approx(scores.error)
+    assert all(torch.equal(value, start[name]) for name, value in network.state_dict().items())
+    (name,) = Checkpoints(tmp_path).names
+    assert name.startswith("e0000-s000000-")
+    other = tiny_network("lgc", 2)
+    for parameter in other.parameters():
+        nn.init.normal_(parameter)
+    again = training(other, checkpoints=Checkpoints(tmp_path))
+    whole, judgements = again.evaluate, []
+    again.evaluate = lambda: judgements.append(1) or whole()  # type: ignore[func-returns-value,method-assign]
+    list(again.run())
+    assert len(judgements) == 3  # after each epoch, and not before
+    assert same(again.network, trained(tiny_network("lgc", 2)).network)
+
+
+def test_a_judgement_that_was_stopped_says_nothing() -> None:
+    run = training(tiny_network(), stop=lambda: True)
+    assert run.begin() is None
+    assert run.stopped
+    assert run.state.initial is None
+
+
+def test_no_epochs_take_no_batch_to_be_filled() -> None:
+    run = training(tiny_network(), tiny_data(train=3), recipe=tiny_recipe(epochs=0))
+    assert run.steps == 0
+    assert list(run.run()) == []
+    assert run.state.initial is not None
+    assert run.estimate() > 0
+
+
 # ------------------------------------------------------------------------------------------- stopped and gone on with
 
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from bgcbench.errors import UsageError
-from bgcbench.training.recipes import HYPER, Recipe, make_recipe
+from bgcbench.theory import paper
+from bgcbench.training.recipes import HYPER, TRANSFER_RECIPES, Recipe, make_recipe, make_transfer_recipe
 
 
 def rates(recipe: Recipe, steps: int) -> list[float]:
@@ -88,6 +89,22 @@ def test_milestones_keep_their_share_of_a_shorter_training() -> None:
     assert make_recipe("paper", 32, {"epochs": 1}).milestones == ()
     assert make_recipe("paper", 32, {"epochs": 20, "milestones": (5,)}).milestones == (5,)
     assert make_recipe("digits", 16, {"epochs": 10, "schedule": "multistep"}).milestones == (3, 6, 8)
+
+
+def test_transfer_has_recipes_of_its_own() -> None:
+    slow, fast = (make_transfer_recipe(name, {}) for name in TRANSFER_RECIPES)
+    assert (slow.epochs, slow.batch_size, slow.lr, slow.schedule) == (paper.TABLE3_EPOCHS, 128, 0.01, "constant")
+    assert (slow.momentum, slow.nesterov, slow.weight_decay, slow.label_smoothing) == (0.9, True, 1e-4, 0.0)
+    assert (slow.precision, slow.layout, slow.compile) == ("fp32", "nchw", False)
+    assert {name for name in HYPER if getattr(slow, name) != getattr(fast, name)} == {"precision", "layout", "compile"}
+    assert make_transfer_recipe("paper", {"schedule": "multistep", "epochs": 10}).milestones == (3, 6, 8)
+    with pytest.raises(UsageError, match="unknown recipe 'digits': choose from paper, fast"):
+        make_transfer_recipe("digits", {})
+
+
+def test_transfer_without_epochs_has_no_use_for_the_rest_of_a_recipe() -> None:
+    given = {"epochs": 0, "schedule": "multistep", "milestones": (10, 20), "lr": 0.1}
+    assert make_transfer_recipe("paper", given).epochs == 0
 
 
 @pytest.mark.parametrize(

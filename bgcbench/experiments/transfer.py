@@ -1,0 +1,222 @@
+"""``bgcbench transfer``: a network that has been trained, converted, judged, and trained on for little (Table 3).
+
+The configuration is pure Python; :mod:`bgcbench.experiments.transfer_run` converts and trains.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from bgcbench.errors import OutputError, UsageError
+from bgcbench.experiments import train
+from bgcbench.experiments.config import NetworkChoice
+from bgcbench.experiments.network import NetworkConfig
+from bgcbench.experiments.train import CLASSES, TrainConfig, TrainRow, conditions
+from bgcbench.results import Json
+from bgcbench.specs import HELD_OUT, RESNEXT29, TIMM_PREFIX, WRN, check_choice
+from bgcbench.theory import paper
+from bgcbench.training.launcher import processes
+from bgcbench.training.recipes import TRANSFER_RECIPES, Recipe, make_transfer_recipe
+
+INITS = ("copy", "white", "calibrated", "scratch")
+CALIBRATION_IMAGES, QUICK_CALIBRATION = 512, 64
+CPU_BATCH = 32  # images that --time measures with at most on a CPU
+OURS = "wide_resnet34_2"  # beside those with numbers in their names: nobody has published weights of it
+
+PRESETS = ("table3",)
+
+
+@dataclass(frozen=True)
+class TransferConfig(TrainConfig):
+    """One trained network, one data set, the ways to convert it and how to train on; valid once constructed.
+
+    weights: a file, 'default' (torchvision's published ones) or 'none' (untrained); None stands for the default. inits:
+    how the converted weights are found (see :func:`bgcbench.convert`). rebn: whether batch norm's statistics are
+    estimated anew. calibration_images: of the training data, for the two. epochs: 0 judges the conversions and trains
+    nothing. distill: the original network's outputs are targets too. control: the untouched network is trained as well.
+    time: what each network costs is measured. save: a folder for the converted networks. Everything else is as in
+    ``bgcbench train``. Raises UsageError or ShapeError.
+    """
+
+    variants: tuple[str, ...] = ("gc", "bgc")
+    groups: tuple[int, ...] = paper.GROUPS
+    weights: str | None = None
+    inits: tuple[str, ...] = ("calibrated",)
+    rebn: bool = True
+    calibration_images: int | None = None
+    distill: bool = False
+    control: bool = False
+    time: bool = False
+    save: str | None = None
+
+    # Beside training's: what changes no number that is there already.
+    FREE: ClassVar[tuple[str, ...]] = (*TrainConfig.FREE, "weights", "inits", "control", "time")
+    GRIDS: ClassVar[tuple[str, ...]] = (*TrainConfig.GRIDS, "inits", "weights", "control")
+    RECIPES: ClassVar[tuple[str, ...]] = TRANSFER_RECIPES
+
+    def __post_init__(self) -> None:
+        if self.weights is None:
+            object.__setattr__(self, "weights", "default")
+        if self.calibration_images is None:
+            object.__setattr__(self, "calibration_images", QUICK_CALIBRATION if self.quick else CALIBRATION_IMAGES)
+        super().__post_init__()
+        known = CLASSES.get(self.data) or (self.num_classes if self.data == "synthetic" else None)
+        if known is not None:
+            self.check_weights(known)
+
+    def _check_rows(self) -> None:
+        if not self.inits:
+            raise UsageError("--init is empty; name at least one")
+        for init in self.inits:
+            check_choice("init", init, INITS)
+        if self.images < HELD_OUT:
+            raise UsageError(
+                f"--calibration-images {self.images} must be at least {HELD_OUT}: one in {HELD_OUT} is held out"
+            )
+        if len(self.cells) < 2:
+            raise UsageError("nothing to convert: --variants and --groups leave the standard convolution (N = 1) alone")
+        for name in ("distill", "control") if not self.epochs else ():
+            if getattr(self, name):
+                raise UsageError(f"--{name} is about training, and --epochs 0 trains nothing; leave one of them out")
+        if self.time and processes() > 1:
+            raise UsageError(
+                "--time measures one device by itself; leave it out under torchrun, and add it with --resume afterwards"
+            )
+
+    def check_classes(self, found: int) -> None:
+        if self.num_classes not in (None, found):
+            raise UsageError(
+                f"the network tells {self.num_classes} classes apart, and --data {self.data} has {found}; give the "
+                "data that it was trained on"
+            )
+
+    def check_weights(self, classes: int) -> None:
+        """Raise UsageError where there are no published weights for a network of so many classes."""
+        if self.weights != "default":
+            return
+        way_out = "give weights with --weights FILE, or the checkpoint of a bgcbench train run as MODEL"
+        own = WRN.fullmatch(self.model) or RESNEXT29.fullmatch(self.model) or self.model == OURS
+        if own or self.model.startswith(TIMM_PREFIX):
+            raise UsageError(f"--weights default: torchvision publishes no weights of {self.model}; {way_out}")
+        if classes != CLASSES["imagenet"]:
+            raise UsageError(
+                f"--weights default: the published weights of {self.model} tell imagenet's {CLASSES['imagenet']:,} "
+                f"classes apart, and --data {self.data} has {classes}; {way_out}"
+            )
+
+    def _default_recipe(self) -> str:
+        return "paper"
+
+    def _made(self) -> Recipe:
+        return make_transfer_recipe(self.recipe or "", self._hyper_given())
+
+    @property
+    def images(self) -> int:
+        """calibration_images, resolved."""
+        return self.calibration_images or 0
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether any conversion looks at images."""
+        return self.rebn or "calibrated" in self.inits
+
+    def costs(self, device: str) -> NetworkConfig:
+        """What to measure on ``device`` for --time: the networks as they are trained, in small batches on a CPU."""
+        shared = ("variants", "groups", "precision", "threads", "seed", "quick", "skip_invalid", "layout")
+        batch = self.batch_size or 1
+        return NetworkConfig(
+            **{name: getattr(self, name) for name in shared},
+            **{field.name: getattr(self, field.name) for field in dataclasses.fields(NetworkChoice)},
+            device=device,
+            batch=min(batch, CPU_BATCH) if device == "cpu" else batch,
+            mode="compile" if self.compile else "eager",
+        )
+
+
+def plan(config: TransferConfig, weights: str = "", images: int | None = None) -> list[TrainRow]:
+    """The rows of ``config``: seed by seed the untouched network, then by N each variant with each initialisation.
+
+    weights: their name, and images: how many there are to calibrate with; both are known when they have been opened.
+    """
+    return [
+        _row(config, (variant, groups, init, seed), weights, images or config.images)
+        for seed in config.seeds
+        for variant, groups in config.cells
+        for init in (("none",) if variant == "standard" else config.inits)
+    ]
+
+
+def _row(config: TransferConfig, which: tuple[str, int, str, int], weights: str, images: int) -> TrainRow:
+    variant, groups, init, seed = which
+    converted = init != "none"
+    rebn = converted and config.rebn
+    trains = converted or config.control
+    params: Json = {
+        **conditions(config),
+        "weights": weights,
+        "variant": variant,
+        "groups": groups,
+        "init": init,
+        "rebn": rebn,
+        "distill": config.distill and trains,
+        "epochs": config.epochs if trains else 0,
+        "seed": seed,
+        "calibration_images": images if rebn or init == "calibrated" else None,
+    }
+    key = f"{config.what}-{variant}-n{groups}"
+    if converted:
+        return TrainRow(f"{key}-{init}-s{seed}{'' if rebn else '-norebn'}", params)
+    return TrainRow(f"{key}-s{seed}", params)
+
+
+def identity(config: TransferConfig, row: TrainRow, weights_sha256: str | None) -> Json:
+    """What a checkpoint of ``row`` must agree on, as in training, and where the weights came from."""
+    shared = {name: value for name, value in train.identity(config, row).items() if name != "save"}
+    return {**shared, "init": row.init, "weights_sha256": weights_sha256}
+
+
+def preset(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """``given`` with what ``--preset name`` fixes; raises UsageError where the two contradict each other."""
+    check_choice("preset", name, PRESETS)
+    fixed: dict[str, Any] = {
+        "model": paper.TABLE3_MODEL,
+        "data": paper.TABLE3_DATA,
+        "variants": tuple(dict.fromkeys(variant for variant, groups in paper.TABLE3 if groups > 1)),
+        "groups": paper.GROUPS,
+        "inits": ("copy",),
+        "rebn": False,
+    }
+    options = {"model": "MODEL", "inits": "--init", "rebn": "--rebn"}
+    for field, value in fixed.items():
+        if given.get(field, value) != value:
+            raise UsageError(f"--preset {name} fixes {options.get(field, f'--{field}')}; leave one of them out")
+    return {"recipe": "paper", "weights": "default", **given, **fixed}
+
+
+def room_to_save(folder: Path, keys: Iterable[str], *, replace: bool) -> None:
+    """Raise OutputError unless the networks of the rows ``keys`` can be written to ``folder``; nothing is made."""
+    above = folder
+    while not above.exists() and above != above.parent:
+        above = above.parent
+    if not above.is_dir():
+        raise OutputError(f"--save {folder} cannot be written: {above} is no folder; choose one")
+    try:
+        with tempfile.TemporaryFile(dir=above):
+            pass
+    except OSError as error:
+        raise OutputError(f"--save {folder} cannot be written ({error.strerror or error}); choose another") from error
+    there = [name for name in map(saved_name, keys) if os.path.exists(folder / name)]
+    if there and not replace:
+        more = f" and {len(there) - 1} more" if len(there) > 1 else ""
+        raise OutputError(f"--save {folder}: {there[0]}{more} exist; --force replaces them, or choose another folder")
+
+
+def saved_name(key: str) -> str:
+    """The name of the file that the network of a row is saved in."""
+    return f"{key}.pt"

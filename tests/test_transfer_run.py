@@ -1,0 +1,509 @@
+"""The run behind ``bgcbench transfer``: what is judged, converted, kept and trained, and what stays when it fails."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import bgcbench
+from bgcbench.calibration import Stopped
+from bgcbench.convert import INITS as CONVERT_INITS
+from bgcbench.data import open_labelled
+from bgcbench.experiments import transfer_run
+from bgcbench.experiments.train_run import open_session
+from bgcbench.experiments.transfer import INITS, TransferConfig, identity, plan, preset
+from bgcbench.experiments.transfer_run import TransferPrepared, TransferRun, prepare
+from bgcbench.measure.timing import Rules
+from bgcbench.models import build_model
+from bgcbench.specs import NetSpec
+from bgcbench.theory import paper
+from bgcbench.training import checkpoint
+from bgcbench.training.distributed import World
+from bgcbench.training.loop import Prepared, Training
+from bgcbench.training.recipes import HYPER
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+Json = dict[str, Any]
+SPEC = NetSpec("wrn_10_1", 10, 8)  # the smallest digits there are
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A network that knows the digits of 8 x 8 px a little, as a state dict."""
+    torch.manual_seed(0)
+    data, model = open_labelled("digits", (8, 8), []), build_model(SPEC)
+    seen = Prepared(model, data.mean, data.std, torch.float32, "nchw").train()
+    optimiser = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    for start in range(0, 1280, 64):
+        loss = torch.nn.functional.cross_entropy(
+            seen(data.train_images[start : start + 64]),
+            data.train_labels[start : start + 64],  # type: ignore[attr-defined]
+        )
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    path = tmp_path_factory.mktemp("weights") / "mine.pth"
+    torch.save(model.state_dict(), path)
+    return str(path)
+
+
+Make = Callable[..., TransferRun]
+
+
+@pytest.fixture
+def make(weights: str, tmp_path: Path) -> Make:
+    """Makes a run with checkpoints in ``tmp_path``."""
+
+    def made(*, kept: dict[str, Json] | None = None, stop: Callable[[], bool] = lambda: False, folder: bool = True,
+             **given: Any) -> TransferRun:  # fmt: skip
+        config = config_of(weights, **given)
+        where = tmp_path / "checkpoints" if folder else None
+        return TransferRun(
+            prepare(config, World()), open_session(config), World(), kept=kept, folder=where, stop=stop,
+            afresh=kept is None,
+        )  # fmt: skip
+
+    return made
+
+
+def config_of(weights: str, **given: Any) -> TransferConfig:
+    values: Json = {
+        "model": "wrn_10_1", "weights": weights, "data": "digits", "height": 8, "width": 8, "variants": ("gc", "bgc"),
+        "groups": (2,), "inits": ("white",), "calibration_images": 16, "epochs": 0, "batch_size": 64, "subset": 128,
+        "device": "cpu", **given,
+    }  # fmt: skip
+    return TransferConfig(**values)
+
+
+def done(run: TransferRun) -> dict[str, Json]:
+    """Everything that is known when the run is over, by key."""
+    run.make_room()
+    for _ in run.run():
+        pass
+    return run.known
+
+
+def row(known: dict[str, Json], variant: str, init: str = "white") -> Json:
+    return next(r for r in known.values() if r["params"]["variant"] == variant
+                and r["params"]["init"] in (init, "none"))  # fmt: skip
+
+
+def errors(known: dict[str, Json]) -> list[float]:
+    return [r["error_initial"] for r in known.values()]
+
+
+# ------------------------------------------------------------------------------------------------------ configuration
+
+
+def test_the_initialisations_are_those_of_convert() -> None:
+    assert set(INITS) == set(CONVERT_INITS)
+
+
+def test_a_row_is_every_conversion_of_every_seed_after_the_untouched_network(weights: str) -> None:
+    config = config_of(weights, inits=("copy", "calibrated"), groups=(4, 2), seeds=(0, 3), epochs=2, control=False)
+    rows = plan(config, "mine.pth", 9)
+    conversions = [f"{v}-n{n}-{i}" for n in (2, 4) for v in ("gc", "bgc") for i in ("copy", "calibrated")]
+    assert [r.key for r in rows] == [
+        f"wrn_10_1-digits-{what}-s{seed}" for seed in (0, 3) for what in ("standard-n1", *conversions)
+    ]
+    assert [r.epochs for r in rows] == 2 * [0, *8 * [2]]
+    assert [r.params["calibration_images"] for r in rows[:3]] == [None, 9, 9]
+    assert {r.params["weights"] for r in rows} == {"mine.pth"}
+    plain = plan(replace(config, rebn=False, control=True, distill=True))
+    assert plain[0].key == "wrn_10_1-digits-standard-n1-s0"
+    assert plain[1].key == "wrn_10_1-digits-gc-n2-copy-s0-norebn"
+    assert [r.params["calibration_images"] for r in plain[:3]] == [None, None, 16]
+    assert [(r.epochs, r.params["distill"]) for r in plain[:2]] == [(2, True), (2, True)]
+    judged = plan(replace(config, distill=True))[0]
+    assert (judged.epochs, judged.params["distill"], judged.params["rebn"]) == (0, False, False)
+
+
+def test_the_preset_is_the_papers_table_3() -> None:
+    config = TransferConfig(**preset("table3", {"data_dirs": ("d",)}))
+    assert set(config.cells) == set(paper.TABLE3)
+    assert (config.model, config.data, config.weights) == (paper.TABLE3_MODEL, paper.TABLE3_DATA, "default")
+    assert (config.inits, config.rebn, config.epochs) == (("copy",), False, paper.TABLE3_EPOCHS)
+    assert (config.recipe, config.lr, config.spec.size) == ("paper", 0.01, (3, 224, 224))
+    fast = TransferConfig(**preset("table3", {"data_dirs": ("d",), "recipe": "fast", "quick": True, "weights": "w"}))
+    assert (fast.recipe, fast.epochs, fast.weights, fast.images) == ("fast", 2, "w", 64)
+
+
+def test_a_checkpoint_agrees_on_the_recipe_the_conversion_and_the_weights(weights: str) -> None:
+    config = config_of(weights, epochs=1, seeds=(3, 4), time=True, save="nets", control=True)
+    found = identity(config, plan(config)[-1], "abc")
+    assert {*HYPER, "recipe", "rebn", "calibration_images", "distill", "where", "height", "data"} <= set(found)
+    assert (found["init"], found["weights_sha256"], found["variant"], found["seed"]) == ("white", "abc", "bgc", 4)
+    assert not {"weights", "inits", "control", "time", "save", "seeds", "variants", "data_dirs"} & set(found)
+
+
+# --------------------------------------------------------------------------------------------- judged before training
+
+
+def judged_by_hand(model: torch.nn.Module) -> tuple[float, torch.Tensor]:
+    data = open_labelled("digits", (8, 8), [])
+    with torch.no_grad():
+        scores = Prepared(model, data.mean, data.std, torch.float32, "nchw").eval()(data.test_images)  # type: ignore[attr-defined]
+    guesses = scores.argmax(1)
+    return 100 * float((guesses != data.test_labels).double().mean()), guesses
+
+
+def test_a_conversion_is_what_convert_makes_of_the_same_images(make: Make, weights: str) -> None:
+    known = done(make(inits=("copy", "calibrated"), seeds=(0, 1)))
+    dense = build_model(SPEC)
+    dense.load_state_dict(torch.load(weights, weights_only=True))
+    untouched, guesses = judged_by_hand(dense.eval())
+    assert row(known, "standard")["error_initial"] == pytest.approx(untouched)
+    assert row(known, "standard")["agreement_initial"] is None
+    assert untouched < 40
+    images = open_labelled("digits", (8, 8), []).calibration()
+    for seed in (0, 1):
+        for init in ("copy", "calibrated"):
+            converted = bgcbench.convert(
+                dense, "gc", 2, init=init, calibration=list(images.batches(16, 64, seed)), seed=seed
+            )
+            error, other = judged_by_hand(converted.model)
+            found = known[f"wrn_10_1-digits-gc-n2-{init}-s{seed}"]
+            assert found["error_initial"] == pytest.approx(error)
+            assert found["agreement_initial"] == pytest.approx(100 * float((other == guesses).double().mean()))
+            assert (found["status"], found["epochs"], found["error_final"], found["checkpoints"]) == (
+                "ok",
+                [],
+                None,
+                None,
+            )
+            record = converted.record.to_json()
+            for part in (record, found["convert"]):
+                part["calibration"].pop("seconds")
+            assert found["convert"] == record
+    draws = [known[f"wrn_10_1-digits-gc-n2-calibrated-s{seed}"] for seed in (0, 1)]
+    assert draws[0]["loss_initial"] != draws[1]["loss_initial"]
+
+
+def test_the_untouched_network_is_judged_once_and_stays_untouched(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    judged: list[int] = []
+    begin = Training.begin
+    monkeypatch.setattr(Training, "begin", lambda self: judged.append(len(self.layers)) or begin(self))  # type: ignore[func-returns-value]
+    run = make(seeds=(0, 1), epochs=1, control=True, distill=True)
+    before = {name: value.clone() for name, value in run.prepared.network.state_dict().items()}
+    state = torch.get_rng_state()
+    known = done(run)
+    assert [layers == 0 for layers in judged] == [True, False, False, False, False]
+    assert all(torch.equal(value, before[name]) for name, value in run.original.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), state)
+    standard = [known[f"wrn_10_1-digits-standard-n1-s{seed}"] for seed in (0, 1)]
+    assert standard[0]["error_initial"] == standard[1]["error_initial"]
+    assert standard[0]["epochs"][0]["train_loss"] != standard[1]["epochs"][0]["train_loss"]
+    assert [r["status"] for r in known.values()] == 6 * ["ok"]
+
+
+def test_conversions_are_in_the_file_before_anything_is_trained(make: Make) -> None:
+    run = make(epochs=1, control=True)
+    run.make_room()
+    seen = []
+    for update in run.run():
+        if update.doing == "judged":
+            seen.append((update.row.cell, [(r["status"], r["reason"]) for r in run.results]))
+        if update.doing == "":
+            break
+    waiting, converted = (("interrupted", text) for text in ("not trained yet", "converted, not trained yet"))
+    assert seen == [
+        (("standard", 1), [waiting]),
+        (("gc", 2), [waiting, converted]),
+        (("bgc", 2), [waiting, converted, converted]),
+    ]
+
+
+def test_a_conversion_that_fails_is_a_row_and_the_others_go_on(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = transfer_run.convert
+
+    def refuse(model: Any, variant: str, *rest: Any, **options: Any) -> Any:
+        if variant == "gc":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB")
+        return whole(model, variant, *rest, **options)
+
+    monkeypatch.setattr(transfer_run, "convert", refuse)
+    known = done(make(epochs=1))
+    failed = row(known, "gc")
+    assert failed["status"] == "oom"
+    assert failed["reason"].endswith("3221225472 bytes asked for; use fewer --calibration-images")
+    assert (failed["convert_seconds"], failed["error_initial"], failed["epochs"]) == (None, None, [])
+    assert len(row(known, "bgc")["epochs"]) == 1
+    # It is tried again, and what there is stays.
+    monkeypatch.undo()
+    again = done(make(epochs=1, kept=known))
+    assert again[failed["key"]]["status"] == "ok"
+    assert row(again, "bgc") == row(known, "bgc")
+
+
+def test_a_picture_that_cannot_be_read_ends_the_run_with_what_is_known(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreadable(*_: Any) -> Any:
+        raise bgcbench.errors.UsageError("a.png cannot be read as an image")
+
+    run = make()
+    monkeypatch.setattr(type(run.prepared.images), "read", unreadable)
+    with pytest.raises(bgcbench.errors.UsageError, match=r"a\.png cannot be read"):
+        done(run)
+    assert list(run.known) == ["wrn_10_1-digits-standard-n1-s0"]
+
+
+def test_random_labels_have_nothing_to_show(make: Make) -> None:
+    run = make(epochs=1)
+    object.__setattr__(run.prepared.data, "meaningful", False)
+    for found in done(run).values():
+        names = (
+            "error_initial",
+            "error_initial_top5",
+            "loss_initial",
+            "agreement_initial",
+            "error_final",
+            "error_best",
+        )
+        assert [found[name] for name in names] == [None] * 6
+
+
+# -------------------------------------------------------------------------------------------- stopped and gone on with
+
+
+def stopped_after(calls: int) -> Callable[[], bool]:
+    left = iter(range(calls))
+    return lambda: next(left, None) is None
+
+
+def comparable(known: dict[str, Json]) -> dict[str, Json]:
+    """Rows without the times that they took."""
+
+    def without(part: Any) -> Any:
+        if isinstance(part, list):
+            return [without(one) for one in part]
+        if not isinstance(part, dict):
+            return part
+        return {k: without(v) for k, v in part.items() if "seconds" not in k and k not in ("images_per_s", "time")}
+
+    return {key: without(found) for key, found in known.items()}
+
+
+def test_stopped_anywhere_and_gone_on_with_it_ends_alike_and_converts_nothing_twice(
+    make: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    given: Json = {"inits": ("calibrated",), "epochs": 2, "control": True, "distill": True}
+    whole = done(make(**given))
+    finals = {path.parent.name: path.name for path in tmp_path.rglob("final-*.pt")}
+    assert len(finals) == 3
+    (tmp_path / "checkpoints").rename(tmp_path / "whole")
+    conversions: list[str] = []
+    convert = transfer_run.convert
+
+    def counted(model: Any, variant: str, *rest: Any, **options: Any) -> Any:
+        found = convert(model, variant, *rest, **options)
+        conversions.append(variant)
+        return found
+
+    monkeypatch.setattr(transfer_run, "convert", counted)
+    known, runs = None, 0
+    budget = 3
+    while known is None or len(known) < 3 or any(r["status"] != "ok" for r in known.values()):
+        known = done(make(**given, kept=known, stop=stopped_after(budget)))
+        budget, runs = budget + 4, runs + 1
+    assert runs > 4
+    assert sorted(conversions) == ["bgc", "gc"]
+    assert comparable(known) == comparable(whole)
+    # The same digits in the name: the same weights, to the last bit.
+    assert {path.parent.name: path.name for path in tmp_path.glob("checkpoints/*/final-*.pt")}.keys() == finals.keys()
+    for key, name in finals.items():
+        mine, theirs = (torch.load(next((tmp_path / where / key).glob("final-*.pt")), weights_only=True)["model"]
+                        for where in ("checkpoints", "whole"))  # fmt: skip
+        assert all(torch.equal(value, theirs[part]) for part, value in mine.items()), name
+
+
+def test_a_network_that_is_only_judged_waits_in_a_checkpoint_until_it_is(
+    make: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    given: Json = {"variants": ("gc",), "inits": ("calibrated",)}
+    whole = done(make(**given))
+    with monkeypatch.context() as patched:
+        judge = Training.begin
+        patched.setattr(Training, "begin", lambda self: None if self.layers else judge(self))
+        known = done(make(**given))
+    found = row(known, "gc", "calibrated")
+    assert (found["status"], found["reason"]) == ("interrupted", "converted, not judged yet")
+    assert found["convert"]["calibration"]["layers"]
+    assert len(list(tmp_path.rglob("*.pt"))) == 1
+    monkeypatch.setattr(transfer_run, "convert", None)  # it is not converted again
+    assert comparable(done(make(**given, kept=known))) == comparable(whole)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_stop_within_a_conversion_leaves_no_row_of_it(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(*_: Any, **options: Any) -> Any:
+        assert options["stop"]() is False
+        raise Stopped
+
+    monkeypatch.setattr(transfer_run, "convert", stopped)
+    assert list(done(make(epochs=1))) == ["wrn_10_1-digits-standard-n1-s0"]
+
+
+def test_without_a_result_file_converted_networks_wait_in_memory(make: Make, tmp_path: Path) -> None:
+    kept = done(make(epochs=1, variants=("gc",)))
+    held = done(make(epochs=1, variants=("gc",), folder=False))
+    assert row(held, "gc")["checkpoints"] is None
+    without = [{k: v for k, v in r.items() if k != "checkpoints"} for r in comparable(held).values()]
+    assert without == [{k: v for k, v in r.items() if k != "checkpoints"} for r in comparable(kept).values()]
+
+
+def test_a_full_disk_costs_the_checkpoints_and_nothing_else(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    expected = done(make(epochs=1, folder=False, variants=("gc",)))
+    monkeypatch.setattr(checkpoint, "write_atomically", full)
+    run = make(epochs=1, variants=("gc",))
+    found = done(run)
+    assert row(found, "gc")["epochs"][0]["train_loss"] == row(expected, "gc")["epochs"][0]["train_loss"]
+    assert any("No space left on device" in text for text in run.warnings)
+
+
+def test_a_network_whose_checkpoint_is_gone_is_converted_again_and_that_is_said(make: Make, tmp_path: Path) -> None:
+    whole = done(make(epochs=1, variants=("gc",)))
+    known = {key: dict(found) for key, found in whole.items()}
+    row(known, "gc").update(status="interrupted", reason="converted, not trained yet", epochs=[])
+    for path in (tmp_path / "checkpoints").rglob("*.pt"):
+        path.unlink()
+    run = make(epochs=1, variants=("gc",), kept=known)
+    assert comparable(done(run)) == comparable(whole)
+    assert "wrn_10_1-digits-gc-n2-white-s0: no checkpoint is there, so it is converted again" in run.warnings
+
+
+def test_a_training_that_fails_keeps_what_is_known_from_before(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Training, "_step", refuse)
+        known = done(make(epochs=1))
+    failed = row(known, "gc")
+    assert failed["status"] == "oom"
+    assert "use --accumulate 2 or more" in failed["reason"]
+    assert failed["agreement_initial"] > 0
+    assert failed["error_initial"] is not None
+    assert failed["convert"]["calibration"]["norms"] > 0
+    again = done(make(epochs=1, kept={key: dict(found) for key, found in known.items()}))
+    assert row(again, "gc")["status"] == "ok"
+    assert row(again, "gc")["convert_seconds"] == failed["convert_seconds"]
+
+
+def test_a_control_and_other_starts_can_be_added_to_what_is_there(make: Make) -> None:
+    known = done(make(epochs=1, variants=("gc",)))
+    assert row(known, "standard")["epochs"] == []
+    assert row(known, "standard")["status"] == "ok"
+    conversion = row(known, "gc")
+    more = done(make(epochs=1, variants=("gc",), inits=("white", "copy"), control=True, kept=known))
+    assert len(row(more, "standard")["epochs"]) == 1
+    assert row(more, "gc") == conversion
+    assert row(more, "gc", "copy")["agreement_initial"] is not None
+
+
+# ------------------------------------------------------------------------------------------------------ saved and timed
+
+
+@pytest.mark.parametrize("epochs", [0, 1])
+def test_saved_networks_are_those_that_were_judged_last(make: Make, tmp_path: Path, epochs: int) -> None:
+    variants = ("gc", "bgc", "flgc", "lgc")
+    known = done(make(epochs=epochs, variants=variants, save=str(tmp_path / "nets"), inits=("calibrated",)))
+    for variant in variants:
+        found = row(known, variant, "calibrated")
+        assert found["saved"] == f"{found['key']}.pt"
+        model = bgcbench.load_converted(tmp_path / "nets" / found["saved"])
+        error = found["error_final"] if epochs else found["error_initial"]
+        assert judged_by_hand(model)[0] == pytest.approx(error)
+    assert row(known, "standard")["saved"] is None
+    assert sorted(path.suffix for path in (tmp_path / "nets").iterdir()) == [".pt"] * 4
+
+
+def test_a_folder_that_can_no_longer_be_written_costs_the_saved_file_only(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(transfer_run, "write_atomically", full)
+    run = make(variants=("gc",), save=str(tmp_path / "nets"))
+    found = row(done(run), "gc")
+    assert (found["status"], found["saved"]) == ("ok", None)
+    assert any("No space left on device); the run goes on" in text for text in run.warnings)
+
+
+@pytest.fixture
+def quickly(monkeypatch: pytest.MonkeyPatch, brisk: None) -> list[str]:
+    """The shortest measurements; yields the networks that were built to be measured."""
+    built: list[str] = []
+    for_device = Rules.for_device
+    shortest: Json = {"max_time_s": 0.01, "min_rounds": 1, "min_samples": 1, "warmup_min_calls": 1}
+    monkeypatch.setattr(Rules, "for_device", lambda *given, **more: replace(for_device(*given, **more), **shortest))
+    build = transfer_run.plan_network
+
+    def planned(config: Any) -> Any:
+        found = build(config)
+        built.extend(r.params["variant"] for r in found.rows)
+        return found
+
+    monkeypatch.setattr(transfer_run, "plan_network", planned)
+    return built
+
+
+def test_what_networks_cost_is_measured_once_for_each_variant_and_n(make: Make, quickly: list[str]) -> None:
+    given: Json = {"quick": True, "epochs": 0, "subset": 128, "time": True, "seeds": (0, 1), "variants": ("gc", "lgc")}
+    known = done(make(**given))
+    gc = [known[f"wrn_10_1-digits-gc-n2-white-s{seed}"]["time"] for seed in (0, 1)]
+    assert gc[0] == gc[1]
+    assert set(gc[0]["phase"]) == {"fwd", "train_step"}
+    assert (gc[0]["batch"], gc[0]["precision"], gc[0]["layout"], gc[0]["mode"]) == (32, "fp32", "nchw", "eager")
+    standard, lgc = (row(known, variant)["time"]["phase"] for variant in ("standard", "lgc"))
+    for phase in ("fwd", "train_step"):
+        assert standard[phase]["ratio"] == 1.0
+        ratio = standard[phase]["median_s"] / gc[0]["phase"][phase]["median_s"]
+        assert gc[0]["phase"][phase]["ratio"] == pytest.approx(ratio)
+    assert lgc["fwd"]["median_s"] < lgc["train_step"]["median_s"]
+    # What is there is not measured again, what is new is.
+    quickly.clear()
+    assert done(make(**given, kept=known)) == known
+    assert quickly == []
+    more = done(make(**{**given, "variants": ("gc", "lgc", "bgc")}, kept=known))
+    assert row(more, "bgc")["time"]["phase"]["fwd"]["ratio"] is not None
+    assert row(more, "gc")["time"] == gc[0]
+
+
+def test_a_measurement_that_fails_leaves_conversions_and_trainings(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise RuntimeError("no clock")
+
+    monkeypatch.setattr(transfer_run, "plan_network", refuse)
+    run = make(epochs=1, variants=("gc",), time=True)
+    found = row(done(run), "gc")
+    assert (found["status"], found["time"], len(found["epochs"])) == ("ok", None, 1)
+    assert "--time: the networks could not be measured: RuntimeError: no clock" in run.warnings
+
+
+# --------------------------------------------------------------------------------------------------- before it begins
+
+
+def test_what_the_user_should_know_is_said_before(weights: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    few = prepare(config_of(weights, calibration_images=5000), World())
+    assert any("digits has 1297 training images, fewer than the 5000 to calibrate with" in t for t in few.warnings)
+    assert {r.params["calibration_images"] for r in few.rows} == {None, 1297}
+    assert isinstance(few, TransferPrepared)
+    assert few.settings["weights_sha256"] == few.loaded.sha256
+    none = prepare(config_of("none"), World())
+    assert any(text.startswith("--weights none: the network is untrained") for text in none.warnings)
+    loaded = transfer_run.load_weights
+    monkeypatch.setattr(transfer_run, "load_weights", lambda *given: replace(loaded(*given), size_px=224))
+    other = prepare(config_of(weights), World())
+    assert any("is for images of 224 px, and 8x8 are used; --size 224 is what" in text for text in other.warnings)
