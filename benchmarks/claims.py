@@ -25,7 +25,7 @@ MARKS = "<!-- {}: python -m benchmarks.claims --write -->", "<!-- end of {} -->"
 TRAINED = "train-wrn_10_2-digits-cpu.json"
 TRANSFERRED = "transfer-wrn_16_4-digits-cpu.json"
 COMMAND_TRANSFER = (
-    "python -m benchmarks.transfer_digits --variants gc,shuffle,bgc --train-variants gc,bgc --train-groups 4,16"
+    "python -m benchmarks.transfer_digits --variants gc,shuffle,bgc --train-variants gc,bgc --train-groups 16"
 )
 
 
