@@ -261,6 +261,20 @@ def test_a_live_run_and_its_file_print_the_same(folder: Path, here: Path, capsys
     assert main(["transfer", "--resume", "r.json", "--quiet"]) == 0
 
 
+def test_saved_networks_are_replaced_only_by_force(
+    folder: Path, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["transfer", str(folder / "dense.pt"), *SMALL, "--epochs", "0", "--variants", "gc", "--save", "nets"]
+    assert main([*arguments, "--out", "-"]) == 0
+    (path,) = Path("nets").iterdir()
+    path.write_text("somebody's")
+    assert main([*arguments, "--out", "-"]) == 4
+    assert "gc-n2-calibrated-s0.pt exist; --force replaces them" in capsys.readouterr().err
+    assert path.read_text() == "somebody's"
+    assert main([*arguments, "--out", "-", "--force"]) == 0
+    bgcbench.load_converted(path)
+
+
 def test_dry_run_names_every_convolution_and_writes_nothing(
     folder: Path, here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

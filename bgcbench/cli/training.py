@@ -273,9 +273,17 @@ def settled(command: Command, given: dict[str, Any], asked: Asked) -> tuple[Any,
         raise UsageError("--save-every is for checkpoints, which --out - keeps none of; leave one of them out")
     path, stored = _file_to_resume(command, asked, given)
     replacing = asked.force and not (asked.resume == "auto" and path is not None)
+    # --force may be about the files of --save alone
+    for_save = "save" in given and path is None and asked.out in (None, "-") and asked.plot is None
     output = Output.asked(
-        None if path else asked.out, asked.form, force=replacing, resume=path, quiet=asked.quiet, plot=asked.plot
+        None if path else asked.out,
+        asked.form,
+        force=replacing and not for_save,
+        resume=path,
+        quiet=asked.quiet,
+        plot=asked.plot,
     )
+    output = dataclasses.replace(output, replace=output.replace or replacing)
     config = _configuration(command, given, stored, str(path))
     command.check_places(config, fresh=stored is None, replace=asked.force or asked.dry_run)
     output.probe(dry_run=asked.dry_run)
@@ -454,21 +462,22 @@ def _estimate(command: Command, run: TrainRun, interrupts: Interrupts, *, quiet:
     """Time a few steps of each variant and N, and print what that makes of the whole run."""
     from bgcbench.experiments.network_run import network_label
 
-    judging: dict[tuple[tuple[str, int], bool], float] = {}
+    seconds: dict[tuple[str, int], float] = {}
     for row, epoch_s, all_s in run.estimates():
-        judging[row.cell, bool(row.epochs)] = all_s
+        seconds[row.cell] = all_s
         if not quiet:
             trained = f"{duration(epoch_s)} an epoch, {duration(all_s)} a training"
             common.say(f"  {network_label(*row.cell)}: {trained if row.epochs else f'{duration(all_s)} to judge'}")
     if interrupts.requested():
         return interrupts.exit_code
     todo = run.todo
-    total = sum(judging[row.cell, bool(row.epochs)] for row in todo)
+    total = sum(seconds[row.cell] for row in todo)
     trainings = sum(bool(row.epochs) for row in todo)
     parts = [f"{trainings} trainings"] * bool(trainings)
     parts += [f"{len(todo) - trainings} networks to judge"] * (len(todo) > trainings)
     if not quiet:
-        common.say(f"time in total: about {duration(total)} for {' and '.join(parts) or 'nothing'}{command.on_top}")
+        of_what = f"{' and '.join(parts)}{command.on_top}" if parts else "nothing"
+        common.say(f"time in total: about {duration(total)} for {of_what}")
     return 0
 
 

@@ -121,8 +121,10 @@ class _Transfer(Command):
             f"weights: {prepared.loaded.name}; {calibrated}init {', '.join(config.inits)}, batch norm "
             f"{'re-estimated' if config.rebn else 'as it is'}"
         )
-        if not config.epochs:
-            lines.append("--epochs 0: conversions are judged, and nothing is trained")
+        extras = ["the untouched network is trained too"] * config.control
+        extras += ["its outputs are targets beside the labels"] * config.distill
+        if extras or not config.epochs:
+            lines.append("; ".join(extras) or "--epochs 0: conversions are judged, and nothing is trained")
         return lines
 
     def is_drawable(self, row: dict[str, Any]) -> bool:

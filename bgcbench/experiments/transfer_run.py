@@ -231,6 +231,7 @@ class TransferRun(TrainRun):
             yield at((number + 1) / len(rows), ended=True, doing="judged")
             if self.known[row.key]["judged"] and not row.epochs:
                 self._forget(row)
+        self._drawn = (-1, [])
         return True
 
     def _forget(self, row: TrainRow) -> None:
