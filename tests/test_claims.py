@@ -33,6 +33,13 @@ def test_a_committed_training_is_complete(path) -> None:
         assert len(row["epochs"]) == row["params"]["epochs"]
 
 
+def test_the_committed_conversions_are_whole_and_valid() -> None:
+    document = results.read(claims.ROOT / "results" / claims.TRANSFERRED)
+    jsonschema.validate(document, results.schema())
+    assert {row["status"] for row in document["results"]} == {"ok"}
+    assert {row["params"]["seed"] for row in document["results"]} == {0, 1, 2}
+
+
 @pytest.mark.parametrize(
     "path", [f for f in FILES if f.name.startswith(("table4", "network"))], ids=lambda path: path.name
 )
