@@ -17,7 +17,7 @@ import types
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from os import PathLike
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor, nn
@@ -224,7 +224,7 @@ def _still_dense(model: nn.Module, record: Record, found: Trace, example: Any) -
     return sorted(names - called)
 
 
-def save_converted(converted: Converted, path: str | PathLike[str]) -> None:
+def save_converted(converted: Converted, path: str | PathLike[str] | IO[bytes]) -> None:
     """Write the weights, the record and the names of frozen parameters to ``path`` for :func:`load_converted`.
 
     The file is a ``torch.save`` of tensors and text, so it loads with ``weights_only=True``.

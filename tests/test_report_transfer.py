@@ -439,3 +439,11 @@ def test_csv_has_a_line_a_conversion() -> None:
     assert (lost["status"], lost["epochs_done"]) == ("error", "2")
     assert (lost["error_initial"], lost["error_final"]) == ("1.2", "")
     assert by_key["wrn_16_4-digits-gc-n8-calibrated-s0"]["layer_loss_calibrated"] == ""
+
+
+@pytest.mark.parametrize("command", ["transfer", "train"])
+def test_a_file_of_a_run_that_was_stopped_at_once_can_be_shown(command: str) -> None:
+    document = transfer_document()
+    document |= {"command": command, "complete": False, "exit_reason": "interrupted", "results": []}
+    shown = report.as_markdown(report.document_report(document))
+    assert document["config"]["model"] in shown

@@ -427,7 +427,7 @@ class TransferRun(TrainRun):
             return
         path = Path(self.config.save) / saved_name(row.key)
         buffer = io.BytesIO()
-        save_converted(Converted(model, Record.from_json(record)), buffer)  # type: ignore[arg-type]
+        save_converted(Converted(model, Record.from_json(record)), buffer)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(path, buffer.getvalue())

@@ -203,10 +203,11 @@ def flags(cell: Cell, ending: Callable[[Json], str] = lambda row: str(row["statu
 def title_lines(document: Json, rows: Sequence[Json], network: str = "") -> list[str]:
     """The network (with ``network`` after its name), the data, and on what it ran."""
     config = document.get("config", {})
-    about = {**config, "dataset": config.get("data"), **(rows[0]["params"] if rows else {})}
+    own = {"dataset": config.get("data"), "classes": config.get("num_classes")}
+    about = {**config, **own, **(rows[0]["params"] if rows else {})}
     line = f"{about.get('model', 'a network')}{network} on {about['dataset']}"
     if "height" in about:
-        line += f", {about['height']} x {about['width']} px, {about['classes']} classes"
+        line += f", {about['height']} x {about['width']} px" + (f", {n} classes" if (n := about.get("classes")) else "")
     line += f"; convolutions: {about['where']}" if "where" in about else ""
     ran = [str(about[name]) for name in ("precision", "layout") if about.get(name)]
     ran += ["compiled"] if about.get("compile") else []
