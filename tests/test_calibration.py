@@ -134,6 +134,15 @@ def test_the_norm_gives_out_the_mean_that_it_gave_out_before(rebn: bool) -> None
     assert converted.record.calibration["norms"] == int(rebn)
 
 
+def test_norms_before_the_first_replaced_layer_are_left_alone() -> None:
+    early = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4),
+                          nn.ReLU(), nn.Flatten(), nn.Linear(4 * SIDE * SIDE, 2)).double().eval()  # fmt: skip
+    converted = convert(early, "gc", 2, calibration=[images()])
+    assert converted.record.calibration is not None
+    assert converted.record.calibration["norms"] == 1
+    assert torch.equal(converted.model[1].running_mean, early[1].running_mean)
+
+
 def test_a_bias_is_corrected_so_that_the_mean_output_stays(no_ridge: None) -> None:
     model, x = network(), images()
     converted = convert(model, "gc", 4, init="calibrated", calibration=[x], include="second", where="none").model
