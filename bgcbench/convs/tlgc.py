@@ -142,7 +142,7 @@ def least_squares(
         if previous is not None and previous - error <= settled * abs(previous):
             break
         previous = error
-        best = problem.best_inputs(p, r)
+        best = problem.best_inputs(p, r, settled)
         # Nesterov's extrapolation: plain alternation crawls along narrow valleys.
         momentum += 1
         r = best + (momentum - 1) / (momentum + 2) * (best - last)
@@ -200,8 +200,11 @@ class _CoarseLevel:
         p = cross @ torch.linalg.pinv(features, hermitian=True)
         return p, self.whole - float((p * cross).sum())
 
-    def best_inputs(self, p: Tensor, start: Tensor) -> Tensor:
-        """r (N, p) given p (N, m/N, N), by conjugate gradients from ``start``: never worse than that."""
+    def best_inputs(self, p: Tensor, start: Tensor, precision: float) -> Tensor:
+        """r (N, p) given p (N, m/N, N), by conjugate gradients from ``start``: never worse than that.
+
+        precision: of the equations, relative; more than the sweeps are to gain (``settled``) would be lost in the next.
+        """
         strength = torch.einsum("kil,kin->kln", p, p)  # (k, l, n)
         summed = strength.sum(0)  # (l, n)
         blocks = self.seen.reshape(self.groups, -1, self.groups, self.size)
@@ -216,7 +219,7 @@ class _CoarseLevel:
         squares = self.factors.square().reshape(self.groups, self.groups, self.size, self.size).sum(2)  # (l, k, a)
         diagonal = summed.diagonal()[:, None] * own - torch.einsum("kll,lka->la", strength, squares)
         scale = diagonal.clamp_min(1e-12 * float(diagonal.max()) + torch.finfo(diagonal.dtype).tiny)
-        return _conjugate_gradients(apply, gradient, start, scale)
+        return _conjugate_gradients(apply, gradient, start, scale, precision)
 
     def own_level(self, p: Tensor, r: Tensor) -> Tensor:
         """A (m, p) given the coarse level: the regression of what it leaves on the group's own input."""
@@ -229,10 +232,12 @@ class _CoarseLevel:
         return torch.cat(solved)
 
 
-def _conjugate_gradients(apply: Callable[[Tensor], Tensor], right: Tensor, x: Tensor, scale: Tensor) -> Tensor:
-    """x with apply(x) = right, apply being symmetric positive semidefinite and ``scale`` near its diagonal."""
+def _conjugate_gradients(
+    apply: Callable[[Tensor], Tensor], right: Tensor, x: Tensor, scale: Tensor, precision: float
+) -> Tensor:
+    """x with apply(x) = right to ``precision``; apply: symmetric positive semidefinite, ``scale`` near its diagonal."""
     residual = right - apply(x)
-    goal = 1e-20 * float((right * right / scale).sum())
+    goal = precision**2 * float((right * right / scale).sum())
     step = residual / scale
     direction, size = step, float((residual * step).sum())
     for _ in range(MAX_STEPS):
