@@ -339,6 +339,21 @@ def transfer_claim() -> tuple[str, str, str]:
     )
 
 
+def convert_claim() -> tuple[str, str, str]:
+    """How long the calibrated conversion of a large network takes."""
+    name = "convert-resnet50-cpu.json"
+    document = json.loads((ROOT / "results" / name).read_text())
+    (row,) = document["results"]
+    calibration = row["calibration"]
+    held = (calibration["moment_bytes"] + calibration["in_flight_bytes"]) / 2**30
+    return (
+        f"Calibrated conversion of ResNet-50 ({row['layers']} convolutions, {calibration['images']} images of 224 px) "
+        f"takes {row['seconds'] / 60:.1f} minutes on {row['threads']} CPU cores, and holds {held:.1f} GiB meanwhile",
+        name,
+        document["command"],
+    )
+
+
 def transfer_table() -> str:
     """Errors before training and after 1 and 3 epochs, by variant, N and start."""
     cells = transfer_cells()
@@ -441,7 +456,7 @@ def claims() -> list[tuple[str, str, str]]:
     rows += [network_claims(model, most) for model, most in NETWORKS.items()]
     rows += [all_variants_claim(), layers_claim()]
     rows += [*figure_claims(), variants_claim(), digits_claim(), solver_claim()]
-    rows += [*train_claims(), train_speed_claim(), transfer_claim()]
+    rows += [*train_claims(), train_speed_claim(), transfer_claim(), convert_claim()]
     agree = json.loads((ROOT / "results" / "agree-with-torch.json").read_text())
     rows.append(
         (

@@ -24,15 +24,23 @@ Pair = tuple[int, int]
 class Variant:
     """One row of the paper's Table 1: its command-line name, its label in tables and where its layer lives.
 
-    ``layer`` is "module:Class". ``algorithms`` are the exact forms the layer can run in, the first being the default.
+    ``layer`` is "module:Class". ``algorithms`` are the exact forms the layer can run in. ``measured``: whether 'auto'
+    measures which of them is the fastest; otherwise it is the first.
     """
 
     name: str
     label: str
     layer: str
     algorithms: tuple[str, ...] = ("stock",)
+    measured: bool = False
+
+    def settled(self, algorithm: str) -> str:
+        """``algorithm`` with 'auto' resolved where that does not take a measurement."""
+        return self.algorithms[0] if algorithm == "auto" and not self.measured else algorithm
 
 
+POINTWISE_ALGORITHMS = ("matmul",)  # for 1x1 kernels without padding only
+CUDA_ALGORITHMS = ("triton",)  # kernels of our own; elsewhere the operator runs stock convolutions
 # The forms of a layer that is trained as one thing and run as another.
 TRAINED_AND_DEPLOYED = ("masked", "deployed")
 # The one registration of the variants. A new layer is its file in convs/ and its line here.
@@ -40,7 +48,7 @@ VARIANTS: dict[str, Variant] = {
     variant.name: variant
     for variant in (
         Variant("standard", "SC", "bgcbench.convs.standard:StandardConv2d"),
-        Variant("gc", "GC", "bgcbench.convs.gc:GroupConv2d"),
+        Variant("gc", "GC", "bgcbench.convs.gc:GroupConv2d", ("stock", "triton")),
         Variant("shuffle", "Shuffle", "bgcbench.convs.shuffle:ShuffleGroupConv2d"),
         Variant("lgc", "LGC", "bgcbench.convs.lgc:LearnedGroupConv2d", TRAINED_AND_DEPLOYED),
         Variant("flgc", "FLGC", "bgcbench.convs.flgc:FullyLearnableGroupConv2d", TRAINED_AND_DEPLOYED),
@@ -49,7 +57,8 @@ VARIANTS: dict[str, Variant] = {
             "bgc",
             "BGC",
             "bgcbench.convs.bgc:BalancedGroupConv2d",
-            ("two_conv", "concat", "dense"),
+            ("two_conv", "concat", "dense", "split", "parts", "matmul", "triton"),
+            measured=True,
         ),
     )
 }
@@ -179,6 +188,19 @@ class ConvSpec:
             raise ShapeError(why)
         if self.algorithm != "auto":
             check_choice(f"algorithm of {self.variant}", self.algorithm, VARIANTS[self.variant].algorithms)
+            if self.algorithm not in self.algorithms:
+                raise UsageError(f"algorithm '{self.algorithm}' is for 1x1 kernels without padding; use 'auto'")
+
+    @property
+    def is_pointwise(self) -> bool:
+        """Whether an output depends on one position of the input: a 1x1 kernel without padding."""
+        return self.kernel_positions == 1 and as_pair("padding", self.padding, 0) == (0, 0)
+
+    @property
+    def algorithms(self) -> tuple[str, ...]:
+        """The forms that this convolution can run in, the default first."""
+        every = VARIANTS[self.variant].algorithms
+        return every if self.is_pointwise else tuple(form for form in every if form not in POINTWISE_ALGORITHMS)
 
     @property
     def kernel_positions(self) -> int:

@@ -60,7 +60,7 @@ class TestPlan:
         assert (config.in_channels, config.kernel, config.batch, config.height) == (1024, 3, 128, 7)
         assert labels(config) == [
             ("standard", 1, "stock"),
-            *((name, n, form) for n in (2, 4, 8, 16) for name, form in (("gc", "stock"), ("bgc", "two_conv"))),
+            *((name, n, form) for n in (2, 4, 8, 16) for name, form in (("gc", "stock"), ("bgc", "auto"))),
         ]
 
     def test_the_reference_is_there_once_whatever_is_asked(self) -> None:
@@ -70,7 +70,11 @@ class TestPlan:
 
     def test_all_algorithms_are_rows_of_their_own(self) -> None:
         forms = [label for label in labels(replace(SMALL, algorithm="all", groups=(2,))) if label[0] == "bgc"]
-        assert forms == [("bgc", 2, "two_conv"), ("bgc", 2, "concat"), ("bgc", 2, "dense")]
+        offered = ["two_conv", "concat", "dense", "split", "parts"]
+        assert forms == [("bgc", 2, form) for form in offered]
+        pointwise = labels(replace(SMALL, algorithm="all", kernel=1, groups=(2,), device="cuda"))
+        assert [form for name, _, form in pointwise if name == "bgc"] == [*offered, "matmul", "triton"]
+        assert [form for name, _, form in pointwise if name == "gc"] == ["stock", "triton"]
         assert ("gc", 2, "stock") in labels(replace(SMALL, algorithm="concat", groups=(2,)))
 
     def test_keys_are_unique_and_do_not_depend_on_the_other_rows(self) -> None:

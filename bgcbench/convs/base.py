@@ -14,14 +14,16 @@ file as functions of tensors; the module only owns parameters.
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bgcbench.convs import choices
 from bgcbench.errors import ShapeError, UsageError
 from bgcbench.measure.counts import Counts, count
 from bgcbench.specs import VARIANTS, ConvSpec, as_pair, check_choice
@@ -74,6 +76,7 @@ class VariantConv2d(nn.Module, ABC):
         self.padding = as_pair("padding", padding, 0)
         self.dilation = as_pair("dilation", dilation)
         self.padding_mode = check_choice("padding_mode", padding_mode, _PADDING_MODES)
+        self._chosen: dict[str, str] = {}
         self._create_weights(device=device, dtype=dtype)
         self.bias = nn.Parameter(torch.empty(out_channels, device=device, dtype=dtype)) if bias else None
         self.reset_parameters()
@@ -198,9 +201,74 @@ class VariantConv2d(nn.Module, ABC):
 
     @property
     def algorithm(self) -> str:
-        """The exact form that forward runs in."""
-        requested = self.spec.algorithm
-        return VARIANTS[self.variant].algorithms[0] if requested == "auto" else requested
+        """The exact form that forward runs in; 'auto' where the fastest is measured (see bgcbench.convs.choices)."""
+        return VARIANTS[self.variant].settled(self.spec.algorithm)
+
+    @property
+    def chosen(self) -> Mapping[str, str]:
+        """The form that the last call took, 'inference' and 'training' apart; what has not been called is missing."""
+        settled = {} if self.algorithm == "auto" else dict.fromkeys(("inference", "training"), self.algorithm)
+        return settled or dict(self._chosen)
+
+    def forms(self, x: Tensor) -> tuple[str, ...]:
+        """The algorithms that 'auto' chooses from for x, the default first."""
+        return self.spec.algorithms
+
+    def _run(self, form: str, x: Tensor, weights: Sequence[Tensor], bias: Tensor | None) -> Tensor:
+        """forward in one of :meth:`forms`, with these in the place of the layer's own weights and bias."""
+        raise NotImplementedError
+
+    def _form(self, x: Tensor) -> str:
+        """The form to run x in: the one that was asked for or, with 'auto', the fastest.
+
+        While a graph is recorded nothing can be measured: the form of the last call outside of it is taken, or the
+        default where there was none.
+        """
+        if self.algorithm != "auto":
+            return self.algorithm
+        default = self.spec.algorithms[0]
+        phase = "training" if torch.is_grad_enabled() else "inference"
+        if torch.compiler.is_compiling():
+            return self._chosen.get(phase, default)
+        if not choices.can_choose(x):
+            return default
+        weights = self._weights()
+        case = choices.case_of(self.spec, self.padding_mode, x, weights)
+        form = choices.choose(case, x.device, lambda: self._calls(x, case, weights))
+        if form is None:
+            return default
+        self._chosen[phase] = form
+        return form
+
+    def _calls(self, x: Tensor, case: choices.Case, weights: Sequence[Tensor]) -> dict[str, Callable[[], object]]:
+        """What is timed, by form: one step's work of this layer on tensors of the same shapes, and random numbers."""
+        drawn = torch.Generator(x.device).manual_seed(0)
+
+        def like(given: Tensor, layout: str, grad: bool) -> Tensor:
+            made = torch.empty(
+                given.shape,
+                dtype=getattr(torch, case.dtype),
+                device=given.device,
+                memory_format=torch.channels_last if layout == "nhwc" and given.dim() == 4 else torch.contiguous_format,
+            )
+            return made.normal_(generator=drawn).requires_grad_(grad)
+
+        u = like(x, case.layout, "x" in case.gradients)
+        own = [like(weight, case.weight_layout, "w" in case.gradients) for weight in weights]
+        bias = None if self.bias is None else like(self.bias, "", "w" in case.gradients)
+        leaves = [tensor for tensor in (u, *own, bias) if tensor is not None and tensor.requires_grad]
+        given: list[Tensor] = []  # the gradient of the output, made when its layout is known
+
+        def call(form: str) -> object:
+            if not leaves:
+                with torch.no_grad():
+                    return self._run(form, u, own, bias)
+            y = self._run(form, u, own, bias)
+            if not given:
+                given.append(torch.empty_like(y).normal_(generator=drawn))
+            return torch.autograd.grad(y, leaves, given[0])
+
+        return {form: functools.partial(call, form) for form in self.forms(x)}
 
     @property
     def params(self) -> int:
@@ -246,15 +314,20 @@ class VariantConv2d(nn.Module, ABC):
         height, width = (d * (k - 1) + 1 for d, k in zip(self.dilation, self.kernel_size, strict=True))
         return height, width
 
-    def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
-        """conv2d with this layer's stride, padding and dilation."""
-        padding = self.padding
-        if self.padding_mode != "zeros":
-            rows, columns = self.padding
-            padded = F.pad(x, (columns, columns, rows, rows), mode=self.padding_mode)
-            x = padded.contiguous(memory_format=torch.channels_last) if is_channels_last(x) else padded
-            padding = (0, 0)
-        return F.conv2d(x, weight, bias, self.stride, padding, self.dilation, groups)
+    def _convolve(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, groups: int, stride: tuple[int, int] | None = None
+    ) -> Tensor:
+        """conv2d with this layer's stride (but where another is given), padding and dilation."""
+        x, padding = self._padded(x)
+        return F.conv2d(x, weight, bias, stride or self.stride, padding, self.dilation, groups)
+
+    def _padded(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """x with the padding that is no zeros around it, and how much of zeros is still to be added."""
+        if self.padding_mode == "zeros":
+            return x, self.padding
+        rows, columns = self.padding
+        padded = F.pad(x, (columns, columns, rows, rows), mode=self.padding_mode)
+        return padded.contiguous(memory_format=torch.channels_last) if is_channels_last(x) else padded, (0, 0)
 
     def extra_repr(self) -> str:
         text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"
@@ -292,6 +365,11 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 def is_channels_last(x: Tensor) -> bool:
     """Whether x (B, C, H, W) is stored channels-last and not also contiguous."""
     return x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+
+
+def like_layout_of(x: Tensor, y: Tensor) -> Tensor:
+    """y (B, m, H', W'), stored as x is."""
+    return y.contiguous(memory_format=torch.channels_last if is_channels_last(x) else torch.contiguous_format)
 
 
 def row_blocks(weight: Tensor, groups: int) -> Tensor:

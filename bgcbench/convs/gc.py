@@ -7,7 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from bgcbench.convs.base import VariantConv2d, block_diagonal, diagonal_blocks, row_blocks
+from bgcbench.convs.base import VariantConv2d, block_diagonal, diagonal_blocks, like_layout_of, row_blocks
+from bgcbench.convs.choices import is_transformed
 from bgcbench.theory.leastsquares import Fit, check_cross_moment, check_second_moment, solve_normal
 
 
@@ -16,12 +17,18 @@ class GroupConv2d(VariantConv2d):
 
     x: (B, n, H, W); weight: (m, n/N, kh, kw); returns (B, m, H', W'). Parameters Kmn/N, MACs DKmn/N an image.
     Raises ShapeError if N does not divide n and m. State dict as ``torch.nn.Conv2d(groups=N)``. N = n is the
-    depthwise convolution; N = 1 the standard one.
+    depthwise convolution; N = 1 the standard one. algorithm: 'stock' (also 'auto') is PyTorch's; 'triton' the kernel of
+    our own that BGC has too, on channels_last data (CUDA), so that the two can be compared like with like.
     """
 
     variant = "gc"
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.algorithm == "triton" and x.dim() == 4 and self.dilation == (1, 1) and not is_transformed():
+            from bgcbench.kernels.gc import gc_conv2d
+
+            padded, padding = self._padded(x)
+            return like_layout_of(x, gc_conv2d(padded, self.weight, self.bias, self.stride, padding, self.groups))
         return self._convolve(x, self.weight, self.bias, self.groups)
 
     def dense_weight(self) -> Tensor:

@@ -34,6 +34,10 @@ class NetworkConfig(NetworkChoice, MeasureConfig):
         self._resolve_network()
 
     @property
+    def is_pointwise(self) -> bool:
+        return self.where == "1x1"
+
+    @property
     def what(self) -> str:
         """The workload in a file name."""
         return f"{self.model.replace('/', '-')}-{self.precision}-{self.layout}"

@@ -19,9 +19,11 @@ from bgcbench.measure.timing import Rules
 from bgcbench.results import Json
 from bgcbench.specs import (
     ALGORITHMS,
+    CUDA_ALGORITHMS,
     LAYOUTS,
     MODES,
     PHASES,
+    POINTWISE_ALGORITHMS,
     PRECISIONS,
     TRAINED_AND_DEPLOYED,
     VARIANTS,
@@ -73,6 +75,11 @@ class MeasureConfig(RunConfig):
                 check_choice(what, chosen, names)
         self._check_measurement()
 
+    @property
+    def is_pointwise(self) -> bool:
+        """Whether every convolution that is measured as a variant has a 1x1 kernel."""
+        return False
+
     def _check_measurement(self) -> None:
         """Values and combinations that have no meaning whatever the device is."""
         if self.max_time_s is not None and not 0 < self.max_time_s < float("inf"):
@@ -97,6 +104,10 @@ class ProfileConfig(MeasureConfig):
     width: int = paper.WORKLOAD["width"]
 
     SIZES: ClassVar[tuple[str, ...]] = ("in_channels", "out_channels", "kernel", "stride", "batch", "height", "width")
+
+    @property
+    def is_pointwise(self) -> bool:
+        return self.kernel == 1
 
     @property
     def what(self) -> str:
@@ -161,15 +172,19 @@ def wanted_rows(config: MeasureConfig) -> list[tuple[str, int, str]]:
         config.algorithm in VARIANTS[name].algorithms for name, _ in wanted
     ):
         raise UsageError(f"--algorithm {config.algorithm}: no variant asked for has it; add bgc, or leave it out")
-    return [(name, groups, form) for name, groups in wanted for form in _forms(name, config.algorithm)]
+    return [(name, groups, form) for name, groups in wanted for form in _forms(name, config)]
 
 
-def _forms(variant: str, algorithm: str) -> tuple[str, ...]:
+def _forms(variant: str, config: MeasureConfig) -> tuple[str, ...]:
     """The algorithms to measure a variant in; variants without a choice have their one form.
 
     What a masked variant costs in training and when deployed are two answers, and both are given.
     """
-    offered = VARIANTS[variant].algorithms
+    offered, algorithm = VARIANTS[variant].algorithms, config.algorithm
+    if algorithm == "all":
+        on_cuda = config.device.startswith("cuda")  # what 'auto' will be is not known yet
+        unfit_here = (*(() if config.is_pointwise else POINTWISE_ALGORITHMS), *(() if on_cuda else CUDA_ALGORITHMS))
+        offered = tuple(form for form in offered if form not in unfit_here)
     if algorithm == "all" or (algorithm == "auto" and offered == TRAINED_AND_DEPLOYED):
         return offered if len(offered) > 1 else ("auto",)
     return (algorithm if algorithm in offered else "auto",)
@@ -181,7 +196,7 @@ def conditions(config: Any, variant: str, algorithm: str) -> Json:
     config: a ProfileConfig or a NetworkConfig.
     """
     names = ("batch", "height", "width", "precision", "layout", "mode")
-    form = VARIANTS[variant].algorithms[0] if algorithm == "auto" else algorithm
+    form = VARIANTS[variant].settled(algorithm)
     return {**{name: getattr(config, name) for name in names}, "algorithm": form}
 
 

@@ -8,6 +8,7 @@ import math
 import random
 import time
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from bgcbench.convs import build_conv
+from bgcbench.convs import VariantConv2d, build_conv
 from bgcbench.experiments.profile import (
     MeasureConfig,
     PlannedRow,
@@ -175,6 +176,16 @@ class LayerSubject(Subject):
         }
 
 
+def measured_forms(module: nn.Module) -> Json:
+    """How many layers run in which form, {"inference": {form: layers}, "training": ...}, where 'auto' has chosen it."""
+    found: dict[str, Counter[str]] = {}
+    for layer in module.modules():
+        if isinstance(layer, VariantConv2d) and layer.algorithm == "auto":
+            for phase, form in layer.chosen.items():
+                found.setdefault(phase, Counter())[form] += 1
+    return {phase: dict(sorted(counted.items())) for phase, counted in sorted(found.items())}
+
+
 def on_device(module: nn.Module, config: MeasureConfig, session: ProfileSession) -> nn.Module:
     """``module`` on the session's device in the run's precision and layout."""
     module.to(device=session.device, dtype=DTYPES[config.precision])
@@ -191,6 +202,7 @@ class _Row:
     host_s: dict[str, float | None] = field(default_factory=dict)
     peak: Peak | None = None
     like: Like | None = None
+    forms: Json | None = None
     tracks: dict[str, Track[Cell]] = field(default_factory=dict)
     phases: dict[str, Json] = field(default_factory=dict)
     interleaved: int | None = None
@@ -319,7 +331,7 @@ class ProfileRun:
             row.first_call_s[phase] = time.perf_counter() - began
             cell.release()
             row.host_s[phase] = stopwatch.host_time(cell)
-        row.like = workload.like
+        row.like, row.forms = workload.like, measured_forms(workload.plain)
         if row.peak is None or row.first_call_s[fullest] < 0.25:
             cell = workload.cell(fullest)
             row.peak = measure_peak(cell.eager or cell, self.session.device, passes=1 if self.config.quick else 2)
@@ -493,6 +505,7 @@ class ProfileRun:
             "status": row.status,
             "reason": row.reason,
             **facts,
+            **({"forms": row.forms} if row.forms else {}),
             "phases": row.phases,
             "interleaved": row.interleaved,
         }

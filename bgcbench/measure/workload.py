@@ -53,6 +53,7 @@ class Workload:
     def __init__(self, module: nn.Module, x: Tensor, mode: str = "eager", like: Like | None = None) -> None:
         # fullgraph: a layer that cannot be compiled is an error, never an eager row under another name.
         self.module: Any = torch.compile(module, dynamic=False, fullgraph=True) if mode == "compile" else module
+        self.plain = module
         self.x = x
         self.mode = mode
         self.leaves = [*module.parameters(), x]
@@ -70,7 +71,19 @@ class Workload:
             cell = Cell(call=self._forward_backward, prepare=self._clear_gradients, release=self._release)
         else:
             raise UsageError(f"unknown phase '{phase}'")
+        return self._ready(phase, cell)
+
+    def _ready(self, phase: str, cell: Cell) -> Cell:
+        """``cell`` as the mode has it."""
+        if self.mode == "compile":
+            # An eager call ahead of it: layers that choose their form by measuring cannot while they are compiled.
+            with cell.context():
+                self._set_phase(phase)
+                self.plain(self.x)
         return self._captured(phase, cell) if self.mode == "graph" else cell
+
+    def _set_phase(self, phase: str) -> None:
+        """Whatever the module must know of the phase; a single layer need not."""
 
     def _forward(self) -> object:
         return self.module(self.x)
@@ -141,7 +154,6 @@ class NetworkWorkload(Workload):
         self, module: nn.Module, x: Tensor, mode: str = "eager", like: Like | None = None, *, labels: Tensor
     ) -> None:
         super().__init__(module, x, mode, like)
-        self.plain = module
         self.labels = labels
         self.optimiser = torch.optim.SGD(module.parameters(), lr=0.0, momentum=0.9)
 
@@ -153,7 +165,10 @@ class NetworkWorkload(Workload):
             cell = Cell(call=self._step, prepare=self._for_training, release=self._release)
         else:
             raise UsageError(f"unknown phase '{phase}'")
-        return self._captured(phase, cell) if self.mode == "graph" else cell
+        return self._ready(phase, cell)
+
+    def _set_phase(self, phase: str) -> None:
+        self.plain.train(phase == "train_step")
 
     def _for_inference(self) -> None:
         if self.plain.training:

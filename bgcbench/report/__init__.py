@@ -358,6 +358,7 @@ def _profile_notes(document: Json, rows: Sequence[Json], printed: bool) -> list[
     ]
     if any(row["params"]["algorithm"] == "masked" for row in rows):
         lines.append("masked: the form that is trained, with a dense kernel; deployed: what is run afterwards")
+    lines += chosen_forms(rows, lambda row: f"{variant_name(row, rows)} N={row['params']['groups']}")
     if printed:
         lines.append(
             f"paper: Table 4 of Lee, Park & Lee, {paper.DEVICE}, forward and backward; its memory is input + weights "
@@ -365,6 +366,18 @@ def _profile_notes(document: Json, rows: Sequence[Json], printed: bool) -> list[
             "layer's"
         )
     return lines + notes(document, rows)
+
+
+def chosen_forms(rows: Sequence[Json], name: Callable[[Json], str]) -> list[str]:
+    """One line on what 'auto' found to be the fastest form of each row, where it had a choice."""
+    told = []
+    for row in rows:
+        phases = []
+        for phase, counted in row.get("forms", {}).items():
+            forms = [form if len(counted) == 1 else f"{form} x{number}" for form, number in counted.items()]
+            phases.append(f"{phase} {', '.join(forms)}")
+        told += [f"{name(row)}: {'; '.join(phases)}"] if phases else []
+    return ["fastest forms, as measured: " + ". ".join(told)] if told else []
 
 
 def notes(

@@ -9,6 +9,7 @@ from bgcbench.report import (
     PHASE_TITLES,
     Column,
     Report,
+    chosen_forms,
     compare_words,
     counted,
     executed_count,
@@ -283,6 +284,7 @@ def _notes(document: Json, rows: Sequence[Json], layers: Sequence[Json]) -> list
             lines.append(f"{_numbered(row, rows)}: N does not divide, kept dense: {', '.join(dense)}")
     if any(row["params"]["algorithm"] == "masked" for row in rows):
         lines.append("masked: the form that is trained, with dense kernels; deployed: what is run afterwards")
+    lines += chosen_forms(rows, lambda row: _numbered(row, rows))
     if layers:
         lines.append(
             "a convolution by itself finds its input where the last call left it, and nothing is fused with it: its "

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bgcbench.convs import choices
 from bgcbench.convs.base import VariantConv2d, parameter_groups
 from bgcbench.data.feeds import epoch_order, stream_seed
 from bgcbench.data.labelled import LabelledData
@@ -595,6 +596,7 @@ class Training:
             "state": vars(self.state),
             "scaler": self.scaler.state_dict(),
             "forms": self._forms(),
+            "choices": choices.remembered(),
             "world_size": self.world.size,
             "torch": torch.__version__,
         }
@@ -603,7 +605,7 @@ class Training:
         return Stored(state, {**extra, "losses": self.losses}, meta, self.record)
 
     def _forms(self) -> dict[str, str]:
-        """The form that each layer with a choice runs in. It may have been measured, and must not change half-way."""
+        """The form that each layer was asked to run in; what 'auto' has found stands beside it."""
         return {name: m.algorithm for name, m in self.network.named_modules() if isinstance(m, VariantConv2d)}
 
     def resume(self) -> bool:
@@ -622,6 +624,7 @@ class Training:
         except RuntimeError as problem:
             raise ResultFileError(f"{where}: the checkpoint does not fit the network: {problem}") from problem
         adopt_forms(self.network, stored.meta["forms"])
+        choices.restore(stored.meta.get("choices", ()))  # what was measured must not change half-way
         for name, parameter in self.network.named_parameters():
             if (held := stored.extra.get(f"momentum.{name}")) is not None:
                 self.optimiser.state[parameter]["momentum_buffer"] = held.to(parameter.device).clone(

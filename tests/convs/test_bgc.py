@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from bgcbench.convs.bgc import (
     BalancedGroupConv2d,
-    append_mean,
+    append_to_groups,
     copy_blocks,
     dense_kernel,
     group_mean,
@@ -49,7 +49,7 @@ def test_the_mean_is_over_groups_and_not_within_one(memory_format: torch.memory_
     x = randn(2, 6, 4, 3).contiguous(memory_format=memory_format)
     expected = (x[:, 0:2] + x[:, 2:4] + x[:, 4:6]) / 3
     torch.testing.assert_close(group_mean(x, 3), expected)
-    both = append_mean(x, 3)
+    both = append_to_groups(x, group_mean(x, 3), 3)
     torch.testing.assert_close(both, torch.cat([x[:, 0:2], expected, x[:, 2:4], expected, x[:, 4:6], expected], 1))
     assert group_mean(x, 3).is_contiguous(memory_format=memory_format)
     assert both.is_contiguous(memory_format=memory_format)

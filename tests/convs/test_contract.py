@@ -14,7 +14,7 @@ from bgcbench.convs import CONVS, VariantConv2d, build_conv
 from bgcbench.convs.lgc import LearnedGroupConv2d
 from bgcbench.errors import ShapeError, UsageError
 from bgcbench.measure.counts import count
-from bgcbench.specs import VARIANTS, ConvSpec
+from bgcbench.specs import POINTWISE_ALGORITHMS, VARIANTS, ConvSpec
 from bgcbench.theory.moments import patch_second_moment
 
 FORMS = [(name, form) for name in CONVS for form in VARIANTS[name].algorithms]
@@ -28,6 +28,14 @@ SHAPES = [
 ]
 GROUPS = (1, 2, 4, 8)
 IN, OUT = 8, 16
+# Some forms are for 1x1 kernels without padding only.
+KERNEL = {form: 1 if form in POINTWISE_ALGORITHMS else 3 for _, form in FORMS}
+CASES = [
+    pytest.param(name, form, *shape.values, id=f"{name}-{form}-{shape.id}")
+    for name, form in FORMS
+    for shape in [*SHAPES, pytest.param({"kernel_size": 1, "stride": (2, 1)}, id="1x1-stride2")]
+    if form not in POINTWISE_ALGORITHMS or shape.values[0]["kernel_size"] == 1
+]
 
 
 def make(name: str, form: str, groups: int, dtype: torch.dtype = torch.float64, **shape: object) -> VariantConv2d:
@@ -58,9 +66,8 @@ def dense_output(layer: VariantConv2d, x: Tensor) -> Tensor:
     return F.conv2d(x, layer.dense_weight().double(), bias, layer.stride, padding, layer.dilation)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("groups", GROUPS)
-@pytest.mark.parametrize(("name", "form"), FORMS)
+@pytest.mark.parametrize(("name", "form", "shape"), CASES)
 class TestForward:
     def test_equals_the_convolution_with_its_dense_kernel(self, name, form, groups, shape) -> None:
         layer = make(name, form, groups, **shape)
@@ -95,7 +102,7 @@ class TestModule:
         # 64 channels: with fewer the CPU library picks kernels that sum in another order for some forms only.
         groups = 1 if name == "standard" else 4
         layer, plain = (
-            CONVS[name](64, 64, 3, padding=1, groups=groups, algorithm=algorithm)
+            CONVS[name](64, 64, KERNEL[form], padding=KERNEL[form] // 2, groups=groups, algorithm=algorithm)
             for algorithm in (form, VARIANTS[name].algorithms[0])
         )
         if layer.state_dict().keys() == plain.state_dict().keys():
@@ -121,7 +128,7 @@ class TestModule:
 
     def test_counts_equal_the_formulas_and_the_stored_parameters(self, name, form) -> None:
         for groups in (1,) if name == "standard" else GROUPS:
-            layer = make(name, form, groups, kernel_size=3, stride=2, padding=1)
+            layer = make(name, form, groups, kernel_size=KERNEL[form], stride=2, padding=KERNEL[form] // 2)
             counts, stored = layer.counts(9, 7), sum(p.numel() for p in layer.parameters())
             assert stored == (layer.params if layer.algorithm != "masked" or groups == 1 else counts.params_training)
             assert counts == count(layer.spec, 9, 7)
@@ -139,14 +146,14 @@ class TestModule:
         assert counter.get_total_flops() == 2 * (layer.counts(9, 7).macs_training + mask)
 
     def test_state_dict_and_deep_copy_round_trip(self, name, form) -> None:
-        layer, other = make(name, form, 4, kernel_size=3), make(name, form, 4, kernel_size=3)
+        layer, other = (make(name, form, 4, kernel_size=KERNEL[form]) for _ in range(2))
         other.load_state_dict(layer.state_dict())
         x = torch.randn(1, IN, 5, 5, dtype=torch.float64)
         assert torch.equal(other(x), layer(x))
         assert torch.equal(copy.deepcopy(layer)(x), layer(x))
 
     def test_export_and_compile_see_one_graph(self, name, form) -> None:
-        layer = make(name, form, 4, torch.float32, kernel_size=3, padding=1).eval()
+        layer = make(name, form, 4, torch.float32, kernel_size=KERNEL[form], padding=KERNEL[form] // 2).eval()
         x = torch.randn(2, IN, 6, 6)
         exported = torch.export.export(layer, (x,)).module()
         torch.testing.assert_close(exported(x), layer(x))
@@ -154,7 +161,7 @@ class TestModule:
         torch.testing.assert_close(compiled(x), layer(x))
 
     def test_autocast_computes_in_the_lower_precision(self, name, form) -> None:
-        layer = make(name, form, 4, torch.float32, kernel_size=3, padding=1)
+        layer = make(name, form, 4, torch.float32, kernel_size=KERNEL[form], padding=KERNEL[form] // 2)
         x = torch.randn(2, IN, 6, 6)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             y = layer(x)
@@ -163,12 +170,12 @@ class TestModule:
         assert error < 3 * torch.finfo(torch.bfloat16).eps
 
     def test_an_unbatched_image_is_a_batch_of_one(self, name, form) -> None:
-        layer = make(name, form, 4, kernel_size=3, padding=1)
+        layer = make(name, form, 4, kernel_size=KERNEL[form], padding=KERNEL[form] // 2)
         x = torch.randn(IN, 5, 6, dtype=torch.float64)
         torch.testing.assert_close(layer(x), layer(x[None])[0], rtol=1e-12, atol=1e-12)
 
     def test_an_empty_batch_gives_an_empty_batch(self, name, form) -> None:
-        layer = make(name, form, 4, kernel_size=3, padding=1)
+        layer = make(name, form, 4, kernel_size=KERNEL[form], padding=KERNEL[form] // 2)
         assert layer(torch.empty(0, IN, 5, 6, dtype=torch.float64)).shape == (0, OUT, 5, 6)
 
 
@@ -269,7 +276,8 @@ def test_he_initialisation_uses_the_true_fan(name: str) -> None:
 @pytest.mark.parametrize(("name", "form"), FORMS)
 def test_build_conv_makes_the_layer_that_the_spec_describes(name: str, form: str) -> None:
     groups = 1 if name == "standard" else 2
-    spec = ConvSpec(name, 8, 16, 3, stride=2, padding=1, groups=groups, bias=False, algorithm=form)
+    size = KERNEL[form]
+    spec = ConvSpec(name, 8, 16, size, stride=2, padding=size // 2, groups=groups, bias=False, algorithm=form)
     layer = build_conv(spec, dtype=torch.float64)
     assert type(layer) is CONVS[name]
     assert layer.spec == spec

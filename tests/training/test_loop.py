@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bgcbench.convs import choices
 from bgcbench.convs.base import VariantConv2d
+from bgcbench.convs.bgc import BalancedGroupConv2d
 from bgcbench.convs.lgc import LearnedGroupConv2d
 from bgcbench.data.feeds import ResidentFeed, epoch_order
 from bgcbench.data.labelled import ResidentData
@@ -507,15 +510,34 @@ def test_a_checkpoint_of_another_training_is_refused_by_field(
 
 
 def test_a_form_that_was_measured_is_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def only(form: str) -> None:
+        """As if ``form`` were the fastest, in a process that has measured nothing yet."""
+        choices.forget()
+        monkeypatch.setattr(BalancedGroupConv2d, "forms", lambda *_: (form,))
+
     checkpoints = Checkpoints(tmp_path)
+    only("concat")
     stopped = training(tiny_network("bgc", 4), checkpoints=checkpoints)
     stopped.stop = lambda: stopped.state.step == 1
-    monkeypatch.setattr(type(stopped.network[3]), "algorithm", "concat")  # what 'auto' was found to be
     list(stopped.run())
-    monkeypatch.undo()
+    assert stopped.network[3].chosen["training"] == "concat"
+    only("dense")
+    trained(network := tiny_network("bgc", 4), checkpoints=checkpoints)
+    assert network[3].chosen["training"] == "concat"
+    only("dense")
+    trained(network := tiny_network("bgc", 4))
+    assert network[3].chosen["training"] == "dense"
+    choices.forget()
+
+
+def test_a_form_that_was_asked_for_is_kept_in_the_checkpoint(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path)
     network = tiny_network("bgc", 4)
-    assert network[3].algorithm == "two_conv"
-    trained(network, checkpoints=checkpoints)
+    network[3].spec = replace(network[3].spec, algorithm="concat")
+    stopped = training(network, checkpoints=checkpoints)
+    stopped.stop = lambda: stopped.state.step == 1
+    list(stopped.run())
+    trained(network := tiny_network("bgc", 4), checkpoints=checkpoints)
     assert network[3].algorithm == "concat"
 
 

@@ -1,0 +1,216 @@
+"""What the forms of a balanced group convolution cost on this device, layer by layer of five networks.
+
+    python -m benchmarks.bgc_forms [--device cpu] [--batch 16] [--out results/bgc-forms-cpu.json] [--networks NAMES]
+
+For each distinct 1x1 and 3x3 convolution of the networks (their own grouped ones left out), N = 2, 4, 8 and both
+layouts, in inference and forward and backward: every form of BGC that can run, the one that 'auto' chooses (which has
+made its choice before, by its own measurement), and PyTorch's group convolution of N/2 groups, which does the same
+multiply-adds. All of a cell is timed in turns by the tool's protocol; what is reported is medians. A cell is saved
+when it is done, and another call with the same --out goes on with the rest.
+
+summary: in how many cells the form that 'auto' chose is within 5 % of the best, and the geometric mean of the time of
+BGC(N) over GC(N/2) where n/N is at least 32, with all cells and by N, phase and layout.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import math
+import random
+import statistics
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.common import save
+from bgcbench.convs import build_conv
+from bgcbench.convs.bgc import BalancedGroupConv2d
+from bgcbench.measure.device import make_stopwatch, random_input
+from bgcbench.measure.timing import Group, Rules, Track
+from bgcbench.measure.trace import trace
+from bgcbench.measure.workload import Workload
+from bgcbench.models import build_model
+from bgcbench.specs import LAYOUTS, ConvSpec, NetSpec
+
+NETWORKS = ("resnet50", "wrn_28_10", "resnext29_8x64d", "mobilenet_v2", "efficientnet_b0")
+GROUPS = (2, 4, 8)
+PHASES = ("fwd", "fwd_bwd")
+WIDE = 32  # channels a group from which the ratio to a group convolution is an aim
+WITHIN = 1.05
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--networks", default=",".join(NETWORKS))
+    parser.add_argument("--cell-time", type=float, default=0.0, help="seconds of timing a cell; 0: by its length")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
+    parser.add_argument("--out", type=Path, default=Path("results/bgc-forms-cpu.json"))
+    options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    command = f"python -m benchmarks.bgc_forms --device {options.device} --batch {options.batch}"
+    done = json.loads(options.out.read_text()) if options.out.exists() else {"results": [], "shapes": []}
+    cells = {cell["key"]: cell for cell in done["results"]}
+    device = torch.device(options.device)
+    stopwatch = make_stopwatch(device, cold=False)
+    shapes = distinct(options.networks.split(","))
+    planned = list(plan(shapes, options.batch))
+    for number, (key, spec, size, layout, phase) in enumerate(planned):
+        if key in cells:
+            continue
+        cells[key] = {"key": key, **measured(spec, size, layout, phase, options, device, stopwatch, number)}
+        print(f"{number + 1}/{len(planned)} {told(cells[key])}", flush=True)
+        if number % 16 == 15 or number + 1 == len(planned):
+            content = [cells[key] for key, *_ in planned if key in cells]
+            save(options.out, command, {"batch": options.batch, "shapes": shapes, "summary": summary(content),
+                                        "results": content})  # fmt: skip
+    for name, figure in summary(list(cells.values())).items():
+        print(f"{name}: {figure}")
+    return 0
+
+
+def distinct(networks: list[str]) -> list[dict[str, Any]]:
+    """Every 1x1 and 3x3 convolution that is not grouped and whose input is no image, once, and where it occurs."""
+    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for name in networks:
+        spec = NetSpec(name)
+        with torch.device("meta"):
+            model = build_model(spec)
+        for call in trace(model, spec.size).calls:
+            if call.kind != "conv" or call.groups > 1 or call.kernel not in ((1, 1), (3, 3)) or call.in_channels < 8:
+                continue
+            if call.size is None:
+                continue
+            key = (call.in_channels, call.out_channels, call.kernel, call.stride, call.size)
+            entry = found.setdefault(key, {
+                "in_channels": call.in_channels, "out_channels": call.out_channels, "kernel": call.kernel[0],
+                "stride": call.stride[0], "height": call.size[0], "width": call.size[1], "networks": {},
+            })  # fmt: skip
+            entry["networks"][name] = entry["networks"].get(name, 0) + 1
+    return list(found.values())
+
+
+def plan(shapes: list[dict[str, Any]], batch: int) -> Iterator[tuple[str, ConvSpec, tuple[int, ...], str, str]]:
+    """(key, BGC's layer, input, layout, phase) of every cell."""
+    for shape in shapes:
+        n, m, k = shape["in_channels"], shape["out_channels"], shape["kernel"]
+        for groups in GROUPS:
+            if n % groups or m % groups:
+                continue
+            spec = ConvSpec("bgc", n, m, k, shape["stride"], k // 2, groups=groups, bias=False)
+            size = (batch, n, shape["height"], shape["width"])
+            for layout in LAYOUTS:
+                for phase in PHASES:
+                    key = (
+                        f"{n}x{m}-k{k}-s{shape['stride']}-{shape['height']}x{shape['width']}-n{groups}-{layout}-{phase}"
+                    )
+                    yield key, spec, size, layout, phase
+
+
+def measured(
+    spec: ConvSpec, size: tuple[int, ...], layout: str, phase: str, options: argparse.Namespace,
+    device: torch.device, stopwatch: Any, number: int,
+) -> dict[str, Any]:  # fmt: skip
+    """The medians of one cell, in seconds by form, 'auto' and the group convolutions beside them."""
+    rules = Rules.for_device(device.type, quick=True, max_time_s=options.cell_time or None)
+    names = {"gc": ("gc", spec.groups, "stock"), "gc_half": ("gc", spec.groups // 2, "stock")}
+    if spec.groups == 2:
+        names["gc_half"] = ("standard", 1, "stock")
+    names |= {form: ("bgc", spec.groups, form) for form in (*spec.algorithms, "auto")}
+    x = random_input(size, device, torch.float32, layout, seed=0).requires_grad_(phase == "fwd_bwd")
+    tracks, auto, offered = [], None, ()
+    for name, (variant, groups, form) in names.items():
+        one = ConvSpec(variant, spec.in_channels, spec.out_channels, spec.kernel_size, spec.stride, spec.padding,
+                       groups=groups, bias=False, algorithm=form)  # fmt: skip
+        layer = build_conv(one).to(device)
+        if layout == "nhwc":
+            layer = layer.to(memory_format=torch.channels_last)
+        if name == "auto":
+            assert isinstance(layer, BalancedGroupConv2d)
+            auto, offered = layer, layer.forms(x)
+        cell = Workload(layer, x).cell(phase)
+        cell.once()
+        begin = stopwatch.now()
+        cell.once()
+        tracks.append(Track(name, cell, stopwatch.now() - begin, name))
+        cell.release()
+    tracks = [track for track in tracks if track.row in ("gc", "gc_half", "auto") or track.row in offered]
+    # Forms that are out of the question are not worth the time of a quiet machine; their first look stands for them.
+    glimpse = {track.row: track.expected_s for track in tracks}
+    fastest = min(seconds for name, seconds in glimpse.items() if not name.startswith("gc"))
+    kept = [t for t in tracks if t.row.startswith("gc") or t.row == "auto" or t.expected_s < 3 * fastest]
+    group = Group(kept, stopwatch, rules, random.Random(number), lambda: False)
+    for _ in group.run():
+        pass
+    assert auto is not None
+    chosen = auto.chosen["training" if phase == "fwd_bwd" else "inference"]
+    times = {track.row: track.summary().median_s for track in kept}
+    samples = {track.row: len(track.samples) for track in kept}
+    del kept, tracks, group
+    gc.collect()
+    return {
+        "in_channels": spec.in_channels, "out_channels": spec.out_channels, "kernel": spec.kernel_size,
+        "stride": spec.stride, "size": size, "groups": spec.groups, "layout": layout, "phase": phase,
+        "chosen": chosen, "median_s": times, "samples": samples,
+        "first_look_s": {name: s for name, s in glimpse.items() if name not in times},
+    }  # fmt: skip
+
+
+def forms_of(cell: dict[str, Any]) -> dict[str, float]:
+    """Seconds of each form that was measured, without 'auto' and the group convolutions."""
+    return {name: s for name, s in cell["median_s"].items() if name not in ("gc", "gc_half", "auto")}
+
+
+def off_best(cell: dict[str, Any]) -> float:
+    """Time of the form that 'auto' chose over that of the best form, both measured as fixed forms side by side."""
+    forms = forms_of(cell)
+    return forms[cell["chosen"]] / min(forms.values()) if cell["chosen"] in forms else math.inf
+
+
+def summary(cells: list[dict[str, Any]]) -> dict[str, Any]:
+    """The figures that the file is about."""
+    if not cells:
+        return {}
+    wide = [cell for cell in cells if cell["in_channels"] // cell["groups"] >= WIDE]
+
+    def mean_ratio(some: list[dict[str, Any]], to: str = "gc_half") -> float | None:
+        ratios = [math.log(cell["median_s"]["auto"] / cell["median_s"][to]) for cell in some]
+        return math.exp(statistics.fmean(ratios)) if ratios else None
+
+    return {
+        "cells": len(cells),
+        "within_5_percent": sum(off_best(cell) <= WITHIN for cell in cells),
+        "auto_over_best": math.exp(statistics.fmean(
+            math.log(cell["median_s"]["auto"] / min(forms_of(cell).values())) for cell in cells
+        )),
+        "wide_cells": len(wide),
+        "ratio_to_gc_of_half": mean_ratio(wide),
+        "ratio_to_gc_of_half_all_cells": mean_ratio(cells),
+        "ratio_to_gc_of_same_n": mean_ratio(wide, "gc"),
+        "by": {
+            f"N={groups} {phase} {layout}": mean_ratio(
+                [c for c in wide if (c["groups"], c["phase"], c["layout"]) == (groups, phase, layout)]
+            )
+            for groups in GROUPS for phase in PHASES for layout in LAYOUTS
+        },
+        "chosen": {
+            form: sum(cell["chosen"] == form for cell in cells) for form in sorted({cell["chosen"] for cell in cells})
+        },
+    }  # fmt: skip
+
+
+def told(cell: dict[str, Any]) -> str:
+    """One line on a cell."""
+    times = " ".join(f"{name} {s * 1e3:.2f}" for name, s in cell["median_s"].items())
+    ratio = cell["median_s"]["auto"] / cell["median_s"]["gc_half"]
+    return f"{cell['key']}: {cell['chosen']} ({off_best(cell):.2f} of the best), {ratio:.2f} of GC(N/2) | {times} ms"
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,253 @@
+"""Which exact form of a layer is the fastest here: measured once for each case, then remembered.
+
+What cudnn.benchmark does for the algorithms of one convolution, for the forms of one layer. All forms compute the same
+map, so a choice changes results by rounding only; that still matters to who wants the same bits twice, so choices can
+be read (:func:`remembered`), taken over from another process (:func:`restore`) and dropped (:func:`forget`).
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bgcbench.errors import ResultFileError, UsageError
+from bgcbench.specs import ConvSpec
+
+DEVICES = ("cpu", "cuda")  # where it is known how to time
+ROUNDS = 5  # at least; every round calls each form that is still in the race
+MOST_ROUNDS = 50
+ENOUGH_S = 0.06  # rounds go on until so much time has been spent, or ROUNDS are done
+HOPELESS = 1.5  # a form that takes so many times the best one's time is dropped after ...
+GLIMPSES = 2  # ... so many rounds
+WORTH = 0.99  # a form takes the place of one that stands before it only if it takes less than this share of its time
+
+
+@dataclass(frozen=True)
+class Case:
+    """Everything that the time of a layer's forms depends on.
+
+    spec: the layer, as it was asked for. dtype: the one that is computed in. layout: nchw or nhwc. device: a CUDA
+    device's name; a CPU's number of threads. gradients: which are taken, of "x", "w" (weights), "xw" or "" (inference).
+    state: switches that change what libraries choose.
+    """
+
+    spec: ConvSpec
+    padding_mode: str
+    batch: int
+    height: int
+    width: int
+    dtype: str
+    layout: str
+    weight_layout: str
+    device: str
+    gradients: str
+    state: str
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The form that is run, and the seconds of each that was tried (none where it was not measured here)."""
+
+    form: str
+    seconds: Mapping[str, float]
+
+
+_remembered: dict[Case, Choice] = {}
+_measuring = threading.RLock()
+
+
+def choose(case: Case, device: torch.device, make: Callable[[], Mapping[str, Callable[[], object]]]) -> str | None:
+    """The form to run in ``case``: remembered, or measured now on ``device``.
+
+    make: the calls to be timed, by form, the default first; each does what one step would. A form that cannot run (its
+    memory does not suffice, say) is left out; if none can, the default is taken and nothing is remembered. None where
+    nothing is remembered and nothing can be measured: while a CUDA graph is captured.
+    """
+    known = _remembered.get(case)
+    if known is not None:
+        return known.form
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return None
+    with _measuring:
+        if case not in _remembered:
+            found = _apart(lambda: _measured(make, device), device)
+            if not found.seconds:
+                return found.form
+            _remembered[case] = found
+        return _remembered[case].form
+
+
+def remembered() -> list[dict[str, Any]]:
+    """Every choice of this process as plain JSON: the fields of :class:`Case`, ``form`` and ``seconds``."""
+    return [asdict(case) | {"form": c.form, "seconds": dict(c.seconds)} for case, c in _remembered.items()]
+
+
+def restore(choices: Iterable[Mapping[str, Any]]) -> None:
+    """Take over ``choices`` (see :func:`remembered`); they go before what was measured here.
+
+    Raises ResultFileError where they are none.
+    """
+    taken = {}
+    for entry in choices:
+        try:
+            values = {field.name: entry[field.name] for field in fields(Case)}
+            case = Case(**{**values, "spec": ConvSpec(**values["spec"])})
+            taken[case] = Choice(str(entry["form"]), dict(entry["seconds"]))
+        except (KeyError, TypeError, ValueError, UsageError) as problem:
+            raise ResultFileError(f"this is no choice of an algorithm, or another version's ({problem})") from None
+    _remembered.update(taken)
+
+
+def forget() -> None:
+    """Drop all choices; the next call of each layer measures again."""
+    _remembered.clear()
+
+
+def case_of(spec: ConvSpec, padding_mode: str, x: Tensor, weights: Sequence[Tensor]) -> Case:
+    """The case of x (B, n, H, W) in a layer with these kernels."""
+    kind, grad = x.device.type, torch.is_grad_enabled()
+    taken = {"x": grad and x.requires_grad, "w": grad and any(weight.requires_grad for weight in weights)}
+    return Case(
+        spec,
+        padding_mode,
+        x.shape[0],
+        x.shape[2],
+        x.shape[3],
+        _name(computed_in(x)),
+        layout_of(x),
+        layout_of(weights[0]),
+        f"{torch.get_num_threads()} CPU threads" if kind == "cpu" else torch.cuda.get_device_name(x.device),
+        "".join(name for name, is_taken in taken.items() if is_taken),
+        _state(kind),
+    )
+
+
+def computed_in(x: Tensor) -> torch.dtype:
+    """The type that a convolution of ``x`` computes in: autocast's where that is on."""
+    if is_autocast(x) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
+
+
+def is_autocast(x: Tensor) -> bool:
+    """Whether autocast is on where x is."""
+    return x.device.type in DEVICES and torch.is_autocast_enabled(x.device.type)
+
+
+def layout_of(x: Tensor) -> str:
+    """nhwc where x is stored channels-last and not also contiguous."""
+    return "nhwc" if not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last) else "nchw"
+
+
+def can_choose(x: Tensor) -> bool:
+    """Whether there is a fastest form for x: a batch of real numbers on a device with a clock.
+
+    Not under ``torch.use_deterministic_algorithms``: what is measured may fall out differently in the next run.
+    """
+    if type(x) not in (Tensor, torch.nn.Parameter) or x.device.type not in DEVICES:
+        return False
+    return x.dim() == 4 and x.numel() > 0 and not torch.are_deterministic_algorithms_enabled()
+
+
+def is_transformed() -> bool:
+    """Whether a transform of torch.func (vmap, grad, jvp) is at work, which in-place operations may not suit."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _state(kind: str) -> str:
+    if kind == "cpu":
+        return "mkldnn" if torch.backends.mkldnn.enabled else ""
+    switches = {
+        "benchmark": torch.backends.cudnn.benchmark,
+        "deterministic": torch.backends.cudnn.deterministic,
+        "tf32": _tf32(),
+    }
+    return ",".join(name for name, on in switches.items() if on)
+
+
+def _tf32() -> bool:
+    try:
+        return bool(torch.backends.cudnn.allow_tf32)
+    except RuntimeError:  # set by the newer switch, which the older one then refuses to answer for
+        return bool(torch.backends.cudnn.conv.fp32_precision == "tf32")  # type: ignore[attr-defined]
+
+
+# ---------------------------------------------------------------------------------------------------------- measuring
+
+
+def _apart(work: Callable[[], Choice], device: torch.device) -> Choice:
+    """``work`` in a thread of its own, which has none of the caller's modes: autocast, hooks of saved tensors (a
+    checkpoint's count what forward saves), counters of operations, gradients on or off."""
+    done: list[Choice | BaseException] = []
+
+    def run() -> None:
+        try:
+            if device.type == "cuda":
+                with torch.cuda.device(device):
+                    done.append(work())
+            else:
+                done.append(work())
+        except BaseException as problem:  # noqa: BLE001 - it is raised where it can be seen
+            done.append(problem)
+
+    thread = threading.Thread(target=run, name="bgcbench-choice", daemon=True)
+    thread.start()
+    thread.join()
+    (found,) = done
+    if isinstance(found, BaseException):
+        raise found
+    return found
+
+
+def _measured(make: Callable[[], Mapping[str, Callable[[], object]]], device: torch.device) -> Choice:
+    calls = dict(make())
+    default = next(iter(calls))
+    for form in list(calls):
+        try:
+            calls[form]()  # the first call sets up what libraries keep
+            _wait(device)
+        except (RuntimeError, MemoryError):
+            del calls[form]
+    best: dict[str, float] = dict.fromkeys(calls, float("inf"))
+    begun = time.perf_counter()
+    for number in range(MOST_ROUNDS):
+        for form in list(calls):
+            best[form] = min(best[form], _seconds(calls[form], device))
+        if number + 1 == GLIMPSES:
+            calls = {form: call for form, call in calls.items() if best[form] <= HOPELESS * min(best.values())}
+        if len(calls) < 2 or (number + 1 >= ROUNDS and time.perf_counter() - begun > ENOUGH_S):
+            break
+    chosen = default
+    for form, seconds in best.items():
+        if chosen not in best or seconds < WORTH * best[chosen]:
+            chosen = form
+    return Choice(chosen, best)
+
+
+def _seconds(call: Callable[[], object], device: torch.device) -> float:
+    """One call. What disturbs a machine only ever adds time, so the least of several is what a form can do."""
+    if device.type == "cuda":
+        first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        first.record()
+        call()
+        last.record()
+        last.synchronize()
+        return float(first.elapsed_time(last)) / 1e3
+    begin = time.perf_counter()
+    call()
+    return time.perf_counter() - begin
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,50 @@
+"""The same maps by stock convolutions: on a CPU, and for what the kernels cannot do (fp64, other devices)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn import grad as gradients
+
+from bgcbench.kernels.common import Geometry, exact
+
+
+def mean(x: Tensor, groups: int) -> Tensor:
+    """xbar = (1/N) sum_k x^k. x: (B, n, H, W); returns (B, n/N, H, W)."""
+    grouped: Tensor = x.unflatten(1, (groups, x.shape[1] // groups))
+    return grouped.mean(1)
+
+
+def forward(x: Tensor, weight: Tensor, weight_mean: Tensor | None, bias: Tensor | None, geometry: Geometry) -> Tensor:
+    """y^k = A^k x^k + B^k xbar + bias; without the second term where ``weight_mean`` is None."""
+    g = geometry
+    with torch.autocast(x.device.type, enabled=False):  # the operands have been cast
+        y = F.conv2d(x, weight, bias, g.stride, g.padding, 1, g.groups)
+        if weight_mean is not None:
+            y = y + F.conv2d(mean(x, g.groups), weight_mean, None, g.stride, g.padding)
+    return exact(y)
+
+
+def input_gradient(dy: Tensor, weight: Tensor, weight_mean: Tensor | None, geometry: Geometry) -> Tensor:
+    """dx^k = A^kT dy^k + (1/N) sum_j B^jT dy^j."""
+    g = geometry
+    with torch.autocast(dy.device.type, enabled=False):
+        own = gradients.conv2d_input(
+            (g.batch, g.in_channels, *g.size), weight, dy, g.stride, g.padding, 1, g.groups
+        )  # fmt: skip
+        if weight_mean is not None:
+            shared = gradients.conv2d_input((g.batch, g.c, *g.size), weight_mean, dy, g.stride, g.padding)
+            own = own + (shared / g.groups).repeat(1, g.groups, 1, 1)
+    return exact(own)
+
+
+def weight_gradients(x: Tensor, dy: Tensor, with_mean: bool, geometry: Geometry) -> tuple[Tensor, Tensor | None]:
+    """dA and dB (None without the mean), both (m, n/N, kh, kw)."""
+    g = geometry
+    shape = (g.out_channels, g.c, *g.kernel)
+    with torch.autocast(x.device.type, enabled=False):
+        own = gradients.conv2d_weight(x, shape, dy, g.stride, g.padding, 1, g.groups)
+        if not with_mean:
+            return exact(own), None
+        return exact(own), exact(gradients.conv2d_weight(mean(x, g.groups), shape, dy, g.stride, g.padding))

@@ -1,0 +1,297 @@
+"""Choosing a form by measuring: what is asked, what is remembered, and what must not be disturbed."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+from bgcbench.convs import choices
+from bgcbench.convs.bgc import BalancedGroupConv2d
+from bgcbench.convs.gc import GroupConv2d
+from bgcbench.errors import ResultFileError, UsageError
+from bgcbench.specs import ConvSpec
+
+
+@pytest.fixture(autouse=True)
+def _nothing_remembered() -> Iterator[None]:
+    before = choices.remembered()
+    choices.forget()
+    yield
+    choices.forget()
+    choices.restore(before)
+
+
+@pytest.fixture
+def fastest(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
+    """Makes one form the fastest on an invented clock; returns the list of the calls that will be timed."""
+
+    def make(**seconds: float) -> list[str]:
+        timed: list[str] = []
+
+        def clock(call: Any, device: torch.device) -> float:
+            call()
+            timed.append(call.args[0])
+            return seconds.get(call.args[0], 9.0)
+
+        monkeypatch.setattr(choices, "_seconds", clock)
+        monkeypatch.setattr(choices, "ENOUGH_S", 0.0)
+        return timed
+
+    return make
+
+
+def layer(**options: Any) -> BalancedGroupConv2d:
+    return BalancedGroupConv2d(16, 32, 3, padding=1, groups=4, **options)
+
+
+X = (4, 16, 6, 5)
+
+
+def test_the_fastest_form_is_taken_and_measured_once(fastest: Callable[..., list[str]]) -> None:
+    timed = fastest(dense=1.0)
+    own = layer()
+    own(torch.randn(X))
+    assert own.chosen == {"training": "dense"}
+    count = len(timed)
+    assert count > 0
+    own(torch.randn(X))
+    layer()(torch.randn(X))  # another layer of the same kind
+    assert len(timed) == count
+
+
+def test_what_the_time_depends_on_is_a_case_of_its_own(fastest: Callable[..., list[str]]) -> None:
+    timed = fastest(concat=1.0)
+    seen = 0
+
+    def is_new(run: Callable[[], Tensor]) -> bool:
+        nonlocal seen
+        run()
+        before, seen = seen, len(timed)
+        return seen > before
+
+    own = layer()
+    assert is_new(lambda: own(torch.randn(X)))
+    assert is_new(lambda: own(torch.randn(5, 16, 6, 5)))
+    assert is_new(lambda: own(torch.randn(4, 16, 5, 6)))
+    assert is_new(lambda: own(torch.randn(X).contiguous(memory_format=torch.channels_last)))
+    assert is_new(lambda: own(torch.randn(X, requires_grad=True)))
+    assert is_new(lambda: torch.no_grad()(own)(torch.randn(X)))
+    assert is_new(lambda: own.requires_grad_(False)(torch.randn(X, requires_grad=True)))
+    assert not is_new(lambda: own(torch.randn(X)))  # no gradients, as under no_grad
+    assert is_new(lambda: layer(stride=2)(torch.randn(X)))
+    assert is_new(lambda: layer(bias=False)(torch.randn(X)))
+    assert is_new(lambda: layer().double()(torch.randn(X).double()))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert is_new(lambda: layer()(torch.randn(X)))
+    torch.set_num_threads((threads := torch.get_num_threads()) + 1)
+    try:
+        assert is_new(lambda: layer()(torch.randn(X)))
+    finally:
+        torch.set_num_threads(threads)
+    assert not is_new(lambda: layer()(torch.randn(X)))
+
+
+def test_a_form_that_cannot_run_is_left_out_and_if_none_can_the_default_is_taken(
+    fastest: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fastest(dense=1.0, concat=2.0)
+    run = BalancedGroupConv2d._run
+    broken = {"dense"}
+
+    def fails(self: BalancedGroupConv2d, form: str, x: Tensor, weights: Any, bias: Any) -> Tensor:
+        if form in broken and threading.current_thread().name == "bgcbench-choice":
+            raise torch.OutOfMemoryError("too much")
+        return run(self, form, x, weights, bias)
+
+    monkeypatch.setattr(BalancedGroupConv2d, "_run", fails)
+    own = layer()
+    own(torch.randn(X))
+    assert own.chosen == {"training": "concat"}
+    choices.forget()
+    broken.update(own.spec.algorithms)
+    own(torch.randn(X))
+    assert own.chosen == {"training": "two_conv"}
+    assert choices.remembered() == []
+
+
+def test_a_gain_that_is_none_changes_nothing(fastest: Callable[..., list[str]]) -> None:
+    fastest(two_conv=1.0, concat=0.995, dense=0.999)
+    own = layer()
+    own(torch.randn(X))
+    assert own.chosen == {"training": "two_conv"}
+
+
+def test_a_hopeless_form_is_not_called_to_the_end(fastest: Callable[..., list[str]]) -> None:
+    timed = fastest(two_conv=1.0, concat=1.1, dense=5.0)
+    layer()(torch.randn(X))
+    assert timed.count("dense") == choices.GLIMPSES
+    assert timed.count("concat") >= choices.ROUNDS
+
+
+def test_choices_outlive_the_process_and_go_before_what_is_measured(fastest: Callable[..., list[str]]) -> None:
+    fastest(concat=1.0)
+    layer()(torch.randn(X))
+    stored = choices.remembered()
+    assert [entry["form"] for entry in stored] == ["concat"]
+    assert stored[0]["seconds"]["concat"] == 1.0
+    choices.forget()
+    timed = fastest(dense=1.0)
+    choices.restore(json.loads(json.dumps(stored)))
+    own = layer()
+    own(torch.randn(X))
+    assert own.chosen == {"training": "concat"}
+    assert timed == []
+    with pytest.raises(ResultFileError, match="no choice of an algorithm"):
+        choices.restore([{"form": "dense"}])
+
+
+def test_a_fixed_form_is_never_measured(fastest: Callable[..., list[str]]) -> None:
+    timed = fastest(dense=1.0)
+    own = layer(algorithm="concat")
+    own(torch.randn(X))
+    assert timed == []
+    assert own.chosen == {"inference": "concat", "training": "concat"}
+
+
+def test_deterministic_algorithms_are_asked_for_and_given(fastest: Callable[..., list[str]]) -> None:
+    timed = fastest(dense=1.0)
+    torch.use_deterministic_algorithms(True)
+    try:
+        own = layer()
+        expected = layer(algorithm="two_conv")
+        expected.load_state_dict(own.state_dict())
+        x = torch.randn(X)
+        assert torch.equal(own(x), expected(x))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert timed == []
+
+
+def test_measuring_leaves_no_trace(fastest: Callable[..., list[str]]) -> None:
+    fastest(two_conv=1.0)
+    own, x = layer(), torch.randn(X, requires_grad=True)
+    state = torch.get_rng_state()
+    saved: list[Tensor] = []
+    with (
+        FlopCounterMode(display=False) as counter,
+        torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t),
+    ):
+        y = own(x)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert counter.get_total_flops() == 2 * 4 * own.macs(6, 5)  # of one call, in the default form
+    assert len(saved) == 4  # input and kernel of two convolutions
+    assert all(p.grad is None for p in own.parameters())
+    assert x.grad is None
+    y.sum().backward()
+    assert x.grad is not None
+
+
+def test_checkpointed_layers_measure_in_the_first_pass_only(fastest: Callable[..., list[str]]) -> None:
+    fastest(concat=1.0)
+    own, x = layer(), torch.randn(X, requires_grad=True)
+    checkpoint(own, x, use_reentrant=False).sum().backward()
+    again = layer(algorithm="concat")
+    again.load_state_dict(own.state_dict())
+    (expected,) = torch.autograd.grad(again(x).sum(), x)
+    torch.testing.assert_close(x.grad, expected)
+
+
+def test_a_compiled_layer_takes_the_form_of_the_last_eager_call(fastest: Callable[..., list[str]]) -> None:
+    fastest(dense=1.0)
+    torch.compiler.reset()
+    own, x = layer(), torch.randn(X)
+    graphs: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append(graph.code)
+        return graph.forward
+
+    expected = own(x)
+    compiled = torch.compile(own, backend=backend, fullgraph=True)
+    torch.testing.assert_close(compiled(x), expected)
+    assert "diagonal_scatter" in graphs[0]  # the folded kernel
+    untouched = torch.compile(layer(), backend=backend, fullgraph=True)
+    untouched(x)
+    assert "diagonal_scatter" not in graphs[1]
+
+
+def test_transforms_of_torch_func_see_one_map() -> None:
+    own = layer().double()
+    x = torch.randn(3, *X, dtype=torch.float64)
+    expected = torch.stack([own(part) for part in x])
+    torch.testing.assert_close(torch.vmap(own)(x), expected)
+    parameters = dict(own.named_parameters())
+
+    def loss(values: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(own, values, (x[0],)).square().sum()
+
+    gradients = torch.func.grad(loss)(parameters)
+    for found, wanted in zip(
+        gradients.values(), torch.autograd.grad(loss(parameters), parameters.values()), strict=True
+    ):
+        torch.testing.assert_close(found, wanted)
+    # B alone is mapped over: an in-place sum could not hold the result.
+    many = torch.randn(2, *own.weight_mean.shape, dtype=torch.float64)
+    outputs = torch.vmap(lambda b: torch.func.functional_call(own, {"weight_mean": b}, (x[0],)))(many)
+    assert outputs.shape == (2, 4, 32, 6, 5)
+    _, tangent = torch.func.jvp(own, (x[0],), (torch.ones_like(x[0]),))
+    torch.testing.assert_close(tangent, F.conv2d(torch.ones_like(x[0]), own.dense_weight(), None, 1, 1))
+
+
+@pytest.mark.parametrize("form", ConvSpec("bgc", 16, 32, 1, groups=4).algorithms)
+def test_every_form_can_be_differentiated_twice(form: str) -> None:
+    own = BalancedGroupConv2d(4, 6, 1, stride=2, groups=2, algorithm=form, dtype=torch.float64)
+    x = torch.randn(2, 4, 3, 4, dtype=torch.float64, requires_grad=True)
+    values = [p.detach().clone().requires_grad_() for p in own.parameters()]
+    names = [name for name, _ in own.named_parameters()]
+
+    def call(x: Tensor, *parameters: Tensor) -> Tensor:
+        return torch.func.functional_call(own, dict(zip(names, parameters, strict=True)), (x,))
+
+    assert torch.autograd.gradcheck(call, (x, *values))
+    assert torch.autograd.gradgradcheck(call, (x, *values))
+
+
+def test_batches_of_parts_are_as_the_whole() -> None:
+    x = torch.randn(3, 1024, 40, 40)  # 6.6 MB an image: one at a time
+    own = BalancedGroupConv2d(1024, 4, 1, groups=2, algorithm="parts")
+    assert "parts" in own.forms(x)
+    assert "parts" not in own.forms(x[:1])
+    other = BalancedGroupConv2d(1024, 4, 1, groups=2, algorithm="two_conv")
+    other.load_state_dict(own.state_dict())
+    torch.testing.assert_close(own(x), other(x))
+
+
+def test_a_form_for_1x1_kernels_is_refused_elsewhere() -> None:
+    with pytest.raises(UsageError, match="'matmul' is for 1x1 kernels without padding; use 'auto'"):
+        layer(algorithm="matmul")
+    with pytest.raises(UsageError, match="'matmul'"):
+        BalancedGroupConv2d(16, 32, 1, padding=1, groups=4, algorithm="matmul")
+
+
+def test_a_variant_without_a_choice_has_none() -> None:
+    own = GroupConv2d(16, 32, 3, groups=4)
+    own(torch.randn(X))
+    assert own.algorithm == "stock"
+    assert choices.remembered() == []
+
+
+def test_threads_that_meet_at_a_new_case_measure_it_once(fastest: Callable[..., list[str]]) -> None:
+    timed = fastest(dense=1.0)
+    own, x = layer(), torch.randn(X)
+    runs = [threading.Thread(target=own, args=(x,)) for _ in range(4)]
+    for run in runs:
+        run.start()
+    for run in runs:
+        run.join()
+    assert timed.count("dense") <= choices.MOST_ROUNDS
+    assert len(choices.remembered()) == 1
