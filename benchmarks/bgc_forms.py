@@ -41,6 +41,7 @@ GROUPS = (2, 4, 8)
 PHASES = ("fwd", "fwd_bwd")
 WIDE = 32  # channels a group from which the ratio to a group convolution is an aim
 WITHIN = 1.05
+HOPELESS = 2.5  # a form whose first call takes so many times the fastest one's is not measured further
 
 
 def main() -> int:
@@ -48,7 +49,7 @@ def main() -> int:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--networks", default=",".join(NETWORKS))
-    parser.add_argument("--cell-time", type=float, default=0.0, help="seconds of timing a cell; 0: by its length")
+    parser.add_argument("--row-time", type=float, default=0.15, help="seconds of timing for each form of a cell")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
     parser.add_argument("--out", type=Path, default=Path("results/bgc-forms-cpu.json"))
     options = parser.parse_args()
@@ -118,7 +119,7 @@ def measured(
     device: torch.device, stopwatch: Any, number: int,
 ) -> dict[str, Any]:  # fmt: skip
     """The medians of one cell, in seconds by form, 'auto' and the group convolutions beside them."""
-    rules = Rules.for_device(device.type, quick=True, max_time_s=options.cell_time or None)
+    rules = Rules.for_device(device.type, quick=True, max_time_s=options.row_time)
     names = {"gc": ("gc", spec.groups, "stock"), "gc_half": ("gc", spec.groups // 2, "stock")}
     if spec.groups == 2:
         names["gc_half"] = ("standard", 1, "stock")
@@ -141,15 +142,16 @@ def measured(
         tracks.append(Track(name, cell, stopwatch.now() - begin, name))
         cell.release()
     tracks = [track for track in tracks if track.row in ("gc", "gc_half", "auto") or track.row in offered]
+    assert auto is not None
+    chosen = auto.chosen["training" if phase == "fwd_bwd" else "inference"]
     # Forms that are out of the question are not worth the time of a quiet machine; their first look stands for them.
-    glimpse = {track.row: track.expected_s for track in tracks}
+    glimpse = {track.row: track.estimate_s for track in tracks}
     fastest = min(seconds for name, seconds in glimpse.items() if not name.startswith("gc"))
-    kept = [t for t in tracks if t.row.startswith("gc") or t.row == "auto" or t.expected_s < 3 * fastest]
+    always = ("gc", "gc_half", "auto", chosen)
+    kept = [track for track in tracks if track.row in always or track.estimate_s < HOPELESS * fastest]
     group = Group(kept, stopwatch, rules, random.Random(number), lambda: False)
     for _ in group.run():
         pass
-    assert auto is not None
-    chosen = auto.chosen["training" if phase == "fwd_bwd" else "inference"]
     times = {track.row: track.summary().median_s for track in kept}
     samples = {track.row: len(track.samples) for track in kept}
     del kept, tracks, group

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import nn
@@ -176,11 +176,16 @@ class LayerSubject(Subject):
         }
 
 
+def is_measured(module: nn.Module) -> TypeGuard[VariantConv2d]:
+    """Whether it is a layer that finds its form by measuring."""
+    return isinstance(module, VariantConv2d) and module.algorithm == "auto"
+
+
 def measured_forms(module: nn.Module) -> Json:
     """How many layers run in which form, {"inference": {form: layers}, "training": ...}, where 'auto' has chosen it."""
     found: dict[str, Counter[str]] = {}
     for layer in module.modules():
-        if isinstance(layer, VariantConv2d) and layer.algorithm == "auto":
+        if is_measured(layer):
             for phase, form in layer.chosen.items():
                 found.setdefault(phase, Counter())[form] += 1
     return {phase: dict(sorted(counted.items())) for phase, counted in sorted(found.items())}
@@ -319,7 +324,12 @@ class ProfileRun:
         # A quick look at a slow layer takes one call for both. On CUDA a first call has the workspace of the library's
         # search, and a short one on a CPU what libraries set up once; both are measured again below.
         combined = self.config.quick and self.session.device.type == "cpu" and self.config.mode == "eager"
+        chooses = any(is_measured(layer) for layer in workload.plain.modules())
         for phase in phases:
+            if chooses:  # finding the fastest form takes many calls, and more memory than a step: neither is the row's
+                cell = workload.cell(phase)
+                cell.once()
+                cell.release()
             stopwatch.synchronize()
             began = time.perf_counter()
             cell = workload.cell(phase)

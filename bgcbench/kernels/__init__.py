@@ -51,9 +51,14 @@ def usable(
             return False
     if x.device != weight.device or x.dtype not in DTYPES or weight.dtype not in DTYPES:
         return False
-    if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+    if x.dtype != weight.dtype and not autocast_on(x.device.type):
         return False
     return in_range(x, weight) and device_ready(x.device.type, x.device.index or 0)
+
+
+def autocast_on(kind: str) -> bool:
+    """Whether autocast is on for devices of this type; others than these two (meta) may have none."""
+    return kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind)
 
 
 def in_range(x: Tensor, weight: Tensor) -> bool:

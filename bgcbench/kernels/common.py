@@ -115,7 +115,7 @@ def tf32_allowed() -> bool:
 def autocast(*tensors: Tensor | None) -> list[Tensor | None]:
     """The tensors in autocast's dtype where autocast is on: what it does to a convolution (fp64 is left alone)."""
     kind = next(t.device.type for t in tensors if t is not None)
-    if not torch.is_autocast_enabled(kind):
+    if not kernels.autocast_on(kind):
         return list(tensors)
     dtype = torch.get_autocast_dtype(kind)
     return [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors]
