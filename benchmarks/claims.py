@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MARKS = "<!-- {}: python -m benchmarks.claims --write -->", "<!-- end of {} -->"
 TRAINED = "train-wrn_10_2-digits-cpu.json"
 TRANSFERRED = "transfer-wrn_16_4-digits-cpu.json"
-COMMAND_TRANSFER = "python -m benchmarks.transfer_digits --variants gc,shuffle,bgc --train-variants none"
+COMMAND_TRANSFER = "python -m benchmarks.transfer_digits --train-variants gc,bgc"
 
 
 def row_of(document: dict[str, Any], variant: str, groups: int, algorithm: str | None = None) -> dict[str, Any]:
@@ -376,7 +376,7 @@ def transfer_table() -> str:
     cells = transfer_cells()
     trained = [epoch for epoch in (1, 3) if any(len(row["epochs"]) >= epoch for rows in cells.values() for row in rows)]
     names = ["variant", "N", "weights", "params", "error %, norms as they were", "norms re-estimated", "layer loss"]
-    names += [f"{epoch} epochs" for epoch in trained]
+    names += [f"after {epoch} epoch{'s' * (epoch > 1)}" for epoch in trained]
     lines = [f"| {' | '.join(names)} |", f"| --- | ---: | --- |{' ---: |' * (len(names) - 3)}"]
     order = {name: place for place, name in enumerate(VARIANTS)}
     for variant, groups, init in sorted(
