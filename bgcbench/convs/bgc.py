@@ -200,9 +200,17 @@ def matrix_products(x: Tensor, mean: Tensor, a: Tensor, b: Tensor, bias: Tensor 
     if is_channels_last(x):
         positions = images * height * width
         rows = x.permute(0, 2, 3, 1).reshape(positions, groups, size).transpose(0, 1)  # (N, R, n/N)
+        blocks = a.reshape(groups, outputs // groups, size).mT  # (N, n/N, m/N)
+        if not (torch.is_grad_enabled() or torch.compiler.is_compiling() or is_transformed() or is_autocast(x)):
+            # Products added straight into their columns of the result, which autograd would have to copy each time.
+            y = nn.functional.conv2d(mean, b, bias).permute(0, 2, 3, 1)  # (B, H, W, m)
+            for own, group, kernel in zip(
+                y.view(positions, groups, outputs // groups).unbind(1), rows, blocks, strict=True
+            ):
+                own.addmm_(group, kernel)
+            return y.permute(0, 3, 1, 2)
         means, kernel = mean.permute(0, 2, 3, 1).reshape(positions, size), b.flatten(1).mT
         shared = means @ kernel if bias is None else torch.addmm(bias, means, kernel)  # (R, m)
-        blocks = a.reshape(groups, outputs // groups, size).mT  # (N, n/N, m/N)
         y = torch.baddbmm(shared.unflatten(-1, (groups, -1)).transpose(0, 1), rows, blocks)  # (N, R, m/N)
         return y.transpose(0, 1).reshape(images, height, width, outputs).permute(0, 3, 1, 2)
     kernels, means = b.flatten(1).expand(images, -1, -1), mean.flatten(2)

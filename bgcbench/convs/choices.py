@@ -20,9 +20,9 @@ from bgcbench.errors import ResultFileError, UsageError
 from bgcbench.specs import ConvSpec
 
 DEVICES = ("cpu", "cuda")  # where it is known how to time
-ROUNDS = 5  # at least; every round calls each form that is still in the race
+ROUNDS = 7  # at least; every round calls each form that is still in the race
 MOST_ROUNDS = 50
-ENOUGH_S = 0.06  # rounds go on until so much time has been spent, or ROUNDS are done
+ENOUGH_S = 0.1  # rounds go on until so much time has been spent, or ROUNDS are done
 HOPELESS = 1.5  # a form that takes so many times the best one's time is dropped after ...
 GLIMPSES = 2  # ... so many rounds
 WORTH = 0.99  # a form takes the place of one that stands before it only if it takes less than this share of its time
