@@ -203,10 +203,10 @@ def matrix_products(x: Tensor, mean: Tensor, a: Tensor, b: Tensor, bias: Tensor 
         blocks = a.reshape(groups, outputs // groups, size).mT  # (N, n/N, m/N)
         if not (torch.is_grad_enabled() or torch.compiler.is_compiling() or is_transformed() or is_autocast(x)):
             # Products added straight into their columns of the result, which autograd would have to copy each time.
-            y = nn.functional.conv2d(mean, b, bias).permute(0, 2, 3, 1)  # (B, H, W, m)
-            for own, group, kernel in zip(
-                y.view(positions, groups, outputs // groups).unbind(1), rows, blocks, strict=True
-            ):
+            shared = nn.functional.conv2d(mean, b, bias).contiguous(memory_format=torch.channels_last)
+            y = shared.permute(0, 2, 3, 1)  # (B, H, W, m)
+            columns = y.view(positions, groups, outputs // groups).unbind(1)
+            for own, group, kernel in zip(columns, rows, blocks, strict=True):
                 own.addmm_(group, kernel)
             return y.permute(0, 3, 1, 2)
         means, kernel = mean.permute(0, 2, 3, 1).reshape(positions, size), b.flatten(1).mT

@@ -82,6 +82,17 @@ class TestForward:
         assert y.is_contiguous(memory_format=torch.channels_last)
         torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
 
+    def test_without_gradients_it_computes_the_same_in_both_layouts(self, name, form, groups, shape) -> None:
+        layer = make(name, form, groups, **shape)
+        x = torch.randn(2, IN, 9, 7, dtype=torch.float64)
+        expected = dense_output(layer, x)
+        with torch.no_grad():
+            torch.testing.assert_close(layer(x), expected, rtol=1e-12, atol=1e-12)
+            layer.to(memory_format=torch.channels_last)
+            y = layer(x.contiguous(memory_format=torch.channels_last))
+        assert y.is_contiguous(memory_format=torch.channels_last)
+        torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
+
     def test_gradients_equal_those_through_the_dense_kernel(self, name, form, groups, shape) -> None:
         layer = make(name, form, groups, **shape)
         x = torch.randn(2, IN, 9, 7, dtype=torch.float64, requires_grad=True)
