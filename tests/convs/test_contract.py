@@ -163,6 +163,18 @@ class TestModule:
         assert torch.equal(other(x), layer(x))
         assert torch.equal(copy.deepcopy(layer)(x), layer(x))
 
+    def test_folded_it_is_a_plain_convolution_that_computes_the_same(self, name, form) -> None:
+        size = KERNEL[form]
+        layer = make(name, form, 4, kernel_size=size, stride=2, padding=size // 2, padding_mode="replicate").eval()
+        x = torch.randn(2, IN, 6, 5, dtype=torch.float64)
+        conv = layer.folded()
+        assert type(conv) is torch.nn.Conv2d
+        assert not conv.training
+        torch.testing.assert_close(conv(x), layer(x), rtol=1e-12, atol=1e-12)
+        with torch.no_grad():
+            layer.weight.zero_()
+        assert conv.weight.any()  # a copy
+
     def test_export_and_compile_see_one_graph(self, name, form) -> None:
         layer = make(name, form, 4, torch.float32, kernel_size=KERNEL[form], padding=KERNEL[form] // 2).eval()
         x = torch.randn(2, IN, 6, 6)
