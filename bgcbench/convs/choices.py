@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from bgcbench.errors import ResultFileError, UsageError
 from bgcbench.specs import ConvSpec
@@ -76,7 +78,8 @@ def choose(case: Case, device: torch.device, make: Callable[[], Mapping[str, Cal
         return None
     with _measuring:
         if case not in _remembered:
-            found = _apart(lambda: _measured(make, device), device)
+            with _unseen(device):
+                found = _measured(make, device)
             if not found.seconds:
                 return found.form
             _remembered[case] = found
@@ -152,7 +155,7 @@ def can_choose(x: Tensor) -> bool:
     """
     if type(x) not in (Tensor, torch.nn.Parameter) or x.device.type not in DEVICES:
         return False
-    return x.dim() == 4 and x.numel() > 0 and not torch.are_deterministic_algorithms_enabled()
+    return x.dim() == 4 and x.numel() > 0 and not torch.are_deterministic_algorithms_enabled() and not is_transformed()
 
 
 def is_transformed() -> bool:
@@ -185,28 +188,24 @@ def _tf32() -> bool:
 # ---------------------------------------------------------------------------------------------------------- measuring
 
 
-def _apart(work: Callable[[], Choice], device: torch.device) -> Choice:
-    """``work`` in a thread of its own, which has none of the caller's modes: autocast, hooks of saved tensors (a
-    checkpoint's count what forward saves), counters of operations, gradients on or off."""
-    done: list[Choice | BaseException] = []
+@contextmanager
+def _unseen(device: torch.device) -> Iterator[None]:
+    """None of the caller's modes are at work: autocast, gradients on or off, hooks of saved tensors (a checkpoint's
+    count what forward saves), counters of operations. In the caller's own thread, because another one gets large blocks
+    of memory from the system anew at each call, which favours forms that take little."""
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.autocast(device.type, enabled=False),
+        torch.autograd.graph.saved_tensors_hooks(_same, _same),  # of several pairs the last one is asked
+        _disable_current_modes(),
+        torch.cuda.device(device) if device.type == "cuda" else nullcontext(),
+    ):
+        yield
 
-    def run() -> None:
-        try:
-            if device.type == "cuda":
-                with torch.cuda.device(device):
-                    done.append(work())
-            else:
-                done.append(work())
-        except BaseException as problem:  # noqa: BLE001 - it is raised where it can be seen
-            done.append(problem)
 
-    thread = threading.Thread(target=run, name="bgcbench-choice", daemon=True)
-    thread.start()
-    thread.join()
-    (found,) = done
-    if isinstance(found, BaseException):
-        raise found
-    return found
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def _measured(make: Callable[[], Mapping[str, Callable[[], object]]], device: torch.device) -> Choice:
