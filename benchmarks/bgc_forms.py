@@ -26,14 +26,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from benchmarks.common import save
-from bgcbench.convs import build_conv
+from bgcbench.convs import build_conv, choices
 from bgcbench.convs.bgc import BalancedGroupConv2d
 from bgcbench.measure.device import make_stopwatch, random_input
 from bgcbench.measure.timing import Group, Rules, Track
 from bgcbench.measure.trace import trace
-from bgcbench.measure.workload import Workload
+from bgcbench.measure.workload import Cell, Workload
 from bgcbench.models import build_model
 from bgcbench.specs import LAYOUTS, ConvSpec, NetSpec
 
@@ -42,7 +43,7 @@ GROUPS = (2, 4, 8)
 PHASES = ("fwd", "fwd_bwd")
 WIDE = 32  # channels a group from which the ratio to a group convolution is an aim
 WITHIN = 1.05
-HOPELESS = 2.5  # a form whose first call takes so many times the fastest one's is not measured further
+HOPELESS = 1.5  # a form that 'auto' has seen to take so many times the fastest one's is not measured further
 
 
 def main() -> int:
@@ -50,6 +51,7 @@ def main() -> int:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--networks", default=",".join(NETWORKS))
+    parser.add_argument("--rounds", type=int, default=5, help="rounds of timing at least")
     parser.add_argument("--row-time", type=float, default=0.06, help="seconds of timing for each form of a cell")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
     parser.add_argument("--out", type=Path, default=Path("results/bgc-forms-cpu.json"))
@@ -121,48 +123,45 @@ def measured(
 ) -> dict[str, Any]:  # fmt: skip
     """The medians of one cell, in seconds by form, 'auto' and the group convolutions beside them."""
     rules = Rules.for_device(device.type, quick=True, max_time_s=options.row_time)
-    rules = dataclasses.replace(rules, warmup_max_s=0.03)  # every track has been called twice already
-    names = {"gc": ("gc", spec.groups, "stock"), "gc_half": ("gc", spec.groups // 2, "stock")}
-    if spec.groups == 2:
-        names["gc_half"] = ("standard", 1, "stock")
-    names |= {form: ("bgc", spec.groups, form) for form in (*spec.algorithms, "auto")}
+    rules = dataclasses.replace(rules, min_rounds=options.rounds, warmup_max_s=0.01)
     x = random_input(size, device, torch.float32, layout, seed=0).requires_grad_(phase == "fwd_bwd")
-    tracks, auto, offered = [], None, ()
-    for name, (variant, groups, form) in names.items():
+
+    def track(name: str, variant: str, groups: int, form: str) -> tuple[Track[Cell], nn.Module]:
         one = ConvSpec(variant, spec.in_channels, spec.out_channels, spec.kernel_size, spec.stride, spec.padding,
                        groups=groups, bias=False, algorithm=form)  # fmt: skip
         layer = build_conv(one).to(device)
         if layout == "nhwc":
             layer = layer.to(memory_format=torch.channels_last)
-        if name == "auto":
-            assert isinstance(layer, BalancedGroupConv2d)
-            auto, offered = layer, layer.forms(x)
         cell = Workload(layer, x).cell(phase)
         cell.once()
         begin = stopwatch.now()
         cell.once()
-        tracks.append(Track(name, cell, stopwatch.now() - begin, name))
+        made = Track(name, cell, stopwatch.now() - begin, name)
         cell.release()
-    tracks = [track for track in tracks if track.row in ("gc", "gc_half", "auto") or track.row in offered]
-    assert auto is not None
-    chosen = auto.chosen["training" if phase == "fwd_bwd" else "inference"]
-    # Forms that are out of the question are not worth the time of a quiet machine; their first look stands for them.
-    glimpse = {track.row: track.estimate_s for track in tracks}
-    fastest = min(seconds for name, seconds in glimpse.items() if not name.startswith("gc"))
-    always = ("gc", "gc_half", "auto", chosen)
-    kept = [track for track in tracks if track.row in always or track.estimate_s < HOPELESS * fastest]
+        return made, layer
+
+    choices.forget()
+    auto, layer = track("auto", "bgc", spec.groups, "auto")
+    assert isinstance(layer, BalancedGroupConv2d)
+    chosen = layer.chosen["training" if phase == "fwd_bwd" else "inference"]
+    (found,) = choices.remembered()
+    # What 'auto' has seen to be out of the question is not worth the time of a quiet machine.
+    limit = HOPELESS * min(found["seconds"].values())
+    kept = [auto, *(track(form, "bgc", spec.groups, form)[0] for form, s in found["seconds"].items() if s < limit)]
+    kept.append(track("gc", "gc", spec.groups, "stock")[0])
+    half = ("standard", 1) if spec.groups == 2 else ("gc", spec.groups // 2)
+    kept.append(track("gc_half", *half, "stock")[0])
     group = Group(kept, stopwatch, rules, random.Random(number), lambda: False)
     for _ in group.run():
         pass
-    times = {track.row: track.summary().median_s for track in kept}
-    samples = {track.row: len(track.samples) for track in kept}
-    del kept, tracks, group
+    times = {one.row: one.summary().median_s for one in kept}
+    samples = {one.row: len(one.samples) for one in kept}
+    del kept, auto, layer, group
     gc.collect()
     return {
         "in_channels": spec.in_channels, "out_channels": spec.out_channels, "kernel": spec.kernel_size,
         "stride": spec.stride, "size": size, "groups": spec.groups, "layout": layout, "phase": phase,
-        "chosen": chosen, "median_s": times, "samples": samples,
-        "first_look_s": {name: s for name, s in glimpse.items() if name not in times},
+        "chosen": chosen, "median_s": times, "samples": samples, "seen_by_auto_s": found["seconds"],
     }  # fmt: skip
 
 
