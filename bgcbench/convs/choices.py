@@ -11,8 +11,8 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, fields
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,8 +30,7 @@ GLIMPSES = 2  # ... so many rounds
 WORTH = 0.99  # a form takes the place of one that stands before it only if it takes less than this share of its time
 
 
-@dataclass(frozen=True)
-class Case:
+class Case(NamedTuple):
     """Everything that the time of a layer's forms depends on.
 
     spec: the layer, as it was asked for. dtype: the one that is computed in. layout: nchw or nhwc. device: a CUDA
@@ -88,7 +87,10 @@ def choose(case: Case, device: torch.device, make: Callable[[], Mapping[str, Cal
 
 def remembered() -> list[dict[str, Any]]:
     """Every choice of this process as plain JSON: the fields of :class:`Case`, ``form`` and ``seconds``."""
-    return [asdict(case) | {"form": c.form, "seconds": dict(c.seconds)} for case, c in _remembered.items()]
+    return [
+        {**case._asdict(), "spec": asdict(case.spec), "form": choice.form, "seconds": dict(choice.seconds)}
+        for case, choice in _remembered.items()
+    ]
 
 
 def restore(choices: Iterable[Mapping[str, Any]]) -> None:
@@ -99,7 +101,7 @@ def restore(choices: Iterable[Mapping[str, Any]]) -> None:
     taken = {}
     for entry in choices:
         try:
-            values = {field.name: entry[field.name] for field in fields(Case)}
+            values = {name: entry[name] for name in Case._fields}
             case = Case(**{**values, "spec": ConvSpec(**values["spec"])})
             taken[case] = Choice(str(entry["form"]), dict(entry["seconds"]))
         except (KeyError, TypeError, ValueError, UsageError) as problem:
