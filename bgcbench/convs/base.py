@@ -77,6 +77,7 @@ class VariantConv2d(nn.Module, ABC):
         self.dilation = as_pair("dilation", dilation)
         self.padding_mode = check_choice("padding_mode", padding_mode, _PADDING_MODES)
         self._chosen: dict[str, str] = {}
+        self._met: dict[tuple[Any, ...], tuple[int, str]] = {}  # what has come so far: era of the choice, form
         self._create_weights(device=device, dtype=dtype)
         self.bias = nn.Parameter(torch.empty(out_channels, device=device, dtype=dtype)) if bias else None
         self.reset_parameters()
@@ -250,21 +251,31 @@ class VariantConv2d(nn.Module, ABC):
         While a graph is recorded nothing can be measured: the form of the last call outside of it is taken, or the
         default where there was none.
         """
-        if self.algorithm != "auto":
-            return self.algorithm
-        default = self.spec.algorithms[0]
-        phase = "training" if torch.is_grad_enabled() else "inference"
+        if self.spec.algorithm != "auto":
+            return self.spec.algorithm
+        grad = torch.is_grad_enabled()
+        phase = "training" if grad else "inference"
         if torch.compiler.is_compiling():
-            return self._chosen.get(phase, default)
-        if not choices.can_choose(x):
-            return default
-        weights = self._weights()
-        case = choices.case_of(self.spec, self.padding_mode, x, weights)
-        form = choices.choose(case, x.device, lambda: self._calls(x, case, weights))
-        if form is None:
-            return default
+            return self._chosen.get(phase, self.spec.algorithms[0])
+        # What can differ from call to call, so that the whole case is put together for the first call of each only.
+        key = (grad, x.requires_grad, self.weight.requires_grad, x.shape, x.stride(), type(x), x.device,
+               choices.computed_in(x), self.weight.dtype, torch.are_deterministic_algorithms_enabled())  # fmt: skip
+        era, form = self._met.get(key, (None, None))
+        if form is None or era != choices.era():
+            era, form = choices.era(), self._choose(x)
+            if form is None:
+                return self.spec.algorithms[0]
+            self._met[key] = era, form
         self._chosen[phase] = form
         return form
+
+    def _choose(self, x: Tensor) -> str | None:
+        """The fastest form for x, remembered or measured; None where there is none to be found."""
+        if not choices.can_choose(x):
+            return None
+        weights = self._weights()
+        case = choices.case_of(self.spec, self.padding_mode, x, weights)
+        return choices.choose(case, x.device, lambda: self._calls(x, case, weights))
 
     def _calls(self, x: Tensor, case: choices.Case, weights: Sequence[Tensor]) -> dict[str, Callable[[], object]]:
         """What is timed, by form: one step's work of this layer on tensors of the same shapes, and random numbers."""

@@ -60,6 +60,7 @@ class Choice:
 
 
 _remembered: dict[Case, Choice] = {}
+_era = [0]
 _measuring = threading.RLock()
 
 
@@ -85,6 +86,11 @@ def choose(case: Case, device: torch.device, make: Callable[[], Mapping[str, Cal
         return _remembered[case].form
 
 
+def era() -> int:
+    """A number that changes whenever choices are taken over or dropped, so that layers ask again."""
+    return _era[0]
+
+
 def remembered() -> list[dict[str, Any]]:
     """Every choice of this process as plain JSON: the fields of :class:`Case`, ``form`` and ``seconds``."""
     return [
@@ -107,11 +113,13 @@ def restore(choices: Iterable[Mapping[str, Any]]) -> None:
         except (KeyError, TypeError, ValueError, UsageError) as problem:
             raise ResultFileError(f"this is no choice of an algorithm, or another version's ({problem})") from None
     _remembered.update(taken)
+    _era[0] += 1
 
 
 def forget() -> None:
     """Drop all choices; the next call of each layer measures again."""
     _remembered.clear()
+    _era[0] += 1
 
 
 def case_of(spec: ConvSpec, padding_mode: str, x: Tensor, weights: Sequence[Tensor]) -> Case:
