@@ -360,9 +360,11 @@ def forms_claim() -> tuple[str, str, str]:
     document = json.loads((ROOT / "results" / name).read_text())
     found = document["summary"]
     share = found["within_5_percent"] / found["cells"]
+    layers = {cell["key"].split("-n")[0] for cell in document["results"]}
+    whole = "" if len(layers) == len(document["shapes"]) else f" of {len(document['shapes'])}"
     return (
         f"BGC's form chosen by measuring is within 5 % of the best of the exact forms in {share:.0%} of "
-        f"{found['cells']} cells ({len(document['shapes'])} layers of five networks, N = 2, 4, 8, both layouts, "
+        f"{found['cells']} cells ({len(layers)}{whole} layers of five networks, N = 2, 4, 8, both layouts, "
         "inference and training, fp32); where a group has at least 32 channels, BGC(N) takes "
         f"{found['ratio_to_gc_of_half']:.2f} times as long as PyTorch's GC(N/2), which does the same multiply-adds "
         f"(geometric mean of {found['wide_cells']})",
