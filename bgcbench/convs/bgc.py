@@ -146,8 +146,7 @@ def strided(x: Tensor, stride: tuple[int, int]) -> Tensor:
     """The positions of x (B, n, H, W) that a 1x1 kernel without padding sees; the others need not even be averaged."""
     if stride == (1, 1):
         return x
-    seen = x[..., :: stride[0], :: stride[1]]
-    return seen.contiguous(memory_format=torch.channels_last if is_channels_last(x) else torch.contiguous_format)
+    return like_layout_of(x, x[..., :: stride[0], :: stride[1]])
 
 
 def by_groups(x: Tensor, groups: int) -> tuple[Tensor, int]:

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from bgcbench.errors import ResultFileError, UsageError
+from bgcbench.measure.device import tf32_state
 from bgcbench.specs import ConvSpec
 
 DEVICES = ("cpu", "cuda")  # where it is known how to time
@@ -183,16 +184,9 @@ def _state(kind: str) -> str:
     switches = {
         "benchmark": torch.backends.cudnn.benchmark,
         "deterministic": torch.backends.cudnn.deterministic,
-        "tf32": _tf32(),
+        "tf32": tf32_state()["conv"],
     }
     return ",".join(name for name, on in switches.items() if on)
-
-
-def _tf32() -> bool:
-    try:
-        return bool(torch.backends.cudnn.allow_tf32)
-    except RuntimeError:  # set by the newer switch, which the older one then refuses to answer for
-        return bool(torch.backends.cudnn.conv.fp32_precision == "tf32")  # type: ignore[attr-defined]
 
 
 # ---------------------------------------------------------------------------------------------------------- measuring
