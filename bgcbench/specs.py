@@ -57,7 +57,7 @@ VARIANTS: dict[str, Variant] = {
             "bgc",
             "BGC",
             "bgcbench.convs.bgc:BalancedGroupConv2d",
-            ("two_conv", "concat", "dense", "split", "parts", "matmul", "triton"),
+            ("two_conv", "concat", "dense", "split", "matmul", "triton"),
             measured=True,
         ),
     )

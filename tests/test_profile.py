@@ -70,7 +70,7 @@ class TestPlan:
 
     def test_all_algorithms_are_rows_of_their_own(self) -> None:
         forms = [label for label in labels(replace(SMALL, algorithm="all", groups=(2,))) if label[0] == "bgc"]
-        offered = ["two_conv", "concat", "dense", "split", "parts"]
+        offered = ["two_conv", "concat", "dense", "split"]
         assert forms == [("bgc", 2, form) for form in offered]
         pointwise = labels(replace(SMALL, algorithm="all", kernel=1, groups=(2,), device="cuda"))
         assert [form for name, _, form in pointwise if name == "bgc"] == [*offered, "matmul", "triton"]

@@ -16,13 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from bgcbench import kernels
-from bgcbench.convs.base import VariantConv2d, diagonal_blocks, is_channels_last, like_layout_of, row_blocks
-from bgcbench.convs.choices import is_autocast, is_transformed
+from bgcbench.convs import bgc_forms
+from bgcbench.convs.base import VariantConv2d, diagonal_blocks, like_layout_of, row_blocks
+from bgcbench.convs.bgc_forms import Geometry, dense_kernel, is_followed, strided
+from bgcbench.convs.choices import computed_in, is_autocast, is_transformed
 from bgcbench.convs.gc import group_cross_moments
 from bgcbench.theory.leastsquares import Fit, solve_normal
 
 MOST_CALLS = 32  # groups that 'split' is offered for
-PART_BYTES = 2**23  # of input that 'parts' works on at a time
 
 
 class BalancedGroupConv2d(VariantConv2d):
@@ -38,8 +39,7 @@ class BalancedGroupConv2d(VariantConv2d):
         'concat'    one grouped convolution of [x^k ; xbar], the kernels concatenated
         'dense'     one standard convolution with the folded kernel D
         'split'     a convolution for each group, plus one of xbar: N + 1 large calls instead of a grouped one
-        'parts'     'two_conv' on a few images at a time, whose activations stay in the cache
-        'matmul'    batched matrix products; for 1x1 kernels without padding
+        'matmul'    products of matrices; for 1x1 kernels without padding
         'triton'    one kernel of our own for both branches, forward and backward, on channels_last data (CUDA)
         'auto'      the fastest of these here, measured once for each shape (see bgcbench.convs.choices)
 
@@ -54,64 +54,52 @@ class BalancedGroupConv2d(VariantConv2d):
     def _create_weights(self, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
         super()._create_weights(device, dtype)
         self.weight_mean = nn.Parameter(torch.empty_like(self.weight)) if self.groups > 1 else None
+        self._is_pointwise = self.spec.is_pointwise
 
     def _weights(self) -> list[nn.Parameter]:
         return [self.weight] if self.weight_mean is None else [self.weight, self.weight_mean]
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.weight_mean is None:
-            return self._convolve(x, self.weight, self.bias, groups=1)
-        return self._run(self._form(x), x, (self.weight, self.weight_mean), self.bias)
+        a, b = self.weight, self.weight_mean
+        if b is None:
+            return self._convolve(x, a, self.bias, groups=1)
+        return self._run(self._form(x), x, (a, b), self.bias)
 
     def forms(self, x: Tensor) -> tuple[str, ...]:
         can_launch = kernels.usable(x, self.weight, self.stride, self.padding, self.dilation, self.groups)
         left_out = set() if can_launch else {"triton"}
         if self.groups > MOST_CALLS:
             left_out.add("split")
-        if len(x) <= images_in_part(x):
-            left_out.add("parts")  # there would be one
         return tuple(form for form in self.spec.algorithms if form not in left_out)
 
     def _run(self, form: str, x: Tensor, weights: Sequence[Tensor], bias: Tensor | None) -> Tensor:
         if x.dim() == 3:
             return self._run(form, x[None], weights, bias)[0]
         a, b = weights
+        if is_autocast(x) and not is_followed():  # what autocast would do to each operation, once for all of them
+            dtype = computed_in(x)
+            x, a, b = x.to(dtype), a.to(dtype), b.to(dtype)
+            bias = None if bias is None else bias.to(dtype)
+            with torch.autocast(x.device.type, enabled=False):
+                return self._run(form, x, (a, b), bias)
+        padded, padding = self._padded(x)
         if form == "triton" and self.dilation == (1, 1) and not is_transformed():
             from bgcbench.kernels.bgc import bgc_conv2d
 
-            padded, padding = self._padded(x)
             return like_layout_of(x, bgc_conv2d(padded, a, b, bias, self.stride, padding, self.groups))
-        if form == "dense":
-            folded = dense_kernel(a, b, self.groups)
-            if is_channels_last(x):  # the convolution follows its kernel's layout where the two differ
-                folded = folded.contiguous(memory_format=torch.channels_last)
-            return self._convolve(x, folded, bias, groups=1)
-        if form == "parts":
-            parts = x.split(images_in_part(x))
-            return torch.cat([self._run("two_conv", part, weights, bias) for part in parts])
-        return self._branches(form, x, weights, bias)
-
-    def _branches(self, form: str, x: Tensor, weights: Sequence[Tensor], bias: Tensor | None) -> Tensor:
-        """The forms in which the groups and their mean stand side by side."""
-        a, b = weights
         stride = self.stride
-        if self.spec.is_pointwise:
-            x, stride = strided(x, stride), (1, 1)
-        mean, b = mean_and_kernel(x, b, self.groups)
+        if self._is_pointwise and form != "dense":
+            padded, stride = strided(padded, stride), (1, 1)
+        geometry = Geometry(stride, padding, self.dilation, self.groups)
         if form == "matmul":
-            return matrix_products(x, mean, a, b, bias, self.groups)
-        if form == "concat":
-            both = torch.cat([a, b], dim=1)  # (m, 2n/N, kh, kw)
-            return self._convolve(append_to_groups(x, mean, self.groups), both, bias, self.groups, stride)
-        # The mean's branch first: backward runs in the opposite order, so that the gradient of x is there, whole, when
-        # that of the mean (which is expanded, not stored) is added to it in place.
-        shared = self._convolve(mean, b, bias, 1, stride)
-        if form == "split":
-            pairs = zip(x.chunk(self.groups, 1), a.chunk(self.groups), strict=True)
-            own = torch.cat([self._convolve(group, kernel, None, 1, stride) for group, kernel in pairs], dim=1)
+            y = bgc_forms.matrix_products(padded, a, b, bias, self.groups)
+        elif form == "dense":
+            y = bgc_forms.dense(padded, a, b, bias, geometry)
+        elif form == "concat":
+            y = bgc_forms.concatenated(padded, a, b, bias, geometry)
         else:
-            own = self._convolve(x, a, None, self.groups, stride)
-        return _added(own, shared)
+            y = bgc_forms.two_branches(padded, a, b, bias, geometry, split=form == "split")
+        return y
 
     def dense_weight(self) -> Tensor:
         if self.weight_mean is None:
@@ -135,106 +123,6 @@ class BalancedGroupConv2d(VariantConv2d):
         else:
             size = len(moment) // self.groups
             yield from regressor_moments(moment.reshape(self.groups, size, self.groups, size))
-
-
-def images_in_part(x: Tensor) -> int:
-    """Images of x (B, n, H, W) that 'parts' works on at a time: as many as keep within PART_BYTES, at least 1."""
-    return max(1, PART_BYTES // max(1, x[0].numel() * x.element_size())) if len(x) else 1
-
-
-def strided(x: Tensor, stride: tuple[int, int]) -> Tensor:
-    """The positions of x (B, n, H, W) that a 1x1 kernel without padding sees; the others need not even be averaged."""
-    if stride == (1, 1):
-        return x
-    return like_layout_of(x, x[..., :: stride[0], :: stride[1]])
-
-
-def by_groups(x: Tensor, groups: int) -> tuple[Tensor, int]:
-    """A view of x (..., n, H, W) with an axis for the groups, and which one: x's layout decides where it is."""
-    if is_channels_last(x):
-        # On the NHWC view sums run over one contiguous axis pair, and their result is channels_last again.
-        return x.permute(0, 2, 3, 1).unflatten(-1, (groups, -1)), -2  # (B, H, W, N, n/N)
-    return x.unflatten(-3, (groups, -1)), -4  # (..., N, n/N, H, W)
-
-
-def group_mean(x: Tensor, groups: int) -> Tensor:
-    """xbar = (1/N) sum_k x^k over contiguous groups. x: (..., n, H, W); returns (..., n/N, H, W), x's layout."""
-    grouped, axis = by_groups(x, groups)
-    mean = grouped.mean(axis)
-    return mean.permute(0, 3, 1, 2) if axis == -2 else mean
-
-
-def mean_and_kernel(x: Tensor, b: Tensor, groups: int) -> tuple[Tensor, Tensor]:
-    """xbar and B; or sum_k x^k and B/N, which are as good and cheaper: the gradient of a sum is never stored.
-
-    x: (..., n, H, W); b: (m, n/N, kh, kw). In half precision a sum could be too large, and B/N too small.
-    """
-    if x.dtype not in (torch.float32, torch.float64) or is_autocast(x):
-        return group_mean(x, groups), b
-    grouped, axis = by_groups(x, groups)
-    alone = groups == 2 and not torch.is_grad_enabled()  # adding two is several times faster than a sum over an axis
-    total = torch.add(*grouped.unbind(axis)) if alone else grouped.sum(axis)
-    return total.permute(0, 3, 1, 2) if axis == -2 else total, b / groups
-
-
-def append_to_groups(x: Tensor, mean: Tensor, groups: int) -> Tensor:
-    """[x^1 ; xbar ; x^2 ; xbar ; ...]: every group followed by the same maps.
-
-    x: (..., n, H, W); mean: (..., n/N, H, W); returns (..., 2n, H, W) in x's layout.
-    """
-    grouped, axis = by_groups(x, groups)
-    if axis == -2:
-        rows = mean.permute(0, 2, 3, 1).unsqueeze(-2).expand_as(grouped)
-        return torch.cat([grouped, rows], dim=-1).flatten(-2).permute(0, 3, 1, 2)
-    return torch.cat([grouped, mean.unsqueeze(-4).expand_as(grouped)], dim=-3).flatten(-4, -3)
-
-
-def matrix_products(x: Tensor, mean: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, groups: int) -> Tensor:
-    """The layer with 1x1 kernels as batched products of matrices.
-
-    x: (B, n, H, W); mean: (B, n/N, H, W); a, b: (m, n/N, 1, 1); bias: (m,); returns (B, m, H, W).
-    """
-    images, channels, height, width = x.shape
-    outputs, size = len(a), channels // groups
-    if is_channels_last(x):
-        positions = images * height * width
-        rows = x.permute(0, 2, 3, 1).reshape(positions, groups, size).transpose(0, 1)  # (N, R, n/N)
-        blocks = a.reshape(groups, outputs // groups, size).mT  # (N, n/N, m/N)
-        if not (torch.is_grad_enabled() or torch.compiler.is_compiling() or is_transformed() or is_autocast(x)):
-            # Products added straight into their columns of the result, which autograd would have to copy each time.
-            shared = nn.functional.conv2d(mean, b, bias).contiguous(memory_format=torch.channels_last)
-            y = shared.permute(0, 2, 3, 1)  # (B, H, W, m)
-            columns = y.view(positions, groups, outputs // groups).unbind(1)
-            for own, group, kernel in zip(columns, rows, blocks, strict=True):
-                own.addmm_(group, kernel)
-            return y.permute(0, 3, 1, 2)
-        means, kernel = mean.permute(0, 2, 3, 1).reshape(positions, size), b.flatten(1).mT
-        shared = means @ kernel if bias is None else torch.addmm(bias, means, kernel)  # (R, m)
-        y = torch.baddbmm(shared.unflatten(-1, (groups, -1)).transpose(0, 1), rows, blocks)  # (N, R, m/N)
-        return y.transpose(0, 1).reshape(images, height, width, outputs).permute(0, 3, 1, 2)
-    kernels, means = b.flatten(1).expand(images, -1, -1), mean.flatten(2)
-    shared = kernels @ means if bias is None else torch.baddbmm(bias[:, None], kernels, means)  # (B, m, HW)
-    blocks = a.reshape(1, groups, outputs // groups, size).expand(images, -1, -1, -1).flatten(0, 1)  # (B N, m/N, n/N)
-    grouped = x.reshape(images * groups, size, height * width)
-    y = torch.baddbmm(shared.reshape(images * groups, outputs // groups, height * width), blocks, grouped)
-    return y.reshape(images, outputs, height, width)
-
-
-def _added(own: Tensor, shared: Tensor) -> Tensor:
-    """own + shared, in the memory of the first where nobody else can be looking at it."""
-    plain = torch.compiler.is_compiling() or is_transformed()
-    return own + shared if plain else own.add_(shared)
-
-
-def dense_kernel(a: Tensor, b: Tensor, groups: int) -> Tensor:
-    """D[k, l] = [k = l] A^k + B^k / N (eq. 3.1 written as one convolution).
-
-    a, b: (m, n/N, kh, kw); returns (m, n, kh, kw).
-    """
-    everywhere = (b / groups).unflatten(0, (groups, -1)).unsqueeze(2)  # (N, m/N, 1, n/N, kh, kw)
-    everywhere = everywhere.expand(-1, -1, groups, -1, -1, -1)
-    diagonal = everywhere.diagonal(dim1=0, dim2=2) + a.unflatten(0, (groups, -1)).movedim(0, -1)
-    return torch.diagonal_scatter(everywhere, diagonal, dim1=0, dim2=2).flatten(2, 3).flatten(0, 1)
 
 
 def _off_diagonal_sum(weight: Tensor, groups: int) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _disable_current_modes
 
 from bgcbench.errors import ResultFileError, UsageError
@@ -151,6 +152,8 @@ def computed_in(x: Tensor) -> torch.dtype:
 
 def is_autocast(x: Tensor) -> bool:
     """Whether autocast is on where x is."""
+    if not torch._C._is_any_autocast_enabled():  # every call of a layer asks
+        return False
     return x.device.type in DEVICES and torch.is_autocast_enabled(x.device.type)
 
 
@@ -170,8 +173,9 @@ def can_choose(x: Tensor) -> bool:
 
 
 def is_transformed() -> bool:
-    """Whether a transform of torch.func (vmap, grad, jvp) is at work, which in-place operations may not suit."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
+    """Whether a transform of torch.func (vmap, grad, jvp) or forward-mode differentiation is at work, which in-place
+    operations and gradients written by hand may not suit."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
 def _name(dtype: torch.dtype) -> str:

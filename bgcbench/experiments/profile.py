@@ -183,8 +183,8 @@ def _forms(variant: str, config: MeasureConfig) -> tuple[str, ...]:
     offered, algorithm = VARIANTS[variant].algorithms, config.algorithm
     if algorithm == "all":
         on_cuda = config.device.startswith("cuda")  # what 'auto' will be is not known yet
-        unfit_here = (*(() if config.is_pointwise else POINTWISE_ALGORITHMS), *(() if on_cuda else CUDA_ALGORITHMS))
-        offered = tuple(form for form in offered if form not in unfit_here)
+        unfit = (() if on_cuda else CUDA_ALGORITHMS) + (() if config.is_pointwise else POINTWISE_ALGORITHMS)
+        offered = tuple(form for form in offered if form not in unfit)
     if algorithm == "all" or (algorithm == "auto" and offered == TRAINED_AND_DEPLOYED):
         return offered if len(offered) > 1 else ("auto",)
     return (algorithm if algorithm in offered else "auto",)

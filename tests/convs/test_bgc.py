@@ -5,15 +5,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bgcbench.convs.bgc import (
-    BalancedGroupConv2d,
-    append_to_groups,
-    copy_blocks,
-    dense_kernel,
-    group_mean,
-    least_squares,
-    white_optimum,
-)
+from bgcbench.convs.bgc import BalancedGroupConv2d, copy_blocks, least_squares, white_optimum
+from bgcbench.convs.bgc_forms import append_to_groups, dense_kernel, group_mean
 from bgcbench.convs.gc import GroupConv2d
 from bgcbench.convs.gc import least_squares as gc_least_squares
 

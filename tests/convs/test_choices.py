@@ -197,7 +197,7 @@ def test_measuring_leaves_no_trace(fastest: Callable[..., list[str]]) -> None:
         y = own(x)
     assert torch.equal(torch.get_rng_state(), state)
     assert counter.get_total_flops() == 2 * 4 * own.macs(6, 5)  # of one call, in the default form
-    assert len(saved) == 4  # input and kernel of two convolutions
+    assert len([tensor for tensor in saved if len(tensor) == len(x)]) == 2  # x and its mean; the others are kernels
     assert all(p.grad is None for p in own.parameters())
     assert x.grad is None
     y.sum().backward()
@@ -268,16 +268,6 @@ def test_every_form_can_be_differentiated_twice(form: str) -> None:
 
     assert torch.autograd.gradcheck(call, (x, *values))
     assert torch.autograd.gradgradcheck(call, (x, *values))
-
-
-def test_batches_of_parts_are_as_the_whole() -> None:
-    x = torch.randn(3, 1024, 40, 40)  # 6.6 MB an image: one at a time
-    own = BalancedGroupConv2d(1024, 4, 1, groups=2, algorithm="parts")
-    assert "parts" in own.forms(x)
-    assert "parts" not in own.forms(x[:1])
-    other = BalancedGroupConv2d(1024, 4, 1, groups=2, algorithm="two_conv")
-    other.load_state_dict(own.state_dict())
-    torch.testing.assert_close(own(x), other(x))
 
 
 def test_a_form_for_1x1_kernels_is_refused_elsewhere() -> None:

@@ -1,0 +1,180 @@
+"""The forms of a balanced group convolution have gradients written out by hand: against autograd and the definition."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn import functional as F
+
+from bgcbench.convs.bgc import BalancedGroupConv2d
+from bgcbench.convs.bgc_forms import dense_kernel
+from bgcbench.specs import ConvSpec
+
+FORMS = ConvSpec("bgc", 8, 12, 1, groups=4).algorithms  # all of them
+LAYOUTS = ("nchw", "nhwc", "neither")
+
+
+def cases() -> Iterator[Any]:
+    """(form, layer's arguments, input) over kernels, strides, padding, sizes of one pixel and group counts."""
+    geometries: list[tuple[dict[str, Any], tuple[int, ...]]] = [
+        ({"kernel_size": 1}, (3, 8, 5, 4)),
+        ({"kernel_size": 1, "stride": (2, 1)}, (2, 8, 5, 4)),
+        ({"kernel_size": 1, "groups": 2}, (3, 8, 1, 1)),
+        ({"kernel_size": 3, "padding": 1, "stride": 2}, (2, 8, 5, 6)),
+        ({"kernel_size": (2, 3), "padding": (0, 2), "dilation": (1, 2), "groups": 2}, (1, 8, 4, 5)),
+        ({"kernel_size": 3, "padding": 1, "padding_mode": "circular"}, (2, 8, 4, 3)),
+    ]
+    for options, shape in geometries:
+        spec = ConvSpec("bgc", 8, 12, options["kernel_size"], padding=options.get("padding", 0), groups=4)
+        for form in spec.algorithms:
+            name = "-".join(f"{key[0]}{value}" for key, value in options.items())
+            yield pytest.param(form, options, shape, id=f"{form}-{name}")
+
+
+def made(form: str, options: dict[str, Any], dtype: torch.dtype = torch.float64) -> BalancedGroupConv2d:
+    torch.manual_seed(0)
+    layer = BalancedGroupConv2d(8, 12, **{"groups": 4, **options}, algorithm=form, dtype=dtype)
+    torch.nn.init.normal_(layer.bias)
+    return layer
+
+
+def laid_out(x: Tensor, layout: str) -> Tensor:
+    if layout == "neither":
+        wider = torch.empty(*x.shape[:3], 2 * x.shape[3], dtype=x.dtype)
+        return wider[..., ::2].copy_(x)
+    return x.contiguous(memory_format=torch.channels_last if layout == "nhwc" else torch.contiguous_format)
+
+
+def by_definition(layer: BalancedGroupConv2d, x: Tensor, a: Tensor, b: Tensor, bias: Tensor) -> Tensor:
+    """The standard convolution with the dense kernel, put together entry by entry."""
+    groups, size, outputs = layer.groups, a.shape[1], len(a) // layer.groups
+    rows = []
+    for k in range(groups):
+        row = [b[k * outputs : (k + 1) * outputs] / groups for _ in range(groups)]
+        row[k] = row[k] + a[k * outputs : (k + 1) * outputs]
+        rows.append(torch.cat(row, dim=1))
+    kernel = torch.cat(rows)
+    assert kernel.shape[1] == groups * size
+    if layer.padding_mode == "zeros":
+        return F.conv2d(x, kernel, bias, layer.stride, layer.padding, layer.dilation)
+    (rows_, columns) = layer.padding
+    x = F.pad(x, (columns, columns, rows_, rows_), mode=layer.padding_mode)
+    return F.conv2d(x, kernel, bias, layer.stride, 0, layer.dilation)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("form", "options", "shape"), cases())
+def test_values_and_gradients_are_those_of_the_definition(
+    form: str, options: dict[str, Any], shape: tuple[int, ...], layout: str
+) -> None:
+    layer = made(form, options)
+    x = laid_out(torch.randn(shape, dtype=torch.float64), layout).requires_grad_()
+    leaves = [x, layer.weight, layer.weight_mean, layer.bias]
+    before = [leaf.detach().clone() for leaf in leaves]
+    expected = by_definition(layer, *leaves)
+    dy = torch.randn_like(expected)
+    wanted = torch.autograd.grad(expected, leaves, dy)
+    given = dy.clone()
+    y = layer(x)
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(torch.autograd.grad(y, leaves, given), wanted)
+    torch.testing.assert_close(layer(x).detach(), torch.no_grad()(layer)(x))
+    for now, then in zip([*leaves, given], [*before, dy], strict=True):
+        assert torch.equal(now, then)  # what is computed in place is nobody else's
+    # A gradient without memory of its own, as that of a sum is.
+    found = torch.autograd.grad(layer(x).sum(), leaves)
+    torch.testing.assert_close(found, torch.autograd.grad(by_definition(layer, *leaves).sum(), leaves))
+
+
+@pytest.mark.parametrize("wanted", [0b0001, 0b0010, 0b0100, 0b1000, 0b0110, 0b1001])
+@pytest.mark.parametrize(("form", "options", "shape"), cases())
+def test_gradients_that_nobody_wants_are_left_out(
+    form: str, options: dict[str, Any], shape: tuple[int, ...], wanted: int
+) -> None:
+    layer = made(form, options)
+    x = torch.randn(shape, dtype=torch.float64)
+    leaves = [x, layer.weight, layer.weight_mean, layer.bias]
+    for number, leaf in enumerate(leaves):
+        leaf.requires_grad_(bool(wanted >> number & 1))
+    asked = [leaf for leaf in leaves if leaf.requires_grad]
+    expected = by_definition(layer, *leaves)
+    dy = torch.randn_like(expected)
+    found = torch.autograd.grad(layer(x), asked, dy)
+    torch.testing.assert_close(found, torch.autograd.grad(expected, asked, dy))
+
+
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+@pytest.mark.parametrize(("form", "options", "shape"), cases())
+def test_second_derivatives(form: str, options: dict[str, Any], shape: tuple[int, ...], layout: str) -> None:
+    layer = made(form, options)
+    x = laid_out(torch.randn(shape, dtype=torch.float64), layout).requires_grad_()
+    leaves = [x, layer.weight, layer.weight_mean, layer.bias]
+
+    def penalty(y: Tensor) -> tuple[Tensor, ...]:
+        gradients = torch.autograd.grad(y.pow(3).sum(), leaves, create_graph=True)
+        return torch.autograd.grad(sum(gradient.square().sum() for gradient in gradients), leaves)
+
+    torch.testing.assert_close(penalty(layer(x)), penalty(by_definition(layer, *leaves)))
+
+
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("form", "options", "shape"), cases())
+def test_half_precision(
+    form: str, options: dict[str, Any], shape: tuple[int, ...], dtype: torch.dtype, layout: str
+) -> None:
+    layer = made(form, options, dtype)
+    x = laid_out(torch.randn(shape).to(dtype), layout).requires_grad_()
+    leaves = [x, layer.weight, layer.weight_mean, layer.bias]
+    exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    expected = by_definition(layer, *exact)
+    dy = torch.randn_like(expected).to(dtype)
+    y = layer(x)
+    assert y.dtype == dtype
+    wanted = torch.autograd.grad(expected, exact, dy.double())
+    found = torch.autograd.grad(y, leaves, dy)
+    # A few roundings of eps/2 each, of numbers up to the largest.
+    for one, other in zip([y, *found], [expected, *wanted], strict=True):
+        torch.testing.assert_close(
+            one.double(), other, rtol=0, atol=4 * torch.finfo(dtype).eps * float(other.detach().abs().max())
+        )
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["backward-outside", "backward-inside"])
+@pytest.mark.parametrize(("form", "options", "shape"), cases())
+def test_autocast_computes_in_its_type_and_gradients_keep_theirs(
+    form: str, options: dict[str, Any], shape: tuple[int, ...], inside: bool
+) -> None:
+    layer = made(form, options, torch.float32)
+    x = torch.randn(shape, requires_grad=True)
+    leaves = [x, layer.weight, layer.weight_mean, layer.bias]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = layer(x)
+        found = torch.autograd.grad(y, leaves, torch.ones_like(y)) if inside else None
+    assert y.dtype == torch.bfloat16
+    found = found or torch.autograd.grad(y, leaves, torch.ones_like(y))
+    assert {gradient.dtype for gradient in found} == {torch.float32}
+    expected = by_definition(layer, *leaves)
+    wanted = torch.autograd.grad(expected.sum(), leaves)
+    eps = torch.finfo(torch.bfloat16).eps
+    for one, other in zip([y, *found], [expected, *wanted], strict=True):
+        torch.testing.assert_close(one.float(), other, rtol=0, atol=4 * eps * float(other.detach().abs().max()))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_forward_mode_and_traces_follow_the_single_operations(form: str) -> None:
+    layer = made(form, {"kernel_size": 1})
+    x, tangent = torch.randn(2, 2, 8, 4, 3, dtype=torch.float64)
+    with forward_ad.dual_level():
+        y = forward_ad.unpack_dual(layer(forward_ad.make_dual(x, tangent)))
+        kernel = dense_kernel(layer.weight, layer.weight_mean, 4)
+        torch.testing.assert_close(y.tangent, F.conv2d(tangent, kernel))
+    traced = torch.jit.trace(layer, (x,), check_trace=False)
+    other = torch.randn(5, 8, 2, 3, dtype=torch.float64)
+    assert "PythonOp" not in str(traced.graph)
+    torch.testing.assert_close(traced(other), layer(other))
