@@ -13,6 +13,7 @@ single operations (see :func:`is_followed`), and for second derivatives, the sam
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bgcbench.convs.base import is_channels_last, like_layout_of
-from bgcbench.convs.choices import is_transformed
+from bgcbench.convs.choices import is_autocast, is_transformed
 
 
 class Geometry(NamedTuple):
@@ -136,16 +137,17 @@ class _Form(NamedTuple):
     composed: Callable[..., Tensor]
     gradients: Callable[..., tuple[Tensor | None, ...]]
 
-    def __call__(self, constants: tuple[Any, ...], *inputs: Tensor | None) -> Tensor:
-        if is_followed():
-            return self.composed(*constants, *inputs)
-        if torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in inputs):
-            y: Tensor = _ByHand.apply(self, constants, *inputs)
-            return y
-        if not torch.is_grad_enabled():
-            return self.compute(*constants, *inputs)[0]
-        with torch.no_grad():  # compute works in place
-            return self.compute(*constants, *inputs)[0]
+
+def _by_hand(form: _Form, constants: tuple[Any, ...], *inputs: Tensor | None) -> Tensor:
+    if is_followed():
+        return form.composed(*constants, *inputs)
+    if torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in inputs):
+        y: Tensor = _ByHand.apply(form, constants, *inputs)
+        return y
+    if not torch.is_grad_enabled():
+        return form.compute(*constants, *inputs)[0]
+    with torch.no_grad():  # compute works in place
+        return form.compute(*constants, *inputs)[0]
 
 
 class _ByHand(torch.autograd.Function):
@@ -164,12 +166,14 @@ class _ByHand(torch.autograd.Function):
         saved = ctx.saved_tensors  # asked for once: a checkpoint gives each back once
         inputs, kept = saved[: ctx.count], saved[ctx.count :]
         wanted = ctx.needs_input_grad[2:]
-        if torch.is_grad_enabled():  # create_graph=True
-            y = ctx.form.composed(*ctx.constants, *inputs)
+        # In the types of the forward pass, whatever is on by now.
+        with torch.autocast(dy.device.type, enabled=False) if is_autocast(dy) else nullcontext():
+            if not torch.is_grad_enabled():
+                return None, None, *ctx.form.gradients(*ctx.constants, dy, inputs, kept, wanted)
+            y = ctx.form.composed(*ctx.constants, *inputs)  # create_graph=True
             leaves = [one for one, is_wanted in zip(inputs, wanted, strict=True) if is_wanted]
             found = iter(torch.autograd.grad(y, leaves, dy, create_graph=True))
             return None, None, *(next(found) if is_wanted else None for is_wanted in wanted)
-        return None, None, *ctx.form.gradients(*ctx.constants, dy, inputs, kept, wanted)
 
 
 # --------------------------------------------------------------------------------------------------------- two branches
@@ -181,7 +185,7 @@ def two_branches(x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, geometry:
     x: (B, n, H, W); a, b: (m, n/N, kh, kw); bias: (m,); returns (B, m, H', W'). split: whether that of x is taken group
     by group, as N large calls; else it is a grouped one.
     """
-    return _TWO_BRANCHES((geometry, split), x, a, b, bias)
+    return _by_hand(_TWO_BRANCHES, (geometry, split), x, a, b, bias)
 
 
 def _two_branches(
@@ -253,7 +257,7 @@ def _of_kernel(gradient: Tensor | None, x: Tensor, groups: int) -> Tensor | None
 def concatenated(x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
     """One grouped convolution of [x^k ; xbar] with [A^k B^k]. Shapes as for :func:`two_branches`."""
     groups = geometry.groups
-    both = _APPENDED((groups,), x)
+    both = _by_hand(_APPENDED, (groups,), x)
     kernel = torch.cat([a, b / groups if is_summed(x) else b], dim=1)  # (m, 2n/N, kh, kw)
     return geometry.convolve(both, kernel, bias, groups)
 
@@ -287,7 +291,7 @@ _APPENDED = _Form(_appended, _appended_composed, _appended_gradients)
 def dense(x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
     """One standard convolution with the folded kernel. Shapes as for :func:`two_branches`."""
     layout = torch.channels_last if is_channels_last(x) else torch.contiguous_format
-    folded = _FOLDED((geometry.groups, layout), a, b)
+    folded = _by_hand(_FOLDED, (geometry.groups, layout), a, b)
     is_single = not is_followed() and x.shape[2:] == a.shape[2:] == (1, 1) and geometry.padding == (0, 0)
     if is_single:  # what convolutions are slow at
         return F.linear(x.flatten(1), folded.flatten(1), bias)[..., None, None]
@@ -346,7 +350,7 @@ def matrix_products(x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, groups
 
     x: (B, n, H, W); a, b: (m, n/N, 1, 1); bias: (m,); returns (B, m, H, W) in x's layout.
     """
-    return _PRODUCTS((groups,), x, a, b, bias)
+    return _by_hand(_PRODUCTS, (groups,), x, a, b, bias)
 
 
 def _products_composed(groups: int, x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
@@ -398,33 +402,32 @@ def _products_gradients(
     of_x, of_a, of_b, of_bias = wanted
     factor = 1.0 if is_summed(x) else 1 / groups
     dx = da = db = None
-    with torch.autocast(x.device.type, enabled=False):  # the gradients of what was computed, whatever is on by now
-        if _is_rows(x):
-            rows, grouped = _rows(dy, 1)[:, 0], _rows(dy, groups)  # (R, m), (R, N, m/N)
-            own = _rows(x, groups)
-            if of_b:
-                db = rows.T @ _rows(mean, 1)[:, 0]
-            if of_a:
-                da = torch.cat([part.T @ group for part, group in zip(grouped.unbind(1), own.unbind(1), strict=True)])
-            if of_x:
-                shared = rows @ kernel * factor if factor != 1 else rows @ kernel
-                dx = shared[:, None].expand(-1, groups, -1).contiguous()
-                blocks = a.flatten(1).chunk(groups)
-                for part, group, block in zip(dx.unbind(1), grouped.unbind(1), blocks, strict=True):
-                    part.addmm_(group, block)
-                dx = _from_rows(dx.flatten(1), height, width)
-        else:
-            maps = dy.reshape(images, outputs, height * width)
-            grouped = maps.view(images * groups, outputs // groups, height * width)
-            if of_b:
-                db = (maps @ mean.flatten(2).mT).sum(0)
-            if of_a:
-                own = x.reshape(images * groups, size, height * width)
-                da = (grouped @ own.mT).view(images, outputs, size).sum(0)
-            if of_x:
-                dx = (_kernels(a, groups, images).mT @ grouped).view(x.shape)
-                shared = kernel.T.expand(images, -1, -1) @ maps
-                dx = add_to_groups(dx, shared.view(images, size, height, width), groups, factor)
+    if _is_rows(x):
+        rows, grouped = _rows(dy, 1)[:, 0], _rows(dy, groups)  # (R, m), (R, N, m/N)
+        own = _rows(x, groups)
+        if of_b:
+            db = rows.T @ _rows(mean, 1)[:, 0]
+        if of_a:
+            da = torch.cat([part.T @ group for part, group in zip(grouped.unbind(1), own.unbind(1), strict=True)])
+        if of_x:
+            shared = rows @ kernel * factor if factor != 1 else rows @ kernel
+            dx = shared[:, None].expand(-1, groups, -1).contiguous()
+            blocks = a.flatten(1).chunk(groups)
+            for part, group, block in zip(dx.unbind(1), grouped.unbind(1), blocks, strict=True):
+                part.addmm_(group, block)
+            dx = _from_rows(dx.flatten(1), height, width)
+    else:
+        maps = dy.reshape(images, outputs, height * width)
+        grouped = maps.view(images * groups, outputs // groups, height * width)
+        if of_b:
+            db = (maps @ mean.flatten(2).mT).sum(0)
+        if of_a:
+            own = x.reshape(images * groups, size, height * width)
+            da = (grouped @ own.mT).view(images, outputs, size).sum(0)
+        if of_x:
+            dx = (_kernels(a, groups, images).mT @ grouped).view(x.shape)
+            shared = kernel.T.expand(images, -1, -1) @ maps
+            dx = add_to_groups(dx, shared.view(images, size, height, width), groups, factor)
     return (
         dx,
         da.reshape(a.shape) if da is not None else None,
