@@ -317,7 +317,7 @@ def _folded(groups: int, layout: torch.memory_format, a: Tensor, b: Tensor) -> t
     outputs, size, *positions = a.shape
     folded = torch.empty((outputs, groups * size, *positions), dtype=a.dtype, device=a.device, memory_format=layout)
     blocks = _blocks(folded, groups)
-    blocks.copy_((b / groups).unflatten(0, (groups, -1)).unsqueeze(2).expand_as(blocks))
+    torch.div(b.unflatten(0, (groups, -1)).unsqueeze(2).expand_as(blocks), groups, out=blocks)
     diagonal = blocks.diagonal(dim1=0, dim2=2)  # (m/N, n/N, kh, kw, N)
     diagonal += a.unflatten(0, (groups, -1)).movedim(0, -1)
     return folded, ()
