@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from bgcbench.convs.base import VariantConv2d, is_channels_last
+from bgcbench.convs.base import VariantConv2d
+from bgcbench.convs.layouts import is_channels_last
 from bgcbench.errors import BgcbenchError, ResultFileError
 from bgcbench.measure.trace import Size
 from bgcbench.specs import load_layer

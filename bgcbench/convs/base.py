@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bgcbench.convs import choices
+from bgcbench.convs.layouts import is_channels_last, like_layout_of
 from bgcbench.errors import ShapeError, UsageError
 from bgcbench.measure.counts import Counts, count
 from bgcbench.specs import VARIANTS, ConvSpec, as_pair, check_choice
@@ -364,7 +365,7 @@ class VariantConv2d(nn.Module, ABC):
             return x, self.padding
         rows, columns = self.padding
         padded = F.pad(x, (columns, columns, rows, rows), mode=self.padding_mode)
-        return padded.contiguous(memory_format=torch.channels_last) if is_channels_last(x) else padded, (0, 0)
+        return like_layout_of(x, padded), (0, 0)
 
     def extra_repr(self) -> str:
         text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"
@@ -397,16 +398,6 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
         ([p for p in parameters if id(p) in exempt], 0.0),
     )
     return [{"params": members, "weight_decay": decay} for members, decay in split if members]
-
-
-def is_channels_last(x: Tensor) -> bool:
-    """Whether x (B, C, H, W) is stored channels-last and not also contiguous."""
-    return x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
-
-
-def like_layout_of(x: Tensor, y: Tensor) -> Tensor:
-    """y (B, m, H', W'), stored as x is."""
-    return y.contiguous(memory_format=torch.channels_last if is_channels_last(x) else torch.contiguous_format)
 
 
 def row_blocks(weight: Tensor, groups: int) -> Tensor:

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 
 from bgcbench import kernels
 from bgcbench.convs import bgc_forms
-from bgcbench.convs.base import VariantConv2d, diagonal_blocks, like_layout_of, row_blocks
+from bgcbench.convs.base import VariantConv2d, diagonal_blocks, row_blocks
 from bgcbench.convs.bgc_forms import Geometry, dense_kernel, is_followed, strided
 from bgcbench.convs.choices import computed_in, is_autocast, is_transformed
 from bgcbench.convs.gc import group_cross_moments
+from bgcbench.convs.layouts import like_layout_of
 from bgcbench.theory.leastsquares import Fit, solve_normal
 
 MOST_CALLS = 32  # groups that 'split' is offered for

@@ -1,4 +1,4 @@
-"""The exact forms of a balanced group convolution, as functions of tensors: y^k = A^k x^k + B^k xbar + bias^k.
+"""The exact forms of a balanced group convolution (eq. 3.1) as functions of tensors: y^k = A^k x^k + B^k xbar + bias^k.
 
 They compute the same map and differ in what they call and in what they read and write. Their gradients are written out
 by hand, because autograd, taking them apart operation by operation, stores the gradient of the mean N times over (once
@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bgcbench.convs.base import is_channels_last, like_layout_of
 from bgcbench.convs.choices import is_autocast, is_transformed
+from bgcbench.convs.layouts import format_of, is_channels_last, like_layout_of
 
 
 class Geometry(NamedTuple):
@@ -82,7 +82,7 @@ def group_mean(x: Tensor, groups: int) -> Tensor:
 def group_sum(x: Tensor, groups: int) -> Tensor:
     """sum_k x^k. x: (..., n, H, W); returns (..., n/N, H, W), x's layout."""
     grouped, axis = by_groups(x, groups)
-    # To add two is several times faster than a sum over an axis, whose gradient is simpler.
+    # To add two is several times faster than a sum over an axis, but autograd's way back through it is longer.
     total = torch.add(*grouped.unbind(axis)) if groups == 2 and not torch.is_grad_enabled() else grouped.sum(axis)
     return total.permute(0, 3, 1, 2) if axis == -2 else total
 
@@ -139,6 +139,7 @@ class _Form(NamedTuple):
 
 
 def _by_hand(form: _Form, constants: tuple[Any, ...], *inputs: Tensor | None) -> Tensor:
+    """y of ``form``: composed where somebody follows, computed in place elsewhere, with its own gradients if needed."""
     if is_followed():
         return form.composed(*constants, *inputs)
     if torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in inputs):
@@ -290,10 +291,10 @@ _APPENDED = _Form(_appended, _appended_composed, _appended_gradients)
 
 def dense(x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
     """One standard convolution with the folded kernel. Shapes as for :func:`two_branches`."""
-    layout = torch.channels_last if is_channels_last(x) else torch.contiguous_format
+    layout = format_of(x)
     folded = _by_hand(_FOLDED, (geometry.groups, layout), a, b)
-    is_single = not is_followed() and x.shape[2:] == a.shape[2:] == (1, 1) and geometry.padding == (0, 0)
-    if is_single:  # what convolutions are slow at
+    # A convolution is slow at a single pixel. What is recorded must be right for more pixels, too.
+    if not is_followed() and x.shape[2:] == a.shape[2:] == (1, 1) and geometry.padding == (0, 0):
         return F.linear(x.flatten(1), folded.flatten(1), bias)[..., None, None]
     return geometry.convolve(x, folded, bias, 1)
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _disable_current_modes
 
+from bgcbench.convs.layouts import is_channels_last
 from bgcbench.errors import ResultFileError, UsageError
 from bgcbench.measure.device import tf32_state
 from bgcbench.specs import ConvSpec
@@ -159,7 +160,7 @@ def is_autocast(x: Tensor) -> bool:
 
 def layout_of(x: Tensor) -> str:
     """nhwc where x is stored channels-last and not also contiguous."""
-    return "nhwc" if not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last) else "nchw"
+    return "nhwc" if is_channels_last(x) else "nchw"
 
 
 def can_choose(x: Tensor) -> bool:

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from bgcbench.convs.base import is_channels_last
+from bgcbench.convs.layouts import is_channels_last
 from bgcbench.convs.lgc import contributions
 from bgcbench.convs.masked import MaskedConv2d, gather_channels
 from bgcbench.measure.counts import Counts, count

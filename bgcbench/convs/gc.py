@@ -7,8 +7,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from bgcbench.convs.base import VariantConv2d, block_diagonal, diagonal_blocks, like_layout_of, row_blocks
+from bgcbench.convs.base import VariantConv2d, block_diagonal, diagonal_blocks, row_blocks
 from bgcbench.convs.choices import is_transformed
+from bgcbench.convs.layouts import like_layout_of
 from bgcbench.theory.leastsquares import Fit, check_cross_moment, check_second_moment, solve_normal
 
 

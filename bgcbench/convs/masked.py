@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from bgcbench.convs.base import VariantConv2d, is_channels_last
+from bgcbench.convs.base import VariantConv2d
+from bgcbench.convs.layouts import is_channels_last
 
 if TYPE_CHECKING:
     from typing_extensions import Self

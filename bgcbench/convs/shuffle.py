@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bgcbench.convs.base import VariantConv2d, block_diagonal, is_channels_last
+from bgcbench.convs.base import VariantConv2d, block_diagonal
 from bgcbench.convs.gc import GroupConv2d
+from bgcbench.convs.layouts import is_channels_last
 from bgcbench.theory.leastsquares import Fit
 
 
