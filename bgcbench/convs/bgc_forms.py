@@ -99,7 +99,7 @@ def mean_and_kernel(x: Tensor, b: Tensor, groups: int) -> tuple[Tensor, Tensor]:
 
 def is_summed(x: Tensor) -> bool:
     """Whether the 1/N of the mean goes into its kernel."""
-    return x.dtype in (torch.float32, torch.float64)
+    return x.dtype in (torch.float32, torch.float64) and not is_autocast(x)
 
 
 def add_to_groups(x: Tensor, shared: Tensor, groups: int, factor: float) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -194,7 +195,12 @@ def test_the_mean_of_large_numbers_in_half_precision_is_no_sum(form: str) -> Non
     with torch.no_grad():
         layer.weight.zero_()
         layer.weight_mean.fill_(2**-4)
-    torch.testing.assert_close(layer(x), (layer.bias + 2 * 3e4 / 16).view(1, -1, 1, 1).expand(2, 12, 3, 3))
+    expected = (layer.bias + 2 * 3e4 / 16).view(1, -1, 1, 1).expand(2, 12, 3, 3)
+    torch.testing.assert_close(layer(x), expected)
+    layer, x = layer.float(), x.detach().float()
+    for follow in (nullcontext(), forward_ad.dual_level()):
+        with follow, torch.autocast("cpu", dtype=torch.float16):
+            torch.testing.assert_close(layer(x), expected)
 
 
 @pytest.mark.parametrize("form", FORMS)
