@@ -27,7 +27,9 @@ from bgcbench.specs import ConvSpec
 DEVICES = ("cpu", "cuda")  # where it is known how to time
 ROUNDS = 7  # at least; every round calls each form that is still in the race
 MOST_ROUNDS = 50
-ENOUGH_S = 0.1  # rounds go on until so much time has been spent, or ROUNDS are done
+ENOUGH_S = 0.1  # rounds go on until so much time has been spent
+LONG_S = 3.0  # once so much has been spent, calls are long, which scatter less: FEW_ROUNDS will do
+FEW_ROUNDS = 3
 HOPELESS = 1.5  # a form that takes so many times the best one's time is dropped after ...
 GLIMPSES = 2  # ... so many rounds
 WORTH = 0.99  # a form takes the place of one that stands before it only if it takes less than this share of its time
@@ -233,7 +235,9 @@ def _measured(make: Callable[[], Mapping[str, Callable[[], object]]], device: to
             best[form] = min(best[form], _seconds(calls[form], device))
         if number + 1 == GLIMPSES:
             calls = {form: call for form, call in calls.items() if best[form] <= HOPELESS * min(best.values())}
-        if len(calls) < 2 or (number + 1 >= ROUNDS and time.perf_counter() - begun > ENOUGH_S):
+        spent = time.perf_counter() - begun
+        is_enough = number + 1 >= ROUNDS and spent > ENOUGH_S
+        if len(calls) < 2 or is_enough or (number + 1 >= FEW_ROUNDS and spent > LONG_S):
             break
     chosen = default
     for form, seconds in best.items():

@@ -146,6 +146,15 @@ def test_a_hopeless_form_is_not_called_to_the_end(fastest: Callable[..., list[st
     assert timed.count("concat") >= choices.ROUNDS
 
 
+def test_calls_that_take_long_are_timed_less_often(
+    fastest: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timed = fastest(two_conv=1.0, concat=1.1)
+    monkeypatch.setattr(choices, "LONG_S", 0.0)
+    layer()(torch.randn(X))
+    assert timed.count("two_conv") == timed.count("concat") == choices.FEW_ROUNDS < choices.ROUNDS
+
+
 def test_choices_outlive_the_process_and_go_before_what_is_measured(fastest: Callable[..., list[str]]) -> None:
     fastest(concat=1.0)
     layer()(torch.randn(X))
