@@ -8,6 +8,7 @@ addition that follows it count as 1 (fvcore's convention; ``torch.utils.flop_cou
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib
 import math
 import re
@@ -191,7 +192,7 @@ class ConvSpec:
             if self.algorithm not in self.algorithms:
                 raise UsageError(f"algorithm '{self.algorithm}' is for 1x1 kernels without padding; use 'auto'")
 
-    @property
+    @functools.cached_property  # every call of a layer asks
     def is_pointwise(self) -> bool:
         """Whether an output depends on one position of the input: a 1x1 kernel without padding."""
         return self.kernel_positions == 1 and as_pair("padding", self.padding, 0) == (0, 0)

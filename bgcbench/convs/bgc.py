@@ -55,7 +55,6 @@ class BalancedGroupConv2d(VariantConv2d):
     def _create_weights(self, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
         super()._create_weights(device, dtype)
         self.weight_mean = nn.Parameter(torch.empty_like(self.weight)) if self.groups > 1 else None
-        self._is_pointwise = self.spec.is_pointwise
 
     def _weights(self) -> list[nn.Parameter]:
         return [self.weight] if self.weight_mean is None else [self.weight, self.weight_mean]
@@ -89,7 +88,7 @@ class BalancedGroupConv2d(VariantConv2d):
 
             return like_layout_of(x, bgc_conv2d(padded, a, b, bias, self.stride, padding, self.groups))
         stride = self.stride
-        if self._is_pointwise and form != "dense":
+        if self.spec.is_pointwise and form != "dense":
             padded, stride = strided(padded, stride), (1, 1)
         geometry = Geometry(stride, padding, self.dilation, self.groups)
         if form == "matmul":

@@ -56,18 +56,17 @@ def laid_out(x: Tensor, layout: str) -> Tensor:
 
 def by_definition(layer: BalancedGroupConv2d, x: Tensor, a: Tensor, b: Tensor, bias: Tensor) -> Tensor:
     """The standard convolution with the dense kernel, put together entry by entry."""
-    groups, size, outputs = layer.groups, a.shape[1], len(a) // layer.groups
+    groups, outputs = layer.groups, len(a) // layer.groups
     rows = []
     for k in range(groups):
         row = [b[k * outputs : (k + 1) * outputs] / groups for _ in range(groups)]
         row[k] = row[k] + a[k * outputs : (k + 1) * outputs]
         rows.append(torch.cat(row, dim=1))
     kernel = torch.cat(rows)
-    assert kernel.shape[1] == groups * size
     if layer.padding_mode == "zeros":
         return F.conv2d(x, kernel, bias, layer.stride, layer.padding, layer.dilation)
-    (rows_, columns) = layer.padding
-    x = F.pad(x, (columns, columns, rows_, rows_), mode=layer.padding_mode)
+    vertical, horizontal = layer.padding
+    x = F.pad(x, (horizontal, horizontal, vertical, vertical), mode=layer.padding_mode)
     return F.conv2d(x, kernel, bias, layer.stride, 0, layer.dilation)
 
 
