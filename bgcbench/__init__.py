@@ -31,6 +31,8 @@ _HOMES = {
     "save_converted": "bgcbench.convert",
 }
 
+_MODULES = ("calibration",)  # parts that are used by their own name, such as bgcbench.calibration.reestimate_norms
+
 __all__ = [
     "BalancedGroupConv2d",
     "BgcbenchError",
@@ -47,6 +49,7 @@ __all__ = [
     "approximability",
     "build_conv",
     "build_model",
+    "calibration",
     "convert",
     "load_converted",
     "parameter_groups",
@@ -54,6 +57,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from bgcbench import calibration
     from bgcbench.activations import LayerError, approximability
     from bgcbench.convert import Converted, convert, load_converted, save_converted
     from bgcbench.convs import build_conv
@@ -71,6 +75,8 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"{__name__}.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module 'bgcbench' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES[name]), name)

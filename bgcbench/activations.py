@@ -12,6 +12,7 @@ calibrated weights are solved for on the others, and all errors are those on the
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,26 +24,22 @@ from bgcbench.calibration.images import (
     Part,
     batched,
     check_enough,
-    device_of,
     first_of,
-    for_network,
-    input_of,
     moments_device,
     padded,
     parts_of,
     patch_length,
     position_stream,
     positions_an_image,
-    random_state_kept,
-    undisturbed,
     zero_padding,
 )
 from bgcbench.calibration.solve import RIDGES, SEARCH_RIDGE
+from bgcbench.convert import candidates
 from bgcbench.convs import CONVS
 from bgcbench.errors import ShapeError, UsageError
+from bgcbench.measure.batches import Forward, Passing, count_images, device_of, first_image
 from bgcbench.measure.counts import count
-from bgcbench.measure.trace import Size
-from bgcbench.policy import candidates
+from bgcbench.measure.undisturbed import first_not_finite, random_state_kept, seed_everything, undisturbed
 from bgcbench.record import Replaced
 from bgcbench.specs import LINEAR, VARIANTS, ConvSpec, check_choice, check_positive, unfit
 from bgcbench.theory.fits import EXACT
@@ -56,10 +53,11 @@ MOMENT_BYTES = 8  # float64
 
 @dataclass(frozen=True)
 class LayerMoments:
-    """Patch moments at one convolution: ``fit`` for solving, ``held_out`` for judging."""
+    """Patch moments at one convolution: ``fit`` for solving, ``held_out`` for judging; ``problem``: why of no use."""
 
     fit: PatchMoments
     held_out: PatchMoments
+    problem: str | None = None
 
 
 @dataclass(frozen=True)
@@ -101,18 +99,21 @@ def approximability(
     where: str = "auto",
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
-    example_input: Tensor | Size | None = None,
+    example_input: Any = None,
+    forward_fn: Forward | None = None,
     memory_bytes: int = 4 * 2**30,
     seed: int = 0,
 ) -> list[LayerError]:
     """The loss of every convolution that ``convert`` would replace, for each variant and N; in execution order.
 
-    batches: anything that yields inputs (B, C, H, W), or tuples that begin with one, more than once if it is asked to
-    (a list, a DataLoader; a generator serves where one pass is enough, and one that shuffles gives each pass other
-    images). images: how many of them are used, at least 4; None for all there are, or 256 where that cannot be told.
+    batches, forward_fn: as calibration and forward_fn of :func:`bgcbench.convert`; gone through more than once where it
+    is needed (a list, a DataLoader; a generator serves where one pass is enough, and one that shuffles gives each pass
+    other images). images: how many of them are used, at least 4; None for all there are, or 256 where that cannot be
+    told.
     memory_bytes: what the moments and the solving may take; where all layers need more, the images are run through the
-    network several times. The network's weights, mode, hooks and torch's random state are left as they were. Raises
-    UsageError for too few images, for inputs that are not finite and for a layer whose moments exceed the memory.
+    network several times. The network's weights, mode, hooks and the random states are left as they were. Warns of what
+    the user should know, such as random numbers in eval mode. Raises UsageError for too few images, for inputs that are
+    not finite and for a layer whose moments exceed the memory.
     """
     for name in variants:
         check_choice("variant", name, VARIANTS)
@@ -122,27 +123,32 @@ def approximability(
         raise UsageError("nothing to look at: name a variant besides standard, and at least one N")
     with random_state_kept(model):
         first, batches = first_of(batches)
+        passing = Passing(forward_fn)
         if images is None:
-            images = _counted(batches)
+            images = _counted(batches, passing, model)
         found = candidates(
             model,
             where=where,
             include=include,
             exclude=exclude,
-            example_input=example_input if example_input is not None else for_network(first[:1], model),
+            example_input=first_image(passing.of(first, model)) if example_input is None else example_input,
+            passing=passing,
         )
+        for note in (*found.notes, *passing.notes):
+            warnings.warn(note, stacklevel=2)
         share_of = shares(found.chosen)
         errors: list[LayerError] = []
-        for layer, moments in stream(model, found.chosen, batches, images=images, memory_bytes=memory_bytes, seed=seed):
+        options: dict[str, Any] = {"images": images, "memory_bytes": memory_bytes, "seed": seed, "passing": passing}
+        for layer, moments in stream(model, found.chosen, batches, **options):
             judge = Judge(layer, kernel_of(model, layer), moments, share_of.get(layer.name))
             errors += [judge.judge(variant, n) for n in groups for variant in variants if variant != "standard"]
     return errors
 
 
-def _counted(batches: Iterable[Any]) -> int:
+def _counted(batches: Iterable[Any], passing: Passing, model: nn.Module) -> int:
     """How many images there are."""
     if isinstance(batches, (list, tuple)):
-        return sum(len(input_of(batch)) for batch in batches)
+        return sum(count_images(passing.of(batch, model)) or 1 for batch in batches)
     dataset: Any = getattr(batches, "dataset", None)
     return len(dataset) if hasattr(dataset, "__len__") else DEFAULT_IMAGES
 
@@ -213,6 +219,7 @@ def stream(
     images: int,
     memory_bytes: int,
     seed: int = 0,
+    passing: Passing | None = None,
     stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[tuple[Replaced, LayerMoments]]:
     """Each layer with its moments, in order; one run over the images for every portion that fits the memory.
@@ -222,7 +229,7 @@ def stream(
     check_positive("calibration images", images)
     portions = passes(layers, memory_bytes)
     for number, portion in enumerate(portions):
-        collected = _collect(model, portion, batches, images, seed, stop)
+        collected = _collect(model, portion, batches, images, seed, passing or Passing(), stop)
         if collected is None:
             return
         for layer in portion:
@@ -238,6 +245,7 @@ def _collect(
     batches: Iterable[Any],
     images: int,
     seed: int,
+    passing: Passing,
     stop: Callable[[], bool],
 ) -> dict[str, LayerMoments] | None:
     """Run the images through the network and add up the moments of ``layers``; None where it was stopped.
@@ -253,10 +261,11 @@ def _collect(
     seen = 0
     try:
         with undisturbed(model):
-            for part in parts_of(batches, images):
+            for part in parts_of(batches, images, passing, model):
                 for watcher in watchers:
                     watcher.expect(part)
-                model(for_network(part.images, model))
+                seed_everything(part.seed)
+                passing(model, part.batch)
                 seen += len(part.numbers)
                 if stop():
                     return None
@@ -265,19 +274,22 @@ def _collect(
             handle.remove()
     check_enough(seen)
     for layer in layers:
-        _check_moments(layer, moments[layer.name])
+        if not moments[layer.name].fit.positions or not moments[layer.name].held_out.positions:
+            raise UsageError(f"{layer.name} is not reached by a forward pass of the calibration images; exclude it")
+    damaged = [layer.name for layer in layers if not _are_finite(moments[layer.name])]
+    where = first_not_finite(model, lambda: passing(model, part.batch)) if damaged else None
+    for name in damaged:
+        problem = (
+            f"the inputs of {name} are not finite{f': {where}' if where else ''}; check the network's weights and the "
+            "images, or exclude what comes after the damage"
+        )
+        moments[name] = replace(moments[name], problem=problem)
     return moments
 
 
-def _check_moments(layer: Replaced, moments: LayerMoments) -> None:
-    for part in (moments.fit, moments.held_out):
-        if not part.positions:
-            raise UsageError(f"{layer.name} is not reached by a forward pass of the calibration images; exclude it")
-        if not bool(torch.isfinite(part.first).all()) or not bool(torch.isfinite(part.total.diagonal()).all()):
-            raise UsageError(
-                f"the inputs of {layer.name} are not finite: the network's weights, or the images, are damaged; "
-                "check them, or exclude what comes after the damage"
-            )
+def _are_finite(moments: LayerMoments) -> bool:
+    sums = (each for part in (moments.fit, moments.held_out) for each in (part.first, part.total.diagonal()))
+    return all(bool(torch.isfinite(each).all()) for each in sums)
 
 
 class _Watcher:
@@ -333,12 +345,15 @@ class Judge:
         self.rows, self.held_out_rows = moments.fit.positions, moments.held_out.positions
         # Sums serve as well as means, for a solution and for a share, and need no second copy.
         self._fit, self._held_out = moments.fit.total, moments.held_out.total
+        self._problem = moments.problem
         if not bool(torch.isfinite(self.weight).all()):
-            raise UsageError(f"the weights of {layer.name} are not finite; check the file they come from")
+            self._problem = f"the weights of {layer.name} are not finite; check the file they come from"
         self._whole = self._energy(self.weight)
 
     def judge(self, variant: str, groups: int) -> LayerError:
-        """What the layer loses as ``variant`` with N = ``groups``."""
+        """What the layer loses as ``variant`` with N = ``groups``; raises UsageError for damaged inputs or weights."""
+        if self._problem is not None:
+            raise UsageError(self._problem)
         devices = [self.weight.device] if self.weight.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):  # a layer is initialised before it takes the projection
             return self._judged(variant, groups)

@@ -9,13 +9,13 @@ No variant is known by name here: a variant is a class that can be built from a 
 
 from __future__ import annotations
 
-import copy
 import importlib
 import json
+import math
 import sys
 import types
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from os import PathLike
 from typing import IO, Any
 
@@ -25,25 +25,38 @@ from torch import Tensor, nn
 from bgcbench.calibration import DEFAULT_IMAGES, MEMORY_BYTES, Calibration
 from bgcbench.convs.base import PROJECTIONS
 from bgcbench.errors import ResultFileError, ShapeError, UsageError
-from bgcbench.measure.trace import Size, Trace, without_numbers
+from bgcbench.measure.batches import Forward, Passing
 from bgcbench.models import build_model, identify
 from bgcbench.policy import (
-    Candidates,
+    Reason,
     call_shape,
-    candidates,
+    channels,
     check_wrapper,
     checked_example,
     collect,
     decide,
     describe,
     divide,
+    kept_of,
     look,
     nothing_to_replace,
     patterns,
-    traced,
 )
-from bgcbench.record import CALIBRATED, SCRATCH, Converted, Kept, Record, Replaced, copied, record_in, replay
-from bgcbench.specs import VARIANTS, WHERE, NetSpec, check_choice, check_positive
+from bgcbench.record import (
+    CALIBRATED,
+    SCRATCH,
+    Converted,
+    Kept,
+    Record,
+    Replaced,
+    copied,
+    origin_of,
+    record_in,
+    replay,
+    reverted,
+)
+from bgcbench.specs import VARIANTS, WHERE, NetSpec, check_choice, check_positive, divisors
+from bgcbench.trial import keep_what_cannot_be_exchanged
 
 __all__ = ["Candidates", "Converted", "Kept", "Record", "Replaced", "candidates", "convert", "load_converted", "replay",
            "save_converted"]  # fmt: skip
@@ -64,9 +77,10 @@ def convert(
     init: str = "white",
     on_indivisible: str = "raise",
     algorithm: str = "auto",
-    example_input: Tensor | Size | None = None,
+    example_input: Any = None,
     inplace: bool = False,
     calibration: Iterable[Any] | None = None,
+    forward_fn: Forward | None = None,
     calibration_images: int | None = None,
     rebn: bool | None = None,
     memory_bytes: int = MEMORY_BYTES,
@@ -94,11 +108,14 @@ def convert(
     on_indivisible: what to do where N does not divide the channels: 'raise' a ShapeError that names each of them,
         'skip' (keep it dense) or 'gcd' (the largest N that does).
     algorithm: the form of the layers that have a choice, such as 'deployed'.
-    example_input: a batch of one, or (channels, height, width), to run the network on once without numbers, which is
-        how order, shapes, shortcuts and functional convolutions are found. By default a size that works, or the first
-        image of ``calibration``.
-    calibration: anything that yields inputs as the network takes them (normalised), (B, C, H, W), or tuples that begin
-        with one; no labels are needed. calibration_images: use so many of them at most (default 512).
+    example_input: what to run the network on to find order, shapes, shortcuts and functional convolutions, and whether
+        it computes the same with other layers in it: (channels, height, width), a tensor, a tuple of its arguments, a
+        dict of its keywords, a list of images. By default a size that works, or the first image of ``calibration``.
+    calibration: anything that yields batches; no labels are needed. A tensor is the network's input, the elements of a
+        tuple or list are its arguments, as many as its forward requires, a dict holds its keywords, a list of images
+        (C, H, W) is one argument. forward_fn: called as forward_fn(model, batch) instead, for any other batch (and
+        example_input, which then is one). calibration_images: use so many at most (default 512); batches that cannot
+        be taken apart into images count as one each.
     rebn: re-estimate the statistics of batch norm on these images, from the first replaced convolution on; by default
         where there are images. memory_bytes: what calibration may hold at a time; where more images are given than fit,
         fewer are used, and a note says so. seed: which positions of an image are looked at. stop: asked now and then
@@ -107,72 +124,112 @@ def convert(
 
     Replaced are ``torch.nn.Conv2d`` with groups=1. Kept with a reason: subclasses with a forward of their own,
     parametrised or tied weights, convolutions with tensors or tensor hooks of their own, those that something outside
-    of the module tree refers to (a list of layers), grouped ones, everything the policy names. A module used twice is
-    converted once. Training mode, device, dtype, memory format, module hooks, attributes and requires_grad are taken
-    over; the global random state is left alone unless ``init='scratch'``. ``model`` is untouched unless ``inplace``.
-    The record's ``calibration`` says of each layer what it lost before and after.
-    N = 1 is the standard convolution: nothing is replaced.
+    of the module tree refers to (a list of layers), those whose type, groups or weight's shape the network asks for,
+    grouped ones, everything the policy names (see :class:`bgcbench.policy.Reason`). A module used twice is converted
+    once; layers of earlier conversions stay, and the record holds them too. Training mode, device, dtype, memory
+    format, module hooks, attributes and requires_grad are taken over; the global random states are left alone unless
+    ``init='scratch'``. ``model`` is untouched unless ``inplace``. The record's ``calibration`` says of each layer what
+    it lost before and after. N = 1 is the standard convolution: nothing is replaced.
 
     Returns the network and the record. Raises UsageError for an unknown option, where nothing can be replaced, and for
-    images that are missing, too few or not finite; ShapeError for an N that does not divide.
+    images that are missing, too few, not finite or not what the network takes; ShapeError for an N that does not
+    divide.
     """
     _check_options(variant, groups, where, init, on_indivisible, algorithm)
     check_wrapper(model)
-    images = _calibration(model, init, calibration, calibration_images, rebn, memory_bytes, seed, stop)
-    example = checked_example(example_input)
+    passing = Passing(forward_fn)
+    images = _calibration(model, init, calibration, passing, calibration_images, rebn, memory_bytes, seed, stop)
+    example = example_input if forward_fn is not None else checked_example(example_input)
     if example is None and images is not None:
         example = images.example
-    source = identify(model)
-    found, notes = look(model, example)
+    source = identify(reverted(model) if any(map(origin_of, model.modules())) else model)
+    found, notes = look(model, example, passing)
     convs = collect(model, found)
     named = patterns(include), patterns(exclude)
     decide(model, convs, found, where, *named)
-    if groups == 1 or variant == "standard":
+    replaces = groups > 1 and variant != "standard"
+    if not replaces:
         for conv in convs:
-            conv.reason = conv.reason or "N = 1 is the standard convolution"
+            conv.reason = conv.reason or Reason("standard", "N = 1 is the standard convolution")
     divide(convs, variant, groups, on_indivisible)
+    if found is not None and replaces:
+        notes += keep_what_cannot_be_exchanged(model, convs, found, example, passing, variant)
     chosen = [conv for conv in convs if conv.reason is None]
-    if not chosen and groups > 1 and variant != "standard":
+    if not chosen and replaces:
         raise UsageError(nothing_to_replace(convs, where))
-
-    def recorded() -> Record:
-        return Record(
-            variant,
-            groups,
-            where,
-            *named,
-            init,
-            on_indivisible,
-            algorithm,
-            source,
-            found.size if found else None,
-            tuple(describe(conv) for conv in convs if conv.reason is None),
-            tuple(Kept(conv.name, conv.reason) for conv in convs if conv.reason is not None),
-            tuple(f"in {call.owner or 'the network'}: {call_shape(call)}" for call in found.functional)
-            if found
-            else (),
-            tuple(notes),
-        )
-
-    record = recorded()
-    if found is not None and chosen:
-        for name in _still_dense(model, record, found, example):
-            next(conv for conv in chosen if conv.name == name).reason = "called from outside of the module tree"
-        record = recorded()
+    own: dict[str, Any] = {"variant": variant, "algorithm": algorithm, "init": init}
+    origins = {conv.name: origin for conv in convs if (origin := origin_of(conv.module)) is not None}
+    record = Record(
+        variant,
+        groups,
+        where,
+        *named,
+        init,
+        on_indivisible,
+        algorithm,
+        source,
+        found.size if found else None,
+        tuple(replace(describe(conv), **own) for conv in chosen),
+        kept_of(convs),
+        tuple(f"in {call.owner or 'the network'}: {call_shape(call)}" for call in found.functional) if found else (),
+        tuple(notes),
+        earlier=tuple(replace(layer, name=name) for name, (layer, _) in origins.items()),
+    )
     if images is None or not chosen:
         return Converted(replay(model if inplace else copied(model), record), record)
     # What the original says comes first: a network that is converted in place cannot be asked any more.
     wanted = images.observe(model, record.replaced if init == CALIBRATED else ())
     target = replay(model if inplace else copied(model), record)
     report = images.settle(target, record, wanted)
-    notes += images.notes
-    return Converted(target, replace(record, rebn=images.rebn, calibration=report, notes=tuple(notes)))
+    return Converted(target, replace(record, rebn=images.rebn, calibration=report, notes=(*notes, *images.notes)))
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The convolutions of a network that :func:`convert` would replace, in the order of execution, and the others."""
+
+    chosen: tuple[Replaced, ...]
+    kept: tuple[Kept, ...]
+    notes: tuple[str, ...]
+
+
+def candidates(
+    model: nn.Module,
+    *,
+    where: str = "auto",
+    include: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] | None = None,
+    example_input: Any = None,
+    passing: Passing | None = None,
+) -> Candidates:
+    """What :func:`convert` with these options would replace, before any N is asked for (``groups`` is 1 in each).
+
+    passing: how the network is run on ``example_input``. Raises UsageError for an unknown option or pattern and where
+    nothing can be replaced.
+    """
+    check_choice("where", where, WHERE)
+    check_wrapper(model)
+    passing = passing or Passing()
+    example = example_input if passing.forward is not None else checked_example(example_input)
+    found, notes = look(model, example, passing)
+    convs = collect(model, found)
+    decide(model, convs, found, where, patterns(include), patterns(exclude))
+    for conv in convs:
+        if conv.reason is None:  # what is tried in its place is a group convolution
+            conv.groups = next(iter(divisors(math.gcd(*channels(conv.module)))[1:]), 1)
+    if found is not None:
+        notes += keep_what_cannot_be_exchanged(model, convs, found, example, passing, "gc")
+    chosen = [conv for conv in convs if conv.reason is None]
+    if not chosen:
+        raise UsageError(nothing_to_replace(convs, where))
+    return Candidates(tuple(replace(describe(conv), groups=1) for conv in chosen), kept_of(convs), tuple(notes))
 
 
 def _calibration(
     model: nn.Module,
     init: str,
     batches: Iterable[Any] | None,
+    passing: Passing,
     images: int | None,
     rebn: bool | None,
     memory_bytes: int,
@@ -192,11 +249,23 @@ def _calibration(
     if not rebn and init != CALIBRATED:
         raise UsageError(f"calibration images are of no use with init='{init}' and rebn=False; leave them out")
     return Calibration(
-        model, batches, images=images or DEFAULT_IMAGES, rebn=rebn, memory_bytes=memory_bytes, seed=seed, stop=stop
+        model,
+        batches,
+        passing=passing,
+        images=images or DEFAULT_IMAGES,
+        rebn=rebn,
+        memory_bytes=memory_bytes,
+        seed=seed,
+        stop=stop,
     )
 
 
 def _check_options(variant: str, groups: int, where: str, init: str, on_indivisible: str, algorithm: str) -> None:
+    if not isinstance(variant, str):
+        raise UsageError(
+            f"variant is a {type(variant).__name__}, and one conversion takes one variant by its name; for several "
+            "convert several times, each with include=[names]"
+        )
     check_choice("variant", variant, VARIANTS)
     check_positive("groups", groups)
     check_choice("where", where, WHERE)
@@ -206,22 +275,6 @@ def _check_options(variant: str, groups: int, where: str, init: str, on_indivisi
         check_choice(f"algorithm of {variant}", algorithm, VARIANTS[variant].algorithms)
     if variant == "standard" and groups != 1:
         raise ShapeError(f"a standard convolution has groups=1, not {groups}; variant 'gc' has groups")
-
-
-def _still_dense(model: nn.Module, record: Record, found: Trace, example: Any) -> list[str]:
-    """Names of convolutions that the converted network does not run, because something else refers to the old ones.
-
-    Found by converting a copy without numbers and running that (with numbers where the network needs them).
-    """
-    try:
-        with torch.random.fork_rng(devices=[]):
-            probe = copy.deepcopy(model) if found.numbers else without_numbers(model)
-            again = traced(replay(probe, replace(record, init=SCRATCH)), example, found.size)
-    except Exception:  # noqa: BLE001 - a network that only runs as it was: nothing can be said
-        return []
-    called = {call.module for call in again.convs if call.variant}
-    names = {layer.name for layer in record.replaced if layer.calls}
-    return sorted(names - called)
 
 
 def save_converted(converted: Converted, path: str | PathLike[str] | IO[bytes]) -> None:
@@ -273,7 +326,7 @@ def load_converted(
             f"bgcbench cannot build the network of {path} by itself; pass a dense one: load_converted(path, model)"
         )
     # The weights come from the file, so nothing needs to be solved for.
-    rebuilt = replay(base, replace(record, init=SCRATCH))
+    rebuilt = replay(base, record, weights=False)
     try:
         rebuilt.load_state_dict(state, assign=True)  # with the dtypes and memory formats that were saved
     except RuntimeError as problem:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,11 +17,26 @@ from torch import Tensor, nn
 
 from bgcbench.convs.base import VariantConv2d
 from bgcbench.errors import ShapeError, UsageError
+from bgcbench.measure.batches import Images, Passing
 from bgcbench.measure.trace import SHORTCUT_NAME, Call, Size, Trace, trace
 from bgcbench.record import Kept, Replaced
-from bgcbench.specs import WHERE, as_pair, check_choice, unfit
+from bgcbench.specs import as_pair, unfit
 
 _OTHER_CONVS = (nn.Conv1d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+@dataclass(frozen=True)
+class Reason:
+    """Why a convolution stays: a code that programs can rely on, and a text.
+
+    The network does what a variant cannot follow: 'variant' (is one already), 'kind', 'own_forward', 'lazy',
+    'parametrised', 'shared', 'hooked', 'extra_state', 'weight_used', 'shape_read', 'grouped', 'padding', 'bypassed',
+    'type_read'. Its place speaks against it: 'first', 'reads_image', 'classifier', 'writes_image', 'squeeze',
+    'shortcut', 'kernel', 'last', 'not_reached'. As asked: 'excluded', 'not_included', 'standard', 'indivisible'.
+    """
+
+    code: str
+    text: str
 
 
 @dataclass
@@ -32,47 +47,17 @@ class Conv:
     module: nn.Module
     also: tuple[str, ...] = ()
     calls: list[Call] = field(default_factory=list)
-    reason: str | None = None
+    reason: Reason | None = None
     groups: int = 0
 
 
-@dataclass(frozen=True)
-class Candidates:
-    """The convolutions of a network that :func:`convert` would replace, in the order of execution, and the others."""
-
-    chosen: tuple[Replaced, ...]
-    kept: tuple[Kept, ...]
-    notes: tuple[str, ...]
-
-
-def candidates(
-    model: nn.Module,
-    *,
-    where: str = "auto",
-    include: str | Sequence[str] | None = None,
-    exclude: str | Sequence[str] | None = None,
-    example_input: Tensor | Size | None = None,
-) -> Candidates:
-    """What :func:`convert` with these options would replace, before any N is asked for (``groups`` is 1 in each).
-
-    Raises UsageError for an unknown option or pattern and where nothing can be replaced.
-    """
-    check_choice("where", where, WHERE)
-    check_wrapper(model)
-    found, notes = look(model, checked_example(example_input))
-    convs = collect(model, found)
-    decide(model, convs, found, where, patterns(include), patterns(exclude))
-    chosen = [conv for conv in convs if conv.reason is None]
-    if not chosen:
-        raise UsageError(nothing_to_replace(convs, where))
-    for conv in chosen:
-        conv.groups = 1
-    kept = tuple(Kept(conv.name, conv.reason) for conv in convs if conv.reason is not None)
-    return Candidates(tuple(describe(conv) for conv in chosen), kept, tuple(notes))
+def kept_of(convs: Iterable[Conv]) -> tuple[Kept, ...]:
+    """Those of ``convs`` that stay."""
+    return tuple(Kept(conv.name, conv.reason.text, conv.reason.code) for conv in convs if conv.reason is not None)
 
 
 def nothing_to_replace(convs: Sequence[Conv], where: str) -> str:
-    reasons = ", ".join(f"{conv.name}: {conv.reason}" for conv in convs[:8]) or "it has no convolution"
+    reasons = ", ".join(f"{kept.name}: {kept.reason}" for kept in kept_of(convs[:8])) or "it has no convolution"
     more = f", and {len(convs) - 8} more" if len(convs) > 8 else ""
     return f"nothing to replace with where='{where}' ({reasons}{more}); name convolutions with include"
 
@@ -88,37 +73,52 @@ def check_wrapper(model: nn.Module) -> None:
 
 
 def checked_example(example: Any) -> Any:
-    """A size as a tuple, an input as it is; raises UsageError for what is neither."""
+    """A size as a tuple of numbers; an input as what the network is called with (see Passing.of).
+
+    Raises UsageError for what is neither.
+    """
     if isinstance(example, (list, tuple)) and len(example) == 3 and all(isinstance(side, int) for side in example):
         return tuple(example)
-    inputs = example if isinstance(example, tuple) else (example,)
-    if example is None or any(isinstance(part, Tensor) for part in inputs):
+    if example is None or isinstance(example, dict):
         return example
+    if isinstance(example, list):
+        return (Images(example),)
+    inputs = example if isinstance(example, tuple) else (example,)
+    if any(isinstance(part, (Tensor, Images)) for part in inputs):
+        return inputs
     raise UsageError(
-        f"example_input is a {type(example).__name__}; pass (channels, height, width), a tensor, or a tuple of the "
-        "network's arguments with a tensor among them"
+        f"example_input is a {type(example).__name__}; pass (channels, height, width), a tensor, a tuple of the "
+        "network's arguments with a tensor among them, a dict of its keywords, or a list of images"
     )
 
 
-def traced(model: nn.Module, example: Any, size: Size | None = None) -> Trace:
+def traced(model: nn.Module, example: Any, passing: Passing | None = None, size: Size | None = None) -> Trace:
     if isinstance(example, tuple) and all(isinstance(side, int) for side in example):
         return trace(model, size=example)
-    return trace(model, size=size) if example is None else trace(model, example=example)
+    return trace(model, size=size) if example is None else trace(model, example=example, passing=passing)
 
 
-def look(model: nn.Module, example: Any) -> tuple[Trace | None, list[str]]:
+def look(model: nn.Module, example: Any, passing: Passing | None = None) -> tuple[Trace | None, list[str]]:
     """Run the network once; where it cannot be run, None and a note that says so."""
     try:
-        return traced(model, example), []
+        return traced(model, example, passing), []
     except Exception as problem:
         if example is not None:
-            reason = str(problem) or type(problem).__name__
-            raise UsageError(f"the network does not run on example_input (in eval mode): {reason}") from problem
-        first = str(problem).splitlines()[0] if str(problem) else type(problem).__name__
+            if isinstance(problem, UsageError):
+                raise
+            raise UsageError(
+                f"the network does not run on its input (in eval mode): {first_line(problem)}"
+            ) from problem
+        first = first_line(problem)
         return None, [
             "the network could not be run, so shapes are unknown and shortcuts are told by their names only: "
             f"{first} (pass example_input)"
         ]
+
+
+def first_line(problem: BaseException) -> str:
+    """What an exception says, in one line."""
+    return str(problem).splitlines()[0] if str(problem) else type(problem).__name__
 
 
 def collect(model: nn.Module, found: Trace | None) -> list[Conv]:
@@ -165,11 +165,11 @@ def decide(
     for conv in convs:
         hard = _cannot(conv, owners, found)
         if _matches(conv, exclude):
-            conv.reason = hard or "excluded"
+            conv.reason = hard or Reason("excluded", "excluded")
         elif _matches(conv, include):
             named = any(name in include for name in (conv.name, *conv.also))
             if hard is not None and named:
-                raise UsageError(f"{conv.name} cannot be replaced: {hard}; leave it out of include")
+                raise UsageError(f"{conv.name} cannot be replaced: {hard.text}; leave it out of include")
             conv.reason = hard
         else:
             conv.reason = hard or policy.get(conv.name)
@@ -182,40 +182,52 @@ def _identity(parameter: Tensor) -> Any:
     return parameter.device, parameter.data_ptr()
 
 
-def _cannot(conv: Conv, owners: Mapping[Any, Sequence[str]], found: Trace | None) -> str | None:
+def _cannot(conv: Conv, owners: Mapping[Any, Sequence[str]], found: Trace | None) -> Reason | None:
     """Why this convolution cannot be replaced, whatever is asked for; None if it can."""
+    return next(_obstacles(conv, owners, found), None)
+
+
+def _obstacles(conv: Conv, owners: Mapping[Any, Sequence[str]], found: Trace | None) -> Iterator[Reason]:
+    """What is in the way of replacing this convolution at all, the most fundamental first."""
     module = conv.module
     kind = type(module).__name__
     if isinstance(module, VariantConv2d):
-        return f"already a {kind}"
+        yield Reason("variant", f"already a {kind}")
+        return
     if not isinstance(module, nn.Conv2d):
-        return f"a {kind}; only Conv2d has these variants"
-    reasons: list[str | None] = [
-        f"{kind} has a forward of its own" if _own_forward(module) else None,
-        f"{kind} has no weight yet; run the network once"
-        if isinstance(module, nn.modules.lazy.LazyModuleMixin)
-        else None,
-    ]
+        yield Reason("kind", f"a {kind}; only Conv2d has these variants")
+        return
+    if _own_forward(module):
+        yield Reason("own_forward", f"{kind} has a forward of its own")
+    if isinstance(module, nn.modules.lazy.LazyModuleMixin):
+        yield Reason("lazy", f"{kind} has no weight yet; run the network once")
+    yield from _odd_parameters(conv, module, owners)
+    extra = [*(set(module._parameters) - {"weight", "bias"}), *module._buffers, *module._modules]
+    if extra:
+        yield Reason("extra_state", f"it holds more than a weight and a bias ({', '.join(sorted(extra))})")
+    if found is not None and conv.name in found.borrowed:
+        yield Reason("weight_used", "its weight is used outside of it")
+    if found is not None and conv.name in found.measured:
+        yield Reason("shape_read", "its weight's shape is read outside of it")
+    if module.groups != 1:
+        what = "depthwise" if module.groups == module.in_channels else f"groups={module.groups}"
+        yield Reason("grouped", f"already grouped ({what})")
+    if _padding(module) is None:
+        yield Reason("padding", f"padding='{module.padding}' is uneven for its kernel")
+
+
+def _odd_parameters(conv: Conv, module: nn.Conv2d, owners: Mapping[Any, Sequence[str]]) -> Iterator[Reason]:
     for name in ("weight", "bias"):
         if name == "bias" and getattr(module, name, None) is None:
             continue
         parameter = module._parameters.get(name)
         if parameter is None or nn.utils.parametrize.is_parametrized(module, name):
-            reasons.append(f"its {name} is computed (parametrised), not stored")
+            yield Reason("parametrised", f"its {name} is computed (parametrised), not stored")
             continue
-        others = [other for other in owners.get(_identity(parameter), ()) if other != conv.name]
-        reasons.append(f"its {name} is shared with {', '.join(others)}" if others else None)
-        reasons.append(f"its {name} has a hook" if getattr(parameter, "_backward_hooks", None) else None)
-    extra = [*(set(module._parameters) - {"weight", "bias"}), *module._buffers, *module._modules]
-    reasons.append(f"it holds more than a weight and a bias ({', '.join(sorted(extra))})" if extra else None)
-    if found is not None and conv.name in found.borrowed:
-        reasons.append("its weight is used outside of it")
-    if module.groups != 1:
-        depthwise = module.groups == module.in_channels
-        reasons.append(f"already grouped ({'depthwise' if depthwise else f'groups={module.groups}'})")
-    if _padding(module) is None:
-        reasons.append(f"padding='{module.padding}' is uneven for its kernel")
-    return next((reason for reason in reasons if reason is not None), None)
+        if others := [other for other in owners.get(_identity(parameter), ()) if other != conv.name]:
+            yield Reason("shared", f"its {name} is shared with {', '.join(others)}")
+        if getattr(parameter, "_backward_hooks", None):
+            yield Reason("hooked", f"its {name} has a hook")
 
 
 def _own_forward(module: nn.Conv2d) -> bool:
@@ -235,33 +247,37 @@ def _padding(module: nn.Conv2d) -> tuple[int, int] | None:
     return as_pair("padding", module.padding, 0)  # type: ignore[arg-type]  # no string any more
 
 
-def _policy(model: nn.Module, convs: Sequence[Conv], found: Trace | None, where: str) -> dict[str, str]:
+def _policy(model: nn.Module, convs: Sequence[Conv], found: Trace | None, where: str) -> dict[str, Reason]:
     """Why the policy keeps a convolution, by name; what is not in it is replaced."""
     if where == "none":
-        return {conv.name: "not included" for conv in convs}
-    reasons: dict[str, str] = {}
+        return {conv.name: Reason("not_included", "not included") for conv in convs}
+    reasons: dict[str, Reason] = {}
     kernel = {"3x3": (3, 3), "1x1": (1, 1)}.get(where)
     families = _families(model, convs, found) if where == "auto" else {}
     usable = [conv for conv in convs if isinstance(conv.module, (nn.Conv2d, VariantConv2d))]
     first = found.convs[0].module if found and found.convs else usable[0].name if usable else ""
     for conv in usable:
-        name, size = conv.name, conv.module.kernel_size
-        role = "the first convolution" if name == first else _role(conv, found, shortcuts=where == "all")
-        role = role or families.get(name)
-        if role is not None:
-            reasons[name] = role
-        elif kernel is not None and size != kernel:
-            reasons[name] = f"a {_by(size)} kernel, not {_by(kernel)}"
+        name = conv.name
+        is_first = Reason("first", "the first convolution") if name == first else None
+        reason = is_first or _role(conv, found, shortcuts=where == "all") or families.get(name)
+        if reason is None and kernel is not None and conv.module.kernel_size != kernel:
+            reason = _other_kernel(conv, kernel)
+        if reason is not None:
+            reasons[name] = reason
     return reasons
 
 
-def _families(model: nn.Module, convs: Sequence[Conv], found: Trace | None) -> dict[str, str]:
+def _other_kernel(conv: Conv, kernel: tuple[int, int]) -> Reason:
+    return Reason("kernel", f"a {_by(conv.module.kernel_size)} kernel, not {_by(kernel)}")
+
+
+def _families(model: nn.Module, convs: Sequence[Conv], found: Trace | None) -> dict[str, Reason]:
     """Why the paper keeps convolutions of the families that it names, wherever such a network stands in ``model``.
 
     Families are told by class name (torchvision's and timm's, and subclasses): of a ResNet of bottlenecks whose 3x3 are
     not grouped only the 3x3 are replaced; MobileNetV2 and EfficientNet keep their last convolution.
     """
-    reasons: dict[str, str] = {}
+    reasons: dict[str, Reason] = {}
     for root, module in model.named_modules():
         names = {kind.__name__ for kind in type(module).__mro__}
         if not names & {"ResNet", "MobileNetV2", "EfficientNet"}:
@@ -270,30 +286,38 @@ def _families(model: nn.Module, convs: Sequence[Conv], found: Trace | None) -> d
         mine = [c for c in convs if c.name.startswith(prefix) and isinstance(c.module, (nn.Conv2d, VariantConv2d))]
         if "ResNet" not in names:
             last = [conv.name for conv in mine if conv.calls]
-            reasons |= {name: "the last convolution, outside of the blocks" for name in last[-1:] if found}
+            outside = Reason("last", "the last convolution, outside of the blocks")
+            reasons |= dict.fromkeys(last[-1:] if found else (), outside)
             continue
         middle = [c.module for c in mine if isinstance(c.module, nn.Conv2d) and c.module.kernel_size == (3, 3)]
         bottlenecks = any(type(m).__name__ == "Bottleneck" for m in module.modules())
         if bottlenecks and middle and all(conv.groups == 1 for conv in middle):
-            others = [conv for conv in mine if conv.module.kernel_size != (3, 3)]
-            reasons |= {conv.name: f"a {_by(conv.module.kernel_size)} kernel, not 3x3" for conv in others}
+            reasons |= {c.name: _other_kernel(c, (3, 3)) for c in mine if c.module.kernel_size != (3, 3)}
     return reasons
 
 
-def _role(conv: Conv, found: Trace | None, *, shortcuts: bool) -> str | None:
+def _role(conv: Conv, found: Trace | None, *, shortcuts: bool) -> Reason | None:
     """What this convolution is in its network that speaks for keeping it; ``shortcuts``: those do not count."""
+    return next(_roles(conv, found, shortcuts=shortcuts), None)
+
+
+def _roles(conv: Conv, found: Trace | None, *, shortcuts: bool) -> Iterator[Reason]:
     if found is None:
-        return "a shortcut" if SHORTCUT_NAME.search(conv.name) and not shortcuts else None
+        if SHORTCUT_NAME.search(conv.name) and not shortcuts:
+            yield Reason("shortcut", "a shortcut")
+        return
     if not conv.calls:
-        return "not reached by a forward pass"
+        yield Reason("not_reached", "not reached by a forward pass")
     if all(call.reads_image for call in conv.calls):
-        return "reads the image"
-    pointwise, few = conv.module.kernel_size == (1, 1), _channels(conv.module)[1] <= 3
-    if conv.name in found.heads and (pointwise or few):
-        return "the classifier" if pointwise else "writes the image"
+        yield Reason("reads_image", "reads the image")
+    if conv.name in found.heads and conv.module.kernel_size == (1, 1):
+        yield Reason("classifier", "the classifier")
+    if conv.name in found.heads and channels(conv.module)[1] <= 3:
+        yield Reason("writes_image", "writes the image")
     if all(call.size == (1, 1) and call.pooled for call in conv.calls):
-        return "1x1 pixels of input (squeeze-and-excitation)"
-    return "a shortcut" if conv.name in found.shortcuts and not shortcuts else None
+        yield Reason("squeeze", "1x1 pixels of input (squeeze-and-excitation)")
+    if conv.name in found.shortcuts and not shortcuts:
+        yield Reason("shortcut", "a shortcut")
 
 
 def divide(convs: Iterable[Conv], variant: str, groups: int, on_indivisible: str) -> None:
@@ -302,7 +326,7 @@ def divide(convs: Iterable[Conv], variant: str, groups: int, on_indivisible: str
     for conv in convs:
         if conv.reason is not None:
             continue
-        n, m = _channels(conv.module)
+        n, m = channels(conv.module)
         conv.groups = groups
         if unfit(variant, n, m, groups) is None:
             continue
@@ -311,7 +335,7 @@ def divide(convs: Iterable[Conv], variant: str, groups: int, on_indivisible: str
         if on_indivisible == "raise":
             offenders.append(f"{conv.name} ({n} -> {m})")
         elif conv.groups == 1 or unfit(variant, n, m, conv.groups):
-            conv.reason = f"N={groups} does not divide {n} -> {m} channels"
+            conv.reason = Reason("indivisible", f"N={groups} does not divide {n} -> {m} channels")
     if offenders:
         count = f"{len(offenders)} convolutions" if len(offenders) > 1 else "a convolution"
         raise ShapeError(
@@ -320,7 +344,8 @@ def divide(convs: Iterable[Conv], variant: str, groups: int, on_indivisible: str
         )
 
 
-def _channels(module: nn.Module) -> tuple[int, int]:
+def channels(module: nn.Module) -> tuple[int, int]:
+    """n and m."""
     return int(module.in_channels), int(module.out_channels)  # type: ignore[arg-type]
 
 

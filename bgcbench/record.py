@@ -9,8 +9,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from torch import nn
 from bgcbench.convs.base import VariantConv2d
 from bgcbench.convs.layouts import is_channels_last
 from bgcbench.errors import BgcbenchError, ResultFileError
-from bgcbench.measure.trace import Size
+from bgcbench.measure.trace import Size, without_numbers
 from bgcbench.specs import load_layer
 
 SCRATCH, CALIBRATED = "scratch", "calibrated"  # initialisations that are no projection
@@ -38,8 +38,8 @@ _OWN_ATTRIBUTES = set(vars(nn.Conv2d(1, 1, 1, device="meta")))
 class Replaced:
     """One convolution that was replaced: its name, where else it hangs, its shape, and the layer that took its place.
 
-    groups: N of this layer, which 'gcd' may have lowered. height, width: of its input, and calls: how often one forward
-    pass runs it; None where the network could not be run.
+    groups: N of this layer, which 'gcd' may have lowered; 1 of a 'standard' one, which is not replaced yet. height,
+    width: of its input, and calls: how often one forward pass runs it; None where the network could not be run.
     """
 
     name: str
@@ -56,25 +56,31 @@ class Replaced:
     height: int | None
     width: int | None
     calls: int | None
+    variant: str = "standard"
+    algorithm: str = "auto"
+    init: str = "white"
 
 
 @dataclass(frozen=True)
 class Kept:
-    """One convolution that stays as it is, and why."""
+    """One convolution that stays as it is, and why: for people, and as a code (see bgcbench.policy.Reason)."""
 
     name: str
     reason: str
+    code: str = ""  # of older files
 
 
 @dataclass(frozen=True)
 class Record:
     """Everything that a conversion decided; with a network like the original it can be repeated (load_converted).
 
-    source: how :func:`bgcbench.models.build_model` makes the original network, None where it cannot. size: the input
-    (channels, height, width) on which the network was run to find shapes, order and roles; None where it could not be.
-    functional: convolutions that are called as functions, which no module owns and nothing here replaces.
-    rebn: whether the statistics of batch norm were re-estimated. calibration: what was done with images, and what each
-    layer lost before and after, as plain JSON (see :meth:`bgcbench.calibration.Calibration.settle`); None without.
+    variant, groups, init, algorithm: as they were asked for; each of ``replaced`` holds its own. earlier: layers that
+    conversions before this one had put into the network. source: how :func:`bgcbench.models.build_model` makes the
+    original network, None where it cannot. size: the input (channels, height, width) on which the network was run to
+    find shapes, order and roles; None where it could not be. functional: convolutions that are called as functions,
+    which no module owns and nothing here replaces. rebn: whether the statistics of batch norm were re-estimated.
+    calibration: what was done with images, and what each layer lost before and after, as plain JSON (see
+    :meth:`bgcbench.calibration.Calibration.settle`); None without.
     """
 
     variant: str
@@ -93,6 +99,7 @@ class Record:
     notes: tuple[str, ...] = ()
     rebn: bool = False
     calibration: dict[str, Any] | None = None
+    earlier: tuple[Replaced, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """This as plain JSON; ``replaced`` holds the names and ``layers`` the shapes."""
@@ -106,15 +113,22 @@ class Record:
     def from_json(cls, stored: Mapping[str, Any]) -> Record:
         """The record that :meth:`to_json` wrote; raises ResultFileError for anything else."""
         try:
-            later = {"rebn", "calibration"}  # which older files have not
-            names = [name for name in cls.__dataclass_fields__ if name != "replaced"]
+            later = {"rebn", "calibration", "earlier"}  # which older files have not
+            names = [name for name in cls.__dataclass_fields__ if name not in ("replaced", "earlier")]
             values = {name: stored[name] for name in names if name not in later or name in stored}
-            layers = [{k: _as_tuple(v) for k, v in layer.items()} for layer in stored["layers"]]
+            asked = {name: stored[name] for name in ("variant", "algorithm", "init")}  # of each layer, in older files
+            layers, earlier = (
+                tuple(
+                    Replaced(**asked | {k: _as_tuple(v) for k, v in layer.items()}) for layer in stored.get(which, ())
+                )
+                for which in ("layers", "earlier")
+            )
             return cls(
                 **{
                     **{name: _as_tuple(value) for name, value in values.items()},
                     "kept": tuple(Kept(**kept) for kept in values["kept"]),
-                    "replaced": tuple(Replaced(**layer) for layer in layers),
+                    "replaced": layers,
+                    "earlier": earlier,
                 }
             )
         except (KeyError, TypeError, AttributeError) as problem:
@@ -136,15 +150,25 @@ def copied(model: nn.Module) -> nn.Module:
         raise BgcbenchError(f"the network cannot be copied ({problem}); convert it with inplace=True") from problem
 
 
-def replay(model: nn.Module, record: Record) -> nn.Module:
+def replay(model: nn.Module, record: Record, *, weights: bool = True) -> nn.Module:
     """Do to ``model``, in place, what ``record`` says was done to a network like it; returns the converted network.
 
-    Every replaced convolution gives way in every place where it hangs. Raises ResultFileError where ``model`` has no
-    such convolution.
+    What earlier conversions did is done too, unless it is there already. See :func:`put_in`.
+    """
+    modules = dict(model.named_modules())
+    missing = [layer for layer in record.earlier if origin_of(modules.get(layer.name)) is None]
+    return put_in(model, [*missing, *record.replaced], weights=weights)
+
+
+def put_in(model: nn.Module, layers: Iterable[Replaced], *, weights: bool = True) -> nn.Module:
+    """Put ``layers`` in the place of the convolutions of the same names, wherever these hang, in place.
+
+    weights: whether they get theirs from the convolutions; without, they are to be loaded, and have random ones.
+    Returns the network. Raises ResultFileError where ``model`` has no such convolution.
     """
     modules = dict(model.named_modules())
     fresh: dict[int, nn.Module] = {}
-    for layer in record.replaced:
+    for layer in layers:
         old = modules.get(layer.name)
         if not isinstance(old, nn.Conv2d):
             raise ResultFileError(
@@ -153,7 +177,12 @@ def replay(model: nn.Module, record: Record) -> nn.Module:
         shape = (old.in_channels, old.out_channels, tuple(old.kernel_size), tuple(old.stride), old.bias is not None)
         if shape != (layer.in_channels, layer.out_channels, layer.kernel, layer.stride, layer.bias):
             raise ResultFileError(f"'{layer.name}' has another shape than the convolution that was converted")
-        fresh[id(old)] = _layer(old, layer, record)
+        fresh[id(old)] = _layer(old, layer, weights=weights)
+    return exchanged(model, fresh)
+
+
+def exchanged(model: nn.Module, fresh: Mapping[int, nn.Module]) -> nn.Module:
+    """``model`` with the modules that ``fresh`` has another for, by id, exchanged wherever they hang, in place."""
     if id(model) in fresh:
         return fresh[id(model)]
     for module in list(model.modules()):
@@ -163,15 +192,28 @@ def replay(model: nn.Module, record: Record) -> nn.Module:
     return model
 
 
-def _layer(old: nn.Conv2d, layer: Replaced, record: Record) -> VariantConv2d:
+def origin_of(module: nn.Module | None) -> tuple[Replaced, nn.Conv2d] | None:
+    """What a layer that a conversion made has replaced: the record and the convolution, without numbers."""
+    return getattr(module, "_bgcbench_origin", None)
+
+
+def reverted(model: nn.Module) -> nn.Module:
+    """A copy without numbers in which what conversions have replaced is back in its place."""
+    copy_ = without_numbers(model)
+    origins = {id(module): origin for module in copy_.modules() if (origin := origin_of(module)) is not None}
+    return exchanged(copy_, {number: conv for number, (_, conv) in origins.items()})
+
+
+def _layer(old: nn.Conv2d, layer: Replaced, *, weights: bool) -> VariantConv2d:
     """The layer that takes the place of ``old``, with everything that was set on it."""
-    kind: type[VariantConv2d] = load_layer(record.variant)
-    options: dict[str, Any] = {"padding_mode": layer.padding_mode, "algorithm": record.algorithm}
+    kind: type[VariantConv2d] = load_layer(layer.variant)
+    options: dict[str, Any] = {"padding_mode": layer.padding_mode, "algorithm": layer.algorithm}
     options |= {"stride": layer.stride, "padding": layer.padding, "dilation": layer.dilation}
+    init = layer.init if weights else SCRATCH
     # Initialisation that is overwritten must not be seen in the random state.
     unseen = torch.random.fork_rng([old.weight.device] if old.weight.is_cuda else [])
-    if record.init in (SCRATCH, CALIBRATED) or old.weight.is_meta:
-        with unseen if record.init == CALIBRATED else contextlib.nullcontext():
+    if init in (SCRATCH, CALIBRATED) or old.weight.is_meta:
+        with contextlib.nullcontext() if init == SCRATCH and weights else unseen:
             new = kind(
                 layer.in_channels,
                 layer.out_channels,
@@ -182,12 +224,12 @@ def _layer(old: nn.Conv2d, layer: Replaced, record: Record) -> VariantConv2d:
                 dtype=old.weight.dtype,
                 **options,
             )
-            if record.init == CALIBRATED and new.bias is not None and old.bias is not None:
+            if init == CALIBRATED and new.bias is not None and old.bias is not None:
                 with torch.no_grad():  # the weights come later, and what is added to the bias with them
                     new.bias.copy_(old.bias)
     else:
         with unseen:
-            new = kind.from_dense(old.weight.detach(), layer.groups, bias=old.bias, projection=record.init, **options)
+            new = kind.from_dense(old.weight.detach(), layer.groups, bias=old.bias, projection=init, **options)
     for name, parameter in new.named_parameters():
         like = old.bias if name == "bias" and old.bias is not None else old.weight
         parameter.requires_grad_(like.requires_grad)
@@ -199,7 +241,21 @@ def _layer(old: nn.Conv2d, layer: Replaced, record: Record) -> VariantConv2d:
     for name, value in vars(old).items():  # what people hang onto a module
         if not name.startswith("_") and name not in _OWN_ATTRIBUTES:
             setattr(new, name, value)
+    new._bgcbench_origin = layer, _bare(old)  # type: ignore[assignment]
     return new.train(old.training)
+
+
+def _bare(conv: nn.Conv2d) -> nn.Conv2d:
+    """A copy without numbers and hooks."""
+    bare = copy.copy(conv)
+    bare._parameters = {
+        name: None if value is None else nn.Parameter(torch.empty_like(value, device="meta"), value.requires_grad)
+        for name, value in conv._parameters.items()
+    }
+    fresh = vars(nn.Module())
+    for hooks in _HOOKS:
+        setattr(bare, hooks, fresh[hooks])
+    return bare
 
 
 def _as_tuple(value: Any) -> Any:
@@ -217,4 +273,9 @@ def record_in(stored: Mapping[str, Any]) -> Record:
             record = json.loads(record)
         except ValueError:
             raise ResultFileError("this is no record of a conversion: its text is no JSON") from None
-    return record if isinstance(record, Record) else Record.from_json(record)
+    if not isinstance(record, Record):
+        return Record.from_json(record)
+    asked: dict[str, Any] = {"variant": record.variant, "algorithm": record.algorithm, "init": record.init}
+    # Pickled by a version that did not write down what each layer is.
+    own = (layer if layer.variant != "standard" else replace(layer, **asked) for layer in record.replaced)
+    return replace(record, replaced=tuple(own))

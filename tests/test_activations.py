@@ -215,8 +215,9 @@ def test_of_large_maps_so_many_positions_are_drawn_as_are_enough(net: Net, monke
     [
         ([], {}, "no calibration images"),
         (images(3), {"images": 3}, "3 calibration images are too few; use at least 4"),
-        ([torch.zeros(3, 8, 8)], {}, r"pass tensors \(B, C, H, W\)"),
-        ([{"x": 1}], {}, "a calibration batch is a dict"),
+        ([torch.zeros(3, 8, 8)], {}, "does not run on its input"),
+        ([{"picture": images()}], {}, "a batch has picture, and the network's forward takes x; pass forward_fn"),
+        ([{1, 2}], {}, "a batch is a set; pass tensors"),
         (images(), {"variants": ("bcg",)}, "did you mean 'bgc'"),
         (images(), {"where": "5x5"}, "unknown where"),
         (images(), {"exclude": "nothing*"}, "no convolution of the network is called 'nothing"),

@@ -22,9 +22,10 @@ ALLOWED = {
     "data": {"errors", "specs"},
     "record": {"errors", "specs", "measure", "convs"},
     "policy": {"errors", "specs", "measure", "convs", "record"},
-    "calibration": {"errors", "specs", "measure", "theory", "convs", "record"},
-    "convert": {"errors", "specs", "measure", "convs", "models", "record", "policy", "calibration"},
-    "activations": {"errors", "specs", "measure", "theory", "convs", "record", "policy", "calibration"},
+    "trial": {"errors", "specs", "measure", "convs", "record", "policy"},
+    "calibration": {"errors", "specs", "measure", "theory", "convs", "record", "trial"},
+    "convert": {"errors", "specs", "measure", "convs", "models", "record", "policy", "trial", "calibration"},
+    "activations": {"errors", "specs", "measure", "theory", "convs", "record", "convert", "calibration"},
     "training": {"errors", "specs", "measure", "convs", "data", "results"},
     "results": {"errors", "specs"},
     "report": {"errors", "specs", "measure", "theory", "results"},
@@ -130,3 +131,9 @@ def test_torch_is_not_imported_before_a_device_is_needed(arguments: list[str]) -
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False,
                           cwd=PACKAGE.parent, timeout=60)  # fmt: skip
     assert done.returncode == 0, done.stderr
+
+
+def test_the_parts_that_the_readme_names_are_there_after_importing_the_package() -> None:
+    code = "import bgcbench; print(bgcbench.calibration.reestimate_norms.__name__, 'calibration' in dir(bgcbench))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
+    assert done.stdout == "reestimate_norms True\n", done.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import threading
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from bgcbench.calibration.survey import survey
 from bgcbench.convert import Record, convert, load_converted, save_converted
 from bgcbench.convs import CONVS
 from bgcbench.errors import BgcbenchError, UsageError
+from bgcbench.measure.undisturbed import RandomState
 from bgcbench.theory.moments import RegressionMoments
 
 LINEAR = ("gc", "shuffle", "bgc")
@@ -337,7 +339,8 @@ def test_the_survey_knows_which_constants_norms_take_away() -> None:
             three = self.three(x.relu())  # where the constants of stem and two matter
             return self.last(torch.cat([three, x], 1)).relu()
 
-    found = survey(PreActivation().eval(), {"stem", "one", "two", "three"}, torch.randn(1, 4, 5, 5))
+    model, x = PreActivation().eval(), torch.randn(1, 4, 5, 5)
+    found = survey(model, {"stem", "one", "two", "three"}, lambda: model(x))
     assert found.absorbed == {"one", "three"}
     assert found.norms == {"one": "norm"}
     assert found.live_bytes >= 4 * 4 * 25
@@ -347,11 +350,10 @@ def test_a_constant_may_pass_residual_additions_on_its_way_to_norms() -> None:
     from bgcbench.models import build_model
     from bgcbench.specs import NetSpec
 
-    found = survey(build_model(NetSpec("wrn_10_1", 10, 8, 8)).eval(), {"stem"}, torch.randn(1, 3, 8, 8))
-    assert found.live_bytes > 0
-    model = build_model(NetSpec("wrn_10_1", 10, 8, 8)).eval()
+    model, x = build_model(NetSpec("wrn_10_1", 10, 8, 8)).eval(), torch.randn(1, 3, 8, 8)
+    assert survey(model, {"stem"}, lambda: model(x)).live_bytes > 0
     names = {name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
-    assert survey(model, names, torch.randn(1, 3, 8, 8)).absorbed == names
+    assert survey(model, names, lambda: model(x)).absorbed == names
 
 
 def test_too_little_memory_takes_fewer_images_and_says_so_or_is_refused() -> None:
@@ -377,7 +379,7 @@ def test_images_that_are_missing_too_few_useless_or_not_finite_are_refused() -> 
         ("of no use", {"calibration": [x], "rebn": False}),
         ("too few", {"init": "calibrated", "calibration": [x[:3]]}),
         ("no calibration images", {"init": "calibrated", "calibration": []}),
-        ("a calibration batch is a str", {"init": "calibrated", "calibration": ["x"]}),
+        ("a batch is a str", {"init": "calibrated", "calibration": ["x"]}),
         ("not finite", {"init": "calibrated", "calibration": [x * float("nan")]}),
         ("unknown init", {"init": "exact", "calibration": [x]}),
     ):
@@ -408,6 +410,11 @@ class _Choosy(nn.Module):
         return way
 
 
+def runs(model: nn.Module, *values: float) -> list[Any]:
+    state = RandomState.of(model)
+    return [(functools.partial(model, torch.tensor([value])), state) for value in values]
+
+
 def test_batches_that_go_different_ways_do_not_wait_for_one_another() -> None:
     model = _Choosy()
     come: dict[int, list[int]] = {}
@@ -418,15 +425,15 @@ def test_batches_that_go_different_ways_do_not_wait_for_one_another() -> None:
 
         return settle
 
-    batches = [torch.tensor([value]) for value in (-1.0, 1.0, -2.0)]
-    run_in_step(model, batches, [Stop(module, at(way)) for way, module in enumerate(model.ways)])
+    stops = [Stop(module, at(way)) for way, module in enumerate(model.ways)]
+    run_in_step(runs(model, -1.0, 1.0, -2.0), stops, device=torch.device("cpu"))
     assert come == {0: [0, 2], 1: [1]}
 
 
 def test_what_a_network_raises_comes_out_and_ends_every_thread() -> None:
     model = _Choosy()
     with pytest.raises(ValueError, match="no such way"):
-        run_in_step(model, [torch.tensor([1.0]), torch.tensor([20.0])], [Stop(model.ways[1], lambda _: None)])
+        run_in_step(runs(model, 1.0, 20.0), [Stop(model.ways[1], lambda _: None)], device=torch.device("cpu"))
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("bgcbench")]
     assert not model.ways[1]._forward_pre_hooks
 

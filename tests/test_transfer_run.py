@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -63,7 +64,7 @@ def make(weights: str, tmp_path: Path) -> Make:
 
     def made(*, kept: dict[str, Json] | None = None, stop: Callable[[], bool] = lambda: False, folder: bool = True,
              **given: Any) -> TransferRun:  # fmt: skip
-        config = config_of(weights, **given)
+        config = config_of(given.pop("weights", weights), **given)
         where = tmp_path / "checkpoints" if folder else None
         return TransferRun(
             prepare(config, World()), open_session(config), World(), kept=kept, folder=where, stop=stop,
@@ -507,3 +508,39 @@ def test_what_the_user_should_know_is_said_before(weights: str, monkeypatch: pyt
     monkeypatch.setattr(transfer_run, "load_weights", lambda *given: replace(loaded(*given), size_px=224))
     other = prepare(config_of(weights), World())
     assert any("is for images of 224 px, and 8x8 are used; --size 224 is what" in text for text in other.warnings)
+
+
+# ------------------------------------------------------------------------------------------------- damaged networks
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "where"),
+    [("bn", -1.0, r"bn puts out numbers that are not finite \(running_var has negative ones\)"),
+     ("stages.0.0.bn2", float("nan"), r"stages.0.0.bn2 puts out .* \(running_var holds such\)")],
+)  # fmt: skip
+def test_a_network_with_damaged_weights_is_an_error_that_names_where(
+    make: Make, weights: str, tmp_path: Path, name: str, value: float, where: str
+) -> None:
+    state = torch.load(weights)
+    state[f"{name}.running_var"][0] = value
+    torch.save(state, tmp_path / "damaged.pth")
+    known = done(make(weights=str(tmp_path / "damaged.pth"), inits=("white", "calibrated")))
+    assert {r["status"] for r in known.values()} == {"error"}
+    assert all(r["error_initial"] is None for r in known.values())
+    for found in known.values():
+        assert re.search(where, found["reason"]), found["reason"]
+
+
+def test_a_conversion_that_damages_the_network_fails_alone(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    convert = transfer_run.convert
+
+    def damaging(model: Any, variant: str, *arguments: Any, **options: Any) -> Any:
+        made = convert(model, variant, *arguments, **options)
+        if variant == "gc":
+            made.model.fc.weight.data[0] = float("inf")
+        return made
+
+    monkeypatch.setattr(transfer_run, "convert", damaging)
+    known = done(make())
+    assert [row(known, name)["status"] for name in ("standard", "gc", "bgc")] == ["ok", "error", "ok"]
+    assert "fc puts out numbers that are not finite (weight holds such)" in row(known, "gc")["reason"]

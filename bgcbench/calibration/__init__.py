@@ -10,31 +10,35 @@ the number of layers.
 At a position a layer is y = V u with u the patch vector. It minimises E|y - V u|^2 with y of the original network.
 Where the layer has a bias, or norms take a constant of each channel away from its output, all is about the means:
 y - E y, u - E u, and E y - V E u goes into the bias (or into the mean of the norm that follows at once).
+
+A layer or norm that runs several times in a forward pass (a head shared by the levels of a pyramid, a recurrent block)
+is settled at its first call with what comes to all of its calls: another pass of the converted network, in which the
+layers that are not solved yet compute what they did in the original, shows it.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from bgcbench.calibration.images import (
     Part,
     batched,
     check_enough,
     first_of,
-    for_network,
     moments_device,
     padded,
     parts_of,
     patch_length,
     positions_an_image,
     positions_of,
-    undisturbed,
     zero_padding,
 )
 from bgcbench.calibration.lockstep import Stop, Stopped, run_in_step
@@ -43,9 +47,12 @@ from bgcbench.calibration.solve import Solution, solve_layer
 from bgcbench.calibration.survey import Survey, is_norm, survey
 from bgcbench.convs.base import VariantConv2d
 from bgcbench.errors import UsageError
+from bgcbench.measure.batches import Forward, Passing, device_of, first_image, input_bytes, reference_of
+from bgcbench.measure.undisturbed import RandomState, first_not_finite, seed_everything, undisturbed
 from bgcbench.record import Record, Replaced
 from bgcbench.specs import HELD_OUT, check_positive, output_length
 from bgcbench.theory.moments import CHUNK_NUMBERS, Patches, RegressionMoments
+from bgcbench.trial import Kernel, standing_in
 
 __all__ = ["DEFAULT_IMAGES", "MEMORY_BYTES", "Calibration", "Stopped", "Wanted", "reestimate_norms"]
 
@@ -57,18 +64,26 @@ DOUBLE = 8  # bytes
 
 
 class Wanted:
-    """What the original network puts out at each layer to be replaced, on the images and positions that are used."""
+    """What the original network puts out at each layer to be replaced, on the images and positions that are used.
 
-    def __init__(self, looked: Survey, weights: dict[str, Tensor]) -> None:
-        self.survey, self.weights = looked, weights
-        self.outputs: dict[str, dict[int, Tensor]] = {name: {} for name in weights}  # layer -> part -> (m, positions)
-        self.norms: dict[str, NormMoments] = {}  # of the inputs of each norm
+    kernels: weight and bias of each layer's standard convolution. outputs: by layer, part and call, (m, positions).
+    norms: moments of the inputs of each norm.
+    """
+
+    def __init__(self, looked: Survey, kernels: dict[str, Kernel]) -> None:
+        self.survey, self.kernels = looked, kernels
+        self.outputs: dict[str, dict[int, list[Tensor]]] = {name: {} for name in kernels}
+        self.norms: dict[str, NormMoments] = {}
+
+
+Visit = Callable[[int, int, Tensor], None]  # number of a part, call in it, what comes to the module then
 
 
 class Calibration:
     """The images of one conversion, where they are run through the network, and what is done with them.
 
-    notes: what the user should know. Raises UsageError for images that are too few or no images.
+    batches: anything that ``passing`` can pass on. notes: what the user should know. Raises UsageError for images that
+    are too few or no images.
     """
 
     def __init__(
@@ -76,6 +91,7 @@ class Calibration:
         model: nn.Module,
         batches: Iterable[Any],
         *,
+        passing: Passing | None = None,
         images: int = DEFAULT_IMAGES,
         rebn: bool = True,
         memory_bytes: int = MEMORY_BYTES,
@@ -83,12 +99,14 @@ class Calibration:
         stop: Callable[[], bool] = lambda: False,
     ) -> None:
         check_positive("calibration images", images)
+        self.passing = passing or Passing()
         self.rebn, self.memory_bytes, self.seed, self.stop = rebn, memory_bytes, seed, stop
         first, batches = first_of(batches)
-        self.example = for_network(first[:1], model)
-        self.parts = list(parts_of(batches, images, BATCH))
+        self.example = first_image(self.passing.of(first, model))
+        self.device, self.item = device_of(model), reference_of(model).element_size()
+        self.parts = list(parts_of(batches, images, self.passing, model, BATCH))
         check_enough(self.images)
-        self.notes: list[str] = []
+        self.notes = list(self.passing.notes)
         self.begun = time.perf_counter()
         self.in_flight_bytes = self.moment_bytes = 0
 
@@ -97,6 +115,10 @@ class Calibration:
         """How many images there are."""
         return sum(len(part.numbers) for part in self.parts)
 
+    def _run(self, model: nn.Module, part: Part) -> None:
+        seed_everything(part.seed)
+        self.passing(model, part.batch)
+
     # ------------------------------------------------------------------------------------------- the original network
 
     def observe(self, model: nn.Module, layers: Sequence[Replaced]) -> Wanted:
@@ -104,55 +126,45 @@ class Calibration:
 
         Raises UsageError where the memory is too little for a layer, and Stopped.
         """
-        weights = {layer.name: _weight(model, layer.name).detach().clone() for layer in layers}
+        kernels = {layer.name: _kernel(model, layer.name) for layer in layers}
         with undisturbed(model):
-            looked = survey(model, set(weights), self.example)
-            self._fit_into_memory(layers, looked)
-            wanted = Wanted(looked, weights)
-            layer_watchers = {layer.name: _Watcher(layer, self, wanted) for layer in layers}
-            norm_watchers = {
-                name: _NormWatcher(name, self, wanted)
+            self._fit_into_memory(layers, looked := self._survey(model, kernels))
+            wanted = Wanted(looked, kernels)
+            watchers: list[_Watcher] = [_LayerWatcher(layer, self, wanted) for layer in layers]
+            watchers += [
+                _NormWatcher(name, self, wanted)
                 for name, module in (model.named_modules() if self.rebn else ())
                 if is_norm(module)
-            }
-            handles = [
-                model.get_submodule(name).register_forward_hook(watcher, prepend=True)
-                for name, watcher in layer_watchers.items()
             ]
-            handles += [
-                model.get_submodule(name).register_forward_pre_hook(watcher, with_kwargs=True)
-                for name, watcher in norm_watchers.items()
-            ]
-            watchers: list[_Watcher | _NormWatcher] = [*layer_watchers.values(), *norm_watchers.values()]
+            handles = [watcher.attach(model.get_submodule(watcher.name)) for watcher in watchers]
             try:
                 for number, part in enumerate(self.parts):
                     if self.stop():
                         raise Stopped
                     for watcher in watchers:
                         watcher.expect(number, part)
-                    model(for_network(part.images, model))
+                    self._run(model, part)
             finally:
                 for handle in handles:
                     handle.remove()
         return wanted
 
+    def _survey(self, model: nn.Module, convs: Collection[str]) -> Survey:
+        return survey(model, convs, lambda: self.passing(model, self.example))
+
     def _fit_into_memory(self, layers: Sequence[Replaced], looked: Survey) -> None:
         """Leave out images until what is held at a time fits, and say so."""
         asked = images = self.images
-        item = self.example.element_size()
-        each = looked.live_bytes + self.example.numel() * item
+        each = looked.live_bytes + input_bytes(self.example)
         solving = max((_solving_bytes(layer) for layer in layers), default=0)
         while True:
-            outputs = sum(_outputs_bytes(layer, images, item) for layer in layers)
+            outputs = sum(_outputs_bytes(layer, images, self.item) for layer in layers)
             needed = images * each + solving + outputs
             if needed <= self.memory_bytes:
                 break
             images = int(images * 0.9)
             if images < HELD_OUT:
-                raise UsageError(
-                    f"calibration takes {needed / 2**30:.2g} GiB even with a few images, more than the "
-                    f"{self.memory_bytes / 2**30:.2g} GiB allowed; allow more memory"
-                )
+                raise UsageError(self._too_little(needed, layers))
         if images < asked:
             self.parts = [kept for part in self.parts if (kept := part.below(images)) is not None]
             self.notes.append(
@@ -160,6 +172,15 @@ class Calibration:
                 f"{self.memory_bytes / 2**30:.2g} GiB"
             )
         self.in_flight_bytes, self.moment_bytes = images * each, solving + outputs
+
+    def _too_little(self, needed: float, layers: Sequence[Replaced]) -> str:
+        largest = sorted(layers, key=_solving_bytes, reverse=True)[:4]
+        sizes = ", ".join(f"{layer.name} {_solving_bytes(layer) / 2**30:.2g} GiB" for layer in largest)
+        return (
+            f"calibration takes {needed / 2**30:.2g} GiB even with a few images, more than the "
+            f"{self.memory_bytes / 2**30:.2g} GiB allowed; allow more memory"
+            + (f", or exclude the layers that take most ({sizes})" if largest else "")
+        )
 
     # ------------------------------------------------------------------------------------------ the converted network
 
@@ -175,18 +196,24 @@ class Calibration:
         estimated: list[str] = []
         modules = dict(network.named_modules())
         changed = [modules[layer.name] for layer in record.replaced]
+
+        def pass_again(module: nn.Module, visit: Visit) -> None:
+            """Visit everything that comes to ``module`` in a pass as the network is now."""
+            unsolved = {_variant(modules[name]): own for name, own in wanted.kernels.items() if name not in solved}
+            with standing_in(unsolved):
+                self._pass(network, module, visit)
+
         with undisturbed(network):
-            stops = self._layer_stops(modules, record, wanted, solved) if wanted.weights else []
-            stops += self._norm_stops(modules, estimated, wanted.norms) if self.rebn else []
+            stops = self._layer_stops(modules, record, wanted, solved, pass_again) if wanted.kernels else []
+            stops += self._norm_stops(modules, estimated, wanted.norms, wanted.survey, pass_again) if self.rebn else []
             if stops:
-                batches = [for_network(part.images, network) for part in self.parts]
-                run_in_step(network, batches, stops, changed=changed, asked_to_stop=self.stop)
-        missed = [layer.name for layer in record.replaced if layer.name in wanted.weights and layer.name not in solved]
+                run_in_step(self._runs(network), stops, device=self.device, changed=changed, asked_to_stop=self.stop)
+        missed = [layer.name for layer in record.replaced if layer.name in wanted.kernels and layer.name not in solved]
         if missed:
             self.notes.append(f"never reached by the calibration images: {', '.join(missed)}; white weights are taken")
             for name in missed:
                 layer = _variant(modules[name])
-                layer.load_projected(layer.project(wanted.weights[name].double(), layer.groups, "white", None))
+                layer.load_projected(layer.project(wanted.kernels[name][0].double(), layer.groups, "white", None))
         return {
             "images": self.images,
             "held_out": sum(len(part.numbers) for part in self.parts if part.held_out),
@@ -199,8 +226,37 @@ class Calibration:
             "layers": [_as_json(layer, solved[layer.name]) for layer in record.replaced if layer.name in solved],
         }
 
+    def _runs(self, network: nn.Module) -> list[tuple[Callable[[], object], RandomState]]:
+        return [
+            (functools.partial(self.passing, network, part.batch), RandomState.seeded(network, part.seed))
+            for part in self.parts
+        ]
+
+    def _pass(self, network: nn.Module, module: nn.Module, visit: Visit) -> None:
+        """Run the network on every part and visit what comes to ``module`` at each of its calls."""
+        at = [0, 0]
+
+        def hook(_: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+            visit(at[0], at[1], (arguments[0] if arguments else options["input"]).detach())
+            at[1] += 1
+
+        handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+        try:
+            for number, part in enumerate(self.parts):
+                if self.stop():
+                    raise Stopped
+                at[:] = number, 0
+                self._run(network, part)
+        finally:
+            handle.remove()
+
     def _layer_stops(
-        self, modules: dict[str, nn.Module], record: Record, wanted: Wanted, solved: dict[str, Solution]
+        self,
+        modules: dict[str, nn.Module],
+        record: Record,
+        wanted: Wanted,
+        solved: dict[str, Solution],
+        pass_again: Callable[[nn.Module, Visit], None],
     ) -> list[Stop]:
         """A stop at each replaced layer, where it is solved and gets its weights."""
         stops = []
@@ -216,14 +272,21 @@ class Calibration:
                 norm: nn.Module | None = norm,
                 absorbed: bool = absorbed,
             ) -> None:
-                fit, held_out = self._moments(come, replaced, wanted)
-                if not fit.positions:
+                moments = _Moments(self, replaced, wanted.outputs.pop(replaced.name))
+                if wanted.survey.calls[replaced.name] > 1:
+                    pass_again(layer, moments.visit)
+                else:
+                    for number, x in come:
+                        moments.visit(number, 0, x)
+                if not moments.fit.positions:
                     return
+                if not (moments.fit.is_finite and moments.held_out.is_finite):
+                    raise UsageError(self._not_finite(modules[""], f"the inputs or outputs of {replaced.name}"))
                 found = solve_layer(
                     layer,
-                    wanted.weights[replaced.name],
-                    fit,
-                    held_out,
+                    wanted.kernels[replaced.name][0],
+                    moments.fit,
+                    moments.held_out,
                     centred=layer.bias is not None or absorbed,
                 )
                 layer.load_projected(found.values)
@@ -238,61 +301,20 @@ class Calibration:
             stops.append(Stop(layer, settle))
         return stops
 
-    def _moments(
-        self, come: list[tuple[int, Tensor]], layer: Replaced, wanted: Wanted
-    ) -> tuple[RegressionMoments, RegressionMoments]:
-        """The moments of what has come to a layer and the outputs wanted there: to solve with, and held out."""
-        found: dict[bool, RegressionMoments] = {}
-        outputs = wanted.outputs.pop(layer.name)
-        device = moments_device(self.example.device)
-        for number, x in come:
-            part = self.parts[number]
-            for patches, kept in self._pairs(x, outputs.pop(number, None), part, layer):
-                u, y = patches.to(device, torch.float64), kept.to(device, torch.float64)
-                if not found:
-                    origins = u.mean(1), y.mean(1)
-                    found = {held_out: RegressionMoments(*origins) for held_out in (False, True)}
-                found[part.held_out].add(u, y)
-        if not found:
-            nothing = torch.zeros(0, dtype=torch.float64, device=device)
-            return RegressionMoments(nothing, nothing), RegressionMoments(nothing, nothing)
-        for moments in found.values():
-            if moments.positions and not moments.is_finite:
-                raise UsageError(
-                    f"the inputs or outputs of {layer.name} are not finite: the network's weights, or the images, are "
-                    "damaged; check them, or exclude what comes after the damage"
-                )
-        return found[False], found[True]
-
-    def _pairs(self, x: Tensor, outputs: Tensor | None, part: Part, layer: Replaced) -> Iterator[tuple[Tensor, Tensor]]:
-        """Patches (nK, P) of x at the positions of ``outputs`` (m, all positions), with these, some at a time."""
-        if outputs is None:
-            return
-        x = padded(batched(x), layer)
-        patches = Patches(layer.kernel, stride=layer.stride, padding=zero_padding(layer), dilation=layer.dilation)
-        height, width = patches.output_size(x)
-        at_once = max(1, CHUNK_NUMBERS // patch_length(layer))
-        waiting: list[Tensor] = []
-        begin = end = 0
-        for place, image in enumerate(x.split(1)):
-            chosen = self._chosen(layer, part, place, height * width)
-            cut = patches.all(image) if chosen is None else patches.at(image[0], chosen // width, chosen % width)
-            waiting.append(cut)
-            end += cut.shape[1]
-            if end - begin >= at_once or place == len(x) - 1:
-                yield torch.cat(waiting, dim=1), outputs[:, begin:end]
-                waiting, begin = [], end
-
-    def _chosen(self, layer: Replaced, part: Part, place: int, count: int) -> Tensor | None:
-        """The positions of the image at ``place`` of a batch that are looked at; None for all ``count`` of them."""
-        at_most = positions_an_image(layer, self.images)
-        if count <= at_most:
-            return None
-        copy, at = divmod(place, len(part.numbers))
-        return positions_of(layer.name, self.seed, part.numbers[at], count, at_most, copy=copy)
+    def _not_finite(self, network: nn.Module, what: str) -> str:
+        where = first_not_finite(network, lambda: self._run(network, self.parts[0]))
+        return (
+            f"{what} are not finite{f': {where}' if where else ''}; check the network's weights and the images, or "
+            "exclude what comes after the damage"
+        )
 
     def _norm_stops(
-        self, modules: dict[str, nn.Module], estimated: list[str], before: dict[str, NormMoments]
+        self,
+        modules: dict[str, nn.Module],
+        estimated: list[str],
+        before: dict[str, NormMoments],
+        looked: Survey,
+        pass_again: Callable[[nn.Module, Visit], None],
     ) -> list[Stop]:
         """A stop at each norm, where it gets its statistics from everything that has come to it.
 
@@ -304,60 +326,117 @@ class Calibration:
                 continue
 
             def settle(come: list[tuple[int, Tensor]], name: str = name, module: nn.Module = module) -> None:
-                moments = NormMoments(come[0][1].shape[1], moments_device(self.example.device))
-                for _, x in come:
-                    moments.add(x.to(moments.mean.device))
+                moments = NormMoments(come[0][1].shape[1], moments_device(self.device))
+                if looked.calls[name] > 1:
+                    pass_again(module, lambda number, call, x: moments.add(x.to(moments.mean.device)))
+                else:
+                    for _, x in come:
+                        moments.add(x.to(moments.mean.device))
                 if not bool(torch.isfinite(moments.mean).all()):
-                    raise UsageError(f"the inputs of {name} are not finite: the network's weights are damaged")
+                    raise UsageError(self._not_finite(modules[""], f"the inputs of {name}"))
                 moments.put_into(module, before.get(name))
                 estimated.append(name)
 
             stops.append(Stop(module, settle, only_changed=True))
         return stops
 
+    def chosen(self, layer: Replaced, part: Part, call: int, place: int, count: int) -> Tensor | None:
+        """The positions of the image at ``place`` of a batch that are looked at; None for all ``count`` of them."""
+        at_most = positions_an_image(layer, self.images)
+        if count <= at_most:
+            return None
+        copy, at = divmod(place, len(part.numbers))
+        return positions_of(layer.name, self.seed, part.numbers[at], count, at_most, call=call, copy=copy)
+
+
+class _Moments:
+    """The moments of what comes to a layer and of the outputs wanted there: ``fit`` to solve with, and ``held_out``.
+
+    outputs: by part and call, (m, positions).
+    """
+
+    def __init__(self, owner: Calibration, layer: Replaced, outputs: dict[int, list[Tensor]]) -> None:
+        self.owner, self.layer, self.outputs = owner, layer, outputs
+        self.device = moments_device(owner.device)
+        nothing = torch.zeros(0, dtype=torch.float64, device=self.device)
+        self.fit, self.held_out = (RegressionMoments(nothing, nothing) for _ in range(2))
+
+    def visit(self, number: int, call: int, x: Tensor) -> None:
+        """Count in what has come to the layer in that call; nothing where the original network had no such call."""
+        part, outputs = self.owner.parts[number], self.outputs.get(number, [])
+        if call >= len(outputs):
+            return
+        for patches, kept in self._pairs(x, outputs[call], part, call):
+            u, y = patches.to(self.device, torch.float64), kept.to(self.device, torch.float64)
+            if not self.fit.positions and not self.held_out.positions:
+                origins = u.mean(1), y.mean(1)
+                self.fit, self.held_out = (RegressionMoments(*origins) for _ in range(2))
+            (self.held_out if part.held_out else self.fit).add(u, y)
+
+    def _pairs(self, x: Tensor, outputs: Tensor, part: Part, call: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Patches (nK, P) of x at the positions of ``outputs`` (m, all positions), with these, some at a time."""
+        layer = self.layer
+        x = padded(batched(x), layer)
+        patches = Patches(layer.kernel, stride=layer.stride, padding=zero_padding(layer), dilation=layer.dilation)
+        height, width = patches.output_size(x)
+        at_once = max(1, CHUNK_NUMBERS // patch_length(layer))
+        waiting: list[Tensor] = []
+        begin = end = 0
+        for place, image in enumerate(x.split(1)):
+            chosen = self.owner.chosen(layer, part, call, place, height * width)
+            cut = patches.all(image) if chosen is None else patches.at(image[0], chosen // width, chosen % width)
+            waiting.append(cut)
+            end += cut.shape[1]
+            if end - begin >= at_once or place == len(x) - 1:
+                yield torch.cat(waiting, dim=1), outputs[:, begin:end]
+                waiting, begin = [], end
+
 
 class _Watcher:
-    """A hook on a layer of the original network that keeps what it puts out at the positions that are used."""
+    """A hook on a module of the original network, told which part is run."""
 
-    def __init__(self, layer: Replaced, owner: Calibration, wanted: Wanted) -> None:
-        self.layer, self.owner, self.wanted = layer, owner, wanted
+    def __init__(self, name: str, owner: Calibration, wanted: Wanted) -> None:
+        self.name, self.owner, self.wanted = name, owner, wanted
         self.number, self.part = 0, owner.parts[0]
-        self.seen = False
 
     def expect(self, number: int, part: Part) -> None:
         """Part ``number`` is about to be run."""
-        self.number, self.part, self.seen = number, part, False
+        self.number, self.part = number, part
 
-    def __call__(self, module: nn.Module, arguments: Any, output: Tensor) -> None:
-        if self.seen:  # a layer that runs more than once is solved for the first time
-            return
-        self.seen = True
+    def attach(self, module: nn.Module) -> RemovableHandle:
+        raise NotImplementedError
+
+
+class _LayerWatcher(_Watcher):
+    """Keeps what a layer puts out at the positions that are used, of each call."""
+
+    def __init__(self, layer: Replaced, owner: Calibration, wanted: Wanted) -> None:
+        super().__init__(layer.name, owner, wanted)
+        self.layer = layer
+
+    def attach(self, module: nn.Module) -> RemovableHandle:
+        return module.register_forward_hook(self._left, prepend=True)
+
+    def _left(self, module: nn.Module, arguments: Any, output: Tensor) -> None:
+        calls = self.wanted.outputs[self.name].setdefault(self.number, [])
         y = batched(output.detach())
         if isinstance(bias := getattr(module, "bias", None), Tensor):
             y = y - bias[:, None, None]
         height, width = y.shape[-2:]
         kept = []
         for place, image in enumerate(y.flatten(2)):
-            chosen = self.owner._chosen(self.layer, self.part, place, height * width)
+            chosen = self.owner.chosen(self.layer, self.part, len(calls), place, height * width)
             kept.append(image if chosen is None else image[:, chosen.to(image.device)])
-        self.wanted.outputs[self.layer.name][self.number] = torch.cat(kept, dim=1)
+        calls.append(torch.cat(kept, dim=1))
 
 
-class _NormWatcher:
-    """A hook on a norm of the original network that adds what comes to it to its moments."""
+class _NormWatcher(_Watcher):
+    """Adds what comes to a norm to its moments."""
 
-    def __init__(self, name: str, owner: Calibration, wanted: Wanted) -> None:
-        self.name, self.owner, self.wanted = name, owner, wanted
-        self.seen = False
+    def attach(self, module: nn.Module) -> RemovableHandle:
+        return module.register_forward_pre_hook(self._entered, with_kwargs=True)
 
-    def expect(self, number: int, part: Part) -> None:
-        """Another part is about to be run."""
-        self.seen = False
-
-    def __call__(self, module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
-        if self.seen:  # as with layers, the first time counts
-            return
-        self.seen = True
+    def _entered(self, module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
         x = (arguments[0] if arguments else options["input"]).detach()
         device = moments_device(x.device)
         moments = self.wanted.norms.setdefault(self.name, NormMoments(x.shape[1], device))
@@ -368,6 +447,7 @@ def reestimate_norms(
     model: nn.Module,
     calibration: Iterable[Any],
     *,
+    forward_fn: Forward | None = None,
     images: int = DEFAULT_IMAGES,
     memory_bytes: int = MEMORY_BYTES,
     stop: Callable[[], bool] = lambda: False,
@@ -375,22 +455,27 @@ def reestimate_norms(
     """Re-estimate the statistics of every batch norm of ``model``, in place, on all ``images``; how many there are.
 
     One norm after the other in the order of execution, each on what the network in eval mode gives it with those before
-    it already re-estimated: the statistics of the whole set, whatever the batches. Raises as :class:`Calibration`.
+    it already re-estimated: the statistics of the whole set and of all its calls, whatever the batches. calibration,
+    forward_fn: as in :func:`bgcbench.convert`. Raises as :class:`Calibration`.
     """
-    found = Calibration(model, calibration, images=images, memory_bytes=memory_bytes, stop=stop)
+    found = Calibration(
+        model, calibration, passing=Passing(forward_fn), images=images, memory_bytes=memory_bytes, stop=stop
+    )
     estimated: list[str] = []
     with undisturbed(model):
-        found._fit_into_memory((), survey(model, (), found.example))
-        stops = found._norm_stops(dict(model.named_modules()), estimated, {})
+        found._fit_into_memory((), looked := found._survey(model, ()))
+        again = functools.partial(found._pass, model)
+        stops = found._norm_stops(dict(model.named_modules()), estimated, {}, looked, again)
         for each in stops:
             each.only_changed = False
-        run_in_step(model, [for_network(part.images, model) for part in found.parts], stops, asked_to_stop=stop)
+        run_in_step(found._runs(model), stops, device=found.device, asked_to_stop=stop)
     return len(estimated)
 
 
-def _weight(model: nn.Module, name: str) -> Tensor:
-    weight: Tensor = model.get_submodule(name).weight  # type: ignore[assignment]
-    return weight
+def _kernel(model: nn.Module, name: str) -> Kernel:
+    """Weight and bias of a convolution, kept whatever becomes of it."""
+    conv: Any = model.get_submodule(name)
+    return conv.weight.detach().clone(), None if conv.bias is None else conv.bias.detach().clone()
 
 
 def _variant(module: nn.Module) -> VariantConv2d:
@@ -411,7 +496,7 @@ def _outputs_bytes(layer: Replaced, images: int, item: int) -> int:
     if layer.height is not None and layer.width is not None:
         sides = zip((layer.height, layer.width), layer.kernel, layer.stride, layer.padding, layer.dilation, strict=True)
         positions = min(positions, math.prod(output_length(*side) for side in sides))
-    return images * positions * layer.out_channels * item
+    return images * positions * layer.out_channels * item * (layer.calls or 1)
 
 
 def _as_json(layer: Replaced, found: Solution) -> dict[str, Any]:

@@ -6,7 +6,6 @@ import hashlib
 import itertools
 import math
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bgcbench.errors import UsageError
+from bgcbench.measure.batches import Passing, count_images, take
 from bgcbench.record import Replaced
 from bgcbench.specs import HELD_OUT
 from bgcbench.theory.moments import some_positions
@@ -25,37 +25,57 @@ LEAST_ROWS = 2**14  # positions that are taken in any case, where there are as m
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """Images (B, C, H, W) that go through the network together, their numbers, and whether they are held out."""
+    """Images that go through the network together, their numbers, and whether they are held out.
 
-    images: Tensor
+    batch: what the network is called with (see Passing.of).
+    """
+
+    batch: Any
     numbers: list[int]
     held_out: bool
+
+    @property
+    def seed(self) -> int:
+        """Of the random numbers that a network draws while it runs on these images."""
+        return self.numbers[0]
 
     def below(self, images: int) -> Part | None:
         """Those of the images whose numbers are below ``images``; None where there are none."""
         count = sum(number < images for number in self.numbers)
-        return Part(self.images[:count], self.numbers[:count], self.held_out) if count else None
+        if count in (0, len(self.numbers)):
+            return self if count else None
+        return Part(take(self.batch, range(count)), self.numbers[:count], self.held_out)
 
 
-def parts_of(batches: Iterable[Any], images: int, at_most: int | None = None) -> Iterator[Part]:
+def parts_of(
+    batches: Iterable[Any], images: int, passing: Passing, model: nn.Module, at_most: int | None = None
+) -> Iterator[Part]:
     """The first ``images`` of ``batches``, those held out (one in four) by themselves, up to ``at_most`` in a part.
 
-    They go apart so that nothing has to be known of how a network stacks the images of a batch.
+    They go apart so that nothing has to be known of how a network stacks the images of a batch. A batch that cannot be
+    taken apart counts as one image.
     """
     seen = 0
     for batch in batches:
-        x = input_of(batch)[: images - seen]
-        numbers = torch.arange(seen, seen + len(x))
-        held = numbers % HELD_OUT == HELD_OUT - 1
-        for part in (~held, held):
-            chosen = x[part.to(x.device)]
-            for some, of in zip(chosen.split(at_most or max(1, len(chosen))), numbers[part].split(at_most or len(x)),
-                                strict=False):  # fmt: skip
-                if len(some):
-                    yield Part(some, of.tolist(), part is held)
-        seen += len(x)
         if seen >= images:
             return
+        given = passing.of(batch, model)
+        count = count_images(given)
+        if count is None:
+            yield Part(given, [seen], _is_held_out(seen))
+            seen += 1
+            continue
+        places = range(min(count, images - seen))
+        for held_out in (False, True):
+            chosen = [place for place in places if _is_held_out(seen + place) is held_out]
+            for begin in range(0, len(chosen), at_most or max(1, len(chosen))):
+                some = chosen[begin : begin + at_most] if at_most else chosen
+                yield Part(take(given, some), [seen + place for place in some], held_out)
+        seen += len(places)
+
+
+def _is_held_out(number: int) -> bool:
+    return number % HELD_OUT == HELD_OUT - 1
 
 
 def check_enough(images: int) -> None:
@@ -64,56 +84,14 @@ def check_enough(images: int) -> None:
         raise UsageError(f"{images} calibration images are too few; use at least {HELD_OUT}: one in four is held out")
 
 
-def input_of(batch: Any) -> Tensor:
-    """The images of a batch: itself, or the first of a tuple (with labels behind it)."""
-    images = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
-    if not isinstance(images, Tensor) or images.dim() != 4:
-        raise UsageError(
-            f"a calibration batch is a {type(batch).__name__}; pass tensors (B, C, H, W), or tuples that begin with one"
-        )
-    return images
-
-
-def first_of(batches: Iterable[Any]) -> tuple[Tensor, Iterable[Any]]:
-    """The first input, and the batches with it back in front where they can be gone through once only."""
+def first_of(batches: Iterable[Any]) -> tuple[Any, Iterable[Any]]:
+    """The first batch, and the batches with it back in front where they can be gone through once only."""
     iterator = iter(batches)
     try:
         head = next(iterator)
     except StopIteration:
         raise UsageError("there are no calibration images; pass batches of them") from None
-    return input_of(head), itertools.chain([head], iterator) if iterator is batches else batches
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """Where the network is."""
-    return next(itertools.chain(model.parameters(), model.buffers()), torch.empty(0)).device
-
-
-def for_network(x: Tensor, model: nn.Module) -> Tensor:
-    """x where the network is, in its floating-point type."""
-    reference = next(itertools.chain(model.parameters(), model.buffers()), torch.empty(0))
-    return x.to(device=reference.device, dtype=reference.dtype if reference.is_floating_point() else None)
-
-
-@contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
-    """The network in eval mode and without gradients; its mode and torch's random state are put back afterwards."""
-    was_training = {name: module.training for name, module in model.named_modules()}
-    try:
-        with torch.no_grad(), random_state_kept(model):
-            model.eval()
-            yield
-    finally:
-        for name, module in model.named_modules():
-            module.training = was_training.get(name, module.training)
-
-
-@contextmanager
-def random_state_kept(model: nn.Module) -> Iterator[None]:
-    """torch's random state, on the CPU and where the network is, as it was before the block."""
-    devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
-    with torch.random.fork_rng(devices=[index for index in devices if index is not None]):
-        yield
+    return head, itertools.chain([head], iterator) if iterator is batches else batches
 
 
 def patch_length(layer: Replaced) -> int:

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bgcbench.measure.undisturbed import RandomState
+
 
 class Stopped(Exception):
     """The conversion was asked to stop."""
@@ -44,9 +46,9 @@ class _Abandoned(BaseException):
 class _Runner(threading.Thread):
     """One batch on its way through the network."""
 
-    def __init__(self, model: nn.Module, number: int, x: Tensor) -> None:
+    def __init__(self, number: int, run: Callable[[], object], device: torch.device, random: RandomState) -> None:
         super().__init__(daemon=True, name=f"bgcbench batch {number}")
-        self.model, self.number, self.x = model, number, x
+        self.number, self.run_network, self.device, self.random = number, run, device, random
         self.at: tuple[Stop, Tensor] | None = None
         self.changed = False
         self.done = False
@@ -57,10 +59,10 @@ class _Runner(threading.Thread):
     def run(self) -> None:
         self._go.acquire()
         try:
-            device = self.x.device
-            with torch.no_grad(), torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+            on_device = torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext()
+            with torch.no_grad(), on_device:
                 if not self._abandoned:
-                    self.model(self.x)
+                    self.run_network()
         except _Abandoned:
             pass
         except BaseException as problem:  # noqa: BLE001 - raised where the network was called
@@ -70,10 +72,12 @@ class _Runner(threading.Thread):
             self._back.release()
 
     def proceed(self) -> None:
-        """Let it run until it waits at a stop or is through. Called from outside."""
+        """Let it run until it waits at a stop or is through, with its own random numbers. Called from outside."""
         self.at = None
+        self.random.restore()
         self._go.release()
         self._back.acquire()
+        self.random = self.random.now()
         if self.error is not None:
             raise self.error
 
@@ -95,22 +99,23 @@ class _Runner(threading.Thread):
 
 
 def run_in_step(
-    model: nn.Module,
-    batches: Sequence[Tensor],
+    runs: Sequence[tuple[Callable[[], object], RandomState]],
     stops: Sequence[Stop],
     *,
+    device: torch.device,
     changed: Sequence[nn.Module] = (),
     asked_to_stop: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Run each of ``batches`` through ``model``, without gradients, all of them waiting at every one of ``stops``.
+    """Run a network on several batches, without gradients, all of them waiting at every one of ``stops``.
 
-    changed: the modules from which on a pass concerns the stops with ``only_changed``. A batch that never comes to a
-    stop (a network may decide by its input) is not waited for. Raises what the network raises, and Stopped.
+    runs: each runs the network, which is on ``device``, on one batch, from that random state. changed: the modules from
+    which on a pass concerns the stops with ``only_changed``. A batch that never comes to a stop (a network may decide
+    by its input) is not waited for. Raises what the network raises, and Stopped.
     """
     handles = [stop.module.register_forward_pre_hook(_waiting(stop), with_kwargs=True) for stop in stops]
     # After those that wait: a layer that is changed is not yet behind itself.
     handles += [module.register_forward_hook(_passed, prepend=True) for module in changed]
-    runners = [_Runner(model, number, x) for number, x in enumerate(batches)]
+    runners = [_Runner(number, run, device, random) for number, (run, random) in enumerate(runs)]
     begun: list[_Runner] = []
     try:
         for runner in runners:

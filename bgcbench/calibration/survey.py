@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections import Counter
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
+
+from bgcbench.measure.undisturbed import tensors_of
 
 Norm = nn.modules.batchnorm._BatchNorm
 
@@ -25,11 +28,12 @@ _KEEPS = {
 class Survey:
     """absorbed: convolutions of whose outputs a constant in each channel is taken away by norms, wherever it goes.
     norms: for those whose output goes into one norm and nowhere else, that norm. live_bytes: the most that is held at
-    any time when a module with numbers begins, for each image."""
+    any time when a module with numbers begins, for each image. calls: how often the convolutions and norms have run."""
 
     absorbed: frozenset[str]
     norms: dict[str, str]
     live_bytes: int
+    calls: Counter[str]
 
 
 def is_norm(module: nn.Module) -> bool:
@@ -37,31 +41,31 @@ def is_norm(module: nn.Module) -> bool:
     return isinstance(module, Norm) and module.running_mean is not None and module.running_var is not None
 
 
-def survey(model: nn.Module, convs: Collection[str], x: Tensor) -> Survey:
-    """Run ``model``, which is in eval mode, on x (1, C, H, W) and watch the outputs of the modules named ``convs``."""
+def survey(model: nn.Module, convs: Collection[str], run: Callable[[], Any]) -> Survey:
+    """Watch the outputs of the modules named ``convs`` while ``run`` runs ``model``, in eval mode, on one image."""
     watch = _Watch()
     handles = []
     for name, module in model.named_modules():
         if name in convs:
             handles.append(module.register_forward_hook(watch.begins(name), prepend=True))
         if is_norm(module):
-            handles.append(module.register_forward_pre_hook(watch.enters(name)))
+            handles.append(module.register_forward_pre_hook(watch.enters(name), with_kwargs=True))
             handles.append(module.register_forward_hook(watch.leaves))
         if next(module.parameters(recurse=False), None) is not None:
             handles.append(module.register_forward_pre_hook(watch.weighs))
     try:
         with torch.no_grad(), watch:
-            output = model(x)
+            output = run()
     finally:
         for handle in handles:
             handle.remove()
-    for value in tree_leaves(output if not hasattr(output, "to_tuple") else output.to_tuple()):
-        watch.fails |= watch.labels.get(value, set()) if isinstance(value, Tensor) else set()
+    for value in tensors_of(output):
+        watch.fails |= watch.labels.get(value, set())
     seen = watch.begun - watch.fails
     norms = {name: next(iter(users)) for name, users in watch.users.items() if name in seen and len(users) == 1}
     taken = list(norms.values())
     single = {name: norm for name, norm in norms.items() if norm and taken.count(norm) == 1}
-    return Survey(frozenset(seen), single, watch.most)
+    return Survey(frozenset(seen), single, watch.most, watch.calls)
 
 
 class _Watch(TorchDispatchMode):
@@ -77,9 +81,11 @@ class _Watch(TorchDispatchMode):
         self.own: Any = WeakIdKeyDictionary()  # tensor -> the convolution whose very output it is
         self.norm: tuple[str, Tensor] | None = None
         self.most = 0
+        self.calls: Counter[str] = Counter()
 
     def begins(self, name: str) -> Any:
         def hook(module: nn.Module, arguments: Any, output: Tensor) -> None:
+            self.calls[name] += 1
             if name in self.begun:  # called again: its output has gone two ways
                 self.users.setdefault(name, set()).add("")
             self.begun.add(name)
@@ -89,9 +95,9 @@ class _Watch(TorchDispatchMode):
         return hook
 
     def enters(self, name: str) -> Any:
-        def hook(module: nn.Module, arguments: Any) -> None:
-            if arguments:
-                self.norm = name, arguments[0]
+        def hook(module: nn.Module, arguments: Any, options: Any) -> None:
+            self.calls[name] += 1
+            self.norm = name, arguments[0] if arguments else options["input"]
 
         return hook
 

@@ -50,7 +50,7 @@ from bgcbench.specs import PRECISIONS
 from bgcbench.theory import paper
 from bgcbench.training.checkpoint import Checkpoints
 from bgcbench.training.distributed import World, own_device
-from bgcbench.training.loop import NonFiniteLoss, Options, Progress, State, Training, check_batch, subset_of
+from bgcbench.training.loop import NotFinite, Options, Progress, State, Training, check_batch, subset_of
 from bgcbench.training.recipes import Recipe
 
 OUT_OF_MEMORY = "use --accumulate 2 or more (the same batch in smaller parts), or a smaller --batch-size"
@@ -366,7 +366,7 @@ class TrainRun:
                 self._take(row, training, "interrupted", f"stopped in epoch {training.state.epoch + 1}")
             else:
                 self._take(row, training, "ok", None)
-        except NonFiniteLoss as problem:
+        except NotFinite as problem:
             self._take(row, training, "error", str(problem))
         except BgcbenchError:
             raise  # a file that cannot be read, a checkpoint of something else: other rows would meet it too

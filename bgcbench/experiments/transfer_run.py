@@ -49,7 +49,7 @@ from bgcbench.specs import HELD_OUT
 from bgcbench.theory import paper
 from bgcbench.training.checkpoint import Checkpoints
 from bgcbench.training.distributed import World
-from bgcbench.training.loop import Scores, Training
+from bgcbench.training.loop import NotFinite, Scores, Training
 from bgcbench.training.recipes import Recipe
 
 NOT_JUDGED, NOT_TRAINED, UNTOUCHED = "converted, not judged yet", "converted, not trained yet", "not trained yet"
@@ -134,6 +134,7 @@ class TransferRun(TrainRun):
     def __init__(self, prepared: TransferPrepared, session: Any, world: World, **options: Any) -> None:
         super().__init__(prepared, session, world, **options)
         self._original_scores: Scores | None = None
+        self._damage: str | None = None  # why the untouched network cannot be judged
         self._guesses = torch.empty(0)  # the untouched network's, of this process's share of the test images
         self._drawn: tuple[int, list[Tensor]] = (-1, [])
         # Converted networks that no checkpoint has: on the CPU, by key.
@@ -219,6 +220,8 @@ class TransferRun(TrainRun):
                     self._judge(row, training)
             except Stopped:
                 return False
+            except NotFinite as problem:  # found by all processes alike
+                self._take(row, None, "error", str(problem))
             except BgcbenchError:
                 raise
             except Exception as problem:
@@ -249,9 +252,15 @@ class TransferRun(TrainRun):
 
     def _judge_original(self) -> None:
         """Judge the untouched network, once in a run; raises Stopped where the run was asked to stop meanwhile."""
+        if self._damage is not None:
+            raise NotFinite(self._damage)
         if self._original_scores is None:
             training = self._reference(self.rows[0])
-            self._original_scores, self._guesses = training.begin(), training.guesses
+            try:
+                self._original_scores, self._guesses = training.begin(), training.guesses
+            except NotFinite as problem:
+                self._damage = str(problem)
+                raise
         if self._original_scores is None:
             raise Stopped
 
@@ -298,8 +307,6 @@ class TransferRun(TrainRun):
             except Stopped:
                 return None
             except Exception as problem:  # noqa: BLE001 - the other rows are worth having
-                if isinstance(problem, BgcbenchError):
-                    return Failure("error", str(problem))
                 return describe_failure(problem, self.session.device, "use fewer --calibration-images")
             made.append(converted.model)
             return converted.record.to_json(), time.perf_counter() - begin

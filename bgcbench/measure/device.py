@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bgcbench.errors import DeviceError, UsageError
+from bgcbench.errors import BgcbenchError, DeviceError, UsageError
 from bgcbench.measure.workload import Cell
 from bgcbench.specs import check_on_cpu
 
@@ -304,7 +304,8 @@ def describe_failure(failure: BaseException, device: torch.device, way_out: str 
         return Failure("oom", f"out of memory: {size} asked for; {way_out}")
     if not device_answers(device):
         return DEVICE_LOST
-    return Failure("error", f"{type(failure).__name__}: {message.splitlines()[0]}")
+    kind = "" if isinstance(failure, BgcbenchError) else f"{type(failure).__name__}: "
+    return Failure("error", kind + message.splitlines()[0])
 
 
 def device_answers(device: torch.device) -> bool:

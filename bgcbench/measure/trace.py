@@ -8,7 +8,6 @@ shortcut from a branch.
 from __future__ import annotations
 
 import copy
-import itertools
 import re
 import warnings
 from collections import Counter
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from bgcbench.measure.batches import Passing, copied_to, reference_of
 from bgcbench.measure.counts import count
 from bgcbench.specs import ConvSpec
 
@@ -32,8 +32,21 @@ _POOLS = {
     "adaptive_avg_pool2d", "adaptive_max_pool2d", "avg_pool2d", "max_pool2d", "mean", "amax", "sum", "logsumexp",
 }  # fmt: skip
 _GATES = {"mul", "__mul__", "__imul__", "mul_", "__rmul__", "cat", "concat", "concatenate"}
-# What may be asked of a weight without computing with it.
-_METADATA = {"__get__", "size", "dim", "numel", "stride", "is_contiguous", "data_ptr", "element_size", "type"}
+# What may be asked of a weight without computing with it, and what of that a variant answers differently.
+_METADATA = {
+    "__get__",
+    "size",
+    "dim",
+    "numel",
+    "nelement",
+    "stride",
+    "is_contiguous",
+    "data_ptr",
+    "element_size",
+    "type",
+}
+_SHAPE = {"size", "numel", "nelement", "stride"}
+_SHAPE_PROPERTY = torch.Tensor.shape.__get__  # type: ignore[attr-defined]
 _NORMS = {"batch_norm", "layer_norm", "group_norm", "instance_norm"}
 _UNCOUNTED = {
     "matmul", "__matmul__", "__rmatmul__", "bmm", "mm", "addmm", "baddbmm", "einsum", "scaled_dot_product_attention",
@@ -80,8 +93,8 @@ class Trace:
 
     shortcuts: convolutions that are one whole side of a residual addition, or named so. heads: those whose output
     leaves the network with no norm, product, addition or other layer after it. borrowed: those whose weight is used
-    outside of their own forward. uncounted: operations with products that are in no count, by name. numbers: whether
-    the network had to be run with numbers.
+    outside of their own forward. measured: those whose weight's shape is read there. uncounted: operations with
+    products that are in no count, by name. numbers: whether the network had to be run with numbers.
     """
 
     size: Size
@@ -89,6 +102,7 @@ class Trace:
     shortcuts: set[str] = field(default_factory=set)
     heads: set[str] = field(default_factory=set)
     borrowed: set[str] = field(default_factory=set)
+    measured: set[str] = field(default_factory=set)
     uncounted: Counter[str] = field(default_factory=Counter)
     numbers: bool = False
 
@@ -122,13 +136,14 @@ def is_variant(module: nn.Module) -> bool:
     return isinstance(getattr(module, "spec", None), ConvSpec)
 
 
-def trace(model: nn.Module, size: Size | None = None, example: Any = None) -> Trace:
+def trace(model: nn.Module, size: Size | None = None, example: Any = None, passing: Passing | None = None) -> Trace:
     """Run ``model`` once and say what it did.
 
-    size: (channels, height, width) of its input; or ``example``, an input of its own. Without either the size is the
-    one a timm model names, or the first that works of 224, 32, 299 and 64 pixels, with the channels of the first
+    size: (channels, height, width) of its input; or ``example``, what ``passing`` runs it on. Without either the size
+    is the one a timm model names, or the first that works of 224, 32, 299 and 64 pixels, with the channels of the first
     convolution. Without numbers where possible, else on a real copy. Raises the last error if nothing worked.
     """
+    passing = passing or Passing()
     failure: Exception = RuntimeError("the network has no convolution to find the input's channels by")
     inputs = [example] if example is not None else [torch.Size((1, *shape)) for shape in _sizes(model, size)]
     # Hooks of the user's are left out, unless the network does not run without them.
@@ -136,7 +151,7 @@ def trace(model: nn.Module, size: Size | None = None, example: Any = None) -> Tr
     for make_copy, hooks in ways:
         for given in inputs:
             try:
-                found = _run(make_copy(model), given, hooks=hooks)
+                found = _run(make_copy(model), given, passing, hooks=hooks)
                 found.numbers = make_copy is copy.deepcopy
                 return found
             except Exception as error:  # noqa: BLE001 - whatever a network's forward raises: the next way is tried
@@ -171,25 +186,26 @@ def without_numbers(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
-def _run(model: nn.Module, given: Any, *, hooks: bool) -> Trace:
-    for module in model.modules():
-        for kind in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
-            if not hooks and not _computes_weight(module, kind):
-                getattr(module, kind).clear()
+def _run(model: nn.Module, given: Any, passing: Passing, *, hooks: bool) -> Trace:
+    if not hooks:
+        clear_hooks(model)
     model.eval()
-    reference = next(itertools.chain(model.parameters(), model.buffers()), torch.empty(0))
-    if isinstance(given, torch.Size):
-        dtype = reference.dtype if reference.is_floating_point() else None
-        arguments: tuple[Any, ...] = (torch.zeros(given, device=reference.device, dtype=dtype),)
-    else:
-        arguments = given if isinstance(given, tuple) else (given,)
-        arguments = tuple(a.to(reference.device) if isinstance(a, Tensor) else a for a in arguments)
-    shape = next((a.shape for a in arguments if isinstance(a, Tensor)), reference.shape)
-    recorder = _Recorder(model, tuple(shape[-3:]))
+    batch = (torch.zeros(given),) if isinstance(given, torch.Size) else given
+    shapes = (value.shape for value in _tensors(batch))
+    shape = next((shape for shape in shapes if len(shape) >= 3), reference_of(model).shape)
+    recorder, given = _Recorder(model, tuple(shape[-3:])), copied_to(batch, model)
     with torch.no_grad(), warnings.catch_warnings(), recorder:
         warnings.simplefilter("ignore")  # the network warns its user when its user runs it
-        output = model(*arguments)
+        output = passing.call(model, given)
     return recorder.finished(output)
+
+
+def clear_hooks(model: nn.Module) -> None:
+    """Take the user's hooks off a copy, but not those that its own forward needs."""
+    for module in model.modules():
+        for kind in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
+            if not _computes_weight(module, kind):
+                getattr(module, kind).clear()
 
 
 def _computes_weight(module: nn.Module, kind: str) -> bool:
@@ -212,7 +228,7 @@ class _Recorder(TorchFunctionMode):
             if isinstance(module, nn.Conv2d) and "weight" in module._parameters:
                 self.owners[id(module.weight)] = name
             module.register_forward_pre_hook(self._entering(name))
-            module.register_forward_hook(self._leaving(name))
+            module.register_forward_hook(self._leaving(name), with_kwargs=True)
 
     def _entering(self, name: str) -> Callable[..., None]:
         def enter(module: nn.Module, arguments: Any) -> None:
@@ -221,10 +237,10 @@ class _Recorder(TorchFunctionMode):
         return enter
 
     def _leaving(self, name: str) -> Callable[..., None]:
-        def leave(module: nn.Module, arguments: Any, output: Any) -> None:
+        def leave(module: nn.Module, arguments: Any, options: Any, output: Any) -> None:
             self.stack.pop()
-            if is_variant(module) and isinstance(output, Tensor) and arguments:
-                self._variant(name, module, arguments[0], output)
+            if is_variant(module) and isinstance(output, Tensor):
+                self._variant(name, module, arguments[0] if arguments else options["input"], output)
 
         return leave
 
@@ -248,7 +264,9 @@ class _Recorder(TorchFunctionMode):
         elif name in _UNCOUNTED:
             self.found.uncounted[name] += 1
         if name not in _METADATA:
-            self._borrowing(tensors)
+            self.found.borrowed |= self._foreign(tensors)
+        elif name in _SHAPE or func == _SHAPE_PROPERTY:
+            self.found.measured |= self._foreign(tensors)
         pooled, heads = self._pooled(name, tensors, out), self._heads(name, tensors)
         for tensor in _tensors(out):
             tensor._bgcbench_passed = passed  # type: ignore[attr-defined]
@@ -256,12 +274,10 @@ class _Recorder(TorchFunctionMode):
             tensor._bgcbench_heads = heads  # type: ignore[attr-defined]
         return out
 
-    def _borrowing(self, tensors: Sequence[Tensor]) -> None:
-        """Note a convolution's weight that is computed with outside of the convolution."""
+    def _foreign(self, tensors: Sequence[Tensor]) -> set[str]:
+        """The convolutions whose weight is among ``tensors`` although another module runs."""
         current = self.stack[-1][0] if self.stack else None
-        self.found.borrowed |= {
-            owner for tensor in tensors if (owner := self.owners.get(id(tensor))) is not None and owner != current
-        }
+        return {o for tensor in tensors if (o := self.owners.get(id(tensor))) is not None and o != current}
 
     def _heads(self, name: str, tensors: Sequence[Tensor]) -> frozenset[str]:
         """The convolutions of which the output is only reshaped, pooled, resized or activated so far."""
@@ -381,7 +397,7 @@ class _Recorder(TorchFunctionMode):
 
 
 def _tensors(values: Any) -> Iterator[Tensor]:
-    """Tensors in nested tuples, lists and dicts."""
+    """Tensors in nested tuples, lists and mappings."""
     if isinstance(values, Tensor):
         yield values
     elif isinstance(values, Mapping):

@@ -27,6 +27,7 @@ from bgcbench.data.feeds import epoch_order, stream_seed
 from bgcbench.data.labelled import LabelledData
 from bgcbench.errors import BgcbenchError, ResultFileError, UsageError
 from bgcbench.measure.device import DTYPES
+from bgcbench.measure.undisturbed import first_not_finite
 from bgcbench.measure.workload import class_scores
 from bgcbench.results import Json, write_atomically
 from bgcbench.training.checkpoint import DIAGNOSIS, Checkpoints, Stored
@@ -41,8 +42,8 @@ AUXILIARY_WEIGHT = 0.3  # of the losses of auxiliary heads, as in GoogLeNet's pa
 TEACHER_WEIGHT, TEACHER_TEMPERATURE = 1.0, 1.0  # of the divergence from a teacher's outputs, beside the labels' 1
 
 
-class NonFiniteLoss(BgcbenchError):
-    """The loss became infinite or no number."""
+class NotFinite(BgcbenchError):
+    """A loss or an output of the network is infinite or no number."""
 
 
 class _AskedToStop(Exception):
@@ -221,25 +222,31 @@ class Training:
         self._save()
 
     def begin(self) -> Scores | None:
-        """Judge the network before any training; None where the run was asked to stop meanwhile."""
+        """Judge the network before any training; None where the run was asked to stop meanwhile. Raises NotFinite."""
         try:
-            scores = self.evaluate()
+            scores = self._initial()
         except _AskedToStop:
             self.stopped = True
             return None
+        return scores
+
+    def _initial(self) -> Scores:
+        scores = self.evaluate()
+        if not math.isfinite(scores.loss):
+            raise NotFinite(f"the network's outputs are not finite: {self._where_not_finite()}; check its weights")
         self.state.initial = self._judged(scores)
         return scores
 
     def run(self) -> Iterator[Progress]:
         """Train from the last checkpoint, or from the start, to the end; ``stopped`` says that it was asked to stop.
 
-        What is known of the network before any training is not found out again. Raises NonFiniteLoss, ResultFileError
+        What is known of the network before any training is not found out again. Raises NotFinite, ResultFileError
         for a checkpoint of something else, and what the network raises.
         """
         trained = False
         try:
             if not self.resume() and self.state.initial is None:
-                self.state.initial = self._judged(self.evaluate())
+                self._initial()
             while self.state.epoch < self.recipe.epochs and not self.stopped:
                 trained = True
                 yield from self._epoch()
@@ -517,6 +524,17 @@ class Training:
         counted: list[float] = found.tolist()
         return counted, torch.cat(guesses).cpu()
 
+    def _where_not_finite(self) -> str:
+        """The module of the network where numbers stop being finite on this process's first test images."""
+        device, first = self.world.device.type, torch.arange(min(self.recipe.batch_size, len(self.data.test_labels)))
+        ((images, _),) = self.feed.test([first])
+
+        def run() -> None:
+            with torch.autocast(device, self.autocast_dtype, enabled=self.autocast_dtype is not None):
+                self.plain(images)
+
+        return first_not_finite(self.network, run) or "on some images only"
+
     def _judged(self, scores: Scores) -> float | None:
         """The error, None where labels are random and an error would say nothing."""
         return scores.error if self.data.meaningful else None
@@ -524,7 +542,7 @@ class Training:
     # ---------------------------------------------------------------------------------- losses that are no numbers
 
     def _look(self, start: int) -> None:
-        """Raise NonFiniteLoss, with a diagnosis written, if a loss from step ``start`` on is infinite or no number."""
+        """Raise NotFinite, with a diagnosis written, if a loss from step ``start`` on is infinite or no number."""
         recent = self.losses[start : self.state.step]
         bad = (~recent.isfinite()).nonzero()
         first = self.world.least(int(bad[0]) + start if len(bad) else self.steps)
@@ -532,7 +550,7 @@ class Training:
             self._give_up(first, "loss")
 
     def _give_up(self, first: int, what: str) -> NoReturn:
-        """Raise NonFiniteLoss for step ``first`` of this epoch, with a diagnosis written."""
+        """Raise NotFinite for step ``first`` of this epoch, with a diagnosis written."""
         state = self.state
         number = state.epoch * self.steps + first
         lr = self.recipe.lr_at(number, self.steps)
@@ -541,9 +559,9 @@ class Training:
             path = self.checkpoints.folder / DIAGNOSIS
             write_diagnosis(path, self._diagnosis(first, lr))
             where = f"; {path.name} beside its checkpoints says more"
-        raise NonFiniteLoss(
+        raise NotFinite(
             f"the {what} was no longer finite in epoch {state.epoch + 1}, step {first + 1} of {self.steps} "
-            f"(learning rate {lr:.3g}); use a lower --lr or another --precision{where}"
+            f"(learning rate {lr:.3g}): {self._where_not_finite()}; use a lower --lr or another --precision{where}"
         )
 
     def _diagnosis(self, step: int, lr: float) -> Json:

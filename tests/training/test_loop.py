@@ -20,7 +20,7 @@ from bgcbench.data.labelled import ResidentData
 from bgcbench.errors import BgcbenchError, ResultFileError, UsageError
 from bgcbench.training.checkpoint import Checkpoints
 from bgcbench.training.distributed import World
-from bgcbench.training.loop import NonFiniteLoss, Options, Prepared, Scores, Training, check_batch, subset_of
+from bgcbench.training.loop import NotFinite, Options, Prepared, Scores, Training, check_batch, subset_of
 from tests.training.example import MEAN, STD, tiny_data, tiny_network, tiny_recipe
 
 
@@ -555,7 +555,7 @@ def test_a_full_disk_does_not_end_a_training(tmp_path: Path) -> None:
 
 def test_a_loss_that_is_no_number_stops_the_training_with_a_diagnosis(tmp_path: Path) -> None:
     network = tiny_network(norm=False)
-    with pytest.raises(NonFiniteLoss, match=r"no longer finite in epoch \d, step \d of 4 \(learning rate .*lower --lr"):
+    with pytest.raises(NotFinite, match=r"no longer finite in epoch \d, step \d of 4 \(learning rate .*lower --lr"):
         trained(network, recipe=tiny_recipe(lr=1e30, precision="fp32"), checkpoints=Checkpoints(tmp_path))
     diagnosis = json.loads((tmp_path / "diagnosis.json").read_text())
     step = diagnosis["step"] - 1
@@ -582,7 +582,7 @@ class Exploding(nn.Module):
 
 def test_a_test_loss_that_is_no_number_stops_the_training_before_it_is_saved(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path)
-    with pytest.raises(NonFiniteLoss, match="the test loss was no longer finite in epoch 1"):
+    with pytest.raises(NotFinite, match="the test loss was no longer finite in epoch 1"):
         trained(Exploding(), checkpoints=checkpoints)
     assert checkpoints.names == []
     assert (tmp_path / "diagnosis.json").exists()
@@ -596,14 +596,14 @@ def test_a_loss_that_is_no_number_is_seen_at_the_next_look_and_at_the_end_of_the
 
     monkeypatch.setitem(loop.LOOK_STEPS, "cpu", every)
     run = training(tiny_network(norm=False), recipe=tiny_recipe(lr=1e30, precision="fp32", schedule="constant"))
-    with pytest.raises(NonFiniteLoss, match="in epoch 1, step 2 of 4"):
+    with pytest.raises(NotFinite, match="in epoch 1, step 2 of 4"):
         list(run.run())
     assert run.state.step == {1: 2, 3: 3, 1000: 4}[every]
 
 
 def test_a_poisoned_network_is_never_saved(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path)
-    with pytest.raises(NonFiniteLoss):
+    with pytest.raises(NotFinite):
         trained(tiny_network(norm=False), recipe=tiny_recipe(lr=1e30, precision="fp32"), checkpoints=checkpoints,
                 options=Options(save_every_s=1e-9))  # fmt: skip
     found = checkpoints.latest(lambda _: None)

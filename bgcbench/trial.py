@@ -1,0 +1,153 @@
+"""Whether a network still computes the same once its convolutions are layers of another kind.
+
+A forward is any Python: it may ask for a convolution's type, its groups or the shape of its weight, or call one that it
+keeps elsewhere. So the exchange is tried: on a copy whose new layers compute what the convolutions in their place did.
+Where the outputs are not the original's, more than the convolution has changed, and the layer must stay.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bgcbench.convs.base import VariantConv2d
+from bgcbench.errors import UsageError
+from bgcbench.measure.batches import Passing
+from bgcbench.measure.trace import Trace, clear_hooks
+from bgcbench.measure.undisturbed import same_outputs, seed_everything, undisturbed
+from bgcbench.policy import Conv, Reason, describe, first_line
+from bgcbench.record import Replaced, put_in
+
+BYPASSED = Reason("bypassed", "called from outside of the module tree")
+RANDOM = "the network draws random numbers in eval mode: calibration and comparisons give it the same ones every time"
+Kernel = tuple[Tensor, Tensor | None]  # weight (m, n, kh, kw) and bias (m,)
+UNREPEATABLE = (
+    "the network computes something else each time it is run, from the same random state too: what it loses by the "
+    "conversion cannot be told from that, and is fitted to it"
+)
+
+
+@contextlib.contextmanager
+def standing_in(kernels: Mapping[VariantConv2d, Kernel], calls: Counter[VariantConv2d] | None = None) -> Iterator[None]:
+    """Meanwhile each of these layers computes the standard convolution with that weight and bias; ``calls`` counts."""
+
+    def standard(layer: VariantConv2d, weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+        def forward(input: Tensor) -> Tensor:
+            if calls is not None:
+                calls[layer] += 1
+            return layer._convolve(input, weight, bias, 1)
+
+        return forward
+
+    for layer, kernel in kernels.items():
+        layer.forward = standard(layer, *kernel)  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        for layer in kernels:
+            vars(layer).pop("forward", None)
+
+
+def keep_what_cannot_be_exchanged(
+    model: nn.Module, convs: Sequence[Conv], found: Trace, given: Any, passing: Passing, variant: str
+) -> list[str]:
+    """Give a reason to each chosen one of ``convs`` whose exchange changes more than the convolution; returns notes.
+
+    given: what the network is run on; None, or a size, for random numbers. variant: of the layers that are tried, with
+    the groups of each. Raises UsageError where only several together change something.
+    """
+    made_up = given is None or (isinstance(given, tuple) and all(isinstance(side, int) for side in given))
+    if made_up:
+        given, passing = (torch.randn(1, *found.size, generator=torch.Generator().manual_seed(0)),), Passing()
+    try:
+        trial = _Trial(model, given, passing)
+    except Exception as problem:
+        if not made_up and not isinstance(problem, _NotCopied):
+            raise UsageError(
+                f"the network does not run on its input (in eval mode): {first_line(problem)}"
+            ) from problem
+        return [f"whether the network computes the same with other layers could not be tried: {first_line(problem)}"]
+    while chosen := [conv for conv in convs if conv.reason is None]:
+        reasons = trial.differences([replace(describe(conv), variant=variant) for conv in chosen])
+        for conv in chosen:
+            conv.reason = reasons.get(conv.name)
+        if not reasons:
+            break
+    return trial.notes
+
+
+class _NotCopied(Exception):
+    """The network cannot be copied."""
+
+
+class _Trial:
+    """The outputs of the original network, and how those of copies with exchanged layers differ from them."""
+
+    def __init__(self, model: nn.Module, given: Any, passing: Passing) -> None:
+        self.model, self.given, self.passing = model, given, passing
+        self.hooks = False  # the user's hooks are left out, unless the network does not run without them
+        try:
+            self.expected = self._run(self._copy())
+        except _NotCopied:
+            raise
+        except Exception:  # noqa: BLE001 - what goes wrong with them as well is raised
+            self.hooks = True
+            self.expected = self._run(self._copy())
+        self.notes: list[str] = []
+        if not same_outputs(self.expected, self._run(self._copy(), seed=1)):
+            repeatable = same_outputs(self.expected, self._run(self._copy()))
+            self.notes.append(RANDOM if repeatable else UNREPEATABLE)
+
+    def _copy(self) -> nn.Module:
+        """A copy that shares the parameters, which eval mode leaves alone."""
+        try:
+            shared = copy.deepcopy(self.model, {id(parameter): parameter for parameter in self.model.parameters()})
+        except Exception as problem:
+            raise _NotCopied(f"it cannot be copied ({first_line(problem)})") from problem
+        if not self.hooks:
+            clear_hooks(shared)
+        return shared
+
+    def _run(self, network: nn.Module, seed: int = 0) -> Any:
+        with undisturbed(network):
+            seed_everything(seed)
+            return self.passing(network, self.given)
+
+    def differences(self, layers: Sequence[Replaced]) -> dict[str, Reason]:
+        """Which of ``layers`` must stay, and why; empty where all of them can be exchanged together."""
+        bypassed, problem = self._exchange(layers)
+        if bypassed:
+            return dict.fromkeys(bypassed, BYPASSED)
+        if problem is None:
+            return {}
+        alone: dict[str, str | None] = {layers[0].name: problem}
+        if len(layers) > 1:
+            alone = {layer.name: self._exchange([layer])[1] for layer in layers}
+        found = {name: Reason("type_read", text) for name, text in alone.items() if text}
+        if not found:
+            raise UsageError(
+                f"with all of {', '.join(alone)} replaced {problem}; convert fewer of them (include, exclude)"
+            )
+        return found
+
+    def _exchange(self, layers: Sequence[Replaced]) -> tuple[list[str], str | None]:
+        """The layers that the network with ``layers`` put in does not run, and what else is wrong with it."""
+        network = put_in(self._copy(), layers, weights=False)
+        old, new = dict(self.model.named_modules()), dict(network.named_modules())
+        pairs: Any = {new[layer.name]: (old[layer.name].weight, old[layer.name].bias) for layer in layers}
+        calls: Counter[VariantConv2d] = Counter()
+        try:
+            with standing_in(pairs, calls):
+                output = self._run(network)
+        except Exception as problem:  # noqa: BLE001 - whatever a network's forward raises keeps the layer
+            return [], f"the network does not run any more ({first_line(problem)[:160]})"
+        if UNREPEATABLE not in self.notes and not same_outputs(self.expected, output):
+            return [], "the network computes something else (it asks for the layer's type, groups or shape)"
+        return [layer.name for layer in layers if calls[new[layer.name]] < (layer.calls or 0)], None
