@@ -153,7 +153,8 @@ def convert(
             conv.reason = conv.reason or Reason("standard", "N = 1 is the standard convolution")
     divide(convs, variant, groups, on_indivisible)
     if found is not None and replaces:
-        notes += keep_what_cannot_be_exchanged(model, convs, found, example, passing, variant)
+        fits = images is not None
+        notes += keep_what_cannot_be_exchanged(model, convs, found, example, passing, variant, fits=fits)
     chosen = [conv for conv in convs if conv.reason is None]
     if not chosen and replaces:
         raise UsageError(nothing_to_replace(convs, where))
@@ -218,7 +219,7 @@ def candidates(
         if conv.reason is None:  # what is tried in its place is a group convolution
             conv.groups = next(iter(divisors(math.gcd(*channels(conv.module)))[1:]), 1)
     if found is not None:
-        notes += keep_what_cannot_be_exchanged(model, convs, found, example, passing, "gc")
+        notes += keep_what_cannot_be_exchanged(model, convs, found, example, passing, "gc", fits=True)
     chosen = [conv for conv in convs if conv.reason is None]
     if not chosen:
         raise UsageError(nothing_to_replace(convs, where))

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from bgcbench.convs.base import VariantConv2d
 from bgcbench.errors import UsageError
 from bgcbench.measure.batches import Passing
+from bgcbench.measure.device import is_out_of_memory
 from bgcbench.measure.trace import Trace, clear_hooks
-from bgcbench.measure.undisturbed import same_outputs, seed_everything, undisturbed
+from bgcbench.measure.undisturbed import RandomState, same_outputs, seed_everything, undisturbed
 from bgcbench.policy import Conv, Reason, describe, first_line
 from bgcbench.record import Replaced, put_in
 
@@ -56,18 +57,26 @@ def standing_in(kernels: Mapping[VariantConv2d, Kernel], calls: Counter[VariantC
 
 
 def keep_what_cannot_be_exchanged(
-    model: nn.Module, convs: Sequence[Conv], found: Trace, given: Any, passing: Passing, variant: str
+    model: nn.Module,
+    convs: Sequence[Conv],
+    found: Trace,
+    given: Any,
+    passing: Passing,
+    variant: str,
+    *,
+    fits: bool = False,
 ) -> list[str]:
     """Give a reason to each chosen one of ``convs`` whose exchange changes more than the convolution; returns notes.
 
     given: what the network is run on; None, or a size, for random numbers. variant: of the layers that are tried, with
-    the groups of each. Raises UsageError where only several together change something.
+    the groups of each. fits: whether something will be fitted to what the network computes, so that it must be known
+    whether it computes the same each time. Raises UsageError where only several together change something.
     """
     made_up = given is None or (isinstance(given, tuple) and all(isinstance(side, int) for side in given))
     if made_up:
         given, passing = (torch.randn(1, *found.size, generator=torch.Generator().manual_seed(0)),), Passing()
     try:
-        trial = _Trial(model, given, passing)
+        trial = _Trial(model, given, passing, fits=fits)
     except Exception as problem:
         if not made_up and not isinstance(problem, _NotCopied):
             raise UsageError(
@@ -90,9 +99,10 @@ class _NotCopied(Exception):
 class _Trial:
     """The outputs of the original network, and how those of copies with exchanged layers differ from them."""
 
-    def __init__(self, model: nn.Module, given: Any, passing: Passing) -> None:
+    def __init__(self, model: nn.Module, given: Any, passing: Passing, *, fits: bool) -> None:
         self.model, self.given, self.passing = model, given, passing
         self.hooks = False  # the user's hooks are left out, unless the network does not run without them
+        self.draws = False
         try:
             self.expected = self._run(self._copy())
         except _NotCopied:
@@ -101,9 +111,12 @@ class _Trial:
             self.hooks = True
             self.expected = self._run(self._copy())
         self.notes: list[str] = []
-        if not same_outputs(self.expected, self._run(self._copy(), seed=1)):
-            repeatable = same_outputs(self.expected, self._run(self._copy()))
-            self.notes.append(RANDOM if repeatable else UNREPEATABLE)
+        if (fits or self.draws) and not same_outputs(self.expected, self._run(self._copy(), seed=1)):
+            self.notes.append(RANDOM if self._repeats() else UNREPEATABLE)
+
+    def _repeats(self) -> bool:
+        """Whether the original computes the same from the same random state."""
+        return same_outputs(self.expected, self._run(self._copy()))
 
     def _copy(self) -> nn.Module:
         """A copy that shares the parameters, which eval mode leaves alone."""
@@ -118,7 +131,10 @@ class _Trial:
     def _run(self, network: nn.Module, seed: int = 0) -> Any:
         with undisturbed(network):
             seed_everything(seed)
-            return self.passing(network, self.given)
+            before = RandomState.of(network)
+            output = self.passing(network, self.given)
+            self.draws = self.draws or not before.is_now()
+            return output
 
     def differences(self, layers: Sequence[Replaced]) -> dict[str, Reason]:
         """Which of ``layers`` must stay, and why; empty where all of them can be exchanged together."""
@@ -146,8 +162,12 @@ class _Trial:
         try:
             with standing_in(pairs, calls):
                 output = self._run(network)
-        except Exception as problem:  # noqa: BLE001 - whatever a network's forward raises keeps the layer
+        except Exception as problem:
+            if is_out_of_memory(problem):
+                raise
             return [], f"the network does not run any more ({first_line(problem)[:160]})"
         if UNREPEATABLE not in self.notes and not same_outputs(self.expected, output):
-            return [], "the network computes something else (it asks for the layer's type, groups or shape)"
+            if self._repeats():
+                return [], "the network computes something else (it asks for the layer's type, groups or shape)"
+            self.notes.append(UNREPEATABLE)
         return [layer.name for layer in layers if calls[new[layer.name]] < (layer.calls or 0)], None

@@ -46,6 +46,16 @@ class RandomState:
             seed_everything(seed)
             return cls.of(model)
 
+    def is_now(self) -> bool:
+        """Whether nothing has been drawn from these generators since."""
+        now = self.now()
+        return (
+            torch.equal(self.torch_state, now.torch_state)
+            and all(torch.equal(state, now.cuda_states[index]) for index, state in self.cuda_states.items())
+            and self.python_state == now.python_state
+            and (self.numpy_state is None or all(map(_equal, self.numpy_state, now.numpy_state)))
+        )
+
     def now(self) -> RandomState:
         """The states now of the same generators."""
         return self._on(self.cuda_states)
@@ -57,6 +67,11 @@ class RandomState:
         random.setstate(self.python_state)
         if self.numpy_state is not None:
             sys.modules["numpy"].random.set_state(self.numpy_state)
+
+
+def _equal(one: Any, other: Any) -> bool:
+    """Of parts of NumPy's state: an array among plain values."""
+    return bool((one == other).all()) if hasattr(one, "shape") else bool(one == other)
 
 
 def seed_everything(seed: int) -> None:
