@@ -32,10 +32,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.common import save
+from benchmarks.common import find_device, save
 from bgcbench.convs import build_conv, choices
 from bgcbench.convs.bgc import BalancedGroupConv2d
-from bgcbench.measure.device import make_stopwatch, random_input
+from bgcbench.measure.device import backend_state, current, make_stopwatch, random_input
 from bgcbench.measure.timing import Group, Rules, Track
 from bgcbench.measure.trace import trace
 from bgcbench.measure.workload import Cell, Workload
@@ -69,14 +69,19 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5, help="rounds of timing at least")
     parser.add_argument("--row-time", type=float, default=0.06, help="seconds of timing for each form of a cell")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
-    parser.add_argument("--out", type=Path, default=Path("results/bgc-forms-cpu.json"))
+    parser.add_argument("--out", type=Path, help="default: results/bgc-forms-cpu.json, or -cuda")
     options = parser.parse_args()
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    device = find_device(parser, options.device)
+    options.out = options.out or Path(f"results/bgc-forms-{device.type}.json")
+    with backend_state("fp32", options.threads), current(device):
+        return run(options, device)
+
+
+def run(options: argparse.Namespace, device: torch.device) -> int:
+    """Measure what is not in the file yet."""
     command = f"python -m benchmarks.bgc_forms --device {options.device} --batch {options.batch}"
     done = json.loads(options.out.read_text()) if options.out.exists() else {"results": [], "shapes": []}
     cells = {cell["key"]: cell for cell in done["results"]}
-    device = torch.device(options.device)
     stopwatch = make_stopwatch(device, cold=False)
     shapes = distinct(options.networks.split(","))
     planned = list(plan(shapes, options.batch))
@@ -88,7 +93,7 @@ def main() -> int:
         if number % 16 == 15 or number + 1 == len(planned):
             content = [cells[key] for key, *_ in planned if key in cells]
             facts = {"batch": options.batch, "allocator": KEPT_MEMORY, "shapes": shapes, "summary": summary(content)}
-            save(options.out, command, {**facts, "results": content})
+            save(options.out, command, {**facts, "results": content}, device)
     for name, figure in summary(list(cells.values())).items():
         print(f"{name}: {figure}")
     return 0

@@ -12,11 +12,14 @@ import argparse
 import dataclasses
 import datetime
 import json
+import math
 import statistics
 from pathlib import Path
 from typing import Any
 
+from benchmarks import networks_cuda, table4_cuda, train_cuda
 from benchmarks.bgc_forms import WIDE
+from benchmarks.kernels_cuda import is_wrong, micros
 from bgcbench import report, results
 from bgcbench.report import scaled
 from bgcbench.specs import VARIANTS
@@ -62,25 +65,30 @@ def printed_above(row: dict[str, Any]) -> float:
     return round(printed - ours, 2)
 
 
-def table4_claims(name: str, options: str, what: str) -> list[tuple[str, str, str]]:
+def where(document: dict[str, Any]) -> str:
+    """ "2 CPU threads", or the CUDA device's name."""
+    environment = document["environment"]
+    on_cuda = environment["device"]["type"] == "cuda"
+    return str(environment["device"]["name"]) if on_cuda else f"{environment['cpu']['threads']} CPU threads"
+
+
+def table4_claims(name: str, command: str, what: str) -> list[tuple[str, str, str]]:
     """BGC and GC at N = 4 and 16 against the standard convolution, from one Table 4 file."""
     document = results.read(ROOT / "results" / name)
-    command = f"bgcbench profile --preset table4 --device cpu {options}".strip()
-    threads = document["environment"]["cpu"]["threads"]
     whole = row_of(document, "standard", 1)["counts"]["params"]
     lines = []
     for groups in (4, 16):
         share = whole / row_of(document, "bgc", groups)["counts"]["params"]
         lines.append(
-            f"Table 4's layer on {threads} CPU threads, {what}, forward and backward: BGC N={groups} "
+            f"Table 4's layer on {where(document)}, {what}, forward and backward: BGC N={groups} "
             f"(1/{share:.0f} of the parameters) is {speed(document, 'bgc', groups)}; "
             f"GC N={groups} (1/{groups}) is {speed(document, 'gc', groups)}"
         )
     return [(line, name, command) for line in lines]
 
 
-# Networks measured on the CPU, the largest N of their file, and its command.
-NETWORKS = {"resnet50": 16, "mobilenet_v2": 8, "efficientnet_b0": 8, "wrn_28_10": 16}
+# Networks measured on the CPU, and the N of their file.
+NETWORKS = {"resnet50": "2,4,8,16", "mobilenet_v2": "2,4,8", "efficientnet_b0": "2,4,8", "wrn_28_10": "2,4,8,16"}
 
 
 def network_speed(document: dict[str, Any], variant: str, groups: int, phase: str, algorithm: str | None = None) -> str:
@@ -91,12 +99,11 @@ def network_speed(document: dict[str, Any], variant: str, groups: int, phase: st
     return report.compare_words(ratio, "dense")
 
 
-def network_claims(model: str, most: int) -> tuple[str, str, str]:
+def network_claim(model: str, name: str, command: str, what: str) -> tuple[str, str, str]:
     """A training step and inference of GC and BGC at the largest N, from one network's file."""
-    name = f"network-{model}-cpu-fp32-nchw.json"
     document = results.read(ROOT / "results" / name)
     config, whole = document["config"], row_of(document, "standard", 1)["counts"]["params"]
-    groups = ",".join(str(n) for n in config["groups"])
+    most = max(config["groups"])
     parts = []
     for variant in ("gc", "bgc"):
         row = row_of(document, variant, most)
@@ -107,10 +114,9 @@ def network_claims(model: str, most: int) -> tuple[str, str, str]:
             f"{network_speed(document, variant, most, 'fwd')}"
         )
     return (
-        f"{model}, {config['batch']} images of {config['height']} px, {document['environment']['cpu']['threads']} CPU "
-        f"threads, fp32: {'; '.join(parts)}",
+        f"{model}, {config['batch']} images of {config['height']} px, {where(document)}, {what}: {'; '.join(parts)}",
         name,
-        f"bgcbench profile --model {model} --device cpu --batch {config['batch']} --groups {groups}",
+        command,
     )
 
 
@@ -438,12 +444,64 @@ def train_speed_claim() -> tuple[str, str, str]:
     )
 
 
+def cuda_claims() -> list[tuple[str, str, str]]:
+    """What the runs for a CUDA device found, where their files are there."""
+    found: list[tuple[str, str, str]] = []
+    for run in (*table4_cuda.RUNS, *networks_cuda.RUNS, *train_cuda.RUNS):
+        if not (ROOT / "results" / run.file).exists():
+            continue
+        command = " ".join(["bgcbench", *run.words(device="cuda")])
+        condition = ", ".join(str(run.options[name]) for name in ("precision", "layout", "mode") if name in run.options)
+        if run in table4_cuda.RUNS:
+            found += table4_claims(run.file, command, condition)
+        elif run in networks_cuda.RUNS:
+            found.append(network_claim(run.options["model"], run.file, command, condition))
+        else:
+            found.append(training_speed_claim(run.file, command, run.options["model"], run.name.split("-cuda-")[1]))
+    return found + kernel_claims()
+
+
+def training_speed_claim(name: str, command: str, model: str, recipe: str) -> tuple[str, str, str]:
+    """Images a second of each variant at N = 4."""
+    document = results.read(ROOT / "results" / name)
+    speeds = [
+        f"{VARIANTS[row['params']['variant']].label} {row['images_per_s']:,.0f} images/s"
+        + ("" if row["matmul_fraction"] is None else f" ({row['matmul_fraction']:.0%} of the matrix peak)")
+        for row in document["results"]
+    ]
+    return f"Training {model} on {where(document)}, recipe {recipe}: {', '.join(speeds)}", name, command
+
+
+def kernel_claims() -> list[tuple[str, str, str]]:
+    """Our kernels against the fastest stock form, forward and backward of Table 4's layer, cell by cell."""
+    name = "kernels-cuda.json"
+    if not (ROOT / "results" / name).exists():
+        return []
+    document = json.loads((ROOT / "results" / name).read_text())
+    found = []
+    for cell in document.get("table4", ()):
+        best: dict[tuple[str, bool], float] = {}
+        for row in cell["rows"]:
+            if not is_wrong(row, cell["precision"]):
+                kind = row["variant"], row["algorithm"] == "triton"
+                best[kind] = min(best.get(kind, math.inf), micros(row, "fwd_bwd"))
+        if len(best) < 5:
+            continue
+        text = (
+            f"Our kernels on {where(document)}, Table 4's layer, {cell['precision']}, N={cell['shape']['groups']}, "
+            f"forward and backward in a graph: BGC {best['bgc', True]:.0f} us (stock forms {best['bgc', False]:.0f}), "
+            f"GC {best['gc', True]:.0f} us (cuDNN {best['gc', False]:.0f}; standard {best['standard', False]:.0f})"
+        )
+        found.append((text, name, document["command"]))
+    return found
+
+
 def claims() -> list[tuple[str, str, str]]:
     """(claim, file under results/, command) of every row."""
     rows = []
     plain = results.read(ROOT / "results" / "table4-cpu-fp32-nchw.json")
     command = "bgcbench profile --preset table4 --device cpu"
-    rows += table4_claims("table4-cpu-fp32-nchw.json", "", "fp32")
+    rows += table4_claims("table4-cpu-fp32-nchw.json", command, "fp32")
     rows.append(
         (
             f"BGC N=2 has the parameters of the standard convolution, loses nothing and is {speed(plain, 'bgc', 2)}",
@@ -459,8 +517,8 @@ def claims() -> list[tuple[str, str, str]]:
             command,
         )
     )
-    rows += table4_claims("table4-cpu-fp32-nhwc.json", "--layout nhwc", "fp32, channels_last")
-    rows += table4_claims("table4-cpu-bf16-nchw.json", "--precision bf16", "bf16")
+    rows += table4_claims("table4-cpu-fp32-nhwc.json", f"{command} --layout nhwc", "fp32, channels_last")
+    rows += table4_claims("table4-cpu-bf16-nchw.json", f"{command} --precision bf16", "bf16")
     name = "table4-cpu-fp32-nchw-algorithms.json"
     document = results.read(ROOT / "results" / name)
     parts = []
@@ -493,7 +551,15 @@ def claims() -> list[tuple[str, str, str]]:
             command,
         )
     )
-    rows += [network_claims(model, most) for model, most in NETWORKS.items()]
+    rows += [
+        network_claim(
+            model,
+            f"network-{model}-cpu-fp32-nchw.json",
+            f"bgcbench profile --model {model} --device cpu --batch 4 --groups {groups}",
+            "fp32",
+        )
+        for model, groups in NETWORKS.items()
+    ]
     rows += [all_variants_claim(), layers_claim()]
     rows += [*figure_claims(), variants_claim(), digits_claim(), solver_claim()]
     rows += [*train_claims(), train_speed_claim(), transfer_claim(), convert_claim(), *forms_claims()]
@@ -523,7 +589,7 @@ def claims() -> list[tuple[str, str, str]]:
             command,
         )
     )
-    return rows
+    return [*cuda_claims(), *rows]
 
 
 def table(prefix: str) -> str:
@@ -561,10 +627,15 @@ def main() -> int:
     if not parser.parse_args().write:
         print(table("results/"))
         return 0
+    write()
+    return 0
+
+
+def write() -> None:
+    """Put the tables into the documents."""
     for name, prefix in DOCUMENTS.items():
         path = ROOT / name
         path.write_text(put_into(path.read_text(encoding="utf-8"), prefix), encoding="utf-8")
-    return 0
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -9,13 +10,22 @@ from typing import Any
 import torch
 
 from bgcbench.convs import build_conv
-from bgcbench.measure.device import random_input
+from bgcbench.errors import DeviceError
+from bgcbench.measure.device import random_input, resolve_device
 from bgcbench.measure.environment import describe_environment
 from bgcbench.measure.workload import Workload
-from bgcbench.results import utc_now
+from bgcbench.results import utc_now, write_atomically
 from bgcbench.specs import ConvSpec
 
 CPU = torch.device("cpu")
+
+
+def find_device(parser: argparse.ArgumentParser, name: str) -> torch.device:
+    """The device called ``name``; where it is not there, one line and the command line's own exit code."""
+    try:
+        return resolve_device(name)[0]
+    except DeviceError as problem:
+        parser.exit(problem.exit_code, f"{parser.prog}: {problem}\n")
 
 
 def workload(variant: str, groups: int, channels: int, size: int, batch: int) -> Workload:
@@ -25,8 +35,12 @@ def workload(variant: str, groups: int, channels: int, size: int, batch: int) ->
     return Workload(build_conv(spec), x.requires_grad_())
 
 
-def save(path: Path, command: str, content: dict[str, Any]) -> None:
-    """Write ``content`` with the time, the command and the environment beside it."""
-    document = {"command": command, "finished_at": utc_now(), "environment": describe_environment(CPU), **content}
-    path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+def save(path: Path, command: str, content: dict[str, Any], device: torch.device = CPU) -> None:
+    """Write ``content`` with the time, the command and the environment of ``device`` beside it, whole or not at all.
+
+    ``content`` may bring the environment, which takes a moment to describe.
+    """
+    environment = content.get("environment") or describe_environment(device)
+    document = {"command": command, "finished_at": utc_now(), "environment": environment, **content}
+    write_atomically(path, (json.dumps(document, indent=1) + "\n").encode())
     print(f"saved {path}")

@@ -1,36 +1,28 @@
-"""Whole networks on a CUDA device: batch 128, bf16 and tf32, one result file each. About 20 minutes.
+"""Whole networks with N = 4 on a CUDA device, channels-last, batch 128, one result file each. About 7 minutes.
 
-    python -m benchmarks.networks_cuda [--folder results] [--device cuda] [--models resnet50,wrn_28_10]
+    python -m benchmarks.networks_cuda [--only 'network-resnet50-*,...'] [--seconds 480] [--list]
 
-Ends with the exit code of the worst run.
+Standard, GC and BGC: inference and a training step, eager. The most telling come first; what --seconds leave no time
+for is named and left out.
 """
 
 from __future__ import annotations
 
-import argparse
-import itertools
-from pathlib import Path
+from benchmarks.runs import Run, main
 
-from bgcbench.cli import main as bgcbench
-
-MODELS = ("resnet50", "mobilenet_v2", "efficientnet_b0", "wrn_28_10")
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=Path("results"))
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--models", default=",".join(MODELS))
-    options = parser.parse_args()
-    worst = 0
-    for model, precision in itertools.product(options.models.split(","), ("bf16", "tf32")):
-        out = options.folder / f"network-{model}-cuda-{precision}-nhwc.json"
-        arguments = ["profile", "--model", model, "--device", options.device, "--precision", precision]
-        arguments += ["--layout", "nhwc", "--batch", "128", "--groups", "2,4,8", "--out", str(out), "--force"]
-        print("bgcbench", *arguments, flush=True)
-        worst = max(worst, bgcbench(arguments))
-    return worst
-
+CONDITIONS = (
+    ("wrn_28_10", "bf16"), ("resnet50", "bf16"), ("mobilenet_v2", "bf16"), ("efficientnet_b0", "bf16"),
+    ("wrn_28_10", "tf32"), ("resnet50", "tf32"), ("mobilenet_v2", "tf32"), ("efficientnet_b0", "tf32"),
+)  # fmt: skip
+RUNS = [
+    Run(
+        f"network-{model}-cuda-{precision}-nhwc",
+        55,
+        "profile",
+        {"model": model, "precision": precision, "layout": "nhwc", "batch": 128, "groups": 4, "max_time": 2},
+    )
+    for model, precision in CONDITIONS
+]
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(main(__doc__, RUNS))

@@ -108,8 +108,8 @@ def profile(
     algorithm: Annotated[
         str | None,
         typer.Option(
-            help="Form to run in: BGC two_conv, concat, dense, split, matmul (1x1), or auto, the fastest; "
-            "LGC, FLGC masked, deployed; all measures each.",
+            help="Form to run in: BGC two_conv, concat, dense, split, matmul (1x1), triton (CUDA), or auto, the "
+            "fastest; GC triton; LGC, FLGC masked, deployed; all measures each.",
             show_default="auto",
             rich_help_panel=GRID,
         ),
