@@ -39,6 +39,16 @@ class Reason:
     text: str
 
 
+class Indivisible(ShapeError):
+    """N does not divide the channels of some convolutions; ``fact`` names them without the way out."""
+
+    def __init__(self, fact: str) -> None:
+        self.fact = fact
+        super().__init__(
+            f"{fact}; keep them dense with on_indivisible='skip' (--skip-invalid), or use 'gcd', or fewer groups"
+        )
+
+
 @dataclass
 class Conv:
     """A convolution of the network with what is known of it. ``reason`` says why it stays; None: it is replaced."""
@@ -338,10 +348,7 @@ def divide(convs: Iterable[Conv], variant: str, groups: int, on_indivisible: str
             conv.reason = Reason("indivisible", f"N={groups} does not divide {n} -> {m} channels")
     if offenders:
         count = f"{len(offenders)} convolutions" if len(offenders) > 1 else "a convolution"
-        raise ShapeError(
-            f"groups={groups} does not divide the channels of {count}: {', '.join(offenders)}; keep them dense with "
-            "on_indivisible='skip' (--skip-invalid), or use 'gcd', or fewer groups"
-        )
+        raise Indivisible(f"groups={groups} does not divide the channels of {count}: {', '.join(offenders)}")
 
 
 def channels(module: nn.Module) -> tuple[int, int]:

@@ -20,6 +20,7 @@ from bgcbench.measure.counts import CallWork, count
 from bgcbench.measure.trace import Call, Trace, trace
 from bgcbench.measure.workload import Like, NetworkWorkload, Workload
 from bgcbench.models import build_empty, build_model
+from bgcbench.policy import Indivisible
 from bgcbench.results import Json
 from bgcbench.specs import PRECISIONS, VARIANTS, ConvSpec, NetSpec, unfit
 
@@ -111,13 +112,13 @@ def converted_as_chosen(config: Choice, dense: nn.Module, variant: str, groups: 
             algorithm=form,
             example_input=config.spec.size,
         )
-    except ShapeError as problem:
-        raise ShapeError(str(problem).partition("; keep them dense")[0]) from None
+    except Indivisible as problem:
+        raise ShapeError(problem.fact) from None
 
 
 def kept_dense(record: Record) -> list[str]:
     """A note that names the convolutions which N does not divide, where there are any."""
-    skipped = [kept.name for kept in record.kept if f"N={record.groups} does not divide" in kept.reason]
+    skipped = [kept.name for kept in record.kept if kept.code == "indivisible"]
     label = network_label(record.variant, record.groups)
     return [f"{label}: N={record.groups} does not divide, kept dense: {', '.join(skipped)}"] if skipped else []
 
