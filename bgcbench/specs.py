@@ -8,7 +8,6 @@ addition that follows it count as 1 (fvcore's convention; ``torch.utils.flop_cou
 from __future__ import annotations
 
 import difflib
-import functools
 import importlib
 import math
 import re
@@ -192,10 +191,10 @@ class ConvSpec:
             if self.algorithm not in self.algorithms:
                 raise UsageError(f"algorithm '{self.algorithm}' is for 1x1 kernels without padding; use 'auto'")
 
-    @functools.cached_property  # every call of a layer asks
+    @property
     def is_pointwise(self) -> bool:
         """Whether an output depends on one position of the input: a 1x1 kernel without padding."""
-        return self.kernel_positions == 1 and as_pair("padding", self.padding, 0) == (0, 0)
+        return self.kernel_size == (1, 1) and self.padding == (0, 0)
 
     @property
     def algorithms(self) -> tuple[str, ...]:

@@ -17,17 +17,18 @@ from __future__ import annotations
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bgcbench.convs import choices
+from bgcbench.convs.followed import is_recorded
 from bgcbench.convs.layouts import is_channels_last, like_layout_of
 from bgcbench.errors import ShapeError, UsageError
 from bgcbench.measure.counts import Counts, count
-from bgcbench.specs import VARIANTS, ConvSpec, as_pair, check_choice
+from bgcbench.specs import CUDA_ALGORITHMS, VARIANTS, ConvSpec, as_pair, check_choice
 from bgcbench.theory.leastsquares import Fit
 
 if TYPE_CHECKING:
@@ -104,8 +105,15 @@ class VariantConv2d(nn.Module, ABC):
             nn.init.zeros_(self.bias)
 
     @abstractmethod
-    def forward(self, x: Tensor) -> Tensor:
-        """y (B, m, H', W') for x (B, n, H, W)."""
+    def forward(self, input: Tensor) -> Tensor:
+        """y (B, m, H', W') for an input x (B, n, H, W)."""
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        """What torch.jit.script asks for before it looks at a module."""
+        raise UsageError(
+            f"{type(self).__name__} cannot be scripted; use torch.jit.trace, torch.export or torch.compile, "
+            "or put its folded() in its place"
+        )
 
     @abstractmethod
     def dense_weight(self) -> Tensor:
@@ -249,11 +257,15 @@ class VariantConv2d(nn.Module, ABC):
     def _form(self, x: Tensor) -> str:
         """The form to run x in: the one that was asked for or, with 'auto', the fastest.
 
-        While a graph is recorded nothing can be measured: the form of the last call outside of it is taken, or the
-        default where there was none.
+        What is recorded for other programs has a form of stock operations, the default with 'auto'. While code is
+        compiled nothing can be measured: the form of the last call outside of it is taken, or the default where there
+        was none.
         """
-        if self.spec.algorithm != "auto":
-            return self.spec.algorithm
+        asked = self.algorithm
+        if is_recorded(x):
+            return self.spec.algorithms[0] if asked in ("auto", *CUDA_ALGORITHMS) else asked
+        if asked != "auto":
+            return asked
         grad = torch.is_grad_enabled()
         phase = "training" if grad else "inference"
         if torch.compiler.is_compiling():
@@ -414,7 +426,8 @@ def diagonal_blocks(weight: Tensor, groups: int) -> Tensor:
 
 def block_diagonal(weight: Tensor, groups: int) -> Tensor:
     """A grouped kernel (m, n/N, kh, kw) as the dense kernel (m, n, kh, kw) it stands for (eq. 2.3)."""
-    m, per_group, height, width = weight.shape
-    eye = torch.eye(groups, dtype=weight.dtype, device=weight.device)  # [k = l]
-    rows = weight.reshape(groups, m // groups, 1, per_group, height, width)
-    return (eye[:, None, :, None, None, None] * rows).reshape(m, groups * per_group, height, width)
+    blocks = weight.unflatten(0, (groups, 1, -1))  # (N, 1, m/N, n/N, kh, kw)
+    # A^k and N blocks of zeros, over and over: every (N + 1)th of N x N blocks in a row is one of the diagonal.
+    padded = F.pad(blocks, (0, 0) * 4 + (0, groups)).flatten(0, 1)[: groups * groups]
+    dense: Tensor = padded.unflatten(0, (groups, groups)).transpose(1, 2)  # (N, m/N, N, n/N, kh, kw)
+    return dense.flatten(2, 3).flatten(0, 1)

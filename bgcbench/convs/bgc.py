@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from bgcbench import kernels
 from bgcbench.convs import bgc_forms
 from bgcbench.convs.base import VariantConv2d, diagonal_blocks, row_blocks
-from bgcbench.convs.bgc_forms import Geometry, dense_kernel, is_followed, strided
-from bgcbench.convs.choices import computed_in, is_autocast, is_transformed
+from bgcbench.convs.bgc_forms import Geometry, dense_kernel, strided
+from bgcbench.convs.choices import computed_in, is_autocast
+from bgcbench.convs.followed import is_followed, is_symbolic, is_transformed
 from bgcbench.convs.gc import group_cross_moments
 from bgcbench.convs.layouts import like_layout_of
 from bgcbench.theory.leastsquares import Fit, solve_normal
@@ -59,11 +60,11 @@ class BalancedGroupConv2d(VariantConv2d):
     def _weights(self) -> list[nn.Parameter]:
         return [self.weight] if self.weight_mean is None else [self.weight, self.weight_mean]
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         a, b = self.weight, self.weight_mean
         if b is None:
-            return self._convolve(x, a, self.bias, groups=1)
-        return self._run(self._form(x), x, (a, b), self.bias)
+            return self._convolve(input, a, self.bias, groups=1)
+        return self._run(self._form(input), input, (a, b), self.bias)
 
     def forms(self, x: Tensor) -> tuple[str, ...]:
         can_launch = kernels.usable(x, self.weight, self.stride, self.padding, self.dilation, self.groups)
@@ -73,10 +74,10 @@ class BalancedGroupConv2d(VariantConv2d):
         return tuple(form for form in self.spec.algorithms if form not in left_out)
 
     def _run(self, form: str, x: Tensor, weights: Sequence[Tensor], bias: Tensor | None) -> Tensor:
-        if x.dim() == 3:
+        if not is_symbolic(x) and x.dim() == 3:
             return self._run(form, x[None], weights, bias)[0]
         a, b = weights
-        if is_autocast(x) and not is_followed():  # what autocast would do to each operation, once for all of them
+        if not is_followed(x) and is_autocast(x):  # what autocast would do to each operation, once for all of them
             dtype = computed_in(x)
             x, a, b = x.to(dtype), a.to(dtype), b.to(dtype)
             bias = None if bias is None else bias.to(dtype)

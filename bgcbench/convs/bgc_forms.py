@@ -7,7 +7,7 @@ a group), adds that to the gradient of x in another pass, and copies whatever it
     dx^k = A^k* dy^k + (1/N) sum_l B^l* dy^l        dA^k = dy^k (*) x^k        dB^k = dy^k (*) xbar
 
 (B* is the transposed convolution, dy (*) x the correlation that gives a kernel's gradient.) Where somebody follows the
-single operations (see :func:`is_followed`), and for second derivatives, the same forms are composed of them.
+single operations (see followed.py), and for second derivatives, the same forms are composed of them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bgcbench.convs.choices import is_autocast, is_transformed
+from bgcbench.convs.base import block_diagonal
+from bgcbench.convs.choices import is_autocast
+from bgcbench.convs.followed import is_followed, is_symbolic
 from bgcbench.convs.layouts import format_of, is_channels_last, like_layout_of
 
 
@@ -46,12 +48,6 @@ class Geometry(NamedTuple):
             groups, wanted,
         )  # fmt: skip
         return found
-
-
-def is_followed() -> bool:
-    """Whether the single operations matter to somebody: torch.compile and torch.jit.trace, which record them,
-    torch.func's transforms and forward-mode differentiation, which act on each."""
-    return torch.compiler.is_compiling() or is_transformed() or torch._C._get_tracing_state() is not None
 
 
 # ------------------------------------------------------------------------------------------------ groups and their mean
@@ -99,7 +95,7 @@ def mean_and_kernel(x: Tensor, b: Tensor, groups: int) -> tuple[Tensor, Tensor]:
 
 def is_summed(x: Tensor) -> bool:
     """Whether the 1/N of the mean goes into its kernel."""
-    return x.dtype in (torch.float32, torch.float64) and not is_autocast(x)
+    return not is_symbolic(x) and x.dtype in (torch.float32, torch.float64) and not is_autocast(x)
 
 
 def add_to_groups(x: Tensor, shared: Tensor, groups: int, factor: float) -> Tensor:
@@ -140,7 +136,7 @@ class _Form(NamedTuple):
 
 def _by_hand(form: _Form, constants: tuple[Any, ...], *inputs: Tensor | None) -> Tensor:
     """y of ``form``: composed where somebody follows, computed in place elsewhere, with its own gradients if needed."""
-    if is_followed():
+    if is_followed(inputs[0]):
         return form.composed(*constants, *inputs)
     if torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in inputs):
         y: Tensor = _ByHand.apply(form, constants, *inputs)
@@ -213,8 +209,9 @@ def _two_branches_composed(
     shared = geometry.convolve(mean, kernel, bias, 1)
     if not split:
         return geometry.convolve(x, a, None, geometry.groups) + shared
-    pairs = zip(*_chunks(geometry.groups, x), a.chunk(geometry.groups), strict=True)
-    return torch.cat([geometry.convolve(group, block, None, 1) for group, block in pairs], dim=1) + shared
+    groups, blocks = x.unflatten(-3, (geometry.groups, -1)), a.unflatten(0, (geometry.groups, -1))
+    parts = [geometry.convolve(groups.select(-4, k), blocks[k], None, 1) for k in range(geometry.groups)]
+    return torch.cat(parts, dim=-3) + shared
 
 
 def _two_branches_gradients(
@@ -294,7 +291,7 @@ def dense(x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, geometry: Geomet
     layout = format_of(x)
     folded = _by_hand(_FOLDED, (geometry.groups, layout), a, b)
     # A convolution is slow at a single pixel. What is recorded must be right for more pixels, too.
-    if not is_followed() and x.shape[2:] == a.shape[2:] == (1, 1) and geometry.padding == (0, 0):
+    if not is_followed(x) and x.shape[2:] == a.shape[2:] == (1, 1) and geometry.padding == (0, 0):
         return F.linear(x.flatten(1), folded.flatten(1), bias)[..., None, None]
     return geometry.convolve(x, folded, bias, 1)
 
@@ -304,10 +301,7 @@ def dense_kernel(a: Tensor, b: Tensor, groups: int) -> Tensor:
 
     a, b: (m, n/N, kh, kw); returns (m, n, kh, kw).
     """
-    everywhere = (b / groups).unflatten(0, (groups, -1)).unsqueeze(2)  # (N, m/N, 1, n/N, kh, kw)
-    everywhere = everywhere.expand(-1, -1, groups, -1, -1, -1)
-    diagonal = everywhere.diagonal(dim1=0, dim2=2) + a.unflatten(0, (groups, -1)).movedim(0, -1)
-    return torch.diagonal_scatter(everywhere, diagonal, dim1=0, dim2=2).flatten(2, 3).flatten(0, 1)
+    return block_diagonal(a, groups) + (b / groups).repeat(1, groups, 1, 1)
 
 
 def _folded_composed(groups: int, layout: torch.memory_format, a: Tensor, b: Tensor) -> Tensor:
@@ -355,21 +349,15 @@ def matrix_products(x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, groups
 
 
 def _products_composed(groups: int, x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
-    images, _, height, width = x.shape
-    outputs, size = a.shape[:2]
     mean, kernel = mean_and_kernel(x, b, groups)
+    y = F.conv2d(mean, kernel, bias)
+    blocks: Tensor = a.flatten(1).unflatten(0, (groups, -1))  # (N, m/N, n/N)
     if is_channels_last(x):
-        positions = images * height * width
-        rows = x.permute(0, 2, 3, 1).reshape(positions, groups, size).transpose(0, 1)  # (N, R, n/N)
-        means = mean.permute(0, 2, 3, 1).reshape(positions, size)
-        shared = F.linear(means, kernel.flatten(1), bias).unflatten(-1, (groups, -1)).transpose(0, 1)  # (N, R, m/N)
-        y = torch.baddbmm(shared, rows, a.reshape(groups, outputs // groups, size).mT)
-        return y.transpose(0, 1).reshape(images, height, width, outputs).permute(0, 3, 1, 2)
-    kernels, means = kernel.flatten(1).expand(images, -1, -1), mean.flatten(2)
-    shared = kernels @ means if bias is None else torch.baddbmm(bias[:, None], kernels, means)  # (B, m, HW)
-    shared = shared.reshape(images * groups, outputs // groups, height * width)
-    y = torch.baddbmm(shared, _kernels(a, groups, images), x.reshape(images * groups, size, height * width))
-    return y.reshape(images, outputs, height, width)
+        own = _rows(x, groups).transpose(0, 1) @ blocks.mT  # (N, R, m/N)
+        return y + _from_rows(own.transpose(0, 1).flatten(1), *x.shape[2:])
+    own = blocks @ x.unflatten(-3, (groups, -1)).flatten(-2)  # (..., N, m/N, HW)
+    total: Tensor = y + own.reshape_as(y)
+    return total
 
 
 def _products(groups: int, x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -419,7 +407,7 @@ def _products_gradients(
             dx = _from_rows(dx.flatten(1), height, width)
     else:
         maps = dy.reshape(images, outputs, height * width)
-        grouped = maps.view(images * groups, outputs // groups, height * width)
+        grouped = maps.reshape(images * groups, outputs // groups, height * width)
         if of_b:
             db = (maps @ mean.flatten(2).mT).sum(0)
         if of_a:

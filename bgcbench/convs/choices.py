@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _disable_current_modes
 
+from bgcbench.convs.followed import is_transformed
 from bgcbench.convs.layouts import is_channels_last
 from bgcbench.errors import ResultFileError, UsageError
 from bgcbench.measure.device import tf32_state
@@ -173,12 +173,6 @@ def can_choose(x: Tensor) -> bool:
     if type(x) not in (Tensor, torch.nn.Parameter) or x.device.type not in DEVICES:
         return False
     return x.dim() == 4 and x.numel() > 0 and not torch.are_deterministic_algorithms_enabled() and not is_transformed()
-
-
-def is_transformed() -> bool:
-    """Whether a transform of torch.func (vmap, grad, jvp) or forward-mode differentiation is at work, which in-place
-    operations and gradients written by hand may not suit."""
-    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -17,7 +17,6 @@ from bgcbench.convs.layouts import is_channels_last
 from bgcbench.convs.lgc import contributions
 from bgcbench.convs.masked import MaskedConv2d, gather_channels
 from bgcbench.measure.counts import Counts, count
-from bgcbench.specs import output_length
 from bgcbench.theory.leastsquares import Fit, shrunk, solve_normal
 from bgcbench.theory.partition import contiguous_partition, search_partition
 
@@ -87,15 +86,15 @@ class FullyLearnableGroupConv2d(MaskedConv2d):
             if self.bias is not None:
                 self.bias.zero_()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         if self.groups == 1 or not self.is_deployed:
-            return self._convolve_masked(x)
-        used = gather_channels(x, self.order_in)
+            return self._convolve_masked(input)
+        used = gather_channels(input, self.order_in)
         bias = None if self.bias is None else self.bias.index_select(0, self.order_out)
         if len(set(self._blocks)) == 1:
             m_g, n_g = self._blocks[0]
             kernel = self.weight.reshape(self.groups * m_g, n_g, *self.kernel_size)
-            if is_channels_last(x):
+            if is_channels_last(input):
                 kernel = kernel.contiguous(memory_format=torch.channels_last)
             return gather_channels(self._convolve(used, kernel, bias, self.groups), self.place_out)
         pieces: list[Tensor | None] = []
@@ -105,34 +104,29 @@ class FullyLearnableGroupConv2d(MaskedConv2d):
             if m_g and n_g:
                 part = used.narrow(-3, first_in, n_g)
                 kernel = block
-                if is_channels_last(x):
+                if is_channels_last(input):
                     part = part.contiguous(memory_format=torch.channels_last)
                     kernel = block.contiguous(memory_format=torch.channels_last)
                 pieces.append(self._convolve(part, kernel, own, groups=1))
             elif m_g:
                 pieces.append(None)
             first_in, first_out = first_in + n_g, first_out + m_g
-        y = gather_channels(torch.cat(self._with_dead_outputs(pieces, x, bias), -3), self.place_out)
-        return y.contiguous(memory_format=torch.channels_last) if is_channels_last(x) else y
+        y = gather_channels(torch.cat(self._with_dead_outputs(pieces, used, bias), -3), self.place_out)
+        return y.contiguous(memory_format=torch.channels_last) if is_channels_last(input) else y
 
     def _with_dead_outputs(self, pieces: list[Tensor | None], x: Tensor, bias: Tensor | None) -> list[Tensor]:
         """``pieces`` with the outputs of groups without inputs (None) filled in: the bias, or 0."""
         known = [piece for piece in pieces if piece is not None]  # no next(): torch.compile of 2.6 does not know it
-        if known:
-            alive = known[0]
-        else:
-            sides = zip(x.shape[-2:], self.kernel_size, self.stride, self.padding, self.dilation, strict=True)
-            alive = self.weight.new_zeros((*x.shape[:-3], 1, *(output_length(*side) for side in sides)))
+        if len(known) == len(pieces):
+            return known
+        if not known:  # the one way to the shape of an output that asks for no shape
+            kernel = self.weight.new_zeros(1, 1, *self.kernel_size)
+            known = [self._convolve(x.narrow(-3, 0, 1), kernel, None, groups=1)]
+        zeros = torch.zeros_like(known[0].narrow(-3, 0, 1))
         filled, first = [], 0
         for piece, m_g in zip(pieces, [m for m, _ in self._blocks if m], strict=True):
-            if piece is None:
-                shape = (*alive.shape[:-3], m_g, *alive.shape[-2:])
-                constant = alive.new_zeros(shape)
-                if bias is not None:
-                    constant = constant + bias[first : first + m_g, None, None].to(alive.dtype)
-                filled.append(constant)
-            else:
-                filled.append(piece)
+            own = self.weight.new_zeros(m_g) if bias is None else bias[first : first + m_g]
+            filled.append(zeros + own[:, None, None].to(zeros.dtype) if piece is None else piece)
             first += m_g
         return filled
 
@@ -222,7 +216,7 @@ class FullyLearnableGroupConv2d(MaskedConv2d):
         """The deployed kernels as views of the weight: (m_g, n_g, kh, kw) each."""
         taps = self.kernel_size[0] * self.kernel_size[1]
         flat = self.weight.split([m_g * n_g * taps for m_g, n_g in self._blocks])
-        return [w.reshape(*block, *self.kernel_size) for w, block in zip(flat, self._blocks, strict=True)]
+        return [flat[g].reshape(*block, *self.kernel_size) for g, block in enumerate(self._blocks)]
 
     @classmethod
     def project(cls, weight: Tensor, groups: int, projection: str, fit: Fit | None) -> Mapping[str, Tensor]:

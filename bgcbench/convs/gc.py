@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from bgcbench.convs.base import VariantConv2d, block_diagonal, diagonal_blocks, row_blocks
-from bgcbench.convs.choices import is_transformed
+from bgcbench.convs.followed import is_transformed
 from bgcbench.convs.layouts import like_layout_of
 from bgcbench.theory.leastsquares import Fit, check_cross_moment, check_second_moment, solve_normal
 
@@ -24,13 +24,15 @@ class GroupConv2d(VariantConv2d):
 
     variant = "gc"
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self.algorithm == "triton" and x.dim() == 4 and self.dilation == (1, 1) and not is_transformed():
+    def forward(self, input: Tensor) -> Tensor:
+        is_own = self._form(input) == "triton" and input.dim() == 4
+        if is_own and self.dilation == (1, 1) and not is_transformed():
             from bgcbench.kernels.gc import gc_conv2d
 
-            padded, padding = self._padded(x)
-            return like_layout_of(x, gc_conv2d(padded, self.weight, self.bias, self.stride, padding, self.groups))
-        return self._convolve(x, self.weight, self.bias, self.groups)
+            padded, padding = self._padded(input)
+            y = gc_conv2d(padded, self.weight, self.bias, self.stride, padding, self.groups)
+            return like_layout_of(input, y)
+        return self._convolve(input, self.weight, self.bias, self.groups)
 
     def dense_weight(self) -> Tensor:
         return block_diagonal(self.weight, self.groups)

@@ -5,10 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from bgcbench.convs.followed import is_symbolic
+
 
 def is_channels_last(x: Tensor) -> bool:
-    """Whether x (B, C, H, W) is stored channels-last and not also contiguous."""
-    return x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    """Whether x (B, C, H, W) is known to be stored channels-last and not also contiguous."""
+    if is_symbolic(x) or x.dim() != 4 or x.is_contiguous():
+        return False
+    return x.is_contiguous(memory_format=torch.channels_last)
 
 
 def format_of(x: Tensor) -> torch.memory_format:
@@ -17,5 +21,5 @@ def format_of(x: Tensor) -> torch.memory_format:
 
 
 def like_layout_of(x: Tensor, y: Tensor) -> Tensor:
-    """y (B, m, H', W'), stored as x is."""
-    return y.contiguous(memory_format=format_of(x))
+    """y (B, m, H', W'), stored as x is where that is known."""
+    return y if is_symbolic(x) else y.contiguous(memory_format=format_of(x))

@@ -51,11 +51,11 @@ class LearnedGroupConv2d(MaskedConv2d):
         else:
             self.register_buffer("kept", torch.ones(groups, n, dtype=torch.bool, device=device))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         if self.groups == 1 or not self.is_deployed:
-            return self._convolve_masked(x)
+            return self._convolve_masked(input)
         bias = None if self.bias is None else before_shuffle(self.bias, self.groups)
-        y = self._convolve(gather_channels(x, self.columns), self.weight, bias, self.groups)
+        y = self._convolve(gather_channels(input, self.columns), self.weight, bias, self.groups)
         return shuffle_channels(y, self.groups)
 
     def dense_weight(self) -> Tensor:

@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from bgcbench.convs.base import VariantConv2d, block_diagonal
 from bgcbench.convs.gc import GroupConv2d
@@ -26,10 +25,10 @@ class ShuffleGroupConv2d(VariantConv2d):
 
     variant = "shuffle"
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         # The bias goes through the convolution, which adds it for free, so it is brought into pre-shuffle order.
         bias = None if self.bias is None else before_shuffle(self.bias, self.groups)
-        return shuffle_channels(self._convolve(x, self.weight, bias, self.groups), self.groups)
+        return shuffle_channels(self._convolve(input, self.weight, bias, self.groups), self.groups)
 
     def dense_weight(self) -> Tensor:
         order = shuffle_order(self.out_channels, self.groups, self.weight.device)
@@ -51,10 +50,11 @@ class ShuffleGroupConv2d(VariantConv2d):
 def shuffle_channels(y: Tensor, groups: int) -> Tensor:
     """The shuffle of y (B, m, H, W) or (m, H, W): channel p of the result is channel pi(p) of y, in y's layout."""
     if is_channels_last(y):
-        # On the NHWC view the shuffle is one copy that stays channels_last; torch's own does so on a CPU only.
+        # On the NHWC view the shuffle is one copy that stays channels_last.
         rows: Tensor = y.permute(0, 2, 3, 1).unflatten(-1, (groups, -1))  # (B, H, W, N, m/N)
         return rows.transpose(-2, -1).flatten(-2).permute(0, 3, 1, 2)
-    return F.channel_shuffle(y, groups) if y.dim() == 4 else F.channel_shuffle(y[None], groups)[0]
+    maps: Tensor = y.unflatten(-3, (groups, -1))  # (..., N, m/N, H, W)
+    return maps.transpose(-4, -3).flatten(-4, -3)
 
 
 def before_shuffle(values: Tensor, groups: int) -> Tensor:

@@ -19,8 +19,8 @@ class StandardConv2d(VariantConv2d):
 
     variant = "standard"
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self._convolve(x, self.weight, self.bias, groups=1)
+    def forward(self, input: Tensor) -> Tensor:
+        return self._convolve(input, self.weight, self.bias, groups=1)
 
     def dense_weight(self) -> Tensor:
         return self.weight

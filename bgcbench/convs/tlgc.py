@@ -58,11 +58,11 @@ class TwoLevelGroupConv2d(VariantConv2d):
     def _weights(self) -> list[nn.Parameter]:
         return [w for w in (self.weight, self.weight_coarse_in, self.weight_coarse) if w is not None]
 
-    def forward(self, x: Tensor) -> Tensor:
-        own = self._convolve(x, self.weight, self.bias, self.groups)
+    def forward(self, input: Tensor) -> Tensor:
+        own = self._convolve(input, self.weight, self.bias, self.groups)
         if self.weight_coarse_in is None or self.weight_coarse is None:
             return own
-        representatives = self._convolve(x, self.weight_coarse_in, None, self.groups)  # (B, N, H', W')
+        representatives = self._convolve(input, self.weight_coarse_in, None, self.groups)  # (B, N, H', W')
         coarse = F.conv2d(representatives, self.weight_coarse)  # (B, m, H', W')
         total = own + coarse
         return total.contiguous(memory_format=torch.channels_last) if is_channels_last(own) else total

@@ -89,6 +89,9 @@ def test_values_and_gradients_are_those_of_the_definition(
     torch.testing.assert_close(layer(x).detach(), torch.no_grad()(layer)(x))
     for now, then in zip([*leaves, given], [*before, dy], strict=True):
         assert torch.equal(now, then)  # what is computed in place is nobody else's
+    # A gradient whose images do not follow one another, as a product's may be.
+    turned = dy.transpose(0, 1).contiguous().transpose(0, 1)
+    torch.testing.assert_close(torch.autograd.grad(layer(x), leaves, turned), wanted)
     # A gradient without memory of its own, as that of a sum is.
     found = torch.autograd.grad(layer(x).sum(), leaves)
     torch.testing.assert_close(found, torch.autograd.grad(by_definition(layer, *leaves).sum(), leaves))

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from bgcbench.convs import CONVS, VariantConv2d, build_conv
+from bgcbench.convs import CONVS, VariantConv2d, build_conv, choices
 from bgcbench.convs.lgc import LearnedGroupConv2d
 from bgcbench.errors import ShapeError, UsageError
 from bgcbench.measure.counts import count
@@ -175,14 +178,10 @@ class TestModule:
             layer.weight.zero_()
         assert conv.weight.any()  # a copy
 
-    def test_export_and_compile_see_one_graph(self, name, form) -> None:
-        torch.compiler.reset()  # it counts how often the same code is compiled for another layer, and then refuses
-        layer = make(name, form, 4, torch.float32, kernel_size=KERNEL[form], padding=KERNEL[form] // 2).eval()
-        x = torch.randn(2, IN, 6, 6)
-        exported = torch.export.export(layer, (x,)).module()
-        torch.testing.assert_close(exported(x), layer(x))
-        compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
-        torch.testing.assert_close(compiled(x), layer(x))
+    def test_its_input_is_called_as_that_of_a_conv2d(self, name, form) -> None:
+        layer = make(name, form, 4, kernel_size=KERNEL[form])
+        x = torch.randn(2, IN, 5, 5, dtype=torch.float64)
+        assert torch.equal(layer(input=x), layer(x))
 
     def test_autocast_computes_in_the_lower_precision(self, name, form) -> None:
         layer = make(name, form, 4, torch.float32, kernel_size=KERNEL[form], padding=KERNEL[form] // 2)
@@ -201,6 +200,110 @@ class TestModule:
     def test_an_empty_batch_gives_an_empty_batch(self, name, form) -> None:
         layer = make(name, form, 4, kernel_size=KERNEL[form], padding=KERNEL[form] // 2)
         assert layer(torch.empty(0, IN, 5, 6, dtype=torch.float64)).shape == (0, OUT, 5, 6)
+
+
+# As FORMS, and the form that is measured: whatever has been found, a record of the layer is the same one.
+RECORDED = [*FORMS, *((name, "auto") for name in CONVS if VARIANTS[name].measured)]
+HAS_ONNX = all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime"))
+needs_onnx = pytest.mark.skipif(not HAS_ONNX, reason="onnx, onnxscript or onnxruntime is not installed")
+
+
+def recordable(name: str, form: str, mode: str = "zeros") -> VariantConv2d:
+    size = KERNEL.get(form, 3)
+    shape = {"kernel_size": size, "stride": (2, 1), "padding": size // 2, "padding_mode": mode}
+    return make(name, form, 4, torch.float32, **shape).eval()
+
+
+def choose_every_form_once(layer: VariantConv2d, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A turn for each form that x may be run in, which the layer has just chosen for itself."""
+    for form in layer.forms(x):
+        monkeypatch.setattr(choices, "choose", lambda *_, form=form: form)
+        layer._met.clear()
+        with torch.no_grad():
+            layer(x)
+        layer(x)
+        assert set(layer.chosen.values()) == {form}
+        yield
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+@pytest.mark.parametrize(("name", "form"), RECORDED)
+class TestRecording:
+    """torch.jit.trace, torch.fx, torch.compile and torch.export follow the single operations."""
+
+    def test_every_trace_is_the_same_graph(self, name, form, monkeypatch) -> None:
+        layer, x = recordable(name, form), torch.randn(2, IN, 6, 6)
+        first = torch.jit.trace(layer, x)
+        other = torch.randn(3, IN, 5, 8)
+        turns = choose_every_form_once(layer, x, monkeypatch) if form == "auto" else (None, None)
+        for _ in turns:
+            again = torch.jit.trace(layer, x)
+            assert again.code == first.code
+            assert "ops.bgcbench" not in again.code  # operators that only this package has
+            assert "PythonOp" not in str(again.graph)
+            torch.testing.assert_close(again(other), layer(other))
+
+    @pytest.mark.parametrize("mode", ["zeros", "circular"])
+    def test_a_symbolic_trace_takes_any_batch_size_and_layout(self, name, form, mode) -> None:
+        layer = recordable(name, form, mode)
+        traced = torch.fx.symbolic_trace(layer)
+        for shape in ((2, IN, 6, 6), (1, IN, 5, 8)):
+            x = torch.randn(shape)
+            torch.testing.assert_close(traced(x), layer(x))
+            torch.testing.assert_close(traced(x.contiguous(memory_format=torch.channels_last)), layer(x))
+            torch.testing.assert_close(traced(x[0]), layer(x[0]))
+        assert dict(traced.named_parameters()).keys() == dict(layer.named_parameters()).keys()
+        traced(torch.randn(1, IN, 5, 5)).sum().backward()
+        assert all(p.grad is not None for n, p in layer.named_parameters())
+
+    def test_a_layer_that_never_ran_compiles_into_one_graph(self, name, form) -> None:
+        torch.compiler.reset()  # it counts how often the same code is compiled for another layer, and then refuses
+        layer, x = recordable(name, form), torch.randn(2, IN, 6, 6)
+        compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(compiled(x), layer(x))
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            torch.testing.assert_close(compiled(x), layer(x), rtol=2e-2, atol=2e-2)
+
+    def test_an_export_is_the_same_whatever_has_run_before(self, name, form, monkeypatch) -> None:
+        layer, x = recordable(name, form), torch.randn(2, IN, 6, 6)
+        first = torch.export.export(layer, (x,))
+        torch.testing.assert_close(first.module()(x), layer(x))
+        if hasattr(torch.compiler, "is_exporting"):
+            assert "bgcbench" not in first.graph_module.code
+            for _ in choose_every_form_once(layer, x, monkeypatch) if form == "auto" else ():
+                assert torch.export.export(layer, (x,)).graph_module.code == first.graph_module.code
+
+    def test_scripting_is_refused_in_one_line(self, name, form) -> None:
+        network = torch.nn.Sequential(recordable(name, form), torch.nn.ReLU())
+        with pytest.raises(UsageError, match=r"torch\.jit\.trace") as refused:
+            torch.jit.script(network)
+        assert "\n" not in str(refused.value)
+
+
+class EveryForm(torch.nn.Module):
+    """Every form of every variant, side by side: one export of all takes as long as one of each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = torch.nn.ModuleList(recordable(name, form) for name, form in RECORDED)
+
+    def forward(self, input: Tensor) -> list[Tensor]:
+        return [layer(input) for layer in self.layers]
+
+
+@needs_onnx
+@pytest.mark.parametrize("dynamo", [False, True], ids=["older", "newer"])
+@pytest.mark.filterwarnings("ignore")  # the older exporter is deprecated
+def test_onnx_computes_the_same(dynamo: bool, tmp_path: Path) -> None:
+    import onnxruntime
+
+    network, x = EveryForm().eval(), torch.randn(2, IN, 6, 6)
+    with torch.no_grad():
+        expected = network(x)
+        torch.onnx.export(network, (x,), tmp_path / "all.onnx", dynamo=dynamo, input_names=["input"])
+    session = onnxruntime.InferenceSession(tmp_path / "all.onnx", providers=["CPUExecutionProvider"])
+    for (name, form), own, right in zip(RECORDED, session.run(None, {"input": x.numpy()}), expected, strict=True):
+        torch.testing.assert_close(torch.from_numpy(own), right, rtol=1e-5, atol=1e-5, msg=f"{name} {form}")
 
 
 @pytest.mark.parametrize("name", CONVS)

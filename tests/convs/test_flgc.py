@@ -89,6 +89,7 @@ def test_the_deployed_form_equals_the_masked_one(inputs, outputs, groups, dead, 
     torch.testing.assert_close(y, layer(x), rtol=1e-12, atol=1e-12)
     assert y.is_contiguous(memory_format=layout)
     torch.testing.assert_close(deployed(x[0]), y[0], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(torch.fx.symbolic_trace(deployed)(x), y)
     assert torch.equal(deployed.dense_weight(), layer.dense_weight())
     assert torch.equal(deployed.mask(), layer.mask())
     assert layer.dead_outputs() == deployed.dead_outputs() == dead

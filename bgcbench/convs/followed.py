@@ -1,0 +1,39 @@
+"""Whether somebody follows what is done to a tensor, operation by operation, or just wants it done."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+from torch.autograd import forward_ad
+
+# torch 2.6 does not say; it sets this flag where it exports without Dynamo, and with Dynamo it compiles.
+_is_exporting = getattr(torch.compiler, "is_exporting", lambda: torch.compiler._is_compiling_flag)
+
+
+def is_symbolic(x: Any) -> bool:
+    """Whether x only stands for a tensor (``torch.fx.symbolic_trace``): shape, type and layout are not known."""
+    return isinstance(x, fx.Proxy)
+
+
+def is_recorded(x: Any) -> bool:
+    """Whether what is done to x is written down for another program to run: by torch.jit.trace, torch.fx, torch.export
+    or torch.onnx. That program may have no kernels of ours, and should be the same one every time."""
+    if torch.compiler.is_compiling():
+        return bool(_is_exporting())
+    if is_symbolic(x) or torch._C._get_tracing_state() is not None:
+        return True
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # Dynamo compiles anew under a transform
+def is_transformed() -> bool:
+    """Whether a transform of torch.func (vmap, grad, jvp) or forward-mode differentiation is at work, which in-place
+    operations and gradients written by hand may not suit."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
+def is_followed(x: Any) -> bool:
+    """Whether the single operations on x matter to somebody: who records or compiles them, and what transforms them."""
+    return torch.compiler.is_compiling() or is_recorded(x) or is_transformed()
