@@ -26,6 +26,7 @@ _HOMES = {
     "build_conv": "bgcbench.convs",
     "build_model": "bgcbench.models",
     "convert": "bgcbench.convert",
+    "fold_norms": "bgcbench.folding",
     "load_converted": "bgcbench.convert",
     "parameter_groups": "bgcbench.convs.base",
     "save_converted": "bgcbench.convert",
@@ -51,6 +52,7 @@ __all__ = [
     "build_model",
     "calibration",
     "convert",
+    "fold_norms",
     "load_converted",
     "parameter_groups",
     "save_converted",
@@ -70,6 +72,7 @@ if TYPE_CHECKING:
     from bgcbench.convs.standard import StandardConv2d
     from bgcbench.convs.tlgc import TwoLevelGroupConv2d
     from bgcbench.errors import BgcbenchError
+    from bgcbench.folding import fold_norms
     from bgcbench.models import build_model
     from bgcbench.specs import ConvSpec
 

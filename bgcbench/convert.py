@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from bgcbench.calibration import DEFAULT_IMAGES, MEMORY_BYTES, Calibration
-from bgcbench.convs.base import PROJECTIONS
+from bgcbench.convs.base import PROJECTIONS, VariantConv2d
 from bgcbench.errors import ResultFileError, ShapeError, UsageError
 from bgcbench.measure.batches import Forward, Passing
 from bgcbench.models import build_model, identify
@@ -328,6 +328,7 @@ def load_converted(
         )
     # The weights come from the file, so nothing needs to be solved for.
     rebuilt = replay(base, record, weights=False)
+    _rename_kernels(rebuilt, state)
     try:
         rebuilt.load_state_dict(state, assign=True)  # with the dtypes and memory formats that were saved
     except RuntimeError as problem:
@@ -338,6 +339,13 @@ def load_converted(
         if name in frozen:
             parameter.requires_grad_(False)
     return rebuilt.to(map_location).eval() if isinstance(map_location, (str, torch.device)) else rebuilt.eval()
+
+
+def _rename_kernels(model: nn.Module, state: dict[str, Any]) -> None:
+    """Give the kernels in ``state`` their names of today; older files call the first kernel of every layer weight."""
+    for name, module in model.named_modules():
+        if isinstance(module, VariantConv2d) and f"{name}.{module.kernel_name}" not in state:
+            state[f"{name}.{module.kernel_name}"] = state.pop(f"{name}.weight", None)
 
 
 class _Callable(types.ModuleType):

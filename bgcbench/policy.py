@@ -126,6 +126,13 @@ def look(model: nn.Module, example: Any, passing: Passing | None = None) -> tupl
         ]
 
 
+def what_to_run(found: Trace, example: Any, passing: Passing) -> tuple[Any, Passing]:
+    """What the network can be run on, and how: ``example``, or random numbers of the size that it was traced with."""
+    if example is not None and not (isinstance(example, tuple) and all(isinstance(side, int) for side in example)):
+        return example, passing
+    return (torch.randn(1, *found.size, generator=torch.Generator().manual_seed(0)),), Passing()
+
+
 def first_line(problem: BaseException) -> str:
     """What an exception says, in one line."""
     return str(problem).splitlines()[0] if str(problem) else type(problem).__name__

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from bgcbench.convs.base import VariantConv2d
@@ -23,7 +22,7 @@ from bgcbench.measure.batches import Passing
 from bgcbench.measure.device import is_out_of_memory
 from bgcbench.measure.trace import Trace, clear_hooks
 from bgcbench.measure.undisturbed import RandomState, same_outputs, seed_everything, undisturbed
-from bgcbench.policy import Conv, Reason, describe, first_line
+from bgcbench.policy import Conv, Reason, describe, first_line, what_to_run
 from bgcbench.record import Replaced, put_in
 
 BYPASSED = Reason("bypassed", "called from outside of the module tree")
@@ -60,7 +59,7 @@ def keep_what_cannot_be_exchanged(
     model: nn.Module,
     convs: Sequence[Conv],
     found: Trace,
-    given: Any,
+    example: Any,
     passing: Passing,
     variant: str,
     *,
@@ -68,17 +67,15 @@ def keep_what_cannot_be_exchanged(
 ) -> list[str]:
     """Give a reason to each chosen one of ``convs`` whose exchange changes more than the convolution; returns notes.
 
-    given: what the network is run on; None, or a size, for random numbers. variant: of the layers that are tried, with
-    the groups of each. fits: whether something will be fitted to what the network computes, so that it must be known
-    whether it computes the same each time. Raises UsageError where only several together change something.
+    example: see what_to_run. variant: of the layers that are tried, with the groups of each. fits: whether something
+    will be fitted to what the network computes, so that it must be known whether it computes the same each time. Raises
+    UsageError where only several together change something.
     """
-    made_up = given is None or (isinstance(given, tuple) and all(isinstance(side, int) for side in given))
-    if made_up:
-        given, passing = (torch.randn(1, *found.size, generator=torch.Generator().manual_seed(0)),), Passing()
+    given, passing = what_to_run(found, example, passing)
     try:
         trial = _Trial(model, given, passing, fits=fits)
     except Exception as problem:
-        if not made_up and not isinstance(problem, _NotCopied):
+        if given is example and not isinstance(problem, _NotCopied):
             raise UsageError(
                 f"the network does not run on its input (in eval mode): {first_line(problem)}"
             ) from problem

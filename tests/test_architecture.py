@@ -26,6 +26,7 @@ ALLOWED = {
     "calibration": {"errors", "specs", "measure", "theory", "convs", "record", "trial"},
     "convert": {"errors", "specs", "measure", "convs", "models", "record", "policy", "trial", "calibration"},
     "activations": {"errors", "specs", "measure", "theory", "convs", "record", "convert", "calibration"},
+    "folding": {"errors", "measure", "convs", "record", "policy", "calibration"},
     "training": {"errors", "specs", "measure", "convs", "data", "results"},
     "results": {"errors", "specs"},
     "report": {"errors", "specs", "measure", "theory", "results"},
@@ -60,7 +61,7 @@ ALLOWED = {
         "interrupts",
     },
     "__main__": {"cli"},
-    "__init__": {"activations", "calibration", "convert", "convs", "errors", "models", "specs"},
+    "__init__": {"activations", "calibration", "convert", "convs", "errors", "folding", "models", "specs"},
 }
 MONOPOLIES = {
     "triton": {"kernels"},

@@ -398,12 +398,12 @@ class TestWhatSurvives:
         model[1].weight.requires_grad_(False)
         converted = bgc(model).model
         assert [module.training for module in converted] == [True, False, True]
-        assert not converted[1].weight.requires_grad
+        assert not converted[1].kernel.requires_grad
         assert not converted[1].weight_mean.requires_grad
         assert converted[1].bias.requires_grad
         assert converted[2].weight_mean.requires_grad
-        assert converted[1].weight.dtype == torch.float64
-        assert converted[1].weight.is_contiguous(memory_format=torch.channels_last)
+        assert converted[1].kernel.dtype == torch.float64
+        assert converted[1].kernel.is_contiguous(memory_format=torch.channels_last)
 
     def test_hooks_go_on_and_their_handles_still_remove_them(self) -> None:
         model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3))

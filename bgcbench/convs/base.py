@@ -14,6 +14,7 @@ file as functions of tensors; the module only owns parameters.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -47,9 +48,12 @@ class VariantConv2d(nn.Module, ABC):
     """
 
     variant: ClassVar[str]
+    # Programs that fold norms, prune or quantise take weight, bias and groups for all that a convolution is. A layer
+    # with more kernels, or with rows in another order than its outputs, has another name for its first one, so that
+    # they fail instead of being wrong (see bgcbench.fold_norms).
+    kernel_name: str = "weight"
     # Names of parameters that weight decay must leave alone (see parameter_groups).
     exempt_from_decay: ClassVar[tuple[str, ...]] = ()
-    weight: nn.Parameter
     bias: nn.Parameter | None
 
     def __init__(
@@ -81,17 +85,24 @@ class VariantConv2d(nn.Module, ABC):
         self._chosen: dict[str, str] = {}
         self._met: dict[tuple[Any, ...], tuple[int, str]] = {}  # what has come so far: era of the choice, form
         self._create_weights(device=device, dtype=dtype)
-        self.bias = nn.Parameter(torch.empty(out_channels, device=device, dtype=dtype)) if bias else None
+        own = nn.Parameter(torch.empty(out_channels, device=device, dtype=dtype)) if bias else None
+        self.register_parameter("bias", own)
         self.reset_parameters()
 
     def _create_weights(self, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
-        """Create ``weight`` (m, n/N, kh, kw); variants with more tensors extend this."""
+        """Create the ``kernel`` (m, n/N, kh, kw); variants with more tensors extend this."""
         shape = (self.out_channels, self.in_channels // self.groups, *self.kernel_size)
-        self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        self.register_parameter(self.kernel_name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
+
+    @property
+    def kernel(self) -> nn.Parameter:
+        """The first kernel, whatever its name."""
+        kernel: nn.Parameter = getattr(self, self.kernel_name)
+        return kernel
 
     def _weights(self) -> list[nn.Parameter]:
         """The kernels, each initialised with its own fan."""
-        return [self.weight]
+        return [self.kernel]
 
     def reset_parameters(self) -> None:
         """He initialisation: every kernel normal with variance 2 / fan_in, the bias zero (He et al., 2015).
@@ -139,7 +150,7 @@ class VariantConv2d(nn.Module, ABC):
     def seen_entries(self) -> Iterator[Tensor]:
         """Which of the nK entries of a patch each group's own kernel sees, as numbers: contiguous groups, here."""
         size = self.in_channels * self.kernel_size[0] * self.kernel_size[1]
-        yield from torch.arange(size, device=self.weight.device).chunk(self.groups)
+        yield from torch.arange(size, device=self.kernel.device).chunk(self.groups)
 
     @classmethod
     def from_dense(
@@ -218,16 +229,35 @@ class VariantConv2d(nn.Module, ABC):
             self.dilation,
             bias=self.bias is not None,
             padding_mode=cast("Any", self.padding_mode),
-            device=self.weight.device,
-            dtype=self.weight.dtype,
+            device=self.kernel.device,
+            dtype=self.kernel.dtype,
         )
         with torch.no_grad():
             conv.weight.copy_(self.dense_weight())
             if conv.bias is not None and self.bias is not None:
                 conv.bias.copy_(self.bias)
-        if is_channels_last(self.weight):
+        if is_channels_last(self.kernel):
             conv = conv.to(memory_format=torch.channels_last)
         return conv.train(self.training)
+
+    @torch.no_grad()
+    def fold_affine(self, scale: Tensor, shift: Tensor) -> None:
+        """Make the layer put out scale y + shift in the place of y, channel by channel, (m,) each; in place.
+
+        All kernels are scaled, and a layer without a bias gets one.
+        """
+        self._scale_outputs(scale.to(self.kernel))
+        total = shift if self.bias is None else shift + scale * self.bias.to(scale)
+        if self.bias is None:
+            self.spec = dataclasses.replace(self.spec, bias=True)
+            self.bias = nn.Parameter(total.to(self.kernel), self.kernel.requires_grad)
+        else:
+            self.bias.copy_(total)
+
+    def _scale_outputs(self, scale: Tensor) -> None:
+        """Multiply what makes output channel c by scale (m,); here the rows of every kernel are in that order."""
+        for kernel in self._weights():
+            kernel.mul_(scale[:, None, None, None])
 
     def load_projected(self, values: Mapping[str, Tensor]) -> None:
         """Take over the tensors that :meth:`project` returned."""
@@ -271,8 +301,9 @@ class VariantConv2d(nn.Module, ABC):
         if torch.compiler.is_compiling():
             return self._chosen.get(phase, self.spec.algorithms[0])
         # What can differ from call to call, so that the whole case is put together for the first call of each only.
-        key = (grad, x.requires_grad, self.weight.requires_grad, x.shape, x.stride(), type(x), x.device,
-               choices.computed_in(x), self.weight.dtype, torch.are_deterministic_algorithms_enabled())  # fmt: skip
+        kernel = self.kernel
+        key = (grad, x.requires_grad, kernel.requires_grad, x.shape, x.stride(), type(x), x.device,
+               choices.computed_in(x), kernel.dtype, torch.are_deterministic_algorithms_enabled())  # fmt: skip
         era, form = self._met.get(key, (None, None))
         if form is None or era != choices.era():
             era, form = choices.era(), self._choose(x)

@@ -29,7 +29,7 @@ MOST_CALLS = 32  # groups that 'split' is offered for
 
 
 class BalancedGroupConv2d(VariantConv2d):
-    """y^k = A^k x^k + B^k xbar, with ``weight`` = A and ``weight_mean`` = B, both (m, n/N, kh, kw).
+    """y^k = A^k x^k + B^k xbar, with ``weight_group`` = A and ``weight_mean`` = B, both (m, n/N, kh, kw).
 
     x: (B, n, H, W); returns (B, m, H', W'). One bias (m,). Parameters 2Kmn/N, MACs 2DKmn/N and D_in n additions an
     image (eq. 3.14). Both branches share stride, padding and dilation, and the mean is taken once, before its
@@ -51,23 +51,25 @@ class BalancedGroupConv2d(VariantConv2d):
     """
 
     variant = "bgc"
+    kernel_name = "weight_group"
+    weight_group: nn.Parameter
     weight_mean: nn.Parameter | None
 
     def _create_weights(self, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
         super()._create_weights(device, dtype)
-        self.weight_mean = nn.Parameter(torch.empty_like(self.weight)) if self.groups > 1 else None
+        self.weight_mean = nn.Parameter(torch.empty_like(self.weight_group)) if self.groups > 1 else None
 
     def _weights(self) -> list[nn.Parameter]:
-        return [self.weight] if self.weight_mean is None else [self.weight, self.weight_mean]
+        return [self.weight_group] if self.weight_mean is None else [self.weight_group, self.weight_mean]
 
     def forward(self, input: Tensor) -> Tensor:
-        a, b = self.weight, self.weight_mean
+        a, b = self.weight_group, self.weight_mean
         if b is None:
             return self._convolve(input, a, self.bias, groups=1)
         return self._run(self._form(input), input, (a, b), self.bias)
 
     def forms(self, x: Tensor) -> tuple[str, ...]:
-        can_launch = kernels.usable(x, self.weight, self.stride, self.padding, self.dilation, self.groups)
+        can_launch = kernels.usable(x, self.weight_group, self.stride, self.padding, self.dilation, self.groups)
         left_out = set() if can_launch else {"triton"}
         if self.groups > MOST_CALLS:
             left_out.add("split")
@@ -104,19 +106,19 @@ class BalancedGroupConv2d(VariantConv2d):
 
     def dense_weight(self) -> Tensor:
         if self.weight_mean is None:
-            return self.weight
-        return dense_kernel(self.weight, self.weight_mean, self.groups)
+            return self.weight_group
+        return dense_kernel(self.weight_group, self.weight_mean, self.groups)
 
     @classmethod
     def project(cls, weight: Tensor, groups: int, projection: str, fit: Fit | None) -> Mapping[str, Tensor]:
         """Theorem 3.6's construction ('copy'), the white optimum, or least squares on a second moment."""
         if groups == 1:
-            return {"weight": weight}
+            return {"weight_group": weight}
         if fit is not None:
             a, b = least_squares(weight, groups, fit.second_moment, fit.ridge, fit.cross_moment)
         else:
             a, b = copy_blocks(weight, groups) if projection == "copy" else white_optimum(weight, groups)
-        return {"weight": a, "weight_mean": b}
+        return {"weight_group": a, "weight_mean": b}
 
     def normal_matrices(self, moment: Tensor) -> Iterator[Tensor]:
         if self.groups == 1:

@@ -32,10 +32,10 @@ class FullyLearnableGroupConv2d(MaskedConv2d):
     entry of S and T gets a gradient. Kmn + N (n + m) parameters, DKmn MACs an image (and m n N once a call for the
     mask). S and T must not decay: use :func:`bgcbench.parameter_groups`.
 
-    Deployed: the group of each channel (buffers ``group_in`` (n,), ``group_out`` (m,)) and ``weight``, the kept blocks
-    in a row. Inputs are gathered by group, convolved group by group (in one grouped convolution where all groups have
-    the same shape) and the outputs put back in order: K sum_g m_g n_g parameters, D times as many MACs. Groups may be
-    uneven or empty. An output in a group without inputs is dead, that is constant (:meth:`dead_outputs`).
+    Deployed: the group of each channel (buffers ``group_in`` (n,), ``group_out`` (m,)) and ``weight_packed``, the kept
+    blocks in a row. Inputs are gathered by group, convolved group by group (in one grouped convolution where all groups
+    have the same shape) and the outputs put back in order: K sum_g m_g n_g parameters, D times as many MACs. Groups may
+    be uneven or empty. An output in a group without inputs is dead, that is constant (:meth:`dead_outputs`).
 
     The start is a random balanced partition, so that N need not divide n and m. He initialisation with the fan
     K n/N that an output really has. Raises ShapeError if there are more groups than channels.
@@ -54,7 +54,8 @@ class FullyLearnableGroupConv2d(MaskedConv2d):
     def _create_weights(self, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
         m, n, groups = self.out_channels, self.in_channels, self.groups
         self._blocks: list[tuple[int, int]] = [(m, n)]  # (m_g, n_g) of each group, deployed
-        self.weight = nn.Parameter(torch.empty((m, n, *self.kernel_size), device=device, dtype=dtype))
+        empty = torch.empty((m, n, *self.kernel_size), device=device, dtype=dtype)
+        self.register_parameter(self.kernel_name, nn.Parameter(empty))
         if groups == 1:
             return
         partition = [contiguous_partition(c, groups)[torch.randperm(c, device="cpu")] for c in (n, m)]
@@ -67,7 +68,7 @@ class FullyLearnableGroupConv2d(MaskedConv2d):
             self.register_buffer(name, torch.empty(0, dtype=torch.int64, device=device))
         for name in ("order_in", "order_out", "place_out"):
             self.register_buffer(name, torch.empty(0, dtype=torch.int64, device=device), persistent=False)
-        self._set_partition(partition[0], partition[1], self.weight.device)
+        self._set_partition(partition[0], partition[1], self.kernel.device)
 
     def reset_parameters(self) -> None:
         """He initialisation with the fan that an output really sums over; the logits get their noise anew."""
@@ -77,8 +78,8 @@ class FullyLearnableGroupConv2d(MaskedConv2d):
                     if block.numel():
                         nn.init.kaiming_normal_(block, mode="fan_in", nonlinearity="relu")
             else:
-                fan = self.weight[0].numel() / self.groups
-                self.weight.normal_(0.0, (2 / fan) ** 0.5)
+                fan = self.kernel[0].numel() / self.groups
+                self.kernel.normal_(0.0, (2 / fan) ** 0.5)
             if self.groups > 1 and not self.is_deployed:
                 for logits in (self.logits_in, self.logits_out):
                     one_hot = torch.zeros_like(logits).scatter(1, logits.argmax(1, keepdim=True), 1.0)
@@ -93,7 +94,7 @@ class FullyLearnableGroupConv2d(MaskedConv2d):
         bias = None if self.bias is None else self.bias.index_select(0, self.order_out)
         if len(set(self._blocks)) == 1:
             m_g, n_g = self._blocks[0]
-            kernel = self.weight.reshape(self.groups * m_g, n_g, *self.kernel_size)
+            kernel = self.kernel.reshape(self.groups * m_g, n_g, *self.kernel_size)
             if is_channels_last(input):
                 kernel = kernel.contiguous(memory_format=torch.channels_last)
             return gather_channels(self._convolve(used, kernel, bias, self.groups), self.place_out)
@@ -120,12 +121,12 @@ class FullyLearnableGroupConv2d(MaskedConv2d):
         if len(known) == len(pieces):
             return known
         if not known:  # the one way to the shape of an output that asks for no shape
-            kernel = self.weight.new_zeros(1, 1, *self.kernel_size)
+            kernel = self.kernel.new_zeros(1, 1, *self.kernel_size)
             known = [self._convolve(x.narrow(-3, 0, 1), kernel, None, groups=1)]
         zeros = torch.zeros_like(known[0].narrow(-3, 0, 1))
         filled, first = [], 0
         for piece, m_g in zip(pieces, [m for m, _ in self._blocks if m], strict=True):
-            own = self.weight.new_zeros(m_g) if bias is None else bias[first : first + m_g]
+            own = self.kernel.new_zeros(m_g) if bias is None else bias[first : first + m_g]
             filled.append(zeros + own[:, None, None].to(zeros.dtype) if piece is None else piece)
             first += m_g
         return filled
@@ -133,23 +134,31 @@ class FullyLearnableGroupConv2d(MaskedConv2d):
     def dense_weight(self) -> Tensor:
         if self.groups == 1 or not self.is_deployed:
             return self.masked_kernel()
-        dense = self.weight.new_zeros(self.out_channels, self.in_channels, *self.kernel_size)
+        dense = self.kernel.new_zeros(self.out_channels, self.in_channels, *self.kernel_size)
         for group, block in enumerate(self._kernels()):
             rows, columns = (torch.where(part == group)[0] for part in (self.group_out, self.group_in))
             dense[rows[:, None], columns] = block
         return dense
 
+    def _scale_outputs(self, scale: Tensor) -> None:
+        if self.groups == 1 or not self.is_deployed:
+            super()._scale_outputs(scale)
+            return
+        rows = scale[self.order_out].split([m_g for m_g, _ in self._blocks])
+        for block, own in zip(self._kernels(), rows, strict=True):  # views of the kernel
+            block.mul_(own[:, None, None, None])
+
     def mask(self) -> Tensor:
         if self.groups == 1:
-            return torch.ones_like(self.weight[:, :, 0, 0])
+            return torch.ones_like(self.kernel[:, :, 0, 0])
         if self.is_deployed:
-            return (self.group_out[:, None] == self.group_in).to(self.weight.dtype)
+            return (self.group_out[:, None] == self.group_in).to(self.kernel.dtype)
         return straight_through(self.logits_out) @ straight_through(self.logits_in).T
 
     def assignments(self) -> tuple[Tensor, Tensor]:
         """The group of each input (n,) and of each output (m,); on a tie the first of the largest logits."""
         if self.groups == 1:
-            zeros = [torch.zeros(c, dtype=torch.int64, device=self.weight.device) for c in self.weight.shape[1::-1]]
+            zeros = [torch.zeros(c, dtype=torch.int64, device=self.kernel.device) for c in self.kernel.shape[1::-1]]
             return zeros[0], zeros[1]
         if self.is_deployed:
             return self.group_in, self.group_out
@@ -177,22 +186,22 @@ class FullyLearnableGroupConv2d(MaskedConv2d):
 
     def training_state(self) -> Mapping[str, Tensor]:
         if self.groups == 1:
-            return {"weight": self.weight}
-        return {"weight": self.weight, "logits_in": self.logits_in, "logits_out": self.logits_out}
+            return {"weight": self.kernel}
+        return {"weight": self.kernel, "logits_in": self.logits_in, "logits_out": self.logits_out}
 
     def load_projected(self, values: Mapping[str, Tensor]) -> None:
         if self.groups > 1 and self.is_deployed:
             group_in, group_out = (values[name].argmax(1) for name in self.exempt_from_decay)
-            self._set_partition(group_in, group_out, self.weight.device)
+            self._set_partition(group_in, group_out, self.kernel.device)
             weight = values["weight"]
             blocks = [weight[group_out == g][:, group_in == g].flatten() for g in range(self.groups)]
-            values = {"weight": torch.cat(blocks)}
+            values = {self.kernel_name: torch.cat(blocks)}
         super().load_projected(values)
 
     def _take_structure(self, buffers: Mapping[str, Tensor]) -> None:
         if "group_in" in buffers and "group_out" in buffers:
             # Into a layer without numbers the file's tensors themselves are assigned, where they are.
-            device = buffers["group_in"].device if self.weight.is_meta else self.weight.device
+            device = buffers["group_in"].device if self.kernel.is_meta else self.kernel.device
             self._set_partition(buffers["group_in"], buffers["group_out"], device)
 
     def _set_partition(self, group_in: Tensor, group_out: Tensor, device: torch.device) -> None:
@@ -208,14 +217,14 @@ class FullyLearnableGroupConv2d(MaskedConv2d):
         self.order_in, self.order_out = order_in.to(device), order_out.to(device)
         self.place_out = torch.argsort(order_out).to(device)
         length = self.kernel_size[0] * self.kernel_size[1] * sum(m_g * n_g for m_g, n_g in self._blocks)
-        if self.weight.shape != (length,):
-            empty = torch.empty(length, device=self.weight.device, dtype=self.weight.dtype)
-            self.weight = nn.Parameter(empty, requires_grad=self.weight.requires_grad)
+        if self.kernel.shape != (length,):
+            empty = torch.empty(length, device=self.kernel.device, dtype=self.kernel.dtype)
+            setattr(self, self.kernel_name, nn.Parameter(empty, requires_grad=self.kernel.requires_grad))
 
     def _kernels(self) -> list[Tensor]:
         """The deployed kernels as views of the weight: (m_g, n_g, kh, kw) each."""
         taps = self.kernel_size[0] * self.kernel_size[1]
-        flat = self.weight.split([m_g * n_g * taps for m_g, n_g in self._blocks])
+        flat = self.kernel.split([m_g * n_g * taps for m_g, n_g in self._blocks])
         return [flat[g].reshape(*block, *self.kernel_size) for g, block in enumerate(self._blocks)]
 
     @classmethod

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bgcbench.convs.base import VariantConv2d, block_diagonal, diagonal_blocks, row_blocks
 from bgcbench.convs.followed import is_transformed
@@ -23,6 +23,7 @@ class GroupConv2d(VariantConv2d):
     """
 
     variant = "gc"
+    weight: nn.Parameter
 
     def forward(self, input: Tensor) -> Tensor:
         is_own = self._form(input) == "triton" and input.dim() == 4

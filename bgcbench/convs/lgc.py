@@ -30,8 +30,9 @@ class LearnedGroupConv2d(MaskedConv2d):
     one decision for all taps of a channel (its authors doubt that plain magnitude pruning suits 3x3 kernels).
 
     x: (B, n, H, W); returns (B, m, H', W'). Masked: ``weight`` (m, n, kh, kw) and the buffer ``kept`` (N, n); Kmn
-    parameters (the paper counts the mask too: 2Kmn) and DKmn MACs. Deployed: ``weight`` (m, n/N, kh, kw) in the order
-    of the groups and the buffer ``columns`` (n,); Kmn/N and DKmn/N. Raises ShapeError if N does not divide n and m.
+    parameters (the paper counts the mask too: 2Kmn) and DKmn MACs. Deployed: ``weight_packed`` (m, n/N, kh, kw) in the
+    order of the groups and the buffer ``columns`` (n,); Kmn/N and DKmn/N. Raises ShapeError if N does not divide n and
+    m.
     """
 
     variant = "lgc"
@@ -42,7 +43,7 @@ class LearnedGroupConv2d(MaskedConv2d):
         n, groups = self.in_channels, self.groups
         per_row = n // groups if self.is_deployed else n
         shape = (self.out_channels, per_row, *self.kernel_size)
-        self.weight = torch.nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        self.register_parameter(self.kernel_name, torch.nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
         self._stage = 0
         if groups == 1:
             return
@@ -55,29 +56,32 @@ class LearnedGroupConv2d(MaskedConv2d):
         if self.groups == 1 or not self.is_deployed:
             return self._convolve_masked(input)
         bias = None if self.bias is None else before_shuffle(self.bias, self.groups)
-        y = self._convolve(gather_channels(input, self.columns), self.weight, bias, self.groups)
+        y = self._convolve(gather_channels(input, self.columns), self.kernel, bias, self.groups)
         return shuffle_channels(y, self.groups)
 
     def dense_weight(self) -> Tensor:
         if self.groups == 1 or not self.is_deployed:
             return self.masked_kernel()
         m, n, groups = self.out_channels, self.in_channels, self.groups
-        dense = self.weight.new_zeros(groups, m // groups, n, *self.kernel_size)
-        rows = self.weight.unflatten(0, (groups, m // groups))  # (N, m/N, n/N, kh, kw)
+        dense = self.kernel.new_zeros(groups, m // groups, n, *self.kernel_size)
+        rows = self.kernel.unflatten(0, (groups, m // groups))  # (N, m/N, n/N, kh, kw)
         columns = self.columns.reshape(groups, n // groups)
         for group in range(groups):
             dense[group, :, columns[group]] = rows[group]
         return dense.transpose(0, 1).flatten(0, 1)  # output j N + g is row j of group g
 
+    def _scale_outputs(self, scale: Tensor) -> None:
+        super()._scale_outputs(before_shuffle(scale, self.groups) if self.is_deployed else scale)
+
     def mask(self) -> Tensor:
         if self.groups == 1:
-            return torch.ones_like(self.weight[:, :, 0, 0])
+            return torch.ones_like(self.kernel[:, :, 0, 0])
         if self.is_deployed:
             kept = torch.zeros(self.groups, self.in_channels, dtype=torch.bool, device=self.columns.device)
             kept = kept.scatter(1, self.columns.reshape(self.groups, -1), True)
         else:
             kept = self.kept
-        return kept.repeat(self.out_channels // self.groups, 1).to(self.weight.dtype)  # row i: group i mod N
+        return kept.repeat(self.out_channels // self.groups, 1).to(self.kernel.dtype)  # row i: group i mod N
 
     def training_state(self) -> Mapping[str, Tensor]:
         if self.stage < self.stages:
@@ -85,13 +89,13 @@ class LearnedGroupConv2d(MaskedConv2d):
                 f"this LGC layer has made {self.stage} of its {self.stages} drops and is not sparse yet; "
                 "call set_progress(1.0), or train on, before deploy()"
             )
-        return {"weight": self.weight} if self.groups == 1 else {"weight": self.weight, "kept": self.kept}
+        return {"weight": self.kernel} if self.groups == 1 else {"weight": self.kernel, "kept": self.kept}
 
     def load_projected(self, values: Mapping[str, Tensor]) -> None:
         if "kept" in values:
             kept = values["kept"]
             if self.is_deployed:
-                values = {"weight": pack(values["weight"], kept), "columns": kept_columns(kept).flatten()}
+                values = {self.kernel_name: pack(values["weight"], kept), "columns": kept_columns(kept).flatten()}
             self._stage = self.stages
         super().load_projected(values)
 
@@ -123,7 +127,7 @@ class LearnedGroupConv2d(MaskedConv2d):
         stage = min(self.stages, math.floor(2 * fraction * self.stages + 1e-9))
         if stage <= self.stage:
             return False
-        scores = column_scores(self.weight * self.mask()[:, :, None, None], self.groups)
+        scores = column_scores(self.kernel * self.mask()[:, :, None, None], self.groups)
         scores = scores.masked_fill(~self.kept, -1.0)  # what is gone stays gone
         self.kept.copy_(top_columns(scores, self.in_channels - stage * (self.in_channels // self.groups)))
         self._stage = stage
@@ -135,7 +139,7 @@ class LearnedGroupConv2d(MaskedConv2d):
         It draws a group's weight into few inputs while there is still something to drop, and is 0 after the last drop.
         """
         if self.stage >= self.stages:
-            return self.weight.new_zeros(())
+            return self.kernel.new_zeros(())
         squares = column_scores(self.masked_kernel().square(), self.groups)  # (N, n)
         return squares.clamp_min(LASSO_FLOOR).sqrt().sum()
 

@@ -29,6 +29,11 @@ class MaskedConv2d(VariantConv2d):
     """
 
     @property
+    def kernel_name(self) -> str:  # type: ignore[override]
+        """A masked kernel is dense, in the order of inputs and outputs; a deployed one is packed by groups."""
+        return "weight_packed" if self.is_deployed and self.groups > 1 else "weight"
+
+    @property
     def is_deployed(self) -> bool:
         """Whether this layer is the deployed form."""
         return self.algorithm == "deployed"
@@ -49,8 +54,8 @@ class MaskedConv2d(VariantConv2d):
                 yield torch.where(kept.repeat_interleave(taps))[0]
 
     def masked_kernel(self) -> Tensor:
-        """weight * mask: (m, n, kh, kw)."""
-        return self.weight if self.groups == 1 else self.weight * self.mask()[:, :, None, None]
+        """kernel * mask: (m, n, kh, kw)."""
+        return self.kernel if self.groups == 1 else self.kernel * self.mask()[:, :, None, None]
 
     def deploy(self) -> Self:
         """A deployed layer that computes what this one does now; the layer itself if it is one already."""
@@ -67,8 +72,8 @@ class MaskedConv2d(VariantConv2d):
             self.bias is not None,
             padding_mode=self.padding_mode,
             algorithm="deployed",
-            device=self.weight.device,
-            dtype=self.weight.dtype,
+            device=self.kernel.device,
+            dtype=self.kernel.dtype,
         )
         with torch.no_grad():
             layer.load_projected(self.training_state())

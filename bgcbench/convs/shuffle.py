@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bgcbench.convs.base import VariantConv2d, block_diagonal
 from bgcbench.convs.gc import GroupConv2d
@@ -17,22 +17,24 @@ from bgcbench.theory.leastsquares import Fit
 class ShuffleGroupConv2d(VariantConv2d):
     """y_p = (GC x)_{pi(p)} with pi(p) = (p mod N) m/N + p // N, the permutation of ``torch.nn.ChannelShuffle``.
 
-    x: (B, n, H, W); weight: (m, n/N, kh, kw) in the order before the shuffle; bias: (m,) in the order of the output;
-    returns (B, m, H', W'). Parameters Kmn/N, MACs DKmn/N an image. Raises ShapeError if N does not divide n and m.
-    The next grouped layer mixes evenly only if N divides m/N. (The authors' own code applies the inverse
+    x: (B, n, H, W); ``weight_group``: (m, n/N, kh, kw) in the order before the shuffle; bias: (m,) in that of the
+    output; returns (B, m, H', W'). Parameters Kmn/N, MACs DKmn/N an image. Raises ShapeError if N does not divide n
+    and m. The next grouped layer mixes evenly only if N divides m/N. (The authors' own code applies the inverse
     permutation; both mix, but their checkpoints are not interchangeable with these.)
     """
 
     variant = "shuffle"
+    kernel_name = "weight_group"
+    weight_group: nn.Parameter
 
     def forward(self, input: Tensor) -> Tensor:
         # The bias goes through the convolution, which adds it for free, so it is brought into pre-shuffle order.
         bias = None if self.bias is None else before_shuffle(self.bias, self.groups)
-        return shuffle_channels(self._convolve(input, self.weight, bias, self.groups), self.groups)
+        return shuffle_channels(self._convolve(input, self.weight_group, bias, self.groups), self.groups)
 
     def dense_weight(self) -> Tensor:
-        order = shuffle_order(self.out_channels, self.groups, self.weight.device)
-        return block_diagonal(self.weight, self.groups)[order]
+        order = shuffle_order(self.out_channels, self.groups, self.weight_group.device)
+        return block_diagonal(self.weight_group, self.groups)[order]
 
     @classmethod
     def project(cls, weight: Tensor, groups: int, projection: str, fit: Fit | None) -> Mapping[str, Tensor]:
@@ -44,7 +46,11 @@ class ShuffleGroupConv2d(VariantConv2d):
         undo = shuffle_order(weight.shape[0], weight.shape[0] // groups, weight.device)
         if fit is not None and fit.cross_moment is not None:
             fit = replace(fit, cross_moment=fit.cross_moment[undo])
-        return GroupConv2d.project(weight[undo], groups, projection, fit)
+        (kernel,) = GroupConv2d.project(weight[undo], groups, projection, fit).values()
+        return {"weight_group": kernel}
+
+    def _scale_outputs(self, scale: Tensor) -> None:
+        super()._scale_outputs(before_shuffle(scale, self.groups))
 
 
 def shuffle_channels(y: Tensor, groups: int) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from bgcbench.convs.base import VariantConv2d
 from bgcbench.theory.leastsquares import Fit
@@ -18,6 +18,7 @@ class StandardConv2d(VariantConv2d):
     """
 
     variant = "standard"
+    weight: nn.Parameter
 
     def forward(self, input: Tensor) -> Tensor:
         return self._convolve(input, self.weight, self.bias, groups=1)

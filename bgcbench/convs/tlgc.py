@@ -31,7 +31,7 @@ MAX_STEPS = 50  # of conjugate gradients in a sweep
 class TwoLevelGroupConv2d(VariantConv2d):
     """y = GC(x) + coarse(coarse_in(x)): a group convolution and one learnt map a group, sent to every output.
 
-    x: (B, n, H, W); ``weight`` A: (m, n/N, kh, kw); ``weight_coarse_in`` r: (N, n/N, kh, kw), stride, padding and
+    x: (B, n, H, W); ``weight_group`` A: (m, n/N, kh, kw); ``weight_coarse_in`` r: (N, n/N, kh, kw), stride, padding and
     dilation of the layer; ``weight_coarse`` p: (m, N, 1, 1); one bias (m,); returns (B, m, H', W'). Parameters
     Kmn/N + Kn + Nm and D times as many MACs an image. It is smaller than BGC where Kn + Nm < Kmn/N, so on thin 1x1
     layers it is the bigger one. Every off-diagonal column panel of its dense kernel has rank 1. The p_{kk} are
@@ -43,6 +43,8 @@ class TwoLevelGroupConv2d(VariantConv2d):
     """
 
     variant = "tlgc"
+    kernel_name = "weight_group"
+    weight_group: nn.Parameter
     weight_coarse_in: nn.Parameter | None
     weight_coarse: nn.Parameter | None
 
@@ -56,10 +58,10 @@ class TwoLevelGroupConv2d(VariantConv2d):
             self.weight_coarse = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
 
     def _weights(self) -> list[nn.Parameter]:
-        return [w for w in (self.weight, self.weight_coarse_in, self.weight_coarse) if w is not None]
+        return [w for w in (self.weight_group, self.weight_coarse_in, self.weight_coarse) if w is not None]
 
     def forward(self, input: Tensor) -> Tensor:
-        own = self._convolve(input, self.weight, self.bias, self.groups)
+        own = self._convolve(input, self.weight_group, self.bias, self.groups)
         if self.weight_coarse_in is None or self.weight_coarse is None:
             return own
         representatives = self._convolve(input, self.weight_coarse_in, None, self.groups)  # (B, N, H', W')
@@ -67,21 +69,26 @@ class TwoLevelGroupConv2d(VariantConv2d):
         total = own + coarse
         return total.contiguous(memory_format=torch.channels_last) if is_channels_last(own) else total
 
+    def _scale_outputs(self, scale: Tensor) -> None:
+        for kernel in (self.weight_group, self.weight_coarse):
+            if kernel is not None:
+                kernel.mul_(scale[:, None, None, None])
+
     def dense_weight(self) -> Tensor:
         if self.weight_coarse_in is None or self.weight_coarse is None:
-            return self.weight
-        return dense_kernel(self.weight, self.weight_coarse_in, self.weight_coarse)
+            return self.weight_group
+        return dense_kernel(self.weight_group, self.weight_coarse_in, self.weight_coarse)
 
     @classmethod
     def project(cls, weight: Tensor, groups: int, projection: str, fit: Fit | None) -> Mapping[str, Tensor]:
         """The white optimum ('white', and 'copy': the paper copies nothing into this variant), or least squares."""
         if groups == 1:
-            return {"weight": weight}
+            return {"weight_group": weight}
         if fit is not None:
             a, r, p = least_squares(weight, groups, fit.second_moment, fit.ridge, fit.cross_moment, fit.settled)
         else:
             a, r, p = white_optimum(weight, groups)
-        return {"weight": a, "weight_coarse_in": r, "weight_coarse": p}
+        return {"weight_group": a, "weight_coarse_in": r, "weight_coarse": p}
 
 
 def dense_kernel(a: Tensor, r: Tensor, p: Tensor) -> Tensor:

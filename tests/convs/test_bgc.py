@@ -21,7 +21,7 @@ def test_equation_3_1_written_out_group_by_group() -> None:
     parts = x.split(2, dim=1)
     mean = (parts[0] + parts[1] + parts[2]) / 3
     rows = [
-        F.conv2d(parts[k], layer.weight[3 * k : 3 * k + 3], padding=1)
+        F.conv2d(parts[k], layer.weight_group[3 * k : 3 * k + 3], padding=1)
         + F.conv2d(mean, layer.weight_mean[3 * k : 3 * k + 3], padding=1)
         for k in range(groups)
     ]
@@ -58,7 +58,7 @@ def test_without_its_mean_branch_it_is_a_group_convolution() -> None:
     layer = BalancedGroupConv2d(8, 8, 3, groups=4, dtype=torch.float64)
     torch.nn.init.zeros_(layer.weight_mean)
     plain = GroupConv2d(8, 8, 3, groups=4, dtype=torch.float64)
-    plain.load_state_dict({"weight": layer.weight, "bias": layer.bias})
+    plain.load_state_dict({"weight": layer.weight_group, "bias": layer.bias})
     x = randn(2, 8, 5, 5)
     torch.testing.assert_close(layer(x), plain(x), rtol=1e-12, atol=1e-12)
 
@@ -97,7 +97,7 @@ def test_rebuilding_from_the_papers_construction_shrinks_the_mean_weights() -> N
     layer = BalancedGroupConv2d(8, 8, 3, groups=groups, dtype=torch.float64)
     a, b = copy_blocks(layer.dense_weight(), groups)
     torch.testing.assert_close(b, (groups - 1) / groups * layer.weight_mean)
-    torch.testing.assert_close(a, layer.weight + layer.weight_mean / groups)
+    torch.testing.assert_close(a, layer.weight_group + layer.weight_mean / groups)
 
 
 @pytest.mark.parametrize(("construct", "exact"), [(copy_blocks, (1 - 1 / 4) ** 2), (white_optimum, 1 - 2 / 4)])
@@ -178,12 +178,12 @@ def test_one_group_is_the_standard_convolution_without_a_second_kernel() -> None
     assert layer.weight_mean is None
     assert layer.params == 6 * 4 * 9 + 6
     x = randn(1, 4, 5, 5)
-    torch.testing.assert_close(layer(x), F.conv2d(x, layer.weight, layer.bias))
+    torch.testing.assert_close(layer(x), F.conv2d(x, layer.weight_group, layer.bias))
 
 
 def test_as_many_groups_as_channels_is_depthwise_plus_one_mean_channel() -> None:
     layer = BalancedGroupConv2d(4, 4, 3, groups=4, bias=False, dtype=torch.float64)
     x = randn(1, 4, 5, 5)
-    depthwise = F.conv2d(x, layer.weight, groups=4)
+    depthwise = F.conv2d(x, layer.weight_group, groups=4)
     mean = F.conv2d(x.mean(1, keepdim=True), layer.weight_mean)
     torch.testing.assert_close(layer(x), depthwise + mean, rtol=1e-12, atol=1e-12)

@@ -77,7 +77,7 @@ def test_values_and_gradients_are_those_of_the_definition(
 ) -> None:
     layer = made(form, options)
     x = laid_out(torch.randn(shape, dtype=torch.float64), layout).requires_grad_()
-    leaves = [x, layer.weight, layer.weight_mean, layer.bias]
+    leaves = [x, layer.weight_group, layer.weight_mean, layer.bias]
     before = [leaf.detach().clone() for leaf in leaves]
     expected = by_definition(layer, *leaves)
     dy = torch.randn_like(expected)
@@ -104,7 +104,7 @@ def test_gradients_that_nobody_wants_are_left_out(
 ) -> None:
     layer = made(form, options)
     x = torch.randn(shape, dtype=torch.float64)
-    leaves = [x, layer.weight, layer.weight_mean, layer.bias]
+    leaves = [x, layer.weight_group, layer.weight_mean, layer.bias]
     for number, leaf in enumerate(leaves):
         leaf.requires_grad_(bool(wanted >> number & 1))
     asked = [leaf for leaf in leaves if leaf.requires_grad]
@@ -119,7 +119,7 @@ def test_gradients_that_nobody_wants_are_left_out(
 def test_second_derivatives(form: str, options: dict[str, Any], shape: tuple[int, ...], layout: str) -> None:
     layer = made(form, options)
     x = laid_out(torch.randn(shape, dtype=torch.float64), layout).requires_grad_()
-    leaves = [x, layer.weight, layer.weight_mean, layer.bias]
+    leaves = [x, layer.weight_group, layer.weight_mean, layer.bias]
 
     def penalty(y: Tensor) -> tuple[Tensor, ...]:
         gradients = torch.autograd.grad(y.pow(3).sum(), leaves, create_graph=True)
@@ -136,7 +136,7 @@ def test_half_precision(
 ) -> None:
     layer = made(form, options, dtype)
     x = laid_out(torch.randn(shape).to(dtype), layout).requires_grad_()
-    leaves = [x, layer.weight, layer.weight_mean, layer.bias]
+    leaves = [x, layer.weight_group, layer.weight_mean, layer.bias]
     exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
     expected = by_definition(layer, *exact)
     dy = torch.randn_like(expected).to(dtype)
@@ -158,7 +158,7 @@ def test_autocast_computes_in_its_type_and_gradients_keep_theirs(
 ) -> None:
     layer = made(form, options, torch.float32)
     x = torch.randn(shape, requires_grad=True)
-    leaves = [x, layer.weight, layer.weight_mean, layer.bias]
+    leaves = [x, layer.weight_group, layer.weight_mean, layer.bias]
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = layer(x)
         found = torch.autograd.grad(y, leaves, torch.ones_like(y)) if inside else None
@@ -180,7 +180,7 @@ def test_autocast_around_the_backward_pass_alone_changes_nothing(
         pytest.skip("what PyTorch's linear does there is its own affair")
     layer = made(form, options, torch.float32)
     x = torch.randn(shape, requires_grad=True)
-    leaves = [x, layer.weight, layer.weight_mean, layer.bias]
+    leaves = [x, layer.weight_group, layer.weight_mean, layer.bias]
 
     expected = torch.autograd.grad(layer(x).sum(), leaves)
     for again in (False, True):
@@ -195,7 +195,7 @@ def test_the_mean_of_large_numbers_in_half_precision_is_no_sum(form: str) -> Non
     layer = made(form, {"kernel_size": 1}, torch.float16)
     x = torch.full((2, 8, 3, 3), 3e4, dtype=torch.float16, requires_grad=True)  # four of them are too many for float16
     with torch.no_grad():
-        layer.weight.zero_()
+        layer.weight_group.zero_()
         layer.weight_mean.fill_(2**-4)
     expected = (layer.bias + 2 * 3e4 / 16).view(1, -1, 1, 1).expand(2, 12, 3, 3)
     torch.testing.assert_close(layer(x), expected)
@@ -211,7 +211,7 @@ def test_forward_mode_and_traces_follow_the_single_operations(form: str) -> None
     x, tangent = torch.randn(2, 2, 8, 4, 3, dtype=torch.float64)
     with forward_ad.dual_level():
         y = forward_ad.unpack_dual(layer(forward_ad.make_dual(x, tangent)))
-        kernel = dense_kernel(layer.weight, layer.weight_mean, 4)
+        kernel = dense_kernel(layer.weight_group, layer.weight_mean, 4)
         torch.testing.assert_close(y.tangent, F.conv2d(tangent, kernel))
     traced = torch.jit.trace(layer, (x,), check_trace=False)
     other = torch.randn(5, 8, 2, 3, dtype=torch.float64)

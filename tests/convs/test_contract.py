@@ -175,7 +175,7 @@ class TestModule:
         assert not conv.training
         torch.testing.assert_close(conv(x), layer(x), rtol=1e-12, atol=1e-12)
         with torch.no_grad():
-            layer.weight.zero_()
+            layer.kernel.zero_()
         assert conv.weight.any()  # a copy
 
     def test_its_input_is_called_as_that_of_a_conv2d(self, name, form) -> None:
@@ -345,7 +345,7 @@ class TestProjection:
             weight, 1 if name == "standard" else 2, bias=bias, stride=2, padding=1, dilation=2
         )
         x = torch.randn(2, IN, 9, 9)
-        assert layer.weight.dtype == torch.float32
+        assert layer.kernel.dtype == torch.float32
         torch.testing.assert_close(layer(x).double(), dense_output(layer, x), rtol=1e-4, atol=1e-5)
         assert layer(x).shape == F.conv2d(x, weight, bias, 2, 1, 2).shape
 
@@ -409,7 +409,7 @@ def test_build_conv_makes_the_layer_that_the_spec_describes(name: str, form: str
     assert type(layer) is CONVS[name]
     assert layer.spec == spec
     assert layer.algorithm == form
-    assert layer.weight.dtype == torch.float64
+    assert layer.kernel.dtype == torch.float64
 
 
 def random_moment(size: int) -> Tensor:

@@ -24,7 +24,7 @@ def test_shuffling_over_n_and_then_over_m_by_n_is_the_identity() -> None:
 def test_it_equals_torchs_group_convolution_and_channel_shuffle_in_sequence() -> None:
     layer = ShuffleGroupConv2d(8, 12, 3, groups=4, bias=False, dtype=torch.float64)
     plain = nn.Sequential(nn.Conv2d(8, 12, 3, groups=4, bias=False, dtype=torch.float64), nn.ChannelShuffle(4))
-    plain[0].load_state_dict(layer.state_dict())
+    plain[0].load_state_dict({"weight": layer.weight_group})
     x = torch.randn(2, 8, 5, 5, dtype=torch.float64)
     torch.testing.assert_close(layer(x), plain(x))
 

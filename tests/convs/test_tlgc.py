@@ -78,7 +78,7 @@ def test_a_kernel_of_its_own_form_is_found_from_white_input() -> None:
     assert p.shape == (8, 4, 1, 1)
     assert r.shape == (4, 2, 3, 3)
     assert not any(p[2 * k : 2 * k + 2, k].any() for k in range(4))  # A^k has taken in p_kk r_k
-    assert not torch.allclose(a, own.weight)
+    assert not torch.allclose(a, own.weight_group)
 
 
 def test_a_few_steps_of_training_move_both_levels_and_lower_the_loss() -> None:
