@@ -101,25 +101,28 @@ def test_a_norm_that_activates_leaves_its_activation() -> None:
 
 
 class Shared(nn.Module):
-    """Norms that must stay: of a sum, of a convolution that runs twice, of an output that is used elsewhere too."""
+    """Norms that must stay: of a sum, of a convolution that runs twice, of an output that is used elsewhere too; one
+    that runs twice itself; one with nothing before it."""
 
     def __init__(self) -> None:
         super().__init__()
         self.stem, self.twice, self.used = (nn.Conv2d(8, 8, 3, padding=1, bias=False) for _ in range(3))
         self.of_sum, self.of_twice, self.of_used = (norm_of(8) for _ in range(3))
-        self.pre = norm_of(8)
+        self.pre, self.both = norm_of(8), norm_of(8)
+        self.last = nn.Conv2d(8, 8, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.of_sum(self.stem(self.pre(x)) + x)
         x = self.of_twice(self.twice(self.twice(x)))
         used = self.used(x)
-        return self.of_used(used) + used
+        x = self.of_used(used) + used
+        return self.both(self.last(x)) + self.both(x.relu())
 
 
 def test_only_norms_right_behind_one_convolution_are_folded() -> None:
     model = Shared().double().eval()
     folded = bgcbench.fold_norms(model, example_input=X[:1])
-    assert sum(isinstance(module, nn.BatchNorm2d) for module in folded.modules()) == 4
+    assert sum(isinstance(module, nn.BatchNorm2d) for module in folded.modules()) == 5
     torch.testing.assert_close(folded(X), model(X), rtol=1e-12, atol=1e-12)
 
 

@@ -119,6 +119,18 @@ class TestALayerThatRunsSeveralTimes:
         assert layer["before"] == pytest.approx(row.white, rel=1e-9)
         assert layer["after"] == pytest.approx(row.calibrated, rel=1e-6)
 
+    def test_is_looked_at_at_the_same_positions_by_both(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("bgcbench.calibration.images.LEAST_ROWS", 64 * 9)  # 9 positions of an image, of up to 64
+        monkeypatch.setattr("bgcbench.calibration.images.ROWS_AN_ENTRY", 1)
+        model, x = Pyramid().double().eval(), images(64)
+        model.norm = nn.Identity()
+        options: dict[str, Any] = {"include": "head", "where": "none"}
+        (row,) = bgcbench.approximability(model, [x], variants=["gc"], groups=[2], **options)
+        found = convert(model, "gc", 2, init="calibrated", calibration=[x], rebn=False, **options).record.calibration
+        assert found is not None
+        assert found["layers"][0]["rows"] == row.rows == 48 * (9 + 9 + 4)  # three levels of 8, 4 and 2 pixels a side
+        assert found["layers"][0]["before"] == pytest.approx(row.white, rel=1e-9)
+
     def test_loses_as_much_on_every_level_as_the_record_says(self) -> None:
         model, x = Pyramid().double().eval(), images(64)
         converted = convert(model, "bgc", 4, init="calibrated", calibration=[x], include="head", where="none")
@@ -199,12 +211,12 @@ class Drops(nn.Module):
     def __init__(self, draw: Any) -> None:
         super().__init__()
         self.stem = nn.Conv2d(3, 8, 3, padding=1)
-        self.conv = nn.Conv2d(8, 8, 3, padding=1, bias=False)
+        self.conv, self.second = (nn.Conv2d(8, 8, 3, padding=1, bias=False) for _ in range(2))
         self.draw = draw
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.stem(x).relu()
-        return self.conv(self.draw(x)).mean((2, 3))
+        return self.draw(self.second(self.draw(self.conv(self.draw(x))))).mean((2, 3))
 
 
 def torch_dropout(x: Tensor) -> Tensor:
@@ -232,7 +244,16 @@ class TestRandomnessInEvalMode:
         converted = convert(model, "bgc", 2, init="calibrated", calibration=list(x.split(12)))
         assert any("draws random numbers in eval mode" in note for note in converted.record.notes)
         assert converted.record.calibration is not None
-        assert converted.record.calibration["layers"][0]["before"] < 1e-12
+        assert max(layer["before"] for layer in converted.record.calibration["layers"]) < 1e-12
+
+    def test_draws_the_same_whatever_was_drawn_before(self) -> None:
+        model, x = Drops(torch_dropout).double().eval(), images(48)
+        found = []
+        for seed in (1, 2):
+            torch.manual_seed(seed)
+            with pytest.warns(UserWarning, match="random numbers"):
+                found.append(bgcbench.approximability(model, [x], variants=["gc"], groups=[2]))
+        assert found[0] == found[1]
 
     def test_of_a_kind_that_cannot_be_replayed_is_told(self) -> None:
         converted = convert(Drops(own_dropout).double().eval(), "bgc", 2)
@@ -375,6 +396,17 @@ def batches_of(kind: str) -> tuple[nn.Module, list[Any], dict[str, Any]]:
     if kind == "opaque":  # cannot be taken apart: each batch counts as one image
         nested = [{**batch, "meta": torch.zeros(2)} for batch in nested]
     return Two(), nested, {"forward_fn": lambda model, batch: model(batch["image"], batch["more"]["facts"])}
+
+
+def test_a_batch_with_a_list_of_facts_is_not_taken_apart() -> None:
+    """The boxes of an image are as many as there are images, by chance: that does not make them one for each image."""
+    x = images(4)
+    batches = [[x, [{"boxes": torch.zeros(4, 4)} for _ in range(4)]] for _ in range(4)]
+    found = convert(
+        InPlace().double(), "bgc", 2, calibration=batches, forward_fn=lambda model, batch: model(batch[0])
+    ).record.calibration
+    assert found is not None
+    assert found["images"] == 4
 
 
 KINDS = ("list", "detection", "tuple", "with labels", "dict", "mapping", "forward_fn", "opaque")
