@@ -72,6 +72,7 @@ MONOPOLIES = {
     "sklearn": {"data"},
     "psutil": {"measure"},
     "jsonschema": {"results"},
+    "safetensors": {"models"},
 }
 
 

@@ -328,9 +328,9 @@ def _check_same_run(command: Command, stored: dict[str, Any], wanted: TrainConfi
     from bgcbench.results import check_command
 
     check_command(stored, command.name, name)
-    fields = wanted.to_json()
-    if fields["num_classes"] is None:  # seen only in the data
-        del fields["num_classes"]
+    # None is what is seen only in the data and the weights.
+    late = ("num_classes", "height", "width")
+    fields = {name: value for name, value in wanted.to_json().items() if value is not None or name not in late}
     check_same_fields(stored["config"], fields, wanted.FREE, name)
     for grid in wanted.GRIDS:
         if stored["config"].get(grid) != fields[grid]:

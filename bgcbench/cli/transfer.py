@@ -17,14 +17,20 @@ from bgcbench.cli.common import (
     Exclude,
     Format,
     Include,
+    Interpolation,
+    Mean,
     Out,
     Plot,
     Quiet,
+    Resize,
     SkipInvalid,
+    Std,
     StemStride,
     Threads,
+    WeightsKey,
     Where,
     app,
+    images,
     names,
 )
 from bgcbench.cli.training import (
@@ -121,6 +127,7 @@ class _Transfer(Command):
             f"weights: {prepared.loaded.name}; {calibrated}init {', '.join(config.inits)}, batch norm "
             f"{'re-estimated' if config.rebn else 'as it is'}"
         )
+        lines += prepared.told
         extras = ["the untouched network is trained too"] * config.control
         extras += ["its outputs are targets beside the labels"] * config.distill
         if extras or not config.epochs:
@@ -166,6 +173,11 @@ def transfer(
             rich_help_panel=WORKLOAD,
         ),
     ] = None,
+    mean: Mean = None,
+    std: Std = None,
+    resize: Resize = None,
+    interpolation: Interpolation = None,
+    weights_key: WeightsKey = None,
     preset: Annotated[
         str | None,
         typer.Option(
@@ -321,6 +333,7 @@ def transfer(
     """
     options = dict(locals())  # by the names of the parameters
     own = {
+        **images(options),
         "weights": weights,
         "inits": names(init),
         "rebn": rebn,

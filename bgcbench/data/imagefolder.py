@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bgcbench.data.folder import DEFAULT_SIZE, IMAGENET_MEAN, IMAGENET_STD, image_files, is_image
+from bgcbench.data.folder import IMAGENET_EVALUATION, image_files, is_image
 from bgcbench.data.labelled import DATA_DIR, FolderData, search, some
 from bgcbench.errors import UsageError
-from bgcbench.specs import Pair, as_pair
+from bgcbench.specs import Pair
 
 TRAIN = "train"
 TEST = ("val", "valid", "validation", "test")  # the first that is there
@@ -65,7 +65,7 @@ def open_imagefolder(size: Pair | None, dirs: Sequence[Path]) -> FolderData:
 
 
 def _opened(name: str, size: Pair | None, dirs: Sequence[Path], tests: Sequence[str]) -> FolderData:
-    pair = as_pair("size", size or DEFAULT_SIZE)
+    how = IMAGENET_EVALUATION.at(size or IMAGENET_EVALUATION.size)
     top = _top(name, dirs, tests)
     test_root = next((top / split for split in tests if (top / split).is_dir()), None)
     if test_root is None:
@@ -78,10 +78,8 @@ def _opened(name: str, size: Pair | None, dirs: Sequence[Path], tests: Sequence[
     return FolderData(
         # abspath, because '.' has no name and a symbolic link keeps its own
         name=name if name != "folder" else Path(os.path.abspath(top)).name or "root",
-        size=pair,
+        preprocessing=how,
         num_classes=len(train.classes),
-        mean=IMAGENET_MEAN,
-        std=IMAGENET_STD,
         train_labels=train.labels,
         test_labels=test.labels,
         notes=tuple(split.note for split in (train, test) if split.loose),

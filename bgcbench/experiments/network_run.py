@@ -13,6 +13,7 @@ from torch import nn
 from bgcbench.convert import Converted, Record, convert, replay
 from bgcbench.convs.base import VariantConv2d
 from bgcbench.errors import ShapeError, UsageError
+from bgcbench.experiments.images import sized
 from bgcbench.experiments.network import NetworkConfig
 from bgcbench.experiments.profile import PlannedRow, ProfileConfig, conditions, row_key, row_seed, wanted_rows
 from bgcbench.experiments.profile_run import LayerSubject, ProfileSession, Subject, on_device
@@ -28,8 +29,12 @@ PASSES = {"fwd": 1, "train_step": 3}  # convolution-sized passes: y; and dx and 
 
 @dataclass(frozen=True)
 class NetworkPlan:
-    """The rows of a run, what each measures (by key), and what there is to say before it."""
+    """The rows of a run, what each measures (by key), and what there is to say before it.
 
+    config: with the network's own size.
+    """
+
+    config: NetworkConfig
     rows: list[PlannedRow]
     subjects: dict[str, Subject]
     notes: list[str]
@@ -42,6 +47,7 @@ def plan_network(config: NetworkConfig) -> NetworkPlan:
     measured. Raises ShapeError naming every convolution that some N does not divide, unless ``skip_invalid`` (they are
     then kept dense), and UsageError for an unknown network or one without a convolution to replace.
     """
+    config = sized(config)
     spec = config.spec
     dense = build_empty(spec)
     rows: list[PlannedRow] = []
@@ -75,7 +81,7 @@ def plan_network(config: NetworkConfig) -> NetworkPlan:
                 subjects[row.key] = subject
     if not subjects:
         raise UsageError("nothing to measure: --groups and --variants leave no row")
-    return NetworkPlan(rows, subjects, list(dict.fromkeys(notes)))
+    return NetworkPlan(config, rows, subjects, list(dict.fromkeys(notes)))
 
 
 class Choice(Protocol):

@@ -19,6 +19,7 @@ from bgcbench.convert import Record, candidates, replay
 from bgcbench.data import open_labelled
 from bgcbench.data.labelled import LabelledData, ResidentData
 from bgcbench.errors import BgcbenchError, OutputError, ShapeError, UsageError
+from bgcbench.experiments.images import sized
 from bgcbench.experiments.network_run import (
     converted_as_chosen,
     kept_dense,
@@ -111,7 +112,7 @@ class Prepared:
         """What a result file says of the data as it ran."""
         data = self.data
         crops = {"pad": data.pad, "flip": data.flip} if isinstance(data, ResidentData) else {"pad": None, "flip": True}
-        return {"data_sha256": data.fingerprint, **crops}
+        return {"data_sha256": data.fingerprint, "preprocessing": data.preprocessing.to_json(), **crops}
 
 
 def prepare(config: TrainConfig, world: World) -> Prepared:
@@ -119,7 +120,7 @@ def prepare(config: TrainConfig, world: World) -> Prepared:
 
     Raises UsageError for what is not there or does not fit, ShapeError where N does not divide (unless skip_invalid).
     """
-    config, data = open_data(config, world)
+    config, data = open_data(sized(config), world)
     options = options_of(config, data, world)
     cells, warnings = try_conversions(config)
     return Prepared(config, data, plan(config), cells, options, list(dict.fromkeys((*data.notes, *warnings))))

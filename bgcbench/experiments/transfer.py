@@ -15,11 +15,11 @@ from typing import Any, ClassVar
 
 from bgcbench.errors import OutputError, UsageError
 from bgcbench.experiments import train
-from bgcbench.experiments.config import NetworkChoice
+from bgcbench.experiments.config import ImageChoice, NetworkChoice
 from bgcbench.experiments.network import NetworkConfig
-from bgcbench.experiments.train import CLASSES, TrainConfig, TrainRow, conditions
+from bgcbench.experiments.train import CLASSES, READ_BY_WORKERS, TrainConfig, TrainRow, conditions
 from bgcbench.results import Json
-from bgcbench.specs import HELD_OUT, RESNEXT29, TIMM_PREFIX, WRN, check_choice
+from bgcbench.specs import HELD_OUT, OWN, TIMM_PREFIX, check_choice
 from bgcbench.theory import paper
 from bgcbench.training.launcher import processes
 from bgcbench.training.recipes import TRANSFER_RECIPES, Recipe, make_transfer_recipe
@@ -27,13 +27,12 @@ from bgcbench.training.recipes import TRANSFER_RECIPES, Recipe, make_transfer_re
 INITS = ("copy", "white", "calibrated", "scratch")
 CALIBRATION_IMAGES, QUICK_CALIBRATION = 512, 64
 CPU_BATCH = 32  # images that --time measures with at most on a CPU
-OURS = "wide_resnet34_2"  # beside those with numbers in their names: nobody has published weights of it
 
 PRESETS = ("table3",)
 
 
 @dataclass(frozen=True)
-class TransferConfig(TrainConfig):
+class TransferConfig(ImageChoice, TrainConfig):
     """One trained network, one data set, the ways to convert it and how to train on; valid once constructed.
 
     weights: a file, 'default' (torchvision's published ones) or 'none' (untrained); None stands for the default. inits:
@@ -65,6 +64,7 @@ class TransferConfig(TrainConfig):
             object.__setattr__(self, "weights", "default")
         if self.calibration_images is None:
             object.__setattr__(self, "calibration_images", QUICK_CALIBRATION if self.quick else CALIBRATION_IMAGES)
+        self._check_images(self.weights or "default", in_memory=self.data not in READ_BY_WORKERS)
         super().__post_init__()
         known = CLASSES.get(self.data) or (self.num_classes if self.data == "synthetic" else None)
         if known is not None:
@@ -101,8 +101,7 @@ class TransferConfig(TrainConfig):
         if self.weights != "default":
             return
         way_out = "give weights with --weights FILE, or the checkpoint of a bgcbench train run as MODEL"
-        own = WRN.fullmatch(self.model) or RESNEXT29.fullmatch(self.model) or self.model == OURS
-        if own or self.model.startswith(TIMM_PREFIX):
+        if OWN.fullmatch(self.model) or self.model.startswith(TIMM_PREFIX):
             raise UsageError(f"--weights default: torchvision publishes no weights of {self.model}; {way_out}")
         if classes != CLASSES["imagenet"]:
             raise UsageError(

@@ -25,7 +25,7 @@ from bgcbench.errors import UsageError
 from bgcbench.measure.counts import count
 from bgcbench.measure.statistics import Interval, Ratio, Series, ratio_of_medians
 from bgcbench.results import Json, dumps
-from bgcbench.specs import VARIANTS, ConvSpec
+from bgcbench.specs import VARIANTS, ConvSpec, Preprocessing
 from bgcbench.theory import paper
 from bgcbench.theory.exact import white_error
 
@@ -392,6 +392,9 @@ def notes(
         )
     if document.get("quality") == "quick":
         lines.append(f"a quick look: {quick}")
+    if stored := document["settings"].get("preprocessing"):
+        how = Preprocessing.from_json(stored)
+        lines.append(f"images: {how} ({Preprocessing.SOURCES[how.source]})")
     if document["exit_reason"] in ("running", "interrupted", "error"):
         lines.append(f"this run is not complete ({document['exit_reason']})")
     # The fields of a row tell which rows failed; a reason longer than a flag stands here.
