@@ -16,7 +16,7 @@ from bgcbench.data import Images, open_images
 from bgcbench.errors import UsageError
 from bgcbench.experiments.approx_network import ApproxNetworkConfig
 from bgcbench.experiments.approx_run import Step
-from bgcbench.experiments.images import prepared_for, sized, told, warned
+from bgcbench.experiments.images import prepared_for, sized, told, traced, warned
 from bgcbench.experiments.profile import row_seed
 from bgcbench.experiments.session import Session
 from bgcbench.measure.device import backend_state, describe_failure
@@ -96,6 +96,7 @@ def prepare(config: ApproxNetworkConfig) -> Prepared:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(row_seed(config.seed, "model"))
         model = build_model(spec)
+    traced(model, spec)
     loaded = weights.load_into(model, spec)
     found = candidates(
         model, where=config.where, include=config.include, exclude=config.exclude, example_input=spec.size

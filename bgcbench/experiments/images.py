@@ -5,11 +5,15 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, TypeVar
 
+from torch import nn
+
 from bgcbench.data.base import SourceT, prepared_as
+from bgcbench.errors import UsageError
 from bgcbench.experiments.config import NetworkChoice
+from bgcbench.measure.trace import Trace, trace
 from bgcbench.models.preprocessing import own_size
 from bgcbench.models.weights import Weights
-from bgcbench.specs import DEFAULT_PX, Preprocessing
+from bgcbench.specs import DEFAULT_PX, NetSpec, Preprocessing
 
 Config = TypeVar("Config", bound=NetworkChoice)
 
@@ -21,6 +25,18 @@ def sized(config: Config, weights: Weights | None = None) -> Config:
     said = None if weights is None else weights.preprocessing
     height, width = said.size if said is not None else own_size(config.model) or (DEFAULT_PX, DEFAULT_PX)
     return dataclasses.replace(config, height=height, width=width)
+
+
+def traced(model: nn.Module, spec: NetSpec) -> Trace:
+    """What ``model``, the network of ``spec``, does on an image; raises UsageError where it takes none of that size."""
+    try:
+        return trace(model, spec.size)
+    except Exception as problem:
+        _, height, width = spec.size
+        own = own_size(spec.name)
+        way_out = "try another --size" if own is None else f"its own --size is {own[0]}x{own[1]}"
+        reason = (str(problem) or type(problem).__name__).splitlines()[0][:120]
+        raise UsageError(f"{spec.name} takes no images of {height}x{width} px ({reason}); {way_out}") from problem
 
 
 def prepared_for(config: Any, images: SourceT, weights: Weights) -> SourceT:

@@ -13,7 +13,7 @@ from torch import nn
 from bgcbench.convert import Converted, Record, convert, replay
 from bgcbench.convs.base import VariantConv2d
 from bgcbench.errors import ShapeError, UsageError
-from bgcbench.experiments.images import sized
+from bgcbench.experiments.images import sized, traced
 from bgcbench.experiments.network import NetworkConfig
 from bgcbench.experiments.profile import PlannedRow, ProfileConfig, conditions, row_key, row_seed, wanted_rows
 from bgcbench.experiments.profile_run import LayerSubject, ProfileSession, Subject, on_device
@@ -50,6 +50,7 @@ def plan_network(config: NetworkConfig) -> NetworkPlan:
     config = sized(config)
     spec = config.spec
     dense = build_empty(spec)
+    found = traced(dense, spec)
     rows: list[PlannedRow] = []
     subjects: dict[str, Subject] = {}
     problems: list[str] = []
@@ -70,7 +71,6 @@ def plan_network(config: NetworkConfig) -> NetworkPlan:
         rows.append(row)
         subjects[row.key] = NetworkSubject(config, record, model, network_label(variant, groups))
     refuse_indivisible(problems)
-    found = trace(dense, spec.size)
     if found.uncounted:
         names = ", ".join(f"{name} ({times}x)" for name, times in found.uncounted.items())
         notes.append(f"MACs and roofline leave out what is neither a convolution nor a fully connected layer: {names}")
@@ -195,13 +195,18 @@ class NetworkSubject(Subject):
     def _trains(self) -> bool:
         return "train_step" in self.phases
 
-    @property
-    def needed_bytes(self) -> int:
+    def needed_bytes(self, phase: str) -> int:
         """Weights and the largest layer's input and output; to train, gradients, momentum and all outputs."""
-        if self._trains:
+        if phase == "train_step":
             return (3 * self.params + self.found.outputs * self.batch) * self.item
         largest = max((call.values_in + call.values_out for call in self.found.calls), default=0)
         return (self.params + largest * self.batch) * self.item
+
+    def way_out(self, phase: str) -> str:
+        if phase != "train_step":
+            return ""
+        larger = "use a larger --batch (batch norm needs more than one value a channel), or " if self.batch == 1 else ""
+        return f"; {larger}leave it out with --phases fwd"
 
     @property
     def held_bytes(self) -> int:

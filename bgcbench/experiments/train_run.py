@@ -19,7 +19,7 @@ from bgcbench.convert import Record, candidates, replay
 from bgcbench.data import open_labelled
 from bgcbench.data.labelled import LabelledData, ResidentData
 from bgcbench.errors import BgcbenchError, OutputError, ShapeError, UsageError
-from bgcbench.experiments.images import sized
+from bgcbench.experiments.images import sized, traced
 from bgcbench.experiments.network_run import (
     converted_as_chosen,
     kept_dense,
@@ -163,6 +163,7 @@ def try_conversions(config: TrainConfig) -> tuple[dict[tuple[str, int], Cell], l
     """
     spec = config.spec
     dense = build_empty(spec)
+    as_it_is = traced(dense, spec)
     warnings: list[str] = []
     problems: list[str] = []
     cells: dict[tuple[str, int], Cell] = {}
@@ -176,7 +177,7 @@ def try_conversions(config: TrainConfig) -> tuple[dict[tuple[str, int], Cell], l
                 continue
             record, model = converted.record, converted.model
             warnings += [*kept_dense(record), *record.notes]
-        found = trace(model, spec.size)
+        found = as_it_is if record is None else trace(model, spec.size)
         counts = network_counts(model, found, config.batch_size or 1, PRECISIONS[config.precision])
         cells[variant, groups] = Cell(record, found, counts, _converted(record, dense, config))
     refuse_indivisible(problems)

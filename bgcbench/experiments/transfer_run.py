@@ -506,6 +506,8 @@ def _times(measured: Sequence[Json], cell: tuple[str, int], standard: tuple[str,
 def _row_of(measured: Sequence[Json], cell: tuple[str, int], form: str, phase: str) -> Json | None:
     """The measured row of a variant and N, of two forms (trained, deployed) the one called ``form``."""
     rows = [
-        row for row in measured if _cell(row["params"]) == cell and row["status"] == "ok" and phase in row["phases"]
+        row
+        for row in measured
+        if _cell(row["params"]) == cell and phase in row["phases"] and phase not in row.get("failures", {})
     ]
     return next((row for row in rows if row["params"]["algorithm"] == form), rows[0] if rows else None)
