@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -32,6 +33,7 @@ from bgcbench.cli.common import (
     app,
     images,
     names,
+    say,
 )
 from bgcbench.cli.training import (
     RECIPE,
@@ -40,7 +42,6 @@ from bgcbench.cli.training import (
     Classes,
     Command,
     Compiled,
-    Data,
     DataDir,
     Download,
     DryRun,
@@ -68,12 +69,13 @@ from bgcbench.cli.training import (
 )
 from bgcbench.errors import UsageError
 from bgcbench.specs import TIMM_PREFIX
+from bgcbench.training.launcher import own_rank
 
 if TYPE_CHECKING:
     from bgcbench.experiments.session import Session
     from bgcbench.experiments.train_run import Update
     from bgcbench.experiments.transfer import TransferConfig
-    from bgcbench.experiments.transfer_run import TransferPrepared, TransferRun
+    from bgcbench.experiments.transfer_run import TransferRun
     from bgcbench.training.distributed import World
 
 CONVERSION = "The conversion"
@@ -95,15 +97,22 @@ class _Transfer(Command):
 
         return TransferConfig
 
-    def prepare(self, config: TransferConfig, world: World) -> TransferPrepared:
-        from bgcbench.experiments.transfer_run import prepare
+    def prepare(self, config: TransferConfig, world: World) -> Any:
+        from bgcbench.experiments import closed_form, transfer_run
 
-        return prepare(config, world)
+        return transfer_run.prepare(config, world) if self.is_estimated(config) else closed_form.prepare(config)
 
-    def start(self, prepared: TransferPrepared, session: Session, world: World, **options: Any) -> TransferRun:
+    def start(self, prepared: Any, session: Session, world: World, **options: Any) -> TransferRun:
+        from bgcbench.experiments.closed_form import ClosedFormRun
         from bgcbench.experiments.transfer_run import TransferRun
 
-        return TransferRun(prepared, session, world, **options)
+        kind = TransferRun if self.is_estimated(prepared.config) else ClosedFormRun
+        return kind(prepared, session, world, **options)
+
+    def is_estimated(self, config: TransferConfig) -> bool:
+        from bgcbench.experiments.transfer import NO_IMAGES
+
+        return config.data != NO_IMAGES
 
     def check_places(self, config: TransferConfig, *, fresh: bool, replace: bool) -> None:
         from bgcbench.experiments.transfer import plan, room_to_save
@@ -119,6 +128,12 @@ class _Transfer(Command):
 
     def plan_lines(self, run: TransferRun) -> list[str]:
         config, prepared = run.config, run.prepared
+        if not self.is_estimated(config):
+            return [
+                f"plan: {config.model} without images, {len(run.todo)} of {len(run.rows)} rows by the closed form "
+                f"(init {', '.join(config.inits)}), on {run.session.environment['device']['name']}; --data-dir DIR "
+                "(train/ and val/, or val/ alone) adds errors and calibrated weights"
+            ]
         lines = super().plan_lines(run)
         calibrated = (
             f"{min(config.images, len(prepared.images))} images to calibrate with, " if config.calibrates else ""
@@ -139,6 +154,8 @@ class _Transfer(Command):
         return row["error_initial"] is not None or bool(calibration["layers"])
 
     def line(self, update: Update, run: TransferRun) -> str | None:
+        if update.doing == "converted":
+            return _converted_line(run.known[update.row.key]) if run.prepared.loaded else None
         return _judged_line(update, run) if update.doing == "judged" else super().line(update, run)
 
 
@@ -161,7 +178,16 @@ def transfer(
             rich_help_panel=WORKLOAD,
         ),
     ] = None,
-    data: Data = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="imagenet, folder, digits (extra: digits), cifar10, synthetic (speed only), the path of a folder with "
+            "train/ and val/, or none: conversions by the closed form, of which nothing is judged.",
+            show_default="imagenet or folder in --data-dir, ./data or ./imagenet, with train/ and val/ or val/ alone; "
+            "else none",
+            rich_help_panel=WORKLOAD,
+        ),
+    ] = None,
     data_dir: DataDir = None,
     download: Download = False,
     subset: Subset = None,
@@ -322,8 +348,11 @@ def transfer(
     """Convert a trained network to each variant, say what that costs in accuracy, and train it on to win it back.
 
     First the untouched network is judged, then every conversion, then each is trained (--epochs 0: none is). With
-    calibrated weights most of the loss is won back without any training. A run that was stopped goes on with --resume
-    and converts nothing twice.
+    calibrated weights most of the loss is won back without any training. Without images conversions are by the closed
+    form, and the table says what each layer loses. A run that was stopped goes on with --resume and converts nothing
+    twice.
+
+    [bold]bgcbench transfer resnet50 --save networks[/bold]
 
     [bold]bgcbench transfer resnet50 --data imagenet --data-dir DIR --epochs 0 --init copy,white,calibrated[/bold]
 
@@ -344,8 +373,12 @@ def transfer(
     with only_first_speaks():
         given = _with_preset(given_options(options, own), preset)
         asked = Asked(out, resume, form, force, quiet, plot, dry_run)
+        source = context.get_parameter_source("data_dir")
+        typed = data_dir is not None and source is not None and source.name == "COMMANDLINE"
         if _is_path(given.get("model", "")):
             given = _from_checkpoint(given, asked)
+        if resume in (None, "auto") and "model" in given:
+            given = _with_images(given, asked, typed=typed)
         config, stored, output = settled(COMMAND, given, asked)
     return carry_out(COMMAND, context, config, stored, output, dry_run=dry_run)
 
@@ -355,6 +388,22 @@ def _with_preset(given: dict[str, Any], preset: str | None) -> dict[str, Any]:
     from bgcbench.experiments.transfer import preset as with_preset
 
     return as_folder(given) if preset is None else with_preset(preset, given)
+
+
+def _with_images(given: dict[str, Any], asked: Asked, *, typed: bool) -> dict[str, Any]:
+    """``given`` with the images that are there, or for doing without; typed: whether --data-dir was."""
+    from bgcbench.experiments.transfer import NO_IMAGES, with_images
+    from bgcbench.specs import NetSpec
+
+    classes = NetSpec(given["model"], given.get("num_classes")).classes
+    found, reasons = with_images(given, classes, typed=typed)
+    if found["data"] == NO_IMAGES and asked.plot is not None:
+        raise UsageError("--plot draws errors and calibrated layers, which need images: give --data-dir DIR")
+    if reasons and not asked.quiet and own_rank() == 0:
+        say(f"no images: {'; '.join(reasons)}")
+    if "data" not in given and found["data"] != NO_IMAGES and not asked.quiet and own_rank() == 0:
+        say(f"images: {found['data_dirs'][0]}")
+    return found
 
 
 def _is_path(model: str) -> bool:
@@ -378,11 +427,21 @@ def _from_checkpoint(given: dict[str, Any], asked: Asked) -> dict[str, Any]:
         raise UsageError(f"MODEL {path} is not there; give a network's name, or a checkpoint that bgcbench train wrote")
     if asked.resume is None:
         stand_in = {name: value for name, value in given.items() if name != "stem_stride"}
-        settled(COMMAND, {**stand_in, "model": STAND_IN, "weights": path}, asked)
+        images = {} if "data" in given else {"data": "folder", "data_dirs": (".",)}  # they are looked for afterwards
+        settled(COMMAND, {**stand_in, **images, "model": STAND_IN, "weights": path}, asked)
     from bgcbench.training.checkpoint import network_in  # torch
 
     found = {name: value for name, value in network_in(Path(path)).items() if value is not None}
     return {**found, **given, "model": found["model"], "weights": path}
+
+
+def _converted_line(row: dict[str, Any]) -> str:
+    """One network that was converted by the closed form, for a log."""
+    if row["status"] != "ok":
+        return f"{row['key']}: {row['status']}: {row['reason']}"
+    losses = [layer["loss"] for layer in (row["white_loss"] or {}).get("layers") or ()]
+    lost = f"its layers lose {statistics.median(losses):.1%} of their output (median)" if losses else "as it is"
+    return f"{row['key']}: {lost}"
 
 
 def _judged_line(update: Update, run: TransferRun) -> str:

@@ -190,7 +190,7 @@ def _opened(config: TrainConfig, world: World) -> LabelledData:
 
     def opened(*, download: bool) -> LabelledData:
         classes = config.num_classes if config.data == "synthetic" else None
-        return open_labelled(config.data, size, folders, download=download, classes=classes)
+        return open_labelled(config.data, size, folders, download=download, classes=classes, val_alone=config.val_alone)
 
     found: list[LabelledData] = []
     world.once(lambda: found.append(opened(download=config.download)))

@@ -44,6 +44,10 @@ class Loaded:
     notes: tuple[str, ...] = ()
 
 
+class WeightsNotFound(UsageError):
+    """Published weights are neither in the cache nor to be had."""
+
+
 class Weights:
     """The weights of one network, found but not yet loaded.
 
@@ -144,7 +148,7 @@ def _fetched(published: Any) -> Path:
         with _impatient():
             torch.hub.download_url_to_file(published.url, str(path), found and found[1], progress=False)
     except (OSError, RuntimeError, ValueError, http.client.HTTPException) as problem:
-        raise UsageError(
+        raise WeightsNotFound(
             f"--weights default: {path.name} is not in {path.parent} (TORCH_HOME moves this folder) and could not be "
             f"downloaded from {urllib.parse.urlparse(published.url).netloc} ({_reason(problem)}); give a copy of it "
             "with --weights FILE, or --weights none for an untrained network"
