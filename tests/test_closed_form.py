@@ -291,7 +291,8 @@ def test_images_of_other_classes_are_passed_over_and_named(here: Path) -> None:
 def test_what_is_asked_for_is_not_looked_for_elsewhere(here: Path) -> None:
     images(here / "data", "train", "val")
     images(here / "own", "train", "valid")
-    for given in ({"data": "folder", "data_dirs": ("own",)}, {"data": "folder", "data_dirs": ("gone",)},
+    images(here / "other", "val")
+    for given in ({"data": "folder", "data_dirs": ("own", "other")}, {"data": "folder", "data_dirs": ("gone",)},
                   {"data": "digits"}, {"data": "synthetic"}):  # fmt: skip
         assert with_images(given, 3, typed=False) == (given, [])
     assert with_images({"data": "none"}, 3, typed=False)[0]["data"] == "none"

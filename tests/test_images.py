@@ -13,7 +13,7 @@ from bgcbench.cli import main
 from bgcbench.data.folder import IMAGENET_EVALUATION
 from bgcbench.experiments import train_run, transfer_run
 from bgcbench.experiments.approx_network import ApproxNetworkConfig
-from bgcbench.experiments.images import prepared_for
+from bgcbench.experiments.images import prepared_for, sized
 from bgcbench.experiments.train import TrainConfig
 from bgcbench.experiments.transfer import TransferConfig
 from bgcbench.models import build_model
@@ -192,6 +192,14 @@ def test_images_in_memory_keep_their_own_where_a_network_was_trained_on_them() -
     assert (seen.mean, seen.size, seen.source) == ((0.4, 0.4, 0.4), (16, 16), "weights")
     asked = prepared_for(config_of("resnet18", mean=(0.1, 0.1, 0.1)), digits, elsewhere).preprocessing
     assert (asked.mean, asked.std) == ((0.1, 0.1, 0.1), (0.2, 0.2, 0.2))
+
+
+def test_a_network_takes_images_of_the_size_that_its_weights_were_trained_on() -> None:
+    config = config_of("efficientnet_b1", data="synthetic")
+    assert sized(config).height == sized(config, fake(None)).height == 240  # torchvision's own
+    weights = fake(Preprocessing((96, 128), 3 * (0.4,), 3 * (0.2,), source="weights"))
+    assert (sized(config, weights).height, sized(config, weights).width) == (96, 128)
+    assert sized(config_of("efficientnet_b1", data="synthetic", height=64, width=64), weights).spec.size == (3, 64, 64)
 
 
 def test_files_are_read_as_ever_where_the_weights_were_trained_on_images_in_memory(judged: Path) -> None:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms import RandomResizedCrop
+from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms.functional import pil_to_tensor
 
 from bgcbench.data.feeds import Batch, FolderFeed, LabelledFiles, ResidentFeed, epoch_order, random_crop
@@ -207,13 +208,18 @@ def test_test_files_are_prepared_as_calibration_images_are(tmp_path: Path) -> No
     assert torch.equal(images, torch.stack([load_image(tmp_path / name, HOW) for name in files]))
 
 
-def test_a_training_file_is_cut_as_torchvision_does_it_and_mirrored_half_the_time(tmp_path: Path) -> None:
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_a_training_file_is_cut_as_torchvision_does_it_and_mirrored_half_the_time(
+    tmp_path: Path, interpolation: str
+) -> None:
+    how = replace(HOW, interpolation=interpolation)
     path = save(tmp_path / "a.png", 60, 44)
     whole, flips, seeds = Image.open(path), 0, 40
     for seed in range(seeds):
         torch.manual_seed(seed)
-        expected = pil_to_tensor(RandomResizedCrop((20, 28))(whole))
-        found = random_crop(path, HOW, seed)
+        cut = RandomResizedCrop((20, 28), interpolation=InterpolationMode(interpolation))
+        expected = pil_to_tensor(cut(whole))
+        found = random_crop(path, how, seed)
         flips += torch.equal(found, expected.flip(2))
         assert torch.equal(found, expected) or torch.equal(found, expected.flip(2))
     # Binomial(40, 1/2): within 4 standard deviations, sqrt(10), of 20.
