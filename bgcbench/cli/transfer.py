@@ -33,7 +33,6 @@ from bgcbench.cli.common import (
     app,
     images,
     names,
-    say,
 )
 from bgcbench.cli.training import (
     RECIPE,
@@ -69,7 +68,6 @@ from bgcbench.cli.training import (
 )
 from bgcbench.errors import UsageError
 from bgcbench.specs import TIMM_PREFIX
-from bgcbench.training.launcher import own_rank
 
 if TYPE_CHECKING:
     from bgcbench.experiments.session import Session
@@ -127,14 +125,20 @@ class _Transfer(Command):
             room_to_save(Path(config.save), keys, replace=replace or not fresh)
 
     def plan_lines(self, run: TransferRun) -> list[str]:
+        from bgcbench.experiments.transfer import with_images
+
         config, prepared = run.config, run.prepared
         if not self.is_estimated(config):
+            _, reasons = with_images({"data_dirs": config.data_dirs}, config.num_classes or 0, typed=False)
             return [
+                *([f"no images: {'; '.join(reasons)}"] if reasons else []),
                 f"plan: {config.model} without images, {len(run.todo)} of {len(run.rows)} rows by the closed form "
                 f"(init {', '.join(config.inits)}), on {run.session.environment['device']['name']}; --data-dir DIR "
-                "(train/ and val/, or val/ alone) adds errors and calibrated weights"
+                "(train/ and val/, or val/ alone) adds errors and calibrated weights",
             ]
         lines = super().plan_lines(run)
+        if config.data_dirs:
+            lines.append(f"looked for images in {', '.join(config.data_dirs)}")
         calibrated = (
             f"{min(config.images, len(prepared.images))} images to calibrate with, " if config.calibrates else ""
         )
@@ -396,13 +400,9 @@ def _with_images(given: dict[str, Any], asked: Asked, *, typed: bool) -> dict[st
     from bgcbench.specs import NetSpec
 
     classes = NetSpec(given["model"], given.get("num_classes")).classes
-    found, reasons = with_images(given, classes, typed=typed)
+    found, _ = with_images(given, classes, typed=typed)
     if found["data"] == NO_IMAGES and asked.plot is not None:
         raise UsageError("--plot draws errors and calibrated layers, which need images: give --data-dir DIR")
-    if reasons and not asked.quiet and own_rank() == 0:
-        say(f"no images: {'; '.join(reasons)}")
-    if "data" not in given and found["data"] != NO_IMAGES and not asked.quiet and own_rank() == 0:
-        say(f"images: {found['data_dirs'][0]}")
     return found
 
 
