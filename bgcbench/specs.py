@@ -11,13 +11,14 @@ import difflib
 import importlib
 import math
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, ClassVar
 
 from bgcbench.errors import ShapeError, UsageError
 
 Pair = tuple[int, int]
+Channels = tuple[float, float, float]  # a number for red, green and blue
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,8 @@ DATA_SETS: tuple[str, ...] = ("digits",)  # by name; anything else is a folder
 TRAINING_SETS: tuple[str, ...] = ("digits", "cifar10", "imagenet", "folder", "synthetic")
 DIGITS_PX = 16  # a side of the digits for networks that are made for small images
 WEIGHTS: tuple[str, ...] = ("none", "default")  # what --weights may be besides a file
+INTERPOLATIONS: tuple[str, ...] = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")  # Pillow's
+CROPS: tuple[str, ...] = ("center", "squash")
 PHASES: tuple[str, ...] = ("fwd", "bwd", "fwd_bwd")
 NETWORK_PHASES: tuple[str, ...] = ("fwd", "train_step")
 MODES: tuple[str, ...] = ("eager", "graph", "compile")
@@ -231,19 +234,102 @@ class ConvSpec:
         return out[0], out[1]
 
 
+@dataclass(frozen=True)
+class Preprocessing:
+    """How an image becomes a network's input: resized, its centre cut out, then (pixel - mean) / std.
+
+    size: (height, width) in px of the input. resize: (height, width) in px before the centre is cut out; the image is
+    scaled with its proportions until it just covers that (crop 'center'), or stretched to exactly that ('squash').
+    None, as interpolation is then, for images that are in memory and have their size. mean, std: of the channels, with
+    0 as black and 1 as white. source: where this comes from, a key of SOURCES. Raises UsageError or ShapeError.
+    """
+
+    size: Pair
+    mean: Channels
+    std: Channels
+    resize: Pair | None = None
+    interpolation: str | None = None
+    crop: str = "center"
+    source: str = "data"
+
+    SOURCES: ClassVar[dict[str, str]] = {
+        "weights": "the weights' own",
+        "library": "what its library states for this network",
+        "data": "the data's own",
+    }
+
+    def __post_init__(self) -> None:
+        as_pair("size", self.size)
+        check_choice("crop", self.crop, CROPS)
+        check_choice("source of a preprocessing", self.source, self.SOURCES)
+        if len(self.mean) != 3 or not all(0 <= value <= 1 for value in self.mean):
+            raise UsageError(
+                f"--mean {_listed(self.mean)} must be one number or three, from 0 (black) to 1 (white), not to 255"
+            )
+        if len(self.std) != 3 or not all(0 < value < math.inf for value in self.std):
+            raise UsageError(
+                f"--std {_listed(self.std)} must be one positive number or three, of pixels from 0 (black) to 1 (white)"
+            )
+        if self.resize is None:
+            return
+        check_choice("interpolation", self.interpolation or "", INTERPOLATIONS)
+        if min(resized - side for resized, side in zip(self.resize, self.size, strict=True)) < 0:
+            raise UsageError(
+                f"--resize {_side(self.resize)} is less than the {_side(self.size)} px that are cut out; give more, or "
+                "a smaller --size"
+            )
+
+    def at(self, size: Pair) -> Preprocessing:
+        """The same for inputs of another ``size``: resized in proportion."""
+        if self.resize is None:
+            return replace(self, size=size)
+        height, width = (round(side * all_ / own) for side, all_, own in zip(size, self.resize, self.size, strict=True))
+        return replace(self, size=size, resize=(height, width))
+
+    @classmethod
+    def from_json(cls, stored: Mapping[str, Any]) -> Preprocessing:
+        """What :meth:`to_json` wrote, keys of newer versions left out. Raises TypeError where some are missing."""
+        known = {field.name for field in fields(cls)}
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items() if k in known}
+        return cls(**values)
+
+    def to_json(self) -> dict[str, Any]:
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+
+    def __str__(self) -> str:
+        steps = f"{_side(self.size)} px"
+        if self.resize is not None:
+            how = "short side " if self.crop == "center" and self.resize[0] == self.resize[1] else ""
+            steps = f"{how}resized to {_side(self.resize)} ({self.interpolation}), centre {steps}"
+        return f"{steps}, mean {_listed(self.mean)}, std {_listed(self.std)}"
+
+
+def _side(size: Pair) -> str:
+    """ "224", "224x160"."""
+    return str(size[0]) if size[0] == size[1] else f"{size[0]}x{size[1]}"
+
+
+def _listed(values: Sequence[float]) -> str:
+    return ",".join(f"{value:g}" for value in values)
+
+
 # Networks named by their numbers. D = 6 b + 4 layers, K times as wide; C groups of W channels.
 WRN = re.compile(r"wrn_([1-9]\d*)_([1-9]\d*)")
 RESNEXT29 = re.compile(r"resnext29_([1-9]\d*)x([1-9]\d*)d")
+OWN = re.compile(f"{WRN.pattern}|{RESNEXT29.pattern}|wide_resnet34_2")  # networks of this package
 TIMM_PREFIX = "timm/"
 _STRIDED_STEM = re.compile(r"efficientnet_.+|mobilenet_v[23].*")
 SMALL_IMAGE_PX = 64  # up to here a stem of stride 2 throws away what later strides need
+DEFAULT_PX = 224  # a side of the images of most networks
 
 
 @dataclass(frozen=True)
 class NetSpec:
     """One network of :mod:`bgcbench.models`, complete and valid once constructed.
 
-    num_classes, height, width (px): by default 10 and 32 for wrn_D_K and resnext29_CxWd, else 1000 and 224.
+    num_classes, height, width (px): by default 10 and 32 for wrn_D_K and resnext29_CxWd, 1000 and 224 for
+    wide_resnet34_2, 1000 for any other. Its size is what its library states
+    (:func:`bgcbench.models.preprocessing.own_size`); until then height and width are None, and 224 stand in for them.
     stem_stride: stride of the first convolution of EfficientNets and MobileNets; by default theirs, 2, and 1 for images
     of up to 64 px (the paper does not say what it used on 32 px). None for networks that have no such choice.
     Raises ShapeError for a depth that is no wide residual network's, UsageError for a stem stride where none applies.
@@ -264,22 +350,21 @@ class NetSpec:
                 f"{self.name}: a wide residual network has 6 b + 4 layers, not {depth}; next to it are {below} and "
                 f"{below + 6}"
             )
-        defaults = {"num_classes": 10 if small else 1000, "height": 32 if small else 224}
+        side = (32 if small else DEFAULT_PX) if OWN.fullmatch(self.name) else None
+        defaults = {"num_classes": 10 if small else 1000, "height": side, "width": self.height or side}
         for field, default in defaults.items():
             if getattr(self, field) is None:
                 object.__setattr__(self, field, default)
-        if self.width is None:
-            object.__setattr__(self, "width", self.height)
         for field in ("num_classes", "height", "width"):
-            check_positive(field, getattr(self, field))
+            if getattr(self, field) is not None:
+                check_positive(field, getattr(self, field))
         strided = _STRIDED_STEM.fullmatch(self.name)
         if self.stem_stride is not None:
             if not strided:
                 raise UsageError(f"--stem-stride is for efficientnet_* and mobilenet_v*, and {self.name} is neither")
             check_positive("stem_stride", self.stem_stride)
         elif strided:
-            sides = (self.height or 0, self.width or 0)
-            object.__setattr__(self, "stem_stride", 1 if max(sides) <= SMALL_IMAGE_PX else 2)
+            object.__setattr__(self, "stem_stride", 1 if max(self.size[1:]) <= SMALL_IMAGE_PX else 2)
 
     @property
     def source(self) -> dict[str, Any]:
@@ -295,4 +380,4 @@ class NetSpec:
     @property
     def size(self) -> tuple[int, int, int]:
         """(channels, height, width) of an input."""
-        return 3, self.height or 0, self.width or 0
+        return 3, self.height or DEFAULT_PX, self.width or DEFAULT_PX

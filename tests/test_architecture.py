@@ -74,6 +74,7 @@ MONOPOLIES = {
     "sklearn": {"data"},
     "psutil": {"measure"},
     "jsonschema": {"results"},
+    "safetensors": {"models"},
 }
 
 
@@ -118,7 +119,7 @@ def test_only_the_command_line_and_the_report_print() -> None:
      ["profile", "--resume", "missing.json"], ["train", "--help"], ["train", "wrn_10_2"],
      ["train", "wrn_10_2", "--data", "cifar10"],
      ["train", "wrn_10_2", "--data", "./no"], ["train", "--resume", "missing.json"],
-     ["transfer", "--help"], ["transfer", "resnet50"], ["transfer", "resnet50", "--data", "imagenet"],
+     ["transfer", "--help"], ["transfer", "resnet50", "--data", "imagenet"], ["transfer", "resnet50", "--init", "x"],
      ["transfer", "wrn_10_2", "--data", "digits"], ["transfer", "--preset", "table3"],
      ["transfer", "gone.pt", "--data", "digits"], ["transfer", "README.md", "--data", "digits", "--lr", "-1"],
      ["transfer", "resnet50", "--data", "imagenet", "--weights", "gone.pth"],

@@ -77,7 +77,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("arguments", "message"),
     [
         ([], "name a MODEL, such as resnet50, the checkpoint of a bgcbench train run, or a file to go on with"),
-        (["resnet50"], "--data is missing: choose from digits, cifar10, imagenet, folder, synthetic, or give a folder"),
         (["resnet50", "--data", "imagenet"], "--data imagenet needs --data-dir DIR (or BGCBENCH_DATA_DIR)"),
         (["resnet50", "--data", "imagenet", "--data-dir", "no"], "--data-dir no is not there; give the place of image"),
         (["resnet50", "--data", "./no"], "--data-dir ./no is not there"),

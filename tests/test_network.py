@@ -15,14 +15,17 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bgcbench import results
 from bgcbench.cli import main
+from bgcbench.convs.gc import GroupConv2d
 from bgcbench.errors import ResultFileError, ShapeError, UsageError
+from bgcbench.experiments.images import sized
 from bgcbench.experiments.network import NetworkConfig
 from bgcbench.experiments.network_run import NetworkSubject, distinct_convolutions, plan_network
 from bgcbench.experiments.profile import check_same_workload
 from bgcbench.experiments.profile_run import ProfileRun, Update, open_session
+from bgcbench.measure import environment
 from bgcbench.measure.trace import trace
 from bgcbench.measure.workload import NetworkWorkload
-from bgcbench.models import build_model
+from bgcbench.models import build_empty, build_model
 from bgcbench.report import as_markdown, document_report
 from bgcbench.specs import VARIANTS
 from tests.example import _phase
@@ -47,6 +50,31 @@ class TestPlan:
         assert NetworkConfig(model="efficientnet_b0").stem_stride == 2
         assert NetworkConfig(model="efficientnet_b0", height=32).stem_stride == 1
         assert NetworkConfig.from_json(config.to_json()) == config
+
+    @pytest.mark.parametrize(
+        ("model", "side"),
+        [("resnet50", 224), ("inception_v3", 299), ("efficientnet_b1", 240), ("swin_v2_t", 256),
+         ("timm/test_resnet", 160), ("timm/coat_lite_medium_384", 384)],
+    )  # fmt: skip
+    def test_a_network_is_measured_on_images_of_the_size_that_it_is_made_for(self, model: str, side: int) -> None:
+        if model.startswith("timm"):
+            pytest.importorskip("timm")
+        config = sized(NetworkConfig(model=model, device="cpu"))
+        assert (config.height, config.width, config.spec.size) == (side, side, (3, side, side))
+        assert trace(build_empty(config.spec), config.spec.size).macs > 0
+        assert sized(replace(config, height=320, width=352)).spec.size == (3, 320, 352)
+
+    def test_the_plan_has_that_size_and_its_file_says_so(self) -> None:
+        planned = plan_network(NetworkConfig(model="inception_v3", variants=("gc",), groups=(2,), skip_invalid=True))
+        assert {(row.params["height"], row.params["width"]) for row in planned.rows} == {(299, 299)}
+        assert planned.config.to_json()["height"] == 299
+        assert {subject.input_shape for subject in planned.subjects.values()} == {(32, 3, 299, 299)}
+
+    def test_a_size_that_a_network_does_not_take_is_refused_with_its_own(self) -> None:
+        with pytest.raises(
+            UsageError, match=r"^inception_v3 takes no images of 32x32 px \(.*\); its own --size is 299x"
+        ):
+            plan_network(NetworkConfig(model="inception_v3", height=32, skip_invalid=True))
 
     def test_the_rows_are_the_dense_network_and_each_variant_by_n(self) -> None:
         rows = plan_network(replace(SMALL, variants=("gc", "flgc", "bgc"))).rows
@@ -216,8 +244,6 @@ class TestRun:
         assert sum(row["layer"]["count"] for row in layers if row["params"]["variant"] == "standard") == 9
 
     def test_a_network_that_fails_is_a_row_and_the_others_go_on(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        from bgcbench.convs.gc import GroupConv2d
-
         def broken(self: GroupConv2d, x: torch.Tensor) -> torch.Tensor:
             raise RuntimeError("it broke")
 
@@ -226,6 +252,62 @@ class TestRun:
         *_, last = ProfileRun(SMALL, open_session(SMALL), planned.rows, subjects=planned.subjects).run()
         assert [(row["params"]["variant"], row["status"]) for row in last.rows] == [
             ("standard", "ok"), ("gc", "error"), ("bgc", "ok"), ("gc", "error"), ("bgc", "ok")]  # fmt: skip
+
+    def test_a_training_step_that_fails_leaves_inference_and_says_the_way_out(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        # At 32 px the last batch norms see one position: with one image that is one value a channel.
+        arguments = ["profile", "--model", "shufflenet_v2_x0_5", "--size", "32", "--where", "1x1", "--groups", "2",
+                     "--variants", "gc", "--device", "cpu", "--quick", "--out", str(tmp_path / "r.json")]  # fmt: skip
+        assert main([*arguments, "--batch", "1"]) == 1
+        printed = capsys.readouterr().out
+        found = results.read(tmp_path / "r.json")
+        for row in found["results"]:
+            assert (row["status"], set(row["phases"]), set(row["failures"])) == ("error", {"fwd"}, {"train_step"})
+            assert row["phases"]["fwd"]["samples_s"]
+            assert row["memory"]["peak_bytes"] is not None
+            failure = row["failures"]["train_step"]
+            assert (failure["status"], row["reason"]) == ("error", f"train_step: {failure['reason']}")
+            assert failure["reason"].startswith("ValueError: Expected more than 1 value per channel when training")
+            assert failure["reason"].endswith("use a larger --batch (batch norm needs more than one value a channel), "
+                                              "or leave it out with --phases fwd")  # fmt: skip
+        table = [line for line in printed.splitlines() if line.startswith("| ")][2:]
+        assert all(line.endswith("| train step error |") for line in table)
+        assert "GC N=2 is " in printed
+        assert "[error]" not in printed
+        assert "Verdict (train step)" not in printed
+        assert main([*arguments, "--batch", "2", "--force", "--quiet"]) == 0
+        assert all("failures" not in row for row in results.read(tmp_path / "r.json")["results"])
+
+    @pytest.mark.parametrize("begins", ["in the first look", "in a round"])
+    def test_a_phase_fails_by_itself_whenever_it_does(self, begins: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        flag, step = {"up": begins == "in the first look"}, NetworkWorkload._step
+
+        def brittle(self: NetworkWorkload) -> None:
+            if flag["up"] and any(isinstance(module, GroupConv2d) for module in self.plain.modules()):
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+            step(self)
+
+        monkeypatch.setattr(NetworkWorkload, "_step", brittle)
+        config = replace(SMALL, groups=(2,), variants=("gc",))
+        planned = plan_network(config)
+        for update in ProfileRun(config, open_session(config), planned.rows, subjects=planned.subjects).run():
+            flag["up"] |= update.progress is not None and update.progress.round == 2
+        dense, gc = update.rows
+        assert (dense["status"], set(dense["phases"]), "failures" in dense) == ("ok", {"fwd", "train_step"}, False)
+        assert (gc["status"], set(gc["failures"])) == ("oom", {"train_step"})
+        assert gc["reason"].startswith("train_step: out of memory: ")
+        assert set(gc["phases"]["fwd"]["rounds"]) == set(dense["phases"]["fwd"]["rounds"])
+        assert ("train_step" in gc["phases"]) is (begins == "in a round")  # what there is of it stays
+
+    def test_what_does_not_fit_into_memory_leaves_what_does(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        config = replace(SMALL, groups=(2,), variants=("gc",))
+        needed = next(iter(plan_network(config).subjects.values())).needed_bytes
+        monkeypatch.setattr(environment, "available_bytes", lambda device: needed("train_step") - 1)
+        dense, gc = run(config).rows
+        assert needed("fwd") < needed("train_step")
+        assert (dense["status"], set(dense["phases"]), set(dense["failures"])) == ("oom", {"fwd"}, {"train_step"})
+        assert (gc["status"], set(gc["phases"])) == ("ok", {"fwd", "train_step"})
 
     @pytest.mark.parametrize(("precision", "layout"), [("bf16", "nhwc"), ("fp64", "nchw")])
     def test_precision_and_layout_are_those_asked_for(self, precision: str, layout: str) -> None:

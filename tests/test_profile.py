@@ -138,9 +138,9 @@ class TestPlan:
         spec = plan(SMALL)[0].spec
         x = y = 4 * 16 * 5 * 5
         weights = 16 * 16 * 9
-        assert estimated_bytes(SMALL, spec) == 4 * (2 * x + 2 * y + 2 * weights)
-        assert estimated_bytes(replace(SMALL, phases=("fwd",)), spec) == 4 * (x + y + weights)
-        assert estimated_bytes(replace(SMALL, input_grad=False), spec) == 4 * (x + 2 * y + 2 * weights)
+        assert estimated_bytes(SMALL, spec, "fwd_bwd") == 4 * (2 * x + 2 * y + 2 * weights)
+        assert estimated_bytes(SMALL, spec, "fwd") == 4 * (x + y + weights)
+        assert estimated_bytes(replace(SMALL, input_grad=False), spec, "fwd_bwd") == 4 * (x + 2 * y + 2 * weights)
 
 
 class TestRun:
@@ -213,7 +213,7 @@ class TestRun:
         assert all("10 there" in row["reason"] for row in update.rows)
 
     def test_rows_that_do_not_fit_together_are_measured_one_after_the_other(self, monkeypatch) -> None:
-        room = estimated_bytes(SMALL, plan(SMALL)[0].spec)
+        room = estimated_bytes(SMALL, plan(SMALL)[0].spec, "fwd_bwd")
         monkeypatch.setattr(environment, "available_bytes", lambda device: room)
         update = run(SMALL)
         assert [row["interleaved"] for row in update.rows] == [1, 2, 3, 4, 5]

@@ -21,8 +21,8 @@ from bgcbench.experiments.train_run import open_session
 from bgcbench.experiments.transfer import INITS, TransferConfig, identity, plan, preset
 from bgcbench.experiments.transfer_run import TransferPrepared, TransferRun, prepare
 from bgcbench.measure.timing import Rules
-from bgcbench.models import build_model
-from bgcbench.specs import NetSpec
+from bgcbench.models import build_model, files
+from bgcbench.specs import NetSpec, Preprocessing
 from bgcbench.theory import paper
 from bgcbench.training import checkpoint
 from bgcbench.training.distributed import World
@@ -504,10 +504,10 @@ def test_what_the_user_should_know_is_said_before(weights: str, monkeypatch: pyt
     assert few.settings["weights_sha256"] == few.loaded.sha256
     none = prepare(config_of("none"), World())
     assert any(text.startswith("--weights none: the network is untrained") for text in none.warnings)
-    loaded = transfer_run.load_weights
-    monkeypatch.setattr(transfer_run, "load_weights", lambda *given: replace(loaded(*given), size_px=224))
+    how = Preprocessing((224, 224), (0.5,) * 3, (0.5,) * 3, source="weights")
+    monkeypatch.setattr(files, "_own_preprocessing", lambda _: how)
     other = prepare(config_of(weights), World())
-    assert any("is for images of 224 px, and 8x8 are used; --size 224 is what" in text for text in other.warnings)
+    assert any("mine.pth of wrn_10_1 is for images of 224x224 px, and 8x8 are" in text for text in other.warnings)
 
 
 # ------------------------------------------------------------------------------------------------- damaged networks

@@ -20,15 +20,20 @@ from bgcbench.cli.common import (
     Force,
     Format,
     Include,
+    Interpolation,
+    Mean,
     Out,
     Output,
     Plot,
     Quiet,
+    Resize,
     Resume,
     Seed,
     SkipInvalid,
+    Std,
     StemStride,
     Threads,
+    WeightsKey,
     Where,
     app,
 )
@@ -138,6 +143,11 @@ def approx(
             help="Classes of the network.", show_default="1000; 10 for wrn and resnext29", rich_help_panel=NETWORK
         ),
     ] = None,
+    mean: Mean = None,
+    std: Std = None,
+    resize: Resize = None,
+    interpolation: Interpolation = None,
+    weights_key: WeightsKey = None,
     stem_stride: StemStride = None,
     where: Where = None,
     include: Include = None,
@@ -191,7 +201,9 @@ def approx(
 
     [bold]bgcbench approx --model resnet50 --data path/to/images --plot heatmap.png[/bold]
     """
+    options = dict(locals())  # by the names of the parameters
     given: dict[str, Any] = {
+        **common.images(options),
         "in_channels": in_channels if in_channels is not None else channels,
         "out_channels": out_channels if out_channels is not None else channels,
         "kernel": kernel,
@@ -306,6 +318,7 @@ def _run(
                 common.say(line)
         if dry_run:
             return 0
+        config = run.config  # with the network's own size
         document = stored or results.new_document(
             "approx",
             context.obj or [],
@@ -342,14 +355,15 @@ def _prepared(
     from bgcbench.experiments.approx_network_run import ApproxNetworkRun, prepare
 
     prepared = prepare(config)
-    session.settings |= {name: prepared.facts[name] for name in ("weights_sha256", "data_sha256")}
-    network_run = ApproxNetworkRun(config, session, prepared, kept=kept, stop=interrupts.requested)
+    session.settings |= prepared.settings
+    network_run = ApproxNetworkRun(prepared, session, kept=kept, stop=interrupts.requested)
     layers = prepared.layers.chosen
     lines = [
         f"plan: {len(layers)} convolutions of {config.model} (weights: {prepared.loaded.name}) x {len(config.cells)}, "
         f"{min(config.images, len(prepared.images))} images of {prepared.images.name}; moments of up to "
         f"{prepared.moment_bytes / 2**30:.2g} GiB at once, {prepared.portions} run"
-        f"{'s' * (prepared.portions > 1)} over the images"
+        f"{'s' * (prepared.portions > 1)} over the images",
+        *prepared.told,
     ]
     lines += [f"  {layer.name}: {layer.in_channels} -> {layer.out_channels}" for layer in layers]
     lines += [f"  kept: {kept.name} ({kept.reason})" for kept in prepared.layers.kept]

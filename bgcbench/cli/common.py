@@ -82,6 +82,42 @@ StemStride = Annotated[
         rich_help_panel=NETWORK,
     ),
 ]
+WeightsKey = Annotated[
+    str | None,
+    typer.Option(
+        help="Which of a file's weights: the key that leads to them, nested ones joined by dots, such as model_ema.",
+        show_default="the first that fits",
+        rich_help_panel=WORKLOAD,
+    ),
+]
+Mean = Annotated[
+    str | None,
+    typer.Option(
+        help="Of the channels, 0 black, 1 white, where the weights come from a file: 0.5 or 0.485,0.456,0.406.",
+        show_default="the weights'",
+        rich_help_panel=WORKLOAD,
+    ),
+]
+Std = Annotated[
+    str | None,
+    typer.Option(help="Their standard deviations.", show_default="the weights'", rich_help_panel=WORKLOAD),
+]
+Resize = Annotated[
+    str | None,
+    typer.Option(
+        help="Short side of an image file before its centre of --size is cut out, or HEIGHTxWIDTH to cover.",
+        show_default="the weights'",
+        rich_help_panel=WORKLOAD,
+    ),
+]
+Interpolation = Annotated[
+    str | None,
+    typer.Option(
+        help="Of image files: bilinear, bicubic, nearest, box, hamming, lanczos.",
+        show_default="the weights'",
+        rich_help_panel=WORKLOAD,
+    ),
+]
 NoReference = Annotated[
     bool, typer.Option("--no-reference", help="Leave the standard convolution out.", rich_help_panel=GRID)
 ]
@@ -216,12 +252,26 @@ def variants(text: str | None) -> tuple[str, ...] | None:
     return tuple(VARIANTS) if text == "all" else names(text)
 
 
-def size(text: str) -> tuple[int, int]:
+def size(text: str, option: str = "--size") -> tuple[int, int]:
     """'7' or '7x14' as height and width; raises UsageError for anything else."""
     parts = text.lower().split("x")
     if len(parts) > 2 or not all(re.fullmatch("[0-9]+", part) for part in parts):
-        raise UsageError(f"--size {text} must be a number of pixels or HEIGHTxWIDTH, such as 7 or 7x14")
+        raise UsageError(f"{option} {text} must be a number of pixels or HEIGHTxWIDTH, such as 7 or 7x14")
     return int(parts[0]), int(parts[-1])
+
+
+def images(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of :class:`bgcbench.experiments.config.ImageChoice` from the options of their names."""
+    given: dict[str, Any] = {name: options[name] for name in ("interpolation", "weights_key")}
+    given["resize"] = None if options["resize"] is None else size(options["resize"], "--resize")
+    for name in ("mean", "std"):
+        try:
+            text = options[name]
+            values = None if text is None else tuple(float(part) for part in text.split(","))
+            given[name] = 3 * values if values is not None and len(values) == 1 else values
+        except ValueError:
+            raise UsageError(f"--{name} {text} must be one number or three separated by commas") from None
+    return given
 
 
 def print_document(document: dict[str, Any], form: str) -> None:

@@ -239,7 +239,7 @@ def profile(
     with Interrupts() as interrupts:
         from bgcbench.experiments.profile_run import open_session  # torch, and what needs it
 
-        rows, subjects, notes = _full_plan(config, rows)
+        config, rows, subjects, notes = _full_plan(config, rows)
         session = open_session(config)
         session.warnings.extend(notes)
         if stored is not None:
@@ -294,18 +294,18 @@ def _layer_plan(config: MeasureConfig) -> list[PlannedRow]:
 
 def _full_plan(
     config: MeasureConfig, rows: list[PlannedRow]
-) -> tuple[list[PlannedRow], Mapping[str, Subject], list[str]]:
-    """Rows, what they measure by key, and what is to be said before; torch is there by now."""
+) -> tuple[MeasureConfig, list[PlannedRow], Mapping[str, Subject], list[str]]:
+    """The configuration, rows, what they measure by key, and what is to be said before; torch is there by now."""
     from bgcbench.experiments.network import NetworkConfig
 
     if isinstance(config, NetworkConfig):
         from bgcbench.experiments.network_run import plan_network
 
         planned = plan_network(config)
-        return planned.rows, planned.subjects, planned.notes
+        return planned.config, planned.rows, planned.subjects, planned.notes
     from bgcbench.experiments.profile_run import layer_subjects
 
-    return rows, layer_subjects(config, rows), []
+    return config, rows, layer_subjects(config, rows), []
 
 
 def _measure(

@@ -191,6 +191,10 @@ class Command(ABC):
             )
         return lines
 
+    def is_estimated(self, config: Any) -> bool:
+        """Whether a dry run times a few steps."""
+        return True
+
     def is_drawable(self, row: dict[str, Any]) -> bool:
         """Whether there is anything in a row that a picture shows."""
         return bool(row["epochs"])
@@ -328,9 +332,9 @@ def _check_same_run(command: Command, stored: dict[str, Any], wanted: TrainConfi
     from bgcbench.results import check_command
 
     check_command(stored, command.name, name)
-    fields = wanted.to_json()
-    if fields["num_classes"] is None:  # seen only in the data
-        del fields["num_classes"]
+    # None is what is seen only in the data and the weights.
+    late = ("num_classes", "height", "width")
+    fields = {name: value for name, value in wanted.to_json().items() if value is not None or name not in late}
     check_same_fields(stored["config"], fields, wanted.FREE, name)
     for grid in wanted.GRIDS:
         if stored["config"].get(grid) != fields[grid]:
@@ -377,7 +381,10 @@ def carry_out(
             with only_first_speaks():
                 prepared = command.prepare(config, world)
                 session.settings |= prepared.settings
-                if stored is not None:
+                if stored is not None and all(row["status"] == "error" for row in stored["results"]):
+                    # Nothing to be mixed with.
+                    stored |= {"settings": session.settings, "environment": session.environment, "warnings": []}
+                elif stored is not None:
                     results.check_resumable(
                         stored, command.name, session.settings, session.environment, str(output.path)
                     )
@@ -398,7 +405,11 @@ def carry_out(
                 for line in (*run.warnings, *lines, output.destination):
                     common.say(line)
             if dry_run:
-                return 0 if quiet else _estimate(command, run, interrupts, quiet=output.quiet)
+                return (
+                    0
+                    if quiet or not command.is_estimated(config)
+                    else _estimate(command, run, interrupts, quiet=output.quiet)
+                )
             with only_first_speaks():
                 run.make_room()
             document = stored or results.new_document(

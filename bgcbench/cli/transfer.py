@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,14 +18,20 @@ from bgcbench.cli.common import (
     Exclude,
     Format,
     Include,
+    Interpolation,
+    Mean,
     Out,
     Plot,
     Quiet,
+    Resize,
     SkipInvalid,
+    Std,
     StemStride,
     Threads,
+    WeightsKey,
     Where,
     app,
+    images,
     names,
 )
 from bgcbench.cli.training import (
@@ -34,7 +41,6 @@ from bgcbench.cli.training import (
     Classes,
     Command,
     Compiled,
-    Data,
     DataDir,
     Download,
     DryRun,
@@ -67,7 +73,7 @@ if TYPE_CHECKING:
     from bgcbench.experiments.session import Session
     from bgcbench.experiments.train_run import Update
     from bgcbench.experiments.transfer import TransferConfig
-    from bgcbench.experiments.transfer_run import TransferPrepared, TransferRun
+    from bgcbench.experiments.transfer_run import TransferRun
     from bgcbench.training.distributed import World
 
 CONVERSION = "The conversion"
@@ -89,15 +95,22 @@ class _Transfer(Command):
 
         return TransferConfig
 
-    def prepare(self, config: TransferConfig, world: World) -> TransferPrepared:
-        from bgcbench.experiments.transfer_run import prepare
+    def prepare(self, config: TransferConfig, world: World) -> Any:
+        from bgcbench.experiments import closed_form, transfer_run
 
-        return prepare(config, world)
+        return transfer_run.prepare(config, world) if self.is_estimated(config) else closed_form.prepare(config)
 
-    def start(self, prepared: TransferPrepared, session: Session, world: World, **options: Any) -> TransferRun:
+    def start(self, prepared: Any, session: Session, world: World, **options: Any) -> TransferRun:
+        from bgcbench.experiments.closed_form import ClosedFormRun
         from bgcbench.experiments.transfer_run import TransferRun
 
-        return TransferRun(prepared, session, world, **options)
+        kind = TransferRun if self.is_estimated(prepared.config) else ClosedFormRun
+        return kind(prepared, session, world, **options)
+
+    def is_estimated(self, config: TransferConfig) -> bool:
+        from bgcbench.experiments.transfer import NO_IMAGES
+
+        return config.data != NO_IMAGES
 
     def check_places(self, config: TransferConfig, *, fresh: bool, replace: bool) -> None:
         from bgcbench.experiments.transfer import plan, room_to_save
@@ -112,8 +125,20 @@ class _Transfer(Command):
             room_to_save(Path(config.save), keys, replace=replace or not fresh)
 
     def plan_lines(self, run: TransferRun) -> list[str]:
+        from bgcbench.experiments.transfer import with_images
+
         config, prepared = run.config, run.prepared
+        if not self.is_estimated(config):
+            _, reasons = with_images({"data_dirs": config.data_dirs}, config.num_classes or 0, typed=False)
+            return [
+                *([f"no images: {'; '.join(reasons)}"] if reasons else []),
+                f"plan: {config.model} without images, {len(run.todo)} of {len(run.rows)} rows by the closed form "
+                f"(init {', '.join(config.inits)}), on {run.session.environment['device']['name']}; --data-dir DIR "
+                "(train/ and val/, or val/ alone) adds errors and calibrated weights",
+            ]
         lines = super().plan_lines(run)
+        if config.data_dirs:
+            lines.append(f"looked for images in {', '.join(config.data_dirs)}")
         calibrated = (
             f"{min(config.images, len(prepared.images))} images to calibrate with, " if config.calibrates else ""
         )
@@ -121,6 +146,7 @@ class _Transfer(Command):
             f"weights: {prepared.loaded.name}; {calibrated}init {', '.join(config.inits)}, batch norm "
             f"{'re-estimated' if config.rebn else 'as it is'}"
         )
+        lines += prepared.told
         extras = ["the untouched network is trained too"] * config.control
         extras += ["its outputs are targets beside the labels"] * config.distill
         if extras or not config.epochs:
@@ -132,6 +158,8 @@ class _Transfer(Command):
         return row["error_initial"] is not None or bool(calibration["layers"])
 
     def line(self, update: Update, run: TransferRun) -> str | None:
+        if update.doing == "converted":
+            return _converted_line(run.known[update.row.key]) if run.prepared.loaded else None
         return _judged_line(update, run) if update.doing == "judged" else super().line(update, run)
 
 
@@ -154,7 +182,16 @@ def transfer(
             rich_help_panel=WORKLOAD,
         ),
     ] = None,
-    data: Data = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="imagenet, folder, digits (extra: digits), cifar10, synthetic (speed only), the path of a folder with "
+            "train/ and val/, or none: conversions by the closed form, of which nothing is judged.",
+            show_default="imagenet or folder in --data-dir, ./data or ./imagenet, with train/ and val/ or val/ alone; "
+            "else none",
+            rich_help_panel=WORKLOAD,
+        ),
+    ] = None,
     data_dir: DataDir = None,
     download: Download = False,
     subset: Subset = None,
@@ -166,6 +203,11 @@ def transfer(
             rich_help_panel=WORKLOAD,
         ),
     ] = None,
+    mean: Mean = None,
+    std: Std = None,
+    resize: Resize = None,
+    interpolation: Interpolation = None,
+    weights_key: WeightsKey = None,
     preset: Annotated[
         str | None,
         typer.Option(
@@ -310,8 +352,11 @@ def transfer(
     """Convert a trained network to each variant, say what that costs in accuracy, and train it on to win it back.
 
     First the untouched network is judged, then every conversion, then each is trained (--epochs 0: none is). With
-    calibrated weights most of the loss is won back without any training. A run that was stopped goes on with --resume
-    and converts nothing twice.
+    calibrated weights most of the loss is won back without any training. Without images conversions are by the closed
+    form, and the table says what each layer loses. A run that was stopped goes on with --resume and converts nothing
+    twice.
+
+    [bold]bgcbench transfer resnet50 --save networks[/bold]
 
     [bold]bgcbench transfer resnet50 --data imagenet --data-dir DIR --epochs 0 --init copy,white,calibrated[/bold]
 
@@ -321,6 +366,7 @@ def transfer(
     """
     options = dict(locals())  # by the names of the parameters
     own = {
+        **images(options),
         "weights": weights,
         "inits": names(init),
         "rebn": rebn,
@@ -331,8 +377,12 @@ def transfer(
     with only_first_speaks():
         given = _with_preset(given_options(options, own), preset)
         asked = Asked(out, resume, form, force, quiet, plot, dry_run)
+        source = context.get_parameter_source("data_dir")
+        typed = data_dir is not None and source is not None and source.name == "COMMANDLINE"
         if _is_path(given.get("model", "")):
             given = _from_checkpoint(given, asked)
+        if resume in (None, "auto") and "model" in given:
+            given = _with_images(given, asked, typed=typed)
         config, stored, output = settled(COMMAND, given, asked)
     return carry_out(COMMAND, context, config, stored, output, dry_run=dry_run)
 
@@ -342,6 +392,18 @@ def _with_preset(given: dict[str, Any], preset: str | None) -> dict[str, Any]:
     from bgcbench.experiments.transfer import preset as with_preset
 
     return as_folder(given) if preset is None else with_preset(preset, given)
+
+
+def _with_images(given: dict[str, Any], asked: Asked, *, typed: bool) -> dict[str, Any]:
+    """``given`` with the images that are there, or for doing without; typed: whether --data-dir was."""
+    from bgcbench.experiments.transfer import NO_IMAGES, with_images
+    from bgcbench.specs import NetSpec
+
+    classes = NetSpec(given["model"], given.get("num_classes")).classes
+    found, _ = with_images(given, classes, typed=typed)
+    if found["data"] == NO_IMAGES and asked.plot is not None:
+        raise UsageError("--plot draws errors and calibrated layers, which need images: give --data-dir DIR")
+    return found
 
 
 def _is_path(model: str) -> bool:
@@ -365,11 +427,21 @@ def _from_checkpoint(given: dict[str, Any], asked: Asked) -> dict[str, Any]:
         raise UsageError(f"MODEL {path} is not there; give a network's name, or a checkpoint that bgcbench train wrote")
     if asked.resume is None:
         stand_in = {name: value for name, value in given.items() if name != "stem_stride"}
-        settled(COMMAND, {**stand_in, "model": STAND_IN, "weights": path}, asked)
+        images = {} if "data" in given else {"data": "folder", "data_dirs": (".",)}  # they are looked for afterwards
+        settled(COMMAND, {**stand_in, **images, "model": STAND_IN, "weights": path}, asked)
     from bgcbench.training.checkpoint import network_in  # torch
 
     found = {name: value for name, value in network_in(Path(path)).items() if value is not None}
     return {**found, **given, "model": found["model"], "weights": path}
+
+
+def _converted_line(row: dict[str, Any]) -> str:
+    """One network that was converted by the closed form, for a log."""
+    if row["status"] != "ok":
+        return f"{row['key']}: {row['status']}: {row['reason']}"
+    losses = [layer["loss"] for layer in (row["white_loss"] or {}).get("layers") or ()]
+    lost = f"its layers lose {statistics.median(losses):.1%} of their output (median)" if losses else "as it is"
+    return f"{row['key']}: {lost}"
 
 
 def _judged_line(update: Update, run: TransferRun) -> str:

@@ -32,14 +32,15 @@ class _Asked:
     download: bool
     classes: int | None
     counts: tuple[int, int] | None
+    val_alone: bool
 
 
 # The one registration of the data sets to train on.
 LABELLED: dict[str, Callable[[_Asked], LabelledData]] = {
     "digits": lambda asked: open_labelled_digits(asked.size),
     "cifar10": lambda asked: open_cifar10(asked.size, asked.dirs, download=asked.download),
-    "imagenet": lambda asked: open_imagenet(asked.size, asked.dirs),
-    "folder": lambda asked: open_imagefolder(asked.size, asked.dirs),
+    "imagenet": lambda asked: open_imagenet(asked.size, asked.dirs, val_alone=asked.val_alone),
+    "folder": lambda asked: open_imagefolder(asked.size, asked.dirs, val_alone=asked.val_alone),
     "synthetic": lambda asked: open_synthetic(asked.size, asked.classes, asked.counts),
 }
 
@@ -63,13 +64,15 @@ def open_labelled(
     download: bool = False,
     classes: int | None = None,
     counts: tuple[int, int] | None = None,
+    val_alone: bool = False,
 ) -> LabelledData:
     """The data set that ``name`` names: one of LABELLED or, where it is none of these, the path of a folder of splits.
 
     size: (height, width) in px, None for the data set's own. dirs: folders (or CIFAR-10's archive) searched in order
     by those that are in files. download: for cifar10, where it is in none of them. classes, counts: of synthetic, the
-    counts being images to train with and to test with. Raises UsageError for an unknown name, for an option that is not
-    the data set's, and for files that are missing, incomplete, damaged or not in their places.
+    counts being images to train with and to test with. val_alone: of folders, see ``open_imagefolder``. Raises
+    UsageError for an unknown name, for an option that is not the data set's, and for files that are missing,
+    incomplete, damaged or not in their places.
     """
     if _is_path(name, LABELLED):
         name, dirs = "folder", (Path(name),)
@@ -78,7 +81,7 @@ def open_labelled(
         raise UsageError(f"--download is for cifar10, not for {name}; leave it out")
     if name != "synthetic" and (classes is not None or counts is not None):
         raise UsageError(f"numbers of classes and images are for synthetic, and {name} has its own; leave them out")
-    return LABELLED[name](_Asked(size, dirs, download, classes, counts))
+    return LABELLED[name](_Asked(size, dirs, download, classes, counts, val_alone))
 
 
 def _is_path(data: str, names: Collection[str]) -> bool:

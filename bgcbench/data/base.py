@@ -4,30 +4,58 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from bgcbench.specs import Pair, check_positive
-
-Channels = tuple[float, float, float]  # a number for red, green and blue
+from bgcbench.errors import UsageError
+from bgcbench.specs import Channels, Pair, Preprocessing, check_positive
 
 
 @dataclass(frozen=True)
-class Images(ABC):
-    """Images of one size.
-
-    name: for tables and file names. size: (height, width) in px. num_classes: None where they have no labels. mean,
-    std: of the channels with 0 as black and 1 as white; a batch is (image - mean) / std. ``len`` is the number of
-    images that may be drawn: those of the training split where there is one.
-    """
+class Source:
+    """What has images of one size. name: for tables and file names. preprocessing: how they are read and normalised."""
 
     name: str
-    size: Pair
+    preprocessing: Preprocessing
+
+    @property
+    def size(self) -> Pair:
+        """(height, width) in px of what a network gets."""
+        return self.preprocessing.size
+
+    @property
+    def mean(self) -> Channels:
+        return self.preprocessing.mean
+
+    @property
+    def std(self) -> Channels:
+        return self.preprocessing.std
+
+
+SourceT = TypeVar("SourceT", bound=Source)
+
+
+def prepared_as(images: SourceT, wanted: Preprocessing) -> SourceT:
+    """``images``, read and normalised as ``wanted``; those in memory are only normalised, and must have its size."""
+    own = images.preprocessing
+    if own.resize is None:
+        if wanted.size != own.size:
+            raise UsageError(f"{images.name} is in memory with {own.size} px, and {wanted.size} are asked for")
+        wanted = replace(wanted, resize=None, interpolation=None, crop=own.crop)
+    return replace(images, preprocessing=wanted)
+
+
+@dataclass(frozen=True)
+class Images(Source, ABC):
+    """Images to calibrate with. num_classes: None where they have no labels.
+
+    ``len`` is the number of images that may be drawn: those of the training split where there is one.
+    """
+
     num_classes: int | None
-    mean: Channels
-    std: Channels
 
     @abstractmethod
     def __len__(self) -> int: ...

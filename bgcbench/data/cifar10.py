@@ -23,7 +23,7 @@ from torchvision.datasets.utils import download_url
 
 from bgcbench.data.labelled import DATA_DIR, ResidentData, search
 from bgcbench.errors import UsageError
-from bgcbench.specs import Pair, as_pair
+from bgcbench.specs import Pair, Preprocessing, as_pair
 
 SIZE = (32, 32)
 CLASSES = 10
@@ -95,10 +95,8 @@ def open_cifar10(
     test, test_labels = _joined(source, [read[name] for name, _ in files.test], files.test_images)
     return ResidentData(
         name="cifar10",
-        size=SIZE,
+        preprocessing=Preprocessing(SIZE, MEAN, STD),
         num_classes=CLASSES,
-        mean=MEAN,
-        std=STD,
         train_labels=train_labels,
         test_labels=test_labels,
         train_images=train,

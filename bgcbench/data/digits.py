@@ -18,7 +18,7 @@ from torch.nn.functional import interpolate
 from bgcbench.data.base import Images
 from bgcbench.data.labelled import ResidentData
 from bgcbench.errors import UsageError
-from bgcbench.specs import Pair, as_pair
+from bgcbench.specs import Pair, Preprocessing, as_pair
 
 DEFAULT_SIZE = (16, 16)
 CLASSES = 10
@@ -63,8 +63,8 @@ def open_digits(size: Pair | None = None) -> Digits:
     resized = interpolate(native, (height, width), mode="bilinear", align_corners=False).round_().to(torch.uint8)
     labels = torch.tensor(file.target, dtype=torch.int64)
     train, test = split(labels.tolist())
-    channel = (MEAN,) * 3, (STD,) * 3
-    return Digits("digits", (height, width), CLASSES, *channel, resized.expand(-1, 3, -1, -1), labels, train, test)
+    how = Preprocessing((height, width), (MEAN,) * 3, (STD,) * 3)
+    return Digits("digits", how, CLASSES, resized.expand(-1, 3, -1, -1), labels, train, test)
 
 
 def open_labelled_digits(size: Pair | None = None) -> ResidentData:
@@ -73,10 +73,8 @@ def open_labelled_digits(size: Pair | None = None) -> ResidentData:
     train, test = list(digits.train), list(digits.test)
     return ResidentData(
         name=digits.name,
-        size=digits.size,
+        preprocessing=digits.preprocessing,
         num_classes=CLASSES,
-        mean=digits.mean,
-        std=digits.std,
         train_labels=digits.labels[train],
         test_labels=digits.labels[test],
         train_images=digits.pixels[train],

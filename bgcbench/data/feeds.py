@@ -25,7 +25,7 @@ from torchvision.transforms.v2 import functional as image_ops
 
 from bgcbench.data.folder import load_image, open_rgb
 from bgcbench.errors import BgcbenchError, UsageError
-from bgcbench.specs import Pair, check_positive
+from bgcbench.specs import Pair, Preprocessing, check_positive
 
 Batch = tuple[Tensor, Tensor]  # images (B, 3, h, w) in uint8, channels last in memory, and labels (B,) in int64
 
@@ -135,9 +135,9 @@ class FolderFeed(Feed):
     """
 
     def __init__(
-        self, train: LabelledFiles, test: LabelledFiles, size: Pair, device: torch.device, *, workers: int = 0
+        self, train: LabelledFiles, test: LabelledFiles, how: Preprocessing, device: torch.device, *, workers: int = 0
     ) -> None:
-        self._train, self._test, self.size, self.device = train, test, size, device
+        self._train, self._test, self.how, self.device = train, test, how, device
         self.workers = check_positive("workers", workers, 0)
 
     def train(self, batches: Sequence[Tensor], seed: int, epoch: int) -> Iterator[Batch]:
@@ -149,7 +149,7 @@ class FolderFeed(Feed):
     def _read(self, split: LabelledFiles, batches: Sequence[Tensor], draw: Pair | None) -> Iterator[Batch]:
         if not batches:
             return
-        reader = _Reader(split.root, self.size, draw)
+        reader = _Reader(split.root, self.how, draw)
         # The paths travel with the batches: a worker with all of them would hold its own copy of a million names.
         loader: DataLoader[Any] = DataLoader(
             reader,
@@ -176,19 +176,20 @@ class FolderFeed(Feed):
             end()
 
 
-def random_crop(path: Path, size: Pair, seed: int) -> Tensor:
-    """The image as (3, height, width) in uint8: torchvision's RandomResizedCrop to ``size``, and a flip half the time.
+def random_crop(path: Path, how: Preprocessing, seed: int) -> Tensor:
+    """The image as (3, height, width) in uint8: torchvision's RandomResizedCrop to its size, a flip half the time.
 
-    Both follow from ``seed``; the global random state is left as it was. Bilinear with antialiasing; raises as
-    ``load_image``.
+    Both follow from ``seed``; the global random state is left as it was. Interpolated as for testing, with
+    antialiasing; raises as ``load_image``.
     """
     rgb = open_rgb(path)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the devices too
         top, left, height, width = RandomResizedCrop.get_params(rgb, CROP_AREA, CROP_ASPECT)
         mirrored = torch.rand(()).item() < 0.5
+    box = top, left, height, width
     cut = image_ops.resized_crop(
-        rgb, top, left, height, width, list(size), interpolation=InterpolationMode.BILINEAR, antialias=True
+        rgb, *box, list(how.size), interpolation=InterpolationMode(how.interpolation), antialias=True
     )
     pixels: Tensor = image_ops.pil_to_tensor(image_ops.horizontal_flip(cut) if mirrored else cut)
     return pixels
@@ -199,16 +200,16 @@ class _Reader(Dataset[Tensor | str]):
     """One image as (h, w, 3), or why it cannot be read: an exception would come out of a worker as a traceback."""
 
     root: Path
-    size: Pair
+    how: Preprocessing
     draw: Pair | None  # (seed, epoch); None: not augmented
 
     def __getitem__(self, item: tuple[int, str]) -> Tensor | str:
         number, file = item
         try:
             if self.draw is None:
-                image = load_image(self.root / file, self.size)
+                image = load_image(self.root / file, self.how)
             else:
-                image = random_crop(self.root / file, self.size, stream_seed("crop", *self.draw, number))
+                image = random_crop(self.root / file, self.how, stream_seed("crop", *self.draw, number))
         except UsageError as refused:
             return str(refused)
         return image.permute(1, 2, 0)
@@ -220,7 +221,7 @@ class _Reader(Dataset[Tensor | str]):
             if isinstance(image, str):
                 return image
             read.append(image)
-        return torch.stack(read) if read else torch.empty(0, *self.size, 3, dtype=torch.uint8)
+        return torch.stack(read) if read else torch.empty(0, *self.how.size, 3, dtype=torch.uint8)
 
 
 def _next(reading: Iterator[Tensor | str]) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,15 +18,13 @@ from torchvision.transforms.v2 import functional as image_ops
 
 from bgcbench.data.base import Images
 from bgcbench.errors import UsageError
-from bgcbench.specs import Pair, as_pair
+from bgcbench.specs import Pair, Preprocessing
 
-DEFAULT_SIZE = (224, 224)
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+# What most networks were trained on ImageNet with; a folder's own where the network does not say another one.
+IMAGENET_EVALUATION = Preprocessing((224, 224), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), (256, 256), "bilinear")
 
 OTHER_SPLITS = ("val", "valid", "validation", "test", "testing")
 
-_BEFORE_CROP, _CROP = 256, 224  # images are resized to 256/224 of what is cut out of them
 _DEEP_MODES = ("I", "F")  # Pillow's modes of more than 8 bits a channel, which it clips instead of scaling
 
 
@@ -47,7 +45,7 @@ class Folder(Images):
         return hashlib.sha256(f"{self.size}\n{listed}".encode()).hexdigest()[:16]
 
     def read(self, chosen: Sequence[int]) -> Tensor:
-        return torch.stack([load_image(self.root / self.files[number], self.size) for number in chosen])
+        return torch.stack([load_image(self.root / self.files[number], self.preprocessing) for number in chosen])
 
 
 def open_folder(path: str, size: Pair | None = None) -> Folder:
@@ -67,10 +65,9 @@ def open_folder(path: str, size: Pair | None = None) -> Folder:
         raise UsageError(
             f"{root} has no images, in its subfolders neither; looked for files ending in {', '.join(IMG_EXTENSIONS)}"
         )
-    pair = as_pair("size", size or DEFAULT_SIZE)
     # abspath, because '.' has no name and a symbolic link keeps its own
     name = Path(os.path.abspath(given)).name or "root"
-    return Folder(name, pair, None, IMAGENET_MEAN, IMAGENET_STD, root, files)
+    return Folder(name, IMAGENET_EVALUATION.at(size or IMAGENET_EVALUATION.size), None, root, files)
 
 
 def _is_split(folder: Path) -> bool:
@@ -121,17 +118,17 @@ def file_size(path: Path) -> int:
         raise UsageError(f"{path} cannot be read as an image ({_reason(problem)}); repair or remove it") from problem
 
 
-def load_image(path: Path, size: Pair) -> Tensor:
-    """The image as (3, height, width) in uint8, 0 to 255: resized until it covers 256/224 of ``size``, then cut out.
+def load_image(path: Path, how: Preprocessing) -> Tensor:
+    """The image as (3, height, width) in uint8, 0 to 255, not yet normalised: resized, then its centre cut out.
 
-    With a square ``size`` the short side becomes 256/224 of it, as in torchvision's evaluation of its networks: RGB
-    without transparency, bilinear with antialiasing, the centre, no turning by EXIF. Raises as ``open_rgb``.
+    The pixels are those of torchvision's and timm's own evaluation: RGB without transparency, Pillow's resampling, no
+    turning by EXIF. Raises as ``open_rgb``.
     """
     rgb = open_rgb(path)
     resized = image_ops.resize(
-        rgb, _covering(rgb.height, rgb.width, size), interpolation=InterpolationMode.BILINEAR, antialias=True
+        rgb, _resized(rgb.height, rgb.width, how), interpolation=InterpolationMode(how.interpolation), antialias=True
     )
-    pixels: Tensor = image_ops.pil_to_tensor(image_ops.center_crop(resized, list(size)))
+    pixels: Tensor = image_ops.pil_to_tensor(image_ops.center_crop(resized, list(how.size)))
     return pixels
 
 
@@ -152,12 +149,16 @@ def open_rgb(path: Path) -> Image.Image:
     return rgb
 
 
-def _covering(height: int, width: int, size: Pair) -> list[int]:
-    """[height, width] of an image scaled, keeping its proportions, until it just covers 256/224 of ``size``."""
-    high, wide = (round(side * _BEFORE_CROP / _CROP) for side in size)
+def _resized(height: int, width: int, how: Preprocessing) -> list[int]:
+    """[height, width] of an image before its centre is cut out."""
+    high, wide = how.resize or how.size
+    if how.crop == "squash":
+        return [high, wide]
+    # The long side: torchvision rounds down, timm (whose sizes need not be square) to the nearest.
+    whole: Callable[[float], int] = int if high == wide else round
     if high * width >= wide * height:  # the height is what limits
-        return [high, high * width // height]
-    return [wide * height // width, wide]
+        return [high, whole(high * width / height)]
+    return [whole(wide * height / width), wide]
 
 
 def _reason(problem: Exception) -> str:

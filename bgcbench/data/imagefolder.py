@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,13 +11,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bgcbench.data.folder import DEFAULT_SIZE, IMAGENET_MEAN, IMAGENET_STD, image_files, is_image
+from bgcbench.data.folder import IMAGENET_EVALUATION, image_files, is_image
 from bgcbench.data.labelled import DATA_DIR, FolderData, search, some
 from bgcbench.errors import UsageError
-from bgcbench.specs import Pair, as_pair
+from bgcbench.specs import Pair
 
 TRAIN = "train"
 TEST = ("val", "valid", "validation", "test")  # the first that is there
+
+VAL_ALONE = 8  # of a split by itself one image in so many calibrates, and the others judge
 
 _IMAGENET_FILE = "ILSVRC2012_val_"  # what the names of ImageNet's validation images begin with
 
@@ -33,19 +36,20 @@ class Expected:
 IMAGENET = Expected(1000, 1_281_167, 50_000)
 
 
-def open_imagenet(size: Pair | None, dirs: Sequence[Path], *, expected: Expected | None = None) -> FolderData:
+def open_imagenet(
+    size: Pair | None, dirs: Sequence[Path], *, val_alone: bool = False, expected: Expected | None = None
+) -> FolderData:
     """ImageNet (ILSVRC 2012) from the first of ``dirs`` that has a folder ``train``, with ``val`` beside it.
 
-    size: (height, width) in px, by default 224 x 224. expected: by default IMAGENET. Raises UsageError as
+    size, val_alone: as in ``open_imagefolder``. expected: by default IMAGENET. Raises UsageError as
     ``open_imagefolder``, and for other numbers of classes or images.
     """
     expected = expected or IMAGENET
-    data = _opened("imagenet", size, dirs, TEST[:1])
-    for root, labels, images in (
-        (data.train_root, data.train_labels, expected.train),
-        (data.test_root, data.test_labels, expected.test),
-    ):
-        for count, whole, what in ((data.num_classes, expected.classes, "classes"), (len(labels), images, "images")):
+    data = _opened("imagenet", size, dirs, TEST[:1], val_alone=val_alone)
+    train, test = len(data.train_labels), len(data.test_labels)
+    found = [(data.train_root, train, expected.train), (data.test_root, test, expected.test)]
+    for root, images, wanted in found if not val_alone else [(data.test_root, train + test, expected.test)]:
+        for count, whole, what in ((data.num_classes, expected.classes, "classes"), (images, wanted, "images")):
             if count != whole:
                 raise UsageError(
                     f"{root} has {count:,} {what}, and imagenet has {whole:,}; complete it, or train on a part of "
@@ -54,34 +58,48 @@ def open_imagenet(size: Pair | None, dirs: Sequence[Path], *, expected: Expected
     return data
 
 
-def open_imagefolder(size: Pair | None, dirs: Sequence[Path]) -> FolderData:
+def open_imagefolder(size: Pair | None, dirs: Sequence[Path], *, val_alone: bool = False) -> FolderData:
     """The images of the first of ``dirs`` that has a folder ``train``, with one of TEST beside it.
 
     Each split has a folder for each class, and the labels are the numbers of their sorted names, as in torchvision's
-    ImageFolder. size: (height, width) in px, by default 224 x 224. Raises UsageError where nothing is found, and for
-    a split that is missing, has no or other classes, only one, or one without images, or cannot be listed.
+    ImageFolder. size: (height, width) in px, by default 224 x 224. val_alone: there need be no ``train``; one image in
+    VAL_ALONE of the other split takes its place, to calibrate with, and does not judge. Raises UsageError where nothing
+    is found, and for a split that is missing, has no or other classes, only one, or one without images, or cannot be
+    listed.
     """
-    return _opened("folder", size, dirs, TEST)
+    return _opened("folder", size, dirs, TEST, val_alone=val_alone)
 
 
-def _opened(name: str, size: Pair | None, dirs: Sequence[Path], tests: Sequence[str]) -> FolderData:
-    pair = as_pair("size", size or DEFAULT_SIZE)
-    top = _top(name, dirs, tests)
+def _opened(name: str, size: Pair | None, dirs: Sequence[Path], tests: Sequence[str], *, val_alone: bool) -> FolderData:
+    how = IMAGENET_EVALUATION.at(size or IMAGENET_EVALUATION.size)
+    top = _top(name, dirs, tests, (TRAIN,) if not val_alone else tests)
     test_root = next((top / split for split in tests if (top / split).is_dir()), None)
     if test_root is None:
         raise UsageError(f"{top} has no folder {' or '.join(tests)} beside {TRAIN}; put the images to test with there")
     test = _read(test_root)  # first: it is the smaller one, and the one that is flat where one is
+    # abspath, because '.' has no name and a symbolic link keeps its own
+    shared = name if name != "folder" else Path(os.path.abspath(top)).name or "root", how, len(test.classes)
+    if val_alone:
+        _check_classes(test)
+        mine = torch.arange(len(test.files)) % VAL_ALONE == 0
+        notes = (test.note,) * bool(test.loose)
+        notes += (f"{top} has no {TRAIN}: one image in {VAL_ALONE} of {test_root} calibrates, and does not judge",)
+        return FolderData(
+            *shared,
+            train_labels=test.labels[mine],
+            test_labels=test.labels[~mine],
+            notes=notes,
+            train_root=test_root,
+            test_root=test_root,
+            train_files=tuple(itertools.compress(test.files, mine.tolist())),
+            test_files=tuple(itertools.compress(test.files, (~mine).tolist())),
+        )
     train = _read(top / TRAIN)
     _check_same(train, test)
     for split in (train, test):
         _check_classes(split)
     return FolderData(
-        # abspath, because '.' has no name and a symbolic link keeps its own
-        name=name if name != "folder" else Path(os.path.abspath(top)).name or "root",
-        size=pair,
-        num_classes=len(train.classes),
-        mean=IMAGENET_MEAN,
-        std=IMAGENET_STD,
+        *shared,
         train_labels=train.labels,
         test_labels=test.labels,
         notes=tuple(split.note for split in (train, test) if split.loose),
@@ -92,8 +110,8 @@ def _opened(name: str, size: Pair | None, dirs: Sequence[Path], tests: Sequence[
     )
 
 
-def _top(name: str, dirs: Sequence[Path], tests: Sequence[str]) -> Path:
-    """The folder that has the splits."""
+def _top(name: str, dirs: Sequence[Path], tests: Sequence[str], needed: Sequence[str]) -> Path:
+    """The folder that has the splits, known by one of the folders ``needed``."""
     wanted = f"{TRAIN} and {' or '.join(tests)}"
     if not dirs:
         path = "; or give its path as --data" if name == "folder" else ""
@@ -102,13 +120,13 @@ def _top(name: str, dirs: Sequence[Path], tests: Sequence[str]) -> Path:
     def look(directory: Path, names: set[str]) -> Path | str:
         if directory.is_file():
             return f"{directory} is a file, not a folder"
-        if (directory / TRAIN).is_dir():
+        if any((directory / split).is_dir() for split in needed):
             return directory
         own = Path(os.path.abspath(directory))
         if own.name in (TRAIN, *TEST):
             return f"{directory} is one of the splits: give the folder above it, {own.parent}"
         there = some(sorted(entry for entry in names if not entry.startswith(".")))
-        return f"{directory} has no folder {TRAIN}, it has {there or 'nothing'}"
+        return f"{directory} has no folder {' or '.join(needed)}, it has {there or 'nothing'}"
 
     top = search(dirs, look)
     if isinstance(top, str):

@@ -13,29 +13,23 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bgcbench.data.base import Channels, Images
+from bgcbench.data.base import Images, Source
 from bgcbench.data.feeds import Feed, FolderFeed, LabelledFiles, ResidentFeed
 from bgcbench.data.folder import Folder, file_size
-from bgcbench.specs import Pair
 
 DATA_DIR = "--data-dir (or BGCBENCH_DATA_DIR)"
 SIZES_UP_TO = 200_000  # files; above, a look at each takes a minute on a network disk
 
 
 @dataclass(frozen=True, eq=False)
-class LabelledData(ABC):
+class LabelledData(Source, ABC):
     """A training and a test split with labels.
 
-    name: for tables and file names. size: (height, width) in px of what the network gets. mean, std: of the channels
-    with 0 as black and 1 as white. train_labels, test_labels: (count,) in int64 on the CPU. meaningful: False where
-    the labels are random and an error rate says nothing. notes: what the user should be told.
+    train_labels, test_labels: (count,) in int64 on the CPU. meaningful: False where the labels are random and an error
+    rate says nothing. notes: what the user should be told.
     """
 
-    name: str
-    size: Pair
     num_classes: int
-    mean: Channels
-    std: Channels
     train_labels: Tensor
     test_labels: Tensor
     meaningful: bool = True
@@ -95,7 +89,7 @@ class ResidentData(LabelledData):
         return ResidentFeed(train, test, device, pad=self.pad, flip=self.flip)
 
     def calibration(self) -> Images:
-        return _Resident(self.name, self.size, self.num_classes, self.mean, self.std, self.train_images)
+        return _Resident(self.name, self.preprocessing, self.num_classes, self.train_images)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -128,11 +122,10 @@ class FolderData(LabelledData):
     def feed(self, device: torch.device, *, workers: int = 0) -> FolderFeed:
         train = LabelledFiles(self.train_root, self.train_files, self.train_labels)
         test = LabelledFiles(self.test_root, self.test_files, self.test_labels)
-        return FolderFeed(train, test, self.size, device, workers=workers)
+        return FolderFeed(train, test, self.preprocessing, device, workers=workers)
 
     def calibration(self) -> Images:
-        shared = self.name, self.size, self.num_classes, self.mean, self.std
-        return Folder(*shared, self.train_root, self.train_files)
+        return Folder(self.name, self.preprocessing, self.num_classes, self.train_root, self.train_files)
 
 
 def _digest(*parts: Tensor) -> str:

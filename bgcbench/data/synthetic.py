@@ -7,7 +7,7 @@ from torch import Tensor
 
 from bgcbench.data.cifar10 import MEAN, PAD, STD
 from bgcbench.data.labelled import ResidentData
-from bgcbench.specs import SMALL_IMAGE_PX, Pair, as_pair, check_positive
+from bgcbench.specs import SMALL_IMAGE_PX, Pair, Preprocessing, as_pair, check_positive
 
 DEFAULT_SIZE = (32, 32)
 CLASSES = 10
@@ -36,10 +36,8 @@ def open_synthetic(
     train, test = (check_positive("images", count) for count in counts or (SMALL_COUNTS if small else LARGE_COUNTS))
     return ResidentData(
         name="synthetic",
-        size=(height, width),
+        preprocessing=Preprocessing((height, width), MEAN, STD),
         num_classes=classes,
-        mean=MEAN,
-        std=STD,
         train_labels=random(classes, train, dtype=torch.int64),
         test_labels=random(classes, test, dtype=torch.int64),
         meaningful=False,

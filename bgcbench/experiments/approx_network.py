@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from bgcbench.errors import UsageError
-from bgcbench.experiments.config import NetworkChoice, RunConfig
-from bgcbench.specs import DIGITS_PX, HELD_OUT, NetSpec
+from bgcbench.experiments.config import ImageChoice, NetworkChoice, RunConfig
+from bgcbench.specs import DATA_SETS, DIGITS_PX, HELD_OUT, NetSpec
 
 
 @dataclass(frozen=True)
-class ApproxNetworkConfig(NetworkChoice, RunConfig):
+class ApproxNetworkConfig(ImageChoice, NetworkChoice, RunConfig):
     """One network, its weights and the images to calibrate with; valid once constructed.
 
     weights: a file, 'default' (torchvision's published ones), 'none' (untrained), or None: default where there are any.
@@ -49,6 +49,7 @@ class ApproxNetworkConfig(NetworkChoice, RunConfig):
             raise UsageError(f"--memory {self.memory_gib} must be a positive number of GiB")
         if not set(self.variants) - {"standard"} or not set(self.groups) - {1}:
             raise UsageError("a standard convolution (N = 1) loses nothing; name another variant and N of 2 or more")
+        self._check_images(self.weights or "default", in_memory=self.data in DATA_SETS)
         self._resolve_network()
 
     @property

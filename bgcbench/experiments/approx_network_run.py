@@ -16,11 +16,12 @@ from bgcbench.data import Images, open_images
 from bgcbench.errors import UsageError
 from bgcbench.experiments.approx_network import ApproxNetworkConfig
 from bgcbench.experiments.approx_run import Step
+from bgcbench.experiments.images import prepared_for, sized, told, traced, warned
 from bgcbench.experiments.profile import row_seed
 from bgcbench.experiments.session import Session
 from bgcbench.measure.device import backend_state, describe_failure
 from bgcbench.models import build_model
-from bgcbench.models.weights import Loaded, has_default, load_weights
+from bgcbench.models.weights import Loaded, Weights, has_default
 from bgcbench.results import DONE, Json
 from bgcbench.specs import HELD_OUT, unfit
 
@@ -44,16 +45,29 @@ class _Batches:
 class Prepared:
     """The network with its weights, the images and the convolutions to look at: everything that can be wrong is known.
 
-    portions: the layers whose moments are held at the same time; each is one run over the images.
+    config: with the network's own size. portions: the layers whose moments are held at the same time; each is one run
+    over the images. told: what to say of the images before the run.
     """
 
+    config: ApproxNetworkConfig
     model: nn.Module
     loaded: Loaded
     images: Images
     layers: Candidates
     portions: int
     moment_bytes: int
+    told: list[str]
     warnings: list[str] = field(default_factory=list)
+
+    @property
+    def settings(self) -> Json:
+        """What a resumed run must find as it was."""
+        return {
+            "weights_sha256": self.loaded.sha256,
+            "weights_key": self.loaded.key,
+            "data_sha256": self.images.fingerprint,
+            "preprocessing": self.images.preprocessing.to_json(),
+        }
 
     @property
     def facts(self) -> Json:
@@ -72,15 +86,18 @@ def prepare(config: ApproxNetworkConfig) -> Prepared:
 
     Raises UsageError for what is not there or does not fit, ShapeError where N does not divide (unless skip_invalid).
     """
+    published = has_default(config.spec)
+    weights = Weights(config.model, config.weights or ("default" if published else "none"), config.weights_key)
+    config = sized(config, weights)
     spec = config.spec
-    images = open_images(config.data, (spec.size[1], spec.size[2]))
+    images = prepared_for(config, open_images(config.data, (spec.size[1], spec.size[2])), weights)
     if len(images) < HELD_OUT:
         raise UsageError(f"--data {config.data} has {len(images)} images; at least {HELD_OUT} are needed")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(row_seed(config.seed, "model"))
         model = build_model(spec)
-    published = has_default(spec)
-    loaded = load_weights(model, spec, config.weights or ("default" if published else "none"))
+    traced(model, spec)
+    loaded = weights.load_into(model, spec)
     found = candidates(
         model, where=config.where, include=config.include, exclude=config.exclude, example_input=spec.size
     )
@@ -91,19 +108,15 @@ def prepare(config: ApproxNetworkConfig) -> Prepared:
     memory = round(config.memory_gib * 2**30)
     portions = passes(found.chosen, memory)
     held = max(sum(moment_bytes(layer) for layer in portion) for portion in portions)
-    warnings = list(found.notes)
-    if loaded.size_px is not None and loaded.size_px != min(spec.size[1:]):
-        warnings.append(
-            f"{loaded.name} of {config.model} is for images of {loaded.size_px} px, and {spec.size[1]}x{spec.size[2]} "
-            f"are used; --size {loaded.size_px} is what it was published with"
-        )
+    warnings = [*found.notes, *loaded.notes, *warned(images.preprocessing, weights, config.model)]
     if config.weights is None and not published:
         warnings.append(f"{config.model}: {UNTRAINED}")
     if len(images) < config.images:
         warnings.append(
             f"{images.name} has {len(images)} images, fewer than the {config.images} asked for; all are used"
         )
-    return Prepared(model, loaded, images, found, len(portions), held, warnings)
+    said = told(images.preprocessing, weights)
+    return Prepared(config, model, loaded, images, found, len(portions), held, said, warnings)
 
 
 class ApproxNetworkRun:
@@ -111,17 +124,16 @@ class ApproxNetworkRun:
 
     def __init__(
         self,
-        config: ApproxNetworkConfig,
-        session: Session,
         prepared: Prepared,
+        session: Session,
         *,
         kept: Mapping[str, Json] | None = None,
         stop: Callable[[], bool] = lambda: False,
     ) -> None:
-        self.config, self.session, self.prepared, self.stop = config, session, prepared, stop
+        self.config, self.session, self.prepared, self.stop = prepared.config, session, prepared, stop
         self.done: dict[str, Json] = {key: row for key, row in (kept or {}).items() if row["status"] in DONE}
         self.warnings = list(prepared.warnings)
-        self.keys = [self._key(layer.name, *cell) for layer in prepared.layers.chosen for cell in config.cells]
+        self.keys = [self._key(layer.name, *cell) for layer in prepared.layers.chosen for cell in self.config.cells]
 
     @property
     def results(self) -> list[Json]:

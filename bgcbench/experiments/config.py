@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from bgcbench.errors import UsageError
 from bgcbench.results import Json
-from bgcbench.specs import PRECISIONS, VARIANTS, WHERE, NetSpec, check_choice, check_positive
+from bgcbench.specs import (
+    PRECISIONS,
+    VARIANTS,
+    WEIGHTS,
+    WHERE,
+    NetSpec,
+    Preprocessing,
+    check_choice,
+    check_positive,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -73,8 +82,9 @@ class RunConfig:
 class NetworkChoice:
     """The part of a configuration that names a network and which of its convolutions are replaced.
 
-    height, width, num_classes and stem_stride are None for the network's own; where, include and exclude choose the
-    convolutions as in :func:`bgcbench.convert`.
+    height, width, num_classes and stem_stride are None for the network's own (a library's size is found when its
+    weights are, see :mod:`bgcbench.experiments.images`); where, include and exclude choose the convolutions as in
+    :func:`bgcbench.convert`.
     """
 
     model: str = "resnet50"
@@ -97,3 +107,37 @@ class NetworkChoice:
         spec = self.spec
         for name in ("height", "width", "num_classes", "stem_stride"):
             object.__setattr__(self, name, getattr(spec, name))
+
+
+@dataclass(frozen=True)
+class ImageChoice:
+    """How images are prepared where that is not what belongs to the weights: None is what they, or the data, say.
+
+    mean, std: of the three channels, 0 being black and 1 white. resize: (height, width) in px before the centre is cut
+    out. weights_key: which of a file's state dicts.
+    """
+
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    resize: tuple[int, int] | None = None
+    interpolation: str | None = None
+    weights_key: str | None = None
+
+    def _check_images(self, weights: str, *, in_memory: bool) -> None:
+        """Raise UsageError for what cannot be, or has no meaning here."""
+        for name in ("mean", "std"):
+            if getattr(self, name) is not None and weights == "default":
+                raise UsageError(f"--{name} is for weights that come from a file; published ones have theirs")
+        for name in ("resize", "interpolation"):
+            if getattr(self, name) is not None and in_memory:
+                raise UsageError(f"--{name} is for image files, and these images are in memory; leave it out")
+        if self.weights_key is not None and weights in WEIGHTS:
+            raise UsageError(f"--weights-key is for a file of weights, and --weights is {weights}; leave it out")
+        possible = Preprocessing((1, 1), (0.5,) * 3, (0.5,) * 3, (1, 1), "bilinear")
+        dataclasses.replace(possible, **self.preparation)
+
+    @property
+    def preparation(self) -> Json:
+        """What was asked for of :class:`bgcbench.specs.Preprocessing`, its size apart."""
+        given = {name: getattr(self, name) for name in ("mean", "std", "resize", "interpolation")}
+        return {name: value for name, value in given.items() if value is not None}

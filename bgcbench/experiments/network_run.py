@@ -13,6 +13,7 @@ from torch import nn
 from bgcbench.convert import Converted, Record, convert, replay
 from bgcbench.convs.base import VariantConv2d
 from bgcbench.errors import ShapeError, UsageError
+from bgcbench.experiments.images import sized, traced
 from bgcbench.experiments.network import NetworkConfig
 from bgcbench.experiments.profile import PlannedRow, ProfileConfig, conditions, row_key, row_seed, wanted_rows
 from bgcbench.experiments.profile_run import LayerSubject, ProfileSession, Subject, on_device
@@ -29,8 +30,12 @@ PASSES = {"fwd": 1, "train_step": 3}  # convolution-sized passes: y; and dx and 
 
 @dataclass(frozen=True)
 class NetworkPlan:
-    """The rows of a run, what each measures (by key), and what there is to say before it."""
+    """The rows of a run, what each measures (by key), and what there is to say before it.
 
+    config: with the network's own size.
+    """
+
+    config: NetworkConfig
     rows: list[PlannedRow]
     subjects: dict[str, Subject]
     notes: list[str]
@@ -43,8 +48,10 @@ def plan_network(config: NetworkConfig) -> NetworkPlan:
     measured. Raises ShapeError naming every convolution that some N does not divide, unless ``skip_invalid`` (they are
     then kept dense), and UsageError for an unknown network or one without a convolution to replace.
     """
+    config = sized(config)
     spec = config.spec
     dense = build_empty(spec)
+    found = traced(dense, spec)
     rows: list[PlannedRow] = []
     subjects: dict[str, Subject] = {}
     problems: list[str] = []
@@ -65,7 +72,6 @@ def plan_network(config: NetworkConfig) -> NetworkPlan:
         rows.append(row)
         subjects[row.key] = NetworkSubject(config, record, model, network_label(variant, groups))
     refuse_indivisible(problems)
-    found = trace(dense, spec.size)
     if found.uncounted:
         names = ", ".join(f"{name} ({times}x)" for name, times in found.uncounted.items())
         notes.append(f"MACs and roofline leave out what is neither a convolution nor a fully connected layer: {names}")
@@ -76,7 +82,7 @@ def plan_network(config: NetworkConfig) -> NetworkPlan:
                 subjects[row.key] = subject
     if not subjects:
         raise UsageError("nothing to measure: --groups and --variants leave no row")
-    return NetworkPlan(rows, subjects, list(dict.fromkeys(notes)))
+    return NetworkPlan(config, rows, subjects, list(dict.fromkeys(notes)))
 
 
 class Choice(Protocol):
@@ -190,13 +196,18 @@ class NetworkSubject(Subject):
     def _trains(self) -> bool:
         return "train_step" in self.phases
 
-    @property
-    def needed_bytes(self) -> int:
+    def needed_bytes(self, phase: str) -> int:
         """Weights and the largest layer's input and output; to train, gradients, momentum and all outputs."""
-        if self._trains:
+        if phase == "train_step":
             return (3 * self.params + self.found.outputs * self.batch) * self.item
         largest = max((call.values_in + call.values_out for call in self.found.calls), default=0)
         return (self.params + largest * self.batch) * self.item
+
+    def way_out(self, phase: str) -> str:
+        if phase != "train_step":
+            return ""
+        larger = "use a larger --batch (batch norm needs more than one value a channel), or " if self.batch == 1 else ""
+        return f"; {larger}leave it out with --phases fwd"
 
     @property
     def held_bytes(self) -> int:

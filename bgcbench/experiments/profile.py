@@ -237,14 +237,14 @@ def _planned(config: ProfileConfig, variant: str, groups: int, algorithm: str) -
     return PlannedRow(key, params, spec)
 
 
-def estimated_bytes(config: ProfileConfig, spec: ConvSpec) -> int:
-    """Least memory that measuring ``spec`` takes: input, weights and output, and their gradients where taken."""
+def estimated_bytes(config: ProfileConfig, spec: ConvSpec, phase: str) -> int:
+    """Least memory that ``phase`` of ``spec`` takes: input, weights and output, and their gradients where taken."""
     item = PRECISIONS[config.precision]
     counts = count(spec, config.height, config.width)
     out_height, out_width = spec.output_size(config.height, config.width)
     x = config.batch * config.in_channels * config.height * config.width
     y = config.batch * config.out_channels * out_height * out_width
-    if config.phases == ("fwd",):
+    if phase == "fwd":
         return (x + y + counts.params) * item
     return ((2 if config.input_grad else 1) * x + 2 * y + 2 * counts.params) * item
 

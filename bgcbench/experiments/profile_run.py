@@ -112,10 +112,13 @@ class Subject(ABC):
     def work(self, phase: str) -> CallWork:
         """Operations and least bytes of one call."""
 
-    @property
     @abstractmethod
-    def needed_bytes(self) -> int:
-        """The least memory that measuring this takes."""
+    def needed_bytes(self, phase: str) -> int:
+        """The least memory that measuring a phase of this takes."""
+
+    def way_out(self, phase: str) -> str:
+        """What to try where ``phase`` raises an error, to follow the reason."""
+        return ""
 
     @property
     @abstractmethod
@@ -150,9 +153,8 @@ class LayerSubject(Subject):
     def work(self, phase: str) -> CallWork:
         return call_work(self.executed, self.batch, phase, input_grad=self.input_grad)
 
-    @property
-    def needed_bytes(self) -> int:
-        return estimated_bytes(self.config, self.spec)
+    def needed_bytes(self, phase: str) -> int:
+        return estimated_bytes(self.config, self.spec, phase)
 
     @property
     def held_bytes(self) -> int:
@@ -199,7 +201,10 @@ def on_device(module: nn.Module, config: MeasureConfig, session: ProfileSession)
 
 @dataclass
 class _Row:
-    """A planned row with what has been measured of it."""
+    """A planned row with what has been measured of it.
+
+    failures: of single phases; the others go on, and the row ends with its first failure's status.
+    """
 
     planned: PlannedRow
     subject: Subject
@@ -210,6 +215,7 @@ class _Row:
     forms: Json | None = None
     tracks: dict[str, Track[Cell]] = field(default_factory=dict)
     phases: dict[str, Json] = field(default_factory=dict)
+    failures: dict[str, Failure] = field(default_factory=dict)
     interleaved: int | None = None
     status: str = "interrupted"
     reason: str | None = "not measured yet"
@@ -218,8 +224,32 @@ class _Row:
     def label(self) -> str:
         return self.subject.label
 
-    def fail(self, found: Failure) -> None:
-        self.status, self.reason = found.status, found.reason
+    @property
+    def alive(self) -> list[str]:
+        """The phases that have not failed."""
+        return [phase for phase in self.subject.phases if phase not in self.failures]
+
+    @property
+    def fullest(self) -> str:
+        """Of the phases that have not failed, the one that holds the most memory."""
+        return max(self.alive, key=(*PHASES, *NETWORK_PHASES).index)
+
+    def fail(self, found: Failure, *phases: str) -> None:
+        """Note what became of ``phases``, by default of all that are alive; a row without any has ended."""
+        self.failures |= dict.fromkeys(phases or self.alive, found)
+        if not self.alive:
+            self.end()
+
+    def end(self) -> None:
+        """The row's own status, now that nothing more is measured of it."""
+        found = list(dict.fromkeys(self.failures.values()))
+        if not found:
+            self.status, self.reason = "ok", None
+        elif len(found) == 1 and not self.alive:
+            self.status, self.reason = found[0].status, found[0].reason
+        else:
+            texts = (f"{phase}: {failure.reason}" for phase, failure in self.failures.items())
+            self.status, self.reason = found[0].status, "; ".join(texts)
 
 
 @dataclass(frozen=True)
@@ -305,13 +335,14 @@ class ProfileRun:
             if row.status != "interrupted":  # the device was lost on an earlier one
                 continue
             yield self._update(f"first call and memory of {row.label} ({number} of {len(self.rows)})")
-            needed, there = row.subject.needed_bytes, environment.available_bytes(self.session.device)
-            if needed > there:
-                reason = f"out of memory: at least {needed} bytes needed, {there} there; use a smaller --batch"
-                row.fail(Failure("oom", reason))
-                continue
+            there = environment.available_bytes(self.session.device)
+            for phase in row.alive:
+                if (needed := row.subject.needed_bytes(phase)) > there:
+                    reason = f"out of memory: at least {needed} bytes needed, {there} there; use a smaller --batch"
+                    row.fail(Failure("oom", reason), phase)
             try:
-                self._first_look(row, stopwatch)
+                if row.alive:
+                    self._first_look(row, stopwatch)
             except Exception as failure:  # noqa: BLE001 - a row that cannot run is a result, not the end of the run
                 self._fail(row, failure)
             free_memory(self.session.device)
@@ -319,41 +350,53 @@ class ProfileRun:
     def _first_look(self, row: _Row, stopwatch: DeviceStopwatch) -> None:
         """First call of every phase, and the peak of the one that holds the most memory."""
         workload = self._workload(row)
-        phases = row.subject.phases
-        fullest = max(phases, key=(*PHASES, *NETWORK_PHASES).index)
         # A quick look at a slow layer takes one call for both. On CUDA a first call has the workspace of the library's
         # search, and a short one on a CPU what libraries set up once; both are measured again below.
         combined = self.config.quick and self.session.device.type == "cpu" and self.config.mode == "eager"
-        chooses = any(is_measured(layer) for layer in workload.plain.modules())
-        for phase in phases:
-            if chooses:  # finding the fastest form takes many calls, and more memory than a step: neither is the row's
-                cell = workload.cell(phase)
-                cell.once()
-                cell.release()
-            stopwatch.synchronize()
-            began = time.perf_counter()
+        for phase in row.alive:
+            try:
+                self._first_call(row, workload, phase, stopwatch, peak=combined and phase == row.fullest)
+            except Exception as failure:  # noqa: BLE001 - a phase that cannot run leaves the others
+                self._fail(row, failure, phase)
+                free_memory(self.session.device)
+        row.like, row.forms = workload.like, measured_forms(workload.plain)
+        if row.alive and (row.peak is None or row.first_call_s[row.fullest] < 0.25):
+            cell = workload.cell(row.fullest)
+            row.peak = measure_peak(cell.eager or cell, self.session.device, passes=1 if self.config.quick else 2)
+            if not row.peak.agreed:
+                self.warnings.append(f"{row.planned.key}: two memory passes differ")
+
+    def _first_call(self, row: _Row, workload: Workload, phase: str, stopwatch: DeviceStopwatch, *, peak: bool) -> None:
+        """How long the first call of ``phase`` takes, on the host too; with its ``peak`` where that is asked for."""
+        if any(is_measured(layer) for layer in workload.plain.modules()):
+            # Finding the fastest form takes many calls, and more memory than a step: neither is the row's.
             cell = workload.cell(phase)
-            if combined and phase == fullest:
+            cell.once()
+            cell.release()
+        stopwatch.synchronize()
+        began = time.perf_counter()
+        cell = workload.cell(phase)
+        try:
+            if peak:
                 row.peak = measure_peak(cell, self.session.device, passes=1)
             else:
                 cell.once()
             stopwatch.synchronize()
             row.first_call_s[phase] = time.perf_counter() - began
+        finally:
             cell.release()
-            row.host_s[phase] = stopwatch.host_time(cell)
-        row.like, row.forms = workload.like, measured_forms(workload.plain)
-        if row.peak is None or row.first_call_s[fullest] < 0.25:
-            cell = workload.cell(fullest)
-            row.peak = measure_peak(cell.eager or cell, self.session.device, passes=1 if self.config.quick else 2)
-            if not row.peak.agreed:
-                self.warnings.append(f"{row.planned.key}: two memory passes differ")
+        row.host_s[phase] = stopwatch.host_time(cell)
 
-    def _fail(self, row: _Row, failure: BaseException) -> None:
-        """Give ``row`` its status; a lost device is the end of the others too."""
+    def _fail(self, row: _Row, failure: BaseException, phase: str | None = None) -> None:
+        """Note what became of a phase of ``row``, or of all of it; a lost device is the end of the others too."""
         found = describe_failure(failure, self.session.device)
-        row.fail(found)
         if found == DEVICE_LOST:
             self._give_up(found)
+        elif phase is None:
+            row.fail(found)
+        else:
+            more = row.subject.way_out(phase) if found.status == "error" else ""
+            row.fail(Failure(found.status, found.reason + more), phase)
 
     def _give_up(self, found: Failure) -> None:
         """The rows that were not finished share the device's end."""
@@ -405,19 +448,22 @@ class ProfileRun:
         for row in rows:
             try:
                 workload = self._workload(row)
-                # On a CPU a first call tells how long the next will take; elsewhere it has tuned or compiled.
-                plain = device.type == "cpu" and config.mode == "eager"
-                for phase in row.subject.phases:
+            except Exception as failure:  # noqa: BLE001 - see _look_at_each
+                self._fail(row, failure)
+                continue
+            # On a CPU a first call tells how long the next will take; elsewhere it has tuned or compiled.
+            plain = device.type == "cpu" and config.mode == "eager"
+            for phase in row.alive:
+                try:
                     cell = workload.cell(phase)
                     if not plain:  # a module built anew compiles anew; no warm-up should have to wait for that
                         cell.once()
                         cell.release()
-                    expected_s = row.first_call_s[phase] if plain else math.nan
-                    row.tracks[phase] = Track(row.planned.key, cell, expected_s, f"{row.label} {phase}")
-            except Exception as failure:  # noqa: BLE001 - see _look_at_each
-                row.tracks.clear()
-                self._fail(row, failure)
-                continue
+                except Exception as failure:  # noqa: BLE001 - see _first_look
+                    self._fail(row, failure, phase)
+                    continue
+                expected_s = row.first_call_s[phase] if plain else math.nan
+                row.tracks[phase] = Track(row.planned.key, cell, expected_s, f"{row.label} {phase}")
             row.interleaved = identity
             tracks += row.tracks.values()
         order = random.Random(row_seed(config.seed, f"order-{identity}"))
@@ -469,11 +515,13 @@ class ProfileRun:
             if row.status != "interrupted":
                 continue
             row.phases = {name: self._phase(row, name, track) for name, track in row.tracks.items() if track.samples}
-            failure = next((track.failure for track in row.tracks.values() if track.failure), None)
-            if failure is not None:
-                self._fail(row, failure)
-            elif finished:
-                row.status, row.reason = "ok", None
+            for phase, track in row.tracks.items():
+                if track.failure is not None and phase not in row.failures:
+                    self._fail(row, track.failure, phase)
+            if row.status != "interrupted":
+                continue
+            if finished:
+                row.end()
             else:
                 row.reason = f"stopped in round {group.rounds}; --resume measures its group again"
 
@@ -503,6 +551,7 @@ class ProfileRun:
     def _record(self, row: _Row) -> Json:
         facts = row.subject.facts(row.planned.params)
         peak = row.peak
+        failures = {phase: dataclasses.asdict(found) for phase, found in row.failures.items()}
         facts["memory"] |= {
             "baseline_bytes": peak.baseline_bytes if peak else None,
             "peak_bytes": peak.peak_bytes if peak else None,
@@ -516,6 +565,7 @@ class ProfileRun:
             "reason": row.reason,
             **facts,
             **({"forms": row.forms} if row.forms else {}),
+            **({"failures": failures} if failures else {}),
             "phases": row.phases,
             "interleaved": row.interleaved,
         }

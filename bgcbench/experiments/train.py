@@ -36,7 +36,8 @@ class TrainConfig(NetworkChoice, RunConfig):
     data: one of TRAINING_SETS; :func:`as_folder` makes 'folder' of a path. data_dirs: where it is looked for.
     recipe: None for the data set's own. The hyper-parameters (see :class:`bgcbench.training.recipes.Recipe`) are None
     for the recipe's and written out afterwards, as are height, width, num_classes and stem_stride. pad, flip: of the
-    augmentation, None for the data set's. seeds: each trains every row once. Raises UsageError or ShapeError.
+    augmentation, None for the data set's. seeds: each trains every row once. val_alone: there are no images to train
+    with, a part of the others calibrates (``bgcbench transfer``). Raises UsageError or ShapeError.
     """
 
     groups: tuple[int, ...] = (2, 4, 8)
@@ -65,6 +66,7 @@ class TrainConfig(NetworkChoice, RunConfig):
     seeds: tuple[int, ...] = (0,)
     subset: int | None = None
     workers: int | None = None
+    val_alone: bool = False
     save_every_s: float = 300.0
     reference: bool = True
 
@@ -85,7 +87,7 @@ class TrainConfig(NetworkChoice, RunConfig):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
         # How many classes a folder has is known when it is opened.
-        unknown = self.num_classes is None and self.data not in (*CLASSES, "synthetic")
+        unknown = self.num_classes is None and self.data == "folder"
         self._resolve_network()
         if unknown:
             object.__setattr__(self, "num_classes", None)

@@ -19,6 +19,7 @@ from bgcbench.convert import Record, candidates, replay
 from bgcbench.data import open_labelled
 from bgcbench.data.labelled import LabelledData, ResidentData
 from bgcbench.errors import BgcbenchError, OutputError, ShapeError, UsageError
+from bgcbench.experiments.images import sized, traced
 from bgcbench.experiments.network_run import (
     converted_as_chosen,
     kept_dense,
@@ -111,7 +112,7 @@ class Prepared:
         """What a result file says of the data as it ran."""
         data = self.data
         crops = {"pad": data.pad, "flip": data.flip} if isinstance(data, ResidentData) else {"pad": None, "flip": True}
-        return {"data_sha256": data.fingerprint, **crops}
+        return {"data_sha256": data.fingerprint, "preprocessing": data.preprocessing.to_json(), **crops}
 
 
 def prepare(config: TrainConfig, world: World) -> Prepared:
@@ -119,7 +120,7 @@ def prepare(config: TrainConfig, world: World) -> Prepared:
 
     Raises UsageError for what is not there or does not fit, ShapeError where N does not divide (unless skip_invalid).
     """
-    config, data = open_data(config, world)
+    config, data = open_data(sized(config), world)
     options = options_of(config, data, world)
     cells, warnings = try_conversions(config)
     return Prepared(config, data, plan(config), cells, options, list(dict.fromkeys((*data.notes, *warnings))))
@@ -162,6 +163,7 @@ def try_conversions(config: TrainConfig) -> tuple[dict[tuple[str, int], Cell], l
     """
     spec = config.spec
     dense = build_empty(spec)
+    as_it_is = traced(dense, spec)
     warnings: list[str] = []
     problems: list[str] = []
     cells: dict[tuple[str, int], Cell] = {}
@@ -175,7 +177,7 @@ def try_conversions(config: TrainConfig) -> tuple[dict[tuple[str, int], Cell], l
                 continue
             record, model = converted.record, converted.model
             warnings += [*kept_dense(record), *record.notes]
-        found = trace(model, spec.size)
+        found = as_it_is if record is None else trace(model, spec.size)
         counts = network_counts(model, found, config.batch_size or 1, PRECISIONS[config.precision])
         cells[variant, groups] = Cell(record, found, counts, _converted(record, dense, config))
     refuse_indivisible(problems)
@@ -188,7 +190,7 @@ def _opened(config: TrainConfig, world: World) -> LabelledData:
 
     def opened(*, download: bool) -> LabelledData:
         classes = config.num_classes if config.data == "synthetic" else None
-        return open_labelled(config.data, size, folders, download=download, classes=classes)
+        return open_labelled(config.data, size, folders, download=download, classes=classes, val_alone=config.val_alone)
 
     found: list[LabelledData] = []
     world.once(lambda: found.append(opened(download=config.download)))

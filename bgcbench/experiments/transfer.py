@@ -15,33 +15,36 @@ from typing import Any, ClassVar
 
 from bgcbench.errors import OutputError, UsageError
 from bgcbench.experiments import train
-from bgcbench.experiments.config import NetworkChoice
+from bgcbench.experiments.config import ImageChoice, NetworkChoice
 from bgcbench.experiments.network import NetworkConfig
-from bgcbench.experiments.train import CLASSES, TrainConfig, TrainRow, conditions
+from bgcbench.experiments.train import CLASSES, READ_BY_WORKERS, TrainConfig, TrainRow, conditions
 from bgcbench.results import Json
-from bgcbench.specs import HELD_OUT, RESNEXT29, TIMM_PREFIX, WRN, check_choice
+from bgcbench.specs import HELD_OUT, OWN, TIMM_PREFIX, check_choice
 from bgcbench.theory import paper
 from bgcbench.training.launcher import processes
 from bgcbench.training.recipes import TRANSFER_RECIPES, Recipe, make_transfer_recipe
 
 INITS = ("copy", "white", "calibrated", "scratch")
 CALIBRATION_IMAGES, QUICK_CALIBRATION = 512, 64
+IMAGENET_VAL = 50_000  # images: fewer are a part of ImageNet, whose errors are none of the paper's
 CPU_BATCH = 32  # images that --time measures with at most on a CPU
-OURS = "wide_resnet34_2"  # beside those with numbers in their names: nobody has published weights of it
 
 PRESETS = ("table3",)
+NO_IMAGES = "none"  # as --data: conversions by the closed form, nothing is judged
+KEPT_IN = ("data", "imagenet")  # where images are looked for, in the current folder, unless --data-dir says where
 
 
 @dataclass(frozen=True)
-class TransferConfig(TrainConfig):
+class TransferConfig(ImageChoice, TrainConfig):
     """One trained network, one data set, the ways to convert it and how to train on; valid once constructed.
 
     weights: a file, 'default' (torchvision's published ones) or 'none' (untrained); None stands for the default. inits:
     how the converted weights are found (see :func:`bgcbench.convert`). rebn: whether batch norm's statistics are
-    estimated anew. calibration_images: of the training data, for the two. epochs: 0 judges the conversions and trains
-    nothing. distill: the original network's outputs are targets too. control: the untouched network is trained as well.
-    time: what each network costs is measured. save: a folder for the converted networks. Everything else is as in
-    ``bgcbench train``. Raises UsageError or ShapeError.
+    estimated anew; without images (data NO_IMAGES) only white and copied weights can be, and nothing is estimated,
+    judged or trained. calibration_images: of the training data, for the two. epochs: 0 judges the conversions and
+    trains nothing. distill: the original network's outputs are targets too. control: the untouched network is trained
+    as well. time: what each network costs is measured. save: a folder for the converted networks. Everything else is
+    as in ``bgcbench train``. Raises UsageError or ShapeError.
     """
 
     variants: tuple[str, ...] = ("gc", "bgc")
@@ -65,16 +68,28 @@ class TransferConfig(TrainConfig):
             object.__setattr__(self, "weights", "default")
         if self.calibration_images is None:
             object.__setattr__(self, "calibration_images", QUICK_CALIBRATION if self.quick else CALIBRATION_IMAGES)
+        self._check_images(self.weights or "default", in_memory=self.data not in (*READ_BY_WORKERS, NO_IMAGES))
         super().__post_init__()
-        known = CLASSES.get(self.data) or (self.num_classes if self.data == "synthetic" else None)
+        known = CLASSES.get(self.data) or (self.num_classes if self.data in ("synthetic", NO_IMAGES) else None)
         if known is not None:
             self.check_weights(known)
+
+    def _check_data(self) -> None:
+        if self.data != NO_IMAGES:
+            super()._check_data()
 
     def _check_rows(self) -> None:
         if not self.inits:
             raise UsageError("--init is empty; name at least one")
         for init in self.inits:
             check_choice("init", init, INITS)
+        if self.data == NO_IMAGES:
+            self._check_without_images()
+        if self.val_alone and self.epochs:
+            raise UsageError(
+                f"--epochs {self.epochs} needs images to train with, and {self.data_dirs[0]} has no train/; add it, or "
+                "say --epochs 0"
+            )
         if self.images < HELD_OUT:
             raise UsageError(
                 f"--calibration-images {self.images} must be at least {HELD_OUT}: one in {HELD_OUT} is held out"
@@ -89,6 +104,20 @@ class TransferConfig(TrainConfig):
                 "--time measures one device by itself; leave it out under torchrun, and add it with --resume afterwards"
             )
 
+    def _check_without_images(self) -> None:
+        """Raise UsageError for what only images can give."""
+        asked = [f"--init {init}" for init in self.inits if init not in ("white", "copy")]
+        asked += [f"--{name}" for name in ("rebn", "distill", "control", "download") if getattr(self, name)]
+        asked += [f"--{name} {getattr(self, name)}" for name in ("epochs", "subset", "workers") if getattr(self, name)]
+        asked += [f"--{name.replace('_', '-')}" for name in self.preparation]
+        if asked:
+            raise UsageError(
+                f"{asked[0]} needs images; give --data-dir DIR (or BGCBENCH_DATA_DIR) that has train/ and val/, or "
+                "val/ alone"
+            )
+        if processes() > 1:
+            raise UsageError("without images there is nothing to share among processes; leave torchrun out")
+
     def check_classes(self, found: int) -> None:
         if self.num_classes not in (None, found):
             raise UsageError(
@@ -101,13 +130,13 @@ class TransferConfig(TrainConfig):
         if self.weights != "default":
             return
         way_out = "give weights with --weights FILE, or the checkpoint of a bgcbench train run as MODEL"
-        own = WRN.fullmatch(self.model) or RESNEXT29.fullmatch(self.model) or self.model == OURS
-        if own or self.model.startswith(TIMM_PREFIX):
+        if OWN.fullmatch(self.model) or self.model.startswith(TIMM_PREFIX):
             raise UsageError(f"--weights default: torchvision publishes no weights of {self.model}; {way_out}")
         if classes != CLASSES["imagenet"]:
+            other = f"--classes {classes} is" if self.data == NO_IMAGES else f"--data {self.data} has {classes}"
             raise UsageError(
                 f"--weights default: the published weights of {self.model} tell imagenet's {CLASSES['imagenet']:,} "
-                f"classes apart, and --data {self.data} has {classes}; {way_out}"
+                f"classes apart, and {other}{' asked for' * (self.data == NO_IMAGES)}; {way_out}"
             )
 
     def _default_recipe(self) -> str:
@@ -120,6 +149,10 @@ class TransferConfig(TrainConfig):
     def images(self) -> int:
         """calibration_images, resolved."""
         return self.calibration_images or 0
+
+    @property
+    def what(self) -> str:
+        return self.model.replace("/", "-") if self.data == NO_IMAGES else super().what
 
     @property
     def calibrates(self) -> bool:
@@ -197,6 +230,50 @@ def preset(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
         if given.get(field, value) != value:
             raise UsageError(f"--preset {name} fixes {options.get(field, f'--{field}')}; leave one of them out")
     return {"recipe": "paper", "weights": "default", **given, **fixed}
+
+
+def with_images(given: Mapping[str, Any], classes: int, *, typed: bool) -> tuple[dict[str, Any], list[str]]:
+    """``given`` with the images that are there, where it does not say which; or for doing without, and why that is.
+
+    They are looked for in its data_dirs and in KEPT_IN, and in a folder imagenet in each. typed: whether data_dirs
+    stand on the command line; then these must have some. Otherwise they must be of ``classes`` classes. Raises
+    UsageError.
+    """
+    data = given.get("data")
+    if data not in (None, NO_IMAGES, "imagenet", "folder"):
+        return dict(given), []
+    asked = given.get("data_dirs", ())
+    if data and any(Path(folder, "train").is_dir() for folder in asked):
+        return dict(given), []
+    folders = (*asked, *(() if typed or (data and asked) else KEPT_IN))
+    places = [Path(folder, below) for folder in folders for below in ("", "imagenet")] if data != NO_IMAGES else []
+    tried = [_images_in(place, None if typed or data else classes) for place in places]
+    reasons = [there for there in tried if isinstance(there, str)]
+    for there in tried:
+        if not isinstance(there, str):
+            found = {**there, "data": data or there["data"]}
+            return {**({"epochs": 0} if found["val_alone"] else {}), **given, **found}, []
+    if data in ("imagenet", "folder"):
+        return dict(given), []  # opening it says what is missing
+    if typed and data is None:
+        raise UsageError(f"--data-dir: {'; '.join(reasons)}; it has train/ and val/, or val/ alone, a folder a class")
+    return {"epochs": 0, "inits": ("white",), "rebn": False, **given, "data": NO_IMAGES}, reasons
+
+
+def _images_in(folder: Path, classes: int | None) -> Json | str:
+    """The data set in ``folder`` as fields of the configuration; or why there is none."""
+    val = folder / "val"
+    try:
+        names = [entry.name for entry in os.scandir(val) if entry.is_dir() and not entry.name.startswith(".")]
+        images = sum(len(os.listdir(val / name)) for name in names) if len(names) == CLASSES["imagenet"] else 0
+    except OSError as problem:
+        return f"{folder} has no val ({problem.strerror})" if folder.is_dir() else f"{folder} is not there"
+    if not names:
+        return f"{val} has no folders of classes"
+    if classes is not None and len(names) != classes:
+        return f"{val} has {len(names):,} classes, and the network tells {classes:,} apart"
+    data = "imagenet" if images == IMAGENET_VAL else "folder"
+    return {"data": data, "data_dirs": (str(folder),), "val_alone": not (folder / "train").is_dir()}
 
 
 def room_to_save(folder: Path, keys: Iterable[str], *, replace: bool) -> None:

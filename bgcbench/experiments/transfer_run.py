@@ -27,6 +27,7 @@ from bgcbench.convert import Converted, Record, convert, save_converted
 from bgcbench.data import Images
 from bgcbench.errors import BgcbenchError, OutputError, UsageError
 from bgcbench.experiments import profile_run
+from bgcbench.experiments.images import prepared_for, sized, told, warned
 from bgcbench.experiments.network_run import network_label, plan_network
 from bgcbench.experiments.profile import row_seed
 from bgcbench.experiments.train import TrainRow
@@ -43,7 +44,7 @@ from bgcbench.experiments.transfer import TransferConfig, identity, plan, room_t
 from bgcbench.measure.device import Failure, describe_failure, free_memory
 from bgcbench.measure.statistics import Series, ratio_of_medians
 from bgcbench.models import build_model
-from bgcbench.models.weights import Loaded, load_weights
+from bgcbench.models.weights import Loaded, Weights
 from bgcbench.results import DONE, Json, write_atomically
 from bgcbench.specs import HELD_OUT
 from bgcbench.theory import paper
@@ -60,16 +61,20 @@ INITIAL = ("error_initial_top5", "loss_initial", "agreement_initial", "convert_s
 
 @dataclass(kw_only=True)
 class TransferPrepared(Prepared):
-    """What :class:`Prepared` has, and the network with its weights (on the CPU) and the images to calibrate with."""
+    """What :class:`Prepared` has, and the network with its weights (on the CPU) and the images to calibrate with.
+
+    told: what to say of the images before the run.
+    """
 
     config: TransferConfig
     network: nn.Module
     loaded: Loaded
     images: Images
+    told: list[str]
 
     @property
     def settings(self) -> Json:
-        return {**super().settings, "weights_sha256": self.loaded.sha256}
+        return {"weights_sha256": self.loaded.sha256, "weights_key": self.loaded.key, **super().settings}
 
 
 def prepare(config: TransferConfig, world: World) -> TransferPrepared:
@@ -77,20 +82,18 @@ def prepare(config: TransferConfig, world: World) -> TransferPrepared:
 
     Raises UsageError for what is not there or does not fit, ShapeError where N does not divide (unless skip_invalid).
     """
-    config, data = open_data(config, world)
+    weights = Weights(config.model, config.weights or "default", config.weights_key)
+    config, data = open_data(sized(config, weights), world)
     config.check_weights(data.num_classes)
+    data = prepared_for(config, data, weights)
     options = options_of(config, data, world)
     cells, warnings = try_conversions(config)
     images = data.calibration()
     if config.calibrates and len(images) < HELD_OUT:
         raise UsageError(f"--data {config.data} has {len(images)} training images; {HELD_OUT} are needed to calibrate")
-    network, loaded = _loaded(config, world)
+    network, loaded = _loaded(config, world, weights)
     count = min(config.images, len(images))
-    if loaded.size_px is not None and loaded.size_px != min(data.size):
-        warnings.append(
-            f"{loaded.name} of {config.model} is for images of {loaded.size_px} px, and {data.size[0]}x{data.size[1]} "
-            f"are used; --size {loaded.size_px} is what it was published with"
-        )
+    warnings += [*loaded.notes, *warned(data.preprocessing, weights, config.model)]
     if config.weights == "none":
         warnings.append("--weights none: the network is untrained, and what a conversion loses of it says nothing")
     if config.calibrates and count < config.images and not config.quick:
@@ -107,10 +110,11 @@ def prepare(config: TransferConfig, world: World) -> TransferPrepared:
         network=network,
         loaded=loaded,
         images=images,
+        told=told(data.preprocessing, weights),
     )
 
 
-def _loaded(config: TransferConfig, world: World) -> tuple[nn.Module, Loaded]:
+def _loaded(config: TransferConfig, world: World, weights: Weights) -> tuple[nn.Module, Loaded]:
     """The network with its weights. The main process loads them first, so that a download is made once."""
     spec = config.spec
 
@@ -118,7 +122,7 @@ def _loaded(config: TransferConfig, world: World) -> tuple[nn.Module, Loaded]:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(row_seed(config.seed, "network"))
             network = build_model(spec)
-        return network.eval(), load_weights(network, spec, config.weights or "default")
+        return network.eval(), weights.load_into(network, spec)
 
     found: list[tuple[nn.Module, Loaded]] = []
     world.once(lambda: found.append(load()))
@@ -509,6 +513,8 @@ def _times(measured: Sequence[Json], cell: tuple[str, int], standard: tuple[str,
 def _row_of(measured: Sequence[Json], cell: tuple[str, int], form: str, phase: str) -> Json | None:
     """The measured row of a variant and N, of two forms (trained, deployed) the one called ``form``."""
     rows = [
-        row for row in measured if _cell(row["params"]) == cell and row["status"] == "ok" and phase in row["phases"]
+        row
+        for row in measured
+        if _cell(row["params"]) == cell and phase in row["phases"] and phase not in row.get("failures", {})
     ]
     return next((row for row in rows if row["params"]["algorithm"] == form), rows[0] if rows else None)

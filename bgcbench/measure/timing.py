@@ -146,7 +146,7 @@ class Group(Generic[CellT]):
     """Interleaved measurement of ``tracks``; iterate ``run()`` and look at the tracks whenever it yields.
 
     rng orders the rounds; stop() is asked between batches and ends the group at once, keeping what was measured.
-    A cell that raises takes its whole row out of the group and leaves the others running.
+    A cell that raises is taken out of the group and leaves the others running, those of its row too.
     """
 
     def __init__(
@@ -225,10 +225,8 @@ class Group(Generic[CellT]):
     def _guarded(self, track: Track[CellT], work: Callable[[Track[CellT]], None]) -> None:
         try:
             work(track)
-        except Exception as failure:  # noqa: BLE001 - whatever a layer raises becomes its row's status
-            for other in self.tracks:
-                if other.row == track.row:
-                    other.fail(failure)
+        except Exception as failure:  # noqa: BLE001 - whatever a layer raises becomes its phase's failure
+            track.fail(failure)
 
     def _warm_up(self, track: Track[CellT]) -> None:
         """Call until the time has settled: two successive windows agree, within the rules' limits."""

@@ -45,14 +45,37 @@ def build_torchvision(spec: NetSpec) -> nn.Module:
 
 def build_timm(spec: NetSpec) -> nn.Module:
     """timm's network ``spec.name``, untrained; raises UsageError where timm is missing or has no such network."""
-    timm = _timm()
-    name = spec.name.removeprefix(TIMM_PREFIX)
+    timm, name = _timm_with(spec.name)
+    model: nn.Module = timm.create_model(name, pretrained=False, num_classes=spec.num_classes)
+    return model
+
+
+def timm_config(name: str) -> dict[str, Any]:
+    """What timm resolves of the images of the network ``name``: input_size, crop_pct, mean and so on.
+
+    Raises as ``build_timm``.
+    """
+    timm, own = _timm_with(name)
+    stated = timm.models.get_pretrained_cfg(own)
+    config: dict[str, Any] = timm.data.resolve_data_config(
+        pretrained_cfg=stated.to_dict() if stated else {"architecture": own}
+    )
+    return config
+
+
+def _timm_with(prefixed: str) -> tuple[Any, str]:
+    """timm and its own name of a network; raises UsageError where it has no such network, or no such weights of it."""
+    timm, name = _timm(), prefixed.removeprefix(TIMM_PREFIX)
     if not timm.is_model(name):
         near = timm.list_models(f"*{name}*")[:3]
         hint = f"; near it: {', '.join(TIMM_PREFIX + found for found in near)}" if near else ""
         raise UsageError(f"timm has no network '{name}'{hint}")
-    model: nn.Module = timm.create_model(name, pretrained=False, num_classes=spec.num_classes)
-    return model
+    try:
+        timm.models.get_pretrained_cfg(name)
+    except RuntimeError as problem:  # the part of the name behind its dot
+        why = str(problem).rstrip(".")
+        raise UsageError(f"{prefixed}: {why}; leave the tag out, or give one that timm has") from None
+    return timm, name
 
 
 def _timm() -> Any:

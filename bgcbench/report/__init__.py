@@ -25,7 +25,7 @@ from bgcbench.errors import UsageError
 from bgcbench.measure.counts import count
 from bgcbench.measure.statistics import Interval, Ratio, Series, ratio_of_medians
 from bgcbench.results import Json, dumps
-from bgcbench.specs import VARIANTS, ConvSpec
+from bgcbench.specs import VARIANTS, ConvSpec, Preprocessing
 from bgcbench.theory import paper
 from bgcbench.theory.exact import white_error
 
@@ -235,12 +235,28 @@ def _paper(row: Json, text: Callable[[Json], str]) -> str:
 def flags(row: Json, phases: Sequence[str]) -> list[str]:
     """What to know before a row's numbers are used."""
     if row["status"] != "ok":
-        return [row["status"]]
+        failed = [f"{PHASE_TITLES.get(p, p)} {found['status']}" for p, found in row.get("failures", {}).items()]
+        whole = all(ending(row, phase) == row["status"] for phase in row["phases"])
+        return [row["status"]] if whole else failed
     by_phase = {PHASE_TITLES[p]: _phase_flags(row["phases"][p]) for p in phases if p in row["phases"]}
     shared = list(by_phase.values())
     if shared and all(found == shared[0] for found in shared):
         return shared[0]
     return [f"{title} {flag}" for title, found in by_phase.items() for flag in found]
+
+
+def ending(row: Json, phase: str) -> str:
+    """The status that ``phase`` ended with: the row's, unless only others of its phases have failed."""
+    failures: Json = row.get("failures", {})
+    if not failures or row["status"] == "interrupted":
+        return str(row["status"])
+    return str(failures[phase]["status"]) if phase in failures else "ok"
+
+
+def ending_words(row: Json, phase: str) -> str:
+    """ " [error]", and nothing where all is well."""
+    how = ending(row, phase)
+    return "" if how == "ok" else f" [{how}]"
 
 
 def _phase_flags(measured: Json) -> list[str]:
@@ -295,8 +311,7 @@ def verdict(row: Json, reference: Json | None, phase: str, rows: Sequence[Json])
     if ratio is None or reference is None:
         return f"{name} has {scaled(executed_count(row, 'params'))} parameters{loss} (no reference was measured)"
     size = share_words(executed_count(row, "params") / executed_count(reference, "params"))
-    ending = "" if row["status"] == "ok" else f" [{row['status']}]"
-    return f"{name} is {compare_words(ratio, 'standard')} with {size}{loss}{ending}"
+    return f"{name} is {compare_words(ratio, 'standard')} with {size}{loss}{ending_words(row, phase)}"
 
 
 def _beside_gc(row: Json, rows: Sequence[Json], phase: str) -> str | None:
@@ -392,6 +407,9 @@ def notes(
         )
     if document.get("quality") == "quick":
         lines.append(f"a quick look: {quick}")
+    if stored := document["settings"].get("preprocessing"):
+        how = Preprocessing.from_json(stored)
+        lines.append(f"images: {how} ({Preprocessing.SOURCES[how.source]})")
     if document["exit_reason"] in ("running", "interrupted", "error"):
         lines.append(f"this run is not complete ({document['exit_reason']})")
     # The fields of a row tell which rows failed; a reason longer than a flag stands here.

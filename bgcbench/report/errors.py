@@ -13,6 +13,7 @@ from bgcbench.results import Json
 from bgcbench.specs import VARIANTS
 
 SYNTHETIC = "synthetic"  # a data set without anything to be right about
+NO_IMAGES = "none"  # as a data set: nothing was judged
 TELLING = 3  # seeds from which on a difference may be called one
 # The terms of a recipe in the order in which they are told; those that are off or unknown are left out.
 TERMS = {
@@ -100,6 +101,11 @@ def error_of(row: Json, field: str) -> float | None:
 
 def synthetic(rows: Sequence[Json]) -> bool:
     return any(row["params"]["dataset"] == SYNTHETIC for row in rows)
+
+
+def unseen(rows: Sequence[Json]) -> bool:
+    """Whether conversions were made without images."""
+    return any(row["params"]["dataset"] == NO_IMAGES for row in rows)
 
 
 def masked(rows: Sequence[Json]) -> bool:
@@ -205,7 +211,8 @@ def title_lines(document: Json, rows: Sequence[Json], network: str = "") -> list
     config = document.get("config", {})
     own = {"dataset": config.get("data"), "classes": config.get("num_classes")}
     about = {**config, **own, **(rows[0]["params"] if rows else {})}
-    line = f"{about.get('model', 'a network')}{network} on {about['dataset']}"
+    images = "without images" if about["dataset"] == NO_IMAGES else f"on {about['dataset']}"
+    line = f"{about.get('model', 'a network')}{network} {images}"
     if "height" in about:
         line += f", {about['height']} x {about['width']} px" + (f", {n} classes" if (n := about.get("classes")) else "")
     line += f"; convolutions: {about['where']}" if "where" in about else ""

@@ -12,6 +12,7 @@ from bgcbench.report import (
     chosen_forms,
     compare_words,
     counted,
+    ending_words,
     executed_count,
     flags,
     mebibytes,
@@ -108,14 +109,14 @@ def _verdict(row: Json, reference: Json | None, phase: str, rows: Sequence[Json]
     """One row in plain words: how much faster than the dense network, how large, how many images a second."""
     name = _numbered(row, rows)
     if phase not in row["phases"]:
-        return f"{name}: {row['status']}: {row['reason']}"
+        failure = row.get("failures", {}).get(phase, row)
+        return f"{name}: {failure['status']}: {failure['reason']}"
     speed = f"{_images(row, phase)} images/s"
     ratio = row_ratio(reference, row, phase)
     if ratio is None or reference is None:
         return f"{name} has {scaled(executed_count(row, 'params'))} parameters and runs {speed} (no reference)"
     size = share_words(executed_count(row, "params") / executed_count(reference, "params"))
-    ending = "" if row["status"] == "ok" else f" [{row['status']}]"
-    return f"{name} is {compare_words(ratio, DENSE)} with {size}; {speed}{ending}"
+    return f"{name} is {compare_words(ratio, DENSE)} with {size}; {speed}{ending_words(row, phase)}"
 
 
 def _best(rows: Sequence[Json], reference: Json | None, phase: str) -> str | None:

@@ -19,6 +19,7 @@ from bgcbench.report.errors import (
     spread_text,
     synthetic,
     title_lines,
+    unseen,
 )
 from bgcbench.report.transfer_cells import (
     AFTER,
@@ -67,18 +68,40 @@ def _columns(run: Run) -> list[Column]:
     ]
     if masked(run.rows):
         columns.append(Column("trained params", [count_text(cell.count("params_training")) for cell in cells]))
-    columns += [] if synthetic(run.rows) else _error_columns(run)
+    if unseen(run.rows):
+        columns += _loss_columns(run)
+    elif not synthetic(run.rows):
+        columns += _error_columns(run)
     for phase in run.phases:
         columns.append(Column(f"speed-up {PHASE_TITLES[phase]}", [_speed_up(cell, phase) for cell in cells]))
     if any(cell.images_per_s is not None for cell in cells):
         speeds = ["-" if (speed := cell.images_per_s) is None else significant(speed) for cell in cells]
         columns.append(Column("images/s", speeds))
     wanted = planned(run.document)
+    if unseen(run.rows):
+        return [*columns, Column("flags", [", ".join(flags(cell, _ending)) for cell in cells], right=False)]
     return [
         *columns,
         Column("seeds", ["-" if _fixed(cell) else f"{len(cell.done)}/{wanted}" for cell in cells]),
         Column("flags", [", ".join(flags(cell, _ending)) for cell in cells], right=False),
     ]
+
+
+def _loss_columns(run: Run) -> list[Column]:
+    """What layers lose by the closed form, and what the paper prints after training."""
+    cells = run.cells
+    losses = [cell.white_losses for cell in cells]
+    columns = [Column("expected loss %", [loss_text(cell.expected_loss) for cell in cells])]
+    if any(losses):
+        worst = [max(found, key=found.__getitem__, default="-") for found in losses]
+        columns += [
+            Column("layer loss %", [loss_text(statistics.median(f.values()) if f else None) for f in losses]),
+            Column("worst %", [loss_text(max(found.values(), default=None)) for found in losses]),
+            Column("worst layer", worst, right=False),
+        ]
+    if any(cell.printed is not None for cell in cells):
+        columns.append(Column("paper error %", [error_text(cell.printed) for cell in cells]))
+    return columns
 
 
 def _error_columns(run: Run) -> list[Column]:
@@ -211,6 +234,7 @@ def _record(run: Run, row: Json) -> Json:
         "final_to_control": _less(final, run.control.get(row["params"]["seed"])),
         "paper_error": row["paper"]["error"] if row.get("paper") else None,
         **_calibration_record(convert.get("calibration") or {}),
+        **_white_record(row.get("white_loss")),
         **_time_record(row.get("time")),
         "replaced": len(convert["replaced"]) if convert else None,
         "saved": row.get("saved"),
@@ -236,6 +260,17 @@ def _calibration_record(calibration: Json) -> Json:
         "ridge_max": max(ridges, default=None),
         "layers_scarce": sum(bool(layer["scarce"]) for layer in layers) if layers else None,
         "layers_kept_white": sum(map(kept_white, layers)) if layers else None,
+    }
+
+
+def _white_record(loss: Json | None) -> Json:
+    found = [layer["loss"] for layer in (loss or {}).get("layers") or ()]
+    if loss is None:
+        return {}
+    return {
+        "white_loss_expected": loss["expected"],
+        "white_loss_median": statistics.median(found) if found else None,
+        "white_loss_worst": max(found, default=None),
     }
 
 

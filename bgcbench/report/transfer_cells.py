@@ -63,6 +63,18 @@ class Conversion(Cell):
         """What the calibrations of all seeds say of each layer."""
         return [layer for calibration in self.calibrations for layer in calibration["layers"]]
 
+    @property
+    def white_losses(self) -> dict[str, float]:
+        """What each layer loses on white input by the closed form, where nothing but its kernel was looked at."""
+        every = [(row.get("white_loss") or {}).get("layers") for row in self.rows]
+        return {layer["name"]: layer["loss"] for layer in next(filter(None, every), ())}
+
+    @property
+    def expected_loss(self) -> float | None:
+        """That of a kernel of independent entries."""
+        every = [(row.get("white_loss") or {}).get("expected") for row in self.rows]
+        return next((expected for expected in every if expected is not None), None)
+
     def lost(self, name: str) -> float | None:
         """Median over the layers of the share of their output that is lost: 'copied', 'before' (white) or 'after'."""
         shares = [layer[name] for layer in self.layers if layer[name] is not None]

@@ -6,12 +6,21 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from bgcbench.report import mebibytes, notes, significant
-from bgcbench.report.errors import TELLING, dense_lines, ending_of, planned, recipe_line, synthetic
+from bgcbench.report.errors import TELLING, dense_lines, ending_of, planned, recipe_line, synthetic, unseen
 from bgcbench.report.transfer_cells import Conversion, Run, kept_white
 from bgcbench.report.transfer_words import joined, listed
 from bgcbench.results import Json
 from bgcbench.theory import paper
 
+WITHOUT_IMAGES = (
+    "layer loss: share of a layer's output that the weights D in its place lose on white input, ||W - D||^2 / ||W||^2 "
+    "with the network's own kernel W; the median of the layers and the worst. expected: of a kernel of independent "
+    "entries",
+    "images would add the test error of every conversion, and calibrated weights, which lose far less: least squares "
+    "on the network's own activations, for which no labels are needed",
+    "give them with --data-dir DIR (or BGCBENCH_DATA_DIR, or as ./data or ./imagenet): train/ and val/, or val/ alone, "
+    "with a folder for each class",
+)
 NOTHING = 1e-6  # a share of a layer's output that is rounding
 
 
@@ -19,12 +28,14 @@ def transfer_notes(run: Run) -> list[str]:
     rows = run.rows
     trained = [row for row in rows if row["params"]["epochs"]]
     lines = [recipe_line(run.document, trained)] if trained else []
-    if rows and not trained:
+    if rows and not trained and not unseen(rows):
         lines.append("nothing was trained: the errors are those of the conversions")
     if any(row["params"].get("distill") for row in trained):
         lines.append("distilled: the untouched network's outputs were targets beside the labels")
     if synthetic(rows):
         lines.append("synthetic images: the speed is all that is measured; there is no error to show")
+    elif unseen(rows):
+        lines += WITHOUT_IMAGES
     elif rows:
         lines += _about_errors(run)
     lines += [*_about_norms(run), *_about_calibration(run), *_about_times(run), *_about_paper(run)]
@@ -165,8 +176,11 @@ def _about_paper(run: Run) -> list[str]:
     if run.starts and ("copy", False) not in run.starts:
         here.append(f"weights {joined([run.start(start) for start in run.starts])}")
         here += ["batch norm estimated again"] if all(rebn for _, rebn in run.starts) else []
+    line += f"; here: {', '.join(here)}" if here else ""
+    if unseen(run.rows):
+        return [line]
     return [
-        line + (f"; here: {', '.join(here)}" if here else ""),
+        line,
         f"Table 3's BGC N=2 ({best:.2f} %) is below its baseline ({dense:.2f} %), which did not have those "
         f"{epochs} epochs more" + ("" if run.control else "; --control trains it as long"),
     ]

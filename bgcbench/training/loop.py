@@ -166,7 +166,8 @@ class Training:
         warn: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.network, self.data, self.recipe, self.world = network, data, recipe, world
-        self.seed, self.identity, self.record = seed, {**(identity or {}), "data_sha256": data.fingerprint}, record
+        of_data = {"data_sha256": data.fingerprint, "preprocessing": data.preprocessing.to_json()}
+        self.seed, self.identity, self.record = seed, {**(identity or {}), **of_data}, record
         self.options, self.checkpoints = options or Options(), checkpoints
         self.stop, self.warn = stop, warn
         self.numbers = subset_of(data.train_labels, self.options.subset)

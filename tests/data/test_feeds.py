@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,15 +19,16 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms import RandomResizedCrop
+from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms.functional import pil_to_tensor
 
 from bgcbench.data.feeds import Batch, FolderFeed, LabelledFiles, ResidentFeed, epoch_order, random_crop
-from bgcbench.data.folder import load_image
+from bgcbench.data.folder import IMAGENET_EVALUATION, load_image
 from bgcbench.errors import BgcbenchError, ShapeError, UsageError
 from tests.data.test_folder import save
 
 CPU = torch.device("cpu")
+HOW = IMAGENET_EVALUATION.at((20, 28))
 TEST = 5
 
 
@@ -185,7 +187,7 @@ def folder(root: Path, workers: int = 0, device: torch.device = CPU) -> tuple[Fo
         if not (root / name).exists():
             save(root / name, 40 + 9 * number, 70 - 7 * number)
     split = LabelledFiles(root, files, torch.arange(len(files)) % 3)
-    return FolderFeed(split, split, (20, 28), device, workers=workers), files
+    return FolderFeed(split, split, HOW, device, workers=workers), files
 
 
 def test_files_are_read_the_same_whatever_the_workers_and_the_batches(tmp_path: Path) -> None:
@@ -203,16 +205,21 @@ def test_test_files_are_prepared_as_calibration_images_are(tmp_path: Path) -> No
     feed, files = folder(tmp_path)
     ((images, _),) = feed.test(numbers(range(6)))
     assert images.is_contiguous(memory_format=torch.channels_last)
-    assert torch.equal(images, torch.stack([load_image(tmp_path / name, (20, 28)) for name in files]))
+    assert torch.equal(images, torch.stack([load_image(tmp_path / name, HOW) for name in files]))
 
 
-def test_a_training_file_is_cut_as_torchvision_does_it_and_mirrored_half_the_time(tmp_path: Path) -> None:
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_a_training_file_is_cut_as_torchvision_does_it_and_mirrored_half_the_time(
+    tmp_path: Path, interpolation: str
+) -> None:
+    how = replace(HOW, interpolation=interpolation)
     path = save(tmp_path / "a.png", 60, 44)
     whole, flips, seeds = Image.open(path), 0, 40
     for seed in range(seeds):
         torch.manual_seed(seed)
-        expected = pil_to_tensor(RandomResizedCrop((20, 28))(whole))
-        found = random_crop(path, (20, 28), seed)
+        cut = RandomResizedCrop((20, 28), interpolation=InterpolationMode(interpolation))
+        expected = pil_to_tensor(cut(whole))
+        found = random_crop(path, how, seed)
         flips += torch.equal(found, expected.flip(2))
         assert torch.equal(found, expected) or torch.equal(found, expected.flip(2))
     # Binomial(40, 1/2): within 4 standard deviations, sqrt(10), of 20.
@@ -225,7 +232,7 @@ def test_files_are_cut_anew_in_each_epoch_and_two_equal_files_are_cut_differentl
     assert len({tuple(images.flatten().tolist()) for images in drawn}) == 3
     save(tmp_path / "same.png")
     twice = LabelledFiles(tmp_path, ("same.png", "same.png"), torch.tensor([0, 1]))
-    ((images, _),) = FolderFeed(twice, twice, (20, 28), CPU).train(numbers([0, 1]), 0, 0)
+    ((images, _),) = FolderFeed(twice, twice, HOW, CPU).train(numbers([0, 1]), 0, 0)
     assert not torch.equal(images[0], images[1])
 
 
@@ -284,8 +291,9 @@ def test_python_does_not_wait_for_ever_for_the_workers_of_an_iterator_that_is_st
     folder(tmp_path)
     code = (
         "import sys, torch; from pathlib import Path; from bgcbench.data.feeds import FolderFeed, LabelledFiles\n"
+        "from bgcbench.data.folder import IMAGENET_EVALUATION\n"
         "split = LabelledFiles(Path(sys.argv[1]), ('0.png',) * 40, torch.zeros(40, dtype=torch.int64))\n"
-        "feed = FolderFeed(split, split, (8, 8), torch.device('cpu'), workers=1)\n"
+        "feed = FolderFeed(split, split, IMAGENET_EVALUATION, torch.device('cpu'), workers=1)\n"
         "left_open = feed.train(torch.arange(40).split(1), 0, 0)\n"
         "next(left_open)"
     )
@@ -297,7 +305,7 @@ def test_python_does_not_wait_for_ever_for_the_workers_of_an_iterator_that_is_st
 def test_a_worker_that_is_killed_is_an_error_of_one_line(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "never.png")  # opening it waits for a writer
     split = LabelledFiles(tmp_path, ("never.png",), torch.zeros(1, dtype=torch.int64))
-    fed = FolderFeed(split, split, (8, 8), CPU, workers=1).train(numbers([0]), 0, 0)
+    fed = FolderFeed(split, split, HOW, CPU, workers=1).train(numbers([0]), 0, 0)
 
     def kill() -> None:
         for worker in multiprocessing.active_children():

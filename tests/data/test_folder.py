@@ -14,7 +14,7 @@ from PIL import Image
 from torchvision.transforms._presets import ImageClassification
 from torchvision.transforms.functional import pil_to_tensor
 
-from bgcbench.data.folder import IMAGENET_MEAN, IMAGENET_STD, load_image, open_folder
+from bgcbench.data.folder import IMAGENET_EVALUATION, load_image, open_folder
 from bgcbench.errors import ShapeError, UsageError
 
 
@@ -69,7 +69,7 @@ def test_an_image_covers_8_7ths_of_any_size_before_its_centre_is_cut_out(
     left, top = corner
     whole = picture(*image).resize(resized, Image.Resampling.BILINEAR)
     cut = whole.crop((left, top, left + size[1], top + size[0]))
-    assert torch.equal(load_image(path, size), pil_to_tensor(cut))
+    assert torch.equal(load_image(path, IMAGENET_EVALUATION.at(size)), pil_to_tensor(cut))
 
 
 def test_normalisation_is_imagenets(tmp_path: Path) -> None:
@@ -78,7 +78,7 @@ def test_normalisation_is_imagenets(tmp_path: Path) -> None:
     expected = (np.array([1.0, 0.0, 0.2]) - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
     np.testing.assert_allclose(batch[0, :, 2, 2].numpy(), expected, rtol=1e-6)
     folder = open_folder(str(tmp_path))
-    assert (folder.mean, folder.std) == (IMAGENET_MEAN, IMAGENET_STD)
+    assert (folder.mean, folder.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 def test_images_are_found_in_all_subfolders_sorted_by_path_whatever_the_case_of_their_ending(tmp_path: Path) -> None:

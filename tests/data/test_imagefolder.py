@@ -12,7 +12,7 @@ import torch
 from torchvision.datasets import ImageFolder
 
 from bgcbench.data import imagefolder, labelled, open_labelled
-from bgcbench.data.folder import load_image
+from bgcbench.data.folder import IMAGENET_EVALUATION, load_image
 from bgcbench.data.imagefolder import IMAGENET, Expected, open_imagefolder, open_imagenet
 from bgcbench.errors import ShapeError, UsageError
 from tests.data.test_folder import save
@@ -101,7 +101,7 @@ def test_images_are_fed_from_the_splits_folders(tmp_path: Path) -> None:
             save(tmp_path / split / name / "1.png", 30 + 5 * (split == "val"), 30)
     feed = open_imagefolder((16, 12), [tmp_path]).feed(torch.device("cpu"))
     ((images, labels),) = feed.test([torch.tensor([1, 0])])
-    assert torch.equal(images[0], load_image(tmp_path / "val" / "b" / "1.png", (16, 12)))
+    assert torch.equal(images[0], load_image(tmp_path / "val" / "b" / "1.png", IMAGENET_EVALUATION.at((16, 12))))
     assert labels.tolist() == [1, 0]
     ((images, labels),) = feed.train([torch.tensor([1])], 0, 0)
     assert (images.shape, labels.tolist()) == ((1, 3, 16, 12), [1])

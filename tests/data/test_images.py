@@ -16,6 +16,7 @@ from torch import Tensor
 
 from bgcbench.data import DATASETS, Images, open_images
 from bgcbench.errors import ShapeError, UsageError
+from bgcbench.specs import Preprocessing
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Numbered(Images):
 
 def numbered(images: int, size: tuple[int, int] = (2, 3)) -> Numbered:
     """The network sees (number / 255) * 255, which is the number."""
-    return Numbered("numbered", size, None, (0.0, 0.0, 0.0), (1 / 255,) * 3, images)
+    return Numbered("numbered", Preprocessing(size, (0.0, 0.0, 0.0), (1 / 255,) * 3), None, images)
 
 
 def drawn(images: int, count: int, batch: int = 4, seed: int = 0) -> list[int]:

@@ -15,10 +15,10 @@ from torch import Tensor
 from bgcbench.data import LABELLED, LabelledData, open_labelled
 from bgcbench.data.digits import open_digits
 from bgcbench.data.feeds import FolderFeed, ResidentFeed
-from bgcbench.data.folder import load_image
+from bgcbench.data.folder import IMAGENET_EVALUATION, load_image
 from bgcbench.data.labelled import FolderData, ResidentData, search, some
 from bgcbench.errors import ShapeError, UsageError
-from bgcbench.specs import TRAINING_SETS
+from bgcbench.specs import TRAINING_SETS, Preprocessing
 from tests.data.test_folder import save
 
 CPU = torch.device("cpu")
@@ -28,10 +28,8 @@ def resident(**changes: Any) -> ResidentData:
     """Six images to train with and four to test with."""
     data = ResidentData(
         name="counted",
-        size=(2, 3),
+        preprocessing=Preprocessing((2, 3), (0.5,) * 3, (0.5,) * 3),
         num_classes=3,
-        mean=(0.5,) * 3,
-        std=(0.5,) * 3,
         train_labels=torch.arange(6) % 3,
         test_labels=torch.arange(4) % 3,
         train_images=torch.arange(6 * 18, dtype=torch.uint8).view(6, 3, 2, 3),
@@ -95,11 +93,11 @@ def test_the_fingerprint_changes_with_any_pixel_label_size_and_split() -> None:
 
 
 def test_a_folder_feed_reads_with_as_many_workers_as_asked(tmp_path: Path) -> None:
-    data = FolderData("f", (4, 4), 2, (0.5,) * 3, (0.5,) * 3, torch.tensor([0]), torch.tensor([1]),
+    data = FolderData("f", IMAGENET_EVALUATION.at((4, 4)), 2, torch.tensor([0]), torch.tensor([1]),
                       train_root=tmp_path, test_root=tmp_path, train_files=("a",), test_files=("b",))  # fmt: skip
     feed = data.feed(CPU, workers=3)
     assert isinstance(feed, FolderFeed)
-    assert (feed.workers, feed.size) == (3, (4, 4))
+    assert (feed.workers, feed.how) == (3, data.preprocessing)
 
 
 @pytest.mark.parametrize(
@@ -169,7 +167,7 @@ def test_every_data_set_is_one_of_labelled_data() -> None:
 
 
 def test_calibration_images_are_those_to_train_with_and_not_augmented() -> None:
-    data = resident(mean=(0.1, 0.2, 0.3), std=(0.5, 0.25, 2.0))
+    data = resident(preprocessing=Preprocessing((2, 3), (0.1, 0.2, 0.3), (0.5, 0.25, 2.0)))
     images = data.calibration()
     assert (images.name, images.size, images.num_classes, len(images)) == ("counted", (2, 3), 3, 6)
     assert torch.equal(images.read([4, 1]), data.train_images[[4, 1]])
@@ -188,12 +186,13 @@ def test_calibration_images_are_those_to_train_with_and_not_augmented() -> None:
 def test_calibration_images_in_files_are_read_as_those_to_test_with(tmp_path: Path) -> None:
     for name in ("a", "b", "c"):
         save(tmp_path / "train" / f"{name}.png", 20, 30)
-    data = FolderData("f", (8, 12), 2, (0.5,) * 3, (0.25,) * 3, torch.tensor([0, 1, 1]), torch.tensor([1]),
+    how = Preprocessing((8, 12), (0.5,) * 3, (0.25,) * 3, (10, 14), "box")
+    data = FolderData("f", how, 2, torch.tensor([0, 1, 1]), torch.tensor([1]),
                       train_root=tmp_path / "train", test_root=tmp_path, train_files=("a.png", "b.png", "c.png"),
                       test_files=("gone.png",))  # fmt: skip
     images = data.calibration()
     assert (len(images), images.size, images.num_classes) == (3, (8, 12), 2)
-    assert torch.equal(images.read([1])[0], load_image(tmp_path / "train" / "b.png", (8, 12)))
+    assert torch.equal(images.read([1])[0], load_image(tmp_path / "train" / "b.png", how))
     (batch,) = images.batches(9, 64, seed=0)
     assert batch.shape == (3, 3, 8, 12)
     pixels = batch.mul(0.25).add(0.5).mul(255).round()

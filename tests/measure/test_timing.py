@@ -232,16 +232,17 @@ def test_a_device_that_stops_answering_between_rounds_ends_the_rows_and_not_the_
     assert all(track.samples for track in tracks.values())
 
 
-def test_a_cell_that_fails_takes_its_row_out_and_the_others_go_on() -> None:
+def test_a_cell_that_fails_is_taken_out_and_the_others_go_on_those_of_its_row_too() -> None:
     machine = Machine({"a:fwd": 0.01, "a:bwd": 0.01, "b:fwd": 0.01}, fail={"a:bwd": MemoryError("no")}, fail_after=3)
     group = group_of(machine, FAST)
     tracks = finish(group)
-    assert isinstance(tracks["a:fwd"].failure, MemoryError)
+    assert isinstance(tracks["a:bwd"].failure, MemoryError)
     assert tracks["a:bwd"].stop_reason == "failed"
     assert tracks["a:bwd"].cell is None
-    assert tracks["a:fwd"].failure.__traceback__ is None  # its frames would hold the memory that ran out
-    assert tracks["b:fwd"].failure is None
-    assert tracks["b:fwd"].converged
+    assert tracks["a:bwd"].failure.__traceback__ is None  # its frames would hold the memory that ran out
+    for other in ("a:fwd", "b:fwd"):
+        assert tracks[other].failure is None
+        assert tracks[other].converged
 
 
 def test_a_group_whose_rows_all_fail_ends() -> None:

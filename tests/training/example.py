@@ -7,7 +7,7 @@ from torch import nn
 
 from bgcbench.convs import build_conv
 from bgcbench.data.labelled import ResidentData
-from bgcbench.specs import ConvSpec
+from bgcbench.specs import ConvSpec, Preprocessing
 from bgcbench.training.recipes import Recipe
 
 MEAN, STD = (0.3, 0.4, 0.5), (0.2, 0.25, 0.3)
@@ -25,7 +25,7 @@ def tiny_data(train: int = 26, test: int = 11, classes: int = 4, *, pad: int = 1
     images, labels = split(train)
     test_images, test_labels = split(test)
     return ResidentData(
-        "tiny", (6, 5), classes, MEAN, STD, labels, test_labels,
+        "tiny", Preprocessing((6, 5), MEAN, STD), classes, labels, test_labels,
         train_images=images, test_images=test_images, pad=pad, flip=flip,
     )  # fmt: skip
 
