@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from bgcbench.convs.followed import is_transformed
 from bgcbench.convs.layouts import is_channels_last
 from bgcbench.errors import ResultFileError, UsageError
+from bgcbench.kernels.clock import device_seconds
 from bgcbench.measure.device import tf32_state
 from bgcbench.specs import ConvSpec
 
@@ -260,12 +261,7 @@ def _warn_of(case: Case, found: Choice) -> None:
 def _seconds(call: Callable[[], object], device: torch.device) -> float:
     """One call. What disturbs a machine only ever adds time, so the least of several is what a form can do."""
     if device.type == "cuda":
-        first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        first.record()
-        call()
-        last.record()
-        last.synchronize()
-        return float(first.elapsed_time(last)) / 1e3
+        return device_seconds(call)
     begin = time.perf_counter()
     call()
     return time.perf_counter() - begin
