@@ -127,7 +127,6 @@ class Workload:
         An output that is kept keeps the nodes of its backward pass, those of the leaves among them. They belong to the
         stream that they were made on, and a capture must not meet them: nothing is kept from one to the next.
         """
-        self._clear_gradients()
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
