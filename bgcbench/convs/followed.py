@@ -11,6 +11,7 @@ from torch.autograd import forward_ad
 # What torch.compiler.is_exporting() reads, which compiled code of 2.11 is told to be True. torch 2.6 has the other one
 # alone, set where it exports without Dynamo; with Dynamo it compiles.
 _EXPORTING = "_is_exporting_flag" if hasattr(torch.compiler, "_is_exporting_flag") else "_is_compiling_flag"
+_PROXY = torch._C._TorchDispatchModeKey.PROXY  # the mode of torch.fx.experimental.proxy_tensor.make_fx
 
 
 def is_symbolic(x: Any) -> bool:
@@ -23,9 +24,9 @@ def is_recorded(x: Any) -> bool:
     or torch.onnx. That program may have no kernels of ours, and should be the same one every time."""
     if torch.compiler.is_compiling():
         return bool(getattr(torch.compiler, _EXPORTING))
-    if is_symbolic(x) or torch._C._get_tracing_state() is not None:
+    if torch._C._get_tracing_state() is not None or torch._C._get_dispatch_mode(_PROXY) is not None:
         return True
-    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
+    return is_symbolic(x)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # Dynamo compiles anew under a transform
