@@ -276,8 +276,8 @@ class VariantConv2d(nn.Module, ABC):
         settled = {} if self.algorithm == "auto" else dict.fromkeys(("inference", "training"), self.algorithm)
         return settled or dict(self._chosen)
 
-    def forms(self, x: Tensor) -> tuple[str, ...]:
-        """The algorithms that 'auto' chooses from for x, the default first."""
+    def forms(self, x: Tensor, weight: Tensor) -> tuple[str, ...]:
+        """The algorithms that 'auto' chooses from for x and a kernel like ``weight``, the default first."""
         return self.spec.algorithms
 
     def _run(self, form: str, x: Tensor, weights: Sequence[Tensor], bias: Tensor | None) -> Tensor:
@@ -349,7 +349,7 @@ class VariantConv2d(nn.Module, ABC):
                 given.append(torch.empty_like(y).normal_(generator=drawn))
             return torch.autograd.grad(y, leaves, given[0])
 
-        return {form: functools.partial(call, form) for form in self.forms(x)}
+        return {form: functools.partial(call, form) for form in self.forms(u, own[0])}
 
     @property
     def params(self) -> int:

@@ -68,8 +68,8 @@ class BalancedGroupConv2d(VariantConv2d):
             return self._convolve(input, a, self.bias, groups=1)
         return self._run(self._form(input), input, (a, b), self.bias)
 
-    def forms(self, x: Tensor) -> tuple[str, ...]:
-        can_launch = kernels.usable(x, self.weight_group, self.stride, self.padding, self.dilation, self.groups)
+    def forms(self, x: Tensor, weight: Tensor) -> tuple[str, ...]:
+        can_launch = kernels.usable(x, weight, self.stride, self.padding, self.dilation, self.groups)
         left_out = set() if can_launch else {"triton"}
         if self.groups > MOST_CALLS:
             left_out.add("split")

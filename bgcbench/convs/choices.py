@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +22,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from bgcbench.convs.followed import is_transformed
 from bgcbench.convs.layouts import is_channels_last
 from bgcbench.errors import ResultFileError, UsageError
+from bgcbench.kernels.clock import device_seconds
 from bgcbench.measure.device import tf32_state
 from bgcbench.specs import ConvSpec
 
@@ -58,13 +60,18 @@ class Case(NamedTuple):
 
 @dataclass(frozen=True)
 class Choice:
-    """The form that is run, and the seconds of each that was tried (none where it was not measured here)."""
+    """The form that is run, and the seconds of each that was tried (none where it was not measured here).
+
+    left_out: those that could not run, each with the name of what it raised and its message's first line.
+    """
 
     form: str
     seconds: Mapping[str, float]
+    left_out: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
 
 _remembered: dict[Case, Choice] = {}
+_said: set[tuple[str, str, str]] = set()  # variant, form and error of the warnings so far
 _era = [0]
 _measuring = threading.RLock()
 
@@ -73,8 +80,9 @@ def choose(case: Case, device: torch.device, make: Callable[[], Mapping[str, Cal
     """The form to run in ``case``: remembered, or measured now on ``device``.
 
     make: the calls to be timed, by form, the default first; each does what one step would. A form that cannot run (its
-    memory does not suffice, say) is left out; if none can, the default is taken and nothing is remembered. None where
-    nothing is remembered and nothing can be measured: while a CUDA graph is captured.
+    memory does not suffice, its kernel does not compile) is left out, with a warning the first time; if none can, the
+    default is taken and nothing is remembered. None where nothing is remembered and nothing can be measured: while a
+    CUDA graph is captured.
     """
     known = _remembered.get(case)
     if known is not None:
@@ -88,6 +96,7 @@ def choose(case: Case, device: torch.device, make: Callable[[], Mapping[str, Cal
             if not found.seconds:
                 return found.form
             _remembered[case] = found
+            _warn_of(case, found)
         return _remembered[case].form
 
 
@@ -97,11 +106,8 @@ def era() -> int:
 
 
 def remembered() -> list[dict[str, Any]]:
-    """Every choice of this process as plain JSON: the fields of :class:`Case`, ``form`` and ``seconds``."""
-    return [
-        {**case._asdict(), "spec": asdict(case.spec), "form": choice.form, "seconds": dict(choice.seconds)}
-        for case, choice in _remembered.items()
-    ]
+    """Every choice of this process as plain JSON: the fields of :class:`Case` and of :class:`Choice`."""
+    return [{**case._asdict(), "spec": asdict(case.spec), **asdict(choice)} for case, choice in _remembered.items()]
 
 
 def restore(choices: Iterable[Mapping[str, Any]]) -> None:
@@ -114,7 +120,7 @@ def restore(choices: Iterable[Mapping[str, Any]]) -> None:
         try:
             values = {name: entry[name] for name in Case._fields}
             case = Case(**{**values, "spec": ConvSpec(**values["spec"])})
-            taken[case] = Choice(str(entry["form"]), dict(entry["seconds"]))
+            taken[case] = Choice(str(entry["form"]), dict(entry["seconds"]), dict(entry.get("left_out", {})))
         except (KeyError, TypeError, ValueError, UsageError) as problem:
             raise ResultFileError(f"this is no choice of an algorithm, or another version's ({problem})") from None
     _remembered.update(taken)
@@ -216,11 +222,13 @@ def _same(tensor: Tensor) -> Tensor:
 def _measured(make: Callable[[], Mapping[str, Callable[[], object]]], device: torch.device) -> Choice:
     calls = dict(make())
     default = next(iter(calls))
+    left_out = {}
     for form in list(calls):
         try:
             calls[form]()  # the first call sets up what libraries keep
             _wait(device)
-        except (RuntimeError, MemoryError):
+        except Exception as problem:  # noqa: BLE001 - compilers and launchers of kernels raise what they like
+            left_out[form] = [type(problem).__name__, *str(problem).strip().splitlines()[:1]]
             del calls[form]
     best: dict[str, float] = dict.fromkeys(calls, float("inf"))
     begun = time.perf_counter()
@@ -237,18 +245,23 @@ def _measured(make: Callable[[], Mapping[str, Callable[[], object]]], device: to
     for form, seconds in best.items():
         if chosen not in best or seconds < WORTH * best[chosen]:
             chosen = form
-    return Choice(chosen, best)
+    return Choice(chosen, best, left_out)
+
+
+def _warn_of(case: Case, found: Choice) -> None:
+    """Say which forms were left out, and why: once for each kind of error."""
+    for form, reason in found.left_out.items():
+        about = (case.spec.variant, form, reason[0])
+        if about not in _said:
+            _said.add(about)
+            text = f"{case.spec.variant}: the form '{form}' cannot run here and is left out ({': '.join(reason)})"
+            warnings.warn(text, stacklevel=2)
 
 
 def _seconds(call: Callable[[], object], device: torch.device) -> float:
     """One call. What disturbs a machine only ever adds time, so the least of several is what a form can do."""
     if device.type == "cuda":
-        first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        first.record()
-        call()
-        last.record()
-        last.synchronize()
-        return float(first.elapsed_time(last)) / 1e3
+        return device_seconds(call)
     begin = time.perf_counter()
     call()
     return time.perf_counter() - begin

@@ -8,8 +8,10 @@ import torch
 from torch import fx
 from torch.autograd import forward_ad
 
-# torch 2.6 does not say; it sets this flag where it exports without Dynamo, and with Dynamo it compiles.
-_is_exporting = getattr(torch.compiler, "is_exporting", lambda: torch.compiler._is_compiling_flag)
+# What torch.compiler.is_exporting() reads, which compiled code of 2.11 is told to be True. torch 2.6 has the other one
+# alone, set where it exports without Dynamo; with Dynamo it compiles.
+_EXPORTING = "_is_exporting_flag" if hasattr(torch.compiler, "_is_exporting_flag") else "_is_compiling_flag"
+_PROXY = torch._C._TorchDispatchModeKey.PROXY  # the mode of torch.fx.experimental.proxy_tensor.make_fx
 
 
 def is_symbolic(x: Any) -> bool:
@@ -21,10 +23,10 @@ def is_recorded(x: Any) -> bool:
     """Whether what is done to x is written down for another program to run: by torch.jit.trace, torch.fx, torch.export
     or torch.onnx. That program may have no kernels of ours, and should be the same one every time."""
     if torch.compiler.is_compiling():
-        return bool(_is_exporting())
-    if is_symbolic(x) or torch._C._get_tracing_state() is not None:
+        return bool(getattr(torch.compiler, _EXPORTING))
+    if torch._C._get_tracing_state() is not None or torch._C._get_dispatch_mode(_PROXY) is not None:
         return True
-    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
+    return is_symbolic(x)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # Dynamo compiles anew under a transform

@@ -7,6 +7,7 @@
     stock.py     the same maps by stock convolutions: the CPU's way, and the way of what the kernels cannot do
     common.py    shapes, layouts, casts and the choice between the two
     tiles.py     block sizes: candidates, and the tuner that picks one per shape
+    clock.py     what timings of the device share
 
 Importing this package imports no triton.
 """

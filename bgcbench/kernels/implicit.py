@@ -68,11 +68,18 @@ def group_mean(x: Tensor, g: Geometry) -> Tensor:
 
 
 def _sum_into(
-    kind: str, out: Tensor, sizes: dict[str, Any], tensors: dict[str, Tensor | None], g: Geometry, tf32: bool
+    kind: str,
+    src: Tensor,
+    out: Tensor,
+    sizes: dict[str, Any],
+    others: dict[str, Tensor | None],
+    g: Geometry,
+    tf32: bool,
 ) -> None:
-    """Run the summing kernel into ``out`` with the block sizes for it; ``sizes`` are its numbers and flags by name."""
-    src = tensors["src"]
-    assert src is not None
+    """Run the summing kernel from ``src`` into ``out`` with the block sizes for it.
+
+    sizes, others: its numbers and flags, and the other tensors that it reads, by name.
+    """
     summed, produced = sizes["k_channels"], sizes["n_channels"]
     sizes["WIDE"] = max(src.numel(), out.numel()) >= LARGE
 
@@ -80,7 +87,7 @@ def _sum_into(
         into = torch.empty_like(out) if into is None else into
         blocks = cdiv(g.batch, tile.m) * cdiv(produced, tile.n) * sizes["groups"]
         programs.correlate[(sizes["out_h"] * sizes["out_w"] * blocks,)](
-            **tensors, out=into, **sizes,
+            src=src, **others, out=into, **sizes,
             EVEN_K=summed % tile.k == 0, EVEN_N=produced % tile.n == 0,
             PRECISION=_precision(src.dtype, tf32), UPCAST=UPCAST,
             BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, num_warps=tile.warps, num_stages=tile.stages,
@@ -118,10 +125,10 @@ def forward(
             "BACKWARD": False, "K_MAJOR": True, "MEAN": weight_mean is not None, "BIAS": bias is not None, "ADD": False,
             "VEC": _vector(g, x.element_size()),
         }  # fmt: skip
-        tensors = {"src": x, "mean": shared, "weight": weight,
-                   "weight_mean": None if weight_mean is None else channels_last(weight_mean),
-                   "bias": None if bias is None else bias.contiguous(), "addend": None}  # fmt: skip
-        _sum_into("forward", out, sizes, tensors, g, tf32)
+        others = {"mean": shared, "weight": weight,
+                  "weight_mean": None if weight_mean is None else channels_last(weight_mean),
+                  "bias": None if bias is None else bias.contiguous(), "addend": None}  # fmt: skip
+        _sum_into("forward", x, out, sizes, others, g, tf32)
     return out
 
 
@@ -137,8 +144,8 @@ def input_gradient(dy: Tensor, weight: Tensor, weight_mean: Tensor | None, geome
         sizes, kernel = _backward_sizes(g, dy, weight, g.groups, tf32)
         sizes |= {"groups": g.groups, "out_pixel": g.in_channels, "out_group": g.c,
                   "scale": 1 / g.groups, "ADD": shared is not None}  # fmt: skip
-        tensors = {"src": dy, "mean": None, "weight": kernel, "weight_mean": None, "bias": None, "addend": shared}
-        _sum_into("input", out, sizes, tensors, g, tf32)
+        others = {"mean": None, "weight": kernel, "weight_mean": None, "bias": None, "addend": shared}
+        _sum_into("input", dy, out, sizes, others, g, tf32)
     return out
 
 
@@ -177,8 +184,8 @@ def _shared_gradient(dy: Tensor, weight_mean: Tensor, g: Geometry, tf32: bool) -
     out = empty_nhwc(dy, (parts * g.batch, g.c, *g.size), torch.float32)
     sizes, kernel = _backward_sizes(g, dy, weight_mean, parts, tf32)
     sizes |= {"groups": parts, "out_pixel": g.c, "out_group": out.numel() // parts, "scale": 1.0, "ADD": False}
-    tensors = {"src": dy, "mean": None, "weight": kernel, "weight_mean": None, "bias": None, "addend": None}
-    _sum_into("shared", out, sizes, tensors, g, tf32)
+    others = {"mean": None, "weight": kernel, "weight_mean": None, "bias": None, "addend": None}
+    _sum_into("shared", dy, out, sizes, others, g, tf32)
     if parts == 1:
         return out
     whole = empty_nhwc(dy, (g.batch, g.c, *g.size), torch.float32)
@@ -195,16 +202,13 @@ def _add(parts: Tensor, parts_mean: Tensor | None, out: Tensor, out_mean: Tensor
     )  # fmt: skip
 
 
-def weight_gradients(
-    x: Tensor, dy: Tensor, with_mean: bool, geometry: Geometry, tf32: bool
-) -> tuple[Tensor, Tensor | None]:
-    """dA^k from x^k and dy^k, dB^k from xbar and dy^k (None without the mean): (m, n/N, kh, kw), channels-last."""
+def weight_gradients(x: Tensor, dy: Tensor, with_mean: bool, geometry: Geometry, tf32: bool) -> list[Tensor]:
+    """dA^k from x^k and dy^k and, with the mean, dB^k from xbar and dy^k: (m, n/N, kh, kw), channels-last."""
     g = geometry
     shape = (g.out_channels, g.c, *g.kernel)
     outs = [empty_nhwc(x, shape) for _ in range(2 if with_mean else 1)]
     if not x.numel() or not dy.numel():
-        outs = [out.zero_() for out in outs]
-        return outs[0], outs[1] if with_mean else None
+        return [out.zero_() for out in outs]
     with _on(x.device):
         x, dy = channels_last(x), channels_last(dy)
         shared = group_mean(x, g) if with_mean else None
@@ -218,7 +222,7 @@ def weight_gradients(
             return fresh
 
         run(_select("weights", candidates, trial, x, g, tf32, with_mean), outs)
-    return outs[0], outs[1] if with_mean else None
+    return outs
 
 
 def _weight_run(

@@ -39,12 +39,12 @@ def input_gradient(dy: Tensor, weight: Tensor, weight_mean: Tensor | None, geome
     return exact(own)
 
 
-def weight_gradients(x: Tensor, dy: Tensor, with_mean: bool, geometry: Geometry) -> tuple[Tensor, Tensor | None]:
-    """dA and dB (None without the mean), both (m, n/N, kh, kw)."""
+def weight_gradients(x: Tensor, dy: Tensor, with_mean: bool, geometry: Geometry) -> list[Tensor]:
+    """dA and, with the mean, dB, both (m, n/N, kh, kw)."""
     g = geometry
     shape = (g.out_channels, g.c, *g.kernel)
     with torch.autocast(x.device.type, enabled=False):
-        own = gradients.conv2d_weight(x, shape, dy, g.stride, g.padding, 1, g.groups)
-        if not with_mean:
-            return exact(own), None
-        return exact(own), exact(gradients.conv2d_weight(mean(x, g.groups), shape, dy, g.stride, g.padding))
+        found = [gradients.conv2d_weight(x, shape, dy, g.stride, g.padding, 1, g.groups)]
+        if with_mean:
+            found.append(gradients.conv2d_weight(mean(x, g.groups), shape, dy, g.stride, g.padding))
+    return [exact(one) for one in found]

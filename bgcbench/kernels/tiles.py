@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bgcbench.kernels.clock import device_seconds
+
 WARM_UP, ROUNDS, CALLS = 3, 3, 10
 # Relative difference of two candidates that only sum in another order, by class of numbers.
 AGREEMENT = {"half": 1e-2, "tf32": 3e-3, "ieee": 1e-5}
@@ -182,16 +184,7 @@ def agree(found: Sequence[Tensor], reference: Sequence[Tensor], tolerance: float
 
 
 def _time(run: Callable[[Tile], Sequence[Tensor]], tile: Tile) -> float:
-    """Milliseconds of one call: the median round."""
+    """Seconds of one call: the median round."""
     for _ in range(WARM_UP):
         run(tile)
-    rounds = []
-    for _ in range(ROUNDS):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        for _ in range(CALLS):
-            run(tile)
-        end.record()
-        end.synchronize()
-        rounds.append(begin.elapsed_time(end) / CALLS)
-    return float(statistics.median(rounds))
+    return statistics.median(device_seconds(lambda: run(tile), CALLS) for _ in range(ROUNDS))

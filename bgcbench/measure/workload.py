@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,6 +101,7 @@ class Workload:
         self._y = self.module(self.x)
 
     def _clear_gradients(self) -> None:
+        self._y = None
         for leaf in self.leaves:
             leaf.grad = None
         if self._grad_out is None and self.like is not None:
@@ -121,7 +122,11 @@ class Workload:
         return self._grad_out
 
     def _captured(self, phase: str, eager: Cell) -> Cell:
-        """``eager`` captured into CUDA graphs; a backward alone replays its forward outside the timed part."""
+        """``eager`` captured into CUDA graphs; a backward alone replays its forward outside the timed part.
+
+        An output that is kept keeps the nodes of its backward pass, those of the leaves among them. They belong to the
+        stream that they were made on, and a capture must not meet them: nothing is kept from one to the next.
+        """
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -129,16 +134,42 @@ class Workload:
                 eager.once()
         torch.cuda.current_stream().wait_stream(side)
         self._clear_gradients()
-        before, graph = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        if phase == "bwd":
-            with torch.cuda.graph(before):
-                self._y = self.module(self.x)
-            with torch.cuda.graph(graph, pool=before.pool()):
-                self._backward()
-            return Cell(call=graph.replay, prepare=before.replay, eager=eager)
-        with eager.context(), torch.cuda.graph(graph):
-            eager.call()
-        return Cell(call=graph.replay, eager=eager)
+        pool = torch.cuda.graph_pool_handle()
+        if phase != "bwd":
+            with eager.context():
+                return Cell(call=capture(eager.call, pool), eager=eager)
+        before, call = capture(self._prepare_backward, pool), capture(self._backward, pool)
+        self._y = None
+        return Cell(call=call, prepare=before, eager=eager)
+
+
+def capture(call: Callable[[], object], pool: Any) -> Callable[[], object]:
+    """What replays the kernels of ``call``, captured into a CUDA graph with memory from ``pool``.
+
+    Raises what ``call`` raises, or else what the capture does. PyTorch (2.11 at least) leaves the stream of a capture
+    that failed the current one, and the allocator and the default generator waiting for its end: later captures,
+    random numbers and releases of memory would fail. They are put back.
+    """
+    graph, device = torch.cuda.CUDAGraph(), torch.cuda.current_device()
+    problem: Exception | None = None
+    try:
+        with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph, pool=pool):
+            try:
+                call()
+            except Exception as failure:  # noqa: BLE001 - the capture has to end first
+                problem = failure
+    except RuntimeError as failure:
+        problem = problem or failure
+        names = ("_cuda_endAllocateToPool", "_cuda_endAllocateCurrentStreamToPool")  # the latter is 2.6's
+        end = next(getattr(torch._C, name) for name in names if hasattr(torch._C, name))
+        with suppress(RuntimeError):  # the allocator does not wait; the pool is the graph's to give back, then
+            end(device, pool)
+            torch._C._cuda_releasePool(device, pool)
+        generator = torch.cuda.default_generators[device]
+        generator.graphsafe_set_state(generator.clone_state())
+    if problem is not None:
+        raise problem
+    return graph.replay
 
 
 class NetworkWorkload(Workload):

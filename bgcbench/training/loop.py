@@ -211,6 +211,7 @@ class Training:
             parallel = nn.parallel.DistributedDataParallel
             parallel._set_params_and_buffers_to_ignore_for_model(self.plain, flags)
             self.parallel = parallel(self.plain, device_ids=own)
+        self.forms_found = not recipe.compile  # by the layers; those are compiled
         self.train_model: Any = torch.compile(self.parallel) if recipe.compile else self.parallel
         self.eval_model: Any = torch.compile(self.plain) if recipe.compile else self.plain
         if recipe.compile and teacher is not None:
@@ -295,8 +296,29 @@ class Training:
         state.seconds = before + time.perf_counter() - begin
         yield self._end_epoch()
 
+    def _find_forms(self) -> None:
+        """An eager pass of each kind ahead of the compiled ones, in which layers cannot measure: they keep its forms.
+
+        Images without anything on them do; neither the network nor its results are changed.
+        """
+        if self.forms_found:
+            return
+        self.forms_found = True
+        share = max(1, self.recipe.batch_size // self.world.size)
+        before = [buffer.clone() for buffer in self.plain.buffers()]
+        with torch.compiler.set_stance("force_eager"):
+            if self.steps:
+                shape = (share // self.options.accumulate, 3, *self.data.size)
+                images = torch.zeros(shape, dtype=torch.uint8, device=self.world.device)
+                self.train_model.train()
+                self._loss(images, torch.zeros(len(images), dtype=torch.int64, device=self.world.device))
+            self._judge([torch.arange(min(share, len(self.data.test_labels)))])
+        for buffer, value in zip(self.plain.buffers(), before, strict=True):
+            buffer.copy_(value)
+
     def _step(self, stream: Iterator[tuple[Tensor, Tensor]]) -> None:
         """One step of the optimiser, on one batch."""
+        self._find_forms()
         state, parts = self.state, self.options.accumulate
         torch.manual_seed(stream_seed("step", self.seed, state.epoch, state.step, self.world.rank))
         number = state.epoch * self.steps + state.step
@@ -501,6 +523,7 @@ class Training:
 
         Raises _AskedToStop where ``stop`` says so.
         """
+        self._find_forms()
         device = self.world.device
         self.eval_model.eval()
         found = torch.zeros(4, dtype=torch.float64, device=device)
@@ -510,10 +533,11 @@ class Training:
                 if stop is not None and stop():
                     raise _AskedToStop
                 # One batch may be smaller than the others; it is not worth another compilation.
-                model = self.eval_model if len(truth) == len(batches[0]) else self.plain
+                missing = len(batches[0]) - len(images) if self.recipe.compile else 0
+                given = F.pad(images, (0,) * 7 + (missing,)) if missing else images
                 with torch.autocast(device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
-                    output = model(images)
-                scores = class_scores(output)[0].double()
+                    output = self.eval_model(given)
+                scores = class_scores(output)[0][: len(truth)].double()
                 best = scores.topk(min(5, scores.shape[1]), dim=1).indices
                 guesses.append(best[:, 0])
                 right = best == truth[:, None]
@@ -644,6 +668,7 @@ class Training:
             raise ResultFileError(f"{where}: the checkpoint does not fit the network: {problem}") from problem
         adopt_forms(self.network, stored.meta["forms"])
         choices.restore(stored.meta.get("choices", ()))  # what was measured must not change half-way
+        self.forms_found = not self.recipe.compile
         for name, parameter in self.network.named_parameters():
             if (held := stored.extra.get(f"momentum.{name}")) is not None:
                 self.optimiser.state[parameter]["momentum_buffer"] = held.to(parameter.device).clone(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -100,6 +101,7 @@ def test_what_the_time_depends_on_is_a_case_of_its_own(fastest: Callable[..., li
     assert not is_new(lambda: layer()(torch.randn(X)))
 
 
+@pytest.mark.filterwarnings("ignore:bgc")
 def test_a_form_that_cannot_run_is_left_out_and_if_none_can_the_default_is_taken(
     fastest: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -130,6 +132,78 @@ def test_a_form_that_cannot_run_is_left_out_and_if_none_can_the_default_is_taken
     own(torch.randn(X))
     assert own.chosen == {"training": "two_conv"}
     assert choices.remembered() == []
+
+
+class NoRoom(Exception):
+    """What a launcher of kernels raises, which is no RuntimeError."""
+
+
+def test_whatever_a_form_raises_it_is_left_out_and_that_is_said_once(
+    fastest: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fastest(dense=1.0, concat=2.0)
+    run = BalancedGroupConv2d._run
+
+    def fails(self: BalancedGroupConv2d, form: str, *arguments: Any) -> Tensor:
+        if form == "dense":
+            raise NoRoom("out of resource: shared memory\nand more")
+        return run(self, form, *arguments)
+
+    monkeypatch.setattr(BalancedGroupConv2d, "_run", fails)
+    monkeypatch.setattr(choices, "_said", set())
+    own = layer()
+    with pytest.warns(UserWarning, match=r"bgc: the form 'dense' .*NoRoom: out of resource: shared memory\)"):
+        own(torch.randn(X))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        own(torch.randn(5, 16, 6, 5))
+    assert own.chosen == {"training": "concat"}
+    stored = json.loads(json.dumps(choices.remembered()))
+    assert [entry["left_out"] for entry in stored] == [{"dense": ["NoRoom", "out of resource: shared memory"]}] * 2
+    choices.restore(stored)
+    assert json.loads(json.dumps(choices.remembered())) == stored
+    choices.restore([{name: value for name, value in entry.items() if name != "left_out"} for entry in stored])
+
+
+def test_where_no_form_can_run_the_call_itself_says_why(recwarn: pytest.WarningsRecorder) -> None:
+    with pytest.raises(RuntimeError, match="channels"):
+        layer()(torch.randn(4, 17, 6, 5))
+    assert not [warning for warning in recwarn if "left out" in str(warning.message)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_under_autocast_the_kernels_are_tried_in_its_type(
+    dtype: torch.dtype, fastest: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fastest(triton=1.0)
+    monkeypatch.setattr("bgcbench.kernels.device_ready", lambda kind, index: True)  # as if they could run here ...
+    monkeypatch.setattr("bgcbench.kernels.bgc.launchable", lambda *_: False)  # ... which they cannot
+    own, x = layer(), torch.randn(X).to(dtype)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = own(x)
+    assert own.chosen == {"training": "triton"}
+    assert y.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("kind", [BalancedGroupConv2d, GroupConv2d])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_compiled_code_keeps_the_kernels_of_our_own(kind: type[Any], autocast: bool) -> None:
+    torch.compiler.reset()
+    own, x = kind(16, 32, 3, padding=1, groups=4, algorithm="triton"), torch.randn(X)
+    graphs: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append(graph.code)
+        return graph.forward
+
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        compiled = torch.compile(own, backend=backend, fullgraph=True)
+        torch.testing.assert_close(compiled(x), own(x))
+    assert f"ops.bgcbench.{own.variant}_conv2d" in graphs[0]
+    # There are no kernels of our own for several layers at once.
+    mapped = torch.compile(torch.vmap(own.forward), backend=backend, fullgraph=True)
+    torch.testing.assert_close(mapped(x[None]), own(x)[None], rtol=1e-4, atol=1e-4)
+    assert "bgcbench" not in graphs[1]
 
 
 def test_a_gain_that_is_none_changes_nothing(fastest: Callable[..., list[str]]) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -216,7 +217,7 @@ def recordable(name: str, form: str, mode: str = "zeros") -> VariantConv2d:
 
 def choose_every_form_once(layer: VariantConv2d, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A turn for each form that x may be run in, which the layer has just chosen for itself."""
-    for form in layer.forms(x):
+    for form in layer.forms(x, layer.weight):
         monkeypatch.setattr(choices, "choose", lambda *_, form=form: form)
         layer._met.clear()
         with torch.no_grad():
@@ -233,7 +234,8 @@ class TestRecording:
 
     def test_every_trace_is_the_same_graph(self, name, form, monkeypatch) -> None:
         layer, x = recordable(name, form), torch.randn(2, IN, 6, 6)
-        first = torch.jit.trace(layer, x)
+        first = torch.jit.trace(layer, x, check_trace=False)
+        assert not layer._chosen  # nothing was measured meanwhile
         other = torch.randn(3, IN, 5, 8)
         turns = choose_every_form_once(layer, x, monkeypatch) if form == "auto" else (None, None)
         for _ in turns:
@@ -247,6 +249,7 @@ class TestRecording:
     def test_a_symbolic_trace_takes_any_batch_size_and_layout(self, name, form, mode) -> None:
         layer = recordable(name, form, mode)
         traced = torch.fx.symbolic_trace(layer)
+        assert not layer._chosen
         for shape in ((2, IN, 6, 6), (1, IN, 5, 8)):
             x = torch.randn(shape)
             torch.testing.assert_close(traced(x), layer(x))
@@ -260,7 +263,9 @@ class TestRecording:
         torch.compiler.reset()  # it counts how often the same code is compiled for another layer, and then refuses
         layer, x = recordable(name, form), torch.randn(2, IN, 6, 6)
         compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
-        torch.testing.assert_close(compiled(x), layer(x))
+        y = compiled(x)
+        assert not layer._chosen
+        torch.testing.assert_close(y, layer(x))
         with torch.autocast("cpu", dtype=torch.bfloat16):
             torch.testing.assert_close(compiled(x), layer(x), rtol=2e-2, atol=2e-2)
 
@@ -272,6 +277,13 @@ class TestRecording:
             assert "bgcbench" not in first.graph_module.code
             for _ in choose_every_form_once(layer, x, monkeypatch) if form == "auto" else ():
                 assert torch.export.export(layer, (x,)).graph_module.code == first.graph_module.code
+
+    def test_make_fx_sees_the_composed_operations(self, name, form) -> None:
+        layer, x = recordable(name, form), torch.randn(2, IN, 6, 6)
+        traced = make_fx(layer)(x)
+        assert not layer._chosen
+        assert "aten.add_." not in traced.code  # nothing in place, as where nobody follows
+        torch.testing.assert_close(traced(x), layer(x))
 
     def test_scripting_is_refused_in_one_line(self, name, form) -> None:
         network = torch.nn.Sequential(recordable(name, form), torch.nn.ReLU())

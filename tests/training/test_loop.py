@@ -664,6 +664,37 @@ def test_a_compiled_training_follows_what_lgc_drops() -> None:
     assert compiled.state.history[-1]["learnt"] == {"kept": 0.25}
 
 
+@pytest.mark.parametrize("precision", ["fp64", "bf16"])
+def test_each_kind_of_step_is_compiled_once_in_the_form_that_was_measured(
+    precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graphs: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append(graph.code)
+        return graph.forward
+
+    compiler = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda module: compiler(module, backend=backend))
+    # A step of 6 images in one form and a test batch of 6 in another; of the last 5 test images a third would be.
+    forms = {(6, True): "split", (6, False): "dense"}
+    monkeypatch.setattr(choices, "choose", lambda case, *_: forms.get((case.batch, "w" in case.gradients), "concat"))
+    torch.compiler.reset()
+    recipe = tiny_recipe(precision=precision, layout="nhwc", compile=True, epochs=2)
+    network = tiny_network("bgc", 4) if precision == "fp64" else tiny_network("bgc", 4).float()
+    compiled = trained(network, recipe=recipe)
+    (tested, stepped) = graphs
+    assert ".repeat(" in tested  # the folded kernel
+    assert ".select(" in stepped  # group by group
+    assert compiled.network[3].chosen == {"training": "split", "inference": "dense"}
+    if precision == "fp64":
+        eager = trained(tiny_network("bgc", 4), recipe=replace(recipe, compile=False))
+        for own, other in zip(compiled.state.history, eager.state.history, strict=True):
+            for what in ("train_loss", "test_loss", "test_error"):
+                assert own[what] == pytest.approx(other[what], rel=1e-9)
+        torch.testing.assert_close(compiled.network.state_dict(), eager.network.state_dict())
+
+
 def test_progress_is_told_and_ends_with_every_epoch() -> None:
     run = training(tiny_network())
     seen = [progress for progress in run.run() if progress.ended]
