@@ -389,14 +389,21 @@ class TestNetwork:
         assert main(["approx", "--resume", "r.json"]) == 0
         assert results.read(here / "r.json")["exit_reason"] == "ok"
 
-    def test_weights_that_are_no_numbers_end_the_run_with_the_layers_name(self, here: Path, capsys) -> None:
+    def test_weights_that_are_no_numbers_end_the_rows_of_the_layers_that_they_reach(self, here: Path, capsys) -> None:
         model = build_model("wrn_10_1")
         with torch.no_grad():
             model.stages[1][0].conv1.weight[0, 0] = torch.nan
         torch.save(model.state_dict(), here / "nan.pth")
         arguments = [*NETWORK, "--weights", "nan.pth", "--data", "digits", "--out", "r.json"]
-        assert main(arguments) == 2
-        assert "the inputs of stages.1.0.conv2 are not finite" in capsys.readouterr().err.splitlines()[-1]
+        assert main(arguments) == 1
+        rows = results.read(here / "r.json")["results"]
+        reasons = {row["params"]["layer"]: row["reason"] for row in rows if row["status"] == "error"}
+        assert list(reasons) == ["stages.1.0.conv1", "stages.1.0.conv2", "stages.2.0.conv1", "stages.2.0.conv2"]
+        assert reasons["stages.1.0.conv1"].startswith("the weights of stages.1.0.conv1 are not finite")
+        where = "stages.1.0.conv1 puts out numbers that are not finite (weight holds such)"
+        assert reasons["stages.1.0.conv2"].startswith(f"the inputs of stages.1.0.conv2 are not finite: {where}")
+        assert {row["status"] for row in rows if row["params"]["layer"] not in reasons} == {"ok"}
+        assert where in capsys.readouterr().out
 
     def test_a_dry_run_names_what_is_looked_at_and_what_is_kept(self, here: Path, capsys) -> None:
         assert main([*NETWORK, "--data", "digits", "--dry-run"]) == 0

@@ -273,7 +273,7 @@ class TestRun:
     def test_the_weights_of_a_row_do_not_depend_on_the_others(self, monkeypatch: pytest.MonkeyPatch) -> None:
         def weights(config: ProfileConfig) -> dict[str, torch.Tensor]:
             one = ProfileRun(config, open_session(config), plan(config))
-            return {row.planned.key: one._module(row).weight.detach().clone() for row in one.rows}
+            return {row.planned.key: one._module(row).kernel.detach().clone() for row in one.rows}
 
         few, many = weights(replace(SMALL, groups=(4,))), weights(SMALL)
         assert all(torch.equal(many[key], weight) for key, weight in few.items())

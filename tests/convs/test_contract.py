@@ -217,7 +217,7 @@ def recordable(name: str, form: str, mode: str = "zeros") -> VariantConv2d:
 
 def choose_every_form_once(layer: VariantConv2d, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A turn for each form that x may be run in, which the layer has just chosen for itself."""
-    for form in layer.forms(x, layer.weight):
+    for form in layer.forms(x, layer.kernel):
         monkeypatch.setattr(choices, "choose", lambda *_, form=form: form)
         layer._met.clear()
         with torch.no_grad():

@@ -573,11 +573,19 @@ class Exploding(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.fc = nn.Linear(3, 4)
+        self.fc, self.trained = nn.Linear(3, 4), False
 
     def forward(self, x: Tensor) -> Tensor:
         scores: Tensor = self.fc(x.mean((2, 3)))
-        return scores if self.training else scores * float("nan")
+        self.trained |= self.training
+        return scores * float("nan") if self.trained and not self.training else scores
+
+
+def test_outputs_that_are_no_numbers_before_any_training_end_it() -> None:
+    network = Exploding()
+    network.trained = True
+    with pytest.raises(NotFinite, match="the network's outputs are not finite: the network puts out numbers"):
+        trained(network)
 
 
 def test_a_test_loss_that_is_no_number_stops_the_training_before_it_is_saved(tmp_path: Path) -> None:
