@@ -187,6 +187,7 @@ class NetworkWorkload(Workload):
         super().__init__(module, x, mode, like)
         self.labels = labels
         self.optimiser = torch.optim.SGD(module.parameters(), lr=0.0, momentum=0.9)
+        self._version = x._version
 
     def cell(self, phase: str) -> Cell:
         """The cell of 'fwd' or 'train_step'; raises UsageError for another name."""
@@ -202,12 +203,20 @@ class NetworkWorkload(Workload):
         self.plain.train(phase == "train_step")
 
     def _for_inference(self) -> None:
+        self._renew()
         if self.plain.training:
             self.plain.eval()
 
     def _for_training(self) -> None:
+        self._renew()
         if not self.plain.training:
             self.plain.train()
+
+    def _renew(self) -> None:
+        """New images where the network has worked on them in place: normalised over and over they would grow."""
+        if self.x._version != self._version:
+            self.x.normal_()
+            self._version = self.x._version
 
     def _step(self) -> None:
         self.optimiser.zero_grad(set_to_none=True)
