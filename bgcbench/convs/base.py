@@ -291,7 +291,7 @@ class VariantConv2d(nn.Module, ABC):
         compiled nothing can be measured: the form of the last call outside of it is taken, or the default where there
         was none.
         """
-        asked = self.algorithm
+        asked = self.spec.algorithm
         if is_recorded(x):
             return self.spec.algorithms[0] if asked in ("auto", *CUDA_ALGORITHMS) else asked
         if asked != "auto":

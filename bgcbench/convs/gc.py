@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from bgcbench.convs.base import VariantConv2d, block_diagonal, diagonal_blocks, row_blocks
-from bgcbench.convs.followed import is_transformed
+from bgcbench.convs.followed import is_recorded, is_transformed
 from bgcbench.convs.layouts import like_layout_of
 from bgcbench.theory.leastsquares import Fit, check_cross_moment, check_second_moment, solve_normal
 
@@ -26,8 +26,8 @@ class GroupConv2d(VariantConv2d):
     weight: nn.Parameter
 
     def forward(self, input: Tensor) -> Tensor:
-        is_own = self._form(input) == "triton" and input.dim() == 4
-        if is_own and self.dilation == (1, 1) and not is_transformed():
+        is_own = self.algorithm == "triton" and not is_recorded(input)
+        if is_own and input.dim() == 4 and self.dilation == (1, 1) and not is_transformed():
             from bgcbench.kernels.gc import gc_conv2d
 
             padded, padding = self._padded(input)
