@@ -22,6 +22,7 @@ from typing import Any
 
 import bgcbench
 from bgcbench.errors import OutputError, ResultFileError
+from bgcbench.locks import FileLock
 from bgcbench.specs import FINGERPRINT_FIELDS
 
 SCHEMA_NAME = "bgcbench.result"
@@ -51,6 +52,7 @@ def new_document(
         "finished_at": None,
         "complete": False,
         "exit_reason": "running",
+        "failure": None,
         "quality": quality,
         "tool": {"version": bgcbench.__version__, **_git_state()},
         "environment": environment,
@@ -63,19 +65,45 @@ def new_document(
     }
 
 
+def reopened(document: Json, config: Json) -> Json:
+    """``document`` as a run that goes on with it begins, which has not ended in any way."""
+    running = {"config": config, "finished_at": None, "complete": False, "exit_reason": "running", "failure": None}
+    return {**document, **running}
+
+
 def finish(document: Json, planned: int, *, interrupted: bool = False, failed: str | None = None) -> None:
-    """Set the closing fields from the rows: ok, partial (a row failed), interrupted or error."""
+    """Set the closing fields from the rows: ok, partial (a row failed), interrupted, or error (``failed``: which)."""
     statuses = [row["status"] for row in document["results"]]
     done = sum(status in DONE for status in statuses)
     document["finished_at"] = utc_now()
     document["complete"] = done == planned and not failed
+    document["failure"] = failed
     if failed:
         document["exit_reason"] = "error"
-        document["warnings"].append(failed)
     elif interrupted:
         document["exit_reason"] = "interrupted"
     else:
         document["exit_reason"] = "ok" if document["complete"] else "partial"
+
+
+def measurement_warnings(document: Mapping[str, Any]) -> list[str]:
+    """What the rows' groups and memory passes say against their numbers; what was measured again is left out.
+
+    Reads ``results``, ``interleaved`` and ``settings`` of a profile document.
+    """
+    rows = document["results"]
+    there = {row.get("interleaved") for row in rows}
+    groups = [group for group in document.get("interleaved", ()) if group["id"] in there]
+    slow = sum(len(group.get("canary", {}).get("slow_rounds", ())) for group in groups)
+    rounds = sum(group.get("rounds", 0) for group in groups)
+    lines = []
+    if slow:
+        limit = document["settings"].get("timing", {}).get("canary_tolerance", 0.02)
+        lines.append(f"{slow} of {rounds} rounds ran on a clock over {limit:.0%} slower than at the start")
+    if any(group.get("alone") for group in groups):
+        lines.append("the rows do not fit into memory together: measured one after the other, not paired")
+    differ = [row["key"] for row in rows if (row.get("memory") or {}).get("agreed") is False]
+    return lines + [f"{key}: two memory passes differ" for key in differ]
 
 
 def _git_state() -> Json:
@@ -113,37 +141,50 @@ def dumps(document: Mapping[str, Any]) -> str:
 
 def default_path(command: str, what: str, device: str) -> Path:
     """results/COMMAND-WHAT-DEVICE-UTCTIME.json under the current folder."""
-    stamp = datetime.datetime.now(datetime.timezone.utc).strftime("%Y%m%dT%H%M%SZ")
-    return Path("results") / f"{command}-{_slug(what)}-{_slug(device)}-{stamp}.json"
+    return Path("results") / f"{command}-{_slug(what)}-{_slug(device)}-{_stamp()}.json"
+
+
+def _stamp() -> str:
+    return datetime.datetime.now(datetime.timezone.utc).strftime("%Y%m%dT%H%M%SZ")
 
 
 def _slug(text: str) -> str:
     return re.sub(r"[^a-z0-9_]+", "-", text.lower()).strip("-")
 
 
+Identity = tuple[int, int, int, int]
+
+
+def _identity(found: os.stat_result) -> Identity:
+    """What changes when another program writes a file, in place or anew."""
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
 class ResultWriter:
-    """Writes one document to one path, whole or not at all.
+    """Writes one document to one path, whole or not at all, and never over what somebody else has written meanwhile.
 
     Each write goes to a temporary file in the same folder, is synced and then renamed over the target, so an older
-    file survives until a valid newer one exists. When a write fails in the middle of a run (a full disk), ``problem``
-    says why and the document goes to the system's temporary folder instead (``rescued_to``); the run goes on.
+    file survives until a valid newer one exists. When a write fails in the middle of a run (a full disk), or finds a
+    file that is neither this writer's nor the one it began with, ``problem`` says why and the document goes beside it,
+    or to the system's temporary folder (``rescued_to``); the run goes on.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.rescued_to: Path | None = None
         self.problem: str | None = None
+        self._lock = FileLock(path.parent / f".{path.name.removesuffix('.json')}.lock")
+        self._seen = self._there()
 
-    def probe(self, *, replace: bool) -> None:
-        """Raise OutputError now if the file exists (unless ``replace``) or its folder cannot be written."""
+    def claim(self, *, replace: bool, stored: Json | None = None) -> str | None:
+        """Keep other runs from writing here until :meth:`release`; what cannot be locked is told, None where it can.
+
+        stored: what this run has read here to go on with. Raises OutputError if another run writes here, if the file
+        exists (unless ``replace``) or is no longer ``stored``, or if its folder cannot be written.
+        """
         try:
             if self.path.is_dir():
                 raise OutputError(f"--out {self.path} is a folder; name a file in it")
-            if self.path.exists() and not replace:
-                raise OutputError(
-                    f"--out {self.path} exists; use --force to replace it, --resume {self.path} to continue it, "
-                    "or another name"
-                )
             if self.path.parent.exists() and not self.path.parent.is_dir():
                 raise OutputError(f"--out {self.path} cannot be written: {self.path.parent} is no folder; choose one")
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -153,28 +194,71 @@ class ResultWriter:
             raise OutputError(
                 f"--out {self.path} cannot be written ({error.strerror or error}); choose another folder"
             ) from error
+        unsure = self._locked()
+        self._seen = self._there()
+        if self._seen is not None and not replace:
+            self.release()
+            raise OutputError(
+                f"--out {self.path} exists; use --force to replace it, --resume {self.path} to continue it, "
+                "or another name"
+            )
+        if stored is not None and read(self.path) != stored:
+            self.release()
+            raise OutputError(f"{self.path} was written by another run while this one began; resume it again")
+        return unsure
+
+    def _locked(self) -> str | None:
+        try:
+            self._lock.acquire()
+        except BlockingIOError as held:
+            raise OutputError(
+                f"--out {self.path} is being written by another run ({held.strerror}); wait for its end, or give "
+                "another name"
+            ) from held
+        except OSError as error:
+            return (
+                f"{self.path.parent} cannot lock files ({error.strerror or error}): see to it that no other run writes "
+                f"{self.path.name} meanwhile"
+            )
+        return None
+
+    def release(self) -> None:
+        """Let other runs write here."""
+        self._lock.release()
+
+    def _there(self) -> Identity | None:
+        try:
+            return _identity(os.stat(self.path))
+        except OSError:
+            return None
 
     def write(self, document: Mapping[str, Any]) -> None:
         """Write now. Never raises for a file system that refuses: measuring must not end for that."""
-        text = dumps(document)
+        content = dumps(document).encode()
         if self.problem is None:
-            try:
-                write_atomically(self.path, text.encode())
-            except OSError as error:
-                self.problem = error.strerror or str(error)
+            if self._there() in (None, self._seen):
+                try:
+                    self._seen = _identity(write_atomically(self.path, content))
+                except OSError as error:
+                    self.problem = error.strerror or str(error)
+                else:
+                    return
             else:
+                self.problem = "another program has written it meanwhile"
+        for folder in (self.path.parent, Path(tempfile.gettempdir())):
+            rescue = self.rescued_to or folder / f"bgcbench-rescued-{_stamp()}-{os.getpid()}-{self.path.name}"
+            with contextlib.suppress(OSError):
+                write_atomically(rescue, content)
+                self.rescued_to = rescue
                 return
-        rescue = Path(tempfile.gettempdir()) / f"bgcbench-rescued-{os.getpid()}-{self.path.name}"
-        try:
-            write_atomically(rescue, text.encode())
-        except OSError:
-            self.rescued_to = None
-        else:
-            self.rescued_to = rescue
+        self.rescued_to = None
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all: an older one survives until this one is on the disk. Raises OSError."""
+def write_atomically(path: Path, content: bytes) -> os.stat_result:
+    """Write a file whole or not at all: an older one survives until this one is on the disk. Raises OSError.
+
+    Returns the file's status, which a later one tells apart from what others write.
+    """
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
         with open(handle, "wb") as file:
@@ -185,11 +269,13 @@ def write_atomically(path: Path, content: bytes) -> None:
         umask = os.umask(0)
         os.umask(umask)
         os.chmod(name, 0o666 & ~umask)
+        written = os.stat(name)
         os.replace(name, path)
     except BaseException:
         with contextlib.suppress(OSError):
             os.unlink(name)
         raise
+    return written
 
 
 def read(path: Path) -> Json:

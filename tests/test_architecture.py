@@ -26,7 +26,8 @@ ALLOWED = {
     "convert": {"errors", "specs", "measure", "convs", "models", "record", "policy", "calibration"},
     "activations": {"errors", "specs", "measure", "theory", "convs", "record", "policy", "calibration"},
     "training": {"errors", "specs", "measure", "convs", "data", "results"},
-    "results": {"errors", "specs"},
+    "locks": set(),
+    "results": {"errors", "specs", "locks"},
     "report": {"errors", "specs", "measure", "theory", "results"},
     "plots": {"errors", "specs", "theory", "results"},
     "experiments": {

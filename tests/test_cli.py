@@ -5,10 +5,12 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import re
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import jsonschema
 import pytest
@@ -18,6 +20,7 @@ import bgcbench
 from bgcbench import results
 from bgcbench.cli import main
 from bgcbench.convs.gc import GroupConv2d
+from bgcbench.experiments.profile_run import ProfileRun, Update
 from tests.example import example_document
 
 Cli = Callable[..., subprocess.CompletedProcess[str]]
@@ -38,6 +41,17 @@ def example(here: Path) -> Path:
     path = here / "example.json"
     results.ResultWriter(path).write(example_document())
     return path
+
+
+def while_measuring(monkeypatch: pytest.MonkeyPatch, action: Callable[[], object]) -> None:
+    """Do ``action`` once a run has begun to measure."""
+    look = ProfileRun._look_at_each
+
+    def looking(*arguments: Any) -> Iterator[Update]:
+        action()
+        yield from look(*arguments)
+
+    monkeypatch.setattr(ProfileRun, "_look_at_each", looking)
 
 
 class TestUsage:
@@ -187,10 +201,10 @@ class TestProfile:
     def test_a_full_disk_in_the_middle_of_a_run_loses_nothing(self, here: Path, capsys, monkeypatch) -> None:
         write, target = results.write_atomically, here / "r.json"
 
-        def full(path: Path, content: bytes) -> None:
+        def full(path: Path, content: bytes) -> os.stat_result:
             if path.name == target.name:
                 raise OSError(28, "No space left on device")
-            write(path, content)
+            return write(path, content)
 
         monkeypatch.setattr(results, "write_atomically", full)
         monkeypatch.setattr("tempfile.tempdir", str(here))
@@ -198,19 +212,63 @@ class TestProfile:
         out, err = capsys.readouterr()
         (rescued,) = here.glob("bgcbench-rescued-*")
         assert results.read(rescued)["complete"]
-        assert f"r.json could not be written (No space left on device); the result was rescued to {rescued}" in err
+        assert f"r.json could not be written (No space left on device); the result was rescued to {rescued.name}" in err
         assert "| BGC | 2 |" in out
 
-    def test_a_run_that_breaks_off_leaves_a_valid_file(self, here: Path, monkeypatch) -> None:
+    def test_a_run_that_breaks_off_leaves_a_valid_file_and_one_that_completes_it_no_word_of_that(
+        self, here: Path, capsys, monkeypatch
+    ) -> None:
         def broken(*_: object, **__: object) -> None:
             raise ZeroDivisionError("a bug")
 
-        monkeypatch.setattr("bgcbench.experiments.profile_run.ProfileRun._settle", broken)
-        with pytest.raises(ZeroDivisionError):
-            main([*LIGHT, "--out", "r.json", "--quiet"])
+        with monkeypatch.context() as patched:
+            patched.setattr("bgcbench.experiments.profile_run.ProfileRun._settle", broken)
+            with pytest.raises(ZeroDivisionError):
+                main([*LIGHT, "--out", "r.json", "--quiet"])
         document = results.read(here / "r.json")
-        assert document["exit_reason"] == "error"
-        assert "ZeroDivisionError: a bug" in document["warnings"][-1]
+        assert (document["exit_reason"], document["failure"]) == ("error", "ZeroDivisionError: a bug")
+        assert main(["show", "r.json"]) == 0
+        assert "not complete (error): it broke off with ZeroDivisionError: a bug" in capsys.readouterr().out
+        assert main(["profile", "--resume", "r.json", "--quiet"]) == 0
+        whole = results.read(here / "r.json")
+        assert (whole["exit_reason"], whole["failure"], whole["complete"]) == ("ok", None, True)
+        assert "broke off" not in capsys.readouterr().out
+
+    def test_while_a_resumed_run_measures_its_file_does_not_say_it_has_ended(self, here: Path, monkeypatch) -> None:
+        assert main([*LIGHT, "--out", "r.json", "--quiet"]) == 0
+        seen: list[tuple[object, ...]] = []
+        write = results.ResultWriter.write
+
+        def watched(self: results.ResultWriter, document: dict[str, object]) -> None:
+            seen.append((document["exit_reason"], document["complete"], document["finished_at"] is None))
+            write(self, document)
+
+        monkeypatch.setattr(results.ResultWriter, "write", watched)
+        assert main(["profile", "--resume", "r.json", "--groups", "4", "--quiet"]) == 0
+        assert set(seen[:-1]) == {("running", False, True)}
+        assert seen[-1] == ("ok", True, False)
+
+    def test_a_second_run_on_the_same_file_is_refused_while_the_first_lives(
+        self, here: Path, cli: Cli, monkeypatch
+    ) -> None:
+        second: list[subprocess.CompletedProcess[str]] = []
+        while_measuring(monkeypatch, lambda: second.append(cli(*LIGHT, "--out", "r.json", "--force")))
+        assert main([*LIGHT, "--out", "r.json", "--quiet"]) == 0
+        assert (second[0].returncode, second[0].stdout) == (4, "")
+        (line,) = second[0].stderr.splitlines()
+        assert "--out r.json is being written by another run (process " in line
+        assert [path.name for path in here.iterdir()] == ["r.json"]
+
+    def test_a_run_whose_file_somebody_else_has_written_is_exit_4_and_keeps_both(
+        self, here: Path, capsys, monkeypatch
+    ) -> None:
+        while_measuring(monkeypatch, lambda: (here / "r.json").write_text("theirs"))
+        assert main([*LIGHT, "--out", "r.json"]) == 4
+        (rescued,) = here.glob("bgcbench-rescued-*-r.json")
+        message = f"(another program has written it meanwhile); the result was rescued to {rescued.name}"
+        assert message in capsys.readouterr().err
+        assert (here / "r.json").read_text() == "theirs"
+        assert results.read(rescued)["complete"]
 
     def test_resume_needs_no_other_option_and_measures_only_what_is_missing(self, here: Path, capsys) -> None:
         assert main([*LIGHT, "--out", "r.json", "--quiet"]) == 0

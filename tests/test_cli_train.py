@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import bgcbench
 from bgcbench import results
 from bgcbench.cli import main
 from bgcbench.data import cifar10, imagefolder
+from bgcbench.experiments.train_run import TrainRun, Update
 from bgcbench.theory import paper
 from tests.conftest import ROOT
 from tests.data.test_cifar10 import fabricate
@@ -540,14 +542,35 @@ def test_seeds_and_variants_can_be_added_to_a_file(here: Path) -> None:
     assert main([*SMALL, "--variants", "gc", "--no-reference", "--out", "r.json"]) == 0
     found = document("r.json")
     before = found["results"][0]
-    found["warnings"].append("the run broke off: somebody pulled the plug")  # an earlier run
+    found |= {"complete": False, "exit_reason": "error", "failure": "somebody pulled the plug"}
     Path("r.json").write_text(json.dumps(found))
     assert main(["train", "--resume", "r.json", "--seeds", "1", "--variants", "bgc", "--quiet"]) == 0
     found = document("r.json")
     assert [row["key"][16:] for row in found["results"]] == ["gc-n2-s0", "bgc-n2-s0", "gc-n2-s1", "bgc-n2-s1"]
     assert found["results"][0] == before
     assert found["complete"]
-    assert found["warnings"] == []
+    assert (found["failure"], found["warnings"]) == (None, [])
+
+
+def test_a_second_run_with_force_touches_neither_the_file_nor_the_checkpoints_of_one_that_lives(
+    here: Path, cli: Callable[..., subprocess.CompletedProcess[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = [*SMALL, "--variants", "gc", "--no-reference", "--out", "r.json"]
+    second: list[subprocess.CompletedProcess[str]] = []
+    work, checkpoints = TrainRun._work, Path("r.checkpoints")
+
+    def working(self: TrainRun) -> Iterator[Update]:
+        yield from work(self)
+        before = sorted(checkpoints.rglob("*.pt"))
+        second.append(cli(*arguments, "--force", "--lr", "0.5"))
+        assert sorted(checkpoints.rglob("*.pt")) == before != []
+
+    monkeypatch.setattr(TrainRun, "_work", working)
+    assert main(arguments) == 0
+    assert second[0].returncode == 4
+    assert "--out r.json is being written by another run" in second[0].stderr
+    assert document("r.json")["argv"] == arguments
+    assert sorted(path.name for path in here.iterdir()) == ["r.checkpoints", "r.json"]
 
 
 @pytest.mark.parametrize(

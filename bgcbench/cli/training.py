@@ -286,7 +286,8 @@ def settled(command: Command, given: dict[str, Any], asked: Asked) -> tuple[Any,
     output = dataclasses.replace(output, replace=output.replace or replacing)
     config = _configuration(command, given, stored, str(path))
     command.check_places(config, fresh=stored is None, replace=asked.force or asked.dry_run)
-    output.probe(dry_run=asked.dry_run)
+    if own_rank() == 0:  # which alone writes
+        output.probe(dry_run=asked.dry_run)
     if asked.resume == "auto" and path is not None and not asked.quiet and own_rank() == 0:
         common.say(f"going on with {path}")
     return config, stored, output
@@ -399,26 +400,23 @@ def carry_out(
                     common.say(line)
             if dry_run:
                 return 0 if quiet else _estimate(command, run, interrupts, quiet=output.quiet)
-            with only_first_speaks():
-                run.make_room()
-            document = stored or results.new_document(
-                command.name,
-                context.obj or [],
-                prepared.config.to_json(),
-                session.environment,
-                session.settings,
-                "quick" if config.quick else "full",
-            )
-            document |= {"config": prepared.config.to_json(), "exit_reason": "running"}
-            code = common.carried_out(
-                lambda writer: _follow(command, _saved(run, document, writer), run, quiet=output.quiet),
-                lambda: _take(run, document),
-                document,
-                [row.key for row in run.rows],
-                output,
-                interrupts,
-                speaks=world.is_main,
-            )
+            with contextlib.ExitStack() as claim:
+                writers: list[ResultWriter | None] = []
+                with only_first_speaks():
+                    world.once(lambda: writers.append(claim.enter_context(output.claimed(stored, interrupts))))
+                    run.make_room()
+                writer = writers[0] if writers else None
+                document = common.document_of(command.name, context, prepared.config, session, stored)
+                code = common.carried_out(
+                    lambda: _follow(command, _saved(run, document, writer), run, quiet=output.quiet),
+                    lambda: _take(run, document),
+                    document,
+                    [row.key for row in run.rows],
+                    output,
+                    writer,
+                    interrupts,
+                    speaks=world.is_main,
+                )
             if output.plot is not None and any(map(command.is_drawable, document["results"])):
                 common.draw(document, output.plot, None)
                 if not output.quiet:

@@ -211,6 +211,7 @@ class _Row:
     tracks: dict[str, Track[Cell]] = field(default_factory=dict)
     phases: dict[str, Json] = field(default_factory=dict)
     interleaved: int | None = None
+    alone: bool = False  # measured by itself because the group does not fit into memory together
     status: str = "interrupted"
     reason: str | None = "not measured yet"
 
@@ -270,7 +271,6 @@ class ProfileRun:
         if subjects is None:
             subjects = layer_subjects(config, rows)
         self.rows = [_Row(row, subjects[row.key]) for row in rows if row.key in subjects and row.key not in self.kept]
-        self._slow = self._rounds = 0
         self._inputs: dict[tuple[tuple[int, ...], bool], torch.Tensor] = {}
 
     def run(self) -> Iterator[Update]:
@@ -345,8 +345,6 @@ class ProfileRun:
         if row.peak is None or row.first_call_s[fullest] < 0.25:
             cell = workload.cell(fullest)
             row.peak = measure_peak(cell.eager or cell, self.session.device, passes=1 if self.config.quick else 2)
-            if not row.peak.agreed:
-                self.warnings.append(f"{row.planned.key}: two memory passes differ")
 
     def _fail(self, row: _Row, failure: BaseException) -> None:
         """Give ``row`` its status; a lost device is the end of the others too."""
@@ -389,10 +387,9 @@ class ProfileRun:
             held = graphs * sum(deltas) if self.config.mode == "graph" else max(deltas, default=0)
             held += sum(row.subject.held_bytes for row in members)
             if held > 0.8 * environment.available_bytes(self.session.device):
-                self.warnings.append(
-                    "the rows do not fit into memory together: measured one after the other, not paired"
-                )
-                groups += [[row] for row in members]
+                for row in members:
+                    row.alone = True
+                    groups.append([row])
             else:
                 groups.append(members)
         return groups
@@ -426,7 +423,7 @@ class ProfileRun:
             share = max(row.subject.quick_share for row in rows)
             rules = dataclasses.replace(rules, max_time_s=rules.max_time_s * share)
         group = Group(tracks, stopwatch, rules, order, self.stop)
-        entry: Json = {"id": identity, "max_time_s": rules.max_time_s}
+        entry: Json = {"id": identity, "max_time_s": rules.max_time_s, "alone": any(row.alone for row in rows)}
         self.interleaved.append(entry)
         for progress in group.run():
             if progress.track is not None and progress.track.failure is not None:
@@ -436,21 +433,11 @@ class ProfileRun:
             doing = "warming up" if progress.round == 0 else f"round {progress.round}"
             yield self._update(doing, progress, save=progress.round_done)
         self._settle(rows, group, entry, finished=not group.interrupted)
-        if not group.interrupted:
-            self._count_slow(len(group.canary.slow_rounds), group.rounds)
         for row in rows:
             row.tracks.clear()  # and with them the layers
         self._inputs.clear()
         free_memory(device)
         yield self._update("group done", save=True)
-
-    def _count_slow(self, slow: int, rounds: int) -> None:
-        """One warning for all groups on how many rounds a slow clock has touched."""
-        self._slow, self._rounds = self._slow + slow, self._rounds + rounds
-        ending = f" rounds ran on a clock over {self.session.rules.canary_tolerance:.0%} slower than at the start"
-        self.warnings[:] = [warning for warning in self.warnings if not warning.endswith(ending)]
-        if self._slow:
-            self.warnings.append(f"{self._slow} of {self._rounds}{ending}")
 
     def _settle(self, rows: list[_Row], group: Group[Cell], entry: Json, *, finished: bool) -> None:
         """Bring the rows' statuses and the group's record up to date."""
@@ -508,6 +495,7 @@ class ProfileRun:
             "peak_bytes": peak.peak_bytes if peak else None,
             "peak_delta_bytes": peak.delta_bytes if peak else None,
             "method": peak.method if peak else "formula",
+            "agreed": peak.agreed if peak else None,
         }
         return {
             "key": row.planned.key,

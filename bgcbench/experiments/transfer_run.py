@@ -44,7 +44,7 @@ from bgcbench.measure.device import Failure, describe_failure, free_memory
 from bgcbench.measure.statistics import Series, ratio_of_medians
 from bgcbench.models import build_model
 from bgcbench.models.weights import Loaded, load_weights
-from bgcbench.results import DONE, Json, write_atomically
+from bgcbench.results import DONE, Json, measurement_warnings, write_atomically
 from bgcbench.specs import HELD_OUT
 from bgcbench.theory import paper
 from bgcbench.training.checkpoint import Checkpoints
@@ -461,7 +461,8 @@ class TransferRun(TrainRun):
             return True
         if self.stop():
             return False
-        self.warnings += [f"--time: {text}" for text in run.warnings if text not in session.warnings]
+        timed = {"results": measured, "interleaved": run.interleaved, "settings": session.settings}
+        self.warnings += [f"--time: {text}" for text in measurement_warnings(timed)]
         for found in measured:
             if found["status"] != "ok":
                 label = network_label(*_cell(found["params"]))

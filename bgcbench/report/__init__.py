@@ -24,7 +24,7 @@ from rich.text import Text
 from bgcbench.errors import UsageError
 from bgcbench.measure.counts import count
 from bgcbench.measure.statistics import Interval, Ratio, Series, ratio_of_medians
-from bgcbench.results import Json, dumps
+from bgcbench.results import Json, dumps, measurement_warnings
 from bgcbench.specs import VARIANTS, ConvSpec
 from bgcbench.theory import paper
 from bgcbench.theory.exact import white_error
@@ -393,10 +393,12 @@ def notes(
     if document.get("quality") == "quick":
         lines.append(f"a quick look: {quick}")
     if document["exit_reason"] in ("running", "interrupted", "error"):
-        lines.append(f"this run is not complete ({document['exit_reason']})")
+        why = f": it broke off with {document['failure']}" if document.get("failure") else ""
+        lines.append(f"this run is not complete ({document['exit_reason']}){why}")
     # The fields of a row tell which rows failed; a reason longer than a flag stands here.
     lines += [f"{row['key']}: {row['status']}: {row['reason']}" for row in rows if row["status"] in ("oom", "error")]
-    return lines + [f"warning: {warning}" for warning in document["warnings"]]
+    warnings = dict.fromkeys((*document["warnings"], *measurement_warnings(document)))  # older files hold both
+    return lines + [f"warning: {warning}" for warning in warnings]
 
 
 def profile_records(document: Json) -> list[Json]:
