@@ -8,6 +8,7 @@ description. Schema history:
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import datetime
 import importlib.resources
@@ -16,7 +17,7 @@ import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,15 @@ SCHEMA_VERSION = "1.0"
 DONE = ("ok", "invalid")  # statuses that a resumed run keeps
 
 Json = dict[str, Any]
+
+# What a number in a file may be but 0, far beyond anything that is measured: ratios of any two are finite. A NaN is
+# neither above nor below.
+LEAST, MOST = 1e-60, 1e30
+
+# What a terminal or an editor acts on instead of showing it: control characters, marks that change the direction of
+# text, halves of characters.
+_ACTED_ON = r"\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff"
+_UNPRINTABLE, _BEYOND_ASCII = re.compile(rf"[\x00-\x1f{_ACTED_ON}]"), re.compile(f"[{_ACTED_ON}]")
 
 # An array of numbers that json.dumps spread over lines: samples are put back on one.
 _NUMBER_ARRAY = re.compile(r"\[\n\s*(-?[\d.eE+-]+(?:,\n\s*-?[\d.eE+-]+)*)\n\s*\]")
@@ -133,9 +143,16 @@ def schema() -> Json:
     return loaded
 
 
+def printable(text: str) -> str:
+    """``text`` in one line that no terminal acts on: control characters as \\xNN or \\uNNNN, line ends as spaces."""
+    return _UNPRINTABLE.sub(lambda found: " " if found[0] in "\r\n\t" else ascii(found[0])[1:-1], text)
+
+
 def dumps(document: Mapping[str, Any]) -> str:
     """The document as JSON text, arrays of numbers on one line. NaN and infinity raise ValueError."""
     text = json.dumps(document, indent=1, allow_nan=False, ensure_ascii=False)
+    # JSON escapes control characters below 0x20 and leaves the others to us.
+    text = _BEYOND_ASCII.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
     return _NUMBER_ARRAY.sub(lambda match: "[" + re.sub(r",\n\s*", ", ", match[1]) + "]", text) + "\n"
 
 
@@ -281,14 +298,19 @@ def write_atomically(path: Path, content: bytes) -> os.stat_result:
 def read(path: Path) -> Json:
     """The document in ``path``; raises ResultFileError for a file that is missing, torn, foreign or too new."""
     try:
-        text = path.read_text(encoding="utf-8")
+        content = path.read_bytes()
     except OSError as error:
         raise ResultFileError(f"{path} cannot be read: {error.strerror or error}") from error
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise ResultFileError(
+            f"{path} is UTF-16, as PowerShell's > writes what a program prints: name the file with --out FILE instead, "
+            "or convert it to UTF-8"
+        )
+    try:
+        document = json.loads(content.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise ResultFileError(f"{path} is not a bgcbench result: not UTF-8 text") from error
-    try:
-        document = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         where = f" (line {error.lineno})" if isinstance(error, json.JSONDecodeError) else ""
         raise ResultFileError(f"{path} is not complete JSON{where}: truncated, or not a bgcbench result") from error
     check_document(document, str(path))
@@ -297,7 +319,7 @@ def read(path: Path) -> Json:
 
 
 def check_document(document: object, name: str) -> None:
-    """Raise ResultFileError unless ``document`` is a result that this version can read."""
+    """Raise ResultFileError unless ``document`` is a result that this version can read and show."""
     head = document.get("schema") if isinstance(document, dict) else None
     if not isinstance(head, dict) or head.get("name") != SCHEMA_NAME:
         raise ResultFileError(f"{name} is not a bgcbench result: its schema name is not '{SCHEMA_NAME}'")
@@ -307,13 +329,37 @@ def check_document(document: object, name: str) -> None:
             f"{name} has schema version {version}; this bgcbench reads {SCHEMA_VERSION.split('.')[0]}.x: "
             "use the version that wrote it"
         )
+    for path, value in _numbers(document):
+        if not (value == 0 or LEAST < abs(value) < MOST):
+            raise ResultFileError(f"{name} is damaged: {_place(path)}: no measurement has a number such as this one")
     import jsonschema  # here, because only reading needs it
 
     validator = jsonschema.Draft202012Validator(schema())
     problem = jsonschema.exceptions.best_match(validator.iter_errors(document))
     if problem is not None:
-        where = "/".join(str(part) for part in problem.absolute_path) or "the document"
-        raise ResultFileError(f"{name} is damaged: {where}: {problem.message[:160]}")
+        raise ResultFileError(f"{name} is damaged: {_place(problem.absolute_path)}: {problem.message[:160]}")
+    for number, row in enumerate(document["results"] if isinstance(document, dict) else ()):
+        for phase, measured in row.get("phases", {}).items():
+            if len(measured["samples_s"]) != len(measured["rounds"]):
+                where = _place(("results", number, "phases", phase))
+                raise ResultFileError(f"{name} is damaged: {where}: samples_s and rounds are not of equal length")
+
+
+def _place(path: Iterable[str | int]) -> str:
+    return "/".join(map(str, path)) or "the document"
+
+
+def _numbers(document: object) -> Iterator[tuple[tuple[str | int, ...], float]]:
+    """Every number in a document and where it stands."""
+    left: list[tuple[tuple[str | int, ...], object]] = [((), document)]
+    while left:
+        path, value = left.pop()
+        if isinstance(value, dict):
+            left += [((*path, key), entry) for key, entry in value.items()]
+        elif isinstance(value, list):
+            left += [((*path, index), entry) for index, entry in enumerate(value)]
+        elif isinstance(value, (int, float)):
+            yield path, value
 
 
 def check_command(document: Json, command: str, name: str) -> None:

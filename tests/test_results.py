@@ -246,13 +246,23 @@ def test_files_that_are_no_results_are_refused_in_one_line(tmp_path: Path) -> No
         with pytest.raises(ResultFileError, match=message) as caught:
             results.read(broken(path, content))
         assert "\n" not in str(caught.value)
-    path.write_bytes(b"\xff\xfe\x00")
+    path.write_bytes(b"\xff\xfd\x00")
     with pytest.raises(ResultFileError, match="not UTF-8"):
         results.read(path)
     with pytest.raises(ResultFileError, match="cannot be read: No such file"):
         results.read(tmp_path / "missing.json")
     with pytest.raises(ResultFileError, match="cannot be read"):
         results.read(tmp_path)
+
+
+def test_what_other_programs_do_to_text_files_is_known(tmp_path: Path) -> None:
+    path, text = tmp_path / "r.json", results.dumps(example_document())
+    path.write_text(text, encoding="utf-8-sig")  # an editor on Windows
+    assert results.read(path) == example_document()
+    for encoding in ("utf-16", "utf-16-be"):
+        path.write_bytes(("\ufeff" if encoding.endswith("be") else "").encode(encoding) + text.encode(encoding))
+        with pytest.raises(ResultFileError, match=r"is UTF-16, as PowerShell's > writes.*--out FILE"):
+            results.read(path)
 
 
 def test_keys_of_a_later_minor_version_are_ignored(tmp_path: Path) -> None:

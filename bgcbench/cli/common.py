@@ -273,8 +273,12 @@ def stdout(report: Report) -> Console:
 
 
 def say(message: str) -> None:
-    """Print a line on stderr."""
-    print(message, file=sys.stderr, flush=True)
+    """Print a line on stderr, where there is one; it may hold whatever a file or a network is called."""
+    from bgcbench.results import printable
+
+    with contextlib.suppress(OSError, AttributeError):  # a full disk or a closed stderr ends no measurement
+        sys.stderr.write(f"{printable(message)}\n")
+        sys.stderr.flush()
 
 
 def draw(document: dict[str, Any], path: Path, picture: str | None) -> None:
@@ -294,7 +298,7 @@ def follow(steps: Iterator[tuple[str, float | None]], *, quiet: bool) -> None:
         for _ in steps:
             pass
         return
-    columns = TextColumn("{task.description}"), BarColumn(bar_width=16), TimeElapsedColumn()
+    columns = TextColumn("{task.description}", markup=False), BarColumn(bar_width=16), TimeElapsedColumn()
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("starting", total=None)
         for doing, done in steps:

@@ -331,7 +331,7 @@ def _follow(updates: Iterator[Update], *, quiet: bool) -> None:
         for _ in updates:
             pass
         return
-    columns = TextColumn("{task.description}"), BarColumn(bar_width=16), TextColumn("{task.fields[left]}")
+    columns = TextColumn("{task.description}", markup=False), BarColumn(bar_width=16), TextColumn("{task.fields[left]}")
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("starting", total=None, left="")
         for update in updates:

@@ -514,6 +514,8 @@ def _follow(command: Command, updates: Iterator[Update], run: TrainRun, *, quiet
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn
 
+    from bgcbench.results import printable
+
     console = Console(stderr=True)
     said = len(run.warnings)
     if quiet or not console.is_terminal:
@@ -525,12 +527,12 @@ def _follow(command: Command, updates: Iterator[Update], run: TrainRun, *, quiet
             if line is not None:
                 common.say(line)
         return
-    columns = TextColumn("{task.description}"), BarColumn(bar_width=12)
+    columns = TextColumn("{task.description}", markup=False), BarColumn(bar_width=12)
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("starting", total=1.0)
         for update in updates:
             for warning in run.warnings[said:]:
-                bar.console.print(warning)
+                bar.console.print(printable(warning), markup=False, highlight=False)
             said = len(run.warnings)
             bar.update(task, description=_bar_text(update, run), completed=update.done)
 

@@ -12,6 +12,7 @@ import functools
 import io
 import json
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,7 +25,7 @@ from rich.text import Text
 from bgcbench.errors import UsageError
 from bgcbench.measure.counts import count
 from bgcbench.measure.statistics import Interval, Ratio, Series, ratio_of_medians
-from bgcbench.results import Json, dumps, measurement_warnings
+from bgcbench.results import Json, dumps, measurement_warnings, printable
 from bgcbench.specs import VARIANTS, ConvSpec
 from bgcbench.theory import paper
 from bgcbench.theory.exact import white_error
@@ -150,11 +151,16 @@ def counted(rows: Sequence[Json], text: Callable[[Json], str]) -> list[str]:
     return [text(row) if row["counts"] else "-" for row in rows]
 
 
+def label_of(variant: str) -> str:
+    """A variant's name in tables; one that a newer version has written is called what it is."""
+    return VARIANTS[variant].label if variant in VARIANTS else variant
+
+
 def variant_name(row: Json, rows: Sequence[Json]) -> str:
     """The variant's label, with its algorithm where several are in the table."""
     variant = row["params"]["variant"]
     forms = {r["params"]["algorithm"] for r in rows if r["params"]["variant"] == variant}
-    label = VARIANTS[variant].label if variant in VARIANTS else str(variant)
+    label = label_of(variant)
     return label if len(forms) < 2 else f"{label} {row['params']['algorithm']}"
 
 
@@ -468,7 +474,7 @@ def table1_report(
         records.append(_table1_record(name, number, spec, size))
     dense_ops = records[0]["paper_ops"]
     columns = [
-        Column("method", [VARIANTS[r["variant"]].label for r in records], right=False, lead=True),
+        Column("method", [label_of(r["variant"]) for r in records], right=False, lead=True),
         Column("N", [str(r["groups"]) for r in records], lead=True),
         Column("intergroup", [r["intergroup"] for r in records], right=False),
         Column("channels", [r["channels_per_group"] for r in records], right=False),
@@ -621,22 +627,57 @@ def document_report(document: Json) -> Report:
     return {"profile": profile_report}[document["command"]](document)
 
 
+def rewritten(report: Report, change: Callable[[str], str]) -> Report:
+    """``report`` with ``change`` made to every text of it: titles, headers, cells and lines."""
+    columns = [
+        dataclasses.replace(column, header=change(column.header), cells=[change(text) for text in column.cells])
+        for column in report.columns
+    ]
+    return dataclasses.replace(
+        report,
+        title=[change(text) for text in report.title],
+        columns=columns,
+        sections={heading: [change(text) for text in lines] for heading, lines in report.sections.items()},
+        more=[rewritten(part, change) for part in report.more],
+    )
+
+
+# What GitHub-flavoured Markdown acts on inside a line, but for an underscore within a word and a bracket that nothing
+# makes a link of.
+_MARKUP = re.compile(r"[\\`*~$]|<(?=[A-Za-z/!?])|&(?=#?\w+;)|\](?=[(\[:])|(?<![^\W_])_|_(?![^\W_])")
+# What makes a heading, a quotation or a list of a line that begins with it.
+_BLOCK = re.compile(r"^(?:(?P<sign>[#>+=-])|(?P<number>\d+)(?P<end>[.)])(?!\S))")
+
+
+def _markdown(text: str) -> str:
+    """``text`` as Markdown that shows it as it is."""
+    return _MARKUP.sub(r"\\\g<0>", printable(text))
+
+
+def _markdown_line(text: str) -> str:
+    """``text`` that is escaped as a line of its own."""
+    return _BLOCK.sub(
+        lambda found: f"\\{found['sign']}" if found["sign"] else f"{found['number']}\\{found['end']}", text.lstrip()
+    )
+
+
 def as_markdown(report: Report) -> str:
     """GitHub-flavoured Markdown at full width."""
+    report = rewritten(report, _markdown)
 
     def line(texts: Sequence[str]) -> str:
         return "| " + " | ".join(text.replace("|", "\\|") for text in texts) + " |"
 
     lines: list[str] = []
     for part in (report, *report.more):
-        lines += [*([""] if lines else []), *part.title, ""]
+        lines += [*([""] if lines else []), *(_markdown_line(text).replace("|", "\\|") for text in part.title), ""]
         lines.append(line([column.header for column in part.columns]))
         lines.append(line(["---:" if column.right else "---" for column in part.columns]))
         lines += [line(texts) for texts in zip(*(column.cells for column in part.columns), strict=True)]
         for heading, entries in ordered_sections(part):
-            lines += ["", f"{heading}:", "", *(f"- {entry}" for entry in entries)]
+            lines += ["", f"{heading}:", "", *(f"- {_markdown_line(entry)}" for entry in entries)]
     for heading, entries in closing_sections(report):
-        lines += ["", f"{heading}:", "", *(f"- {entry}" for entry in entries)]
+        lines += ["", f"{heading}:", "", *(f"- {_markdown_line(entry)}" for entry in entries)]
     return "\n".join(lines) + "\n"
 
 
@@ -654,21 +695,30 @@ def as_csv(report: Report) -> str:
     """The report's records; the header is the union of their fields in order of appearance."""
     fields = list(dict.fromkeys(name for record in report.records for name in record))
     out = io.StringIO()
-    writer = csv.DictWriter(out, fields, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(report.records)
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(map(_csv_cell, fields))
+    writer.writerows([_csv_cell(record.get(name)) for name in fields] for record in report.records)
     return out.getvalue()
+
+
+def _csv_cell(value: Any) -> Any:
+    """A value in one line; a text that a spreadsheet would take for a formula begins with an apostrophe."""
+    if not isinstance(value, (str, list, dict)):
+        return value
+    text = printable(str(value))
+    return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text
 
 
 def as_rich(report: Report, width: int) -> RenderableType:
     """Rich tables that fit ``width``: columns that find no room go into a further table below, led by the same rows."""
+    report = rewritten(report, printable)
     parts: list[RenderableType] = []
     for part in (report, *report.more):
         parts += [*([Text("")] if parts else []), *(Text(text) for text in part.title)]
         for columns in split_columns(part.columns, width):
             table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
             for column in columns:
-                table.add_column(column.header, justify="right" if column.right else "left", overflow="fold")
+                table.add_column(Text(column.header), justify="right" if column.right else "left", overflow="fold")
             for texts in zip(*(column.cells for column in columns), strict=True):
                 table.add_row(*(Text(text) for text in texts))
             parts += [Text(""), table]

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bgcbench.report import scaled, where_line
+from bgcbench.report import label_of, scaled, where_line
 from bgcbench.results import Json
 from bgcbench.specs import VARIANTS
 
@@ -47,7 +47,7 @@ class Cell:
 
     @property
     def label(self) -> str:
-        return VARIANTS[self.variant].label if self.variant in VARIANTS else self.variant
+        return label_of(self.variant)
 
     @property
     def name(self) -> str:
