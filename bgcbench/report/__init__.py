@@ -170,8 +170,12 @@ def executed_count(row: Json, name: str) -> int:
     return counts.get(f"{name}_training", counts[name]) if row["params"]["algorithm"] == "masked" else counts[name]
 
 
+def _white_error(row: Json) -> float | None:
+    return (row["approximability"] or {}).get("white_error")
+
+
 def _white(row: Json) -> str:
-    error = row["approximability"]["white_error"]
+    error = _white_error(row)
     return "-" if error is None else f"{error:.3f}"
 
 
@@ -295,7 +299,7 @@ def verdict(row: Json, reference: Json | None, phase: str, rows: Sequence[Json])
     name = f"{variant_name(row, rows)} N={row['params']['groups']}"
     if row["status"] != "ok" and phase not in row["phases"]:
         return f"{name}: {row['status']}: {row['reason']}"
-    error = row["approximability"]["white_error"]
+    error = _white_error(row)
     loss = "" if error is None else f"; white error {error:.3g}"
     ratio = row_ratio(reference, row, phase)
     if ratio is None or reference is None:
