@@ -251,24 +251,29 @@ class ResultWriter:
 
     def write(self, document: Mapping[str, Any]) -> None:
         """Write now. Never raises for a file system that refuses: measuring must not end for that."""
-        content = dumps(document).encode()
         if self.problem is None:
             if self._there() in (None, self._seen):
                 try:
-                    self._seen = _identity(write_atomically(self.path, content))
+                    self._seen = _identity(write_atomically(self.path, dumps(document).encode()))
                 except OSError as error:
                     self.problem = error.strerror or str(error)
                 else:
                     return
             else:
                 self.problem = "another program has written it meanwhile"
-        for folder in (self.path.parent, Path(tempfile.gettempdir())):
-            rescue = self.rescued_to or folder / f"bgcbench-rescued-{_stamp()}-{os.getpid()}-{self.path.name}"
-            with contextlib.suppress(OSError):
-                write_atomically(rescue, content)
-                self.rescued_to = rescue
-                return
-        self.rescued_to = None
+        self.rescued_to = rescue(document, self.path.name, self.path.parent, self.rescued_to)
+
+
+def rescue(document: Mapping[str, Any], name: str, folder: Path = Path(), earlier: Path | None = None) -> Path | None:
+    """Write a document that cannot go where it should to ``earlier``, else into ``folder``, else where temporary files
+    go; returns where it is, None where it could not be written at all."""
+    stem = f"bgcbench-rescued-{_stamp()}-{os.getpid()}-{name}"
+    for path in (earlier, folder / stem, Path(tempfile.gettempdir()) / stem):
+        with contextlib.suppress(OSError):
+            if path is not None:
+                write_atomically(path, dumps(document).encode())
+                return path
+    return None
 
 
 def write_atomically(path: Path, content: bytes) -> os.stat_result:

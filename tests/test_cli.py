@@ -7,7 +7,9 @@ import io
 import json
 import os
 import re
+import shlex
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from bgcbench import results
 from bgcbench.cli import main
 from bgcbench.convs.gc import GroupConv2d
 from bgcbench.experiments.profile_run import ProfileRun, Update
+from tests.conftest import ROOT
 from tests.example import example_document
 
 Cli = Callable[..., subprocess.CompletedProcess[str]]
@@ -41,6 +44,14 @@ def example(here: Path) -> Path:
     path = here / "example.json"
     results.ResultWriter(path).write(example_document())
     return path
+
+
+def in_shell(arguments: list[str], ending: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """``bgcbench ARGUMENTS ENDING``, typed into a shell."""
+    line = f"{shlex.join([sys.executable, '-m', 'bgcbench', *arguments])} {ending}"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(["bash", "-c", line], cwd=folder, env=environment, capture_output=True, text=True,
+                          check=False, timeout=120)  # fmt: skip
 
 
 def while_measuring(monkeypatch: pytest.MonkeyPatch, action: Callable[[], object]) -> None:
@@ -369,15 +380,48 @@ class TestProcess:
         assert (done.returncode, done.stderr) == (0, "")
         assert done.stdout.startswith("Table 1 for a 3x3 convolution")
 
-    def test_a_reader_that_goes_away_is_no_error(self, cli: Cli, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("form", ["table", "json"])
+    def test_a_reader_that_goes_away_is_no_error(self, form: str, tmp_path: Path) -> None:
         results.ResultWriter(tmp_path / "r.json").write(example_document())
-        module = f"{cli('--version').args[0]} -m bgcbench show r.json --format json"
-        done = subprocess.run(
-            ["bash", "-c", f"PYTHONPATH={Path(bgcbench.__file__).parents[1]} {module} | head -c 10"],
-            cwd=tmp_path, capture_output=True, text=True, check=False, timeout=60,
-        )  # fmt: skip
-        assert done.stderr == ""
-        assert done.stdout == '{\n "schema'
+        done = in_shell(["show", "r.json", "--format", form], "| head -c 5; exit ${PIPESTATUS[0]}", tmp_path)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert len(done.stdout) == 5
+
+    @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+    @pytest.mark.parametrize(
+        "arguments",
+        [*(["show", "r.json", "--format", form] for form in ("table", "markdown", "csv", "json")), ["--version"],
+         ["--help"], ["profile", "--help"], ["compare", "r.json", "r.json"]],
+    )  # fmt: skip
+    def test_a_full_disk_behind_stdout_is_exit_4_and_one_line(self, arguments: list[str], tmp_path: Path) -> None:
+        results.ResultWriter(tmp_path / "r.json").write(example_document())
+        done = in_shell(arguments, "> /dev/full", tmp_path)
+        assert (done.returncode, done.stderr) == (4, "bgcbench: stdout cannot be written (No space left on device)\n")
+
+    @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+    def test_what_was_measured_is_not_lost_with_stdout(self, tmp_path: Path) -> None:
+        done = in_shell([*LIGHT, "--out", "r.json", "--quiet"], "> /dev/full", tmp_path)
+        assert done.returncode == 4
+        (line,) = done.stderr.splitlines()
+        assert line == "bgcbench: stdout cannot be written (No space left on device); the result is in r.json"
+        assert results.read(tmp_path / "r.json")["complete"]
+        done = in_shell([*LIGHT, "--out", "-", "--quiet"], "> /dev/full", tmp_path)
+        assert done.returncode == 4
+        (rescued,) = tmp_path.glob("bgcbench-rescued-*")
+        assert f"the result is in {rescued.name}" in done.stderr
+        assert results.read(rescued)["complete"]
+
+    def test_a_stdout_that_is_closed_is_told_and_no_file_takes_its_place(self, tmp_path: Path) -> None:
+        done = in_shell([*LIGHT, "--out", "r.json", "--quiet"], ">&-", tmp_path)
+        assert done.returncode == 4
+        assert "stdout cannot be written" in done.stderr
+        assert results.read(tmp_path / "r.json")["complete"]
+
+    def test_a_stderr_that_cannot_be_written_ends_nothing(self, tmp_path: Path) -> None:
+        for closed in ("2> /dev/full", "2>&-"):
+            done = in_shell([*LIGHT, "--out", "r.json", "--force"], closed, tmp_path)
+            assert done.returncode == 0
+            assert "| BGC | 2 |" in done.stdout
 
     @pytest.mark.parametrize("columns", ["60", "80"])
     def test_a_table_fits_the_columns_it_is_given(self, cli: Cli, tmp_path: Path, columns: str) -> None:

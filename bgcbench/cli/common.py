@@ -355,7 +355,12 @@ def carried_out(
     if not speaks:
         return interrupts.exit_code if interrupts.requested() else int(done < planned)
     if document["results"] or output.form == "json":  # a run that was stopped at once has nothing to show
-        print_document(document, output.form)
+        try:
+            print_document(document, output.form)
+        except OutputError as error:
+            path = writer.path if writer is not None else results.rescue(document, f"{document['command']}.json")
+            kept = f"the result is in {path}" if path else "the result is lost"
+            raise OutputError(f"{error}; {kept}") from error
     return closing(writer, interrupts, done, planned, quiet=output.quiet)
 
 

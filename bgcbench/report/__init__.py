@@ -764,9 +764,10 @@ def emit(report: Report, form: str, console: Console, document: Mapping[str, Any
     if form == "auto":
         form = "table" if console.is_terminal else "markdown"
     if form == "table":
-        console.print(as_rich(report, console.width))
-        return
-    if form == "json":
+        with console.capture() as captured:  # rich would end the process where the reader of a pipe has gone
+            console.print(as_rich(report, console.width))
+        text = captured.get()
+    elif form == "json":
         text = dumps(document) if document is not None else json.dumps(report.records, indent=1) + "\n"
     else:
         text = as_markdown(report) if form == "markdown" else as_csv(report)
