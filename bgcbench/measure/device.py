@@ -7,7 +7,7 @@ import os
 import re
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +27,7 @@ DTYPES = {
     "fp16": torch.float16,
 }
 FALLBACK_CACHE_BYTES = 32 * 2**20
+CANARY_S = 4e-3  # what a canary takes at least where it can: long against the clock's grain, short against a round
 
 
 def resolve_device(name: str) -> tuple[torch.device, str | None]:
@@ -160,17 +161,20 @@ def cache_bytes(device: torch.device) -> int | None:
 class DeviceStopwatch:
     """What both stopwatches share: the canary, the flush buffer and the clock."""
 
-    def __init__(self, device: torch.device, *, flush_bytes: int = 0, canary_size: int) -> None:
+    def __init__(self, device: torch.device, *, flush_bytes: int = 0, canary_sizes: Sequence[int]) -> None:
         self.device = device
         self._flush = torch.empty(flush_bytes // 4, dtype=torch.int32, device=device) if flush_bytes else None
-        self._square = torch.randn(canary_size, canary_size, device=device)
         self._canary = Cell(call=lambda: self._square @ self._square)
+        for size in canary_sizes:
+            self._square = torch.randn(size, size, device=device)
+            if min(self.sample(self._canary, 2)) >= CANARY_S:
+                break
 
     def now(self) -> float:
         return time.perf_counter()
 
     def canary(self) -> float:
-        """Seconds of one product of two fixed square fp32 matrices."""
+        """Seconds of one product of two fixed square fp32 matrices: the largest size, or the first above CANARY_S."""
         return self.sample(self._canary, 1)[0]
 
     def flush(self) -> None:
@@ -205,7 +209,7 @@ class CpuStopwatch(DeviceStopwatch):
     """perf_counter_ns around each call."""
 
     def __init__(self, device: torch.device, *, flush_bytes: int = 0) -> None:
-        super().__init__(device, flush_bytes=flush_bytes, canary_size=1024)
+        super().__init__(device, flush_bytes=flush_bytes, canary_sizes=(128, 256, 512, 1024))
 
     def _times(self, cell: Cell, count: int) -> list[float]:
         clock, times = time.perf_counter_ns, []
@@ -225,7 +229,7 @@ class CudaStopwatch(DeviceStopwatch):
     """A pair of CUDA events around each call, a whole batch queued before one synchronisation."""
 
     def __init__(self, device: torch.device, *, flush_bytes: int = 0) -> None:
-        super().__init__(device, flush_bytes=flush_bytes, canary_size=4096)
+        super().__init__(device, flush_bytes=flush_bytes, canary_sizes=(4096,))
 
     def _times(self, cell: Cell, count: int) -> list[float]:
         pairs = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(count)]
