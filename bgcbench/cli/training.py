@@ -93,6 +93,15 @@ Compiled = Annotated[
     bool | None,
     typer.Option("--compile/--no-compile", help="torch.compile.", show_default="fast only", rich_help_panel=RECIPE),
 ]
+Algorithm = Annotated[
+    str | None,
+    typer.Option(
+        help="Exact form that layers run in: fixed (the first, BGC two_conv: the same bits in every run), auto (the "
+        "fastest here, which each process measures), or BGC concat, dense, split, matmul (1x1), triton.",
+        show_default="fixed; fast auto",
+        rich_help_panel=RECIPE,
+    ),
+]
 Accumulate = Annotated[
     int | None,
     typer.Option(
@@ -212,7 +221,7 @@ def given_options(options: Mapping[str, Any], own: Mapping[str, Any]) -> dict[st
     """
     same = ("model", "data", "subset", "where", "stem_stride", "recipe", "epochs", "batch_size", "lr", "schedule",
             "gamma", "momentum", "nesterov", "weight_decay", "label_smoothing", "group_lasso", "pad", "flip",
-            "precision", "layout", "device", "accumulate", "workers", "threads")  # fmt: skip
+            "precision", "layout", "algorithm", "device", "accumulate", "workers", "threads")  # fmt: skip
     switches = ("download", "skip_invalid", "sync_bn", "quick")
     lists = ("include", "exclude")
     given: dict[str, Any] = {

@@ -30,6 +30,7 @@ from bgcbench.cli.common import (
 from bgcbench.cli.training import (
     RECIPE,
     Accumulate,
+    Algorithm,
     Asked,
     Classes,
     Command,
@@ -282,6 +283,7 @@ def transfer(
     precision: Precision = None,
     layout: Layout = None,
     compiled: Compiled = None,
+    algorithm: Algorithm = None,
     device: Device = None,
     accumulate: Accumulate = None,
     sync_bn: SyncBn = False,

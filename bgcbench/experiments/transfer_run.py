@@ -323,6 +323,7 @@ class TransferRun(TrainRun):
             exclude=config.exclude,
             init=row.init,
             on_indivisible="skip" if config.skip_invalid else "raise",
+            algorithm=config.form_of(variant),
             example_input=config.spec.size,
             calibration=batches,
             calibration_images=row.params["calibration_images"],

@@ -31,6 +31,7 @@ TERMS = {
     "group_lasso": "group lasso {} (LGC)",
     "pad": "crops of images padded by {}",
     "flip": "flipped at random",
+    "algorithm": "{}",
 }
 
 
@@ -224,6 +225,9 @@ def recipe_line(document: Json, rows: Sequence[Json]) -> str:
         **{name: rows[0]["params"].get(name) for name in ("epochs", "subset")},
         **ran,
     }
+    # Of variants that have more than one exact form; what 'auto' has found stands by itself.
+    forms = [row["params"] for row in rows if row["params"].get("algorithm") not in (None, "stock", "masked", "auto")]
+    values["algorithm"] = list(dict.fromkeys(f"{label_of(p['variant'])} as {p['algorithm']}" for p in forms))
     if not any(row["params"]["variant"] == "lgc" for row in rows):
         values.pop("group_lasso", None)
     if not values.get("milestones"):

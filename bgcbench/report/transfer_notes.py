@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from bgcbench.report import mebibytes, notes, significant
+from bgcbench.report import chosen_forms, mebibytes, notes, significant
 from bgcbench.report.errors import TELLING, dense_lines, ending_of, planned, recipe_line, synthetic
 from bgcbench.report.transfer_cells import Conversion, Run, kept_white
 from bgcbench.report.transfer_words import joined, listed
@@ -28,6 +28,7 @@ def transfer_notes(run: Run) -> list[str]:
     elif rows:
         lines += _about_errors(run)
     lines += [*_about_norms(run), *_about_calibration(run), *_about_times(run), *_about_paper(run)]
+    lines += chosen_forms(rows, lambda row: str(row["key"]))
     lines += dense_lines(run.document, list({cell.name: cell for cell in run.converted}.values()))
     if any(cell.done and len(cell.done) < len(cell.rows) for cell in run.cells):
         lines.append(
