@@ -79,6 +79,7 @@ DIGITS_PX = 16  # a side of the digits for networks that are made for small imag
 WEIGHTS: tuple[str, ...] = ("none", "default")  # what --weights may be besides a file
 PHASES: tuple[str, ...] = ("fwd", "bwd", "fwd_bwd")
 NETWORK_PHASES: tuple[str, ...] = ("fwd", "train_step")
+MEMORY: tuple[str, ...] = ("kept", "fresh")  # whether a CPU's tensors reuse memory, or come anew at each call
 MODES: tuple[str, ...] = ("eager", "graph", "compile")
 FORMATS: tuple[str, ...] = ("auto", "table", "markdown", "csv", "json")
 # The parts of a result file's environment that decide a measurement: equal in all rows of one file.

@@ -367,6 +367,16 @@ class TestOtherCommands:
         assert main(["compare", str(example), "cold.json", "--force"]) == 0
         assert "warning: cache was" in capsys.readouterr().out
 
+    def test_compare_refuses_files_whose_memory_was_another_or_is_not_known(
+        self, example: Path, here: Path, capsys
+    ) -> None:
+        for number, memory in enumerate(("fresh", None)):
+            other = example_document()
+            other["settings"]["memory"] = memory
+            results.ResultWriter(here / f"{number}.json").write(other)
+            assert main(["compare", str(example), f"{number}.json"]) == 2
+            assert 'memory is "kept" in' in capsys.readouterr().err
+
     def test_compare_refuses_a_quick_file_against_a_full_one(self, example: Path, here: Path, capsys) -> None:
         results.ResultWriter(here / "quick.json").write({**example_document(), "quality": "quick"})
         assert main(["compare", str(example), "quick.json"]) == 2

@@ -154,6 +154,15 @@ def profile(
             rich_help_panel=MEASURE,
         ),
     ] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            help="kept: a CPU's tensors reuse freed memory, as most of a whole network's do. fresh: all of it comes "
+            "anew from the system at each call, as in a script of one layer.",
+            show_default="kept",
+            rich_help_panel=MEASURE,
+        ),
+    ] = None,
     max_time: Annotated[
         float | None,
         typer.Option(
@@ -221,6 +230,7 @@ def profile(
         "input_grad": False if no_input_grad else None,
         "mode": mode,
         "cache": cache,
+        "memory": memory,
         "max_time_s": max_time,
         "threads": threads,
         "seed": seed,

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import math
 import random
+import statistics
 import time
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -28,6 +29,7 @@ from bgcbench.experiments.profile import (
 )
 from bgcbench.experiments.session import Session
 from bgcbench.measure import ceilings, environment
+from bgcbench.measure.allocator import FAULT_S, memory_state, resolve_memory
 from bgcbench.measure.ceilings import Ceilings
 from bgcbench.measure.counts import CallWork, call_work, count, paper_bytes
 from bgcbench.measure.device import (
@@ -61,6 +63,7 @@ class ProfileSession(Session):
 
     rules: Rules
     cold: bool
+    memory: str | None
 
 
 def open_session(config: MeasureConfig) -> ProfileSession:
@@ -72,6 +75,7 @@ def open_session(config: MeasureConfig) -> ProfileSession:
     check_combination(device, config.precision, config.mode)
     rules = Rules.for_device(device.type, quick=config.quick, max_time_s=config.max_time_s)
     cold = config.cache == "cold" if config.cache else device.type == "cuda"
+    memory = resolve_memory(config.memory, device.type)
     with backend_state(config.precision, config.threads):
         described = environment.describe_environment(device)
         settings: Json = {
@@ -83,11 +87,13 @@ def open_session(config: MeasureConfig) -> ProfileSession:
             "deterministic": False,
             "mode": config.mode,
             "cache": "cold" if cold else "warm",
+            "memory": memory,
             "phases": list(config.phases),
             "input_grad": config.input_grad,
             "timing": {"protocol": PROTOCOL, **dataclasses.asdict(rules)},
         }
-    return ProfileSession(device, described, settings, [warning] if warning else [], rules=rules, cold=cold)
+    warnings = [warning] if warning else []
+    return ProfileSession(device, described, settings, warnings, rules=rules, cold=cold, memory=memory)
 
 
 class Subject(ABC):
@@ -280,7 +286,8 @@ class ProfileRun:
             yield self._update("nothing left to measure", save=True)
             return
         compiling = compile_state() if config.mode == "compile" else contextlib.nullcontext()
-        with frozen_heap(), backend_state(config.precision, config.threads), current(session.device), compiling:
+        state = backend_state(config.precision, config.threads)
+        with memory_state(session.memory), frozen_heap(), state, current(session.device), compiling:
             yield self._update("measuring the device's ceilings")
             try:
                 plain = make_stopwatch(session.device, cold=False)
@@ -513,12 +520,14 @@ class ProfileRun:
         work = row.subject.work(phase)
         host = row.host_s.get(phase)
         median = summary.median_s
+        faults = statistics.median(track.faults) if track.faults else None
         return {
             "samples_s": list(track.samples),
             "rounds": list(track.rounds),
             "discarded": {"samples_s": list(track.discarded), "rounds": list(track.discarded_rounds)},
             "first_call_s": row.first_call_s.get(phase),
             "host_s": host,
+            "minor_faults_per_call": faults,
             "converged": track.converged,
             "stop_reason": track.stop_reason,
             "summary": {
@@ -534,5 +543,9 @@ class ProfileRun:
                 # Without launch gaps in the way (a graph) the host is not what limits; in eager mode the two times
                 # meet where it does.
                 "launch_bound": None if host is None or self.config.mode == "graph" else host >= 0.9 * median,
+                # Memory that is to be kept and comes from the system all the same: another allocator, or not room.
+                "page_faults": None
+                if faults is None or self.session.memory != "kept"
+                else faults * FAULT_S > 0.01 * median,
             },
         }

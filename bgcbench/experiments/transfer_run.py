@@ -469,6 +469,8 @@ class TransferRun(TrainRun):
                 label = network_label(*_cell(found["params"]))
                 self.warnings.append(f"--time: {label} could not be measured: {found['reason']}")
         times = {cell: _times(measured, cell, standard) for cell in cells}
+        for found in filter(None, times.values()):
+            found["memory"] = session.memory
         for row in rows:
             self.known[row.key]["time"] = times[row.cell]
         yield Update(self.rows[0], 0, len(wanted), None, 1.0, ended=True, doing="timed")

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from bgcbench.errors import DeviceError, UsageError
+from bgcbench.measure.allocator import minor_faults, trim_heap
 from bgcbench.measure.workload import Cell
 from bgcbench.specs import check_on_cpu
 
@@ -182,19 +183,22 @@ class DeviceStopwatch:
         if self._flush is not None:
             self._flush.zero_()
 
-    def sample(self, cell: Cell, count: int) -> list[float]:
-        """Seconds of each of ``count`` calls; Python's cyclic collector is off meanwhile."""
+    def sample(self, cell: Cell, count: int, faults: list[int] | None = None) -> list[float]:
+        """Seconds of each of ``count`` calls; Python's cyclic collector is off meanwhile.
+
+        faults: gets the minor page faults of each, where there are any to count.
+        """
         collecting = gc.isenabled()
         gc.disable()
         try:
             with cell.context():
-                return self._times(cell, count)
+                return self._times(cell, count, [] if faults is None else faults)
         finally:
             cell.release()
             if collecting:
                 gc.enable()
 
-    def _times(self, cell: Cell, count: int) -> list[float]:
+    def _times(self, cell: Cell, count: int, faults: list[int]) -> list[float]:
         raise NotImplementedError
 
     def host_time(self, cell: Cell) -> float | None:
@@ -211,14 +215,17 @@ class CpuStopwatch(DeviceStopwatch):
     def __init__(self, device: torch.device, *, flush_bytes: int = 0) -> None:
         super().__init__(device, flush_bytes=flush_bytes, canary_sizes=(128, 256, 512, 1024))
 
-    def _times(self, cell: Cell, count: int) -> list[float]:
+    def _times(self, cell: Cell, count: int, faults: list[int]) -> list[float]:
         clock, times = time.perf_counter_ns, []
         for _ in range(count):
             cell.prepare()
             self.flush()
+            before = minor_faults()
             begin = clock()
             cell.call()
             times.append((clock() - begin) / 1e9)
+            if before is not None:
+                faults.append((minor_faults() or before) - before)
         return times
 
     def host_time(self, cell: Cell) -> float | None:
@@ -231,7 +238,7 @@ class CudaStopwatch(DeviceStopwatch):
     def __init__(self, device: torch.device, *, flush_bytes: int = 0) -> None:
         super().__init__(device, flush_bytes=flush_bytes, canary_sizes=(4096,))
 
-    def _times(self, cell: Cell, count: int) -> list[float]:
+    def _times(self, cell: Cell, count: int, faults: list[int]) -> list[float]:
         pairs = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(count)]
         for begin, end in pairs:
             cell.prepare()
@@ -324,7 +331,9 @@ def device_answers(device: torch.device) -> bool:
 def free_memory(device: torch.device) -> None:
     """Drop what Python and the allocator hold on to, so that the next row starts clean."""
     gc.collect()
-    if device.type == "cuda":
+    if device.type == "cpu":
+        trim_heap()
+    elif device.type == "cuda":
         try:
             torch.cuda.empty_cache()
         except RuntimeError:

@@ -263,6 +263,8 @@ def _phase_flags(measured: Json) -> list[str]:
         found.append(f"n={summary['n']}")
     if measured["derived"].get("launch_bound"):
         found.append("launch-bound")
+    if measured["derived"].get("page_faults"):
+        found.append("page faults")
     return found
 
 
@@ -346,9 +348,11 @@ def where_line(document: Json) -> str:
 def run_lines(document: Json) -> list[str]:
     """Under which conditions and where a document was measured."""
     settings, ceilings = document["settings"], document.get("ceilings")
+    on_cpu = document["environment"]["device"]["type"] == "cpu"
+    memory = f", memory {settings.get('memory') or 'unknown'}" if on_cpu else ""
     lines = [
         f"{settings['precision']}, {settings['layout']}, {settings.get('mode', 'eager')}, "
-        f"{settings.get('cache', 'unknown')} cache; {where_line(document)}"
+        f"{settings.get('cache', 'unknown')} cache{memory}; {where_line(document)}"
     ]
     if ceilings:
         lines.append(
@@ -398,7 +402,13 @@ def notes(
     if any(_phase_flags(measured) for row in rows for measured in row["phases"].values()):
         lines.append(
             "flags: n= samples where the median is not known to the aim of 0.5 %; uneven, noisy: the middle half of "
-            "the samples spreads over more than 3 %, 10 % of the median; launch-bound: the host is the limit"
+            "the samples spreads over more than 3 %, 10 % of the median; launch-bound: the host is the limit; page "
+            "faults: memory came anew from the system although it was to be kept, which takes over 1 % of the time"
+        )
+    if document["settings"].get("memory") == "fresh":
+        lines.append(
+            "memory fresh: large tensors come anew from the system at each call, and clearing their pages is part of "
+            "each time; with --memory kept, as in whole networks, cheap layers gain more"
         )
     if document.get("quality") == "quick":
         lines.append(f"a quick look: {quick}")
@@ -441,6 +451,7 @@ def profile_records(document: Json) -> list[Json]:
                 "ci95_low_s": low,
                 "ci95_high_s": high,
                 "converged": measured["converged"],
+                "minor_faults_per_call": measured.get("minor_faults_per_call"),
                 "speed_up": ratio.value if ratio else None,
                 "speed_up_low": ratio.ci95.low if ratio and ratio.ci95 else None,
                 "speed_up_high": ratio.ci95.high if ratio and ratio.ci95 else None,
@@ -537,7 +548,7 @@ def doctor_report(environment: Json, findings: Sequence[tuple[str, str, str | No
 
 def settings_that_differ(before: Json, after: Json) -> list[tuple[str, str, str]]:
     """(name, before, after) of every setting that makes two files' times different things."""
-    names = ("precision", "layout", "mode", "cache", "input_grad", "tf32", "cudnn_benchmark")
+    names = ("precision", "layout", "mode", "cache", "memory", "input_grad", "tf32", "cudnn_benchmark")
     pairs = [(name, before["settings"].get(name), after["settings"].get(name)) for name in names]
     pairs.append(("quality", before.get("quality", "full"), after.get("quality", "full")))
     return [(name, json.dumps(one), json.dumps(other)) for name, one, other in pairs if one != other]

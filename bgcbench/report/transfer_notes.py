@@ -145,6 +145,7 @@ def _about_times(run: Run) -> list[str]:
     if ran is None:
         return []
     how = ", ".join(str(ran[name]) for name in ("precision", "layout", "mode") if ran.get(name))
+    how += f", memory {ran['memory']}" if ran.get("memory") else ""
     return [
         "speed-up: time of the untouched network, or of GC, over that of the row [95% CI; beside GC at least that]; "
         f"{ran['batch']} images at once, {how}; a start does not change it"

@@ -232,7 +232,7 @@ class Slow(CpuStopwatch):
         self.flops_per_s, self.spent_s = flops_per_s, 0.0
         super().__init__(CPU)
 
-    def _times(self, cell: Cell, count: int) -> list[float]:
+    def _times(self, cell: Cell, count: int, faults: list[int]) -> list[float]:
         result = cell.call()
         assert isinstance(result, torch.Tensor)
         copied = result.dim() == 1
