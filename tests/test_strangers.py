@@ -220,3 +220,12 @@ def test_a_picture_of_a_strangers_file_is_drawn_or_refused(tmp_path: Path, capsy
         code = main(["show", str(file), "--plot", str(tmp_path / f"{number}.svg")])
         assert code in (0, 2)
         assert len(capsys.readouterr().err.splitlines()) == (code == 2)
+
+
+def test_square_brackets_are_no_markup_of_a_table() -> None:
+    """rich would drop '[bold]', and end with an error at '[/nope]'."""
+    text = "[bold]x[/nope]"
+    shown_as = io.StringIO()
+    table = report.Report([text], [report.Column(text, [text])], {text: [text]})
+    report.emit(table, "table", Console(file=shown_as, width=100))
+    assert shown_as.getvalue().count(text) == 5
