@@ -8,7 +8,8 @@ made its choice before, by its own measurement), and PyTorch's group convolution
 multiply-adds. All of a cell is timed in turns by the tool's protocol; what is reported is medians. A cell is saved
 when it is done, and another call with the same --out goes on with the rest.
 
-The C library's allocator is told to keep its memory (see KEPT_MEMORY), by starting the process once more.
+On a CPU the C library is told to keep its memory (see bgcbench.measure.allocator): clearing fresh pages takes up to
+half of a call's time, and its scatter hides what the forms differ by.
 
 summary: in how many cells the form that 'auto' chose is within 5 % of the best, and the geometric mean of the time of
 BGC(N) over GC(N/2) where n/N is at least 32, with all cells and by N, phase and layout.
@@ -21,10 +22,8 @@ import dataclasses
 import gc
 import json
 import math
-import os
 import random
 import statistics
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -35,6 +34,7 @@ from torch import nn
 from benchmarks.common import find_device, save
 from bgcbench.convs import build_conv, choices
 from bgcbench.convs.bgc import BalancedGroupConv2d
+from bgcbench.measure.allocator import resolve_memory, set_memory
 from bgcbench.measure.device import backend_state, current, make_stopwatch, random_input
 from bgcbench.measure.timing import Group, Rules, Track
 from bgcbench.measure.trace import trace
@@ -50,18 +50,7 @@ WITHIN = 1.05
 HOPELESS = 1.5  # a form that 'auto' has seen to take so many times the fastest one's is not measured further
 
 
-# Without these, glibc takes large tensors from the system at each call and gives them back after it: clearing the pages
-# takes up to half of a call's time, and its scatter hides what the forms differ by. Allocators that PyTorch recommends
-# for CPUs keep memory, as its own does on CUDA.
-KEPT_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "8589934592", "MALLOC_TRIM_THRESHOLD_": "17179869184",
-               "MALLOC_TOP_PAD_": "268435456"}  # fmt: skip
-
-
 def main() -> int:
-    if any(name not in os.environ for name in KEPT_MEMORY):  # glibc reads them when a process starts
-        os.execve(
-            sys.executable, [sys.executable, "-m", "benchmarks.bgc_forms", *sys.argv[1:]], KEPT_MEMORY | os.environ
-        )
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--batch", type=int, default=16)
@@ -82,6 +71,9 @@ def run(options: argparse.Namespace, device: torch.device) -> int:
     command = f"python -m benchmarks.bgc_forms --device {options.device} --batch {options.batch}"
     done = json.loads(options.out.read_text()) if options.out.exists() else {"results": [], "shapes": []}
     cells = {cell["key"]: cell for cell in done["results"]}
+    memory = resolve_memory(None, device.type)
+    if memory:
+        set_memory(memory)
     stopwatch = make_stopwatch(device, cold=False)
     shapes = distinct(options.networks.split(","))
     planned = list(plan(shapes, options.batch))
@@ -92,7 +84,7 @@ def run(options: argparse.Namespace, device: torch.device) -> int:
         print(f"{number + 1}/{len(planned)} {told(cells[key])}", flush=True)
         if number % 16 == 15 or number + 1 == len(planned):
             content = [cells[key] for key, *_ in planned if key in cells]
-            facts = {"batch": options.batch, "allocator": KEPT_MEMORY, "shapes": shapes, "summary": summary(content)}
+            facts = {"batch": options.batch, "memory": memory, "shapes": shapes, "summary": summary(content)}
             save(options.out, command, {**facts, "results": content}, device)
     for name, figure in summary(list(cells.values())).items():
         print(f"{name}: {figure}")

@@ -1,6 +1,6 @@
 """``python -m bgcbench``."""
 
-from bgcbench.cli import main
+from bgcbench.cli import run
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run()

@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import threading
+from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -18,6 +19,8 @@ class Interrupts:
 
     patient: a second signal does not leave. A launcher of several processes sends the same request on, so that two
     arrive for one Ctrl-C, and it has a way of its own to end what does not stop.
+
+    leaving: called before a second signal leaves; what a ``finally`` would do is not done then.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -25,6 +28,7 @@ class Interrupts:
     def __init__(self, *, patient: bool = False) -> None:
         self.patient = patient
         self.signum: int | None = None
+        self.leaving: Callable[[], None] = lambda: None
         self._old: dict[int, Any] = {}
         self._pipe: tuple[int, int] | None = None
 
@@ -72,5 +76,6 @@ class Interrupts:
                 continue
             seen += 1
             if seen == 2 and not self.patient:
+                self.leaving()
                 os._exit(128 + byte[0])
         os.close(read)

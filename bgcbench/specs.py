@@ -66,6 +66,8 @@ VARIANTS: dict[str, Variant] = {
 ALGORITHMS: tuple[str, ...] = tuple(
     dict.fromkeys(form for v in VARIANTS.values() for form in v.algorithms if form != "stock")
 )
+# How --algorithm of a training may be answered: the first form of each variant, the fastest one, or one by name.
+TRAINING_ALGORITHMS: tuple[str, ...] = ("fixed", "auto", *(f for f in ALGORITHMS if f not in TRAINED_AND_DEPLOYED))
 PRECISIONS: dict[str, int] = {"fp64": 8, "fp32": 4, "tf32": 4, "bf16": 2, "fp16": 2}  # bytes a number
 LAYOUTS: tuple[str, ...] = ("nchw", "nhwc")
 WHERE: tuple[str, ...] = ("auto", "3x3", "1x1", "all", "none")  # which convolutions of a network
@@ -79,6 +81,7 @@ INTERPOLATIONS: tuple[str, ...] = ("nearest", "bilinear", "bicubic", "box", "ham
 CROPS: tuple[str, ...] = ("center", "squash")
 PHASES: tuple[str, ...] = ("fwd", "bwd", "fwd_bwd")
 NETWORK_PHASES: tuple[str, ...] = ("fwd", "train_step")
+MEMORY: tuple[str, ...] = ("kept", "fresh")  # whether a CPU's tensors reuse memory, or come anew at each call
 MODES: tuple[str, ...] = ("eager", "graph", "compile")
 FORMATS: tuple[str, ...] = ("auto", "table", "markdown", "csv", "json")
 # The parts of a result file's environment that decide a measurement: equal in all rows of one file.

@@ -111,6 +111,7 @@ def example_document() -> dict[str, Any]:
             "cudnn_benchmark": True,
             "mode": "eager",
             "cache": "warm",
+            "memory": "kept",
         },
         "config": config.to_json(),
         "ceilings": {"flops_per_s": 1.5e11, "bytes_per_s": 3e10, "matmul_sizes": [1024, 2048], "copy_bytes": 2**27},

@@ -28,7 +28,8 @@ ALLOWED = {
     "activations": {"errors", "specs", "measure", "theory", "convs", "record", "convert", "calibration"},
     "folding": {"errors", "measure", "convs", "record", "policy", "calibration"},
     "training": {"errors", "specs", "measure", "convs", "data", "results"},
-    "results": {"errors", "specs"},
+    "locks": set(),
+    "results": {"errors", "specs", "locks"},
     "report": {"errors", "specs", "measure", "theory", "results"},
     "plots": {"errors", "specs", "theory", "results"},
     "experiments": {

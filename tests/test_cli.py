@@ -5,10 +5,14 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import re
+import shlex
 import subprocess
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import jsonschema
 import pytest
@@ -18,6 +22,8 @@ import bgcbench
 from bgcbench import results
 from bgcbench.cli import main
 from bgcbench.convs.gc import GroupConv2d
+from bgcbench.experiments.profile_run import ProfileRun, Update
+from tests.conftest import ROOT
 from tests.example import example_document
 
 Cli = Callable[..., subprocess.CompletedProcess[str]]
@@ -38,6 +44,25 @@ def example(here: Path) -> Path:
     path = here / "example.json"
     results.ResultWriter(path).write(example_document())
     return path
+
+
+def in_shell(arguments: list[str], ending: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """``bgcbench ARGUMENTS ENDING``, typed into a shell."""
+    line = f"{shlex.join([sys.executable, '-m', 'bgcbench', *arguments])} {ending}"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(["bash", "-c", line], cwd=folder, env=environment, capture_output=True, text=True,
+                          check=False, timeout=120)  # fmt: skip
+
+
+def while_measuring(monkeypatch: pytest.MonkeyPatch, action: Callable[[], object]) -> None:
+    """Do ``action`` once a run has begun to measure."""
+    look = ProfileRun._look_at_each
+
+    def looking(*arguments: Any) -> Iterator[Update]:
+        action()
+        yield from look(*arguments)
+
+    monkeypatch.setattr(ProfileRun, "_look_at_each", looking)
 
 
 class TestUsage:
@@ -187,10 +212,10 @@ class TestProfile:
     def test_a_full_disk_in_the_middle_of_a_run_loses_nothing(self, here: Path, capsys, monkeypatch) -> None:
         write, target = results.write_atomically, here / "r.json"
 
-        def full(path: Path, content: bytes) -> None:
+        def full(path: Path, content: bytes) -> os.stat_result:
             if path.name == target.name:
                 raise OSError(28, "No space left on device")
-            write(path, content)
+            return write(path, content)
 
         monkeypatch.setattr(results, "write_atomically", full)
         monkeypatch.setattr("tempfile.tempdir", str(here))
@@ -198,19 +223,63 @@ class TestProfile:
         out, err = capsys.readouterr()
         (rescued,) = here.glob("bgcbench-rescued-*")
         assert results.read(rescued)["complete"]
-        assert f"r.json could not be written (No space left on device); the result was rescued to {rescued}" in err
+        assert f"r.json could not be written (No space left on device); the result was rescued to {rescued.name}" in err
         assert "| BGC | 2 |" in out
 
-    def test_a_run_that_breaks_off_leaves_a_valid_file(self, here: Path, monkeypatch) -> None:
+    def test_a_run_that_breaks_off_leaves_a_valid_file_and_one_that_completes_it_no_word_of_that(
+        self, here: Path, capsys, monkeypatch
+    ) -> None:
         def broken(*_: object, **__: object) -> None:
             raise ZeroDivisionError("a bug")
 
-        monkeypatch.setattr("bgcbench.experiments.profile_run.ProfileRun._settle", broken)
-        with pytest.raises(ZeroDivisionError):
-            main([*LIGHT, "--out", "r.json", "--quiet"])
+        with monkeypatch.context() as patched:
+            patched.setattr("bgcbench.experiments.profile_run.ProfileRun._settle", broken)
+            with pytest.raises(ZeroDivisionError):
+                main([*LIGHT, "--out", "r.json", "--quiet"])
         document = results.read(here / "r.json")
-        assert document["exit_reason"] == "error"
-        assert "ZeroDivisionError: a bug" in document["warnings"][-1]
+        assert (document["exit_reason"], document["failure"]) == ("error", "ZeroDivisionError: a bug")
+        assert main(["show", "r.json"]) == 0
+        assert "not complete (error): it broke off with ZeroDivisionError: a bug" in capsys.readouterr().out
+        assert main(["profile", "--resume", "r.json", "--quiet"]) == 0
+        whole = results.read(here / "r.json")
+        assert (whole["exit_reason"], whole["failure"], whole["complete"]) == ("ok", None, True)
+        assert "broke off" not in capsys.readouterr().out
+
+    def test_while_a_resumed_run_measures_its_file_does_not_say_it_has_ended(self, here: Path, monkeypatch) -> None:
+        assert main([*LIGHT, "--out", "r.json", "--quiet"]) == 0
+        seen: list[tuple[object, ...]] = []
+        write = results.ResultWriter.write
+
+        def watched(self: results.ResultWriter, document: dict[str, object]) -> None:
+            seen.append((document["exit_reason"], document["complete"], document["finished_at"] is None))
+            write(self, document)
+
+        monkeypatch.setattr(results.ResultWriter, "write", watched)
+        assert main(["profile", "--resume", "r.json", "--groups", "4", "--quiet"]) == 0
+        assert set(seen[:-1]) == {("running", False, True)}
+        assert seen[-1] == ("ok", True, False)
+
+    def test_a_second_run_on_the_same_file_is_refused_while_the_first_lives(
+        self, here: Path, cli: Cli, monkeypatch
+    ) -> None:
+        second: list[subprocess.CompletedProcess[str]] = []
+        while_measuring(monkeypatch, lambda: second.append(cli(*LIGHT, "--out", "r.json", "--force")))
+        assert main([*LIGHT, "--out", "r.json", "--quiet"]) == 0
+        assert (second[0].returncode, second[0].stdout) == (4, "")
+        (line,) = second[0].stderr.splitlines()
+        assert "--out r.json is being written by another run (process " in line
+        assert [path.name for path in here.iterdir()] == ["r.json"]
+
+    def test_a_run_whose_file_somebody_else_has_written_is_exit_4_and_keeps_both(
+        self, here: Path, capsys, monkeypatch
+    ) -> None:
+        while_measuring(monkeypatch, lambda: (here / "r.json").write_text("theirs"))
+        assert main([*LIGHT, "--out", "r.json"]) == 4
+        (rescued,) = here.glob("bgcbench-rescued-*-r.json")
+        message = f"(another program has written it meanwhile); the result was rescued to {rescued.name}"
+        assert message in capsys.readouterr().err
+        assert (here / "r.json").read_text() == "theirs"
+        assert results.read(rescued)["complete"]
 
     def test_resume_needs_no_other_option_and_measures_only_what_is_missing(self, here: Path, capsys) -> None:
         assert main([*LIGHT, "--out", "r.json", "--quiet"]) == 0
@@ -298,6 +367,16 @@ class TestOtherCommands:
         assert main(["compare", str(example), "cold.json", "--force"]) == 0
         assert "warning: cache was" in capsys.readouterr().out
 
+    def test_compare_refuses_files_whose_memory_was_another_or_is_not_known(
+        self, example: Path, here: Path, capsys
+    ) -> None:
+        for number, memory in enumerate(("fresh", None)):
+            other = example_document()
+            other["settings"]["memory"] = memory
+            results.ResultWriter(here / f"{number}.json").write(other)
+            assert main(["compare", str(example), f"{number}.json"]) == 2
+            assert 'memory is "kept" in' in capsys.readouterr().err
+
     def test_compare_refuses_a_quick_file_against_a_full_one(self, example: Path, here: Path, capsys) -> None:
         results.ResultWriter(here / "quick.json").write({**example_document(), "quality": "quick"})
         assert main(["compare", str(example), "quick.json"]) == 2
@@ -311,15 +390,48 @@ class TestProcess:
         assert (done.returncode, done.stderr) == (0, "")
         assert done.stdout.startswith("Table 1 for a 3x3 convolution")
 
-    def test_a_reader_that_goes_away_is_no_error(self, cli: Cli, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("form", ["table", "json"])
+    def test_a_reader_that_goes_away_is_no_error(self, form: str, tmp_path: Path) -> None:
         results.ResultWriter(tmp_path / "r.json").write(example_document())
-        module = f"{cli('--version').args[0]} -m bgcbench show r.json --format json"
-        done = subprocess.run(
-            ["bash", "-c", f"PYTHONPATH={Path(bgcbench.__file__).parents[1]} {module} | head -c 10"],
-            cwd=tmp_path, capture_output=True, text=True, check=False, timeout=60,
-        )  # fmt: skip
-        assert done.stderr == ""
-        assert done.stdout == '{\n "schema'
+        done = in_shell(["show", "r.json", "--format", form], "| head -c 5; exit ${PIPESTATUS[0]}", tmp_path)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert len(done.stdout) == 5
+
+    @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+    @pytest.mark.parametrize(
+        "arguments",
+        [*(["show", "r.json", "--format", form] for form in ("table", "markdown", "csv", "json")), ["--version"],
+         ["--help"], ["profile", "--help"], ["compare", "r.json", "r.json"]],
+    )  # fmt: skip
+    def test_a_full_disk_behind_stdout_is_exit_4_and_one_line(self, arguments: list[str], tmp_path: Path) -> None:
+        results.ResultWriter(tmp_path / "r.json").write(example_document())
+        done = in_shell(arguments, "> /dev/full", tmp_path)
+        assert (done.returncode, done.stderr) == (4, "bgcbench: stdout cannot be written (No space left on device)\n")
+
+    @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+    def test_what_was_measured_is_not_lost_with_stdout(self, tmp_path: Path) -> None:
+        done = in_shell([*LIGHT, "--out", "r.json", "--quiet"], "> /dev/full", tmp_path)
+        assert done.returncode == 4
+        (line,) = done.stderr.splitlines()
+        assert line == "bgcbench: stdout cannot be written (No space left on device); the result is in r.json"
+        assert results.read(tmp_path / "r.json")["complete"]
+        done = in_shell([*LIGHT, "--out", "-", "--quiet"], "> /dev/full", tmp_path)
+        assert done.returncode == 4
+        (rescued,) = tmp_path.glob("bgcbench-rescued-*")
+        assert f"the result is in {rescued.name}" in done.stderr
+        assert results.read(rescued)["complete"]
+
+    def test_a_stdout_that_is_closed_is_told_and_no_file_takes_its_place(self, tmp_path: Path) -> None:
+        done = in_shell([*LIGHT, "--out", "r.json", "--quiet"], ">&-", tmp_path)
+        assert done.returncode == 4
+        assert "stdout cannot be written" in done.stderr
+        assert results.read(tmp_path / "r.json")["complete"]
+
+    def test_a_stderr_that_cannot_be_written_ends_nothing(self, tmp_path: Path) -> None:
+        for closed in ("2> /dev/full", "2>&-"):
+            done = in_shell([*LIGHT, "--out", "r.json", "--force"], closed, tmp_path)
+            assert done.returncode == 0
+            assert "| BGC | 2 |" in done.stdout
 
     @pytest.mark.parametrize("columns", ["60", "80"])
     def test_a_table_fits_the_columns_it_is_given(self, cli: Cli, tmp_path: Path, columns: str) -> None:

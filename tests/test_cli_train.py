@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import bgcbench
 from bgcbench import results
 from bgcbench.cli import main
 from bgcbench.data import cifar10, imagefolder
+from bgcbench.experiments.train_run import TrainRun, Update
 from bgcbench.theory import paper
 from tests.conftest import ROOT
 from tests.data.test_cifar10 import fabricate
@@ -540,14 +542,35 @@ def test_seeds_and_variants_can_be_added_to_a_file(here: Path) -> None:
     assert main([*SMALL, "--variants", "gc", "--no-reference", "--out", "r.json"]) == 0
     found = document("r.json")
     before = found["results"][0]
-    found["warnings"].append("the run broke off: somebody pulled the plug")  # an earlier run
+    found |= {"complete": False, "exit_reason": "error", "failure": "somebody pulled the plug"}
     Path("r.json").write_text(json.dumps(found))
     assert main(["train", "--resume", "r.json", "--seeds", "1", "--variants", "bgc", "--quiet"]) == 0
     found = document("r.json")
     assert [row["key"][16:] for row in found["results"]] == ["gc-n2-s0", "bgc-n2-s0", "gc-n2-s1", "bgc-n2-s1"]
     assert found["results"][0] == before
     assert found["complete"]
-    assert found["warnings"] == []
+    assert (found["failure"], found["warnings"]) == (None, [])
+
+
+def test_a_second_run_with_force_touches_neither_the_file_nor_the_checkpoints_of_one_that_lives(
+    here: Path, cli: Callable[..., subprocess.CompletedProcess[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = [*SMALL, "--variants", "gc", "--no-reference", "--out", "r.json"]
+    second: list[subprocess.CompletedProcess[str]] = []
+    work, checkpoints = TrainRun._work, Path("r.checkpoints")
+
+    def working(self: TrainRun) -> Iterator[Update]:
+        yield from work(self)
+        before = sorted(checkpoints.rglob("*.pt"))
+        second.append(cli(*arguments, "--force", "--lr", "0.5"))
+        assert sorted(checkpoints.rglob("*.pt")) == before != []
+
+    monkeypatch.setattr(TrainRun, "_work", working)
+    assert main(arguments) == 0
+    assert second[0].returncode == 4
+    assert "--out r.json is being written by another run" in second[0].stderr
+    assert document("r.json")["argv"] == arguments
+    assert sorted(path.name for path in here.iterdir()) == ["r.checkpoints", "r.json"]
 
 
 @pytest.mark.parametrize(
@@ -606,19 +629,18 @@ def test_resume_auto_leaves_runs_of_other_settings_alone(here: Path, capsys: pyt
 # ------------------------------------------------------------------------------------ killed, stopped, several at once
 
 
-def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+def start(folder: Path, *arguments: str, **variables: str) -> subprocess.Popen[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **variables}
     return subprocess.Popen([sys.executable, "-m", "bgcbench", *arguments], cwd=folder, env=environment,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
 
 
 def test_killed_and_stopped_at_random_it_ends_with_the_same_bits(tmp_path: Path) -> None:
-    # GC: two processes that measure for themselves may run BGC in different forms; test_loop resumes that.
-    arguments = [*BASE, "--groups", "2", "--variants", "gc", "--no-reference", "--subset", "1024",
+    arguments = [*BASE, "--groups", "2", "--variants", "bgc", "--no-reference", "--subset", "1024",
                  "--epochs", "6", "--batch-size", "32", "--save-every", "0.05", "--quiet"]  # fmt: skip
     whole = start(tmp_path, *arguments, "--out", "whole.json")
     draw = random.Random(os.getpid())
-    broken = tmp_path / "broken.checkpoints" / "wrn_10_1-digits-gc-n2-s0"
+    broken = tmp_path / "broken.checkpoints" / "wrn_10_1-digits-bgc-n2-s0"
     begun = False
     # Killed first: the file must be there before the first epoch has ended.
     for signum in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT):
@@ -648,6 +670,74 @@ def test_killed_and_stopped_at_random_it_ends_with_the_same_bits(tmp_path: Path)
     one, other = (document(tmp_path / name)["results"][0]["epochs"] for name in ("whole.json", "broken.json"))
     for field in ("lr", "train_loss", "test_loss", "test_error"):
         assert [epoch[field] for epoch in one] == [epoch[field] for epoch in other]
+
+
+@pytest.mark.parametrize("command", ["train", "transfer"])
+def test_the_same_command_twice_gives_the_same_bits(tmp_path: Path, command: str) -> None:
+    """Whatever the order of Python's sets is, and however fast BGC's forms were measured to be."""
+    arguments = [command, *BASE[1:], "--variants", "bgc,tlgc,lgc", "--groups", "2", "--subset", "256",
+                 "--epochs", "2", "--quiet"]  # fmt: skip
+    if command == "transfer":
+        arguments += ["--weights", "none", "--calibration-images", "64", "--save", "saved"]
+    processes = []
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        processes.append(start(tmp_path / name, *arguments, "--out", "r.json", PYTHONHASHSEED=str(len(processes))))
+    for process in processes:
+        _, errors = process.communicate(timeout=180)
+        assert process.returncode == 0, errors
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert equal(one / "r.checkpoints", two / "r.checkpoints")
+    mine, theirs = (document(folder / "r.json")["results"] for folder in (one, two))
+    for row, other in zip(mine, theirs, strict=True):
+        assert row["params"] == other["params"]
+        assert [epoch["train_loss"] for epoch in row["epochs"]] == [epoch["train_loss"] for epoch in other["epochs"]]
+    assert {row["params"]["algorithm"] for row in mine if row["params"]["variant"] == "bgc"} == {"two_conv"}
+
+
+@pytest.mark.parametrize(
+    ("asked", "algorithm", "form"),
+    [([], "fixed", "two_conv"), (["--algorithm", "concat"], "concat", "concat"), (["--recipe", "fast"], "auto", "auto"),
+     (["--algorithm", "auto"], "auto", "auto"), (["--recipe", "fast", "--algorithm", "fixed"], "fixed", "two_conv")],
+)  # fmt: skip
+def test_the_algorithm_is_fixed_unless_another_is_asked_for(asked: list[str], algorithm: str, form: str) -> None:
+    from bgcbench.experiments.train import TrainConfig, plan
+
+    options = dict(zip((word.removeprefix("--") for word in asked[::2]), asked[1::2], strict=True))
+    config = TrainConfig(
+        model="wrn_10_1", data="digits", variants=("standard", "gc", "lgc", "bgc"), groups=(2,), **options
+    )
+    assert config.algorithm == algorithm
+    found = {row.params["variant"]: row.params["algorithm"] for row in plan(config)}
+    assert found == {"standard": "stock", "gc": "stock", "lgc": "masked", "bgc": form}
+
+
+def test_what_auto_has_found_stands_in_the_row_and_under_the_table(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [*SMALL, "--variants", "bgc", "--no-reference", "--algorithm"]
+    assert main([*arguments, "auto", "--out", "auto.json"]) == 0
+    (row,) = document("auto.json")["results"]
+    assert sum(row["forms"]["training"].values()) == len(row["convert"]["replaced"])
+    assert "fastest forms, as measured: wrn_10_1-digits-bgc-n2-s0: inference" in capsys.readouterr().out
+    jsonschema.validate(document("auto.json"), results.schema())
+    assert main([*arguments, "split", "--out", "split.json"]) == 0
+    (row,) = document("split.json")["results"]
+    assert (row["params"]["algorithm"], "forms" in row) == ("split", False)
+    assert "BGC as split" in capsys.readouterr().out
+    (checkpoint,) = Path("split.checkpoints").rglob("final-*.pt")
+    layers = [m for m in bgcbench.load_converted(checkpoint).modules() if isinstance(m, bgcbench.BalancedGroupConv2d)]
+    assert {layer.algorithm for layer in layers} == {"split"}
+
+
+def test_an_algorithm_that_no_layer_has_is_refused(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for given, message in (
+        (["--variants", "gc", "--algorithm", "concat"], "--algorithm concat: no variant asked for has it"),
+        (["--algorithm", "masked"], "unknown algorithm 'masked'"),
+        (["--algorithm", "matmul"], "algorithm 'matmul' is for 1x1 kernels"),
+    ):
+        assert main([*SMALL, *given]) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_two_processes_train_the_same_network_and_judge_every_image_once(tmp_path: Path) -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import csv
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from bgcbench import results
 from bgcbench.convs.gc import GroupConv2d
 from bgcbench.errors import ResultFileError, ShapeError, UsageError
 from bgcbench.experiments import profile_run
@@ -22,7 +26,9 @@ from bgcbench.experiments.profile import (
 from bgcbench.experiments.profile_run import ProfileRun, Update, open_session
 from bgcbench.measure import environment
 from bgcbench.measure.device import CpuStopwatch
+from bgcbench.report import flags
 from bgcbench.specs import VARIANTS
+from tests.measure.test_allocator import GLIBC
 
 SMALL = ProfileConfig(
     in_channels=16, out_channels=16, batch=4, height=5, width=5, groups=(2, 4), device="cpu", max_time_s=0.05
@@ -109,6 +115,7 @@ class TestPlan:
             ({"mode": "graf"}, "did you mean 'graph'"),
             ({"algorithm": "winograd"}, "unknown algorithm"),
             ({"cache": "lukewarm"}, "unknown cache"),
+            ({"memory": "keep"}, "did you mean 'kept'"),
             ({"device": "gpu"}, "unknown device 'gpu'"),
             ({"threads": 0}, "threads=0"),
             ({"seed": -1}, "--seed -1"),
@@ -217,7 +224,7 @@ class TestRun:
         monkeypatch.setattr(environment, "available_bytes", lambda device: room)
         update = run(SMALL)
         assert [row["interleaved"] for row in update.rows] == [1, 2, 3, 4, 5]
-        assert any("not paired" in warning for warning in update.warnings)
+        assert [group["alone"] for group in update.interleaved] == [True] * 5
 
     @pytest.mark.parametrize("begins", ["in the first look", "in a round"])
     def test_a_lost_device_ends_the_rows_and_leaves_a_valid_file(self, begins: str, monkeypatch) -> None:
@@ -233,10 +240,10 @@ class TestRun:
 
         times, make = CpuStopwatch._times, profile_run.make_stopwatch
 
-        def dead_times(self: CpuStopwatch, cell: Any, count: int) -> list[float]:
+        def dead_times(self: CpuStopwatch, *arguments: Any) -> list[float]:
             if lost.get("now"):
                 raise RuntimeError(message)
-            return times(self, cell, count)
+            return times(self, *arguments)
 
         def dead_make(*arguments: Any, **options: Any) -> Any:
             if lost.get("now"):
@@ -279,6 +286,34 @@ class TestRun:
         assert all(torch.equal(many[key], weight) for key, weight in few.items())
         other = weights(replace(SMALL, seed=1, groups=(4,)))
         assert not any(torch.equal(other[key], weight) for key, weight in few.items())
+
+
+@GLIBC
+def test_kept_memory_has_no_faults_and_fresh_memory_one_for_every_page(cli: Callable[..., Any], tmp_path: Path) -> None:
+    """The layer's output, which is made anew at each call, is 784 KiB: 196 pages."""
+    arguments = ["profile", "--channels", "64", "--size", "14", "--batch", "16", "--groups", "2", "--device", "cpu",
+                 "--phases", "fwd", "--max-time", "0.2", "--quiet", "--format", "csv"]  # fmt: skip
+    for given, state, least in (([], "kept", 0), (["--memory", "fresh"], "fresh", 196)):
+        done = cli(*arguments, *given, "--out", f"{state}.json")
+        assert done.returncode == 0, done.stderr
+        document = results.read(tmp_path / f"{state}.json")
+        assert document["settings"]["memory"] == state
+        measured = [row["phases"]["fwd"] for row in document["results"]]
+        faults = [phase["minor_faults_per_call"] for phase in measured]
+        assert faults == [0] * 3 if state == "kept" else min(faults) >= least
+        assert [phase["derived"]["page_faults"] for phase in measured] == [False if state == "kept" else None] * 3
+        assert [float(line["minor_faults_per_call"]) for line in csv.DictReader(done.stdout.splitlines())] == faults
+
+
+def test_memory_that_is_not_kept_after_all_is_flagged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As under an allocator that is not glibc's: 5000 pages a call, which take milliseconds."""
+    counter = itertools.count(0, 5000)
+    monkeypatch.setattr("bgcbench.measure.device.minor_faults", lambda: next(counter))
+    monkeypatch.setattr("bgcbench.experiments.profile_run.resolve_memory", lambda asked, device_type: asked)
+    for memory, flagged in (("kept", True), (None, False)):
+        for row in run(replace(SMALL, memory=memory, phases=("fwd",))).rows:
+            assert row["phases"]["fwd"]["minor_faults_per_call"] == 5000
+            assert ("page faults" in flags(row, ["fwd"])) is flagged
 
 
 def test_compile_mode_measures_a_compiled_layer(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,10 @@ import errno
 import json
 import math
 import os
+import signal
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import jsonschema
@@ -12,6 +15,7 @@ import pytest
 
 from bgcbench import results
 from bgcbench.errors import OutputError, ResultFileError
+from tests.conftest import ROOT
 from tests.example import example_document
 
 
@@ -76,19 +80,149 @@ def test_a_file_that_can_no_longer_be_written_is_rescued(tmp_path: Path, monkeyp
     assert list(rescue.iterdir()) == [writer.rescued_to]
 
 
-def test_the_probe_refuses_what_exists_and_what_cannot_be_written(tmp_path: Path) -> None:
+def claim(path: Path, *, replace: bool) -> None:
+    writer = results.ResultWriter(path)
+    try:
+        assert writer.claim(replace=replace) is None
+    finally:
+        writer.release()
+
+
+def test_what_exists_and_what_cannot_be_written_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "r.json"
     file.write_text("something of the user's")
     with pytest.raises(OutputError, match="exists; use --force"):
-        results.ResultWriter(file).probe(replace=False)
-    results.ResultWriter(file).probe(replace=True)
+        claim(file, replace=False)
+    claim(file, replace=True)
     assert file.read_text() == "something of the user's"
     with pytest.raises(OutputError, match="is a folder"):
-        results.ResultWriter(tmp_path).probe(replace=True)
+        claim(tmp_path, replace=True)
     with pytest.raises(OutputError, match="is no folder"):
-        results.ResultWriter(file / "r.json").probe(replace=False)
-    results.ResultWriter(tmp_path / "new" / "folder" / "r.json").probe(replace=False)
-    assert (tmp_path / "new" / "folder").is_dir()
+        claim(file / "r.json", replace=False)
+    claim(tmp_path / "new" / "folder" / "r.json", replace=False)
+    assert list((tmp_path / "new" / "folder").iterdir()) == []  # a lock leaves nothing behind
+
+
+def in_another_process(path: Path, then: str = "print('got it', flush=True); input()") -> subprocess.Popen[str]:
+    """A process that takes the lock of ``path``; the first line that it prints is how that went."""
+    code = f"""
+import os, pathlib, sys
+from bgcbench.results import ResultWriter
+writer = ResultWriter(pathlib.Path(sys.argv[1]))
+try:
+    writer.claim(replace=True)
+except Exception as error:
+    sys.exit(print(error))
+{then}
+"""
+    return subprocess.Popen([sys.executable, "-c", code, str(path)], text=True, cwd=ROOT,
+                            stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # fmt: skip
+
+
+def test_a_file_has_one_writer_at_a_time_and_a_killed_one_holds_nothing(tmp_path: Path) -> None:
+    path, lock = tmp_path / "r.json", tmp_path / ".r.lock"
+    first = in_another_process(path)
+    assert first.stdout is not None
+    assert first.stdout.readline() == "got it\n"
+    with pytest.raises(OutputError, match=rf"r\.json is being written by another run \(process {first.pid} on "):
+        claim(path, replace=True)
+    with pytest.raises(OutputError, match="another run"):
+        claim(tmp_path / "r", replace=True)  # whose checkpoints would be the same folder
+    assert in_another_process(path).communicate()[0].startswith(f"--out {path} is being written by another run")
+    claim(tmp_path / "other.json", replace=False)
+    first.kill()
+    first.communicate()
+    assert lock.exists()
+    claim(path, replace=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_child_of_a_killed_run_does_not_hold_its_lock(tmp_path: Path) -> None:
+    """As a DataLoader's worker that outlives the process that has forked it by some seconds."""
+    forks = "child = os.fork()\nif not child: input(); os._exit(0)\nprint('got it', flush=True); input()"
+    parent = in_another_process(tmp_path / "r.json", forks)
+    assert parent.stdout is not None
+    assert parent.stdin is not None
+    assert parent.stdout.readline() == "got it\n"
+    os.kill(parent.pid, signal.SIGKILL)
+    parent.wait()
+    claim(tmp_path / "r.json", replace=True)
+    parent.stdin.close()  # ends the child
+
+
+def test_of_many_that_ask_at_once_one_gets_it_each_time(tmp_path: Path) -> None:
+    """Taking, giving back and removing the lock's file overlap in every way; what it guards stays one process's."""
+    counter = tmp_path / "counter"
+    counter.write_text("0")
+    code = """
+import pathlib, sys, time
+from bgcbench.locks import FileLock
+lock, counter = FileLock(pathlib.Path(sys.argv[1]) / ".lock"), pathlib.Path(sys.argv[1]) / "counter"
+for _ in range(100):
+    while True:
+        try:
+            lock.acquire()
+            break
+        except BlockingIOError:
+            time.sleep(0.0002)
+    counter.write_text(str(int(counter.read_text()) + 1))
+    lock.release()
+"""
+    processes = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT) for _ in range(4)]
+    assert [process.wait(timeout=60) for process in processes] == [0] * 4
+    assert counter.read_text() == "400"
+    assert list(tmp_path.iterdir()) == [counter]
+
+
+def test_where_nothing_can_be_locked_the_run_is_told_and_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_locks(handle: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("bgcbench.locks._lock", no_locks)
+    writer = results.ResultWriter(tmp_path / "r.json")
+    assert "cannot lock files (No locks available): see to it" in str(writer.claim(replace=False))
+    writer.write(example_document())
+    assert writer.problem is None
+
+
+def test_a_file_of_somebody_else_is_never_replaced(tmp_path: Path) -> None:
+    path, document = tmp_path / "r.json", example_document()
+    writer = results.ResultWriter(path)
+    writer.claim(replace=False)
+    writer.write(document)
+    writer.write(document)  # its own file, again
+    theirs = results.dumps(document)
+    path.write_text(theirs, encoding="utf-8")  # the same bytes, and not by us
+    writer.write({**document, "warnings": ["newer"]})
+    writer.write({**document, "warnings": ["newest"]})
+    writer.release()
+    assert path.read_text(encoding="utf-8") == theirs
+    assert writer.problem == "another program has written it meanwhile"
+    assert writer.rescued_to is not None
+    assert results.read(writer.rescued_to)["warnings"] == ["newest"]
+    assert sorted(tmp_path.iterdir()) == sorted([path, writer.rescued_to])
+
+
+def test_a_file_that_was_removed_meanwhile_is_written_again(tmp_path: Path) -> None:
+    writer = results.ResultWriter(tmp_path / "r.json")
+    writer.write(example_document())
+    writer.path.unlink()
+    writer.write(example_document())
+    assert results.read(writer.path) == example_document()
+    assert writer.problem is None
+
+
+def test_a_file_that_changed_since_it_was_read_is_not_gone_on_with(tmp_path: Path) -> None:
+    writer = results.ResultWriter(tmp_path / "r.json")
+    writer.write(example_document())
+    stored = results.read(writer.path)
+    assert writer.claim(replace=True, stored=stored) is None
+    writer.release()
+    results.ResultWriter(writer.path).write({**example_document(), "warnings": ["another run's"]})
+    with pytest.raises(OutputError, match="written by another run while this one began"):
+        writer.claim(replace=True, stored=stored)
 
 
 def broken(path: Path, text: str) -> Path:
@@ -112,13 +246,23 @@ def test_files_that_are_no_results_are_refused_in_one_line(tmp_path: Path) -> No
         with pytest.raises(ResultFileError, match=message) as caught:
             results.read(broken(path, content))
         assert "\n" not in str(caught.value)
-    path.write_bytes(b"\xff\xfe\x00")
+    path.write_bytes(b"\xff\xfd\x00")
     with pytest.raises(ResultFileError, match="not UTF-8"):
         results.read(path)
     with pytest.raises(ResultFileError, match="cannot be read: No such file"):
         results.read(tmp_path / "missing.json")
     with pytest.raises(ResultFileError, match="cannot be read"):
         results.read(tmp_path)
+
+
+def test_what_other_programs_do_to_text_files_is_known(tmp_path: Path) -> None:
+    path, text = tmp_path / "r.json", results.dumps(example_document())
+    path.write_text(text, encoding="utf-8-sig")  # an editor on Windows
+    assert results.read(path) == example_document()
+    for encoding in ("utf-16", "utf-16-be"):
+        path.write_bytes(("\ufeff" if encoding.endswith("be") else "").encode(encoding) + text.encode(encoding))
+        with pytest.raises(ResultFileError, match=r"is UTF-16, as PowerShell's > writes.*--out FILE"):
+            results.read(path)
 
 
 def test_keys_of_a_later_minor_version_are_ignored(tmp_path: Path) -> None:
@@ -159,4 +303,13 @@ def test_how_a_run_ended_is_in_the_file(statuses, planned, interrupted, failed, 
     results.finish(document, planned, interrupted=interrupted, failed=failed)
     assert (document["exit_reason"], document["complete"]) == expected
     assert document["finished_at"] is not None
-    assert document["warnings"] == ([failed] if failed else [])
+    assert document["failure"] == failed
+
+
+def test_a_run_that_goes_on_with_a_file_says_nothing_of_how_the_last_one_ended() -> None:
+    document = example_document()
+    results.finish(document, len(document["results"]) + 1, failed="ZeroDivisionError: a bug")
+    again = results.reopened(document, {"groups": [2]})
+    ended = ("complete", "finished_at", "exit_reason", "failure", "config")
+    assert [again[name] for name in ended] == [False, None, "running", None, {"groups": [2]}]
+    assert again["results"] == document["results"]

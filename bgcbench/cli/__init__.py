@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import os
 import sys
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 import bgcbench
 from bgcbench.cli.common import app, say
-from bgcbench.errors import BgcbenchError, UsageError
+from bgcbench.errors import BgcbenchError, OutputError, UsageError
 
 # Each registers its commands; --help lists them in this order.
 from bgcbench.cli import profile, approx, train, transfer, show  # noqa: F401  # isort: skip
@@ -36,11 +37,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else list(argv)
     try:
         code = app(args=words, obj=words, prog_name="bgcbench", standalone_mode=False)
+        sys.stdout.flush()  # what is wrong with it is said here, and not by the interpreter when it ends
     except BgcbenchError as error:
         say(f"bgcbench: {error}")
         return error.exit_code
     except BrokenPipeError:  # the reader of a pipe has gone; whatever is in a file is in a file
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (KeyboardInterrupt, typer.Abort):
         say("bgcbench: interrupted")
@@ -71,6 +72,29 @@ def _command_path(error: Exception) -> list[str]:
     return [*path, ""] if path else []
 
 
+class _Stdout(io.FileIO):
+    """What stands behind sys.stdout; that it cannot be written is the user's to know, and no bug."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise OutputError(f"stdout cannot be written ({error.strerror or error})") from error
+
+
 def run() -> None:
     """Console script."""
-    raise SystemExit(main())
+    out = sys.stdout
+    # Where the shell has closed it (>&-), the next file to be opened would take its number, and what is printed.
+    handle = os.open(os.devnull, os.O_RDONLY) if out is None else out.fileno()
+    if out is None or not out.isatty():
+        file = io.BufferedWriter(_Stdout(handle, "w", closefd=False))
+        sys.stdout = io.TextIOWrapper(file, "utf-8" if out is None else out.encoding, errors="backslashreplace")
+    code = main()
+    try:
+        sys.stdout.flush()
+    except (BrokenPipeError, OutputError):  # said, or none of our business: the interpreter need not try again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    raise SystemExit(code)

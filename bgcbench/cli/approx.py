@@ -319,16 +319,17 @@ def _run(
         if dry_run:
             return 0
         config = run.config  # with the network's own size
-        document = stored or results.new_document(
-            "approx",
-            context.obj or [],
-            config.to_json(),
-            session.environment,
-            session.settings,
-            "quick" if config.quick else "full",
-        )
-        document |= {"config": config.to_json(), "exit_reason": "running", **facts}
-        code = _compute(run, keys, document, output, interrupts)
+        with output.claimed(stored, interrupts) as writer:
+            document = {**common.document_of("approx", context, config, session, stored), **facts}
+            code = common.carried_out(
+                lambda: common.follow(_saved(run, document, writer), quiet=output.quiet),
+                lambda: _take(run, document),
+                document,
+                keys,
+                output,
+                writer,
+                interrupts,
+            )
         if output.plot is not None and document["results"]:
             common.draw(document, output.plot, preset)
             if not output.quiet:
@@ -368,22 +369,6 @@ def _prepared(
     lines += [f"  {layer.name}: {layer.in_channels} -> {layer.out_channels}" for layer in layers]
     lines += [f"  kept: {kept.name} ({kept.reason})" for kept in prepared.layers.kept]
     return network_run, network_run.keys, {"network": prepared.facts}, lines
-
-
-def _compute(
-    run: ApproxRun | ApproxNetworkRun,
-    keys: list[str],
-    document: dict[str, Any],
-    output: Output,
-    interrupts: Interrupts,
-) -> int:
-    """Run into ``document``, saving as it grows; print it and return the exit code."""
-
-    def go(writer: ResultWriter | None) -> None:
-        for _ in common.followed(_saved(run, document, writer), quiet=output.quiet):
-            pass
-
-    return common.carried_out(go, lambda: _take(run, document), document, keys, output, interrupts)
 
 
 def _saved(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import re
@@ -18,6 +19,8 @@ from bgcbench.errors import BgcbenchError, OutputError, UsageError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from bgcbench.experiments.config import RunConfig
+    from bgcbench.experiments.session import Session
     from bgcbench.interrupts import Interrupts
     from bgcbench.report import Report
     from bgcbench.results import ResultWriter
@@ -50,8 +53,6 @@ NETWORK = "A whole network"
 GRID = "What is compared"
 MEASURE = "How it is measured"
 OUTPUT = "Output"
-
-BROKE_OFF = "the run broke off"
 
 Format = Annotated[
     str,
@@ -204,7 +205,30 @@ class Output:
 
             check_plot(self.plot, replace=self.replace or dry_run)
         if self.path is not None and not dry_run:
-            ResultWriter(self.path).probe(replace=self.replace)
+            writer = ResultWriter(self.path)
+            writer.claim(replace=self.replace)
+            writer.release()  # it is claimed for the run once that is ready
+
+    @contextlib.contextmanager
+    def claimed(self, stored: dict[str, Any] | None, interrupts: Interrupts) -> Iterator[ResultWriter | None]:
+        """The writer of the result file, where no other run writes meanwhile; None for stdout.
+
+        stored: what the run goes on with. Raises OutputError for a file that cannot be written, or is not to be.
+        """
+        from bgcbench.results import ResultWriter
+
+        if self.path is None:
+            yield None
+            return
+        writer = ResultWriter(self.path)
+        unsure = writer.claim(replace=self.replace, stored=stored)
+        interrupts.leaving = writer.release
+        if unsure and not self.quiet:
+            say(unsure)
+        try:
+            yield writer
+        finally:
+            writer.release()
 
     @property
     def destination(self) -> str:
@@ -299,8 +323,12 @@ def stdout(report: Report) -> Console:
 
 
 def say(message: str) -> None:
-    """Print a line on stderr."""
-    print(message, file=sys.stderr, flush=True)
+    """Print a line on stderr, where there is one; it may hold whatever a file or a network is called."""
+    from bgcbench.results import printable
+
+    with contextlib.suppress(OSError, AttributeError):  # a full disk or a closed stderr ends no measurement
+        sys.stderr.write(f"{printable(message)}\n")
+        sys.stderr.flush()
 
 
 def draw(document: dict[str, Any], path: Path, picture: str | None) -> None:
@@ -310,7 +338,7 @@ def draw(document: dict[str, Any], path: Path, picture: str | None) -> None:
     draw_plot(document, path, picture)
 
 
-def followed(steps: Iterator[tuple[str, float | None]], *, quiet: bool) -> Iterator[None]:
+def follow(steps: Iterator[tuple[str, float | None]], *, quiet: bool) -> None:
     """Go through ``steps`` (what is done, and the share that is), with a bar on a terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -318,44 +346,53 @@ def followed(steps: Iterator[tuple[str, float | None]], *, quiet: bool) -> Itera
     console = Console(stderr=True)
     if quiet or not console.is_terminal:
         for _ in steps:
-            yield
+            pass
         return
-    columns = TextColumn("{task.description}"), BarColumn(bar_width=16), TimeElapsedColumn()
+    columns = TextColumn("{task.description}", markup=False), BarColumn(bar_width=16), TimeElapsedColumn()
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("starting", total=None)
         for doing, done in steps:
             bar.update(task, description=doing, total=None if done is None else 1.0, completed=done or 0.0)
-            yield
+
+
+def document_of(
+    command: str, context: typer.Context, config: RunConfig, session: Session, stored: dict[str, Any] | None
+) -> dict[str, Any]:
+    """The document that a run of ``config`` fills: a new one, or ``stored``, which it goes on with."""
+    from bgcbench import results
+
+    if stored is not None:
+        return results.reopened(stored, config.to_json())
+    quality = "quick" if config.quick else "full"
+    return results.new_document(
+        command, context.obj or [], config.to_json(), session.environment, session.settings, quality
+    )
 
 
 def carried_out(
-    go: Callable[[ResultWriter | None], None],
+    go: Callable[[], None],
     take: Callable[[], None],
     document: dict[str, Any],
     keys: Iterable[str],
     output: Output,
+    writer: ResultWriter | None,
     interrupts: Interrupts,
     *,
     speaks: bool = True,
 ) -> int:
     """Run ``go`` into ``document``, print that and return the exit code; whatever happens, what there is is saved.
 
-    go: does the run, saving with the writer that it is given (None where the result goes to stdout). take: puts what is
-    known into the document. keys: of the planned rows. speaks: whether this process prints.
+    go: does the run, saving as it goes. take: puts what is known into the document. keys: of the planned rows. writer:
+    of the result file, None for stdout. speaks: whether this process prints.
     """
     from bgcbench import results
 
-    writer = None if output.path is None else results.ResultWriter(output.path)
-    if writer is not None:
-        writer.probe(replace=output.replace)
     planned = len({*keys, *(row["key"] for row in document["results"])})  # a resumed file may hold rows beyond the plan
-    # How an earlier run of this file ended is no news of this one.
-    document["warnings"] = [text for text in document["warnings"] if not text.startswith(BROKE_OFF)]
     failed: str | None = None
     try:
-        go(writer)
+        go()
     except Exception as error:
-        failed = f"{BROKE_OFF}: {type(error).__name__}: {error}"
+        failed = f"{type(error).__name__}: {error}"
         raise
     finally:
         take()
@@ -368,7 +405,12 @@ def carried_out(
     if not speaks:
         return interrupts.exit_code if interrupts.requested() else int(done < planned)
     if document["results"] or output.form == "json":  # a run that was stopped at once has nothing to show
-        print_document(document, output.form)
+        try:
+            print_document(document, output.form)
+        except OutputError as error:
+            path = writer.path if writer is not None else results.rescue(document, f"{document['command']}.json")
+            kept = f"the result is in {path}" if path else "the result is lost"
+            raise OutputError(f"{error}; {kept}") from error
     return closing(writer, interrupts, done, planned, quiet=output.quiet)
 
 

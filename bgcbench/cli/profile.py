@@ -37,7 +37,6 @@ from bgcbench.errors import UsageError
 if TYPE_CHECKING:
     from bgcbench.experiments.profile import MeasureConfig, PlannedRow
     from bgcbench.experiments.profile_run import ProfileRun, ProfileSession, Subject, Update
-    from bgcbench.interrupts import Interrupts
     from bgcbench.results import ResultWriter
 
 
@@ -155,6 +154,15 @@ def profile(
             rich_help_panel=MEASURE,
         ),
     ] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            help="kept: a CPU's tensors reuse freed memory, as most of a whole network's do. fresh: all of it comes "
+            "anew from the system at each call, as in a script of one layer.",
+            show_default="kept",
+            rich_help_panel=MEASURE,
+        ),
+    ] = None,
     max_time: Annotated[
         float | None,
         typer.Option(
@@ -222,6 +230,7 @@ def profile(
         "input_grad": False if no_input_grad else None,
         "mode": mode,
         "cache": cache,
+        "memory": memory,
         "max_time_s": max_time,
         "threads": threads,
         "seed": seed,
@@ -237,7 +246,7 @@ def profile(
     rows = _layer_plan(config)
     output.probe(dry_run=dry_run)
     with Interrupts() as interrupts:
-        from bgcbench.experiments.profile_run import open_session  # torch, and what needs it
+        from bgcbench.experiments.profile_run import ProfileRun, open_session  # torch, and what needs it
 
         config, rows, subjects, notes = _full_plan(config, rows)
         session = open_session(config)
@@ -250,15 +259,29 @@ def profile(
                 common.say(line)
         if dry_run:
             return 0
-        document = stored or results.new_document(
-            "profile",
-            context.obj or [],
-            config.to_json(),
-            session.environment,
-            session.settings,
-            "quick" if config.quick else "full",
-        )
-        return _measure(config, session, rows, subjects, document, output, interrupts)
+        with output.claimed(stored, interrupts) as writer:
+            if interrupts.requested():
+                common.say("interrupted before anything was measured; nothing was written")
+                return interrupts.exit_code
+            document = common.document_of("profile", context, config, session, stored)
+            run = ProfileRun(
+                config,
+                session,
+                rows,
+                subjects=subjects,
+                kept={row["key"]: row for row in document["results"]},
+                interleaved=document.get("interleaved", ()),
+                stop=interrupts.requested,
+            )
+            return common.carried_out(
+                lambda: _follow(_saved(run, document, writer), quiet=output.quiet),
+                lambda: None,  # each update that is worth it has been taken already
+                document,
+                [row.key for row in rows],
+                output,
+                writer,
+                interrupts,
+            )
 
 
 def _check_preset(preset: str | None, shape: dict[str, Any]) -> None:
@@ -308,65 +331,17 @@ def _full_plan(
     return config, rows, layer_subjects(config, rows), []
 
 
-def _measure(
-    config: MeasureConfig,
-    session: ProfileSession,
-    rows: list[PlannedRow],
-    subjects: Mapping[str, Subject],
-    document: dict[str, Any],
-    output: Output,
-    interrupts: Interrupts,
-) -> int:
-    """Run ``rows`` into ``document``, saving as it grows; print it and return the exit code."""
-    from bgcbench import results
-    from bgcbench.experiments.profile_run import ProfileRun
-
-    writer = None if output.path is None else results.ResultWriter(output.path)
-    if writer is not None:
-        writer.probe(replace=output.replace)
-    if interrupts.requested():
-        common.say("interrupted before anything was measured; nothing was written")
-        return interrupts.exit_code
-    document["config"] = config.to_json()
-    document["exit_reason"] = "running"
-    # A resumed file may hold rows beyond the plan.
-    planned = len({row.key for row in rows} | {row["key"] for row in document["results"]})
-    run = ProfileRun(
-        config,
-        session,
-        rows,
-        subjects=subjects,
-        kept={row["key"]: row for row in document["results"]},
-        interleaved=document.get("interleaved", ()),
-        stop=interrupts.requested,
-    )
-    failed: str | None = None
-    try:
-        _follow(run, document, writer, quiet=output.quiet)
-    except Exception as error:
-        failed = f"the run broke off: {type(error).__name__}: {error}"
-        raise
-    finally:
-        results.finish(document, planned, interrupted=interrupts.requested(), failed=failed)
-        if writer is not None:
-            writer.write(document)
-    common.print_document(document, output.form)
-    done = sum(row["status"] in results.DONE for row in document["results"])
-    return common.closing(writer, interrupts, done, planned, quiet=output.quiet)
-
-
-def _follow(run: ProfileRun, document: dict[str, Any], writer: ResultWriter | None, *, quiet: bool) -> None:
-    """Drive the run, its document and its file kept up to date, with a bar on a terminal."""
+def _follow(updates: Iterator[Update], *, quiet: bool) -> None:
+    """Go through the run with a bar on a terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn
 
-    updates = _saved(run, document, writer)
     console = Console(stderr=True)
     if quiet or not console.is_terminal:
         for _ in updates:
             pass
         return
-    columns = TextColumn("{task.description}"), BarColumn(bar_width=16), TextColumn("{task.fields[left]}")
+    columns = TextColumn("{task.description}", markup=False), BarColumn(bar_width=16), TextColumn("{task.fields[left]}")
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("starting", total=None, left="")
         for update in updates:
@@ -375,13 +350,12 @@ def _follow(run: ProfileRun, document: dict[str, Any], writer: ResultWriter | No
 
 def _saved(run: ProfileRun, document: dict[str, Any], writer: ResultWriter | None) -> Iterator[Update]:
     """The run's updates, each that is worth saving already in the document and on the disk."""
-    earlier = [warning for warning in document["warnings"] if warning not in run.warnings]  # of a resumed file
     for update in run.run():
         if update.save:
             document["results"] = update.rows
             document["ceilings"] = update.ceilings or document.get("ceilings")
             document["interleaved"] = update.interleaved
-            document["warnings"] = earlier + update.warnings
+            document["warnings"] = list(dict.fromkeys((*document["warnings"], *update.warnings)))
             if writer is not None:
                 writer.write(document)
         yield update

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,7 +12,7 @@ import typer
 
 from bgcbench.cli import common
 from bgcbench.cli.common import Format, app
-from bgcbench.errors import UsageError
+from bgcbench.errors import BgcbenchError, ResultFileError, UsageError
 
 
 @app.command(short_help="Print a result file again, or Table 1.")
@@ -60,9 +62,10 @@ def show(
     document = results.read(file) if file is not None else None
     _check_plot(plot, picture, force=force, drawable=document is not None and not table1)
     if document is not None and not table1:
-        common.print_document(document, form)
-        if plot is not None:
-            common.draw(document, plot, picture)
+        with _consistent(str(file)):
+            common.print_document(document, form)
+            if plot is not None:
+                common.draw(document, plot, picture)
         return 0
     if document is not None:
         results.check_command(document, "profile", str(file))
@@ -91,6 +94,19 @@ def show(
         form,
     )
     return 0
+
+
+@contextlib.contextmanager
+def _consistent(name: str) -> Iterator[None]:
+    """A file whose every value may be, and whose values cannot be together, is damaged too."""
+    try:
+        yield
+    except BgcbenchError:
+        raise
+    except (ArithmeticError, LookupError, TypeError, ValueError) as problem:
+        raise ResultFileError(
+            f"{name} is damaged: its rows do not fit together ({type(problem).__name__}: {problem})"
+        ) from problem
 
 
 def _check_plot(plot: Path | None, picture: str | None, *, force: bool, drawable: bool) -> None:
@@ -158,9 +174,10 @@ def compare(
         name, old, new = differing[0]
         raise UsageError(f"{name} is {old} in {before} and {new} in {after}; measure alike, or use --force")
 
-    report, tripped = compare_report(
-        documents[0], documents[1], (str(before), str(after)), None if fail_on is None else fail_on / 100
-    )
+    with _consistent(f"{before} or {after}"):
+        report, tripped = compare_report(
+            documents[0], documents[1], (str(before), str(after)), None if fail_on is None else fail_on / 100
+        )
     common.emit(report, form)
     if tripped:
         common.say(f"a row is slower by more than {fail_on} % beyond doubt, or is no longer measured")

@@ -28,6 +28,7 @@ from bgcbench.cli.common import (
 from bgcbench.cli.training import (
     RECIPE,
     Accumulate,
+    Algorithm,
     Asked,
     Classes,
     Command,
@@ -176,6 +177,7 @@ def train(
     precision: Precision = None,
     layout: Layout = None,
     compiled: Compiled = None,
+    algorithm: Algorithm = None,
     device: Device = None,
     accumulate: Accumulate = None,
     sync_bn: SyncBn = False,

@@ -93,6 +93,15 @@ Compiled = Annotated[
     bool | None,
     typer.Option("--compile/--no-compile", help="torch.compile.", show_default="fast only", rich_help_panel=RECIPE),
 ]
+Algorithm = Annotated[
+    str | None,
+    typer.Option(
+        help="Exact form that layers run in: fixed (the first, BGC two_conv: the same bits in every run), auto (the "
+        "fastest here, which each process measures), or BGC concat, dense, split, matmul (1x1), triton.",
+        show_default="fixed; fast auto",
+        rich_help_panel=RECIPE,
+    ),
+]
 Accumulate = Annotated[
     int | None,
     typer.Option(
@@ -216,7 +225,7 @@ def given_options(options: Mapping[str, Any], own: Mapping[str, Any]) -> dict[st
     """
     same = ("model", "data", "subset", "where", "stem_stride", "recipe", "epochs", "batch_size", "lr", "schedule",
             "gamma", "momentum", "nesterov", "weight_decay", "label_smoothing", "group_lasso", "pad", "flip",
-            "precision", "layout", "device", "accumulate", "workers", "threads")  # fmt: skip
+            "precision", "layout", "algorithm", "device", "accumulate", "workers", "threads")  # fmt: skip
     switches = ("download", "skip_invalid", "sync_bn", "quick")
     lists = ("include", "exclude")
     given: dict[str, Any] = {
@@ -290,7 +299,8 @@ def settled(command: Command, given: dict[str, Any], asked: Asked) -> tuple[Any,
     output = dataclasses.replace(output, replace=output.replace or replacing)
     config = _configuration(command, given, stored, str(path))
     command.check_places(config, fresh=stored is None, replace=asked.force or asked.dry_run)
-    output.probe(dry_run=asked.dry_run)
+    if own_rank() == 0:  # which alone writes
+        output.probe(dry_run=asked.dry_run)
     if asked.resume == "auto" and path is not None and not asked.quiet and own_rank() == 0:
         common.say(f"going on with {path}")
     return config, stored, output
@@ -405,31 +415,26 @@ def carry_out(
                 for line in (*run.warnings, *lines, output.destination):
                     common.say(line)
             if dry_run:
-                return (
-                    0
-                    if quiet or not command.is_estimated(config)
-                    else _estimate(command, run, interrupts, quiet=output.quiet)
+                if quiet or not command.is_estimated(config):
+                    return 0
+                return _estimate(command, run, interrupts, quiet=output.quiet)
+            with contextlib.ExitStack() as claim:
+                writers: list[ResultWriter | None] = []
+                with only_first_speaks():
+                    world.once(lambda: writers.append(claim.enter_context(output.claimed(stored, interrupts))))
+                    run.make_room()
+                writer = writers[0] if writers else None
+                document = common.document_of(command.name, context, prepared.config, session, stored)
+                code = common.carried_out(
+                    lambda: _follow(command, _saved(run, document, writer), run, quiet=output.quiet),
+                    lambda: _take(run, document),
+                    document,
+                    [row.key for row in run.rows],
+                    output,
+                    writer,
+                    interrupts,
+                    speaks=world.is_main,
                 )
-            with only_first_speaks():
-                run.make_room()
-            document = stored or results.new_document(
-                command.name,
-                context.obj or [],
-                prepared.config.to_json(),
-                session.environment,
-                session.settings,
-                "quick" if config.quick else "full",
-            )
-            document |= {"config": prepared.config.to_json(), "exit_reason": "running"}
-            code = common.carried_out(
-                lambda writer: _follow(command, _saved(run, document, writer), run, quiet=output.quiet),
-                lambda: _take(run, document),
-                document,
-                [row.key for row in run.rows],
-                output,
-                interrupts,
-                speaks=world.is_main,
-            )
             if output.plot is not None and any(map(command.is_drawable, document["results"])):
                 common.draw(document, output.plot, None)
                 if not output.quiet:
@@ -527,6 +532,8 @@ def _follow(command: Command, updates: Iterator[Update], run: TrainRun, *, quiet
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn
 
+    from bgcbench.results import printable
+
     console = Console(stderr=True)
     said = len(run.warnings)
     if quiet or not console.is_terminal:
@@ -538,12 +545,12 @@ def _follow(command: Command, updates: Iterator[Update], run: TrainRun, *, quiet
             if line is not None:
                 common.say(line)
         return
-    columns = TextColumn("{task.description}"), BarColumn(bar_width=12)
+    columns = TextColumn("{task.description}", markup=False), BarColumn(bar_width=12)
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("starting", total=1.0)
         for update in updates:
             for warning in run.warnings[said:]:
-                bar.console.print(warning)
+                bar.console.print(printable(warning), markup=False, highlight=False)
             said = len(run.warnings)
             bar.update(task, description=_bar_text(update, run), completed=update.done)
 

@@ -37,6 +37,7 @@ from bgcbench.cli.common import (
 from bgcbench.cli.training import (
     RECIPE,
     Accumulate,
+    Algorithm,
     Asked,
     Classes,
     Command,
@@ -324,6 +325,7 @@ def transfer(
     precision: Precision = None,
     layout: Layout = None,
     compiled: Compiled = None,
+    algorithm: Algorithm = None,
     device: Device = None,
     accumulate: Accumulate = None,
     sync_bn: SyncBn = False,

@@ -21,6 +21,7 @@ from bgcbench.specs import (
     ALGORITHMS,
     CUDA_ALGORITHMS,
     LAYOUTS,
+    MEMORY,
     MODES,
     PHASES,
     POINTWISE_ALGORITHMS,
@@ -53,6 +54,7 @@ class MeasureConfig(RunConfig):
     phases: tuple[str, ...] = ("fwd",)
     input_grad: bool = True
     cache: str | None = None
+    memory: str | None = None
     max_time_s: float | None = None
     reference: bool = True
 
@@ -68,6 +70,7 @@ class MeasureConfig(RunConfig):
             ("mode", self.mode, MODES),
             ("algorithm", self.algorithm, ("auto", "all", *ALGORITHMS)),
             ("cache", self.cache, ("cold", "warm")),
+            ("memory", self.memory, MEMORY),
             *(("phase", phase, self.PHASES) for phase in self.phases),
         )
         for what, chosen, names in choices:

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import math
 import random
+import statistics
 import time
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -28,6 +29,7 @@ from bgcbench.experiments.profile import (
 )
 from bgcbench.experiments.session import Session
 from bgcbench.measure import ceilings, environment
+from bgcbench.measure.allocator import FAULT_S, memory_state, resolve_memory
 from bgcbench.measure.ceilings import Ceilings
 from bgcbench.measure.counts import CallWork, call_work, count, paper_bytes
 from bgcbench.measure.device import (
@@ -61,6 +63,7 @@ class ProfileSession(Session):
 
     rules: Rules
     cold: bool
+    memory: str | None
 
 
 def open_session(config: MeasureConfig) -> ProfileSession:
@@ -72,6 +75,7 @@ def open_session(config: MeasureConfig) -> ProfileSession:
     check_combination(device, config.precision, config.mode)
     rules = Rules.for_device(device.type, quick=config.quick, max_time_s=config.max_time_s)
     cold = config.cache == "cold" if config.cache else device.type == "cuda"
+    memory = resolve_memory(config.memory, device.type)
     with backend_state(config.precision, config.threads):
         described = environment.describe_environment(device)
         settings: Json = {
@@ -83,11 +87,13 @@ def open_session(config: MeasureConfig) -> ProfileSession:
             "deterministic": False,
             "mode": config.mode,
             "cache": "cold" if cold else "warm",
+            "memory": memory,
             "phases": list(config.phases),
             "input_grad": config.input_grad,
             "timing": {"protocol": PROTOCOL, **dataclasses.asdict(rules)},
         }
-    return ProfileSession(device, described, settings, [warning] if warning else [], rules=rules, cold=cold)
+    warnings = [warning] if warning else []
+    return ProfileSession(device, described, settings, warnings, rules=rules, cold=cold, memory=memory)
 
 
 class Subject(ABC):
@@ -217,6 +223,7 @@ class _Row:
     phases: dict[str, Json] = field(default_factory=dict)
     failures: dict[str, Failure] = field(default_factory=dict)
     interleaved: int | None = None
+    alone: bool = False  # measured by itself because the group does not fit into memory together
     status: str = "interrupted"
     reason: str | None = "not measured yet"
 
@@ -300,7 +307,6 @@ class ProfileRun:
         if subjects is None:
             subjects = layer_subjects(config, rows)
         self.rows = [_Row(row, subjects[row.key]) for row in rows if row.key in subjects and row.key not in self.kept]
-        self._slow = self._rounds = 0
         self._inputs: dict[tuple[tuple[int, ...], bool], torch.Tensor] = {}
 
     def run(self) -> Iterator[Update]:
@@ -310,7 +316,8 @@ class ProfileRun:
             yield self._update("nothing left to measure", save=True)
             return
         compiling = compile_state() if config.mode == "compile" else contextlib.nullcontext()
-        with frozen_heap(), backend_state(config.precision, config.threads), current(session.device), compiling:
+        state = backend_state(config.precision, config.threads)
+        with memory_state(session.memory), frozen_heap(), state, current(session.device), compiling:
             yield self._update("measuring the device's ceilings")
             try:
                 plain = make_stopwatch(session.device, cold=False)
@@ -363,8 +370,6 @@ class ProfileRun:
         if row.alive and (row.peak is None or row.first_call_s[row.fullest] < 0.25):
             cell = workload.cell(row.fullest)
             row.peak = measure_peak(cell.eager or cell, self.session.device, passes=1 if self.config.quick else 2)
-            if not row.peak.agreed:
-                self.warnings.append(f"{row.planned.key}: two memory passes differ")
 
     def _first_call(self, row: _Row, workload: Workload, phase: str, stopwatch: DeviceStopwatch, *, peak: bool) -> None:
         """How long the first call of ``phase`` takes, on the host too; with its ``peak`` where that is asked for."""
@@ -432,10 +437,9 @@ class ProfileRun:
             held = graphs * sum(deltas) if self.config.mode == "graph" else max(deltas, default=0)
             held += sum(row.subject.held_bytes for row in members)
             if held > 0.8 * environment.available_bytes(self.session.device):
-                self.warnings.append(
-                    "the rows do not fit into memory together: measured one after the other, not paired"
-                )
-                groups += [[row] for row in members]
+                for row in members:
+                    row.alone = True
+                    groups.append([row])
             else:
                 groups.append(members)
         return groups
@@ -472,7 +476,7 @@ class ProfileRun:
             share = max(row.subject.quick_share for row in rows)
             rules = dataclasses.replace(rules, max_time_s=rules.max_time_s * share)
         group = Group(tracks, stopwatch, rules, order, self.stop)
-        entry: Json = {"id": identity, "max_time_s": rules.max_time_s}
+        entry: Json = {"id": identity, "max_time_s": rules.max_time_s, "alone": any(row.alone for row in rows)}
         self.interleaved.append(entry)
         for progress in group.run():
             if progress.track is not None and progress.track.failure is not None:
@@ -482,21 +486,11 @@ class ProfileRun:
             doing = "warming up" if progress.round == 0 else f"round {progress.round}"
             yield self._update(doing, progress, save=progress.round_done)
         self._settle(rows, group, entry, finished=not group.interrupted)
-        if not group.interrupted:
-            self._count_slow(len(group.canary.slow_rounds), group.rounds)
         for row in rows:
             row.tracks.clear()  # and with them the layers
         self._inputs.clear()
         free_memory(device)
         yield self._update("group done", save=True)
-
-    def _count_slow(self, slow: int, rounds: int) -> None:
-        """One warning for all groups on how many rounds a slow clock has touched."""
-        self._slow, self._rounds = self._slow + slow, self._rounds + rounds
-        ending = f" rounds ran on a clock over {self.session.rules.canary_tolerance:.0%} slower than at the start"
-        self.warnings[:] = [warning for warning in self.warnings if not warning.endswith(ending)]
-        if self._slow:
-            self.warnings.append(f"{self._slow} of {self._rounds}{ending}")
 
     def _settle(self, rows: list[_Row], group: Group[Cell], entry: Json, *, finished: bool) -> None:
         """Bring the rows' statuses and the group's record up to date."""
@@ -557,6 +551,7 @@ class ProfileRun:
             "peak_bytes": peak.peak_bytes if peak else None,
             "peak_delta_bytes": peak.delta_bytes if peak else None,
             "method": peak.method if peak else "formula",
+            "agreed": peak.agreed if peak else None,
         }
         return {
             "key": row.planned.key,
@@ -575,12 +570,14 @@ class ProfileRun:
         work = row.subject.work(phase)
         host = row.host_s.get(phase)
         median = summary.median_s
+        faults = statistics.median(track.faults) if track.faults else None
         return {
             "samples_s": list(track.samples),
             "rounds": list(track.rounds),
             "discarded": {"samples_s": list(track.discarded), "rounds": list(track.discarded_rounds)},
             "first_call_s": row.first_call_s.get(phase),
             "host_s": host,
+            "minor_faults_per_call": faults,
             "converged": track.converged,
             "stop_reason": track.stop_reason,
             "summary": {
@@ -596,5 +593,9 @@ class ProfileRun:
                 # Without launch gaps in the way (a graph) the host is not what limits; in eager mode the two times
                 # meet where it does.
                 "launch_bound": None if host is None or self.config.mode == "graph" else host >= 0.9 * median,
+                # Memory that is to be kept and comes from the system all the same: another allocator, or not room.
+                "page_faults": None
+                if faults is None or self.session.memory != "kept"
+                else faults * FAULT_S > 0.01 * median,
             },
         }

@@ -14,7 +14,16 @@ from typing import Any, ClassVar
 from bgcbench.errors import UsageError
 from bgcbench.experiments.config import NetworkChoice, RunConfig
 from bgcbench.results import Json
-from bgcbench.specs import DIGITS_PX, LAYOUTS, TRAINING_SETS, NetSpec, check_choice, check_on_cpu
+from bgcbench.specs import (
+    DIGITS_PX,
+    LAYOUTS,
+    TRAINING_ALGORITHMS,
+    TRAINING_SETS,
+    VARIANTS,
+    NetSpec,
+    check_choice,
+    check_on_cpu,
+)
 from bgcbench.theory import paper
 from bgcbench.training.launcher import processes
 from bgcbench.training.recipes import HYPER, RECIPES, Recipe, check_parts, default_recipe, make_recipe
@@ -36,8 +45,10 @@ class TrainConfig(NetworkChoice, RunConfig):
     data: one of TRAINING_SETS; :func:`as_folder` makes 'folder' of a path. data_dirs: where it is looked for.
     recipe: None for the data set's own. The hyper-parameters (see :class:`bgcbench.training.recipes.Recipe`) are None
     for the recipe's and written out afterwards, as are height, width, num_classes and stem_stride. pad, flip: of the
-    augmentation, None for the data set's. seeds: each trains every row once. val_alone: there are no images to train
-    with, a part of the others calibrates (``bgcbench transfer``). Raises UsageError or ShapeError.
+    augmentation, None for the data set's. seeds: each trains every row once. algorithm: the exact form that layers run
+    in: 'fixed' (the variant's first, so that two runs give the same bits), 'auto' (the fastest, which each process
+    measures for itself), or one by name; None for fixed, with recipe 'fast' auto. val_alone: there are no images to
+    train with, a part of the others calibrates (``bgcbench transfer``). Raises UsageError or ShapeError.
     """
 
     groups: tuple[int, ...] = (2, 4, 8)
@@ -59,6 +70,7 @@ class TrainConfig(NetworkChoice, RunConfig):
     group_lasso: float | None = None
     layout: str = ""
     compile: bool | None = None
+    algorithm: str | None = None
     pad: int | None = None
     flip: bool | None = None
     accumulate: int = 1
@@ -81,6 +93,9 @@ class TrainConfig(NetworkChoice, RunConfig):
         if self.recipe is None:
             object.__setattr__(self, "recipe", self._default_recipe())
         check_choice("recipe", self.recipe or "", self.RECIPES)
+        if self.algorithm is None:
+            object.__setattr__(self, "algorithm", "auto" if self.recipe == "fast" else "fixed")
+        check_choice("algorithm", self.algorithm or "", TRAINING_ALGORITHMS)
         if self.layout:
             check_choice("layout", self.layout, LAYOUTS)
         for name, value in (("epochs", QUICK_EPOCHS), ("subset", QUICK_IMAGES)) if self.quick else ():
@@ -144,6 +159,9 @@ class TrainConfig(NetworkChoice, RunConfig):
         if not self.seeds or min(self.seeds) < 0 or len(set(self.seeds)) < len(self.seeds):
             listed = ",".join(map(str, self.seeds))
             raise UsageError(f"--seeds {listed} must be whole numbers from 0 up, none twice")
+        named = self.algorithm not in ("fixed", "auto")
+        if named and not any(self.algorithm in VARIANTS[name].algorithms for name in self.variants):
+            raise UsageError(f"--algorithm {self.algorithm}: no variant asked for has it; add bgc, or leave it out")
         if self.group_lasso and "lgc" not in self.variants:
             raise UsageError("--group-lasso is a penalty on lgc, which is not among --variants; leave it out")
         check_parts(self.hyper.batch_size, self.accumulate, processes())
@@ -171,6 +189,13 @@ class TrainConfig(NetworkChoice, RunConfig):
     def hyper(self) -> Recipe:
         """The recipe with every hyper-parameter as it was asked for."""
         return Recipe(self.recipe or "", **{name: getattr(self, name) for name in HYPER})
+
+    def form_of(self, variant: str) -> str:
+        """The algorithm that layers of ``variant`` are built with: a form, or 'auto'."""
+        known = VARIANTS[variant]
+        if self.algorithm in known.algorithms:
+            return self.algorithm
+        return known.algorithms[0] if known.measured and self.algorithm != "auto" else "auto"
 
     @property
     def spec(self) -> NetSpec:
@@ -234,6 +259,7 @@ def _row(config: TrainConfig, variant: str, groups: int, seed: int) -> TrainRow:
         "weights": "none",
         "variant": variant,
         "groups": groups,
+        "algorithm": VARIANTS[variant].settled(config.form_of(variant)),
         "init": "scratch",
         "rebn": False,
         "distill": False,

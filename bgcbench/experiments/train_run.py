@@ -28,6 +28,7 @@ from bgcbench.experiments.network_run import (
     refuse_indivisible,
 )
 from bgcbench.experiments.profile import row_seed
+from bgcbench.experiments.profile_run import measured_forms
 from bgcbench.experiments.session import Session
 from bgcbench.experiments.train import TrainConfig, TrainRow, identity, plan
 from bgcbench.measure.ceilings import Ceilings, measure_ceilings
@@ -171,7 +172,7 @@ def try_conversions(config: TrainConfig) -> tuple[dict[tuple[str, int], Cell], l
         record, model = None, dense
         if variant != "standard":
             try:
-                converted = converted_as_chosen(config, dense, variant, groups)
+                converted = converted_as_chosen(config, dense, variant, groups, config.form_of(variant))
             except ShapeError as problem:
                 problems.append(str(problem))
                 continue
@@ -444,6 +445,8 @@ class TrainRun:
                 PRECISIONS[self.config.precision],
                 learnt=True,
             )
+        forms = {} if training is None else measured_forms(training.network)
+        forms = forms or earlier.get("forms", {})
         printed = self._printed(row)
         speeds = [epoch["images_per_s"] for epoch in history if epoch["images_per_s"]]
         self.known[row.key] = {
@@ -466,6 +469,7 @@ class TrainRun:
             "world_size": self.world.size,
             "paper": None if printed is None else {"error": printed},
             "convert": cell.convert,
+            **({"forms": forms} if forms else {}),
             "checkpoints": None if self.folder is None else f"{self.folder.name}/{row.key}",
         }
 

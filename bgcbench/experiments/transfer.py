@@ -19,7 +19,7 @@ from bgcbench.experiments.config import ImageChoice, NetworkChoice
 from bgcbench.experiments.network import NetworkConfig
 from bgcbench.experiments.train import CLASSES, READ_BY_WORKERS, TrainConfig, TrainRow, conditions
 from bgcbench.results import Json
-from bgcbench.specs import HELD_OUT, OWN, TIMM_PREFIX, check_choice
+from bgcbench.specs import HELD_OUT, OWN, TIMM_PREFIX, VARIANTS, check_choice
 from bgcbench.theory import paper
 from bgcbench.training.launcher import processes
 from bgcbench.training.recipes import TRANSFER_RECIPES, Recipe, make_transfer_recipe
@@ -160,13 +160,15 @@ class TransferConfig(ImageChoice, TrainConfig):
         return self.rebn or "calibrated" in self.inits
 
     def costs(self, device: str) -> NetworkConfig:
-        """What to measure on ``device`` for --time: the networks as they are trained, in small batches on a CPU."""
+        """What to measure on ``device`` for --time: the networks, in small batches on a CPU, in the fastest form unless
+        another one is asked for by name."""
         shared = ("variants", "groups", "precision", "threads", "seed", "quick", "skip_invalid", "layout")
         batch = self.batch_size or 1
         return NetworkConfig(
             **{name: getattr(self, name) for name in shared},
             **{field.name: getattr(self, field.name) for field in dataclasses.fields(NetworkChoice)},
             device=device,
+            algorithm="auto" if self.algorithm in (None, "fixed") else self.algorithm,
             batch=min(batch, CPU_BATCH) if device == "cpu" else batch,
             mode="compile" if self.compile else "eager",
         )
@@ -195,6 +197,7 @@ def _row(config: TransferConfig, which: tuple[str, int, str, int], weights: str,
         "weights": weights,
         "variant": variant,
         "groups": groups,
+        "algorithm": VARIANTS[variant].settled(config.form_of(variant)),
         "init": init,
         "rebn": rebn,
         "distill": config.distill and trains,

@@ -45,7 +45,7 @@ from bgcbench.measure.device import Failure, describe_failure, free_memory
 from bgcbench.measure.statistics import Series, ratio_of_medians
 from bgcbench.models import build_model
 from bgcbench.models.weights import Loaded, Weights
-from bgcbench.results import DONE, Json, write_atomically
+from bgcbench.results import DONE, Json, measurement_warnings, write_atomically
 from bgcbench.specs import HELD_OUT
 from bgcbench.theory import paper
 from bgcbench.training.checkpoint import Checkpoints
@@ -334,6 +334,7 @@ class TransferRun(TrainRun):
             exclude=config.exclude,
             init=row.init,
             on_indivisible="skip" if config.skip_invalid else "raise",
+            algorithm=config.form_of(variant),
             example_input=config.spec.size,
             calibration=batches,
             calibration_images=row.params["calibration_images"],
@@ -472,12 +473,15 @@ class TransferRun(TrainRun):
             return True
         if self.stop():
             return False
-        self.warnings += [f"--time: {text}" for text in run.warnings if text not in session.warnings]
+        timed = {"results": measured, "interleaved": run.interleaved, "settings": session.settings}
+        self.warnings += [f"--time: {text}" for text in measurement_warnings(timed)]
         for found in measured:
             if found["status"] != "ok":
                 label = network_label(*_cell(found["params"]))
                 self.warnings.append(f"--time: {label} could not be measured: {found['reason']}")
         times = {cell: _times(measured, cell, standard) for cell in cells}
+        for found in filter(None, times.values()):
+            found["memory"] = session.memory
         for row in rows:
             self.known[row.key]["time"] = times[row.cell]
         yield Update(self.rows[0], 0, len(wanted), None, 1.0, ended=True, doing="timed")

@@ -39,27 +39,33 @@ class Ceilings:
 
 
 def measure_ceilings(stopwatch: DeviceStopwatch, dtype: torch.dtype, *, quick: bool = False) -> Ceilings:
-    """Time matrix products of several sizes and a copy of at least four times the cache; best of several each."""
+    """Time matrix products of growing sizes and a copy of at least four times the cache; best of several each.
+
+    A size is tried if it is to take no longer than a second (a tenth with ``quick``), as far as the one before it
+    tells: half precision on a CPU without instructions for it is a hundred times slower than single.
+    """
     device = stopwatch.device
     on_cuda = device.type == "cuda"
-    sizes = ((4096,) if quick else (4096, 8192)) if on_cuda else ((2048,) if quick else (1024, 2048, 4096))
-    repeats = 20 if on_cuda else 5
-    best, used = 0.0, []
+    sizes = ((4096,) if quick else (4096, 8192)) if on_cuda else (256, 512, 1024, 2048, 4096)
+    limit_s = 0.1 if quick else 1.0
+    best, seconds, used = 0.0, 0.0, []
     for size in sizes:
+        if 8 * seconds > limit_s:
+            break
         a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
         product = Cell(call=lambda a=a, b=b: torch.mm(a, b), context=torch.inference_mode)  # type: ignore[misc]
-        seconds = min(stopwatch.sample(product, 1) + stopwatch.sample(product, 1))
-        if seconds < 0.3:
-            seconds = min(seconds, *stopwatch.sample(product, repeats))
+        seconds = _fastest(stopwatch, product, limit_s)
         best = max(best, 2 * size**3 / seconds)
         used.append(size)
-        if seconds > 0.3:  # the next size takes eight times as long; half precision on a CPU can be that slow
-            break
     cache = cache_bytes(device) or FALLBACK_CACHE_BYTES
     size_bytes = max(4 * cache, (256 if on_cuda else 64) * 2**20)
     source = torch.ones(size_bytes // 4, device=device)
     target = torch.empty_like(source)
     copy = Cell(call=lambda: target.copy_(source), context=torch.inference_mode)
-    stopwatch.sample(copy, 1)
-    seconds = min(stopwatch.sample(copy, repeats))
-    return Ceilings(best, 2 * size_bytes / seconds, tuple(used), size_bytes)
+    return Ceilings(best, 2 * size_bytes / _fastest(stopwatch, copy, limit_s), tuple(used), size_bytes)
+
+
+def _fastest(stopwatch: DeviceStopwatch, cell: Cell, limit_s: float) -> float:
+    """The shortest of the calls that fit into ``limit_s``: two, where it is long, at most twenty."""
+    first = stopwatch.sample(cell, 1)[0]
+    return min(first, *stopwatch.sample(cell, max(1, min(20, int(limit_s / max(first, 1e-6)) - 1))))

@@ -7,7 +7,7 @@ import os
 import re
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from bgcbench.errors import BgcbenchError, DeviceError, UsageError
+from bgcbench.measure.allocator import minor_faults, trim_heap
 from bgcbench.measure.workload import Cell
 from bgcbench.specs import check_on_cpu
 
@@ -27,6 +28,7 @@ DTYPES = {
     "fp16": torch.float16,
 }
 FALLBACK_CACHE_BYTES = 32 * 2**20
+CANARY_S = 4e-3  # what a canary takes at least where it can: long against the clock's grain, short against a round
 
 
 def resolve_device(name: str) -> tuple[torch.device, str | None]:
@@ -160,17 +162,20 @@ def cache_bytes(device: torch.device) -> int | None:
 class DeviceStopwatch:
     """What both stopwatches share: the canary, the flush buffer and the clock."""
 
-    def __init__(self, device: torch.device, *, flush_bytes: int = 0, canary_size: int) -> None:
+    def __init__(self, device: torch.device, *, flush_bytes: int = 0, canary_sizes: Sequence[int]) -> None:
         self.device = device
         self._flush = torch.empty(flush_bytes // 4, dtype=torch.int32, device=device) if flush_bytes else None
-        self._square = torch.randn(canary_size, canary_size, device=device)
         self._canary = Cell(call=lambda: self._square @ self._square)
+        for size in canary_sizes:
+            self._square = torch.randn(size, size, device=device)
+            if min(self.sample(self._canary, 2)) >= CANARY_S:
+                break
 
     def now(self) -> float:
         return time.perf_counter()
 
     def canary(self) -> float:
-        """Seconds of one product of two fixed square fp32 matrices."""
+        """Seconds of one product of two fixed square fp32 matrices: the largest size, or the first above CANARY_S."""
         return self.sample(self._canary, 1)[0]
 
     def flush(self) -> None:
@@ -178,19 +183,22 @@ class DeviceStopwatch:
         if self._flush is not None:
             self._flush.zero_()
 
-    def sample(self, cell: Cell, count: int) -> list[float]:
-        """Seconds of each of ``count`` calls; Python's cyclic collector is off meanwhile."""
+    def sample(self, cell: Cell, count: int, faults: list[int] | None = None) -> list[float]:
+        """Seconds of each of ``count`` calls; Python's cyclic collector is off meanwhile.
+
+        faults: gets the minor page faults of each, where there are any to count.
+        """
         collecting = gc.isenabled()
         gc.disable()
         try:
             with cell.context():
-                return self._times(cell, count)
+                return self._times(cell, count, [] if faults is None else faults)
         finally:
             cell.release()
             if collecting:
                 gc.enable()
 
-    def _times(self, cell: Cell, count: int) -> list[float]:
+    def _times(self, cell: Cell, count: int, faults: list[int]) -> list[float]:
         raise NotImplementedError
 
     def host_time(self, cell: Cell) -> float | None:
@@ -205,16 +213,19 @@ class CpuStopwatch(DeviceStopwatch):
     """perf_counter_ns around each call."""
 
     def __init__(self, device: torch.device, *, flush_bytes: int = 0) -> None:
-        super().__init__(device, flush_bytes=flush_bytes, canary_size=1024)
+        super().__init__(device, flush_bytes=flush_bytes, canary_sizes=(128, 256, 512, 1024))
 
-    def _times(self, cell: Cell, count: int) -> list[float]:
+    def _times(self, cell: Cell, count: int, faults: list[int]) -> list[float]:
         clock, times = time.perf_counter_ns, []
         for _ in range(count):
             cell.prepare()
             self.flush()
+            before = minor_faults()
             begin = clock()
             cell.call()
             times.append((clock() - begin) / 1e9)
+            if before is not None:
+                faults.append((minor_faults() or before) - before)
         return times
 
     def host_time(self, cell: Cell) -> float | None:
@@ -225,9 +236,9 @@ class CudaStopwatch(DeviceStopwatch):
     """A pair of CUDA events around each call, a whole batch queued before one synchronisation."""
 
     def __init__(self, device: torch.device, *, flush_bytes: int = 0) -> None:
-        super().__init__(device, flush_bytes=flush_bytes, canary_size=4096)
+        super().__init__(device, flush_bytes=flush_bytes, canary_sizes=(4096,))
 
-    def _times(self, cell: Cell, count: int) -> list[float]:
+    def _times(self, cell: Cell, count: int, faults: list[int]) -> list[float]:
         pairs = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(count)]
         for begin, end in pairs:
             cell.prepare()
@@ -321,7 +332,9 @@ def device_answers(device: torch.device) -> bool:
 def free_memory(device: torch.device) -> None:
     """Drop what Python and the allocator hold on to, so that the next row starts clean."""
     gc.collect()
-    if device.type == "cuda":
+    if device.type == "cpu":
+        trim_heap()
+    elif device.type == "cuda":
         try:
             torch.cuda.empty_cache()
         except RuntimeError:

@@ -16,8 +16,9 @@ from typing import Any
 import psutil
 import torch
 
+from bgcbench.measure.allocator import memory_state, minor_faults, resolve_memory
 from bgcbench.measure.device import cache_bytes, tf32_state
-from bgcbench.specs import FINGERPRINT_FIELDS
+from bgcbench.specs import FINGERPRINT_FIELDS, MEMORY
 
 
 def describe_environment(device: torch.device) -> dict[str, Any]:
@@ -108,6 +109,7 @@ def diagnose(device: torch.device) -> list[tuple[str, str, str | None]]:
             f"{torch.get_num_threads()} of {cores}",
             "more threads than cores" if torch.get_num_threads() > cores else None,
         ),
+        ("minor page faults a call of 1 MiB", *_page_faults()),
         ("free RAM", f"{available / 2**30:.1f} GiB", "little memory left" if available < 2 * 2**30 else None),
         (
             "TF32 default",
@@ -155,6 +157,21 @@ def _diagnose_cuda(device: torch.device) -> list[tuple[str, str, str | None]]:
             "the clock is held back" if throttle and int(throttle, 16) & ~0x1 else None,  # bit 0: idle
         ),
     ]
+
+
+def _page_faults() -> tuple[str, str | None]:
+    """What the C library's memory does in each state that ``--memory`` sets, and advice."""
+    counted: dict[str, float] = {}
+    for state in reversed(MEMORY) if resolve_memory(None, "cpu") is not None else ():
+        with memory_state(state):
+            for _ in range(16):  # what is kept was new for some calls
+                before = minor_faults() or 0
+                torch.ones(2**18)
+                counted[state] = (minor_faults() or 0) - before
+    if not counted or minor_faults() is None:
+        return "unknown", None
+    advice = "another allocator than glibc's is at work: --memory says nothing" if counted["kept"] > 16 else None
+    return ", ".join(f"{count:.0f} {state}" for state, count in counted.items()), advice
 
 
 def _busy_processes() -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import threading
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from dataclasses import dataclass
 import psutil
 import torch
 
+from bgcbench.measure.allocator import trim_heap
 from bgcbench.measure.workload import Cell
 
 # Two passes may differ by the allocator's block (CUDA), or by pages the system counts late (resident set).
@@ -61,7 +61,7 @@ def _cuda_pass(cell: Cell, device: torch.device) -> tuple[int, int]:
 def _cpu_pass(cell: Cell, device: torch.device) -> tuple[int, int]:
     cell.release()
     gc.collect()
-    _trim_heap()
+    trim_heap()  # or the baseline would hold the last step's memory
     process, done = psutil.Process(), threading.Event()
     baseline = process.memory_info().rss
     highest = [baseline]
@@ -80,11 +80,3 @@ def _cpu_pass(cell: Cell, device: torch.device) -> tuple[int, int]:
         watcher.join()
         cell.release()
     return baseline, highest[0]
-
-
-def _trim_heap() -> None:
-    """Give freed heap back to the system (glibc), or the baseline would hold the last step's memory."""
-    try:
-        ctypes.CDLL(None).malloc_trim(0)
-    except (AttributeError, OSError, TypeError):
-        return  # another C library: the reading is coarser, and still a reading

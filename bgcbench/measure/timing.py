@@ -71,8 +71,8 @@ CellT_contra = TypeVar("CellT_contra", contravariant=True)
 class Stopwatch(Protocol[CellT_contra]):
     """The device's side of timing."""
 
-    def sample(self, cell: CellT_contra, count: int) -> list[float]:
-        """Seconds of each of ``count`` calls of ``cell``, in order."""
+    def sample(self, cell: CellT_contra, count: int, faults: list[int] | None = None) -> list[float]:
+        """Seconds of each of ``count`` calls of ``cell``, in order; adds the page faults of each to ``faults``."""
 
     def canary(self) -> float:
         """Seconds of a fixed piece of work, the same all through the run."""
@@ -86,7 +86,7 @@ class Track(Generic[CellT]):
     """One cell's samples and where they came from. ``row`` ties the phases of one row together.
 
     ``estimate_s`` is what one call is expected to take; the first call's time will do to begin with. ``label`` is for
-    people.
+    people. faults: minor page faults of the samples' calls, empty where they are not counted.
     """
 
     row: str
@@ -97,6 +97,7 @@ class Track(Generic[CellT]):
     rounds: list[int] = field(default_factory=list)
     discarded: list[float] = field(default_factory=list)
     discarded_rounds: list[int] = field(default_factory=list)
+    faults: list[int] = field(default_factory=list)
     failure: Exception | None = None
     converged: bool = False
     stop_reason: str = "running"
@@ -255,7 +256,7 @@ class Group(Generic[CellT]):
         return max(1, min(self.rules.max_queue, int(slice_s / max(track.estimate_s, 1e-9))))
 
     def _measure(self, track: Track[CellT]) -> None:
-        times = self.stopwatch.sample(track.cell, self._batch(track))
+        times = self.stopwatch.sample(track.cell, self._batch(track), track.faults)
         track.samples += times
         track.rounds += [self.rounds] * len(times)
         track.estimate_s = statistics.median(times)  # the next batch's size follows what was seen last

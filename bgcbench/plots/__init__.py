@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bgcbench.errors import OutputError, UsageError
-from bgcbench.results import Json, write_atomically
+from bgcbench.results import Json, printable, write_atomically
 from bgcbench.specs import VARIANTS, check_choice
 
 if TYPE_CHECKING:
@@ -172,7 +172,7 @@ def figure(document: Json, picture: str | None = None) -> Figure:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise UsageError(MISSING) from error
-    parts = _parts(document, picture)
+    parts = _parts(_printable(document), picture)
     heights = [height for part in parts for height in part.heights]
     with _style():
         size = max(part.width for part in parts), sum(heights)
@@ -185,6 +185,15 @@ def figure(document: Json, picture: str | None = None) -> Figure:
             foot.text(0.012, 1, part.footer, fontsize=SMALL, color=GREY, va="top", linespacing=1.25)
         _lay_out(drawn, layout, panels)
     return drawn
+
+
+def _printable(value: Any) -> Any:
+    """``value`` with every text in it fit to be drawn."""
+    if isinstance(value, dict):
+        return {name: _printable(entry) for name, entry in value.items()}
+    if isinstance(value, list):
+        return [_printable(entry) for entry in value]
+    return printable(value) if isinstance(value, str) else value
 
 
 def _lay_out(drawn: Figure, layout: Any, panels: Sequence[SubFigure]) -> None:
@@ -246,7 +255,7 @@ def groups_of(rows: Sequence[Json]) -> list[int]:
 
 
 def label_of(variant: str) -> str:
-    return VARIANTS[variant].label
+    return VARIANTS[variant].label if variant in VARIANTS else variant
 
 
 def look_of(variant: str) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import functools
 import io
 import json
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,7 +25,7 @@ from rich.text import Text
 from bgcbench.errors import UsageError
 from bgcbench.measure.counts import count
 from bgcbench.measure.statistics import Interval, Ratio, Series, ratio_of_medians
-from bgcbench.results import Json, dumps
+from bgcbench.results import Json, dumps, measurement_warnings, printable
 from bgcbench.specs import VARIANTS, ConvSpec, Preprocessing
 from bgcbench.theory import paper
 from bgcbench.theory.exact import white_error
@@ -150,11 +151,16 @@ def counted(rows: Sequence[Json], text: Callable[[Json], str]) -> list[str]:
     return [text(row) if row["counts"] else "-" for row in rows]
 
 
+def label_of(variant: str) -> str:
+    """A variant's name in tables; one that a newer version has written is called what it is."""
+    return VARIANTS[variant].label if variant in VARIANTS else variant
+
+
 def variant_name(row: Json, rows: Sequence[Json]) -> str:
     """The variant's label, with its algorithm where several are in the table."""
     variant = row["params"]["variant"]
     forms = {r["params"]["algorithm"] for r in rows if r["params"]["variant"] == variant}
-    label = VARIANTS[variant].label if variant in VARIANTS else str(variant)
+    label = label_of(variant)
     return label if len(forms) < 2 else f"{label} {row['params']['algorithm']}"
 
 
@@ -164,8 +170,12 @@ def executed_count(row: Json, name: str) -> int:
     return counts.get(f"{name}_training", counts[name]) if row["params"]["algorithm"] == "masked" else counts[name]
 
 
+def _white_error(row: Json) -> float | None:
+    return (row["approximability"] or {}).get("white_error")
+
+
 def _white(row: Json) -> str:
-    error = row["approximability"]["white_error"]
+    error = _white_error(row)
     return "-" if error is None else f"{error:.3f}"
 
 
@@ -269,6 +279,8 @@ def _phase_flags(measured: Json) -> list[str]:
         found.append(f"n={summary['n']}")
     if measured["derived"].get("launch_bound"):
         found.append("launch-bound")
+    if measured["derived"].get("page_faults"):
+        found.append("page faults")
     return found
 
 
@@ -305,7 +317,7 @@ def verdict(row: Json, reference: Json | None, phase: str, rows: Sequence[Json])
     name = f"{variant_name(row, rows)} N={row['params']['groups']}"
     if row["status"] != "ok" and phase not in row["phases"]:
         return f"{name}: {row['status']}: {row['reason']}"
-    error = row["approximability"]["white_error"]
+    error = _white_error(row)
     loss = "" if error is None else f"; white error {error:.3g}"
     ratio = row_ratio(reference, row, phase)
     if ratio is None or reference is None:
@@ -351,9 +363,11 @@ def where_line(document: Json) -> str:
 def run_lines(document: Json) -> list[str]:
     """Under which conditions and where a document was measured."""
     settings, ceilings = document["settings"], document.get("ceilings")
+    on_cpu = document["environment"]["device"]["type"] == "cpu"
+    memory = f", memory {settings.get('memory') or 'unknown'}" if on_cpu else ""
     lines = [
         f"{settings['precision']}, {settings['layout']}, {settings.get('mode', 'eager')}, "
-        f"{settings.get('cache', 'unknown')} cache; {where_line(document)}"
+        f"{settings.get('cache', 'unknown')} cache{memory}; {where_line(document)}"
     ]
     if ceilings:
         lines.append(
@@ -403,7 +417,13 @@ def notes(
     if any(_phase_flags(measured) for row in rows for measured in row["phases"].values()):
         lines.append(
             "flags: n= samples where the median is not known to the aim of 0.5 %; uneven, noisy: the middle half of "
-            "the samples spreads over more than 3 %, 10 % of the median; launch-bound: the host is the limit"
+            "the samples spreads over more than 3 %, 10 % of the median; launch-bound: the host is the limit; page "
+            "faults: memory came anew from the system although it was to be kept, which takes over 1 % of the time"
+        )
+    if document["settings"].get("memory") == "fresh":
+        lines.append(
+            "memory fresh: large tensors come anew from the system at each call, and clearing their pages is part of "
+            "each time; with --memory kept, as in whole networks, cheap layers gain more"
         )
     if document.get("quality") == "quick":
         lines.append(f"a quick look: {quick}")
@@ -411,10 +431,12 @@ def notes(
         how = Preprocessing.from_json(stored)
         lines.append(f"images: {how} ({Preprocessing.SOURCES[how.source]})")
     if document["exit_reason"] in ("running", "interrupted", "error"):
-        lines.append(f"this run is not complete ({document['exit_reason']})")
+        why = f": it broke off with {document['failure']}" if document.get("failure") else ""
+        lines.append(f"this run is not complete ({document['exit_reason']}){why}")
     # The fields of a row tell which rows failed; a reason longer than a flag stands here.
     lines += [f"{row['key']}: {row['status']}: {row['reason']}" for row in rows if row["status"] in ("oom", "error")]
-    return lines + [f"warning: {warning}" for warning in document["warnings"]]
+    warnings = dict.fromkeys((*document["warnings"], *measurement_warnings(document)))  # older files hold both
+    return lines + [f"warning: {warning}" for warning in warnings]
 
 
 def profile_records(document: Json) -> list[Json]:
@@ -447,6 +469,7 @@ def profile_records(document: Json) -> list[Json]:
                 "ci95_low_s": low,
                 "ci95_high_s": high,
                 "converged": measured["converged"],
+                "minor_faults_per_call": measured.get("minor_faults_per_call"),
                 "speed_up": ratio.value if ratio else None,
                 "speed_up_low": ratio.ci95.low if ratio and ratio.ci95 else None,
                 "speed_up_high": ratio.ci95.high if ratio and ratio.ci95 else None,
@@ -484,7 +507,7 @@ def table1_report(
         records.append(_table1_record(name, number, spec, size))
     dense_ops = records[0]["paper_ops"]
     columns = [
-        Column("method", [VARIANTS[r["variant"]].label for r in records], right=False, lead=True),
+        Column("method", [label_of(r["variant"]) for r in records], right=False, lead=True),
         Column("N", [str(r["groups"]) for r in records], lead=True),
         Column("intergroup", [r["intergroup"] for r in records], right=False),
         Column("channels", [r["channels_per_group"] for r in records], right=False),
@@ -543,7 +566,7 @@ def doctor_report(environment: Json, findings: Sequence[tuple[str, str, str | No
 
 def settings_that_differ(before: Json, after: Json) -> list[tuple[str, str, str]]:
     """(name, before, after) of every setting that makes two files' times different things."""
-    names = ("precision", "layout", "mode", "cache", "input_grad", "tf32", "cudnn_benchmark")
+    names = ("precision", "layout", "mode", "cache", "memory", "input_grad", "tf32", "cudnn_benchmark")
     pairs = [(name, before["settings"].get(name), after["settings"].get(name)) for name in names]
     pairs.append(("quality", before.get("quality", "full"), after.get("quality", "full")))
     return [(name, json.dumps(one), json.dumps(other)) for name, one, other in pairs if one != other]
@@ -637,22 +660,57 @@ def document_report(document: Json) -> Report:
     return {"profile": profile_report}[document["command"]](document)
 
 
+def rewritten(report: Report, change: Callable[[str], str]) -> Report:
+    """``report`` with ``change`` made to every text of it: titles, headers, cells and lines."""
+    columns = [
+        dataclasses.replace(column, header=change(column.header), cells=[change(text) for text in column.cells])
+        for column in report.columns
+    ]
+    return dataclasses.replace(
+        report,
+        title=[change(text) for text in report.title],
+        columns=columns,
+        sections={heading: [change(text) for text in lines] for heading, lines in report.sections.items()},
+        more=[rewritten(part, change) for part in report.more],
+    )
+
+
+# What GitHub-flavoured Markdown acts on inside a line, but for an underscore within a word and a bracket that nothing
+# makes a link of.
+_MARKUP = re.compile(r"[\\`*~$]|<(?=[A-Za-z/!?])|&(?=#?\w+;)|\](?=[(\[:])|(?<![^\W_])_|_(?![^\W_])")
+# What makes a heading, a quotation or a list of a line that begins with it.
+_BLOCK = re.compile(r"^(?:(?P<sign>[#>+=-])|(?P<number>\d+)(?P<end>[.)])(?!\S))")
+
+
+def _markdown(text: str) -> str:
+    """``text`` as Markdown that shows it as it is."""
+    return _MARKUP.sub(r"\\\g<0>", printable(text))
+
+
+def _markdown_line(text: str) -> str:
+    """``text`` that is escaped as a line of its own."""
+    return _BLOCK.sub(
+        lambda found: f"\\{found['sign']}" if found["sign"] else f"{found['number']}\\{found['end']}", text.lstrip()
+    )
+
+
 def as_markdown(report: Report) -> str:
     """GitHub-flavoured Markdown at full width."""
+    report = rewritten(report, _markdown)
 
     def line(texts: Sequence[str]) -> str:
         return "| " + " | ".join(text.replace("|", "\\|") for text in texts) + " |"
 
     lines: list[str] = []
     for part in (report, *report.more):
-        lines += [*([""] if lines else []), *part.title, ""]
+        lines += [*([""] if lines else []), *(_markdown_line(text).replace("|", "\\|") for text in part.title), ""]
         lines.append(line([column.header for column in part.columns]))
         lines.append(line(["---:" if column.right else "---" for column in part.columns]))
         lines += [line(texts) for texts in zip(*(column.cells for column in part.columns), strict=True)]
         for heading, entries in ordered_sections(part):
-            lines += ["", f"{heading}:", "", *(f"- {entry}" for entry in entries)]
+            lines += ["", f"{heading}:", "", *(f"- {_markdown_line(entry)}" for entry in entries)]
     for heading, entries in closing_sections(report):
-        lines += ["", f"{heading}:", "", *(f"- {entry}" for entry in entries)]
+        lines += ["", f"{heading}:", "", *(f"- {_markdown_line(entry)}" for entry in entries)]
     return "\n".join(lines) + "\n"
 
 
@@ -670,21 +728,30 @@ def as_csv(report: Report) -> str:
     """The report's records; the header is the union of their fields in order of appearance."""
     fields = list(dict.fromkeys(name for record in report.records for name in record))
     out = io.StringIO()
-    writer = csv.DictWriter(out, fields, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(report.records)
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(map(_csv_cell, fields))
+    writer.writerows([_csv_cell(record.get(name)) for name in fields] for record in report.records)
     return out.getvalue()
+
+
+def _csv_cell(value: Any) -> Any:
+    """A value in one line; a text that a spreadsheet would take for a formula begins with an apostrophe."""
+    if not isinstance(value, (str, list, dict)):
+        return value
+    text = printable(str(value))
+    return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text
 
 
 def as_rich(report: Report, width: int) -> RenderableType:
     """Rich tables that fit ``width``: columns that find no room go into a further table below, led by the same rows."""
+    report = rewritten(report, printable)
     parts: list[RenderableType] = []
     for part in (report, *report.more):
         parts += [*([Text("")] if parts else []), *(Text(text) for text in part.title)]
         for columns in split_columns(part.columns, width):
             table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
             for column in columns:
-                table.add_column(column.header, justify="right" if column.right else "left", overflow="fold")
+                table.add_column(Text(column.header), justify="right" if column.right else "left", overflow="fold")
             for texts in zip(*(column.cells for column in columns), strict=True):
                 table.add_row(*(Text(text) for text in texts))
             parts += [Text(""), table]
@@ -726,9 +793,10 @@ def emit(report: Report, form: str, console: Console, document: Mapping[str, Any
     if form == "auto":
         form = "table" if console.is_terminal else "markdown"
     if form == "table":
-        console.print(as_rich(report, console.width))
-        return
-    if form == "json":
+        with console.capture() as captured:  # rich would end the process where the reader of a pipe has gone
+            console.print(as_rich(report, console.width))
+        text = captured.get()
+    elif form == "json":
         text = dumps(document) if document is not None else json.dumps(report.records, indent=1) + "\n"
     else:
         text = as_markdown(report) if form == "markdown" else as_csv(report)

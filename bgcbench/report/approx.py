@@ -5,9 +5,8 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
-from bgcbench.report import Column, Report, notes, scaled, significant, where_line
+from bgcbench.report import Column, Report, label_of, notes, scaled, significant, where_line
 from bgcbench.results import Json
-from bgcbench.specs import VARIANTS
 from bgcbench.theory import paper
 from bgcbench.theory.bounds import SCALING_POWER
 from bgcbench.theory.exact import white_error
@@ -32,7 +31,7 @@ def _sampled_report(document: Json, rows: Sequence[Json]) -> Report:
     marks = _fronts(rows)
     columns = [
         Column("input", [row["params"]["input"] for row in rows], right=False, lead=True),
-        Column("variant", [_label(row) for row in rows], right=False, lead=True),
+        Column("variant", [label_of(row["params"]["variant"]) for row in rows], right=False, lead=True),
         Column("N", [str(row["params"]["groups"]) for row in rows], lead=True),
         Column("params", [_count(row, "params") for row in rows]),
         Column("MACs", [_count(row, "macs") for row in rows]),
@@ -54,11 +53,6 @@ def _sampled_report(document: Json, rows: Sequence[Json]) -> Report:
         "Notes": _sampled_notes(document, rows),
     }
     return Report(_sampled_title(document), columns, {k: v for k, v in sections.items() if v}, _sampled_records(rows))
-
-
-def _label(row: Json) -> str:
-    variant = row["params"]["variant"]
-    return VARIANTS[variant].label if variant in VARIANTS else str(variant)
 
 
 def _count(row: Json, name: str) -> str:
@@ -88,7 +82,7 @@ def _with_error(row: Json) -> str:
 
 def _in_sample(row: Json) -> str:
     """What was measured over what the closed form and the size of the sample lead to expect."""
-    if not row["relative_error"] or not row["exact_relative_error"]:
+    if not row["relative_error"] or not row["exact_relative_error"] or not row["in_sample_factor"]:
         return "-"
     return f"{row['relative_error'] / (row['exact_relative_error'] * row['in_sample_factor']):.4f}"
 
@@ -120,7 +114,7 @@ def _fronts(rows: Sequence[Json]) -> dict[str, str]:
 
 
 def _slope(found: Json, rows: Sequence[Json]) -> str:
-    name = f"{VARIANTS[found['variant']].label}, {found['input']}"
+    name = f"{label_of(found['variant'])}, {found['input']}"
     if found["slope_mean"] is None:
         return f"{name}: {found['reason']}"
     line = f"{name}: {found['slope_mean']:.3f} on average, {found['slope_regression']:.3f} by regression"
@@ -128,8 +122,8 @@ def _slope(found: Json, rows: Sequence[Json]) -> str:
         line += f" (closed form {found['exact_slope_mean']:.3f}, {found['exact_slope_regression']:.3f})"
     groups = ", ".join(str(n) for n in found["groups"])
     line += f" over N = {groups}; C of (5.2) {found['c'] * 1e3:.3f}e-3"
-    if found["max_scaled_error"] is not None:
-        power = SCALING_POWER[found["variant"]]
+    power = SCALING_POWER.get(found["variant"])
+    if found["max_scaled_error"] is not None and power is not None:
         of = "(1 - 1/N)" if power == 1 else f"(1 - 1/N)^{power}"
         line += f"; Rel.E / {of} at most {found['max_scaled_error'] * 1e3:.3f}e-3"
     printed = paper.FIGURE_SLOPES.get(found["variant"])
@@ -238,7 +232,7 @@ def _network_report(document: Json, rows: Sequence[Json]) -> Report:
     ]
     for variant, groups in cells:
         texts = [_cell(by_layer[name], variant, groups) for name in order]
-        columns.append(Column(f"{VARIANTS[variant].label} N={groups}", texts))
+        columns.append(Column(f"{label_of(variant)} N={groups}", texts))
     sections = {"Which layers tolerate what": _tolerant(by_layer, cells)} if rows else {}
     sections["Notes"] = _network_notes(document, rows)
     records = [_network_record(row) for row in rows]
@@ -282,7 +276,7 @@ def _by_weights(rows: Sequence[Json], order: Sequence[str]) -> Report:
 
     columns = [
         Column("layer", [row["params"]["layer"] for row in listed], right=False, lead=True),
-        Column("variant", [_label(row) for row in listed], right=False, lead=True),
+        Column("variant", [label_of(row["params"]["variant"]) for row in listed], right=False, lead=True),
         Column("N", [str(row["params"]["groups"]) for row in listed], lead=True),
         Column("params", [_count(row, "params") for row in listed]),
         Column("copied", cells("copy")),
@@ -315,7 +309,7 @@ def _tolerant(by_layer: dict[str, list[Json]], cells: Sequence[tuple[str, int]])
         white = white_error(variant, groups)
         beside = "" if white is None else f"; white input would lose {white:.1%}"
         lines.append(
-            f"{VARIANTS[variant].label} N={groups}, of {len(known)} layers: {', '.join(parts)}; most is lost in "
+            f"{label_of(variant)} N={groups}, of {len(known)} layers: {', '.join(parts)}; most is lost in "
             f"{worst} ({known[worst][0]:.1%}){beside}"
         )
     return lines + _at_equal_size(by_layer, cells)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bgcbench.report import scaled, where_line
+from bgcbench.report import label_of, scaled, where_line
 from bgcbench.results import Json
 from bgcbench.specs import VARIANTS
 
@@ -32,6 +32,7 @@ TERMS = {
     "group_lasso": "group lasso {} (LGC)",
     "pad": "crops of images padded by {}",
     "flip": "flipped at random",
+    "algorithm": "{}",
 }
 
 
@@ -48,7 +49,7 @@ class Cell:
 
     @property
     def label(self) -> str:
-        return VARIANTS[self.variant].label if self.variant in VARIANTS else self.variant
+        return label_of(self.variant)
 
     @property
     def name(self) -> str:
@@ -231,6 +232,9 @@ def recipe_line(document: Json, rows: Sequence[Json]) -> str:
         **{name: rows[0]["params"].get(name) for name in ("epochs", "subset")},
         **ran,
     }
+    # Of variants that have more than one exact form; what 'auto' has found stands by itself.
+    forms = [row["params"] for row in rows if row["params"].get("algorithm") not in (None, "stock", "masked", "auto")]
+    values["algorithm"] = list(dict.fromkeys(f"{label_of(p['variant'])} as {p['algorithm']}" for p in forms))
     if not any(row["params"]["variant"] == "lgc" for row in rows):
         values.pop("group_lasso", None)
     if not values.get("milestones"):

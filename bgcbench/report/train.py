@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from bgcbench.report import Column, Report, notes, share_words, significant
+from bgcbench.report import Column, Report, chosen_forms, notes, share_words, significant
 from bgcbench.report.errors import (
     TELLING,
     Cell,
@@ -147,6 +147,7 @@ def _notes(document: Json, rows: Sequence[Json], cells: Sequence[Cell]) -> list[
             "in the same precision, measured in this run"
         )
     lines += [line for cell in cells if (line := _learnt(cell))]
+    lines += chosen_forms(rows, lambda row: str(row["key"]))
     lines += _about_paper(rows)
     lines += dense_lines(document, cells)
     if any(cell.done and len(cell.done) < len(cell.rows) for cell in cells):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from bgcbench.report import mebibytes, notes, significant
+from bgcbench.report import chosen_forms, mebibytes, notes, significant
 from bgcbench.report.errors import TELLING, dense_lines, ending_of, planned, recipe_line, synthetic, unseen
 from bgcbench.report.transfer_cells import Conversion, Run, kept_white
 from bgcbench.report.transfer_words import joined, listed
@@ -39,6 +39,7 @@ def transfer_notes(run: Run) -> list[str]:
     elif rows:
         lines += _about_errors(run)
     lines += [*_about_norms(run), *_about_calibration(run), *_about_times(run), *_about_paper(run)]
+    lines += chosen_forms(rows, lambda row: str(row["key"]))
     lines += dense_lines(run.document, list({cell.name: cell for cell in run.converted}.values()))
     if any(cell.done and len(cell.done) < len(cell.rows) for cell in run.cells):
         lines.append(
@@ -155,6 +156,7 @@ def _about_times(run: Run) -> list[str]:
     if ran is None:
         return []
     how = ", ".join(str(ran[name]) for name in ("precision", "layout", "mode") if ran.get(name))
+    how += f", memory {ran['memory']}" if ran.get("memory") else ""
     return [
         "speed-up: time of the untouched network, or of GC, over that of the row [95% CI; beside GC at least that]; "
         f"{ran['batch']} images at once, {how}; a start does not change it"

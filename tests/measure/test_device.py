@@ -225,6 +225,44 @@ def test_ceilings_are_positive_and_say_how_they_were_taken() -> None:
     assert found.copy_bytes >= 64 * 2**20
 
 
+class Slow(CpuStopwatch):
+    """A CPU of so many FLOP/s and 1 GB/s: what a call computes tells how long it takes there."""
+
+    def __init__(self, flops_per_s: float) -> None:
+        self.flops_per_s, self.spent_s = flops_per_s, 0.0
+        super().__init__(CPU)
+
+    def _times(self, cell: Cell, count: int, faults: list[int]) -> list[float]:
+        result = cell.call()
+        assert isinstance(result, torch.Tensor)
+        copied = result.dim() == 1
+        seconds = 2 * result.nbytes / 1e9 if copied else 2 * result.shape[0] ** 3 / self.flops_per_s
+        self.spent_s += count * seconds
+        return [seconds] * count
+
+
+@pytest.mark.parametrize(
+    ("flops_per_s", "quick", "sizes", "most_s"),
+    [(1e9, True, (256,), 1.0), (3e9, True, (256, 512), 1.0), (3e9, False, (256, 512, 1024), 6.0),
+     (5e10, True, (256, 512, 1024), 1.0), (5e10, False, (256, 512, 1024, 2048), 6.0)],
+)  # fmt: skip
+def test_the_ceilings_of_a_slow_machine_take_no_longer_than_they_may(
+    flops_per_s: float, quick: bool, sizes: tuple[int, ...], most_s: float
+) -> None:
+    watch = Slow(flops_per_s)
+    watch.spent_s = 0.0
+    found = measure_ceilings(watch, torch.float32, quick=quick)
+    assert found.flops_per_s == pytest.approx(flops_per_s)
+    assert found.bytes_per_s == pytest.approx(1e9)
+    assert found.matmul_sizes == sizes
+    assert watch.spent_s < most_s
+
+
+@pytest.mark.parametrize(("flops_per_s", "size"), [(1e9, 128), (3e9, 256), (5e10, 512), (1e12, 1024)])
+def test_the_canary_is_as_long_on_a_slow_machine_as_on_a_fast_one(flops_per_s: float, size: int) -> None:
+    assert Slow(flops_per_s).canary() == pytest.approx(2 * size**3 / flops_per_s)
+
+
 def test_the_environment_names_what_decides_a_measurement() -> None:
     environment = describe_environment(CPU)
     assert environment["torch"] == torch.__version__

@@ -28,7 +28,7 @@ class Machine:
     def __post_init__(self) -> None:
         self.draw = random.Random(self.seed)
 
-    def sample(self, cell: str, count: int) -> list[float]:
+    def sample(self, cell: str, count: int, faults: list[int] | None = None) -> list[float]:
         self.calls.append((cell, count))
         if cell in self.fail and sum(name == cell for name, _ in self.calls) > self.fail_after:
             raise self.fail[cell]
@@ -79,7 +79,7 @@ def test_a_group_ends_as_a_whole_when_its_last_cell_is_known() -> None:
     quiet = machine.sample
     draw = random.Random(4)
 
-    def louder(cell: str, count: int) -> list[float]:
+    def louder(cell: str, count: int, *_: object) -> list[float]:
         times = quiet(cell, count)
         return [t * (1 + draw.uniform(0, 0.1)) for t in times] if cell == "loud" else times
 

@@ -1,0 +1,97 @@
+"""Where a CPU's tensors come from: memory that the C library has kept, or fresh pages of the system at each call.
+
+glibc's malloc takes large blocks from the system and gives them back when they are freed, and each call pays for the
+kernel clearing their pages one by one ('fresh'). Once a process has freed a few large blocks malloc reuses them up to a
+threshold that it moves by itself ('kept'), so what a measurement finds depends on what ran before it. Here the state is
+set, by mallopt(3), and its page faults are counted.
+
+Kept memory is new for up to seven calls of a size: glibc's caches hold so many of the small rests that cutting an
+aligned block leaves, and as long as they do, the freed blocks around them cannot grow together.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from bgcbench.errors import UsageError
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
+
+FAULT_S = 1e-6  # what a page fault takes at least, roughly: the kernel clears 4 KiB
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4  # of malloc.h; a threshold of -1 is the largest there is
+_STATES = {
+    "fresh": {_TRIM_THRESHOLD: 128 * 2**10, _MMAP_THRESHOLD: 128 * 2**10, _MMAP_MAX: 65536},
+    "kept": {_TRIM_THRESHOLD: -1, _MMAP_THRESHOLD: 128 * 2**10, _MMAP_MAX: 0},
+    # Where glibc's own adaptation ends, which mallopt switches off for good.
+    "adapted": {_TRIM_THRESHOLD: 64 * 2**20, _MMAP_THRESHOLD: 32 * 2**20, _MMAP_MAX: 65536},
+}
+
+
+def _c_function(name: str) -> Callable[..., Any] | None:
+    """A function of the C library; None where it has none of this name."""
+    try:
+        found: Callable[..., Any] = getattr(ctypes.CDLL(None), name)
+    except (AttributeError, OSError, TypeError):
+        return None
+    return found
+
+
+def resolve_memory(asked: str | None, device_type: str) -> str | None:
+    """The state to measure in: the one asked for, by default 'kept'; None where there is none to set.
+
+    Raises UsageError for a state that is asked for and cannot be set.
+    """
+    if device_type != "cpu":
+        if asked is not None:
+            raise UsageError(f"--memory {asked} is about the C library of a CPU's tensors; on CUDA leave it out")
+        return None
+    if _c_function("mallopt") is None:
+        if asked is not None:
+            raise UsageError(f"--memory {asked} needs glibc, whose malloc can be told so; leave it out")
+        return None
+    return asked or "kept"
+
+
+def set_memory(state: str) -> None:
+    """Have freed memory 'kept' for the next call, or taken 'fresh' from the system; glibc only."""
+    mallopt = _c_function("mallopt")
+    if mallopt is None:
+        return
+    for name, value in _STATES[state].items():
+        mallopt(name, value)
+
+
+@contextmanager
+def memory_state(state: str | None) -> Iterator[None]:
+    """``state`` for the block, and what was kept given back after it. None: whatever is.
+
+    'fresh' is so in a process that has kept nothing before: where kept blocks lay between others, holes of their size
+    stay in use.
+    """
+    if state is None:
+        yield
+        return
+    set_memory(state)
+    try:
+        yield
+    finally:
+        set_memory("adapted")
+        trim_heap()
+
+
+def trim_heap() -> None:
+    """Give freed memory back to the system; glibc only."""
+    trim = _c_function("malloc_trim")
+    if trim is not None:
+        trim(0)
+
+
+def minor_faults() -> int | None:
+    """Pages that this process was given so far without a disk being read; None where the system does not count."""
+    return None if resource is None else resource.getrusage(resource.RUSAGE_SELF).ru_minflt
