@@ -297,9 +297,9 @@ class Training:
         yield self._end_epoch()
 
     def _find_forms(self) -> None:
-        """An eager pass of each kind ahead of the compiled ones, in which layers cannot measure: they keep its forms.
+        """Run the network eagerly, once to train and once to judge, so that its layers measure their forms.
 
-        Images without anything on them do; neither the network nor its results are changed.
+        While code is compiled they cannot, and take the last ones. Black images will do; nothing is changed.
         """
         if self.forms_found:
             return
