@@ -34,7 +34,7 @@ from torch import nn
 from benchmarks.common import find_device, save
 from bgcbench.convs import build_conv, choices
 from bgcbench.convs.bgc import BalancedGroupConv2d
-from bgcbench.measure.allocator import resolve_memory, set_memory
+from bgcbench.measure.allocator import memory_state, resolve_memory
 from bgcbench.measure.device import backend_state, current, make_stopwatch, random_input
 from bgcbench.measure.timing import Group, Rules, Track
 from bgcbench.measure.trace import trace
@@ -62,18 +62,16 @@ def main() -> int:
     options = parser.parse_args()
     device = find_device(parser, options.device)
     options.out = options.out or Path(f"results/bgc-forms-{device.type}.json")
-    with backend_state("fp32", options.threads), current(device):
-        return run(options, device)
+    memory = resolve_memory(None, device.type)
+    with backend_state("fp32", options.threads), current(device), memory_state(memory):
+        return run(options, device, memory)
 
 
-def run(options: argparse.Namespace, device: torch.device) -> int:
-    """Measure what is not in the file yet."""
+def run(options: argparse.Namespace, device: torch.device, memory: str | None) -> int:
+    """Measure what is not in the file yet. memory: the state that the C library's allocator is in."""
     command = f"python -m benchmarks.bgc_forms --device {options.device} --batch {options.batch}"
     done = json.loads(options.out.read_text()) if options.out.exists() else {"results": [], "shapes": []}
     cells = {cell["key"]: cell for cell in done["results"]}
-    memory = resolve_memory(None, device.type)
-    if memory:
-        set_memory(memory)
     stopwatch = make_stopwatch(device, cold=False)
     shapes = distinct(options.networks.split(","))
     planned = list(plan(shapes, options.batch))

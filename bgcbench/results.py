@@ -319,8 +319,29 @@ def read(path: Path) -> Json:
         where = f" (line {error.lineno})" if isinstance(error, json.JSONDecodeError) else ""
         raise ResultFileError(f"{path} is not complete JSON{where}: truncated, or not a bgcbench result") from error
     check_document(document, str(path))
-    checked: Json = document
-    return checked
+    return upgraded(document)
+
+
+def upgraded(document: Json) -> Json:
+    """``document`` with the codes that files of older versions have only in words, and without those words' doubles."""
+    kept = [kept for row in document["results"] for kept in (row.get("convert") or {}).get("kept", ())]
+    for reason in kept:
+        reason.setdefault("code", "indivisible" if "does not divide" in reason["reason"] else "")
+    for row in document["results"] if document["command"] in ("train", "transfer") else ():
+        row.setdefault("stage", stage_of(row))
+    # A report says it of the rows themselves.
+    told = re.compile(r".+: N=\d+ does not divide, kept dense: ")
+    document["warnings"] = [text for text in document["warnings"] if not told.match(text)]
+    return document
+
+
+def stage_of(row: Json) -> str | None:
+    """How far a row of ``train`` or ``transfer`` has come: 'converted', 'evaluated' or 'trained'; None before."""
+    if row["status"] == "ok" and row["params"]["epochs"]:
+        return "trained"
+    if row.get("judged") or row["epochs"] or row["error_initial"] is not None:
+        return "evaluated"
+    return "converted" if row.get("convert_seconds") is not None else None
 
 
 def check_document(document: object, name: str) -> None:

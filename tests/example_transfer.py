@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from bgcbench.results import stage_of
 from tests.example import example_document
 from tests.example_train import params_of
 
@@ -224,3 +225,4 @@ def stop(row: Json, status: str, reason: str, *, converted: bool = True, epochs:
         row["convert"] = None
     if status == "invalid":
         row["counts"] = None
+    row["stage"] = stage_of(row)

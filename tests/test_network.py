@@ -94,8 +94,12 @@ class TestPlan:
         assert str(refused.value).count(" -> ") == 8  # once, not for each variant
         assert "use --skip-invalid" in str(refused.value)
         planned = plan_network(replace(config, skip_invalid=True))
-        assert [note.partition(":")[0] for note in planned.notes] == ["GC N=16", "BGC N=16"]
-        assert planned.notes[0].count("features.") == 8
+        dense = {
+            (subject.record.variant, subject.record.groups): sum(k.code == "indivisible" for k in subject.record.kept)
+            for subject in planned.subjects.values()
+            if isinstance(subject, NetworkSubject) and subject.record is not None
+        }
+        assert dense == {("gc", 8): 0, ("bgc", 8): 0, ("gc", 16): 8, ("bgc", 16): 8}
 
     @pytest.mark.parametrize(
         ("wrong", "error", "message"),
@@ -466,7 +470,7 @@ class TestReport:
     def test_rows_with_convolutions_kept_dense_are_flagged(self) -> None:
         document = network_document()
         document["results"][1]["convert"]["kept"].append(
-            {"name": "stages.0.0.conv1", "reason": "N=2 does not divide 3 -> 5 channels"}
+            {"name": "stages.0.0.conv1", "reason": "N=2 does not divide 3 -> 5 channels", "code": "indivisible"}
         )
         text = as_markdown(document_report(document))
         assert "1 kept dense" in text

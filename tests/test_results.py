@@ -17,6 +17,7 @@ from bgcbench import results
 from bgcbench.errors import OutputError, ResultFileError
 from tests.conftest import ROOT
 from tests.example import example_document
+from tests.example_transfer import transfer_document
 
 
 def test_the_schema_is_a_schema_and_the_example_satisfies_it() -> None:
@@ -270,6 +271,25 @@ def test_keys_of_a_later_minor_version_are_ignored(tmp_path: Path) -> None:
     document["schema"] = {"name": "bgcbench.result", "version": "1.7"}
     path = broken(tmp_path / "r.json", results.dumps(document))
     assert results.read(path)["news"] == {"any": "thing"}
+
+
+def test_what_older_files_say_in_words_only_gets_its_code(tmp_path: Path) -> None:
+    document = transfer_document(groups=(2,), epochs=3)
+    for row in document["results"]:
+        row.pop("stage", None)
+        row["convert"]["kept"] = [{"name": "a", "reason": "N=2 does not divide 3 -> 5 channels"},
+                                  {"name": "b", "reason": "a shortcut"}]  # fmt: skip
+    done, untrained = [row for row in document["results"] if row["params"]["epochs"]][:2]
+    untrained |= {"status": "interrupted", "reason": "whatever", "epochs": []}
+    judged = next(row for row in document["results"] if not row["params"]["epochs"])
+    document["warnings"] = ["GC N=2: N=2 does not divide, kept dense: a", "something else"]
+    path = tmp_path / "old.json"
+    path.write_text(json.dumps(document))
+    found = results.read(path)
+    assert [kept["code"] for kept in found["results"][0]["convert"]["kept"]] == ["indivisible", ""]
+    stages = {row["key"]: row["stage"] for row in found["results"]}
+    assert [stages[row["key"]] for row in (done, untrained, judged)] == ["trained", "evaluated", "evaluated"]
+    assert found["warnings"] == ["something else"]
 
 
 def test_only_a_like_run_on_the_same_device_may_continue_a_file() -> None:

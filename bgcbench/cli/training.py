@@ -391,9 +391,15 @@ def carry_out(
             with only_first_speaks():
                 prepared = command.prepare(config, world)
                 session.settings |= prepared.settings
+                there = stored
                 if stored is not None and all(row["status"] == "error" for row in stored["results"]):
                     # Nothing to be mixed with.
-                    stored |= {"settings": session.settings, "environment": session.environment, "warnings": []}
+                    stored = {
+                        **stored,
+                        "settings": session.settings,
+                        "environment": session.environment,
+                        "warnings": [],
+                    }
                 elif stored is not None:
                     results.check_resumable(
                         stored, command.name, session.settings, session.environment, str(output.path)
@@ -421,7 +427,7 @@ def carry_out(
             with contextlib.ExitStack() as claim:
                 writers: list[ResultWriter | None] = []
                 with only_first_speaks():
-                    world.once(lambda: writers.append(claim.enter_context(output.claimed(stored, interrupts))))
+                    world.once(lambda: writers.append(claim.enter_context(output.claimed(there, interrupts))))
                     run.make_room()
                 writer = writers[0] if writers else None
                 document = common.document_of(command.name, context, prepared.config, session, stored)

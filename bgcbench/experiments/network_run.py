@@ -68,7 +68,6 @@ def plan_network(config: NetworkConfig) -> NetworkPlan:
                 continue
             record, model = converted.record, converted.model
             records.append(record)
-            notes += kept_dense(record)
         rows.append(row)
         subjects[row.key] = NetworkSubject(config, record, model, network_label(variant, groups))
     refuse_indivisible(problems)
@@ -120,13 +119,6 @@ def converted_as_chosen(config: Choice, dense: nn.Module, variant: str, groups: 
         )
     except Indivisible as problem:
         raise ShapeError(problem.fact) from None
-
-
-def kept_dense(record: Record) -> list[str]:
-    """A note that names the convolutions which N does not divide, where there are any."""
-    skipped = [kept.name for kept in record.kept if kept.code == "indivisible"]
-    label = network_label(record.variant, record.groups)
-    return [f"{label}: N={record.groups} does not divide, kept dense: {', '.join(skipped)}"] if skipped else []
 
 
 def refuse_indivisible(problems: Sequence[str]) -> None:

@@ -22,7 +22,6 @@ from bgcbench.errors import BgcbenchError, OutputError, ShapeError, UsageError
 from bgcbench.experiments.images import sized, traced
 from bgcbench.experiments.network_run import (
     converted_as_chosen,
-    kept_dense,
     network_counts,
     network_label,
     refuse_indivisible,
@@ -47,7 +46,7 @@ from bgcbench.measure.device import (
 from bgcbench.measure.environment import describe_environment
 from bgcbench.measure.trace import Trace, trace
 from bgcbench.models import build_empty, build_model
-from bgcbench.results import DONE, Json
+from bgcbench.results import DONE, Json, stage_of
 from bgcbench.specs import PRECISIONS
 from bgcbench.theory import paper
 from bgcbench.training.checkpoint import Checkpoints
@@ -177,7 +176,7 @@ def try_conversions(config: TrainConfig) -> tuple[dict[tuple[str, int], Cell], l
                 problems.append(str(problem))
                 continue
             record, model = converted.record, converted.model
-            warnings += [*kept_dense(record), *record.notes]
+            warnings += record.notes
         found = as_it_is if record is None else trace(model, spec.size)
         counts = network_counts(model, found, config.batch_size or 1, PRECISIONS[config.precision])
         cells[variant, groups] = Cell(record, found, counts, _converted(record, dense, config))
@@ -223,7 +222,7 @@ def _converted(record: Record | None, dense: nn.Module, config: TrainConfig) -> 
     found = candidates(
         dense, where=config.where, include=config.include, exclude=config.exclude, example_input=config.spec.size
     )
-    kept = [{"name": layer.name, "reason": "the dense network"} for layer in found.chosen]
+    kept = [{"name": layer.name, "reason": "the dense network", "code": "standard"} for layer in found.chosen]
     return {"replaced": [], "kept": kept + [dataclasses.asdict(one) for one in found.kept]}
 
 
@@ -302,7 +301,7 @@ class TrainRun:
     def results(self) -> list[Json]:
         """The rows so far, in the order of the plan, then any others of a resumed file."""
         order = dict.fromkeys((*(row.key for row in self.rows), *self.known))
-        return [self.known[key] for key in order if key in self.known]
+        return [{**self.known[key], "stage": stage_of(self.known[key])} for key in order if key in self.known]
 
     @property
     def todo(self) -> list[TrainRow]:

@@ -87,7 +87,7 @@ class Cell:
     def indivisible(self) -> list[str]:
         """Convolutions that stayed dense only because N does not divide their channels."""
         record: Json = next((row["convert"] for row in self.rows if row.get("convert")), {"kept": []})
-        return [kept["name"] for kept in record["kept"] if "does not divide" in kept["reason"]]
+        return [kept["name"] for kept in record["kept"] if kept.get("code") == "indivisible"]
 
     def _median(self, field: str) -> float | None:
         known = [row[field] for row in self.rows if row.get(field) is not None]
@@ -251,14 +251,9 @@ def _plain(value: Any) -> str:
     return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
-def dense_lines(document: Json, cells: Sequence[Cell]) -> list[str]:
-    """What stayed dense because N does not divide it, where no warning says so."""
-    lines = []
-    for cell in cells:
-        told = any(text.startswith(f"{cell.name}: ") and "kept dense" in text for text in document["warnings"])
-        if cell.indivisible and not told:
-            lines.append(f"{cell.name}: N does not divide, kept dense: {', '.join(cell.indivisible)}")
-    return lines
+def dense_lines(cells: Sequence[Cell]) -> list[str]:
+    """What stayed dense because N does not divide it."""
+    return [f"{c.name}: N does not divide, kept dense: {', '.join(c.indivisible)}" for c in cells if c.indivisible]
 
 
 def ended_lines(cell: Cell) -> list[str]:

@@ -102,7 +102,7 @@ def _flags(row: Json, phases: Sequence[str]) -> list[str]:
 def _indivisible(row: Json) -> list[str]:
     """Convolutions that stayed dense only because N does not divide their channels."""
     record = row.get("convert") or {"kept": []}
-    return [kept["name"] for kept in record["kept"] if "does not divide" in kept["reason"]]
+    return [kept["name"] for kept in record["kept"] if kept.get("code") == "indivisible"]
 
 
 def _verdict(row: Json, reference: Json | None, phase: str, rows: Sequence[Json]) -> str:

@@ -149,7 +149,7 @@ def _notes(document: Json, rows: Sequence[Json], cells: Sequence[Cell]) -> list[
     lines += [line for cell in cells if (line := _learnt(cell))]
     lines += chosen_forms(rows, lambda row: str(row["key"]))
     lines += _about_paper(rows)
-    lines += dense_lines(document, cells)
+    lines += dense_lines(cells)
     if any(cell.done and len(cell.done) < len(cell.rows) for cell in cells):
         lines.append(
             "where a seed did not finish, the mean is of those that did, which flatters if it failed in training"

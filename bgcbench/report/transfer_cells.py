@@ -16,7 +16,6 @@ from bgcbench.results import Json
 
 # What a network starts from, in words, in the order of the table; the untouched network has no start.
 INITS = {"none": "", "copy": "copied", "white": "white", "calibrated": "calibrated", "scratch": "from scratch"}
-NOT_TRAINED = "not trained yet"  # how the reason of a row ends that its training has not come to
 ALIKE = 0.02  # two counts that differ by no larger share are equal
 BEFORE, AFTER = "before training", "after training"
 Start = tuple[str, bool]  # init, and whether batch norm was estimated again
@@ -92,7 +91,7 @@ def kept_white(layer: Json) -> bool:
 
 def untrained(row: Json) -> bool:
     """Whether a row is a conversion that its training has not come to."""
-    return row["status"] == "interrupted" and str(row["reason"]).endswith(NOT_TRAINED)
+    return row["status"] == "interrupted" and row["stage"] == "evaluated" and not row["epochs"]
 
 
 @dataclass(frozen=True)

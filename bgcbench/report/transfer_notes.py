@@ -40,7 +40,7 @@ def transfer_notes(run: Run) -> list[str]:
         lines += _about_errors(run)
     lines += [*_about_norms(run), *_about_calibration(run), *_about_times(run), *_about_paper(run)]
     lines += chosen_forms(rows, lambda row: str(row["key"]))
-    lines += dense_lines(run.document, list({cell.name: cell for cell in run.converted}.values()))
+    lines += dense_lines(list({cell.name: cell for cell in run.converted}.values()))
     if any(cell.done and len(cell.done) < len(cell.rows) for cell in run.cells):
         lines.append(
             "where a seed did not finish, the mean is of those that did, which flatters if it failed in training"

@@ -44,8 +44,6 @@ def test_the_forms_are_measured_in_the_state_that_a_result_records(
         return {"median_s": {"auto": 1.0, "dense": 1.0, "gc": 1.0, "gc_half": 1.0}, "chosen": "dense",
                 "in_channels": 8, "groups": 2, "layout": "nchw", "phase": "fwd"}  # fmt: skip
 
-    for name, value in bgc_forms.KEPT_MEMORY.items():
-        monkeypatch.setenv(name, value)
     monkeypatch.setattr(bgc_forms, "measured", measured)
     monkeypatch.setattr(bgc_forms, "distinct", lambda networks: [shape])
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
@@ -84,8 +82,6 @@ def test_a_conversion_is_timed_on_the_device_that_was_asked_for(
 @pytest.mark.skipif(torch.cuda.is_available(), reason="here is a CUDA device")
 @pytest.mark.parametrize("script", [convert_resnet50, bgc_forms], ids=lambda script: script.__name__)
 def test_a_device_that_is_not_there_is_one_line(script: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    for name, value in bgc_forms.KEPT_MEMORY.items():
-        monkeypatch.setenv(name, value)
     called(monkeypatch, "--device", "cuda")
     with pytest.raises(SystemExit) as stopped:
         script.main()
