@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.common import CPU, save
-from bgcbench.measure.allocator import resolve_memory, set_memory
+from bgcbench.measure.allocator import memory_state, resolve_memory
 from bgcbench.measure.device import CpuStopwatch, random_input
 from bgcbench.measure.workload import NetworkWorkload
 from bgcbench.models import build_model
@@ -31,12 +31,11 @@ UNTOUCHED = "untouched"
 
 def faults_of(network: str, phase: str, state: str, batch: int, calls: int) -> list[int]:
     """Minor page faults of the first ``calls`` calls in this process."""
-    if state != UNTOUCHED and resolve_memory(state, "cpu"):
-        set_memory(state)
     spec, counted = NetSpec(network), list[int]()
     x = random_input((batch, *spec.size), CPU, torch.float32, "nchw", seed=0)
     cell = NetworkWorkload(build_model(spec), x, labels=torch.arange(batch)).cell(phase)
-    CpuStopwatch(CPU).sample(cell, calls, counted)
+    with memory_state(None if state == UNTOUCHED else resolve_memory(state, "cpu")):
+        CpuStopwatch(CPU).sample(cell, calls, counted)
     return counted
 
 

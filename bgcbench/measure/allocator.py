@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from bgcbench.errors import UsageError
@@ -69,20 +69,56 @@ def set_memory(state: str) -> None:
 
 @contextmanager
 def memory_state(state: str | None) -> Iterator[None]:
-    """``state`` for the block, and what was kept given back after it. None: whatever is.
-
-    'fresh' is so in a process that has kept nothing before: where kept blocks lay between others, holes of their size
-    stay in use.
-    """
+    """``state`` for the block, and what was kept given back after it. None: whatever is."""
     if state is None:
         yield
         return
     set_memory(state)
     try:
-        yield
+        with _holes_plugged() if state == "fresh" else nullcontext():
+            yield
     finally:
         set_memory("adapted")
         trim_heap()
+
+
+class _MallocInfo(ctypes.Structure):
+    """struct mallinfo2 of malloc.h."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_size_t)
+        for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks",
+                     "keepcost")
+    )  # fmt: skip
+
+
+@contextmanager
+def _holes_plugged() -> Iterator[None]:
+    """What the heap has free in pieces of 128 KiB and more, which goes before fresh memory, is taken, and not touched.
+
+    Nothing is where there is no mallinfo2 (glibc before 2.33).
+    """
+    malloc, free, info = (_c_function(name) for name in ("malloc", "free", "mallinfo2"))
+    if malloc is None or free is None or info is None:
+        yield
+        return
+    malloc.restype, info.restype = ctypes.c_void_p, _MallocInfo  # type: ignore[attr-defined]
+    plugs: list[ctypes.c_void_p] = []
+    left = info().fordblks
+    for size in (2**power for power in range(30, 16, -1)):
+        while left >= size:
+            mapped = info().hblks
+            block = ctypes.c_void_p(malloc(ctypes.c_size_t(size)))
+            if block.value is None or info().hblks > mapped:  # no hole is so large: the system has given it
+                free(block)
+                break
+            plugs.append(block)
+            left -= size
+    try:
+        yield
+    finally:
+        for block in plugs:
+            free(block)
 
 
 def trim_heap() -> None:

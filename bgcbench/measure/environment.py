@@ -162,7 +162,7 @@ def _diagnose_cuda(device: torch.device) -> list[tuple[str, str, str | None]]:
 def _page_faults() -> tuple[str, str | None]:
     """What the C library's memory does in each state that ``--memory`` sets, and advice."""
     counted: dict[str, float] = {}
-    for state in reversed(MEMORY) if resolve_memory(None, "cpu") is not None else ():
+    for state in MEMORY if resolve_memory(None, "cpu") is not None else ():
         with memory_state(state):
             for _ in range(16):  # what is kept was new for some calls
                 before = minor_faults() or 0
