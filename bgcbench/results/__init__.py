@@ -1,0 +1,40 @@
+"""Result files: the types of their rows, how they are written so that they are never broken, how they are read."""
+
+from bgcbench.results.document import (
+    SCHEMA_NAME,
+    SCHEMA_VERSION,
+    Document,
+    Json,
+    check_command,
+    check_resumable,
+    document_of,
+    dumps,
+    new_document,
+    printable,
+    read,
+    utc_now,
+)
+from bgcbench.results.files import ResultWriter, default_path, rescue, write_atomically
+from bgcbench.results.rows import DONE
+from bgcbench.results.schema import schema
+
+__all__ = [
+    "DONE",
+    "SCHEMA_NAME",
+    "SCHEMA_VERSION",
+    "Document",
+    "Json",
+    "ResultWriter",
+    "check_command",
+    "check_resumable",
+    "default_path",
+    "document_of",
+    "dumps",
+    "new_document",
+    "printable",
+    "read",
+    "rescue",
+    "schema",
+    "utc_now",
+    "write_atomically",
+]

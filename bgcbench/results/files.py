@@ -1,0 +1,154 @@
+"""Files that are never broken: written whole or not at all, by one program at a time, rescued where a disk refuses."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import re
+import tempfile
+from pathlib import Path
+
+from bgcbench.errors import OutputError
+from bgcbench.locks import FileLock
+
+
+def default_path(command: str, what: str, device: str) -> Path:
+    """results/COMMAND-WHAT-DEVICE-UTCTIME.json under the current folder."""
+    return Path("results") / f"{command}-{_slug(what)}-{_slug(device)}-{_stamp()}.json"
+
+
+def _stamp() -> str:
+    return datetime.datetime.now(datetime.timezone.utc).strftime("%Y%m%dT%H%M%SZ")
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9_]+", "-", text.lower()).strip("-")
+
+
+Identity = tuple[int, int, int, int]
+
+
+def _identity(found: os.stat_result) -> Identity:
+    """What changes when another program writes a file, in place or anew."""
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+class ResultWriter:
+    """Writes one text to one path, whole or not at all, and never over what somebody else has written meanwhile.
+
+    Each write goes to a temporary file in the same folder, is synced and then renamed over the target, so an older
+    file survives until a valid newer one exists. When a write fails in the middle of a run (a full disk), or finds a
+    file that is neither this writer's nor the one it began with, ``problem`` says why and the text goes beside it,
+    or to the system's temporary folder (``rescued_to``); the run goes on.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.rescued_to: Path | None = None
+        self.problem: str | None = None
+        self._lock = FileLock(path.parent / f".{path.name.removesuffix('.json')}.lock")
+        self._seen = self._there()
+
+    def claim(self, *, replace: bool) -> str | None:
+        """Keep other runs from writing here until :meth:`release`; what cannot be locked is told, None where it can.
+
+        Raises OutputError if another run writes here, if the file exists (unless ``replace``), or if its folder cannot
+        be written.
+        """
+        try:
+            if self.path.is_dir():
+                raise OutputError(f"--out {self.path} is a folder; name a file in it")
+            if self.path.parent.exists() and not self.path.parent.is_dir():
+                raise OutputError(f"--out {self.path} cannot be written: {self.path.parent} is no folder; choose one")
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.path.parent):
+                pass
+        except OSError as error:
+            raise OutputError(
+                f"--out {self.path} cannot be written ({error.strerror or error}); choose another folder"
+            ) from error
+        unsure = self._locked()
+        self._seen = self._there()
+        if self._seen is not None and not replace:
+            self.release()
+            raise OutputError(
+                f"--out {self.path} exists; use --force to replace it, --resume {self.path} to continue it, "
+                "or another name"
+            )
+        return unsure
+
+    def _locked(self) -> str | None:
+        try:
+            self._lock.acquire()
+        except BlockingIOError as held:
+            raise OutputError(
+                f"--out {self.path} is being written by another run ({held.strerror}); wait for its end, or give "
+                "another name"
+            ) from held
+        except OSError as error:
+            return (
+                f"{self.path.parent} cannot lock files ({error.strerror or error}): see to it that no other run writes "
+                f"{self.path.name} meanwhile"
+            )
+        return None
+
+    def release(self) -> None:
+        """Let other runs write here."""
+        self._lock.release()
+
+    def _there(self) -> Identity | None:
+        try:
+            return _identity(os.stat(self.path))
+        except OSError:
+            return None
+
+    def write(self, text: str) -> None:
+        """Write ``text`` now. Never raises for a file system that refuses: measuring must not end for that."""
+        if self.problem is None:
+            if self._there() in (None, self._seen):
+                try:
+                    self._seen = _identity(write_atomically(self.path, text.encode()))
+                except OSError as error:
+                    self.problem = error.strerror or str(error)
+                else:
+                    return
+            else:
+                self.problem = "another program has written it meanwhile"
+        self.rescued_to = rescue(text, self.path.name, self.path.parent, self.rescued_to)
+
+
+def rescue(text: str, name: str, folder: Path = Path(), earlier: Path | None = None) -> Path | None:
+    """Write a text that cannot go where it should to ``earlier``, else into ``folder``, else where temporary files
+    go; returns where it is, None where it could not be written at all."""
+    stem = f"bgcbench-rescued-{_stamp()}-{os.getpid()}-{name}"
+    for path in (earlier, folder / stem, Path(tempfile.gettempdir()) / stem):
+        with contextlib.suppress(OSError):
+            if path is not None:
+                write_atomically(path, text.encode())
+                return path
+    return None
+
+
+def write_atomically(path: Path, content: bytes) -> os.stat_result:
+    """Write a file whole or not at all: an older one survives until this one is on the disk. Raises OSError.
+
+    Returns the file's status, which a later one tells apart from what others write.
+    """
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with open(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        # mkstemp makes private files; a result is as readable as any file the user writes.
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(name, 0o666 & ~umask)
+        written = os.stat(name)
+        os.replace(name, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(name)
+        raise
+    return written

@@ -1,0 +1,674 @@
+"""What a result file holds, as frozen types: the rows of each command, and what stands around them.
+
+The JSON, its schema, the tables and the plots all read these; nothing else says what a row is. Units stand in the
+names (SI). None is unknown. Fields with a default came later or belong to some rows only: a file leaves them out where
+they have it.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from msgspec import Meta, Struct
+
+Count = Annotated[int, Meta(ge=0)]
+Whole = Annotated[int, Meta(ge=1)]
+Nonnegative = Annotated[float, Meta(ge=0)]
+Seconds = Annotated[float, Meta(gt=0)]
+Percent = Annotated[float, Meta(ge=0, le=100)]
+Ends = tuple[float, float]  # of a 95 % confidence interval
+Sides = tuple[Whole, Whole]  # height and width
+Forms = dict[str, dict[str, Count]]  # in each phase, how many layers ran in which algorithm
+Status = Literal["ok", "oom", "invalid", "error", "interrupted"]
+DONE = ("ok", "invalid")  # statuses that a resumed run keeps
+
+
+class Data(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Base of everything in a file."""
+
+
+class Row(Data):
+    """One result: ok, or why not. key: unique in a file, and the same in every run of the same thing."""
+
+    key: str
+    status: Status
+    reason: str | None
+
+    @property
+    def is_done(self) -> bool:
+        return self.status in DONE
+
+
+class Counts(Data):
+    """Of one image, forward. A MAC is one multiplication with its addition; adds are BGC's mean.
+
+    paper_ops: the paper's formula ((3.14), section 4). bytes_min: what must be read and written at least. *_training:
+    of a masked form, which trains dense kernels.
+    """
+
+    params: Count
+    macs: Count
+    adds: Count = 0
+    paper_ops: Count | None = None
+    bytes_min: Count = 0
+    params_training: Count | None = None
+    macs_training: Count | None = None
+
+
+# --------------------------------------------------------------------------------------------- what a conversion did
+
+
+class Kept(Data):
+    """A convolution that stays as it is, and why: for people, and as a code (bgcbench.conversion.selection.Reason)."""
+
+    name: str
+    reason: str
+    code: str = ""
+
+
+class Replaced(Data):
+    """A convolution that was replaced: its name, where else it hangs, its shape, and the layer in its place.
+
+    groups: N of this layer, which 'gcd' may have lowered; 1 of a 'standard' one, which is not replaced yet. height,
+    width: of its input, and calls: how often one forward pass runs it; None where the network could not be run.
+    """
+
+    name: str
+    also: tuple[str, ...]
+    in_channels: Whole
+    out_channels: Whole
+    kernel: Sides
+    stride: Sides
+    padding: tuple[Count, Count]
+    dilation: Sides
+    bias: bool
+    padding_mode: str
+    groups: Count
+    height: Count | None
+    width: Count | None
+    calls: Count | None
+    variant: str = "standard"
+    algorithm: str = "auto"
+    init: str = "white"
+
+
+class CalibratedLayer(Data):
+    """Shares of a layer's output that are lost on images held out: with copied weights, with white ones (before), and
+    with calibrated ones (after); and what these were solved from."""
+
+    name: str
+    groups: Count
+    copied: Nonnegative | None
+    before: Nonnegative | None
+    after: Nonnegative | None
+    rows: Count
+    held_out_rows: Count
+    condition: Nonnegative | None
+    ridge: Nonnegative | None
+    centred: bool
+    scarce: bool
+
+    @property
+    def is_white(self) -> bool:
+        """Whether the closed form stayed, because no least squares did better."""
+        return self.ridge is None
+
+
+class Calibration(Data):
+    """What was done with images: how many, held out, norms re-estimated, memory held, and what each layer lost."""
+
+    images: Count
+    held_out: Count
+    seed: Count
+    rebn: bool
+    norms: Count
+    seconds: Nonnegative
+    moment_bytes: Count
+    in_flight_bytes: Count
+    layers: tuple[CalibratedLayer, ...]
+
+
+class Record(Data):
+    """Everything that a conversion decided; with a network like the original it can be repeated (load_converted).
+
+    variant, groups, init, algorithm: as they were asked for; each of ``layers`` holds its own, and ``replaced`` their
+    names. earlier: layers that conversions before this one had put into the network. source: how build_model makes the
+    original network, None where it cannot. size: the input (channels, height, width) on which the network was run to
+    find shapes, order and roles; None where it could not be. functional: convolutions that are called as functions,
+    which no module owns and nothing here replaces. rebn: whether batch norm's statistics were re-estimated.
+    """
+
+    variant: str = "standard"
+    groups: Whole = 1
+    where: str = "auto"
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    init: str = "none"
+    on_indivisible: str = "raise"
+    algorithm: str = "auto"
+    source: dict[str, Any] | None = None
+    size: tuple[Whole, Whole, Whole] | None = None
+    replaced: tuple[str, ...]
+    layers: tuple[Replaced, ...] = ()
+    kept: tuple[Kept, ...]
+    functional: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    rebn: bool = False
+    calibration: Calibration | None = None
+    earlier: tuple[Replaced, ...] = ()
+
+    @property
+    def indivisible(self) -> list[str]:
+        """Convolutions that stayed dense only because N does not divide their channels."""
+        return [kept.name for kept in self.kept if kept.code == "indivisible"]
+
+
+# ----------------------------------------------------------------------------------------------------------- profile
+
+
+class Summary(Data):
+    """Of a phase's samples."""
+
+    n: Whole
+    median_s: Seconds
+    ci95_s: Ends | None
+    mean_s: Seconds
+    sd_s: Nonnegative | None
+    min_s: Seconds
+    q1_s: Seconds
+    q3_s: Seconds
+    max_s: Seconds
+
+
+class Derived(Data):
+    """What follows from a median: rates, the share of what the measured ceilings allow, and flags."""
+
+    images_per_s: Nonnegative
+    tflops: Nonnegative
+    gbytes_per_s: Nonnegative
+    roofline_fraction: Nonnegative | None
+    bound: Literal["compute", "memory"] | None
+    launch_bound: bool | None
+    page_faults: bool | None = None
+
+
+class Discarded(Data):
+    """Samples of rounds that a slow clock touched and that were done again."""
+
+    samples_s: tuple[Seconds, ...]
+    rounds: tuple[Count, ...]
+
+
+class Phase(Data):
+    """A phase's samples, in order, each with the round that it was taken in."""
+
+    samples_s: tuple[Seconds, ...]
+    rounds: tuple[Count, ...]
+    discarded: Discarded | None = None
+    first_call_s: Nonnegative | None
+    host_s: Nonnegative | None
+    minor_faults_per_call: Nonnegative | None = None
+    converged: bool
+    stop_reason: str
+    summary: Summary
+    derived: Derived
+
+
+class Failure(Data):
+    """Why a phase has no samples."""
+
+    status: Status
+    reason: str
+
+
+class Memory(Data):
+    """paper_bytes: input + weights (+ mean), the paper's column. peak: of one step, by ``method``; delta: beyond the
+    baseline. agreed: whether two passes did."""
+
+    paper_bytes: Count | None
+    params_bytes: Count
+    input_bytes: Count
+    output_bytes: Count
+    optimizer_bytes: Count = 0
+    baseline_bytes: Count | None
+    peak_bytes: Count | None
+    peak_delta_bytes: Count | None
+    method: str
+    agreed: bool | None = None
+
+
+class ProfileParams(Data):
+    """Of a layer (channels, kernel, stride), of a network (model, where), or of a network's layer (both, layer)."""
+
+    variant: str
+    groups: Whole
+    model: str | None = None
+    layer: Count | None = None
+    where: str | None = None
+    in_channels: Whole | None = None
+    out_channels: Whole | None = None
+    kernel: Whole | None = None
+    stride: Whole | None = None
+    batch: Whole
+    height: Whole
+    width: Whole
+    precision: str
+    layout: str
+    mode: str
+    algorithm: str
+
+
+class DistinctLayer(Data):
+    """A convolution of a network that --layers measures by itself: how often it is there, and whether it is replaced."""
+
+    label: str
+    count: Whole
+    names: tuple[str, ...]
+    replaced: bool
+    kernel: Sides | None = None
+    padding: tuple[Count, Count] | None = None
+    stride: Sides | None = None
+    dilation: Sides | None = None
+    groups: Whole | None = None
+
+
+class PaperRow(Data):
+    """What Table 4 prints for a row."""
+
+    time_s: Seconds
+    memory_bytes: Nonnegative
+    error: Percent
+
+
+class White(Data):
+    """The closed-form share of the output's energy that is lost on white input; None where there is no closed form."""
+
+    white_error: Nonnegative | None
+
+
+class ProfileRow(Row):
+    params: ProfileParams
+    counts: Counts | None
+    approximability: White | None
+    memory: Memory | None
+    phases: dict[str, Phase]
+    failures: dict[str, Failure] = {}
+    forms: Forms = {}
+    paper: PaperRow | None
+    interleaved: Count | None = None
+    convert: Record | None = None
+    layer: DistinctLayer | None = None
+
+
+# ------------------------------------------------------------------------------------------------------------ approx
+
+
+class SampledParams(Data):
+    variant: str
+    groups: Whole
+    in_channels: Whole
+    out_channels: Whole
+    kernel: Whole
+    dims: Literal[1, 2]
+    length: Whole
+    stride: Whole
+    input: str
+    samples: Whole
+    convolutions: Whole
+    solver: str
+    precision: Literal["fp64", "fp32"]
+
+
+class SampledRow(Row):
+    """The least error of a variant for sampled convolutions (eq. 5.1), and relative to other things; *_se: standard
+    errors. scaled: relative_error / (1 - 1/N)^p. construction: with the weights of Theorem 3.6's proof. bound_*: the
+    right-hand sides of Theorems 3.5 and 3.6. null_reasons: why a number is None."""
+
+    params: SampledParams
+    counts: Counts | None
+    error: Nonnegative | None
+    error_se: Nonnegative | None
+    relative_error: Nonnegative | None
+    relative_error_se: Nonnegative | None
+    output_relative_error: Nonnegative | None
+    scaled_error: Nonnegative | None
+    exact_relative_error: Nonnegative | None
+    in_sample_factor: Nonnegative | None
+    construction_relative_error: Nonnegative | None
+    bound_general: Nonnegative | None
+    bound_zero_mean: Nonnegative | None
+    null_reasons: dict[str, str]
+
+
+class LayerParams(Data):
+    variant: str
+    groups: Whole
+    model: str
+    weights: str
+    layer: str
+    kernel: Whole
+    kernel_width: Whole
+    stride: Whole
+    in_channels: Whole
+    out_channels: Whole
+    input: str
+    data: str
+    calibration_images: Count
+
+
+class LayerErrors(Data):
+    """Shares of a layer's output energy that are lost on images held out."""
+
+    copy: Nonnegative
+    white: Nonnegative
+    calibrated: Nonnegative
+
+
+class LayerRow(Row):
+    """What one convolution of a network loses as one variant, on its own activations."""
+
+    params: LayerParams
+    counts: Counts | None
+    output_relative_error: LayerErrors | None
+    ridge: Nonnegative | None
+    rows: Count
+    held_out_rows: Count
+    macs_share: Nonnegative | None
+
+
+class Fit(Data):
+    """A variant's errors over N for one input: slopes in log(1 - 1/N), and c of eq. 5.2."""
+
+    variant: str
+    input: str
+    groups: tuple[Whole, ...]
+    slope_mean: float | None
+    slope_regression: float | None
+    c: float | None
+    max_scaled_error: Nonnegative | None
+    exact_slope_mean: float | None
+    exact_slope_regression: float | None
+    reason: str | None
+
+
+class Moments(Data):
+    bytes: Count
+    passes: Count
+
+
+class NetworkFacts(Data):
+    """The network of ``approx --model`` as a whole."""
+
+    weights: str
+    weights_sha256: str | None
+    data_sha256: str | None = None
+    kept: tuple[Kept, ...]
+    moments: Moments
+
+
+# ------------------------------------------------------------------------------------------------- train and transfer
+
+
+class Epoch(Data):
+    """Errors in percent. learnt: what a learnt structure says of itself, by name."""
+
+    epoch: Whole
+    lr: Nonnegative
+    train_loss: float
+    test_loss: float | None
+    test_error: Percent | None
+    test_error_top5: Percent | None = None
+    seconds: Nonnegative
+    test_seconds: Nonnegative | None = None
+    images_per_s: Nonnegative | None
+    learnt: dict[str, float] | None = None
+    world_size: Whole | None = None
+
+
+class TrainParams(Data):
+    variant: str
+    groups: Whole
+    model: str
+    weights: str
+    dataset: str
+    classes: Whole | None = None
+    height: Whole | None = None
+    width: Whole | None = None
+    where: str
+    init: str
+    rebn: bool
+    distill: bool
+    recipe: str
+    epochs: Count
+    batch_size: Whole | None = None
+    precision: str | None = None
+    layout: str | None = None
+    subset: Whole | None = None
+    algorithm: str | None = None
+    calibration_images: Count | None = None
+    seed: Count
+
+
+class PaperError(Data):
+    """What Table 3, 5 or 6 prints."""
+
+    error: Percent
+
+
+class Ratio(Data):
+    """A phase's median time, and the standard network's time over it."""
+
+    median_s: Seconds
+    ci95_s: Ends | None
+    n: Whole
+    ratio: Nonnegative | None
+    ratio_ci95: Ends | None
+
+
+class NetworkTime(Data):
+    """What a converted network costs (--time)."""
+
+    phase: dict[str, Ratio]
+    batch: Whole
+    precision: str
+    layout: str
+    mode: str = "eager"
+    memory: str | None = None
+
+
+class LayerLoss(Data):
+    name: str
+    loss: Nonnegative
+
+
+class WhiteLoss(Data):
+    """Shares of the layers' outputs lost on white input: of a kernel of independent entries, and of the network's own."""
+
+    expected: Nonnegative | None
+    layers: tuple[LayerLoss, ...] | None
+
+
+class TrainRow(Row):
+    """A network with one variant, trained from one seed. Errors in percent; None where the labels mean nothing.
+
+    stage: how far it came. matmul_fraction: arithmetic over what the device's best matrix product does in that time.
+    """
+
+    params: TrainParams
+    counts: Counts | None
+    epochs: tuple[Epoch, ...]
+    error_initial: Percent | None
+    error_final: Percent | None
+    error_best: Percent | None
+    error_final_top5: Percent | None = None
+    epoch_best: Whole | None = None
+    train_images: Count | None = None
+    test_images: Count | None = None
+    images_per_s: Nonnegative | None = None
+    matmul_fraction: Nonnegative | None = None
+    train_seconds: Nonnegative = 0.0
+    world_size: Whole = 1
+    paper: PaperError | None
+    convert: Record | None
+    forms: Forms = {}
+    checkpoints: str | None = None
+    stage: Literal["converted", "evaluated", "trained"] | None = None
+
+
+class TransferRow(TrainRow):
+    """A trained network, converted, evaluated and perhaps trained on.
+
+    agreement_initial: percent of the test images to which it gives the untouched network's class.
+    """
+
+    error_initial_top5: Percent | None = None
+    loss_initial: Nonnegative | None = None
+    agreement_initial: Percent | None = None
+    convert_seconds: Nonnegative | None = None
+    saved: str | None = None
+    time: NetworkTime | None = None
+    white_loss: WhiteLoss | None = None
+    judged: bool = False
+
+
+AnyRow = ProfileRow | SampledRow | LayerRow | TrainRow | TransferRow
+
+
+# ---------------------------------------------------------------------------------------------- around the rows
+
+
+class Schema(Data):
+    name: str
+    version: str
+
+
+class Tool(Data):
+    version: str
+    git_commit: str | None
+    git_dirty: bool | None
+
+
+class Cpu(Data):
+    model: str
+    threads: Whole
+    cores: Whole | None = None
+    capability: str | None = None
+
+
+class Device(Data):
+    type: Literal["cpu", "cuda"]
+    name: str
+    capability: str | None = None
+    sm_count: Count | None = None
+    l2_bytes: Count | None = None
+    total_bytes: Count
+
+
+class Environment(Data):
+    """The machine and its software; fingerprint: of what decides a measurement."""
+
+    fingerprint: str
+    python: str
+    os: str
+    cpu: Cpu
+    ram_bytes: Count
+    torch: str
+    torchvision: str | None
+    cuda: str | None
+    cudnn: str | None
+    triton: str | None
+    driver: str | None
+    device: Device
+
+    @property
+    def where(self) -> str:
+        """The device and torch, for people."""
+        threads = "" if self.device.type == "cuda" else f", {self.cpu.threads} threads"
+        return f"{self.device.name}{threads}; torch {self.torch}"
+
+
+class Tf32(Data):
+    conv: bool
+    matmul: bool
+
+
+class TimingRules(Data):
+    """The rules of protocol timing/1 that a run was measured by (bgcbench.measure.timing.Rules)."""
+
+    protocol: str = "timing/1"
+    warmup_min_s: Nonnegative | None = None
+    warmup_min_calls: Count | None = None
+    warmup_tolerance: Nonnegative | None = None
+    warmup_max_s: Nonnegative | None = None
+    min_rounds: Count | None = None
+    min_samples: Count | None = None
+    target_half_width: Nonnegative | None = None
+    max_time_s: Nonnegative | None = None
+    max_queue: Count | None = None
+    slice_share: Nonnegative | None = None
+    canary_tolerance: Nonnegative = 0.02
+    canary_redo: Count | None = None
+
+
+class Preprocessing(Data):
+    """How images are prepared (bgcbench.specs.Preprocessing)."""
+
+    size: Sides
+    resize: Sides | None
+    interpolation: Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"] | None
+    crop: Literal["center", "squash"]
+    mean: tuple[Annotated[float, Meta(ge=0, le=1)], ...]
+    std: tuple[Seconds, ...]
+    source: Literal["weights", "library", "data"]
+
+
+class Settings(Data):
+    """The conditions that a run set on purpose; a resumed run must have the same."""
+
+    seed: Count
+    precision: str
+    layout: str
+    tf32: Tf32
+    cudnn_benchmark: bool
+    deterministic: bool | None = None
+    mode: str | None = None
+    cache: str | None = None
+    memory: Literal["kept", "fresh"] | None = None
+    phases: tuple[str, ...] | None = None
+    input_grad: bool | None = None
+    timing: TimingRules | None = None
+    pad: Count | None = None
+    flip: bool | None = None
+    data_sha256: str | None = None
+    weights_sha256: str | None = None
+    weights_key: str | None = None
+    preprocessing: Preprocessing | None = None
+
+
+class Ceilings(Data):
+    """What the device did at its best in this run: matrix products, copies."""
+
+    flops_per_s: Seconds
+    bytes_per_s: Seconds
+    matmul_sizes: tuple[Whole, ...]
+    copy_bytes: Count
+
+
+class Canary(Data):
+    """A fixed product timed at every round's edge; slow_rounds: those in which it was slow."""
+
+    baseline_s: Nonnegative | None = None
+    readings_s: tuple[Nonnegative, ...] = ()
+    slow_rounds: tuple[Count, ...] = ()
+    redone: Count = 0
+
+
+class Group(Data):
+    """Rows that were measured in turn, or ``alone``, because they do not fit into memory together."""
+
+    id: Count
+    max_time_s: Nonnegative | None = None
+    rounds: Count = 0
+    rows: Count = 0
+    alone: bool = False
+    canary: Canary | None = None
