@@ -1,4 +1,4 @@
-"""Whole networks with N = 4 on a CUDA device, channels-last, batch 128, one result file each. About 9 minutes.
+"""Whole networks with N = 4 on a CUDA device, channels-last, batch 128, one result file each. About 7 minutes.
 
     python -m benchmarks.networks_cuda [--only 'network-resnet50-*,...'] [--seconds 480] [--list]
 
@@ -15,7 +15,6 @@ CONDITIONS = (
     ("wrn_28_10", "bf16", "graph"), ("resnet50", "bf16", "graph"),
     ("mobilenet_v2", "bf16", "eager"), ("efficientnet_b0", "bf16", "eager"),
     ("wrn_28_10", "tf32", "eager"), ("resnet50", "tf32", "eager"),
-    ("mobilenet_v2", "tf32", "eager"), ("efficientnet_b0", "tf32", "eager"),
 )  # fmt: skip
 
 
