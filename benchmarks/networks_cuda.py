@@ -2,8 +2,8 @@
 
     python -m benchmarks.networks_cuda [--only 'network-resnet50-*,...'] [--seconds 480] [--list]
 
-Standard, GC and BGC: inference and a training step, eager. The most telling come first; what --seconds leave no time
-for is named and left out.
+Standard, GC and BGC: inference and a training step, eager, and as CUDA graphs, where the host costs nothing. The most
+telling come first; what --seconds leave no time for is named and left out.
 """
 
 from __future__ import annotations
@@ -11,18 +11,20 @@ from __future__ import annotations
 from benchmarks.runs import Run, main
 
 CONDITIONS = (
-    ("wrn_28_10", "bf16"), ("resnet50", "bf16"), ("mobilenet_v2", "bf16"), ("efficientnet_b0", "bf16"),
-    ("wrn_28_10", "tf32"), ("resnet50", "tf32"), ("mobilenet_v2", "tf32"), ("efficientnet_b0", "tf32"),
+    ("wrn_28_10", "bf16", "eager"), ("resnet50", "bf16", "eager"),
+    ("wrn_28_10", "bf16", "graph"), ("resnet50", "bf16", "graph"),
+    ("mobilenet_v2", "bf16", "eager"), ("efficientnet_b0", "bf16", "eager"),
+    ("wrn_28_10", "tf32", "eager"), ("resnet50", "tf32", "eager"),
 )  # fmt: skip
-RUNS = [
-    Run(
-        f"network-{model}-cuda-{precision}-nhwc",
-        55,
-        "profile",
-        {"model": model, "precision": precision, "layout": "nhwc", "batch": 128, "groups": 4, "max_time": 2},
-    )
-    for model, precision in CONDITIONS
-]
+
+
+def _run(model: str, precision: str, mode: str) -> Run:
+    options = {"model": model, "precision": precision, "layout": "nhwc", "batch": 128, "groups": 4, "max_time": 2}
+    suffix = "" if mode == "eager" else f"-{mode}"
+    return Run(f"network-{model}-cuda-{precision}-nhwc{suffix}", 55, "profile", {**options, "mode": mode})
+
+
+RUNS = [_run(*condition) for condition in CONDITIONS]
 
 if __name__ == "__main__":
     raise SystemExit(main(__doc__, RUNS))

@@ -3,7 +3,7 @@
 #
 #   bash benchmarks/on_device.sh --pack           before: collect in .pack/ what a device without a network lacks
 #   bash benchmarks/on_device.sh first            on the device: at most 480 s
-#   bash benchmarks/on_device.sh second           on the device: what failed or is missing; at most 150 s
+#   bash benchmarks/on_device.sh second           on the device: what failed or is missing; at most 300 s
 #   bash benchmarks/on_device.sh STEP...          these steps alone; at most 480 s
 #   bash benchmarks/on_device.sh --rehearse [STEP...]   the commands of all steps on a CPU, tiny, in minutes
 #   bash benchmarks/on_device.sh --list           the steps, what each does and may take
@@ -19,12 +19,12 @@ PYTHON=${PYTHON:-python3}
 WIDTH=170 # characters of a log's line that are shown: a call shows less than 12,000 in all
 GRACE=6   # seconds from SIGINT to SIGKILL
 FIRST=(facts kernels alone tests table4 cells networks train)
-SECOND=(again kernels table4 cells networks train compiled)
+SECOND=(again compiled kernels networks table4 cells train)
 REHEARSAL=(facts kernels alone tests table4 cells networks train again compiled)
 
 # Seconds at most, lines of the log to show, what it does.
 declare -A LIMIT=([facts]=30 [kernels]=50 [alone]=45 [tests]=140 [table4]=150 [cells]=85 [networks]=115 [train]=45
-  [again]=60 [compiled]=60)
+  [again]=60 [compiled]=150)
 declare -A LINES=([facts]=18 [kernels]=3 [alone]=8 [tests]=16 [table4]=5 [cells]=10 [networks]=2 [train]=1 [again]=12
   [compiled]=6)
 declare -A WHAT=(
@@ -114,7 +114,7 @@ command_of() {
   if [ "$MODE" = second ]; then missing=(--missing-in results); fi
   local tests=("$PYTHON" -m pytest -o addopts= -m gpu -q -rfE --no-header --tb=short -p no:cacheprovider
     --junitxml "$FOUND/$1.xml")
-  if "$PYTHON" -c 'import pytest_timeout' 2> /dev/null; then tests+=(--timeout $(($2 / 2))); fi
+  if "$PYTHON" -c 'import pytest_timeout' 2> /dev/null; then tests+=(--timeout $(($2 - 10))); fi
   local runs=(--folder "$FOUND" --device "$device" --seconds "$seconds" "${small[@]}" "${missing[@]}")
   case $1 in
     facts) COMMAND=("$PYTHON" -m benchmarks.facts --device "$device" --out "$FOUND/source.json") ;;
@@ -196,7 +196,7 @@ case $MODE in
     steps=("$@") seconds=480
     case $MODE in
       first) steps=("${FIRST[@]}") ;;
-      second) steps=("${SECOND[@]}") seconds=150 ;;
+      second) steps=("${SECOND[@]}") seconds=300 ;;
       --rehearse)
         MODE=rehearse steps=("${@:2}") seconds=1200
         [ $# -eq 1 ] && steps=("${REHEARSAL[@]}")

@@ -303,7 +303,8 @@ class VariantConv2d(nn.Module, ABC):
         # What can differ from call to call, so that the whole case is put together for the first call of each only.
         kernel = self.kernel
         key = (grad, x.requires_grad, kernel.requires_grad, x.shape, x.stride(), type(x), x.device,
-               choices.computed_in(x), kernel.dtype, torch.are_deterministic_algorithms_enabled())  # fmt: skip
+               choices.computed_in(x), kernel.dtype, torch.are_deterministic_algorithms_enabled(),
+               choices.is_captured(x.device))  # fmt: skip
         era, form = self._met.get(key, (None, None))
         if form is None or era != choices.era():
             era, form = choices.era(), self._choose(x)

@@ -1,8 +1,12 @@
 """Which exact form of a layer is the fastest here: measured once for each case, then remembered.
 
-What cudnn.benchmark does for the algorithms of one convolution, for the forms of one layer. All forms compute the same
-map, so a choice changes results by rounding only; that still matters to who wants the same bits twice, so choices can
-be read (:func:`remembered`), taken over from another process (:func:`restore`) and dropped (:func:`forget`).
+What cudnn.benchmark does for the algorithms of one convolution, for the forms of one layer. A form of many small
+kernels can keep the host busy for longer than the device, so two are chosen of one measurement: for calls by the host
+the one with the least of the longer of both times, for a CUDA graph, where the host does nothing, the device's fastest.
+
+All forms compute the same map, so a choice changes results by rounding only; that still matters to who wants the same
+bits twice, so choices can be read (:func:`remembered`), taken over from another process (:func:`restore`) and dropped
+(:func:`forget`).
 """
 
 from __future__ import annotations
@@ -22,7 +26,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from bgcbench.convs.followed import is_transformed
 from bgcbench.convs.layouts import is_channels_last
 from bgcbench.errors import ResultFileError, UsageError
-from bgcbench.kernels.clock import device_seconds
+from bgcbench.kernels.clock import device_and_host_seconds
 from bgcbench.measure.device import tf32_state
 from bgcbench.specs import ConvSpec
 
@@ -62,12 +66,19 @@ class Case(NamedTuple):
 class Choice:
     """The form that is run, and the seconds of each that was tried (none where it was not measured here).
 
-    left_out: those that could not run, each with the name of what it raised and its message's first line.
+    seconds: the device's or the host's, whichever are more. graph_form, graph_seconds: the same in a CUDA graph, where
+    only the device's count; equal on a CPU. left_out: those that could not run, each with the name of what it raised
+    and its message's first line.
     """
 
     form: str
     seconds: Mapping[str, float]
+    graph_form: str
+    graph_seconds: Mapping[str, float]
     left_out: Mapping[str, Sequence[str]] = field(default_factory=dict)
+
+    def taken(self, captured: bool) -> str:
+        return self.graph_form if captured else self.form
 
 
 _remembered: dict[Case, Choice] = {}
@@ -81,13 +92,13 @@ def choose(case: Case, device: torch.device, make: Callable[[], Mapping[str, Cal
 
     make: the calls to be timed, by form, the default first; each does what one step would. A form that cannot run (its
     memory does not suffice, its kernel does not compile) is left out, with a warning the first time; if none can, the
-    default is taken and nothing is remembered. None where nothing is remembered and nothing can be measured: while a
-    CUDA graph is captured.
+    default is taken and nothing is remembered. While a CUDA graph is captured, the one for graphs, and None where
+    nothing is remembered, as nothing can be measured then.
     """
-    known = _remembered.get(case)
+    captured, known = is_captured(device), _remembered.get(case)
     if known is not None:
-        return known.form
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return known.taken(captured)
+    if captured:
         return None
     with _measuring:
         if case not in _remembered:
@@ -98,6 +109,11 @@ def choose(case: Case, device: torch.device, make: Callable[[], Mapping[str, Cal
             _remembered[case] = found
             _warn_of(case, found)
         return _remembered[case].form
+
+
+def is_captured(device: torch.device) -> bool:
+    """Whether what is called on ``device`` now becomes part of a CUDA graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def era() -> int:
@@ -120,7 +136,9 @@ def restore(choices: Iterable[Mapping[str, Any]]) -> None:
         try:
             values = {name: entry[name] for name in Case._fields}
             case = Case(**{**values, "spec": ConvSpec(**values["spec"])})
-            taken[case] = Choice(str(entry["form"]), dict(entry["seconds"]), dict(entry.get("left_out", {})))
+            form, seconds = str(entry["form"]), dict(entry["seconds"])
+            in_graph = str(entry.get("graph_form", form)), dict(entry.get("graph_seconds", seconds))
+            taken[case] = Choice(form, seconds, *in_graph, dict(entry.get("left_out", {})))
         except (KeyError, TypeError, ValueError, UsageError) as problem:
             raise ResultFileError(f"this is no choice of an algorithm, or another version's ({problem})") from None
     _remembered.update(taken)
@@ -230,22 +248,30 @@ def _measured(make: Callable[[], Mapping[str, Callable[[], object]]], device: to
         except Exception as problem:  # noqa: BLE001 - compilers and launchers of kernels raise what they like
             left_out[form] = [type(problem).__name__, *str(problem).strip().splitlines()[:1]]
             del calls[form]
-    best: dict[str, float] = dict.fromkeys(calls, float("inf"))
+    best, in_graph = dict.fromkeys(calls, float("inf")), dict.fromkeys(calls, float("inf"))
     begun = time.perf_counter()
     for number in range(MOST_ROUNDS):
         for form in list(calls):
-            best[form] = min(best[form], _seconds(calls[form], device))
+            busy, host = _seconds(calls[form], device)
+            in_graph[form] = min(in_graph[form], busy)
+            best[form] = min(best[form], max(busy, host))
         if number + 1 == GLIMPSES:
-            calls = {form: call for form, call in calls.items() if best[form] <= HOPELESS * min(best.values())}
+            hopeful = {form for seconds in (best, in_graph) for form in calls
+                       if seconds[form] <= HOPELESS * min(seconds.values())}  # fmt: skip
+            calls = {form: call for form, call in calls.items() if form in hopeful}
         spent = time.perf_counter() - begun
         is_enough = number + 1 >= ROUNDS and spent > ENOUGH_S
         if len(calls) < 2 or is_enough or (number + 1 >= FEW_ROUNDS and spent > LONG_S):
             break
+    return Choice(_shortest(best, default), best, _shortest(in_graph, default), in_graph, left_out)
+
+
+def _shortest(seconds: Mapping[str, float], default: str) -> str:
     chosen = default
-    for form, seconds in best.items():
-        if chosen not in best or seconds < WORTH * best[chosen]:
+    for form, spent in seconds.items():
+        if chosen not in seconds or spent < WORTH * seconds[chosen]:
             chosen = form
-    return Choice(chosen, best, left_out)
+    return chosen
 
 
 def _warn_of(case: Case, found: Choice) -> None:
@@ -258,13 +284,15 @@ def _warn_of(case: Case, found: Choice) -> None:
             warnings.warn(text, stacklevel=2)
 
 
-def _seconds(call: Callable[[], object], device: torch.device) -> float:
-    """One call. What disturbs a machine only ever adds time, so the least of several is what a form can do."""
+def _seconds(call: Callable[[], object], device: torch.device) -> tuple[float, float]:
+    """One call: the device's seconds and the host's. What disturbs a machine only ever adds time, so the least of
+    several is what a form can do."""
     if device.type == "cuda":
-        return device_seconds(call)
+        return device_and_host_seconds(call)
     begin = time.perf_counter()
     call()
-    return time.perf_counter() - begin
+    seconds = time.perf_counter() - begin
+    return seconds, seconds
 
 
 def _wait(device: torch.device) -> None:

@@ -22,9 +22,12 @@ pytestmark = pytest.mark.skipif(
 
 
 def script(tmp_path: Path, code: str) -> subprocess.Popen[str]:
-    """A shell with the script's functions, which runs ``code``."""
+    """A shell with the script's functions, which runs ``code``.
+
+    A shell cannot catch a signal that it was started to ignore, as SIGINT is where the tests run in the background.
+    """
     return subprocess.Popen(
-        ["bash", "-c", f"source {SCRIPT}\n{code}"],
+        ["env", "--default-signal=INT", "bash", "-c", f"source {SCRIPT}\n{code}"],
         env={**os.environ, "OUT": str(tmp_path / "out"), "PYTHON": sys.executable, "TMPDIR": str(tmp_path)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -33,15 +33,17 @@ def _nothing_remembered() -> Iterator[None]:
 
 @pytest.fixture
 def fastest(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
-    """Makes one form the fastest on an invented clock; returns the list of the calls that will be timed."""
+    """Makes one form the fastest on an invented clock, which may tell (device's, host's) seconds; returns the list of
+    the calls that will be timed."""
 
-    def make(**seconds: float) -> list[str]:
+    def make(**seconds: float | tuple[float, float]) -> list[str]:
         timed: list[str] = []
 
-        def clock(call: Any, device: torch.device) -> float:
+        def clock(call: Any, device: torch.device) -> tuple[float, float]:
             call()
             timed.append(call.args[0])
-            return seconds.get(call.args[0], 9.0)
+            told = seconds.get(call.args[0], 9.0)
+            return told if isinstance(told, tuple) else (told, told)
 
         monkeypatch.setattr(choices, "_seconds", clock)
         monkeypatch.setattr(choices, "ENOUGH_S", 0.0)
@@ -227,6 +229,33 @@ def test_calls_that_take_long_are_timed_less_often(
     monkeypatch.setattr(choices, "LONG_S", 0.0)
     layer()(torch.randn(X))
     assert timed.count("two_conv") == timed.count("concat") == choices.FEW_ROUNDS < choices.ROUNDS
+
+
+def test_a_graph_takes_the_form_that_is_fastest_on_the_device_and_a_call_what_the_host_can_keep_up_with(
+    fastest: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fastest(dense=(2.0, 8.0), concat=(4.0, 3.0), split=(5.0, 1.0))
+    own, x = layer(), torch.randn(X)
+    own(x)
+    assert own.chosen == {"training": "concat"}
+    monkeypatch.setattr(choices, "is_captured", lambda _: True)
+    own(x)
+    assert own.chosen == {"training": "dense"}
+    (stored,) = choices.remembered()
+    assert (stored["seconds"]["dense"], stored["graph_seconds"]["dense"]) == (8.0, 2.0)
+
+
+def test_choices_of_files_that_know_no_graph_stand_for_both(monkeypatch: pytest.MonkeyPatch) -> None:
+    own, x = layer(), torch.randn(X)
+    own(x)
+    (stored,) = choices.remembered()
+    for name in ("graph_form", "graph_seconds"):
+        del stored[name]
+    choices.restore([{**stored, "form": "dense"}])
+    for captured in (False, True):
+        monkeypatch.setattr(choices, "is_captured", lambda _, captured=captured: captured)
+        own(x)
+        assert own.chosen == {"training": "dense"}
 
 
 def test_choices_outlive_the_process_and_go_before_what_is_measured(fastest: Callable[..., list[str]]) -> None:

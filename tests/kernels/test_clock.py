@@ -67,9 +67,16 @@ def simulated(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Device]:
 def test_what_the_host_needs_is_not_in_the_time(kernel_s: float, simulated: Callable[..., Device]) -> None:
     device = simulated()
     assert clock.device_seconds(lambda: device.launch(kernel_s), 10) == pytest.approx(kernel_s)
-    assert choices._seconds(lambda: device.launch(kernel_s), torch.device("cuda")) == pytest.approx(kernel_s)
+    assert choices._seconds(lambda: device.launch(kernel_s), torch.device("cuda"))[0] == pytest.approx(kernel_s)
     tile = tiles.Tile(64, 64, 64)
     assert tiles._time(lambda _: [device.launch(kernel_s)], tile) == pytest.approx(kernel_s)
+
+
+def test_what_the_host_needs_is_told_apart(simulated: Callable[..., Device], monkeypatch: pytest.MonkeyPatch) -> None:
+    device = simulated()
+    monkeypatch.setattr(clock.time, "perf_counter", lambda: device.now)
+    busy, host = clock.device_and_host_seconds(lambda: device.launch(5e-6), 10)
+    assert (busy, host) == (pytest.approx(5e-6), pytest.approx(HOST_S))
 
 
 def test_a_slow_host_gets_more_time_and_a_fast_one_is_not_kept_waiting(simulated: Callable[..., Device]) -> None:
