@@ -142,11 +142,11 @@ command_of() {
   esac
 }
 
-# Wheels of what the device's Python lacks; without them bgcbench measures, and reads no file.
+# Wheels of what the device's Python lacks.
 install_wheels() {
-  "$PYTHON" -c 'import jsonschema' 2> /dev/null && return
+  "$PYTHON" -c 'import jsonschema, msgspec' 2> /dev/null && return
   timeout 60 "$PYTHON" -m pip install -q --no-index --no-deps --no-compile --target "$WORK/site" .pack/wheels/*.whl \
-    > "$FOUND/wheels.log" 2>&1 || note "jsonschema is neither here nor in .pack/wheels: see wheels.log"
+    > "$FOUND/wheels.log" 2>&1 || note "jsonschema or msgspec is neither here nor in .pack/wheels: see wheels.log"
   export PYTHONPATH=$PYTHONPATH:$WORK/site
 }
 

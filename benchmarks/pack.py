@@ -23,8 +23,8 @@ from bgcbench import results
 ROOT = Path(__file__).resolve().parent.parent
 PACK = ROOT / ".pack"
 SOURCE, AGAIN = PACK / "source.json", PACK / "again.txt"
-# jsonschema and what it needs beside attrs and typing-extensions, which come with other packages.
-WHEELS = ("jsonschema", "jsonschema-specifications", "referencing", "rpds-py")
+# msgspec; jsonschema and what it needs beside attrs and typing-extensions, which come with other packages.
+WHEELS = ("msgspec", "jsonschema", "jsonschema-specifications", "referencing", "rpds-py")
 PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
 
 

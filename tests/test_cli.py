@@ -23,6 +23,7 @@ from bgcbench import results
 from bgcbench.cli import main
 from bgcbench.convs.gc import GroupConv2d
 from bgcbench.experiments.profile_run import ProfileRun, Update
+from bgcbench.results import files
 from tests.conftest import ROOT
 from tests.example import example_document
 
@@ -217,7 +218,7 @@ class TestProfile:
                 raise OSError(28, "No space left on device")
             return write(path, content)
 
-        monkeypatch.setattr(results, "write_atomically", full)
+        monkeypatch.setattr(files, "write_atomically", full)
         monkeypatch.setattr("tempfile.tempdir", str(here))
         assert main([*LIGHT, "--out", "r.json"]) == 4
         out, err = capsys.readouterr()

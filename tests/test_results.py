@@ -14,7 +14,9 @@ import jsonschema
 import pytest
 
 from bgcbench import results
+from bgcbench.cli.common import Output
 from bgcbench.errors import OutputError, ResultFileError
+from bgcbench.interrupts import Interrupts
 from tests.conftest import ROOT
 from tests.example import example_document
 from tests.example_transfer import transfer_document
@@ -219,11 +221,17 @@ def test_a_file_that_changed_since_it_was_read_is_not_gone_on_with(tmp_path: Pat
     writer = results.ResultWriter(tmp_path / "r.json")
     writer.write(example_document())
     stored = results.read(writer.path)
-    assert writer.claim(replace=True, stored=stored) is None
-    writer.release()
+    resumed = Output(writer.path, to_stdout=False, replace=True, form="auto", quiet=True, resumes=True)
+    with resumed.claimed(stored, Interrupts()) as claimed:
+        assert claimed is not None
     results.ResultWriter(writer.path).write({**example_document(), "warnings": ["another run's"]})
-    with pytest.raises(OutputError, match="written by another run while this one began"):
-        writer.claim(replace=True, stored=stored)
+    with (
+        pytest.raises(OutputError, match="written by another run while this one began"),
+        resumed.claimed(stored, Interrupts()),
+    ):
+        pass
+    assert writer.claim(replace=True) is None  # nobody holds it any more
+    writer.release()
 
 
 def broken(path: Path, text: str) -> Path:

@@ -215,14 +215,17 @@ class Output:
 
         stored: what the run goes on with. Raises OutputError for a file that cannot be written, or is not to be.
         """
-        from bgcbench.results import ResultWriter
+        from bgcbench.results import ResultWriter, read
 
         if self.path is None:
             yield None
             return
         writer = ResultWriter(self.path)
-        unsure = writer.claim(replace=self.replace, stored=stored)
+        unsure = writer.claim(replace=self.replace)
         interrupts.leaving = writer.release
+        if stored is not None and read(self.path) != stored:
+            writer.release()
+            raise OutputError(f"{self.path} was written by another run while this one began; resume it again")
         if unsure and not self.quiet:
             say(unsure)
         try:

@@ -1,22 +1,22 @@
 """Result files: the types of their rows, how they are written so that they are never broken, how they are read."""
 
-from bgcbench.results.document import (
-    SCHEMA_NAME,
-    SCHEMA_VERSION,
-    Document,
-    Json,
-    check_command,
-    check_resumable,
-    document_of,
-    dumps,
-    new_document,
-    printable,
-    read,
-    utc_now,
-)
+from bgcbench.results.document import SCHEMA_NAME, Document, Json, document_of, dumps, printable, utc_now
 from bgcbench.results.files import ResultWriter, default_path, rescue, write_atomically
 from bgcbench.results.rows import DONE
-from bgcbench.results.schema import schema
+from bgcbench.results.untyped import (
+    SCHEMA_VERSION,
+    check_command,
+    check_document,
+    check_resumable,
+    finish,
+    measurement_warnings,
+    new_document,
+    read,
+    reopened,
+    schema,
+    stage_of,
+    upgraded,
+)
 
 __all__ = [
     "DONE",
@@ -26,15 +26,21 @@ __all__ = [
     "Json",
     "ResultWriter",
     "check_command",
+    "check_document",
     "check_resumable",
     "default_path",
     "document_of",
     "dumps",
+    "finish",
+    "measurement_warnings",
     "new_document",
     "printable",
     "read",
+    "reopened",
     "rescue",
     "schema",
+    "stage_of",
+    "upgraded",
     "utc_now",
     "write_atomically",
 ]

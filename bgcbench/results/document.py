@@ -4,7 +4,7 @@ A result is one JSON document (SI units; unknown is null), described by :mod:`bg
 
     1.0  first version
     1.1  a conversion's record holds each layer's variant, N, algorithm and initialisation; what is kept has a code, a
-         row of train and transfer a stage; a profile's failures are a phase's; the settings say preprocessing and memory
+         row of train and transfer a stage, a profile's failure a phase; the settings say preprocessing and memory
 """
 
 from __future__ import annotations
@@ -63,7 +63,8 @@ class Document(msgspec.Struct, kw_only=True):
     """A run and its results; filled while it runs.
 
     argv: as typed. failure: the error that ended the run. quality: 'quick' makes no claim. config: the experiment's
-    configuration, from which it can be run again. interleaved: groups of rows measured in turn. fits, network: of approx.
+    configuration, from which it can be run again. interleaved: groups of rows measured in
+    turn. fits, network: of approx.
     """
 
     schema: Schema = Schema(name=SCHEMA_NAME, version=SCHEMA_VERSION)
@@ -106,7 +107,7 @@ class Document(msgspec.Struct, kw_only=True):
         )
 
     def finish(self, planned: int, *, interrupted: bool = False, failed: str | None = None) -> None:
-        """Set the closing fields from the rows: ok, partial (a row failed), interrupted, or error (``failed``: which)."""
+        """Set the closing fields from the rows: ok, partial (a row failed), interrupted, or error (``failed``)."""
         self.finished_at, self.failure = utc_now(), failed
         self.complete = len(self.done) == planned and not failed
         ended: Literal["ok", "partial"] = "ok" if self.complete else "partial"
@@ -144,14 +145,14 @@ def new_document(
         argv=tuple(argv),
         started_at=utc_now(),
         quality="quick" if quick else "full",
-        tool=Tool(version=bgcbench.__version__, **_git_state()),
+        tool=Tool(version=bgcbench.__version__, **git_state()),
         environment=environment,
         settings=settings,
         config=config,
     )
 
 
-def _git_state() -> Json:
+def git_state() -> Json:
     """Commit of the checkout this package runs from; null where it runs from an installation."""
     folder = Path(__file__).resolve().parent.parent.parent
     if not (folder / ".git").exists():
@@ -175,9 +176,10 @@ def printable(text: str) -> str:
     return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape", "surrogatepass").decode(), text)
 
 
-def dumps(document: Document | Json) -> str:
+def dumps(document: Document | Mapping[str, Any]) -> str:
     """The document as JSON text, arrays of numbers on one line. NaN and infinity raise ValueError."""
-    text = json.dumps(msgspec.to_builtins(document), indent=1, allow_nan=False, ensure_ascii=False)
+    plain = msgspec.to_builtins(document) if isinstance(document, Document) else document
+    text = json.dumps(plain, indent=1, allow_nan=False, ensure_ascii=False)
     # JSON escapes control characters below 0x20 and leaves the others to us.
     text = _BEYOND_ASCII.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
     return _NUMBER_ARRAY.sub(lambda match: "[" + re.sub(r",\n\s*", ", ", match[1]) + "]", text) + "\n"
@@ -188,6 +190,11 @@ def dumps(document: Document | Json) -> str:
 
 def read(path: Path) -> Document:
     """The document in ``path``; raises ResultFileError for a file that is missing, torn, foreign or too new."""
+    return document_of(loaded(path), str(path))
+
+
+def loaded(path: Path) -> object:
+    """What the JSON file ``path`` holds; raises ResultFileError for one that is missing, torn or no JSON."""
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -198,13 +205,12 @@ def read(path: Path) -> Document:
             "or convert it to UTF-8"
         )
     try:
-        found = json.loads(content.decode("utf-8-sig"))
+        return json.loads(content.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise ResultFileError(f"{path} is not a bgcbench result: not UTF-8 text") from error
     except (ValueError, RecursionError) as error:
         where = f" (line {error.lineno})" if isinstance(error, json.JSONDecodeError) else ""
         raise ResultFileError(f"{path} is not complete JSON{where}: truncated, or not a bgcbench result") from error
-    return document_of(found, str(path))
 
 
 def document_of(found: object, name: str) -> Document:
@@ -218,10 +224,10 @@ def document_of(found: object, name: str) -> Document:
             f"{name} has schema version {version}; this bgcbench reads {SCHEMA_VERSION.split('.')[0]}.x: "
             "use the version that wrote it"
         )
-    for path, value in _numbers(found):
+    for path, value in numbers(found):
         if not (value == 0 or LEAST < abs(value) < MOST):
             raise ResultFileError(f"{name} is damaged: {_place(path)}: no measurement has a number such as this one")
-    document = _converted(found, Document, name)
+    document: Document = _converted(found, Document, name)
     document.results = tuple(
         _converted(_upgraded(row), row_type(document.command, row), name, f"results/{number}/")
         for number, row in enumerate(document.results)
@@ -242,7 +248,8 @@ def row_type(command: str, row: object) -> type[Row]:
     params = row.get("params") if isinstance(row, dict) else None
     if command == "approx":
         return LayerRow if isinstance(params, dict) and "model" in params else SampledRow
-    return {"profile": ProfileRow, "train": TrainRow}.get(command, TransferRow)
+    kinds: dict[str, type[Row]] = {"profile": ProfileRow, "train": TrainRow, "transfer": TransferRow}
+    return kinds[command]
 
 
 def _converted(found: object, kind: type[Any], name: str, within: str = "") -> Any:
@@ -259,10 +266,11 @@ def _upgraded(row: Any) -> Any:
     if not isinstance(row, dict):
         return row
     record = row.get("convert")
-    for kept in record.get("kept", ()) if isinstance(record, dict) else ():
+    record = record if isinstance(record, dict) else {}
+    for kept in record.get("kept", ()):
         if isinstance(kept, dict) and "does not divide" in str(kept.get("reason")):
             kept.setdefault("code", "indivisible")
-    for layer in record.get("layers", ()) if isinstance(record, dict) else ():
+    for layer in record.get("layers", ()):
         if isinstance(layer, dict):
             layer |= {what: record.get(what) for what in ("variant", "algorithm", "init") if what not in layer}
     if "epochs" in row:
@@ -283,7 +291,7 @@ def _place(path: Iterable[str | int]) -> str:
     return "/".join(map(str, path)) or "the document"
 
 
-def _numbers(document: object) -> Iterator[tuple[tuple[str | int, ...], float]]:
+def numbers(document: object) -> Iterator[tuple[tuple[str | int, ...], float]]:
     """Every number in a document and where it stands."""
     left: list[tuple[tuple[str | int, ...], object]] = [((), document)]
     while left:

@@ -7,10 +7,13 @@ import datetime
 import os
 import re
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from bgcbench.errors import OutputError
 from bgcbench.locks import FileLock
+from bgcbench.results.document import Document, dumps
 
 
 def default_path(command: str, what: str, device: str) -> Path:
@@ -35,11 +38,11 @@ def _identity(found: os.stat_result) -> Identity:
 
 
 class ResultWriter:
-    """Writes one text to one path, whole or not at all, and never over what somebody else has written meanwhile.
+    """Writes one document to one path, whole or not at all, and never over what somebody else has written meanwhile.
 
     Each write goes to a temporary file in the same folder, is synced and then renamed over the target, so an older
     file survives until a valid newer one exists. When a write fails in the middle of a run (a full disk), or finds a
-    file that is neither this writer's nor the one it began with, ``problem`` says why and the text goes beside it,
+    file that is neither this writer's nor the one it began with, ``problem`` says why and the document goes beside it,
     or to the system's temporary folder (``rescued_to``); the run goes on.
     """
 
@@ -103,29 +106,31 @@ class ResultWriter:
         except OSError:
             return None
 
-    def write(self, text: str) -> None:
-        """Write ``text`` now. Never raises for a file system that refuses: measuring must not end for that."""
+    def write(self, document: Document | Mapping[str, Any]) -> None:
+        """Write now. Never raises for a file system that refuses: measuring must not end for that."""
         if self.problem is None:
             if self._there() in (None, self._seen):
                 try:
-                    self._seen = _identity(write_atomically(self.path, text.encode()))
+                    self._seen = _identity(write_atomically(self.path, dumps(document).encode()))
                 except OSError as error:
                     self.problem = error.strerror or str(error)
                 else:
                     return
             else:
                 self.problem = "another program has written it meanwhile"
-        self.rescued_to = rescue(text, self.path.name, self.path.parent, self.rescued_to)
+        self.rescued_to = rescue(document, self.path.name, self.path.parent, self.rescued_to)
 
 
-def rescue(text: str, name: str, folder: Path = Path(), earlier: Path | None = None) -> Path | None:
-    """Write a text that cannot go where it should to ``earlier``, else into ``folder``, else where temporary files
+def rescue(
+    document: Document | Mapping[str, Any], name: str, folder: Path = Path(), earlier: Path | None = None
+) -> Path | None:
+    """Write a document that cannot go where it should to ``earlier``, else into ``folder``, else where temporary files
     go; returns where it is, None where it could not be written at all."""
     stem = f"bgcbench-rescued-{_stamp()}-{os.getpid()}-{name}"
     for path in (earlier, folder / stem, Path(tempfile.gettempdir()) / stem):
         with contextlib.suppress(OSError):
             if path is not None:
-                write_atomically(path, text.encode())
+                write_atomically(path, dumps(document).encode())
                 return path
     return None
 

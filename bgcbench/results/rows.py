@@ -27,7 +27,7 @@ class Data(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Base of everything in a file."""
 
 
-class Row(Data):
+class Row(Data, frozen=True):
     """One result: ok, or why not. key: unique in a file, and the same in every run of the same thing."""
 
     key: str
@@ -39,7 +39,7 @@ class Row(Data):
         return self.status in DONE
 
 
-class Counts(Data):
+class Counts(Data, frozen=True):
     """Of one image, forward. A MAC is one multiplication with its addition; adds are BGC's mean.
 
     paper_ops: the paper's formula ((3.14), section 4). bytes_min: what must be read and written at least. *_training:
@@ -58,7 +58,7 @@ class Counts(Data):
 # --------------------------------------------------------------------------------------------- what a conversion did
 
 
-class Kept(Data):
+class Kept(Data, frozen=True):
     """A convolution that stays as it is, and why: for people, and as a code (bgcbench.conversion.selection.Reason)."""
 
     name: str
@@ -66,7 +66,7 @@ class Kept(Data):
     code: str = ""
 
 
-class Replaced(Data):
+class Replaced(Data, frozen=True):
     """A convolution that was replaced: its name, where else it hangs, its shape, and the layer in its place.
 
     groups: N of this layer, which 'gcd' may have lowered; 1 of a 'standard' one, which is not replaced yet. height,
@@ -92,7 +92,7 @@ class Replaced(Data):
     init: str = "white"
 
 
-class CalibratedLayer(Data):
+class CalibratedLayer(Data, frozen=True):
     """Shares of a layer's output that are lost on images held out: with copied weights, with white ones (before), and
     with calibrated ones (after); and what these were solved from."""
 
@@ -114,7 +114,7 @@ class CalibratedLayer(Data):
         return self.ridge is None
 
 
-class Calibration(Data):
+class Calibration(Data, frozen=True):
     """What was done with images: how many, held out, norms re-estimated, memory held, and what each layer lost."""
 
     images: Count
@@ -128,7 +128,7 @@ class Calibration(Data):
     layers: tuple[CalibratedLayer, ...]
 
 
-class Record(Data):
+class Record(Data, frozen=True, kw_only=True):
     """Everything that a conversion decided; with a network like the original it can be repeated (load_converted).
 
     variant, groups, init, algorithm: as they were asked for; each of ``layers`` holds its own, and ``replaced`` their
@@ -166,7 +166,7 @@ class Record(Data):
 # ----------------------------------------------------------------------------------------------------------- profile
 
 
-class Summary(Data):
+class Summary(Data, frozen=True):
     """Of a phase's samples."""
 
     n: Whole
@@ -180,7 +180,7 @@ class Summary(Data):
     max_s: Seconds
 
 
-class Derived(Data):
+class Derived(Data, frozen=True):
     """What follows from a median: rates, the share of what the measured ceilings allow, and flags."""
 
     images_per_s: Nonnegative
@@ -192,14 +192,14 @@ class Derived(Data):
     page_faults: bool | None = None
 
 
-class Discarded(Data):
+class Discarded(Data, frozen=True):
     """Samples of rounds that a slow clock touched and that were done again."""
 
     samples_s: tuple[Seconds, ...]
     rounds: tuple[Count, ...]
 
 
-class Phase(Data):
+class Phase(Data, frozen=True, kw_only=True):
     """A phase's samples, in order, each with the round that it was taken in."""
 
     samples_s: tuple[Seconds, ...]
@@ -214,14 +214,14 @@ class Phase(Data):
     derived: Derived
 
 
-class Failure(Data):
+class Failure(Data, frozen=True):
     """Why a phase has no samples."""
 
     status: Status
     reason: str
 
 
-class Memory(Data):
+class Memory(Data, frozen=True, kw_only=True):
     """paper_bytes: input + weights (+ mean), the paper's column. peak: of one step, by ``method``; delta: beyond the
     baseline. agreed: whether two passes did."""
 
@@ -237,7 +237,7 @@ class Memory(Data):
     agreed: bool | None = None
 
 
-class ProfileParams(Data):
+class ProfileParams(Data, frozen=True, kw_only=True):
     """Of a layer (channels, kernel, stride), of a network (model, where), or of a network's layer (both, layer)."""
 
     variant: str
@@ -258,8 +258,8 @@ class ProfileParams(Data):
     algorithm: str
 
 
-class DistinctLayer(Data):
-    """A convolution of a network that --layers measures by itself: how often it is there, and whether it is replaced."""
+class DistinctLayer(Data, frozen=True):
+    """A convolution that --layers measures by itself, how often a network has it, and whether it is replaced."""
 
     label: str
     count: Whole
@@ -272,7 +272,7 @@ class DistinctLayer(Data):
     groups: Whole | None = None
 
 
-class PaperRow(Data):
+class PaperRow(Data, frozen=True):
     """What Table 4 prints for a row."""
 
     time_s: Seconds
@@ -280,13 +280,13 @@ class PaperRow(Data):
     error: Percent
 
 
-class White(Data):
+class White(Data, frozen=True):
     """The closed-form share of the output's energy that is lost on white input; None where there is no closed form."""
 
     white_error: Nonnegative | None
 
 
-class ProfileRow(Row):
+class ProfileRow(Row, frozen=True, kw_only=True):
     params: ProfileParams
     counts: Counts | None
     approximability: White | None
@@ -303,7 +303,7 @@ class ProfileRow(Row):
 # ------------------------------------------------------------------------------------------------------------ approx
 
 
-class SampledParams(Data):
+class SampledParams(Data, frozen=True):
     variant: str
     groups: Whole
     in_channels: Whole
@@ -319,7 +319,7 @@ class SampledParams(Data):
     precision: Literal["fp64", "fp32"]
 
 
-class SampledRow(Row):
+class SampledRow(Row, frozen=True):
     """The least error of a variant for sampled convolutions (eq. 5.1), and relative to other things; *_se: standard
     errors. scaled: relative_error / (1 - 1/N)^p. construction: with the weights of Theorem 3.6's proof. bound_*: the
     right-hand sides of Theorems 3.5 and 3.6. null_reasons: why a number is None."""
@@ -340,7 +340,7 @@ class SampledRow(Row):
     null_reasons: dict[str, str]
 
 
-class LayerParams(Data):
+class LayerParams(Data, frozen=True):
     variant: str
     groups: Whole
     model: str
@@ -356,7 +356,7 @@ class LayerParams(Data):
     calibration_images: Count
 
 
-class LayerErrors(Data):
+class LayerErrors(Data, frozen=True):
     """Shares of a layer's output energy that are lost on images held out."""
 
     copy: Nonnegative
@@ -364,7 +364,7 @@ class LayerErrors(Data):
     calibrated: Nonnegative
 
 
-class LayerRow(Row):
+class LayerRow(Row, frozen=True):
     """What one convolution of a network loses as one variant, on its own activations."""
 
     params: LayerParams
@@ -376,7 +376,7 @@ class LayerRow(Row):
     macs_share: Nonnegative | None
 
 
-class Fit(Data):
+class Fit(Data, frozen=True):
     """A variant's errors over N for one input: slopes in log(1 - 1/N), and c of eq. 5.2."""
 
     variant: str
@@ -391,12 +391,12 @@ class Fit(Data):
     reason: str | None
 
 
-class Moments(Data):
+class Moments(Data, frozen=True):
     bytes: Count
     passes: Count
 
 
-class NetworkFacts(Data):
+class NetworkFacts(Data, frozen=True, kw_only=True):
     """The network of ``approx --model`` as a whole."""
 
     weights: str
@@ -409,7 +409,7 @@ class NetworkFacts(Data):
 # ------------------------------------------------------------------------------------------------- train and transfer
 
 
-class Epoch(Data):
+class Epoch(Data, frozen=True, kw_only=True):
     """Errors in percent. learnt: what a learnt structure says of itself, by name."""
 
     epoch: Whole
@@ -425,7 +425,7 @@ class Epoch(Data):
     world_size: Whole | None = None
 
 
-class TrainParams(Data):
+class TrainParams(Data, frozen=True, kw_only=True):
     variant: str
     groups: Whole
     model: str
@@ -449,13 +449,13 @@ class TrainParams(Data):
     seed: Count
 
 
-class PaperError(Data):
+class PaperError(Data, frozen=True):
     """What Table 3, 5 or 6 prints."""
 
     error: Percent
 
 
-class Ratio(Data):
+class Ratio(Data, frozen=True):
     """A phase's median time, and the standard network's time over it."""
 
     median_s: Seconds
@@ -465,7 +465,7 @@ class Ratio(Data):
     ratio_ci95: Ends | None
 
 
-class NetworkTime(Data):
+class NetworkTime(Data, frozen=True):
     """What a converted network costs (--time)."""
 
     phase: dict[str, Ratio]
@@ -476,19 +476,19 @@ class NetworkTime(Data):
     memory: str | None = None
 
 
-class LayerLoss(Data):
+class LayerLoss(Data, frozen=True):
     name: str
     loss: Nonnegative
 
 
-class WhiteLoss(Data):
-    """Shares of the layers' outputs lost on white input: of a kernel of independent entries, and of the network's own."""
+class WhiteLoss(Data, frozen=True):
+    """Shares of the layers' outputs lost on white input: of a kernel of independent entries, and of the own ones."""
 
     expected: Nonnegative | None
     layers: tuple[LayerLoss, ...] | None
 
 
-class TrainRow(Row):
+class TrainRow(Row, frozen=True, kw_only=True):
     """A network with one variant, trained from one seed. Errors in percent; None where the labels mean nothing.
 
     stage: how far it came. matmul_fraction: arithmetic over what the device's best matrix product does in that time.
@@ -515,7 +515,7 @@ class TrainRow(Row):
     stage: Literal["converted", "evaluated", "trained"] | None = None
 
 
-class TransferRow(TrainRow):
+class TransferRow(TrainRow, frozen=True, kw_only=True):
     """A trained network, converted, evaluated and perhaps trained on.
 
     agreement_initial: percent of the test images to which it gives the untouched network's class.
@@ -537,25 +537,25 @@ AnyRow = ProfileRow | SampledRow | LayerRow | TrainRow | TransferRow
 # ---------------------------------------------------------------------------------------------- around the rows
 
 
-class Schema(Data):
+class Schema(Data, frozen=True):
     name: str
     version: str
 
 
-class Tool(Data):
+class Tool(Data, frozen=True):
     version: str
     git_commit: str | None
     git_dirty: bool | None
 
 
-class Cpu(Data):
+class Cpu(Data, frozen=True):
     model: str
     threads: Whole
     cores: Whole | None = None
     capability: str | None = None
 
 
-class Device(Data):
+class Device(Data, frozen=True, kw_only=True):
     type: Literal["cpu", "cuda"]
     name: str
     capability: str | None = None
@@ -564,7 +564,7 @@ class Device(Data):
     total_bytes: Count
 
 
-class Environment(Data):
+class Environment(Data, frozen=True):
     """The machine and its software; fingerprint: of what decides a measurement."""
 
     fingerprint: str
@@ -587,12 +587,12 @@ class Environment(Data):
         return f"{self.device.name}{threads}; torch {self.torch}"
 
 
-class Tf32(Data):
+class Tf32(Data, frozen=True):
     conv: bool
     matmul: bool
 
 
-class TimingRules(Data):
+class TimingRules(Data, frozen=True):
     """The rules of protocol timing/1 that a run was measured by (bgcbench.measure.timing.Rules)."""
 
     protocol: str = "timing/1"
@@ -610,7 +610,7 @@ class TimingRules(Data):
     canary_redo: Count | None = None
 
 
-class Preprocessing(Data):
+class Preprocessing(Data, frozen=True):
     """How images are prepared (bgcbench.specs.Preprocessing)."""
 
     size: Sides
@@ -622,7 +622,7 @@ class Preprocessing(Data):
     source: Literal["weights", "library", "data"]
 
 
-class Settings(Data):
+class Settings(Data, frozen=True):
     """The conditions that a run set on purpose; a resumed run must have the same."""
 
     seed: Count
@@ -645,7 +645,7 @@ class Settings(Data):
     preprocessing: Preprocessing | None = None
 
 
-class Ceilings(Data):
+class Ceilings(Data, frozen=True):
     """What the device did at its best in this run: matrix products, copies."""
 
     flops_per_s: Seconds
@@ -654,7 +654,7 @@ class Ceilings(Data):
     copy_bytes: Count
 
 
-class Canary(Data):
+class Canary(Data, frozen=True):
     """A fixed product timed at every round's edge; slow_rounds: those in which it was slow."""
 
     baseline_s: Nonnegative | None = None
@@ -663,7 +663,7 @@ class Canary(Data):
     redone: Count = 0
 
 
-class Group(Data):
+class Group(Data, frozen=True):
     """Rows that were measured in turn, or ``alone``, because they do not fit into memory together."""
 
     id: Count
