@@ -29,7 +29,7 @@ ALLOWED = {
     "folding": {"errors", "measure", "convs", "record", "policy", "calibration"},
     "training": {"errors", "specs", "measure", "convs", "data", "results"},
     "locks": set(),
-    "results": {"errors", "specs", "locks"},
+    "results": {"errors", "specs", "locks", "measure", "theory"},
     "report": {"errors", "specs", "measure", "theory", "results"},
     "plots": {"errors", "specs", "theory", "results"},
     "experiments": {
