@@ -9,13 +9,13 @@ of ``bgcbench approx --model wrn_16_4 --weights FILE --data digits``.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 import tempfile
 from pathlib import Path
 
 from bgcbench.cli import main as command
+from bgcbench.results.document import read
 
 MODEL = "wrn_16_4"
 
@@ -33,9 +33,9 @@ def main() -> int:
                             "--out", "trained.json"])  # fmt: skip
             if code:
                 return code
-            (row,) = json.loads(Path("trained.json").read_text())["results"]
-            weights = f"{MODEL}-digits-error{row['error_final']:.1f}.pt"
-            (final,) = Path(row["checkpoints"]).glob("final-*.pt")
+            (row,) = read(Path("trained.json")).results
+            weights = f"{MODEL}-digits-error{row.error_final:.1f}.pt"
+            (final,) = Path(row.checkpoints).glob("final-*.pt")
             final.rename(weights)
             code = command(["approx", "--model", MODEL, "--weights", weights, "--data", "digits", "--device", "cpu",
                             "--out", "r.json", "--plot", "r.png"])  # fmt: skip

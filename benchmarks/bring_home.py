@@ -22,8 +22,9 @@ from typing import Any
 from xml.etree import ElementTree
 
 from benchmarks import claims, pack
-from bgcbench import results
 from bgcbench.errors import ResultFileError
+from bgcbench.results.document import Document, document_of, dumps
+from bgcbench.results.files import write_atomically
 from bgcbench.theory.paper import WORKLOAD
 
 # An absolute path begins a string, or follows a blank or an equals sign in one.
@@ -43,10 +44,9 @@ def contents(archive: Path) -> dict[str, bytes]:
     return found
 
 
-def condition(document: dict[str, Any]) -> str:
+def condition(document: Document) -> str:
     """The name of a result's file: what was measured, where and how."""
-    command, config = document["command"], document["config"]
-    where = document["environment"]["device"]["type"]
+    command, config, where = document.command, document.config, document.environment.device.type
     if command == "train":
         recipe = config["recipe"] + ("-eager" if config["recipe"] == "fast" and not config["compile"] else "")
         return f"train-{config['model']}-{config['data']}-{where}-{recipe}.json"
@@ -61,13 +61,13 @@ def condition(document: dict[str, Any]) -> str:
     return f"table4-{state}-{config['mode']}.json"
 
 
-def check_whole(document: dict[str, Any]) -> None:
+def check_whole(document: Document) -> None:
     """Raise ResultFileError for a result that is no evidence."""
-    if document["quality"] != "full":
-        raise ResultFileError(f"of {document['quality']} quality")
-    if not document["complete"]:
-        raise ResultFileError(f"not complete: {document['exit_reason']}")
-    failed = [f"{row['key']}: {row['reason']}" for row in document["results"] if row["status"] != "ok"]
+    if document.quality != "full":
+        raise ResultFileError(f"of {document.quality} quality")
+    if not document.complete:
+        raise ResultFileError(f"not complete: {document.exit_reason}")
+    failed = [f"{row.key}: {row.reason}" for row in document.results if row.status != "ok"]
     if failed:
         raise ResultFileError(f"not all rows succeeded: {failed[0]}")
 
@@ -75,23 +75,23 @@ def check_whole(document: dict[str, Any]) -> None:
 def read(name: str, text: bytes, source: dict[str, Any]) -> tuple[str, str]:
     """(name under results/, text) of one file that came back; raises ResultFileError where it is refused."""
     try:
-        document = json.loads(text)
+        content = json.loads(text)
     except ValueError as error:
         raise ResultFileError("not complete JSON") from error
-    if isinstance(document, dict) and "schema" not in document and {"command", "environment"} <= set(document):
+    if isinstance(content, dict) and "schema" not in content and {"command", "environment"} <= set(content):
         # One of the scripts' own files.
-        if document.get("rehearsal") or not document.get("complete"):
-            raise ResultFileError("a rehearsal" if document.get("rehearsal") else "not complete")
-        written = json.dumps(document, indent=1) + "\n"
+        if content.get("rehearsal") or not content.get("complete"):
+            raise ResultFileError("a rehearsal" if content.get("rehearsal") else "not complete")
+        written = json.dumps(content, indent=1) + "\n"
     else:
-        results.check_document(document, name)
+        document = document_of(json.loads(text), name)
         check_whole(document)
         name = condition(document)
-        if "--out" in document["argv"]:
-            document["argv"][document["argv"].index("--out") + 1] = f"results/{name}"
-        if document["tool"]["git_commit"] is None:
-            document["tool"] |= source
-        written = results.dumps(document)
+        if "--out" in document.argv:
+            content["argv"][document.argv.index("--out") + 1] = f"results/{name}"
+        if document.tool.git_commit is None:
+            content["tool"] |= source
+        written = dumps(content)
     if found := MACHINE_PATH.search(written):
         raise ResultFileError(f"it names a place on a machine: {found[0]}")
     return name, written
@@ -138,7 +138,7 @@ def main() -> int:
         taken += 1
         print(f"{'would take' if options.dry_run else 'took'} {name} as results/{target}")
         if not options.dry_run:
-            results.write_atomically(path, written.encode())
+            write_atomically(path, written.encode())
     cases: list[ElementTree.Element] = []
     for name, text in sorted(files.items()):
         try:

@@ -1,641 +1,708 @@
-"""The README's table of claims, drawn from the files under results/.
+"""docs/results.md and the README's tables, computed from the files under results/.
 
-    python -m benchmarks.claims            print the table
-    python -m benchmarks.claims --write    put it into README.md and results/README.md
+    python -m benchmarks.claims            exit code 1 if a document does not say what the files say
+    python -m benchmarks.claims --write    write the documents anew
 
-Every figure in the table is computed from a result file; a test holds the two documents to it.
+A claim is one number: the row and column that it stands in, the file that it is read from, and the field.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import datetime
-import json
-import math
+import functools
 import statistics
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from benchmarks import networks_cuda, table4_cuda, train_cuda
 from benchmarks.bgc_forms import WIDE
 from benchmarks.kernels_cuda import is_wrong, micros
-from bgcbench import report, results
-from bgcbench.report import scaled
+from bgcbench.measure.statistics import Ratio, Series, ratio_of_medians
+from bgcbench.results.aggregate import (
+    Cell,
+    Conversion,
+    Conversions,
+    Spread,
+    Start,
+    at_equal_params,
+    spread_of,
+    training_cells,
+)
+from bgcbench.results.document import SCHEMA_NAME, Document, document_of, loaded
+from bgcbench.results.rows import LayerErrors, ProfileRow, SampledRow, TrainRow, TransferRow
 from bgcbench.specs import VARIANTS
 
 ROOT = Path(__file__).resolve().parent.parent
-MARKS = "<!-- {}: python -m benchmarks.claims --write -->", "<!-- end of {} -->"
-TRAINED = "train-wrn_10_2-digits-cpu.json"
-TRANSFERRED = "transfer-wrn_16_4-digits-cpu.json"
-COMMAND_TRANSFER = "python -m benchmarks.transfer_digits --train-variants gc,bgc"
+FIGURES, ALL_SAMPLED = "approx-figures-cpu.json", "approx-variants-cpu.json"
+DIGITS, TRANSFERRED = "approx-wrn_16_4-digits-cpu.json", "transfer-wrn_16_4-digits-cpu.json"
+TRAINED, QUICKSTART = "train-wrn_10_2-digits-cpu.json", "train-quickstart-cpu.json"
+FORMS, KERNELS, SOLVER = "bgc-forms-cpu.json", "kernels-cuda.json", "approx-solver.json"
+PIPELINE, CONVERT = "train-speed-cpu.json", "convert-resnet50-cpu.json"
+AGREE, TWICE = "agree-with-torch.json", "same-row-twice.json"
+TABLE4, ALGORITHMS = "table4-cpu-fp32-nchw.json", "table4-cpu-fp32-nchw-algorithms.json"
+EVERY, LAYERS = "network-resnet50-cpu-fp32-nchw-all.json", "network-resnet50-cpu-fp32-nchw-layers.json"
+# Files that a script made of several runs of the command line.
+SCRIPTS = {
+    DIGITS: "python -m benchmarks.approx_digits",
+    TRANSFERRED: "python -m benchmarks.transfer_digits --train-variants gc,bgc",
+}
 
 
-def row_of(document: dict[str, Any], variant: str, groups: int, algorithm: str | None = None) -> dict[str, Any]:
-    """The one row of that variant and N (and algorithm, where a file holds several)."""
-    found = [
-        row
-        for row in document["results"]
-        if (row["params"]["variant"], row["params"]["groups"]) == (variant, groups)
-        and (algorithm is None or row["params"]["algorithm"] == algorithm)
-    ]
-    return found[0]
+class Number(NamedTuple):
+    """A number with the format in which it is read: 0.25 as ".0%"."""
+
+    value: float
+    form: str
 
 
-def speed(document: dict[str, Any], variant: str, groups: int, other: tuple[str, int] = ("standard", 1)) -> str:
-    """ "2.0x faster than standard (95% CI 1.9-2.1)", forward and backward."""
-    ratio = report.row_ratio(row_of(document, *other), row_of(document, variant, groups), "fwd_bwd")
-    if ratio is None:
-        raise SystemExit(f"{variant} N={groups} was not measured beside {other}")
-    name = "standard" if other[0] == "standard" else f"{other[0].upper()} N={other[1]}"
-    return report.compare_words(ratio, name)
+Value = Ratio | Spread | Number | str | None
 
 
-def minutes(document: dict[str, Any]) -> float:
-    """How long the run took."""
+@dataclass(frozen=True)
+class Claim:
+    """One number: the row and column of its table, the file under results/, and the field, read at a place in it."""
+
+    row: tuple[str, ...]
+    column: str
+    file: str
+    at: Any
+    field: Callable[[Any, Any], Value]
+
+    @property
+    def text(self) -> str:
+        return text_of(self.field(opened(ROOT, self.file), self.at))
+
+
+@dataclass(frozen=True)
+class Table:
+    """Claims under a title; ``heads`` name the parts of a row. about: what the numbers are, with their units."""
+
+    title: str
+    about: str
+    heads: tuple[str, ...]
+    claims: Sequence[Claim]
+
+    @property
+    def files(self) -> list[str]:
+        return list(dict.fromkeys(claim.file for claim in self.claims))
+
+    def markdown(self) -> str:
+        columns = list(dict.fromkeys(claim.column for claim in self.claims))
+        rows = dict.fromkeys(claim.row for claim in self.claims)
+        texts = {(claim.row, claim.column): claim.text for claim in self.claims}
+        lines = [[*self.heads, *columns], ["---"] * len(self.heads) + ["---:"] * len(columns)]
+        lines += [[*row, *(texts.get((row, column), "-") for column in columns)] for row in rows]
+        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+Rows = Mapping[Any, Any]  # the parts of a row's name, and where in the file it is read
+Columns = Mapping[str, Callable[[Any, Any], Value]]
+
+
+def claims_of(file: str, rows: Rows, columns: Columns) -> list[Claim]:
+    """Every column of every row."""
+    return [Claim(row, column, file, at, field) for row, at in rows.items() for column, field in columns.items()]
+
+
+def text_of(value: Value) -> str:
+    """A claim's number: "2.2 (1.9-2.6)" with its 95 % interval, "1.67 ± 0.42" over seeds, or by its own format."""
+    if isinstance(value, Number):
+        return format(value.value, value.form)
+    if isinstance(value, Spread):
+        return f"{value.mean:.2f}" + ("" if value.sd is None else f" ± {value.sd:.2f}")
+    if isinstance(value, Ratio):
+        ends = value.ci95
+        digits = 2 if value.value < 1.95 or (ends and ends.width < 0.1) else 1
+        interval = f" ({ends.low:.{digits}f}-{ends.high:.{digits}f})" if ends else ""
+        return f"{value.value:.{digits}f}{interval}"
+    return "-" if value is None else value
+
+
+# --------------------------------------------------------------------------------------------------------------- files
+
+
+@functools.cache
+def opened(root: Path, name: str) -> Any:
+    """The Document in a file, or what a script's own file holds."""
+    content = loaded(root / "results" / name)
+    is_result = isinstance(content, dict) and content.get("schema", {}).get("name") == SCHEMA_NAME
+    return document_of(content, name) if is_result else content
+
+
+def found(pattern: str) -> list[str]:
+    """The files that are there, as a run on a device may not have been made yet."""
+    return sorted(path.name for path in (ROOT / "results").glob(pattern))
+
+
+def command_of(name: str) -> str:
+    """The command that made a file, without where it wrote."""
+    content = opened(ROOT, name)
+    if name in SCRIPTS or not isinstance(content, Document):
+        return SCRIPTS.get(name) or str(content["command"])
+    words, left = ["bgcbench"], list(content.argv)
+    while left:
+        word = left.pop(0)
+        if word in ("--out", "--plot"):
+            left.pop(0)
+        elif word != "--force":
+            words.append(word)
+    return " ".join(words)
+
+
+def condition_of(name: str) -> tuple[str, str]:
+    """The device and the precision, layout and mode of a file of ``profile``."""
+    document: Document = opened(ROOT, name)
+    device, settings = document.environment.device, document.settings
+    where = device.name if device.type == "cuda" else f"{document.environment.cpu.threads} CPU threads"
+    return where, f"{settings.precision}, {settings.layout}, {settings.mode or 'eager'}"
+
+
+def named(variant: str, groups: int) -> str:
+    label = VARIANTS[variant].label
+    return label if variant == "standard" else f"{label} N={groups}"
+
+
+def seconds_of(document: Document) -> float:
     form = "%Y-%m-%dT%H:%M:%SZ"
-    begin, end = (datetime.datetime.strptime(document[key], form) for key in ("started_at", "finished_at"))
-    return (end - begin).total_seconds() / 60
+    begin, end = (datetime.datetime.strptime(at, form) for at in (document.started_at, document.finished_at or ""))
+    return (end - begin).total_seconds()
 
 
-def printed_above(row: dict[str, Any]) -> float:
-    """MiB that Table 4 prints above input + weights (+ mean), both to the printed two digits."""
-    sizes = row["memory"]["paper_bytes"], row["paper"]["memory_bytes"]
-    ours, printed = (float(f"{size / 2**20:.2f}") for size in sizes)
-    return round(printed - ours, 2)
+# ------------------------------------------------------------------------------------------------------------- profile
+
+At = tuple[str, int]  # variant, N
+DENSE = ("standard", 1)
 
 
-def where(document: dict[str, Any]) -> str:
-    """ "2 CPU threads", or the CUDA device's name."""
-    environment = document["environment"]
-    on_cuda = environment["device"]["type"] == "cuda"
-    return str(environment["device"]["name"]) if on_cuda else f"{environment['cpu']['threads']} CPU threads"
+def row_at(document: Document, at: At, algorithm: str | None = None) -> ProfileRow:
+    """The row of a layer or a whole network."""
+    rows = (row for row in document.results if row.params.layer is None)
+    alike = (row for row in rows if (row.params.variant, row.params.groups) == at)
+    row: ProfileRow = next(row for row in alike if algorithm in (None, row.params.algorithm))
+    return row
 
 
-def table4_claims(name: str, command: str, what: str) -> list[tuple[str, str, str]]:
-    """BGC and GC at N = 4 and 16 against the standard convolution, from one Table 4 file."""
-    document = results.read(ROOT / "results" / name)
-    whole = row_of(document, "standard", 1)["counts"]["params"]
-    lines = []
-    for groups in (4, 16):
-        share = whole / row_of(document, "bgc", groups)["counts"]["params"]
-        lines.append(
-            f"Table 4's layer on {where(document)}, {what}, forward and backward: BGC N={groups} "
-            f"(1/{share:.0f} of the parameters) is {speed(document, 'bgc', groups)}; "
-            f"GC N={groups} (1/{groups}) is {speed(document, 'gc', groups)}"
-        )
-    return [(line, name, command) for line in lines]
-
-
-# Networks measured on the CPU, and the N of their file.
-NETWORKS = {"resnet50": "2,4,8,16", "mobilenet_v2": "2,4,8", "efficientnet_b0": "2,4,8", "wrn_28_10": "2,4,8,16"}
-
-
-def network_speed(document: dict[str, Any], variant: str, groups: int, phase: str, algorithm: str | None = None) -> str:
-    """ "2.0x faster (95% CI 1.9-2.1)" than the dense network."""
-    ratio = report.row_ratio(row_of(document, "standard", 1), row_of(document, variant, groups, algorithm), phase)
-    if ratio is None:
-        raise SystemExit(f"{variant} N={groups} was not measured beside the dense network")
-    return report.compare_words(ratio, "dense")
-
-
-def network_claim(model: str, name: str, command: str, what: str) -> tuple[str, str, str]:
-    """A training step and inference of GC and BGC at the largest N, from one network's file."""
-    document = results.read(ROOT / "results" / name)
-    config, whole = document["config"], row_of(document, "standard", 1)["counts"]["params"]
-    most = max(config["groups"])
-    parts = []
-    for variant in ("gc", "bgc"):
-        row = row_of(document, variant, most)
-        share = row["counts"]["params"] / whole
-        parts.append(
-            f"{variant.upper()} N={most} ({share:.0%} of the parameters): training step "
-            f"{network_speed(document, variant, most, 'train_step')}, inference "
-            f"{network_speed(document, variant, most, 'fwd')}"
-        )
-    return (
-        f"{model}, {config['batch']} images of {config['height']} px, {where(document)}, {what}: {'; '.join(parts)}",
-        name,
-        command,
-    )
-
-
-def all_variants_claim() -> tuple[str, str, str]:
-    """Every variant in one network at N = 4: a training step of the form that trains, inference of the deployed one."""
-    name = "network-resnet50-cpu-fp32-nchw-all.json"
-    document = results.read(ROOT / "results" / name)
-    forms = {"lgc": ("masked", "deployed"), "flgc": ("masked", "deployed")}
-    parts = []
-    for variant in ("gc", "shuffle", "lgc", "flgc", "tlgc", "bgc"):
-        trained, deployed = forms.get(variant, (None, None))
-        times = {
-            phase: row_of(document, "standard", 1)["phases"][phase]["summary"]["median_s"]
-            / row_of(document, variant, 4, form)["phases"][phase]["summary"]["median_s"]
-            for phase, form in (("train_step", trained), ("fwd", deployed))
-        }
-        parts.append(f"{variant} {times['train_step']:.2f}x / {times['fwd']:.2f}x")
-    batch = document["config"]["batch"]
-    return (
-        "resnet50 with each variant at N=4, speed-up of a training step / of inference (lgc, flgc: masked / deployed): "
-        + ", ".join(parts),
-        name,
-        f"bgcbench profile --model resnet50 --device cpu --batch {batch} --groups 4 --variants all",
-    )
-
-
-def layers_claim() -> tuple[str, str, str]:
-    """Where a network's time goes, and how many of its shapes each variant makes faster."""
-    name = "network-resnet50-cpu-fp32-nchw-layers.json"
-    document = results.read(ROOT / "results" / name)
-    (layers,) = report.document_report(document).more
-    lines = layers.sections["Where the time goes (fwd+bwd)"]
-    config = document["config"]
-    return (
-        f"In resnet50's training step, {lines[0]}; {'; '.join(line.partition(', saving')[0] for line in lines[2:])}",
-        name,
-        f"bgcbench profile --model resnet50 --device cpu --batch {config['batch']} --groups 4 --layers "
-        f"--max-time {config['max_time_s']:g}",
-    )
-
-
-def approx_rows(document: dict[str, Any]) -> dict[tuple[str, int, str], dict[str, Any]]:
-    """{(variant, N, input): row} of an approx file."""
-    return {
-        (row["params"]["variant"], row["params"]["groups"], row["params"]["input"]): row
-        for row in document["results"]
-        if row["status"] == "ok"
-    }
-
-
-def figure_claims() -> list[tuple[str, str, str]]:
-    """Section 5.1 of the paper, computed again."""
-    name = "approx-figures-cpu.json"
-    document = results.read(ROOT / "results" / name)
-    rows, config = approx_rows(document), document["config"]
-    gc = {(n, law): row for (variant, n, law), row in rows.items() if variant == "gc"}
-    bgc = {(n, law): row for (variant, n, law), row in rows.items() if variant == "bgc"}
-    fits = {(fit["variant"], fit["input"]): fit for fit in document["fits"]}
-
-    def span(variant: str, field: str) -> str:
-        values = sorted({f"{fit[field]:.2f}" for (name, _), fit in fits.items() if name == variant})
-        return values[0] if len(values) == 1 else f"{values[0]}-{values[-1]}"
-
-    def deviation(value: float, expected: float) -> float:
-        return abs(value / expected - 1)
-
-    closed = max(
-        deviation(row["relative_error"], row["exact_relative_error"] * row["in_sample_factor"]) for row in rows.values()
-    )
-    rho = {law: row["exact_relative_error"] / (1 - 1 / n) for (n, law), row in gc.items()}
-    proof = max(
-        deviation(row["construction_relative_error"], rho[law] * (1 - 1 / n) ** 2) for (n, law), row in bgc.items()
-    )
-    equal = max(
-        deviation(bgc[2 * n, law]["relative_error"], row["relative_error"])
-        for (n, law), row in gc.items()
-        if (2 * n, law) in bgc
-    )
-    most = max(fit["max_scaled_error"] for fit in document["fits"])
-    lines = [
-        f"Figure 1 of the paper, S = {config['samples']}: the slope of log E against log(1 - 1/N) is "
-        f"{span('gc', 'slope_mean')} for GC (exactly 1; the paper reads 1), and for BGC {span('bgc', 'slope_mean')} on "
-        f"average, {span('bgc', 'slope_regression')} by regression (exactly {span('bgc', 'exact_slope_mean')} and "
-        f"{span('bgc', 'exact_slope_regression')}; the paper reads 2): its least error falls as 1 - 2/N",
-        f"Figure 2: every scaled error is at most {most * 1e3:.2f}e-3 (the paper: 3.83e-3). All {len(rows)} errors are "
-        f"within {closed:.2%} of the closed form with the sample's own factor; those of the proof's weights are within "
-        f"{proof:.2%} of rho (1 - 1/N)^2",
-        f"At equal parameters on white input BGC(2N) and GC(N) lose the same: they differ by {equal:.2%} at most",
-        f"That whole run (two inputs, GC and BGC, five N) takes {minutes(document) * 60:.0f} s",
-    ]
-    return [(line, name, "bgcbench approx --device cpu") for line in lines]
-
-
-def variants_claim() -> tuple[str, str, str]:
-    """Where each variant stands at equal parameters, on white and on correlated inputs."""
-    name = "approx-variants-cpu.json"
-    document = results.read(ROOT / "results" / name)
-    rows, config = approx_rows(document), document["config"]
-    parts = []
-    for law in config["inputs"]:
-        cells = (("gc", 4), ("shuffle", 4), ("lgc", 4), ("flgc", 4), ("bgc", 8), ("tlgc", 4))
-        lost = [f"{VARIANTS[v].label} N={n} {rows[v, n, law]['output_relative_error']:.1%}" for v, n in cells]
-        parts.append(f"{law}: {', '.join(lost)}")
-    return (
-        "Least share of a convolution's output that is lost at a quarter of its parameters (TLGC: a little more; "
-        "searches for TLGC, FLGC, LGC). "
-        + "; ".join(parts),
-        name,
-        "bgcbench approx --variants all --device cpu --input " + ",".join(config["inputs"]) + " --groups "
-        + ",".join(map(str, config["groups"])),
+def faster(row: ProfileRow, other: ProfileRow, phase: str) -> Ratio:
+    """Time of ``other`` over time of ``row``."""
+    over, under = other.phases[phase], row.phases[phase]
+    paired = row.interleaved is not None and row.interleaved == other.interleaved
+    return ratio_of_medians(
+        Series(over.samples_s, over.rounds), Series(under.samples_s, under.rounds), paired=paired
     )  # fmt: skip
 
 
-def digits_claim() -> tuple[str, str, str]:
-    """A trained network's own activations: copied, white and calibrated weights."""
-    name = "approx-wrn_16_4-digits-cpu.json"
-    document = results.read(ROOT / "results" / name)
-    parts = []
-    for variant, groups in (("gc", 4), ("bgc", 4), ("bgc", 8)):
-        mine = [r["output_relative_error"] for r in document["results"]
-                if (r["params"]["variant"], r["params"]["groups"]) == (variant, groups)]  # fmt: skip
-        copied, white, calibrated = (
-            statistics.median(errors[kind] for errors in mine) for kind in ("copy", "white", "calibrated")
-        )
-        parts.append(
-            f"{variant.upper()} N={groups} {copied:.0%} copied, {white:.0%} white, {calibrated:.1%} calibrated"
-        )
-    layers = len({row["params"]["layer"] for row in document["results"]})
-    return (
-        f"A trained wrn_16_4 on digits, median over its {layers} convolutions of the output energy lost on images held "
-        f"out, without any training: {'; '.join(parts)}",
-        name,
-        "python -m benchmarks.approx_digits",
-    )
+def speed_up(document: Document, at: At, phase: str = "fwd_bwd", than: At = DENSE) -> Ratio:
+    return faster(row_at(document, at), row_at(document, than), phase)
 
 
-def solver_claim() -> tuple[str, str, str]:
-    """The solver against the conventional way and against a shared factorisation."""
-    name = "approx-solver.json"
-    document = json.loads((ROOT / "results" / name).read_text())
-    return (
-        f"Solving through second moments, S = {document['samples']}: {document['ratios']['conventional']:.0f} times as "
-        "fast as one least-squares problem a convolution and group, "
-        f"{document['ratios']['shared']:.1f} times as fast as one shared factorisation with stacked right-hand sides; "
-        f"the errors agree to {document['largest_relative_difference']:.0e}",
-        name,
-        document["command"],
-    )
+def params_share(document: Document, at: At) -> Value:
+    ours, theirs = row_at(document, at).counts, row_at(document, DENSE).counts
+    return Number(ours.params / theirs.params, ".0%") if ours and theirs else None
 
 
-def train_claims() -> list[tuple[str, str, str]]:
-    """wrn_10_2 on digits: the standard convolution, and what each variant loses at the largest N; the quick start."""
-    document = results.read(ROOT / "results" / TRAINED)
-    config = document["config"]
-    seeds = len(config["seeds"])
+def cells_of(name: str) -> list[At]:
+    """GC and BGC in a file, by N."""
+    document: Document = opened(ROOT, name)
+    cells = {(row.params.variant, row.params.groups) for row in document.results}
+    return sorted(((v, n) for v, n in cells if v in ("gc", "bgc")), key=lambda at: (at[1], at[0] != "gc"))
 
-    def mean(variant: str, groups: int) -> str:
-        errors = [row["error_final"] for row in document["results"]
-                  if (row["params"]["variant"], row["params"]["groups"]) == (variant, groups)]  # fmt: skip
-        return f"{statistics.fmean(errors):.2f} ± {statistics.stdev(errors):.2f} %"
 
-    dense = row_of(document, "standard", 1)["counts"]["params"]
-    most = max(config["groups"])
-    parts = [
-        f"{VARIANTS[name].label} {mean(name, most)} ({row_of(document, name, most)['counts']['params'] / dense:.0%})"
-        for name in VARIANTS
-        if name != "standard"
+def table4_files() -> list[str]:
+    return [name for name in found("table4-cuda-*") + found("table4-cpu-*") if name != ALGORITHMS]
+
+
+def layer_speed(groups: Sequence[int] = (2, 4, 8, 16)) -> Table:
+    claims = [
+        Claim(condition_of(name), named(*at), name, at, speed_up)
+        for name in table4_files()
+        for at in cells_of(name)
+        if at[1] in groups
     ]
-    command = (
-        "bgcbench train wrn_10_2 --data digits --variants all --groups 2,4,8 --seeds 0,1,2 --device cpu --threads 1"
-    )
-    whole = (
-        f"Trained from scratch: wrn_10_2 on digits, test error after {config['epochs']} epochs, mean ± standard "
-        f"deviation of {seeds} seeds: SC {mean('standard', 1)}; at N={most} (with that share of SC's parameters) "
-        + ", ".join(parts)
-    )
-    name = "train-quickstart-cpu.json"
-    quick = results.read(ROOT / "results" / name)
-    errors = ", ".join(
-        f"{VARIANTS[row['params']['variant']].label} {row['error_final']:.1f} %" for row in quick["results"]
-    )
-    start = (
-        f"Training wrn_10_2 on digits with SC, GC and BGC N=4 takes {minutes(quick):.1f} minutes on 2 cores ({errors}; "
-        "one seed)"
-    )
-    return [
-        (whole, TRAINED, command),
-        (start, name, "bgcbench train wrn_10_2 --data digits --variants standard,gc,bgc --groups 4"),
+    about = "Speed-up over the standard convolution, forward and backward (95 % interval)."
+    return Table("Layer speed: Table 4's layer", about, ("device", "precision, layout, mode"), claims)
+
+
+def equal_parameters() -> Table:
+    claims = [
+        Claim(condition_of(name), f"{named(*bgc)} / {named(*gc)}", name, (bgc, gc), versus)
+        for name in table4_files()
+        for bgc, gc in at_equal_params({at: at for at in [DENSE, *cells_of(name)]})
     ]
+    about = "Time of GC at N, or of the standard convolution, over that of BGC at 2N, forward and backward."
+    return Table("BGC versus GC at equal parameters", about, ("device", "precision, layout, mode"), claims)
 
 
-def transfer_cells() -> dict[tuple[str, int, str, bool], list[dict[str, Any]]]:
-    """The rows of the conversions on digits by variant, N, initialisation and whether norms were re-estimated."""
-    found: dict[tuple[str, int, str, bool], list[dict[str, Any]]] = {}
-    for row in results.read(ROOT / "results" / TRANSFERRED)["results"]:
-        params = row["params"]
-        found.setdefault((params["variant"], params["groups"], params["init"], params["rebn"]), []).append(row)
-    return found
+def versus(document: Document, pair: tuple[At, At]) -> Value:
+    return speed_up(document, pair[0], than=pair[1])
 
 
-def errors_of(rows: list[dict[str, Any]], epoch: int | None = None) -> str:
-    """Mean and standard deviation of the error before training or after ``epoch``; "-" where it is not there."""
-    values = [
-        row["error_initial"] if epoch is None else row["epochs"][epoch - 1]["test_error"]
-        for row in rows
-        if epoch is None or len(row["epochs"]) >= epoch
+def algorithms() -> Table:
+    def milliseconds(document: Document, at: tuple[At, str]) -> Value:
+        return Number(1e3 * row_at(document, *at).phases["fwd_bwd"].summary.median_s, ".0f")
+
+    rows = [row.params for row in opened(ROOT, ALGORITHMS).results if row.params.variant == "bgc"]
+    claims = [
+        Claim((named("bgc", p.groups),), p.algorithm, ALGORITHMS, (("bgc", p.groups), p.algorithm), milliseconds)
+        for p in rows
     ]
-    return f"{statistics.fmean(values):.1f} ± {statistics.stdev(values):.1f}" if len(values) > 1 else "-"
+    about = "Median milliseconds of Table 4's layer, forward and backward, fp32 on the CPU."
+    return Table("BGC's algorithms", about, ("layer",), claims)
 
 
-def transfer_claim() -> tuple[str, str, str]:
-    """What copied and calibrated weights leave of a network before any training."""
-    cells = transfer_cells()
-    dense = next(rows for at, rows in cells.items() if at[0] == "standard")
-    parts = []
-    for groups in (4, 8, 16):
-        for variant in ("gc", "bgc"):
-            copied, calibrated = (
-                errors_of(cells[variant, groups, init, init == "calibrated"]) for init in ("copy", "calibrated")
-            )
-            parts.append(f"{VARIANTS[variant].label} N={groups} {copied} % copied, {calibrated} % calibrated")
-    return (
-        f"A trained wrn_16_4 on digits (error {errors_of(dense)} %, {len(dense)} trainings), converted without any "
-        f"training: {'; '.join(parts)}",
-        TRANSFERRED,
-        COMMAND_TRANSFER,
-    )
-
-
-def convert_claim() -> tuple[str, str, str]:
-    """How long the calibrated conversion of a large network takes."""
-    name = "convert-resnet50-cpu.json"
-    document = json.loads((ROOT / "results" / name).read_text())
-    (row,) = document["results"]
-    calibration = row["calibration"]
-    held = (calibration["moment_bytes"] + calibration["in_flight_bytes"]) / 2**30
-    return (
-        f"Calibrated conversion of ResNet-50 ({row['layers']} convolutions, {calibration['images']} images of 224 px) "
-        f"takes {row['seconds'] / 60:.1f} minutes on {row['threads']} CPU cores, and holds {held:.1f} GiB meanwhile",
-        name,
-        document["command"],
-    )
-
-
-def forms_claims() -> list[tuple[str, str, str]]:
-    """Whether the form of BGC that is chosen is the right one; what it costs beside a group convolution, where most."""
-    name = "bgc-forms-cpu.json"
-    document = json.loads((ROOT / "results" / name).read_text())
-    found = document["summary"]
-    share = found["within_5_percent"] / found["cells"]
-    layers = {cell["key"].split("-n")[0] for cell in document["results"]}
-    whole = "" if len(layers) == len(document["shapes"]) else f" of {len(document['shapes'])}"
-    told = (
-        f"BGC's form chosen by measuring is within 5 % of the best of the exact forms in {share:.0%} of "
-        f"{found['cells']} cells ({len(layers)}{whole} layers of five networks, N = 2, 4, 8, both layouts, "
-        "inference and training, fp32); where a group has at least 32 channels, BGC(N) takes "
-        f"{found['ratio_to_gc_of_half']:.2f} times as long as PyTorch's GC(N/2), which does the same multiply-adds "
-        f"(geometric mean of {found['wide_cells']})"
-    )
-    lost = []
-    for groups in (4, 8):
-        slow = [
-            cell
-            for cell in document["results"]
-            if (cell["kernel"], cell["layout"], cell["phase"], cell["groups"]) == ([1, 1], "nhwc", "fwd", groups)
-            and cell["in_channels"] // groups >= WIDE and cell["size"][2:] != [1, 1]
-        ]  # fmt: skip
-        narrowing = [cell for cell in slow if cell["in_channels"] >= 2 * cell["out_channels"]]
-        lost.append(
-            f"N={groups} {over_half(slow, 'auto'):.2f} times GC(N/2)'s time (GC(N) itself {over_half(slow, 'gc'):.2f}, "
-            f"not half), layers with at least twice as many inputs as outputs {over_half(narrowing, 'auto'):.2f}"
-        )
-    most = "BGC loses most in channels-last inference with 1x1 kernels: " + "; ".join(lost)
-    return [(text, name, document["command"]) for text in (told, most)]
-
-
-def over_half(cells: list[dict[str, Any]], row: str) -> float:
-    """Geometric mean of the time of ``row`` over that of GC(N/2)."""
-    times = [cell["median_s"] for cell in cells]
-    return statistics.geometric_mean(time[row] / time["gc_half"] for time in times)
-
-
-def transfer_table() -> str:
-    """Errors before training and after 1 and 3 epochs, by variant, N and start."""
-    cells = transfer_cells()
-    trained = [epoch for epoch in (1, 3) if any(len(row["epochs"]) >= epoch for rows in cells.values() for row in rows)]
-    names = ["variant", "N", "weights", "params", "error %, norms as they were", "norms re-estimated", "layer loss"]
-    names += [f"after {epoch} epoch{'s' * (epoch > 1)}" for epoch in trained]
-    lines = [f"| {' | '.join(names)} |", f"| --- | ---: | --- |{' ---: |' * (len(names) - 3)}"]
-    order = {name: place for place, name in enumerate(VARIANTS)}
-    for variant, groups, init in sorted(
-        {at[:3] for at in cells},
-        key=lambda at: (at[1], order[at[0]], ("none", "copy", "white", "calibrated").index(at[2])),
-    ):
-        plain, rebn = (cells.get((variant, groups, init, way), []) for way in (False, True))
-        rows = rebn or plain
-        losses = [
-            statistics.median(layer["after"] for layer in row["convert"]["calibration"]["layers"])
-            for row in rebn
-            if init == "calibrated"
-        ]
-        lines.append(
-            f"| {VARIANTS[variant].label} | {groups} | {'untouched' if variant == 'standard' else init} "
-            f"| {scaled(rows[0]['counts']['params'])} | {errors_of(plain)} "
-            f"| {errors_of(rebn) if variant != 'standard' else '-'} "
-            f"| {f'{statistics.fmean(losses):.1%}' if losses else '-'} "
-            + "".join(f"| {errors_of(rows, epoch)} " for epoch in trained)
-            + "|"
-        )
-    return "\n".join(lines)
-
-
-def train_speed_claim() -> tuple[str, str, str]:
-    """The input pipeline against torchvision's, and the loop against a bare one."""
-    name = "train-speed-cpu.json"
-    document = json.loads((ROOT / "results" / name).read_text())
-    pipeline, loop = document["pipeline"], document["loop"]
-    speed = statistics.median(pipeline["images_per_s"]["bgcbench"])
-    return (
-        f"The CIFAR pipeline (crop, flip, normalise, batch) delivers {speed:,.0f} images/s, {pipeline['ratio']:.0f} "
-        "times torchvision's faster per-image transforms in one process; the training loop adds "
-        f"{loop['added_s'] * 1e3:.2f} ms a step to a bare one, images and labels included",
-        name,
-        document["command"],
-    )
-
-
-def cuda_claims() -> list[tuple[str, str, str]]:
-    """What the runs for a CUDA device found, where their files are there."""
-    found: list[tuple[str, str, str]] = []
-    for run in (*table4_cuda.RUNS, *networks_cuda.RUNS, *train_cuda.RUNS):
-        if not (ROOT / "results" / run.file).exists():
-            continue
-        command = " ".join(["bgcbench", *run.words(device="cuda")])
-        condition = ", ".join(str(run.options[name]) for name in ("precision", "layout", "mode") if name in run.options)
-        if run in table4_cuda.RUNS:
-            found += table4_claims(run.file, command, condition)
-        elif run in networks_cuda.RUNS:
-            found.append(network_claim(run.options["model"], run.file, command, condition))
-        else:
-            found.append(training_speed_claim(run.file, command, run.options["model"], run.name.split("-cuda-")[1]))
-    return found + kernel_claims()
-
-
-def training_speed_claim(name: str, command: str, model: str, recipe: str) -> tuple[str, str, str]:
-    """Images a second of each variant at N = 4."""
-    document = results.read(ROOT / "results" / name)
-    speeds = [
-        f"{VARIANTS[row['params']['variant']].label} {row['images_per_s']:,.0f} images/s"
-        + ("" if row["matmul_fraction"] is None else f" ({row['matmul_fraction']:.0%} of the matrix peak)")
-        for row in document["results"]
-    ]
-    return f"Training {model} on {where(document)}, recipe {recipe}: {', '.join(speeds)}", name, command
-
-
-def kernel_claims() -> list[tuple[str, str, str]]:
-    """Our kernels against the fastest stock form, forward and backward of Table 4's layer, cell by cell."""
-    name = "kernels-cuda.json"
-    if not (ROOT / "results" / name).exists():
-        return []
-    document = json.loads((ROOT / "results" / name).read_text())
-    found = []
-    for cell in document.get("table4", ()):
-        best: dict[tuple[str, bool], float] = {}
-        for row in cell["rows"]:
-            if not is_wrong(row, cell["precision"]):
-                kind = row["variant"], row["algorithm"] == "triton"
-                best[kind] = min(best.get(kind, math.inf), micros(row, "fwd_bwd"))
-        if len(best) < 5:
-            continue
-        text = (
-            f"Our kernels on {where(document)}, Table 4's layer, {cell['precision']}, N={cell['shape']['groups']}, "
-            f"forward and backward in a graph: BGC {best['bgc', True]:.0f} us (stock forms {best['bgc', False]:.0f}), "
-            f"GC {best['gc', True]:.0f} us (cuDNN {best['gc', False]:.0f}; standard {best['standard', False]:.0f})"
-        )
-        found.append((text, name, document["command"]))
-    return found
-
-
-def claims() -> list[tuple[str, str, str]]:
-    """(claim, file under results/, command) of every row."""
-    rows = []
-    plain = results.read(ROOT / "results" / "table4-cpu-fp32-nchw.json")
-    command = "bgcbench profile --preset table4 --device cpu"
-    rows += table4_claims("table4-cpu-fp32-nchw.json", command, "fp32")
-    rows.append(
-        (
-            f"BGC N=2 has the parameters of the standard convolution, loses nothing and is {speed(plain, 'bgc', 2)}",
-            "table4-cpu-fp32-nchw.json",
-            command,
-        )
-    )
-    rows.append(
-        (
-            f"At equal parameters, BGC N=4 is {speed(plain, 'bgc', 4, ('gc', 2))}, and BGC N=16 is "
-            f"{speed(plain, 'bgc', 16, ('gc', 8))}",
-            "table4-cpu-fp32-nchw.json",
-            command,
-        )
-    )
-    rows += table4_claims("table4-cpu-fp32-nhwc.json", f"{command} --layout nhwc", "fp32, channels_last")
-    rows += table4_claims("table4-cpu-bf16-nchw.json", f"{command} --precision bf16", "bf16")
-    name = "table4-cpu-fp32-nchw-algorithms.json"
-    document = results.read(ROOT / "results" / name)
-    parts = []
-    for groups in (2, 4, 8, 16):
-        times = {
-            row["params"]["algorithm"]: row["phases"]["fwd_bwd"]["summary"]["median_s"]
-            for row in document["results"]
-            if (row["params"]["variant"], row["params"]["groups"]) == ("bgc", groups)
-        }
-        order = sorted(times, key=times.__getitem__)
-        parts.append(f"N={groups}: " + ", ".join(f"{form} {times[form] * 1e3:.0f} ms" for form in order))
-    rows.append(
-        (
-            "BGC's exact forms, forward and backward, fastest first: " + "; ".join(parts),
-            name,
-            f"{command} --algorithm all --variants bgc --phases fwd_bwd",
-        )
-    )
-    above = {
-        f"{row['params']['variant'].upper()} N={row['params']['groups']}": printed_above(row)
-        for row in plain["results"]
+def memory() -> Table:
+    columns: Columns = {
+        "input + weights (+ mean)": lambda d, at: mebibytes(row_at(d, at).memory, "paper_bytes"),
+        "paper": lambda d, at: mebibytes(row_at(d, at).paper, "memory_bytes"),
     }
-    off = ", ".join(f"{name} {difference:g} MiB" for name, difference in above.items() if difference)
-    exact = sum(difference == 0 for difference in above.values())
-    rows.append(
-        (
-            f"The paper's memory column is input + weights (+ mean): {exact} of its {len(above)} entries follow to the "
-            f"printed digit; printed higher are {off}",
-            "table4-cpu-fp32-nchw.json",
-            command,
-        )
+    claims = claims_of(TABLE4, {(named(*at),): at for at in [DENSE, *cells_of(TABLE4)]}, columns)
+    return Table("The paper's memory column", "MiB of Table 4's layer.", ("layer",), claims)
+
+
+def mebibytes(owner: object, field: str) -> Value:
+    return None if owner is None else Number(getattr(owner, field) / 2**20, ".2f")
+
+
+def networks(*, largest: bool = False) -> Table:
+    """Every N, or the ``largest`` of each file."""
+    claims = []
+    for name in [n for n in found("network-*-cuda-*") + found("network-*-cpu-*") if n not in (EVERY, LAYERS)]:
+        params, condition = opened(ROOT, name).results[0].params, ", ".join(condition_of(name))
+        most = max(n for _, n in cells_of(name))
+        for at in cells_of(name):
+            row = (f"{params.model}, {params.batch} images of {params.height} px", condition, str(at[1]))
+            columns = {f"{VARIANTS[at[0]].label} {words}": field for words, field in NETWORK.items()}
+            claims += claims_of(name, {row: at}, columns) if at[1] == most or not largest else []
+    about = "Speed-up over the dense network (95 % interval), and the share of its parameters that is left."
+    return Table("Networks", about, ("network", "device", "N"), claims)
+
+
+NETWORK: Columns = {
+    "params": params_share,
+    "training step": lambda d, at: speed_up(d, at, "train_step"),
+    "inference": lambda d, at: speed_up(d, at, "fwd"),
+}
+
+
+def every_variant() -> Table:
+    def times(phase: str, form: str) -> Callable[[Document, At], Value]:
+        def field(document: Document, at: At) -> Value:
+            algorithm = form if at[0] in ("lgc", "flgc") else None
+            return faster(row_at(document, at, algorithm), row_at(document, DENSE), phase)
+
+        return field
+
+    columns = {"training step": times("train_step", "masked"), "inference": times("fwd", "deployed")}
+    rows = {(named(variant, 4),): (variant, 4) for variant in VARIANTS if variant != "standard"}
+    about = "Speed-up of ResNet-50 over the dense one (95 % interval); LGC and FLGC train masked and infer deployed."
+    return Table("All variants in a network", about, ("network",), claims_of(EVERY, rows, columns))
+
+
+def where_time_goes() -> Table:
+    def of_step(document: Document, replaced: bool) -> Value:
+        own = [row for row in document.results if row.layer and row.params.variant == "standard"]
+        chosen = [row for row in own if row.layer.replaced or not replaced]
+        total = sum(row.phases["fwd_bwd"].summary.median_s * row.layer.count for row in chosen)
+        return Number(total / row_at(document, DENSE).phases["train_step"].summary.median_s, ".0%")
+
+    def shapes(document: Document, variant: str) -> Value:
+        own = {row.params.layer: row for row in document.results if row.layer and row.params.variant == "standard"}
+        rows = [row for row in document.results if row.layer and row.params.variant == variant]
+        ratios = [faster(row, own[row.params.layer], "fwd_bwd") for row in rows]
+        return f"{sum(bool(ratio.detectable) and ratio.value > 1 for ratio in ratios)} of {len(ratios)}"
+
+    rows: dict[tuple[str, ...], tuple[Any, Callable[[Any, Any], Value]]] = {
+        ("share of all convolutions, each by itself",): (False, of_step),
+        ("share of those that are replaced",): (True, of_step),
+        ("replaced shapes in which GC N=4 is significantly faster",): ("gc", shapes),
+        ("replaced shapes in which BGC N=4 is significantly faster",): ("bgc", shapes),
+    }
+    claims = [Claim(row, "value", LAYERS, at, field) for row, (at, field) in rows.items()]
+    return Table("Where the time goes", "ResNet-50's training step on the CPU.", ("what",), claims)
+
+
+# -------------------------------------------------------------------------------------------------------------- approx
+
+
+def sampled(document: Document) -> dict[tuple[str, int, str], SampledRow]:
+    """By variant, N and input."""
+    rows = [row for row in document.results if isinstance(row, SampledRow) and row.status == "ok"]
+    return {(row.params.variant, row.params.groups, row.params.input): row for row in rows}
+
+
+def slopes() -> Table:
+    columns: Columns = {
+        "slope, mean": lambda d, at: Number(d.fits[at].slope_mean, ".2f"),
+        "exact": lambda d, at: Number(d.fits[at].exact_slope_mean, ".2f"),
+        "slope, regression": lambda d, at: Number(d.fits[at].slope_regression, ".2f"),
+        "exact, regression": lambda d, at: Number(d.fits[at].exact_slope_regression, ".2f"),
+        "largest scaled error e-3": lambda d, at: Number(1e3 * d.fits[at].max_scaled_error, ".2f"),
+    }
+    rows = {(VARIANTS[fit.variant].label, fit.input): at for at, fit in enumerate(opened(ROOT, FIGURES).fits)}
+    about = (
+        "Slopes of log E versus log(1 - 1/N), and errors over (1 - 1/N)^p. The paper reads 1 for GC, 2 for BGC and at "
+        "most 3.83e-3."
     )
-    rows += [
-        network_claim(
-            model,
-            f"network-{model}-cpu-fp32-nchw.json",
-            f"bgcbench profile --model {model} --device cpu --batch 4 --groups {groups}",
-            "fp32",
-        )
-        for model, groups in NETWORKS.items()
+    return Table("Figures 1 and 2 of the paper", about, ("variant", "input"), claims_of(FIGURES, rows, columns))
+
+
+def from_closed_form(document: Document, _: Any) -> Value:
+    """Largest relative deviation of an error from the closed form with the sample's own factor."""
+    rows = sampled(document).values()
+    return largest(
+        (row.relative_error, (row.exact_relative_error or 0.0) * (row.in_sample_factor or 0.0)) for row in rows
+    )
+
+
+def from_proof(document: Document, _: Any) -> Value:
+    """Of the proof's weights, from rho (1 - 1/N)^2."""
+    rows = sampled(document)
+    rho = {law: (row.exact_relative_error or 0.0) / (1 - 1 / n) for (v, n, law), row in rows.items() if v == "gc"}
+    bgc = [(rho[law] * (1 - 1 / n) ** 2, row) for (v, n, law), row in rows.items() if v == "bgc"]
+    return largest((row.construction_relative_error, expected) for expected, row in bgc)
+
+
+def from_equal_parameters(document: Document, _: Any) -> Value:
+    """Of BGC at 2N, from GC at N."""
+    rows = sampled(document)
+    by_law = [{(v, n): row for (v, n, at), row in rows.items() if at == law} for law in {law for *_, law in rows}]
+    pairs = [pair for at in by_law for pair in at_equal_params(at)]
+    return largest((bgc.relative_error, gc.relative_error) for bgc, gc in pairs)
+
+
+def largest(pairs: Iterable[tuple[float | None, float | None]]) -> Value:
+    return Number(max(abs(value / expected - 1) for value, expected in pairs if value and expected), ".2%")
+
+
+def lost_by_variant() -> Table:
+    def lost(document: Document, at: tuple[str, int, str]) -> Value:
+        return percent(sampled(document)[at].output_relative_error)
+
+    cells = (("gc", 4), ("shuffle", 4), ("lgc", 4), ("flgc", 4), ("bgc", 8), ("tlgc", 4))
+    laws = dict.fromkeys(law for *_, law in sampled(opened(ROOT, ALL_SAMPLED)))
+    claims = [Claim((named(*at),), law, ALL_SAMPLED, (*at, law), lost) for at in cells for law in laws]
+    about = (
+        "Least share of a convolution's output energy that is lost at a quarter of its parameters (TLGC: a little "
+        "more), by input. TLGC, FLGC and LGC are searches."
+    )
+    return Table("Approximability of all variants", about, ("variant",), claims)
+
+
+def percent(value: float | None, form: str = ".1%") -> Value:
+    return None if value is None else Number(value, form)
+
+
+def lost_by_layers() -> Table:
+    def median(weights: Callable[[LayerErrors], float]) -> Callable[[Document, At], Value]:
+        def field(document: Document, at: At) -> Value:
+            rows = [row for row in document.results if (row.params.variant, row.params.groups) == at]
+            return percent(statistics.median(weights(row.output_relative_error) for row in rows))
+
+        return field
+
+    columns = {
+        "copied": median(lambda errors: errors.copy),
+        "white": median(lambda errors: errors.white),
+        "calibrated": median(lambda errors: errors.calibrated),
+    }
+    rows = {(named(variant, groups),): (variant, groups) for groups in (4, 8, 16) for variant in ("gc", "bgc")}
+    about = (
+        "Share of a layer's output energy that is lost on images held out, without training: median over the "
+        "convolutions of a wrn_16_4 trained on digits."
+    )
+    return Table("Approximability of a trained network", about, ("variant",), claims_of(DIGITS, rows, columns))
+
+
+# -------------------------------------------------------------------------------------------------- train and transfer
+
+
+def trained_at(document: Document, at: At) -> Cell[TrainRow]:
+    return next(cell for cell in training_cells(document.results) if (cell.variant, cell.groups) == at)
+
+
+def final_error(document: Document, at: At) -> Value:
+    return spread_of(trained_at(document, at).errors.values())
+
+
+def trainings() -> Table:
+    columns: Columns = {
+        "params": lambda d, at: Number(trained_at(d, at).params or 0.0, ",.0f"),
+        "MACs": lambda d, at: Number(trained_at(d, at).macs or 0.0, ",.0f"),
+        "error, last epoch": final_error,
+        "error, best epoch": lambda d, at: spread_of(trained_at(d, at).by_seed(lambda row: row.error_best).values()),
+        "images/s": lambda d, at: Number(trained_at(d, at).images_per_s or 0.0, ",.0f"),
+    }
+    cells = [(cell.variant, cell.groups) for cell in training_cells(opened(ROOT, TRAINED).results)]
+    about = "wrn_10_2 on digits, 20 epochs; test errors in %, mean ± standard deviation of 3 seeds."
+    claims = claims_of(TRAINED, {(named(*at),): at for at in cells}, columns)
+    return Table("Trained from scratch", about, ("variant",), claims)
+
+
+Converted = tuple[str, int, str]  # variant, N, initialisation
+
+
+def converted_at(document: Document, at: Converted, rebn: bool) -> Conversion | None:
+    variant, groups, init = at
+    cells = Conversions.of(document).at(Start(init, rebn and variant != "standard"))
+    return cells.get((variant, groups))
+
+
+def error_after(epochs: int, *, rebn: bool = True) -> Callable[[Document, Converted], Value]:
+    """Test error of a conversion after so many epochs of training; 0 is as converted."""
+
+    def error(row: TransferRow) -> float | None:
+        if epochs == 0:
+            return row.error_initial
+        return row.epochs[epochs - 1].test_error if len(row.epochs) >= epochs else None
+
+    def field(document: Document, at: Converted) -> Value:
+        cell = converted_at(document, at, rebn)
+        return spread_of(cell.known(error).values()) if cell else None
+
+    return field
+
+
+def layer_loss(document: Document, at: Converted) -> Value:
+    cell = converted_at(document, at, rebn=True)
+    return percent(cell.lost(lambda layer: layer.after)) if cell else None
+
+
+def conversions() -> Table:
+    columns = {
+        "norms as they were": error_after(0, rebn=False),
+        "norms re-estimated": error_after(0),
+        "after 1 epoch": error_after(1),
+        "after 3 epochs": error_after(3),
+        "layer loss": layer_loss,
+    }
+    cells = Conversions.of(opened(ROOT, TRANSFERRED)).cells
+    rows = {
+        (named(cell.variant, cell.groups), cell.start.init): (cell.variant, cell.groups, cell.start.init)
+        for cell in cells
+    }
+    about = (
+        "wrn_16_4 trained on digits and converted: test errors in %, mean ± standard deviation of 3 seeds, before any "
+        "training and after training on from re-estimated norms. Layer loss: median over layers and seeds of the share "
+        "of the output energy that is lost on images held out."
+    )
+    return Table("Converted", about, ("variant", "weights"), claims_of(TRANSFERRED, rows, columns))
+
+
+def accuracy() -> Table:
+    """The README's: SC, GC and BGC, trained from scratch and converted."""
+    claims = []
+    for variant in ("standard", "gc", "bgc"):
+        label, dense = VARIANTS[variant].label, variant == "standard"
+        for n in (4, 8):
+            row = ("wrn_10_2, trained from scratch, 20 epochs", str(n))
+            claims.append(Claim(row, label, TRAINED, DENSE if dense else (variant, n), final_error))
+        for words, init in (("copied", "copy"), ("calibrated", "calibrated")):
+            for n in (4, 8, 16):
+                row, at = (f"wrn_16_4, converted, {words} weights, no training", str(n)), (variant, 1 if dense else n)
+                claims.append(Claim(row, label, TRANSFERRED, (*at, init), error_after(0, rebn=init == "calibrated")))
+    about = "Test error in % on digits, mean ± standard deviation of 3 seeds."
+    return Table("Accuracy", about, ("network", "N"), claims)
+
+
+def training_speed() -> Table:
+    columns: Columns = {
+        "images/s": lambda d, at: Number(d.row(at).images_per_s, ",.0f"),
+        "of the matrix peak": lambda d, at: percent(d.row(at).matmul_fraction, ".0%"),
+    }
+    claims = []
+    for name in found("train-*-synthetic-cuda-*"):
+        document: Document = opened(ROOT, name)
+        p, device = document.results[0].params, document.environment.device.name
+        about_run = f"{p.model}, recipe {p.recipe}", f"{device}, {document.settings.precision}"
+        rows = {(*about_run, named(row.params.variant, row.params.groups)): row.key for row in document.results}
+        claims += claims_of(name, rows, columns)
+    about = "On synthetic images. Peak: MACs done over those of the device's best matrix product in the same time."
+    return Table("Training speed", about, ("network", "device", "variant"), claims)
+
+
+# ------------------------------------------------------------------------------------------- the scripts' own files
+
+
+def kernel_micros(variant: str, *, ours: bool) -> Callable[[Any, int], Value]:
+    """Of the fastest algorithm with right results in a cell."""
+
+    def field(content: Any, at: int) -> Value:
+        cell = content["table4"][at]
+        right = [row for row in cell["rows"] if not is_wrong(row, cell["precision"])]
+        mine = [row for row in right if (row["variant"], row["algorithm"] == "triton") == (variant, ours)]
+        return Number(min(micros(row, "fwd_bwd") for row in mine), ".0f") if mine else None
+
+    return field
+
+
+def kernels() -> Table:
+    """The cells that have our kernels and the stock algorithms."""
+    columns = {
+        "BGC, ours": kernel_micros("bgc", ours=True),
+        "BGC, stock": kernel_micros("bgc", ours=False),
+        "GC, ours": kernel_micros("gc", ours=True),
+        "GC, cuDNN": kernel_micros("gc", ours=False),
+        "SC, cuDNN": kernel_micros("standard", ours=False),
+    }
+    claims = []
+    for name in found(KERNELS):
+        content = opened(ROOT, name)
+        cells = list(enumerate(content.get("table4", ())))
+        for at, cell in sorted(cells, key=lambda item: (item[1]["precision"], item[1]["shape"]["groups"])):
+            row = (content["environment"]["device"]["name"], cell["precision"], str(cell["shape"]["groups"]))
+            if all(field(content, at) for field in columns.values()):
+                claims += claims_of(name, {row: at}, columns)
+    about = "Microseconds of Table 4's layer, forward and backward, as a CUDA graph."
+    return Table("Our kernels versus stock ones", about, ("device", "precision", "N"), claims)
+
+
+def over_half(content: Any, at: tuple[int, str, float]) -> Value:
+    """Geometric mean of a subject's time over GC(N/2)'s, in channels-last inference with 1x1 kernels.
+
+    at: N, the subject, and how many inputs the layers have at least for each output.
+    """
+    groups, subject, narrowing = at
+    times = [
+        cell["median_s"]
+        for cell in content["results"]
+        if (cell["kernel"], cell["layout"], cell["phase"], cell["groups"]) == ([1, 1], "nhwc", "fwd", groups)
+        and cell["in_channels"] // groups >= WIDE
+        and cell["in_channels"] >= narrowing * cell["out_channels"]
+        and cell["size"][2:] != [1, 1]
     ]
-    rows += [all_variants_claim(), layers_claim()]
-    rows += [*figure_claims(), variants_claim(), digits_claim(), solver_claim()]
-    rows += [*train_claims(), train_speed_claim(), transfer_claim(), convert_claim(), *forms_claims()]
-    agree = json.loads((ROOT / "results" / "agree-with-torch.json").read_text())
-    rows.append(
-        (
-            f"Our medians and torch.utils.benchmark's agree within {agree['worst']:.1%} on "
-            f"{len(agree['rows'])} rows measured alternately",
-            "agree-with-torch.json",
-            agree["command"],
-        )
-    )
-    twice = json.loads((ROOT / "results" / "same-row-twice.json").read_text())
-    widths = [(entry["ci95"][1] - entry["ci95"][0]) / 2 for entry in twice["tries"] if entry["ci95"]]
-    rows.append(
-        (
-            f"One layer entered twice in a run is told apart from itself in {twice['told_apart']} of "
-            f"{len(twice['tries'])} tries (median half-width of the ratio's interval {statistics.median(widths):.1%})",
-            "same-row-twice.json",
-            twice["command"],
-        )
-    )
-    rows.append(
-        (
-            f"The full default run takes {minutes(plain):.1f} minutes on the same CPU",
-            "table4-cpu-fp32-nchw.json",
-            command,
-        )
-    )
-    return [*cuda_claims(), *rows]
+    return Number(statistics.geometric_mean(time[subject] / time["gc_half"] for time in times), ".2f")
 
 
-def table(prefix: str) -> str:
-    """The claims as Markdown, links relative to a document for which results/ is ``prefix``."""
-    lines = ["| claim | file | command |", "| --- | --- | --- |"]
-    lines += [f"| {claim} | [{name}]({prefix}{name}) | `{command}` |" for claim, name, command in claims()]
-    return "\n".join(lines)
+def half_width(content: Any, _: Any) -> Value:
+    ends = [entry["ci95"] for entry in content["tries"] if entry["ci95"]]
+    return Number(statistics.median((high - low) / 2 for low, high in ends), ".1%")
 
 
-def trained_table() -> str:
-    """The table of the training on digits, and what is told apart in it."""
-    found = report.document_report(results.read(ROOT / "results" / TRAINED))
-    shown = dataclasses.replace(found, title=[], sections={})
-    return report.as_markdown(shown).strip()
+def held(content: Any, _: Any) -> Value:
+    calibration = content["results"][0]["calibration"]
+    return Number((calibration["moment_bytes"] + calibration["in_flight_bytes"]) / 2**30, ".1f")
 
 
-def put_into(text: str, prefix: str) -> str:
-    """``text`` with its tables between their marks; the README alone has the training's."""
-    for name, content in {"claims": table(prefix), "training": trained_table(), "transfer": transfer_table()}.items():
-        start, end = (mark.format(name) for mark in MARKS)
-        if start not in text:
-            continue
-        head, _, rest = text.partition(start)
-        _, _, tail = rest.partition(end)
-        text = f"{head}{start}\n\n{content}\n\n{end}{tail}"
+def minutes(document: Document, _: Any) -> Value:
+    return Number(seconds_of(document) / 60, ".1f")
+
+
+# What a number is, its file, its place in it, and the field.
+SINGLE: tuple[tuple[str, str, Any, Callable[[Any, Any], Value]], ...] = (
+    ("our medians differ from torch.utils.benchmark's by at most", AGREE, None,
+     lambda c, _: Number(c["worst"], ".1%")),
+    ("tries in which a row differs significantly from itself", TWICE, None,
+     lambda c, _: f"{c['told_apart']} of {len(c['tries'])}"),
+    ("median half-width of the interval of that ratio", TWICE, None, half_width),
+    ("minutes of `profile --preset table4` on the CPU", TABLE4, None, minutes),
+    ("minutes of the training of the quick start (SC, GC, BGC)", QUICKSTART, None, minutes),
+    *((f"test error in % of {named(*at)} there", QUICKSTART, at, final_error)
+      for at in (DENSE, ("gc", 4), ("bgc", 4))),
+    ("seconds of `approx` (two inputs, GC and BGC, five N)", FIGURES, None,
+     lambda d, _: Number(seconds_of(d), ".0f")),
+    ("largest deviation of a sampled error from the closed form", FIGURES, None, from_closed_form),
+    ("the same of the weights in the proof of Theorem 3.6", FIGURES, None, from_proof),
+    ("the same of BGC at 2N from GC at N, white input", FIGURES, None, from_equal_parameters),
+    ("our solver versus one least-squares problem a convolution and group, times as fast", SOLVER, None,
+     lambda c, _: Number(c["ratios"]["conventional"], ".0f")),
+    ("our solver versus one shared factorisation, times as fast", SOLVER, None,
+     lambda c, _: Number(c["ratios"]["shared"], ".1f")),
+    ("the errors of these agree to", SOLVER, None, lambda c, _: Number(c["largest_relative_difference"], ".0e")),
+    ("images/s of the CIFAR pipeline", PIPELINE, None,
+     lambda c, _: Number(statistics.median(c["pipeline"]["images_per_s"]["bgcbench"]), ",.0f")),
+    ("the pipeline versus torchvision's transforms in one process, times as fast", PIPELINE, None,
+     lambda c, _: Number(c["pipeline"]["ratio"], ".0f")),
+    ("milliseconds a step that the training loop adds to a bare one", PIPELINE, None,
+     lambda c, _: Number(1e3 * c["loop"]["added_s"], ".2f")),
+    ("minutes of a calibrated conversion of ResNet-50, 512 images, 2 cores", CONVERT, None,
+     lambda c, _: Number(c["results"][0]["seconds"] / 60, ".1f")),
+    ("GiB that it holds meanwhile", CONVERT, None, held),
+    ("cells (layer, N, layout, phase) in which BGC's algorithms were measured", FORMS, None,
+     lambda c, _: Number(c["summary"]["cells"], ".0f")),
+    ("of these, the measured choice is within 5 % of the best in", FORMS, None,
+     lambda c, _: Number(c["summary"]["within_5_percent"] / c["summary"]["cells"], ".0%")),
+    ("BGC(N) versus GC(N/2), groups of at least 32 channels, times as long (geometric mean)", FORMS, None,
+     lambda c, _: Number(c["summary"]["ratio_to_gc_of_half"], ".2f")),
+    *((f"{label}, N={n}, the same in channels-last inference with 1x1 kernels{where}", FORMS, (n, subject, least),
+       over_half)
+      for n in (4, 8)
+      for label, subject, least, where in (
+          ("BGC(N)", "auto", 0.0, ""), ("GC(N)", "gc", 0.0, ""),
+          ("BGC(N)", "auto", 2.0, ", at least twice as many inputs as outputs"),
+      )),
+)  # fmt: skip
+
+
+def single_numbers() -> Table:
+    claims = [Claim((what,), "value", file, at, field) for what, file, at, field in SINGLE]
+    return Table("Single numbers", "Checks, durations and what else is one number.", ("what",), claims)
+
+
+# ----------------------------------------------------------------------------------------------------------- documents
+
+TABLES: tuple[Callable[[], Table], ...] = (
+    *(layer_speed, equal_parameters, algorithms, memory, networks, every_variant, where_time_goes, training_speed),
+    *(kernels, slopes, lost_by_variant, lost_by_layers, trainings, conversions, single_numbers),
+)
+README: dict[str, Callable[[], Table]] = {
+    "speed": lambda: layer_speed((4, 16)),
+    "networks": lambda: networks(largest=True),
+    "accuracy": accuracy,
+}
+HEAD = """# Results
+
+Every number here is computed from a file under [results](../results) by `python -m benchmarks.claims --write`; a test
+holds this page to the files. [results/README.md](../results/README.md) says how the files came to be. Intervals are of
+95 %; a speed-up whose interval holds 1 is not significant.
+"""
+
+
+def results_page() -> str:
+    """docs/results.md."""
+    parts = [HEAD]
+    for table in [make() for make in TABLES]:
+        if table.claims:
+            sources = [f"- [{name}](../results/{name}): `{command_of(name)}`" for name in table.files]
+            parts.append(f"## {table.title}\n\n{table.about}\n\n{table.markdown()}\n\n" + "\n".join(sources) + "\n")
+    return "\n".join(parts)
+
+
+def put_into(text: str) -> str:
+    """``text`` of the README with its tables between their marks, where it has these."""
+    end = "<!-- end of claims -->"
+    for name, make in README.items():
+        start = f"<!-- claims: {name} -->"
+        if start in text:
+            head, _, rest = text.partition(start)
+            text = f"{head}{start}\n\n{make().markdown()}\n\n{end}{rest.partition(end)[2]}"
     return text
 
 
-DOCUMENTS = {"README.md": "results/", "results/README.md": ""}
+def documents() -> Iterator[tuple[Path, str]]:
+    """Each document and what it should say."""
+    yield ROOT / "docs" / "results.md", results_page()
+    readme = ROOT / "README.md"
+    yield readme, put_into(readme.read_text(encoding="utf-8"))
+
+
+def write() -> None:
+    """Write the documents anew."""
+    for path, text in documents():
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text, encoding="utf-8")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true")
-    if not parser.parse_args().write:
-        print(table("results/"))
+    parser.add_argument("--write", action="store_true", help="write the documents anew")
+    if parser.parse_args().write:
+        write()
         return 0
-    write()
-    return 0
-
-
-def write() -> None:
-    """Put the tables into the documents."""
-    for name, prefix in DOCUMENTS.items():
-        path = ROOT / name
-        path.write_text(put_into(path.read_text(encoding="utf-8"), prefix), encoding="utf-8")
+    stale = [path for path, text in documents() if not path.exists() or path.read_text(encoding="utf-8") != text]
+    for path in stale:
+        print(f"{path.relative_to(ROOT)} does not say what results/ says: run python -m benchmarks.claims --write")
+    return 1 if stale else 0
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
-import json
 import time
 import traceback
 from collections.abc import Mapping, Sequence
@@ -16,8 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bgcbench import results
 from bgcbench.cli import main as bgcbench
+from bgcbench.errors import ResultFileError
+from bgcbench.results.document import read
+from bgcbench.results.rows import ProfileRow
 
 SECONDS = 480
 INTERRUPTED = (130, 143)
@@ -120,28 +121,28 @@ def do(runs: Sequence[Run], folder: Path, device: str, seconds: float) -> int:
 def is_whole(path: Path) -> bool:
     """Whether ``path`` is a result whose run was done to the end."""
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        document = read(path)
+    except ResultFileError:
         return False
-    return bool(document.get("complete")) and all(row["status"] in results.DONE for row in document["results"])
+    return document.complete and all(row.is_done for row in document.results)
 
 
 def digest(path: Path) -> str:
     """The figures of a file in one line: milliseconds of the last phase, or images a second of a training."""
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        document = read(path)
+    except ResultFileError:
         return "no file"
     parts, unit = [], ""
-    for row in document["results"]:
-        name = f"{row['params']['variant']} {row['params']['groups']}"
-        if row["status"] != "ok":
-            parts.append(f"{name} {row['status']}")
-        elif "phases" in row:
-            phase, timing = list(row["phases"].items())[-1]
+    for row in document.results:
+        name = f"{row.params.variant} {row.params.groups}"
+        if row.status != "ok":
+            parts.append(f"{name} {row.status}")
+        elif isinstance(row, ProfileRow):
+            phase, timing = list(row.phases.items())[-1]
             unit = f"{phase} ms: "
-            parts.append(f"{name} {timing['summary']['median_s'] * 1e3:.3g}")
+            parts.append(f"{name} {timing.summary.median_s * 1e3:.3g}")
         else:
             unit = "images/s: "
-            parts.append(f"{name} {row['images_per_s']:.0f}")
+            parts.append(f"{name} {row.images_per_s:.0f}")
     return unit + ", ".join(parts)

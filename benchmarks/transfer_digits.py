@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import os
 import shutil
 import subprocess
@@ -21,9 +20,10 @@ import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 from bgcbench.plots import draw
+from bgcbench.results.document import Document, dumps, read
+from bgcbench.results.rows import TransferRow
 
 MODEL = "wrn_16_4"
 GROUPS = "2,4,8,16"
@@ -61,8 +61,8 @@ def main() -> int:
             runs += [(seed, weights, named, groups, inits, way)] if named else []
         with ThreadPoolExecutor(options.jobs) as pool:
             parts = list(pool.map(lambda run: _part(work, *run), runs))
-        document = _joined([json.loads((work / part).read_text()) for part in parts], options.seeds)
-    options.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        document = _joined([read(work / part) for part in parts], options.seeds)
+    options.out.write_text(dumps(document), encoding="utf-8")
     draw(document, options.plot, None)
     return 0
 
@@ -73,20 +73,20 @@ def _dense(work: Path, seeds: str) -> dict[int, str]:
         _run(work, ["train", MODEL, "--data", "digits", "--variants", "standard", "--seeds", seeds, "--device", "cpu",
                     "--threads", "1", "--out", "dense.json"])  # fmt: skip
     found = {}
-    for row in json.loads((work / "dense.json").read_text())["results"]:
-        (final,) = (work / row["checkpoints"]).glob("final-*.pt")
-        named = work / f"{MODEL}-digits-s{row['params']['seed']}.pt"
+    for row in read(work / "dense.json").results:
+        (final,) = (work / row.checkpoints).glob("final-*.pt")
+        named = work / f"{MODEL}-digits-s{row.params.seed}.pt"
         if not named.exists():
             shutil.copy(final, named)
-        found[row["params"]["seed"]] = named.name
+        found[row.params.seed] = named.name
     return found
 
 
 def _part(work: Path, seed: int, weights: str, variants: str, groups: str, inits: str, way: str) -> str:
     """One run of the command, and the name of its file."""
     name = f"part-{variants.replace(',', '-')}-{way}-s{seed}.json"
-    document = json.loads((work / name).read_text()) if (work / name).exists() else None
-    if document is None or not document["complete"]:
+    document = read(work / name) if (work / name).exists() else None
+    if document is None or not document.complete:
         again = ["--resume", name] if document is not None else None
         _run(work, ["transfer", *(again or [weights, "--data", "digits", "--variants", variants, "--groups", groups,
                     "--init", inits, "--seed", str(seed), *WAYS[way], "--device", "cpu", "--threads", "1",
@@ -102,19 +102,21 @@ def _run(work: Path, words: list[str]) -> None:
         subprocess.run(command, cwd=work, check=True, stdout=subprocess.DEVNULL, stderr=log, env=environment)
 
 
-def _joined(documents: list[dict[str, Any]], seeds: str) -> dict[str, Any]:
+def _joined(documents: list[Document], seeds: str) -> Document:
     """One result of all parts: the rows of all, and what the last of them says of itself."""
-    joined = dict(documents[-1])
-    rows: dict[str, Any] = {}
+    joined = documents[-1]
+    rows: dict[str, TransferRow] = {}
     for document in documents:
         # A part that is not trained must not take the place of the same row in one that is.
-        rows |= {row["key"]: row for row in document["results"] if row["epochs"] or row["key"] not in rows}
-    config = dict(joined["config"])
-    config["seeds"] = [int(seed) for seed in seeds.split(",")]
-    for field in ("variants", "inits"):
-        config[field] = list(dict.fromkeys(name for document in documents for name in document["config"][field]))
-    warnings = dict.fromkeys(text for document in documents for text in document["warnings"])
-    return {**joined, "config": config, "results": list(rows.values()), "warnings": list(warnings)}
+        rows |= {row.key: row for row in document.results if row.epochs or row.key not in rows}
+    merged = {
+        field: list(dict.fromkeys(name for document in documents for name in document.config[field]))
+        for field in ("variants", "inits")
+    }
+    joined.config = {**joined.config, **merged, "seeds": [int(seed) for seed in seeds.split(",")]}
+    joined.results = tuple(rows.values())
+    joined.warnings = tuple(dict.fromkeys(text for document in documents for text in document.warnings))
+    return joined
 
 
 if __name__ == "__main__":

@@ -106,7 +106,7 @@ def lay_out(drawn: Figure) -> None:
 
 def label_of(variant: str, groups: int = 1) -> str:
     """A variant in legends and titles, with N if it is not 1."""
-    label = VARIANTS[variant].label if variant in VARIANTS else variant
+    label = VARIANTS[variant].label if variant in VARIANTS else printable(variant)
     return label if groups == 1 else f"{label} N = {groups}"
 
 

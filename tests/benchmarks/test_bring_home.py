@@ -15,6 +15,7 @@ import pytest
 from benchmarks import bring_home, claims, kernels_cuda, networks_cuda, pack, table4_cuda, train_cuda
 from benchmarks.runs import Run
 from bgcbench import results
+from bgcbench.results.document import document_of
 from bgcbench.theory.paper import WORKLOAD
 from tests.conftest import ROOT
 
@@ -186,14 +187,15 @@ def test_a_run_names_its_file_as_its_condition_does(run: Run) -> None:
     config = {"mode": "eager", "compile": run.options.get("recipe") == "fast", **run.options}
     config = {**WORKLOAD, **config} if "preset" in config else config
     document = {"command": run.command, "config": config, "environment": {"device": H100}}
-    assert bring_home.condition(document) == run.file
+    assert bring_home.condition(document_of(document, run.file)) == run.file
 
 
 # ------------------------------------------------------------------------------------------------------------- claims
 
 
 def test_what_was_measured_on_a_device_is_claimed_where_its_file_is_there(root: Path) -> None:
-    assert claims.cuda_claims() == []
+    tables = (claims.layer_speed, claims.networks, claims.training_speed, claims.kernels)
+    assert not any(make().claims for make in tables)
     training = measured("train-quickstart-cpu.json", train_cuda.RUNS[0])
     rows = [
         {"subject": f"{variant} {form} nhwc", "variant": variant, "algorithm": form, "errors": {"y": error},
@@ -214,17 +216,20 @@ def test_what_was_measured_on_a_device_is_claimed_where_its_file_is_there(root: 
     }
     for name, document in files.items():
         (root / "results" / name).write_text(json.dumps(document))
-    found = claims.cuda_claims()
-    assert [name for _, name, _ in found] == [table4_cuda.RUNS[0].file, *files]
-    assert all(H100["name"] in text for text, _, _ in found)
-    assert found[0][2] == (
+    layers, nets, trainings, ours = (make() for make in tables)
+    assert [table.files for table in (layers, nets, trainings, ours)] == [[name] for name in files]
+    assert all(
+        H100["name"] in " ".join(claim.row) for table in (layers, nets, trainings, ours) for claim in table.claims
+    )
+    assert claims.command_of(layers.files[0]) == (
         "bgcbench profile --preset table4 --precision bf16 --layout nhwc --mode graph --max-time 1.5 --device cuda"
     )
-    assert "bf16, nhwc, graph, forward and backward: BGC N=4 (1/2 of the parameters) is 2.3x faster" in found[0][0]
-    speeds = {row["params"]["variant"]: f"{row['images_per_s']:,.0f} images/s" for row in training["results"]}
-    assert f"recipe fast-eager: SC {speeds['standard']}, GC {speeds['gc']}, BGC {speeds['bgc']}" in found[3][0]
+    texts = {claim.column: claim.text for claim in layers.claims}
+    assert texts["BGC N=4"].startswith("2.3 (")
+    speeds = [f"{row['images_per_s']:,.0f}" for row in training["results"]]
+    assert [claim.text for claim in trainings.claims if claim.column == "images/s"] == speeds
     # A wrong result is never the fastest, and a cell that lacks one of its sides claims nothing.
-    assert "BGC 250 us (stock forms 400), GC 200 us (cuDNN 300; standard 600)" in found[4][0]
+    assert [claim.text for claim in ours.claims] == ["250", "400", "200", "300", "600"]
 
 
 # --------------------------------------------------------------------------------------------------------------- pack
