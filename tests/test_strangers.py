@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import bgcbench
-from bgcbench.calibration import reestimate_norms
-from bgcbench.convert import convert, load_converted, save_converted
+from bgcbench.conversion.calibration import reestimate_norms
+from bgcbench.conversion.convert import convert, load_converted, save_converted
 from bgcbench.errors import UsageError
 from bgcbench.measure.workload import NetworkWorkload
 
@@ -88,7 +88,7 @@ class TestALayerThatRunsSeveralTimes:
     @pytest.mark.parametrize("variant", ["gc", "bgc"])
     def test_is_solved_for_all_of_its_calls_by_lstsq(self, variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
         """The head sees what the original gives it, so explicit least squares over all three levels is the answer."""
-        monkeypatch.setattr("bgcbench.calibration.solve.RIDGES", (0.0,))
+        monkeypatch.setattr("bgcbench.conversion.solve.RIDGES", (0.0,))
         model, x = Pyramid().double().eval(), images()
         layer = convert(model, variant, 4, init="calibrated", calibration=[x], include="head", where="none")
         pairs = calls_of(model, "head", x)
@@ -121,8 +121,10 @@ class TestALayerThatRunsSeveralTimes:
         assert layer["after"] == pytest.approx(row.calibrated, rel=1e-6)
 
     def test_is_looked_at_at_the_same_positions_by_both(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("bgcbench.calibration.images.LEAST_ROWS", 64 * 9)  # 9 positions of an image, of up to 64
-        monkeypatch.setattr("bgcbench.calibration.images.ROWS_AN_ENTRY", 1)
+        monkeypatch.setattr(
+            "bgcbench.conversion.layer_moments.LEAST_ROWS", 64 * 9
+        )  # 9 of up to 64
+        monkeypatch.setattr("bgcbench.conversion.layer_moments.ROWS_AN_ENTRY", 1)
         model, x = Pyramid().double().eval(), images(64)
         model.norm = nn.Identity()
         options: dict[str, Any] = {"include": "head", "where": "none"}

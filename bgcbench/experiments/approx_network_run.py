@@ -10,8 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bgcbench.activations import Judge, LayerError, check_divisible, kernel_of, moment_bytes, passes, shares, stream
-from bgcbench.convert import Candidates, Replaced, candidates
+from bgcbench.conversion.approximability import (
+    Judge,
+    LayerError,
+    check_divisible,
+    kernel_of,
+    moment_bytes,
+    passes,
+    shares,
+    stream,
+)
+from bgcbench.conversion.convert import Candidates, Replaced, candidates
 from bgcbench.data import Images, open_images
 from bgcbench.errors import UsageError
 from bgcbench.experiments.approx_network import ApproxNetworkConfig

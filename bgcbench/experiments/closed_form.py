@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from bgcbench.convert import Converted
+from bgcbench.conversion.convert import Converted
 from bgcbench.errors import BgcbenchError
 from bgcbench.experiments.images import sized
 from bgcbench.experiments.profile import row_seed

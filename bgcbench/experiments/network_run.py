@@ -10,7 +10,8 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from bgcbench.convert import Converted, Record, convert, replay
+from bgcbench.conversion.convert import Converted, Record, convert, replay
+from bgcbench.conversion.selection import Indivisible
 from bgcbench.convs.base import VariantConv2d
 from bgcbench.errors import ShapeError, UsageError
 from bgcbench.experiments.images import sized, traced
@@ -21,7 +22,6 @@ from bgcbench.measure.counts import CallWork, count
 from bgcbench.measure.trace import Call, Trace, trace
 from bgcbench.measure.workload import Like, NetworkWorkload, Workload
 from bgcbench.models import build_empty, build_model
-from bgcbench.policy import Indivisible
 from bgcbench.results import Json
 from bgcbench.specs import PRECISIONS, VARIANTS, ConvSpec, NetSpec, unfit
 

@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bgcbench.calibration import Stopped
-from bgcbench.convert import Converted, Record, convert, save_converted
+from bgcbench.conversion.calibration import Stopped
+from bgcbench.conversion.convert import Converted, Record, convert, save_converted
 from bgcbench.data import Images
 from bgcbench.errors import BgcbenchError, OutputError, UsageError
 from bgcbench.experiments import profile_run

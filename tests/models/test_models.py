@@ -7,7 +7,7 @@ import torch
 import torchvision
 from torch import nn
 
-from bgcbench.convert import convert
+from bgcbench.conversion.convert import convert
 from bgcbench.errors import ShapeError, UsageError
 from bgcbench.measure.trace import trace
 from bgcbench.models import build_model, identify

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +13,7 @@ from torch.nn import functional as F
 from torch.nn.utils import prune
 
 import bgcbench
-from bgcbench.convert import Record, convert, load_converted, save_converted
+from bgcbench.conversion.convert import Record, convert, load_converted, save_converted
 from bgcbench.convs import CONVS, VariantConv2d
 from bgcbench.convs.bgc import BalancedGroupConv2d
 from bgcbench.errors import ResultFileError, ShapeError, UsageError
@@ -596,14 +595,6 @@ class TestRoundTrip:
         torch.save({"weights": torch.ones(1)}, tmp_path / "other.pt")
         with pytest.raises(ResultFileError, match="no 'record'"):
             load_converted(tmp_path / "other.pt")
-
-
-def test_the_module_and_the_function_of_one_name_are_both_callable() -> None:
-    import bgcbench.convert
-
-    converted = bgcbench.convert(build_small(), "bgc", 2)
-    assert converted.record.variant == "bgc"
-    assert pickle.loads(pickle.dumps(bgcbench.convert)) is bgcbench.convert  # for worker processes
 
 
 def test_the_size_of_a_layers_input_is_that_before_padding_whatever_the_padding() -> None:

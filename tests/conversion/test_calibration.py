@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import bgcbench
-from bgcbench.calibration import Stopped, reestimate_norms, solve
-from bgcbench.calibration.lockstep import Stop, run_in_step
-from bgcbench.calibration.norms import NormMoments
-from bgcbench.calibration.survey import survey
-from bgcbench.convert import Record, convert, load_converted, save_converted
+from bgcbench.conversion import solve
+from bgcbench.conversion.calibration import Stopped, reestimate_norms
+from bgcbench.conversion.convert import Record, convert, load_converted, save_converted
+from bgcbench.conversion.lockstep import Stop, run_in_step
+from bgcbench.conversion.norms import NormMoments
+from bgcbench.conversion.survey import survey
 from bgcbench.convs import CONVS
 from bgcbench.errors import BgcbenchError, UsageError
 from bgcbench.measure.undisturbed import RandomState

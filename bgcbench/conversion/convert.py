@@ -9,11 +9,8 @@ No variant is known by name here: a variant is a class that can be built from a 
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
-import sys
-import types
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from os import PathLike
@@ -22,12 +19,21 @@ from typing import IO, Any
 import torch
 from torch import Tensor, nn
 
-from bgcbench.calibration import DEFAULT_IMAGES, MEMORY_BYTES, Calibration
-from bgcbench.convs.base import PROJECTIONS, VariantConv2d
-from bgcbench.errors import ResultFileError, ShapeError, UsageError
-from bgcbench.measure.batches import Forward, Passing
-from bgcbench.models import build_model, identify
-from bgcbench.policy import (
+from bgcbench.conversion.calibration import DEFAULT_IMAGES, MEMORY_BYTES, Calibration
+from bgcbench.conversion.record import (
+    CALIBRATED,
+    SCRATCH,
+    Converted,
+    Kept,
+    Record,
+    Replaced,
+    copied,
+    origin_of,
+    record_in,
+    replay,
+    reverted,
+)
+from bgcbench.conversion.selection import (
     Reason,
     call_shape,
     channels,
@@ -42,21 +48,12 @@ from bgcbench.policy import (
     nothing_to_replace,
     patterns,
 )
-from bgcbench.record import (
-    CALIBRATED,
-    SCRATCH,
-    Converted,
-    Kept,
-    Record,
-    Replaced,
-    copied,
-    origin_of,
-    record_in,
-    replay,
-    reverted,
-)
+from bgcbench.conversion.trial import keep_what_cannot_be_exchanged
+from bgcbench.convs.base import PROJECTIONS, VariantConv2d
+from bgcbench.errors import ResultFileError, ShapeError, UsageError
+from bgcbench.measure.batches import Forward, Passing
+from bgcbench.models import build_model, identify
 from bgcbench.specs import VARIANTS, WHERE, NetSpec, check_choice, check_positive, divisors
-from bgcbench.trial import keep_what_cannot_be_exchanged
 
 __all__ = ["Candidates", "Converted", "Kept", "Record", "Replaced", "candidates", "convert", "load_converted", "replay",
            "save_converted"]  # fmt: skip
@@ -103,7 +100,7 @@ def convert(
     include, exclude: patterns (``layer4.*``) of module names to add to that, or to keep. A pattern that matches no
         convolution is an error; so is including one by its full name that cannot be replaced.
     init: 'copy' (the paper: weights are copied), 'white' (the closed-form optimum for uncorrelated inputs),
-        'calibrated' (least squares on the network's own activations, layer by layer, see :mod:`bgcbench.calibration`),
+        'calibrated' (least squares on the network's own activations, layer by layer, see :mod:`bgcbench.conversion.calibration`),
         'scratch' (He initialisation).
     on_indivisible: what to do where N does not divide the channels: 'raise' a ShapeError that names each of them,
         'skip' (keep it dense) or 'gcd' (the largest N that does).
@@ -119,13 +116,13 @@ def convert(
     rebn: re-estimate the statistics of batch norm on these images, from the first replaced convolution on; by default
         where there are images. memory_bytes: what calibration may hold at a time; where more images are given than fit,
         fewer are used, and a note says so. seed: which positions of an image are looked at. stop: asked now and then
-        whether to end early, which raises :class:`bgcbench.calibration.Stopped`; a network that was to be converted
+        whether to end early, which raises :class:`bgcbench.conversion.calibration.Stopped`; a network that was to be converted
         in place is then half done.
 
     Replaced are ``torch.nn.Conv2d`` with groups=1. Kept with a reason: subclasses with a forward of their own,
     parametrised or tied weights, convolutions with tensors or tensor hooks of their own, those that something outside
     of the module tree refers to (a list of layers), those whose type, groups or weight's shape the network asks for,
-    grouped ones, everything the policy names (see :class:`bgcbench.policy.Reason`). A module used twice is converted
+    grouped ones, everything the policy names (see :class:`bgcbench.conversion.selection.Reason`). A module used twice is converted
     once; layers of earlier conversions stay, and the record holds them too. Training mode, device, dtype, memory
     format, module hooks, attributes and requires_grad are taken over; the global random states are left alone unless
     ``init='scratch'``. ``model`` is untouched unless ``inplace``. The record's ``calibration`` says of each layer what
@@ -346,16 +343,3 @@ def _rename_kernels(model: nn.Module, state: dict[str, Any]) -> None:
     for name, module in model.named_modules():
         if isinstance(module, VariantConv2d) and f"{name}.{module.kernel_name}" not in state:
             state[f"{name}.{module.kernel_name}"] = state.pop(f"{name}.weight", None)
-
-
-class _Callable(types.ModuleType):
-    """``bgcbench.convert`` is this module's name and the public function's; it answers to both."""
-
-    def __call__(self, *arguments: Any, **options: Any) -> Converted:
-        return convert(*arguments, **options)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return importlib.import_module, (self.__name__,)
-
-
-sys.modules[__name__].__class__ = _Callable

@@ -1,7 +1,7 @@
 """What a conversion did to a network, and doing it again.
 
 A record names every convolution that gave way and the shape of what took its place; :func:`replay` does to a network
-like the original what the record says. Which convolutions those are is decided in :mod:`bgcbench.policy`.
+like the original what the record says. Which convolutions those are is decided in :mod:`bgcbench.conversion.selection`.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Replaced:
 
 @dataclass(frozen=True)
 class Kept:
-    """One convolution that stays as it is, and why: for people, and as a code (see bgcbench.policy.Reason)."""
+    """One convolution that stays as it is, and why: for people, and as a code (see bgcbench.conversion.selection.Reason)."""
 
     name: str
     reason: str
@@ -80,7 +80,7 @@ class Record:
     find shapes, order and roles; None where it could not be. functional: convolutions that are called as functions,
     which no module owns and nothing here replaces. rebn: whether the statistics of batch norm were re-estimated.
     calibration: what was done with images, and what each layer lost before and after, as plain JSON (see
-    :meth:`bgcbench.calibration.Calibration.settle`); None without.
+    :meth:`bgcbench.conversion.calibration.Calibration.settle`); None without.
     """
 
     variant: str
