@@ -14,7 +14,7 @@ _HOMES = {
     "BalancedGroupConv2d": "bgcbench.convs.bgc",
     "BgcbenchError": "bgcbench.errors",
     "ConvSpec": "bgcbench.specs",
-    "Converted": "bgcbench.conversion.convert",
+    "Converted": "bgcbench.conversion.record",
     "FullyLearnableGroupConv2d": "bgcbench.convs.flgc",
     "GroupConv2d": "bgcbench.convs.gc",
     "LayerError": "bgcbench.conversion.approximability",
@@ -61,8 +61,9 @@ __all__ = [
 if TYPE_CHECKING:
     from bgcbench.conversion import calibration
     from bgcbench.conversion.approximability import LayerError, approximability
-    from bgcbench.conversion.convert import Converted, convert, load_converted, save_converted
+    from bgcbench.conversion.convert import convert, load_converted, save_converted
     from bgcbench.conversion.folding import fold_norms
+    from bgcbench.conversion.record import Converted
     from bgcbench.convs import build_conv
     from bgcbench.convs.base import parameter_groups
     from bgcbench.convs.bgc import BalancedGroupConv2d

@@ -30,13 +30,13 @@ from bgcbench.conversion.layer_moments import (
     parts_of,
     patch_length,
 )
-from bgcbench.conversion.record import Replaced
 from bgcbench.conversion.solve import RIDGES, SEARCH_RIDGE
 from bgcbench.convs import CONVS
 from bgcbench.errors import ShapeError, UsageError
 from bgcbench.measure.batches import Forward, Passing, count_images, device_of, first_image
 from bgcbench.measure.counts import count
 from bgcbench.measure.undisturbed import first_not_finite, random_state_kept, seed_everything, undisturbed
+from bgcbench.results.rows import Replaced
 from bgcbench.specs import LINEAR, VARIANTS, ConvSpec, check_choice, check_positive, unfit
 from bgcbench.theory.fits import EXACT
 from bgcbench.theory.leastsquares import best_ridge

@@ -40,7 +40,6 @@ from bgcbench.conversion.layer_moments import (
 )
 from bgcbench.conversion.lockstep import Stop, Stopped, run_in_step
 from bgcbench.conversion.norms import NormMoments
-from bgcbench.conversion.record import Record, Replaced
 from bgcbench.conversion.solve import Solution, solve_layer
 from bgcbench.conversion.survey import Survey, is_norm, survey
 from bgcbench.conversion.trial import Kernel, standing_in
@@ -48,10 +47,11 @@ from bgcbench.convs.base import VariantConv2d
 from bgcbench.errors import UsageError
 from bgcbench.measure.batches import Forward, Passing, device_of, first_image, input_bytes, reference_of
 from bgcbench.measure.undisturbed import RandomState, first_not_finite, seed_everything, undisturbed
+from bgcbench.results.rows import CalibratedLayer, Calibration, Record, Replaced
 from bgcbench.specs import HELD_OUT, check_positive, output_length
 from bgcbench.theory.moments import RegressionMoments
 
-__all__ = ["DEFAULT_IMAGES", "MEMORY_BYTES", "Calibration", "Stopped", "Wanted", "reestimate_norms"]
+__all__ = ["DEFAULT_IMAGES", "MEMORY_BYTES", "Calibrator", "Stopped", "Wanted", "reestimate_norms"]
 
 DEFAULT_IMAGES = 512
 MEMORY_BYTES = 8 * 2**30
@@ -76,7 +76,7 @@ class Wanted:
 Visit = Callable[[int, int, Tensor], None]  # number of a part, call in it, what comes to the module then
 
 
-class Calibration:
+class Calibrator:
     """The images of one conversion, where they are run through the network, and what is done with them.
 
     batches: anything that ``passing`` can pass on. notes: what the user should know. Raises UsageError for images that
@@ -181,18 +181,15 @@ class Calibration:
 
     # ------------------------------------------------------------------------------------------ the converted network
 
-    def settle(self, network: nn.Module, record: Record, wanted: Wanted) -> dict[str, Any]:
+    def settle(self, network: nn.Module, record: Record, wanted: Wanted) -> Calibration:
         """Solve the layers of the converted ``network`` of which is known what is ``wanted``, and estimate its norms.
 
-        Returns what was done as plain JSON: images, held_out, seed, rebn, norms (how many were re-estimated), seconds,
-        moment_bytes and in_flight_bytes (what was held at most), and for each layer that was solved name, groups,
-        copied, before, after, rows, held_out_rows, condition, ridge, centred and scarce (see
-        :class:`bgcbench.conversion.solve.Solution`). Raises UsageError for inputs that are not finite, and Stopped.
+        Returns what was done. Raises UsageError for inputs that are not finite, and Stopped.
         """
         solved: dict[str, Solution] = {}
         estimated: list[str] = []
         modules = dict(network.named_modules())
-        changed = [modules[layer.name] for layer in record.replaced]
+        changed = [modules[layer.name] for layer in record.layers]
 
         def pass_again(module: nn.Module, visit: Visit) -> None:
             """Visit everything that comes to ``module`` in a pass as the network is now."""
@@ -205,23 +202,23 @@ class Calibration:
             stops += self._norm_stops(modules, estimated, wanted.norms, wanted.survey, pass_again) if self.rebn else []
             if stops:
                 run_in_step(self._runs(network), stops, device=self.device, changed=changed, asked_to_stop=self.stop)
-        missed = [layer.name for layer in record.replaced if layer.name in wanted.kernels and layer.name not in solved]
+        missed = [layer.name for layer in record.layers if layer.name in wanted.kernels and layer.name not in solved]
         if missed:
             self.notes.append(f"never reached by the calibration images: {', '.join(missed)}; white weights are taken")
             for name in missed:
                 layer = _variant(modules[name])
                 layer.load_projected(layer.project(wanted.kernels[name][0].double(), layer.groups, "white", None))
-        return {
-            "images": self.images,
-            "held_out": sum(len(part.numbers) for part in self.parts if part.held_out),
-            "seed": self.seed,
-            "rebn": self.rebn,
-            "norms": len(estimated),
-            "seconds": time.perf_counter() - self.begun,
-            "moment_bytes": self.moment_bytes,
-            "in_flight_bytes": self.in_flight_bytes,
-            "layers": [_as_json(layer, solved[layer.name]) for layer in record.replaced if layer.name in solved],
-        }
+        return Calibration(
+            images=self.images,
+            held_out=sum(len(part.numbers) for part in self.parts if part.held_out),
+            seed=self.seed,
+            rebn=self.rebn,
+            norms=len(estimated),
+            seconds=time.perf_counter() - self.begun,
+            moment_bytes=self.moment_bytes,
+            in_flight_bytes=self.in_flight_bytes,
+            layers=tuple(_told(layer, solved[layer.name]) for layer in record.layers if layer.name in solved),
+        )
 
     def _runs(self, network: nn.Module) -> list[tuple[Callable[[], object], RandomState]]:
         return [
@@ -257,7 +254,7 @@ class Calibration:
     ) -> list[Stop]:
         """A stop at each replaced layer, where it is solved and gets its weights."""
         stops = []
-        for replaced in record.replaced:
+        for replaced in record.layers:
             layer, name = _variant(modules[replaced.name]), replaced.name
             norm = modules[wanted.survey.norms[name]] if name in wanted.survey.norms else None
             absorbed = name in wanted.survey.absorbed if self.rebn else norm is not None
@@ -348,7 +345,7 @@ class _Moments:
     outputs: by part and call, (m, positions).
     """
 
-    def __init__(self, owner: Calibration, layer: Replaced, outputs: dict[int, list[Tensor]]) -> None:
+    def __init__(self, owner: Calibrator, layer: Replaced, outputs: dict[int, list[Tensor]]) -> None:
         self.owner, self.sampler, self.outputs = owner, owner.sampler(layer), outputs
         self.device = moments_device(owner.device)
         nothing = torch.zeros(0, dtype=torch.float64, device=self.device)
@@ -372,7 +369,7 @@ class _Moments:
 class _Watcher:
     """A hook on a module of the original network, told which part is run."""
 
-    def __init__(self, name: str, owner: Calibration, wanted: Wanted) -> None:
+    def __init__(self, name: str, owner: Calibrator, wanted: Wanted) -> None:
         self.name, self.owner, self.wanted = name, owner, wanted
         self.number, self.part = 0, owner.parts[0]
 
@@ -387,7 +384,7 @@ class _Watcher:
 class _LayerWatcher(_Watcher):
     """Keeps what a layer puts out at the positions that are used, of each call."""
 
-    def __init__(self, layer: Replaced, owner: Calibration, wanted: Wanted) -> None:
+    def __init__(self, layer: Replaced, owner: Calibrator, wanted: Wanted) -> None:
         super().__init__(layer.name, owner, wanted)
         self.sampler = owner.sampler(layer)
 
@@ -428,9 +425,9 @@ def reestimate_norms(
 
     One norm after the other in the order of execution, each on what the network in eval mode gives it with those before
     it already re-estimated: the statistics of the whole set and of all its calls, whatever the batches. calibration,
-    forward_fn: as in :func:`bgcbench.convert`. Raises as :class:`Calibration`.
+    forward_fn: as in :func:`bgcbench.convert`. Raises as :class:`Calibrator`.
     """
-    found = Calibration(
+    found = Calibrator(
         model, calibration, passing=Passing(forward_fn), images=images, memory_bytes=memory_bytes, stop=stop
     )
     estimated: list[str] = []
@@ -471,6 +468,17 @@ def _outputs_bytes(layer: Replaced, images: int, item: int) -> int:
     return images * positions * layer.out_channels * item * (layer.calls or 1)
 
 
-def _as_json(layer: Replaced, found: Solution) -> dict[str, Any]:
-    names = ("copied", "before", "after", "rows", "held_out_rows", "condition", "ridge", "centred", "scarce")
-    return {"name": layer.name, "groups": layer.groups, **{name: getattr(found, name) for name in names}}
+def _told(layer: Replaced, found: Solution) -> CalibratedLayer:
+    return CalibratedLayer(
+        name=layer.name,
+        groups=layer.groups,
+        copied=found.copied,
+        before=found.before,
+        after=found.after,
+        rows=found.rows,
+        held_out_rows=found.held_out_rows,
+        condition=found.condition,
+        ridge=found.ridge,
+        centred=found.centred,
+        scarce=found.scarce,
+    )

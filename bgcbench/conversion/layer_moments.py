@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bgcbench.conversion.record import Replaced
 from bgcbench.errors import UsageError
 from bgcbench.measure.batches import Passing, count_images, take
+from bgcbench.results.rows import Replaced
 from bgcbench.specs import HELD_OUT
 from bgcbench.theory.moments import CHUNK_NUMBERS, Patches, some_positions
 

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bgcbench.conversion.record import Kept, Replaced
 from bgcbench.convs.base import VariantConv2d
 from bgcbench.errors import ShapeError, UsageError
 from bgcbench.measure.batches import Images, Passing
 from bgcbench.measure.trace import SHORTCUT_NAME, Call, Size, Trace, trace
+from bgcbench.results.rows import Kept, Replaced
 from bgcbench.specs import as_pair, unfit
 
 _OTHER_CONVS = (nn.Conv1d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -63,7 +63,11 @@ class Conv:
 
 def kept_of(convs: Iterable[Conv]) -> tuple[Kept, ...]:
     """Those of ``convs`` that stay."""
-    return tuple(Kept(conv.name, conv.reason.text, conv.reason.code) for conv in convs if conv.reason is not None)
+    return tuple(
+        Kept(name=conv.name, reason=conv.reason.text, code=conv.reason.code)
+        for conv in convs
+        if conv.reason is not None
+    )
 
 
 def nothing_to_replace(convs: Sequence[Conv], where: str) -> str:

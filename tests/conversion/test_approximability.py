@@ -13,10 +13,11 @@ from torch.nn import functional as F
 import bgcbench
 from bgcbench.conversion import layer_moments
 from bgcbench.conversion.approximability import RIDGES, approximability, check_divisible, moment_bytes, passes, stream
-from bgcbench.conversion.convert import Replaced, candidates
+from bgcbench.conversion.convert import candidates
 from bgcbench.convs import CONVS
 from bgcbench.errors import ShapeError, UsageError
 from bgcbench.models import build_model
+from bgcbench.results.rows import Replaced
 from bgcbench.specs import HELD_OUT
 
 
@@ -126,7 +127,7 @@ def test_calibration_is_never_worse_than_the_white_optimum_even_on_four_images(n
 def test_what_convert_would_replace_is_looked_at_in_the_order_of_execution(net: Net) -> None:
     found = approximability(net, images(), variants=("standard", "gc"), groups=(2,))
     converted = bgcbench.convert(net, "gc", 2, example_input=(3, 8, 8))
-    assert [error.name for error in found] == [layer.name for layer in converted.record.replaced]
+    assert [error.name for error in found] == [layer.name for layer in converted.record.layers]
     # 8x8 positions x 9 x 16 x 16, 8x8 x 16 x 32 and 4x4 x 9 x 32 x 16
     macs = {"first": 64 * 9 * 16 * 16, "second": 64 * 16 * 32, "third": 16 * 9 * 32 * 16}
     assert {error.name: error.share for error in found} == {
@@ -265,7 +266,7 @@ def test_candidates_are_what_convert_replaces_in_the_papers_networks() -> None:
         model = build_model(name)
         found = candidates(model, example_input=(3, size, size))
         converted = bgcbench.convert(model, "gc", 2, example_input=(3, size, size), init="scratch")
-        assert [layer.name for layer in found.chosen] == [layer.name for layer in converted.record.replaced]
+        assert [layer.name for layer in found.chosen] == [layer.name for layer in converted.record.layers]
         assert all(isinstance(layer, Replaced) and layer.groups == 1 for layer in found.chosen)
         assert found.kept == converted.record.kept
 
