@@ -182,7 +182,7 @@ def decide(
         for parameter in module._parameters.values():
             if parameter is not None:
                 owners.setdefault(_identity(parameter), []).append(name)
-    policy = _policy(model, convs, found, where)
+    selected = _kept_by_selection(model, convs, found, where)
     for conv in convs:
         hard = _cannot(conv, owners, found)
         if _matches(conv, exclude):
@@ -193,7 +193,7 @@ def decide(
                 raise UsageError(f"{conv.name} cannot be replaced: {hard.text}; leave it out of include")
             conv.reason = hard
         else:
-            conv.reason = hard or policy.get(conv.name)
+            conv.reason = hard or selected.get(conv.name)
 
 
 def _identity(parameter: Tensor) -> Any:
@@ -268,8 +268,8 @@ def _padding(module: nn.Conv2d) -> tuple[int, int] | None:
     return as_pair("padding", module.padding, 0)  # type: ignore[arg-type]  # no string any more
 
 
-def _policy(model: nn.Module, convs: Sequence[Conv], found: Trace | None, where: str) -> dict[str, Reason]:
-    """Why the policy keeps a convolution, by name; what is not in it is replaced."""
+def _kept_by_selection(model: nn.Module, convs: Sequence[Conv], found: Trace | None, where: str) -> dict[str, Reason]:
+    """Why the selection ``where`` keeps a convolution, by name; the others are replaced."""
     if where == "none":
         return {conv.name: Reason("not_included", "not included") for conv in convs}
     reasons: dict[str, Reason] = {}
