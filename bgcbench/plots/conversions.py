@@ -10,21 +10,21 @@ from bgcbench.plots.style import (
     GREY,
     NothingToDraw,
     Part,
-    bar,
     ends_of,
     handle,
     label_of,
     legend,
     look_of,
+    name_axes,
     scale_errors,
     scale_params,
+    spread_line,
     training_title,
 )
-from bgcbench.results.aggregate import Conversions, Moment, Spread, Start, spread_of, variant_place
+from bgcbench.results.aggregate import Conversions, Moment, Spread, Start, image_points, spread_of, variant_place
 from bgcbench.results.document import Document
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import SubFigure
 
 ACROSS = 3  # panels side by side
@@ -50,7 +50,7 @@ def part(document: Document) -> Part:
     printed = [cell for cell in run.converted if cell.paper_error is not None]
     errors = [e for cell in run.cells for moment in MOMENTS for e in cell.errors_at(moment).values()]
     errors += [cell.paper_error for cell in printed if cell.paper_error is not None]
-    floor = _floor(run, errors)
+    floor = image_points(run.rows) / 2 if min(errors) <= 0 else 0.0  # where an error of 0 stands
     places = _grid(run, [start for start in run.starts if any(at == start for at, _, _ in series)])
 
     def paint(panel: SubFigure) -> None:
@@ -66,7 +66,8 @@ def part(document: Document) -> Part:
             axes.set_title(_title(run, start))
             for (at, variant, moment), points in series.items():
                 if at == start:
-                    _line(axes, variant, moment, points, floor, hollow=trained and moment == "initial")
+                    look = HOLLOW if trained and moment == "initial" else {}
+                    spread_line(axes, variant, points, f"_{moment} {variant}", floor, **look)
             for cell in printed:
                 if cell.start == start:
                     cross = {"color": look_of(cell.variant)["color"], "marker": "x", "markersize": 5.0}
@@ -78,9 +79,7 @@ def part(document: Document) -> Part:
         scale_params(drawn[0], [params for points in series.values() for params, _ in points])
         ends = ends_of(spread for points in series.values() for _, spread in points)
         scale_errors(drawn[0], [max(error, floor) for error in errors], [max(end, floor) for end in ends])
-        for axes in drawn:
-            axes.set(xlabel="parameters (millions)", ylabel="test error (%)")
-            axes.label_outer()
+        name_axes(grid, "parameters (millions)", "test error (%)")
         handles = [handle(drawn[0], label_of(variant), **look_of(variant)) for variant in variants]
         if trained:
             look = {"color": GREY, "marker": "o", "markersize": 6.0, "linewidth": 0.9, **HOLLOW}
@@ -106,12 +105,6 @@ def _series(run: Conversions) -> Series:
     return {at: sorted(points) for at, points in found.items()}
 
 
-def _floor(run: Conversions, errors: Sequence[float]) -> float:
-    """Where an error of 0 stands on a logarithmic axis: half an image; 0 where there is none."""
-    images = next((row.test_images for row in run.rows if row.test_images), None)
-    return 50 / images if images and min(errors) <= 0 else 0.0
-
-
 def _grid(run: Conversions, starts: Sequence[Start]) -> list[list[Start | None]]:
     """The panels: one below the other what differs in batch norm only, otherwise a few side by side."""
     if run.norms_differ:
@@ -131,22 +124,12 @@ def _title(run: Conversions, start: Start) -> str:
 
 def _notes(run: Conversions, series: Series, floor: float, *, trained: bool) -> list[str]:
     numbers = ", ".join(str(n) for n in sorted({cell.groups for cell in run.converted}))
+    repeated = any(spread.n > 1 for points in series.values() for _, spread in points)
     both = {"gc", "bgc"} <= {variant for _, variant, _ in series}
     return [
         f"From right to left N = {numbers}" + ("; GC at N has the parameters of BGC at 2N." if both else "."),
         "rebn: statistics of batch norm re-estimated." if run.norms_differ else "",
         "Dashed and hollow: before training; filled: after it." if trained else "",
-        "Markers: mean over the seeds; bars: one standard deviation."
-        if any(spread.n > 1 for points in series.values() for _, spread in points)
-        else "",
+        "Markers: mean over the seeds; bars: one standard deviation." if repeated else "",
         f"An error of 0 stands at {floor:g} %, half an image." if floor else "",
     ]
-
-
-def _line(axes: Axes, variant: str, moment: Moment, points: Points, floor: float, *, hollow: bool) -> None:
-    """A variant along its parameters at one moment, with its spread over the seeds."""
-    means = [max(spread.mean, floor) for _, spread in points]
-    look = look_of(variant, **(HOLLOW if hollow else {}))
-    axes.plot([params for params, _ in points], means, label=f"_{moment} {variant}", **look)
-    for params, spread in points:
-        bar(axes, params, spread, variant, floor)

@@ -7,7 +7,17 @@ import statistics
 from typing import TYPE_CHECKING, Any
 
 from bgcbench.plots.errors import unfinished, variants_of
-from bgcbench.plots.style import NothingToDraw, Part, handle, label_of, legend, look_of, scale_errors, training_title
+from bgcbench.plots.style import (
+    NothingToDraw,
+    Part,
+    handle,
+    label_of,
+    legend,
+    look_of,
+    name_axes,
+    scale_errors,
+    training_title,
+)
 from bgcbench.results.aggregate import SYNTHETIC, Cell, training_cells
 from bgcbench.results.document import Document
 from bgcbench.results.rows import TrainRow
@@ -42,16 +52,11 @@ def part(document: Document) -> Part:
                 if cell.groups == n or cell.dense:
                     _plot(axes, cell.variant, curve)
             axes.set_title(f"N = {n}")
-            axes.label_outer()
         scale_errors(grid[0, 0], every)
         for axes in grid.flat[len(groups) :]:
             axes.set_axis_off()
-        for axes in grid[:, 0]:
-            axes.set_ylabel("test error (%)")
-        for axes in grid.flat[max(0, len(groups) - grid.shape[1]) : len(groups)]:  # with no panel below
-            axes.set_xlabel("epoch")
-            axes.tick_params(labelbottom=True)
-            axes.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True))
+        name_axes(grid, "epoch", "test error (%)")
+        grid[0, 0].xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True))
         handles = [handle(grid[0, 0], label_of(variant), **_look(variant)) for variant in variants_of(series)]
         legend(panel, handles, [NOTE if repeated else "", unfinished(cells)])
 

@@ -9,7 +9,6 @@ from bgcbench.plots.style import (
     GREY,
     NothingToDraw,
     Part,
-    bar,
     ends_of,
     handle,
     label_of,
@@ -17,6 +16,7 @@ from bgcbench.plots.style import (
     look_of,
     scale_errors,
     scale_params,
+    spread_line,
     training_title,
 )
 from bgcbench.results.aggregate import Cell, Spread, spread_of, training_cells, variant_place
@@ -98,11 +98,10 @@ def _panel(axes: Axes, spreads: Spreads, places: Mapping[Cell[TrainRow], float],
     """The cells at their places: means joined by variant, with their spread and what the paper prints."""
     for variant in variants_of(places):
         cells = sorted((cell for cell in places if cell.variant == variant), key=lambda cell: places[cell])
-        look, means = look_of(variant), [spreads[cell].mean for cell in cells]
-        axes.plot([places[cell] for cell in cells], means, label=f"_mean {variant}", **look)
+        spread_line(axes, variant, [(places[cell], spreads[cell]) for cell in cells], f"_mean {variant}")
+        colour = look_of(variant)["color"]
         for cell in cells:
             x, spread = places[cell], spreads[cell]
-            bar(axes, x, spread, variant)
             if seeds and spread.n > 1:
                 dots: dict[str, Any] = {
                     "marker": "o",
@@ -112,13 +111,13 @@ def _panel(axes: Axes, spreads: Spreads, places: Mapping[Cell[TrainRow], float],
                     "zorder": 2.5,
                 }
                 errors = list(cell.errors.values())
-                axes.plot([BESIDE * x] * spread.n, errors, label=f"_seeds {variant}", color=look["color"], **dots)
+                axes.plot([BESIDE * x] * spread.n, errors, label=f"_seeds {variant}", color=colour, **dots)
             if cell.paper_error is not None:
                 hollow = look_of(variant, markerfacecolor="none", linestyle="none", markeredgewidth=0.9)
                 axes.plot([x], [cell.paper_error], label=f"_paper {variant}", **hollow)
         if variant == "standard":
             spread = spreads[cells[0]]
-            axes.axhline(spread.mean, color=look["color"], linewidth=0.9, label="_standard", zorder=2)
+            axes.axhline(spread.mean, color=colour, linewidth=0.9, label="_standard", zorder=2)
             if spread.sd is not None:
                 low, high = spread.mean - spread.sd, spread.mean + spread.sd
                 axes.axhspan(low, high, color=GREY, alpha=0.15, linewidth=0, zorder=1.5)

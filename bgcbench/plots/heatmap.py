@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import SubFigure
 
 COLOURS, EMPTY = "cividis", "#e6e6e6"  # of the map, and of its cells without a number
-LEGIBLE = 0.179  # relative luminance (WCAG) above which black reads better than white
+DARK = 46.5  # percent, below which white reads better on the map's colours than black
 ACROSS = 12  # cells side by side
 NOTE = "Share of each layer's output energy that is lost on images held out, with calibrated weights."
 HOLES = "-: N does not fit the layer's channels, or the layer was not computed."
@@ -67,19 +67,14 @@ def part(document: Document) -> Part:
 
 def _cells(axes: Axes, cells: Sequence[Sequence[float]], colours: Colormap) -> Any:
     """The cells (percent) of one panel, each with its number on it."""
-    from matplotlib.patches import Rectangle
-
     image = axes.imshow(cells, cmap=colours, vmin=0, vmax=100, aspect="auto", interpolation="nearest")
+    axes.set_facecolor(EMPTY)
     axes.grid(visible=False)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     for i, line in enumerate(cells):
         for j, value in enumerate(line):
-            colour = "black"
-            if math.isnan(value):
-                axes.add_patch(Rectangle((j - 0.5, i - 0.5), 1, 1, facecolor=EMPTY, edgecolor="white"))
-            elif luminance(colours(min(value, 100) / 100)) < LEGIBLE:
-                colour = "white"
+            colour = "white" if value < DARK else "black"
             axes.text(j, i, percent(value), ha="center", va="center", color=colour, fontsize=7.5)
     return image
 
@@ -93,9 +88,3 @@ def percent(value: float) -> str:
     if value < 0.05:
         return "<0.1"
     return f"{value:.1f}" if value < 9.95 else f"{value:.0f}"
-
-
-def luminance(colour: Sequence[float]) -> float:
-    """Relative luminance of an sRGB colour (WCAG 2): 0 for black to 1 for white."""
-    red, green, blue = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in colour[:3])
-    return 0.2126 * red + 0.7152 * green + 0.0722 * blue

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.lines import Line2D
 
 DPI, WIDTH = 150, 7.5  # inches: a page's width, and about 900 px of a README
+Points = Sequence[tuple[float, Spread]]  # a place on the x axis, and what is known there over the seeds
 NOTE_LETTERS = 140  # of a note, in a line
 GREY = "#666666"
 WIDE = 10.0  # how often the least the largest error is from which on their axis is logarithmic
@@ -134,6 +135,18 @@ def training_title(panel: SubFigure, document: Document, what: str) -> None:
     title(panel, document, what, ran)
 
 
+def name_axes(grid: Any, x: str, y: str) -> None:
+    """The names and numbers of the axes, at the outermost panels of each line and column that are on."""
+    for line in grid:
+        for axes in [axes for axes in line if axes.axison][:1]:
+            axes.set_ylabel(y)
+            axes.tick_params(labelleft=True)
+    for column in grid.T:
+        for axes in [axes for axes in column if axes.axison][-1:]:
+            axes.set_xlabel(x)
+            axes.tick_params(labelbottom=True)
+
+
 def legend(panel: SubFigure, handles: Sequence[Line2D], notes: Iterable[str], columns: int | None = None) -> None:
     """A legend below the axes, filled by columns, under small notes on what is drawn."""
     text = "\n".join(textwrap.wrap(printable(" ".join(notes)), NOTE_LETTERS))
@@ -158,13 +171,14 @@ def log_ticks(axis: Axis, values: Sequence[float], text: Callable[[float], str])
     axis.set_major_formatter(FuncFormatter(lambda value, _: text(value)))
 
 
-def bar(axes: Axes, x: float, spread: Spread, variant: str, floor: float = 0.0) -> None:
-    """One standard deviation up and down, but not below ``floor``; nothing for a single value."""
-    if spread.sd:
-        mean = max(spread.mean, floor)
-        below = min(spread.sd, mean - floor) if floor else spread.sd
-        colour = look_of(variant)["color"]
-        axes.errorbar(x, mean, [[below], [spread.sd]], color=colour, linewidth=0.9, capsize=2, zorder=2.5)
+def spread_line(axes: Axes, variant: str, points: Points, label: str, floor: float = 0.0, **look: Any) -> None:
+    """Means joined by a line, each with one standard deviation up and down; nothing is drawn below ``floor``."""
+    means = [max(spread.mean, floor) for _, spread in points]
+    axes.plot([x for x, _ in points], means, label=label, **look_of(variant, **look))
+    for (x, spread), mean in zip(points, means, strict=True):
+        if spread.sd:
+            ends = [[min(spread.sd, mean - floor) if floor else spread.sd], [spread.sd]]
+            axes.errorbar(x, mean, ends, color=look_of(variant)["color"], linewidth=0.9, capsize=2, zorder=2.5)
 
 
 def ends_of(spreads: Iterable[Spread]) -> list[float]:

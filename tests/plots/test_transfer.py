@@ -72,6 +72,21 @@ def test_a_panel_a_start_and_below_it_the_same_with_batch_norm_estimated_again()
     assert list(found(figure.axes[5], "_initial gc").get_ydata()) == pytest.approx([6.0, 1.0, 0.8])
 
 
+def test_where_a_panel_is_missing_the_one_above_it_has_the_name_of_the_axis() -> None:
+    document = transfer_document(inits=("copy", "calibrated"), rebn=(False, True))
+    document["results"] = [
+        row for row in document["results"] if (row["params"]["init"], row["params"]["rebn"]) != ("copy", True)
+    ]
+    figure = figure_of(document, "errors")
+    copied, calibrated, missing, below = figure.axes
+    assert not missing.axison
+    assert [axes.get_xlabel() for axes in (copied, calibrated, below)] == [
+        *("parameters (millions)", "", "parameters (millions)")
+    ]
+    assert [axes.get_ylabel() for axes in (copied, calibrated, below)] == ["test error (%)", "", "test error (%)"]
+    assert_nothing_is_cut_off_or_lies_on_another(figure)
+
+
 def test_an_error_of_0_stands_at_half_an_image() -> None:
     document = transfer_document(seeds=(0,), epochs=3)
     assert "half an image" not in notes(document, "errors")
