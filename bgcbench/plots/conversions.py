@@ -42,7 +42,7 @@ def part(document: Document) -> Part:
     run = Conversions.of(document)
     series = _series(run)
     if not series:
-        raise NothingToDraw("conversions judged on real images; this result has none")
+        raise NothingToDraw("conversions evaluated on real images; this result has none")
     variants = sorted({variant for _, variant, _ in series}, key=variant_place)
     trained = any(moment == "final" for *_, moment in series)
     dense = {moment: spread_of(run.standard.errors_at(moment).values()) for moment in MOMENTS} if run.standard else {}

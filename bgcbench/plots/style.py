@@ -149,7 +149,7 @@ def name_axes(grid: Any, x: str, y: str) -> None:
 
 def legend(panel: SubFigure, handles: Sequence[Line2D], notes: Iterable[str], columns: int | None = None) -> None:
     """A legend below the axes, filled by columns, under small notes on what is drawn."""
-    text = "\n".join(textwrap.wrap(printable(" ".join(notes)), NOTE_LETTERS))
+    text = "\n".join(textwrap.wrap(printable(" ".join(filter(None, notes))), NOTE_LETTERS))
     box = panel.legend(handles=handles, loc="outside lower center", ncols=columns or len(handles) or 1, title=text)
     box.get_title().set(color=GREY, multialignment="center")
 

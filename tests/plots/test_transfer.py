@@ -167,7 +167,7 @@ def test_without_a_name_both_are_drawn_where_there_is_a_calibration() -> None:
 @pytest.mark.parametrize(
     ("document", "picture", "why"),
     [
-        (transfer_document(dataset="synthetic"), "errors", "errors needs conversions judged on real images"),
+        (transfer_document(dataset="synthetic"), "errors", "errors needs conversions evaluated on real images"),
         (transfer_document(inits=("copy",)), "layers", "layers needs calibrated conversions"),
         ({**transfer_document(), "results": []}, None, "nothing to draw: the result has neither"),
         (transfer_document(), "curves", "curves is no picture of 'transfer' results; they have errors, layers"),
