@@ -253,15 +253,15 @@ def algorithms() -> Table:
 
 def memory() -> Table:
     columns: Columns = {
-        "input + weights (+ mean)": lambda d, at: mebibytes(row_at(d, at).memory, "paper_bytes"),
-        "paper": lambda d, at: mebibytes(row_at(d, at).paper, "memory_bytes"),
+        "input + weights (+ mean)": lambda d, at: mebibytes(m.paper_bytes if (m := row_at(d, at).memory) else None),
+        "paper": lambda d, at: mebibytes(paper.memory_bytes if (paper := row_at(d, at).paper) else None),
     }
     claims = claims_of(TABLE4, {(named(*at),): at for at in [DENSE, *cells_of(TABLE4)]}, columns)
     return Table("The paper's memory column", "MiB of Table 4's layer.", ("layer",), claims)
 
 
-def mebibytes(owner: object, field: str) -> Value:
-    return None if owner is None else Number(getattr(owner, field) / 2**20, ".2f")
+def mebibytes(value: float | None) -> Value:
+    return None if value is None else Number(value / 2**20, ".2f")
 
 
 def networks(*, largest: bool = False) -> Table:

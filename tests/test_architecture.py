@@ -96,6 +96,14 @@ def test_third_party_packages_stay_in_their_places(part: str, path: Path) -> Non
         assert part in MONOPOLIES.get(name, {part})
 
 
+def test_pictures_read_rows_by_field() -> None:
+    for path in sorted((PACKAGE / "plots").glob("*.py")):
+        nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Subscript)]
+        by_name = [ast.unparse(node.value) for node in nodes if isinstance(node.slice, ast.Constant)
+                   and isinstance(node.slice.value, str)]  # fmt: skip
+        assert all("look" in value or value == "usual" for value in by_name), (path, by_name)  # of matplotlib's options
+
+
 def test_only_the_command_line_and_the_report_print() -> None:
     for part, path in modules():
         calls = [n.func.id for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call)

@@ -92,6 +92,18 @@ def test_a_table_has_a_dash_where_nothing_is_claimed() -> None:
     assert lines == ["| variant | a | b |", "| --- | ---: | ---: |", "| GC | 1 | - |", "| BGC | - | 2 |"]
 
 
+@pytest.mark.parametrize(("said", "code"), [("as it is", 0), ("something else", 1)])
+def test_the_check_names_a_document_that_is_stale(
+    said: str, code: int, tmp_path: Any, monkeypatch: Any, capsys: Any
+) -> None:
+    (tmp_path / "page.md").write_text("as it is")
+    monkeypatch.setattr(claims, "ROOT", tmp_path)
+    monkeypatch.setattr(claims, "documents", lambda: [(tmp_path / "page.md", said)])
+    monkeypatch.setattr("sys.argv", ["claims"])
+    assert claims.main() == code
+    assert ("page.md" in capsys.readouterr().out) is bool(code)
+
+
 def test_only_what_stands_between_the_marks_is_written() -> None:
     text = "a\n<!-- claims: speed -->\nold\n<!-- end of claims -->\nb\n<!-- end of claims -->"
     start, _, rest = claims.put_into(text).partition("\n\n| device")
