@@ -127,9 +127,10 @@ def title(panel: SubFigure, document: Document, *lines: str) -> None:
 
 def training_title(panel: SubFigure, document: Document, what: str) -> None:
     """The network, the data and the trainings under ``what``."""
-    params = document.results[0].params
-    epochs = max(row.params.epochs for row in document.results)
-    seeds = len({row.params.seed for row in document.results if row.params.variant != "standard"} or {0})
+    rows, params = document.results, document.results[0].params
+    epochs = max(row.params.epochs for row in rows)
+    # The untouched network has one seed without --control, whatever the conversions have.
+    seeds = len({row.params.seed for row in rows if row.params.variant != "standard"} or {r.params.seed for r in rows})
     trained = f"{epochs} epoch{'s' * (epochs > 1)}" if epochs else "no training"
     ran = f"{params.model} on {params.dataset}, {trained}, {seeds} seed{'s' * (seeds > 1)}"
     title(panel, document, what, ran)

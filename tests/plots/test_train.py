@@ -229,6 +229,10 @@ def test_without_a_name_both_are_drawn_and_the_title_says_what_ran() -> None:
     assert figure_title(figure).endswith("wrn_10_2 on digits, 10 epochs, 3 seeds, a quick run, not complete")
 
 
+def test_the_title_counts_the_seeds_of_a_standard_convolution_alone() -> None:
+    assert figure_title(figure_of(train_document(variants=("standard",)))).endswith("3 seeds")
+
+
 def failed(document: Json) -> Json:
     for row in document["results"]:
         stop(row, "invalid", "N does not divide")
