@@ -8,20 +8,16 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from bgcbench.specs import VARIANTS
+
 __version__ = "0.1.0"
 
 _HOMES = {
-    "BalancedGroupConv2d": "bgcbench.convs.bgc",
+    **{name: home for home, name in (variant.layer.split(":") for variant in VARIANTS.values())},
     "BgcbenchError": "bgcbench.errors",
     "ConvSpec": "bgcbench.specs",
     "Converted": "bgcbench.convert",
-    "FullyLearnableGroupConv2d": "bgcbench.convs.flgc",
-    "GroupConv2d": "bgcbench.convs.gc",
     "LayerError": "bgcbench.activations",
-    "LearnedGroupConv2d": "bgcbench.convs.lgc",
-    "ShuffleGroupConv2d": "bgcbench.convs.shuffle",
-    "StandardConv2d": "bgcbench.convs.standard",
-    "TwoLevelGroupConv2d": "bgcbench.convs.tlgc",
     "approximability": "bgcbench.activations",
     "build_conv": "bgcbench.convs",
     "build_model": "bgcbench.models",

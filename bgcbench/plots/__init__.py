@@ -69,18 +69,6 @@ STYLE: dict[str, Any] = {
     "svg.hashsalt": "bgcbench",
     "text.parse_math": False,  # a folder's name may have $ in it
 }
-# Okabe and Ito's colours, which all kinds of colour vision tell apart, with a shape and a size (points) each: where two
-# variants lose the same, the smaller marker stands inside the larger.
-LOOKS = (
-    ("#000000", "*", 9.0),
-    ("#D55E00", "s", 7.5),
-    ("#E69F00", "D", 4.0),
-    ("#009E73", "^", 6.5),
-    ("#CC79A7", "v", 6.5),
-    ("#56B4E9", "P", 7.0),
-    ("#0072B2", "o", 6.0),
-)
-
 
 # ------------------------------------------------------------------------------------------------------------- files
 
@@ -260,7 +248,7 @@ def label_of(variant: str) -> str:
 
 def look_of(variant: str) -> dict[str, Any]:
     """How a variant's line and markers look in every picture of trained networks."""
-    colour, marker, size = LOOKS[list(VARIANTS).index(variant) % len(LOOKS)]
+    colour, marker, size = VARIANTS[variant].look
     return {"color": colour, "marker": marker, "markersize": size, "linewidth": 0.9, "zorder": 3 + 1 / size}
 
 

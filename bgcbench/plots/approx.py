@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from bgcbench.errors import UsageError
 from bgcbench.plots import (
     GREY,
-    LOOKS,
     SMALL,
     WIDTH,
     NothingToDraw,
@@ -25,7 +24,7 @@ from bgcbench.plots import (
     state_of,
 )
 from bgcbench.results import Json
-from bgcbench.specs import VARIANTS
+from bgcbench.specs import LINEAR, VARIANTS
 from bgcbench.theory import paper
 from bgcbench.theory.bounds import SCALING_POWER
 from bgcbench.theory.fits import EXACT
@@ -97,7 +96,7 @@ def _shape(document: Json, rows: Sequence[Json]) -> str:
 
 def _look(variant: str, name: str, names: Sequence[str]) -> dict[str, Any]:
     """Marker options of a variant on an input."""
-    colour, marker, size = LOOKS[list(VARIANTS).index(variant) % len(LOOKS)]
+    colour, marker, size = VARIANTS[variant].look
     fill, _, larger = INPUT_LOOKS[names.index(name) % len(INPUT_LOOKS)]
     return {
         "color": colour,
@@ -200,7 +199,7 @@ def _exact_curve(variant: str, name: str, rows: Sequence[Json]) -> tuple[list[fl
         for row in rows
         if row["exact_relative_error"] is not None and row["exact_relative_error"] > EXACT
     }
-    kept = {"gc": 1, "shuffle": 1, "bgc": 2}.get(variant)
+    kept = VARIANTS[variant].unknowns(1, 1) if variant in LINEAR else None
     if len(known) < 2 or kept is None or not (variant == "bgc" or _white(name)):
         return [float(n) for n in known], list(known.values())
     constant = statistics.fmean(error / (1 - kept / n) for n, error in known.items())

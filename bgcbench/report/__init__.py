@@ -481,21 +481,11 @@ def profile_records(document: Json) -> list[Json]:
 
 # --------------------------------------------------------------------------------------------- Table 1, other tables
 
-_TABLE1 = {
-    "standard": ("yes", "n", "none"),
-    "gc": ("no", "n/N", "deterministic"),
-    "shuffle": ("yes", "n/N", "deterministic"),
-    "lgc": ("yes", "n/N", "adaptive"),
-    "flgc": ("yes", "varies", "adaptive"),
-    "tlgc": ("yes", "n/N", "deterministic"),
-    "bgc": ("yes", "n/N", "deterministic"),
-}
-
 
 def table1_report(
     in_channels: int, out_channels: int, kernel: int, size: tuple[int, int], groups: Sequence[int]
 ) -> Report:
-    """Table 1 of the paper evaluated for one layer: all seven variants at every N. Nothing is measured.
+    """Table 1 of the paper evaluated for one layer: all variants at every N. Nothing is measured.
 
     Raises ShapeError for an N that does not divide the channels.
     """
@@ -533,7 +523,7 @@ def table1_report(
 
 
 def _table1_record(name: str, groups: int, spec: ConvSpec, size: tuple[int, int]) -> Json:
-    intergroup, channels, grouping = _TABLE1[name]
+    intergroup, channels, grouping = VARIANTS[name].table1
     counts = dataclasses.asdict(count(spec, *size))
     return {
         "variant": name,
