@@ -24,7 +24,7 @@ _HOMES = {
     "convert": "bgcbench.convert",
     "fold_norms": "bgcbench.folding",
     "load_converted": "bgcbench.convert",
-    "parameter_groups": "bgcbench.convs.base",
+    "parameter_groups": "bgcbench.convs.masked",
     "save_converted": "bgcbench.convert",
 }
 
@@ -59,11 +59,11 @@ if TYPE_CHECKING:
     from bgcbench.activations import LayerError, approximability
     from bgcbench.convert import Converted, convert, load_converted, save_converted
     from bgcbench.convs import build_conv
-    from bgcbench.convs.base import parameter_groups
     from bgcbench.convs.bgc import BalancedGroupConv2d
     from bgcbench.convs.flgc import FullyLearnableGroupConv2d
     from bgcbench.convs.gc import GroupConv2d
     from bgcbench.convs.lgc import LearnedGroupConv2d
+    from bgcbench.convs.masked import parameter_groups
     from bgcbench.convs.shuffle import ShuffleGroupConv2d
     from bgcbench.convs.standard import StandardConv2d
     from bgcbench.convs.tlgc import TwoLevelGroupConv2d

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bgcbench.convs.base import block_diagonal
-from bgcbench.convs.bgc_forms import dense_kernel
+from bgcbench.convs.bgc_algorithms import dense_kernel
+from bgcbench.convs.blocks import block_diagonal
 from bgcbench.kernels import common, usable
 from bgcbench.kernels.bgc import bgc_conv2d
 from bgcbench.kernels.gc import gc_conv2d
