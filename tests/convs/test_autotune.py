@@ -179,7 +179,7 @@ def test_under_autocast_the_kernels_are_tried_in_its_type(
 ) -> None:
     fastest(triton=1.0)
     monkeypatch.setattr("bgcbench.kernels.device_ready", lambda kind, index: True)  # as if they could run here ...
-    monkeypatch.setattr("bgcbench.kernels.bgc.launchable", lambda *_: False)  # ... which they cannot
+    monkeypatch.setattr("bgcbench.kernels.operators.launchable", lambda *_: False)  # ... which they cannot
     own, x = layer(), torch.randn(X).to(dtype)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = own(x)
