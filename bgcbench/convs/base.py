@@ -207,6 +207,22 @@ class VariantConv2d(nn.Module, ABC):
                 layer.bias.copy_(bias)
         return layer
 
+    @classmethod
+    def of(cls, spec: ConvSpec, **options: Any) -> Self:
+        """The layer that ``spec`` describes; ``options`` (device, dtype, padding_mode) go to the constructor."""
+        return cls(
+            spec.in_channels,
+            spec.out_channels,
+            spec.kernel_size,
+            spec.stride,
+            spec.padding,
+            spec.dilation,
+            spec.groups,
+            spec.bias,
+            algorithm=spec.algorithm,
+            **options,
+        )
+
     def folded(self) -> nn.Conv2d:
         """PyTorch's standard convolution that computes what this layer does now, with the kernel ``dense_weight()``.
 

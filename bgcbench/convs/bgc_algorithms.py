@@ -2,11 +2,11 @@
 
 They compute the same map and differ in what they call and in what they read and write. Their gradients are written out
 by hand, because autograd, taking them apart operation by operation, stores the gradient of the mean N times over (once
-a group), adds that to the gradient of x in another pass, and copies whatever it cannot view:
+a group), adds that to the gradient of x in another pass, and copies what it cannot view:
 
     dx^k = A^k* dy^k + (1/N) sum_l B^l* dy^l        dA^k = dy^k (*) x^k        dB^k = dy^k (*) xbar
 
-(B* is the transposed convolution, dy (*) x the correlation that gives a kernel's gradient.) Where somebody follows the
+(B* is the transposed convolution, dy (*) x the correlation that gives a kernel's gradient.) Where something records the
 single operations (see followed.py), and for second derivatives, the same maps are composed of them.
 """
 
@@ -135,7 +135,7 @@ class _Map(NamedTuple):
 
 
 def _by_hand(map_: _Map, constants: tuple[Any, ...], *inputs: Tensor | None) -> Tensor:
-    """y of the map: composed where somebody follows, computed in place elsewhere, with its own gradients if needed."""
+    """y of the map: composed where something records it, else computed in place, with its own gradients if needed."""
     if is_followed(inputs[0]):
         return map_.composed(*constants, *inputs)
     if torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in inputs):

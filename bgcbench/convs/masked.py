@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -88,17 +89,9 @@ class MaskedConv2d(VariantConv2d):
         """A deployed layer that computes what this one does now; the layer itself if it is one already."""
         if self.is_deployed:
             return self
-        layer = type(self)(
-            self.in_channels,
-            self.out_channels,
-            self.kernel_size,
-            self.stride,
-            self.padding,
-            self.dilation,
-            self.groups,
-            self.bias is not None,
+        layer = self.of(
+            replace(self.spec, algorithm="deployed"),
             padding_mode=self.padding_mode,
-            algorithm="deployed",
             device=self.kernel.device,
             dtype=self.kernel.dtype,
         )

@@ -1,4 +1,4 @@
-"""The host's side of the kernels: which sums there are, in which tiles they run, where results go.
+"""Launch the kernels: define each sum, select its tile, allocate its result.
 
 Every function takes and returns tensors (B, C, H, W) that are channels-last in memory, and fits the geometry it is
 given; an empty batch launches nothing. Whatever is used of a tensor is copied into channels-last where it is not.

@@ -299,7 +299,7 @@ def compare_words(ratio: Ratio, other: str) -> str:
         value = max(ratio.value, 1 / ratio.value)
         return f"about {ratio_text(value)}x {how} than {other} (no interval)"
     apart = "" if ratio.paired else ", measured apart"
-    if not ratio.detectable:
+    if not ratio.is_significant:
         bound = max(abs(interval.low - 1), abs(interval.high - 1))
         if bound > 0.1:
             span = f"{ratio_text(interval.low)}-{ratio_text(interval.high)}"
@@ -620,7 +620,7 @@ def compare_report(before: Json, after: Json, names: tuple[str, str], limit: flo
 def _change_words(ratio: Ratio) -> str:
     if ratio.ci95 is None:
         return f"about {ratio.value:.2f}x the time (too few rounds for an interval)"
-    if not ratio.detectable:
+    if not ratio.is_significant:
         bound = max(abs(ratio.ci95.low - 1), abs(ratio.ci95.high - 1))
         return f"no detectable difference (< {significant(100 * bound, 2)} %)"
     return f"{ratio.value:.2f}x the time (95% CI {ratio.ci95.low:.2f}-{ratio.ci95.high:.2f})"

@@ -1,4 +1,4 @@
-"""Second moments of a convolution's patches and outputs, added up as the inputs come.
+"""Second moments of a convolution's patches and outputs, accumulated input by input.
 
 At one output position a convolution is y = W u, with u the patch vector (length nK, in the order of
 ``torch.nn.functional.unfold``: channel-major, then kernel positions). What a variant can and cannot do on given inputs
@@ -79,7 +79,7 @@ class RegressionMoments:
         self.positions = 0
 
     def add(self, patches: Tensor, outputs: Tensor) -> None:
-        """Count pairs in: patches (nK, P) and outputs (m, P)."""
+        """Add pairs: patches (nK, P) and outputs (m, P)."""
         u = patches.to(self._total) - self.origin_in[:, None]
         y = outputs.to(self._total) - self.origin_out[:, None]
         # Only the lower half, in blocks: the other one is its mirror image.
@@ -156,7 +156,7 @@ class PatchMoments:
         self.images = 0
 
     def add(self, x: Tensor, at_most: int | None = None, generator: torch.Generator | None = None) -> None:
-        """Count the patches of x (B, n, H, W) in.
+        """Add the patches of x (B, n, H, W).
 
         at_most: of each image take no more than that many positions, drawn without replacement from ``generator``, for
         each image anew; only their patches are formed.

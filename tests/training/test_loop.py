@@ -513,7 +513,7 @@ def test_a_form_that_was_measured_is_gone_on_with(tmp_path: Path, monkeypatch: p
     def only(form: str) -> None:
         """As if ``form`` were the fastest, in a process that has measured nothing yet."""
         autotune.forget()
-        monkeypatch.setattr(BalancedGroupConv2d, "forms", lambda *_: (form,))
+        monkeypatch.setattr(BalancedGroupConv2d, "candidates", lambda *_: (form,))
 
     checkpoints = Checkpoints(tmp_path)
     only("concat")
