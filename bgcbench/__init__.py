@@ -16,19 +16,19 @@ _HOMES = {
     **{name: home for home, name in (variant.layer.split(":") for variant in VARIANTS.values())},
     "BgcbenchError": "bgcbench.errors",
     "ConvSpec": "bgcbench.specs",
-    "Converted": "bgcbench.convert",
-    "LayerError": "bgcbench.activations",
-    "approximability": "bgcbench.activations",
+    "Converted": "bgcbench.conversion.record",
+    "LayerError": "bgcbench.conversion.approximability",
+    "approximability": "bgcbench.conversion.approximability",
     "build_conv": "bgcbench.convs",
     "build_model": "bgcbench.models",
-    "convert": "bgcbench.convert",
-    "fold_norms": "bgcbench.folding",
-    "load_converted": "bgcbench.convert",
+    "convert": "bgcbench.conversion.convert",
+    "fold_norms": "bgcbench.conversion.folding",
+    "load_converted": "bgcbench.conversion.convert",
     "parameter_groups": "bgcbench.convs.masked",
-    "save_converted": "bgcbench.convert",
+    "save_converted": "bgcbench.conversion.convert",
 }
 
-_MODULES = ("calibration",)  # parts that are used by their own name, such as bgcbench.calibration.reestimate_norms
+_MODULES = {"calibration": "bgcbench.conversion.calibration"}  # used by its name: bgcbench.calibration.reestimate_norms
 
 __all__ = [
     "BalancedGroupConv2d",
@@ -55,9 +55,11 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from bgcbench import calibration
-    from bgcbench.activations import LayerError, approximability
-    from bgcbench.convert import Converted, convert, load_converted, save_converted
+    from bgcbench.conversion import calibration
+    from bgcbench.conversion.approximability import LayerError, approximability
+    from bgcbench.conversion.convert import convert, load_converted, save_converted
+    from bgcbench.conversion.folding import fold_norms
+    from bgcbench.conversion.record import Converted
     from bgcbench.convs import build_conv
     from bgcbench.convs.bgc import BalancedGroupConv2d
     from bgcbench.convs.flgc import FullyLearnableGroupConv2d
@@ -68,14 +70,13 @@ if TYPE_CHECKING:
     from bgcbench.convs.standard import StandardConv2d
     from bgcbench.convs.tlgc import TwoLevelGroupConv2d
     from bgcbench.errors import BgcbenchError
-    from bgcbench.folding import fold_norms
     from bgcbench.models import build_model
     from bgcbench.specs import ConvSpec
 
 
 def __getattr__(name: str) -> Any:
     if name in _MODULES:
-        return importlib.import_module(f"{__name__}.{name}")
+        return importlib.import_module(_MODULES[name])
     if name not in _HOMES:
         raise AttributeError(f"module 'bgcbench' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES[name]), name)
