@@ -45,9 +45,9 @@ class VariantConv2d(nn.Module, ABC):
     """
 
     variant: ClassVar[str]
-    # Programs that fold norms, prune or quantise take weight, bias and groups for all that a convolution is. A layer
-    # with more kernels, or with rows in another order than its outputs, has another name for its first one, so that
-    # they fail instead of being wrong (see bgcbench.fold_norms).
+    # Programs that fold norms, prune or quantise assume that weight, bias and groups describe a convolution. A layer
+    # with more kernels, or with rows in another order than its outputs, gives its first kernel another name, so that
+    # such programs fail instead of computing something wrong (see bgcbench.fold_norms).
     kernel_name: str = "weight"
     bias: nn.Parameter | None
 
@@ -290,7 +290,8 @@ class VariantConv2d(nn.Module, ABC):
 
         This is what a masked layer (LGC, FLGC) deploys; while it trains it stores ``counts(...).params_training``.
         """
-        return self.counts(*self._smallest_input()).params
+        height, width = (d * (k - 1) + 1 for d, k in zip(self.dilation, self.kernel_size, strict=True))
+        return self.counts(height, width).params
 
     def macs(self, height: int, width: int) -> int:
         """Multiply-adds of one image of ``height`` x ``width``, forward. FLOPs are twice that (+ BGC's mean)."""
@@ -300,19 +301,13 @@ class VariantConv2d(nn.Module, ABC):
         """All counts of one image of ``height`` x ``width`` (see bgcbench.measure.counts)."""
         return count(self.spec, height, width)
 
-    def _smallest_input(self) -> tuple[int, int]:
-        height, width = (d * (k - 1) + 1 for d, k in zip(self.dilation, self.kernel_size, strict=True))
-        return height, width
-
-    def _convolve(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, groups: int, stride: tuple[int, int] | None = None
-    ) -> Tensor:
-        """conv2d with this layer's stride (but where another is given), padding and dilation."""
+    def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
+        """conv2d with this layer's stride, padding and dilation."""
         x, padding = self._padded(x)
-        return F.conv2d(x, weight, bias, stride or self.stride, padding, self.dilation, groups)
+        return F.conv2d(x, weight, bias, self.stride, padding, self.dilation, groups)
 
     def _padded(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        """x with the padding that is no zeros around it, and how much of zeros is still to be added."""
+        """x padded by all that is not zeros, and the padding by zeros that remains to be done."""
         if self.padding_mode == "zeros":
             return x, self.padding
         rows, columns = self.padding

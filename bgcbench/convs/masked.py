@@ -51,7 +51,7 @@ class MaskedConv2d(VariantConv2d):
         """The tensors that decide what the masked layer computes, by the names that ``project`` uses."""
 
     def set_progress(self, fraction: float) -> bool:
-        """A training loop says before every step which ``fraction`` (0 to 1) of the training has passed.
+        """Prune as far as belongs to ``fraction`` (0 to 1) of the training; the training loop calls it at each step.
 
         Returns whether the layer has changed its structure; only a variant that prunes itself (LGC) ever does.
         """
@@ -126,16 +126,16 @@ def gather_channels(x: Tensor, index: Tensor) -> Tensor:
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """The parameters of ``model`` as optimiser groups: those that decay, and those that must not.
 
-    What must not decay are the assignments of FLGC: decay pulls every logit of a channel together, so the grouping
-    would drift without any gradient asking for it. Everything else decays, norms and biases too, as in the paper's
+    FLGC's assignments must not decay: decay pulls all logits of a channel together, so the grouping would drift without
+    a gradient. Everything else decays, norms and biases too, as in the paper's
     recipes. Use as ``torch.optim.SGD(parameter_groups(model, 5e-4), lr=0.1)``; an empty group is left out.
     """
     exempt = {
-        id(module.get_parameter(name))
+        id(getattr(module, name))
         for module in model.modules()
         if isinstance(module, MaskedConv2d)
         for name in module.exempt_from_decay
-        if name in dict(module.named_parameters(recurse=False))
+        if hasattr(module, name)
     }
     parameters = list(model.parameters())
     split = (
