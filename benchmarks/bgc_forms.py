@@ -32,7 +32,7 @@ import torch
 from torch import nn
 
 from benchmarks.common import find_device, save
-from bgcbench.convs import build_conv, choices
+from bgcbench.convs import autotune, build_conv
 from bgcbench.convs.bgc import BalancedGroupConv2d
 from bgcbench.measure.allocator import memory_state, resolve_memory
 from bgcbench.measure.device import backend_state, current, make_stopwatch, random_input
@@ -150,11 +150,11 @@ def measured(
         cell.release()
         return made, layer
 
-    choices.forget()
+    autotune.forget()
     auto, layer = track("auto", "bgc", spec.groups, "auto")
     assert isinstance(layer, BalancedGroupConv2d)
     chosen = layer.chosen["training" if phase == "fwd_bwd" else "inference"]
-    (found,) = choices.remembered()
+    (found,) = autotune.remembered()
     # What 'auto' has seen to be out of the question is not worth the time of a quiet machine.
     limit = HOPELESS * min(found["seconds"].values())
     kept = [auto, *(track(form, "bgc", spec.groups, form)[0] for form, s in found["seconds"].items() if s < limit)]

@@ -33,8 +33,10 @@ def main() -> int:
         first, second = (Series(track.samples, track.rounds) for track in group.tracks)
         ratio = ratio_of_medians(first, second, paired=True)
         bounds = [ratio.ci95.low, ratio.ci95.high] if ratio.ci95 else None
-        tries.append({"ratio": ratio.value, "ci95": bounds, "told_apart": ratio.detectable, "rounds": group.rounds})
-        print(f"try {seed + 1:2}: {ratio.value:.4f} {bounds} {'TOLD APART' if ratio.detectable else ''}", flush=True)
+        tries.append({"ratio": ratio.value, "ci95": bounds, "told_apart": ratio.is_significant, "rounds": group.rounds})
+        print(
+            f"try {seed + 1:2}: {ratio.value:.4f} {bounds} {'TOLD APART' if ratio.is_significant else ''}", flush=True
+        )
     apart = sum(bool(entry["told_apart"]) for entry in tries)
     save(options.out, "python -m benchmarks.same_row_twice", {"shape": SHAPE, "told_apart": apart, "tries": tries})
     print(f"told apart in {apart} of {len(tries)} tries")

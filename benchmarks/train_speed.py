@@ -25,7 +25,7 @@ from torchvision import transforms
 from torchvision.transforms import v2
 
 from benchmarks.common import CPU, save
-from bgcbench.convs.base import parameter_groups
+from bgcbench.convs.masked import parameter_groups
 from bgcbench.data import open_labelled
 from bgcbench.data.labelled import ResidentData
 from bgcbench.training.distributed import World

@@ -8,27 +8,23 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from bgcbench.specs import VARIANTS
+
 __version__ = "0.1.0"
 
 _HOMES = {
-    "BalancedGroupConv2d": "bgcbench.convs.bgc",
+    **{name: home for home, name in (variant.layer.split(":") for variant in VARIANTS.values())},
     "BgcbenchError": "bgcbench.errors",
     "ConvSpec": "bgcbench.specs",
     "Converted": "bgcbench.conversion.record",
-    "FullyLearnableGroupConv2d": "bgcbench.convs.flgc",
-    "GroupConv2d": "bgcbench.convs.gc",
     "LayerError": "bgcbench.conversion.approximability",
-    "LearnedGroupConv2d": "bgcbench.convs.lgc",
-    "ShuffleGroupConv2d": "bgcbench.convs.shuffle",
-    "StandardConv2d": "bgcbench.convs.standard",
-    "TwoLevelGroupConv2d": "bgcbench.convs.tlgc",
     "approximability": "bgcbench.conversion.approximability",
     "build_conv": "bgcbench.convs",
     "build_model": "bgcbench.models",
     "convert": "bgcbench.conversion.convert",
     "fold_norms": "bgcbench.conversion.folding",
     "load_converted": "bgcbench.conversion.convert",
-    "parameter_groups": "bgcbench.convs.base",
+    "parameter_groups": "bgcbench.convs.masked",
     "save_converted": "bgcbench.conversion.convert",
 }
 
@@ -65,11 +61,11 @@ if TYPE_CHECKING:
     from bgcbench.conversion.folding import fold_norms
     from bgcbench.conversion.record import Converted
     from bgcbench.convs import build_conv
-    from bgcbench.convs.base import parameter_groups
     from bgcbench.convs.bgc import BalancedGroupConv2d
     from bgcbench.convs.flgc import FullyLearnableGroupConv2d
     from bgcbench.convs.gc import GroupConv2d
     from bgcbench.convs.lgc import LearnedGroupConv2d
+    from bgcbench.convs.masked import parameter_groups
     from bgcbench.convs.shuffle import ShuffleGroupConv2d
     from bgcbench.convs.standard import StandardConv2d
     from bgcbench.convs.tlgc import TwoLevelGroupConv2d

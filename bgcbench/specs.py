@@ -11,7 +11,7 @@ import difflib
 import importlib
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, ClassVar
 
@@ -22,18 +22,93 @@ Channels = tuple[float, float, float]  # a number for red, green and blue
 
 
 @dataclass(frozen=True)
-class Variant:
-    """One row of the paper's Table 1: its command-line name, its label in tables and where its layer lives.
+class Sizes:
+    """The numbers that counting rules are written in."""
 
-    ``layer`` is "module:Class". ``algorithms`` are the exact forms the layer can run in. ``measured``: whether 'auto'
-    measures which of them is the fastest; otherwise it is the first.
+    n: int  # input channels
+    m: int  # output channels
+    groups: int  # N
+    pairs: int  # sum over the groups of m_g n_g: output-input pairs that a weight connects
+    k: int  # K, kernel positions
+    d: int  # D, output positions
+    d_in: int  # input positions
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What a variant's counting rule says of one layer without bias and one image.
+
+    weights: numbers that the deployed layer stores; each is multiplied at D positions. adds: additions outside the
+    products. paper_params: the parameters in Table 1, None where they are the weights. paper_extra: what the operations
+    of (3.14) and section 4 have besides D times the weights. trained: numbers stored while a masked dense kernel
+    trains, None for a layer that is deployed as it trains.
+    """
+
+    weights: int
+    adds: int = 0
+    paper_params: int | None = None
+    paper_extra: int = 0
+    trained: int | None = None
+
+
+def one_block(s: Sizes) -> Costs:
+    """Kmn/N weights; at N = 1 the standard convolution."""
+    return Costs(s.k * s.m * s.n // s.groups)
+
+
+def _lgc(s: Sizes) -> Costs:
+    """Condensation C = groups G = N, the setting of the paper's count; half of Table 1's 2Kmn is the 0/1 mask."""
+    weights = s.k * s.m * s.n // s.groups
+    pruning = (s.groups - 1) * (weights + s.m * s.n // s.groups + 1)
+    dense = s.k * s.m * s.n
+    return Costs(weights, paper_params=2 * dense, paper_extra=pruning, trained=dense)
+
+
+def _flgc(s: Sizes) -> Costs:
+    """Leaves out the m n N multiply-adds that build the mask once a call, whatever the batch."""
+    weights = s.k * s.pairs
+    trained = s.k * s.m * s.n + s.groups * (s.n + s.m)
+    assignment = (s.n + s.m) * s.groups**2 + weights
+    return Costs(weights, paper_params=trained, paper_extra=assignment, trained=trained)
+
+
+def _tlgc(s: Sizes) -> Costs:
+    return Costs(s.k * s.m * s.n // s.groups + s.k * s.n + s.groups * s.m)
+
+
+def _bgc(s: Sizes) -> Costs:
+    return Costs(2 * s.k * s.m * s.n // s.groups, adds=s.d_in * s.n, paper_extra=s.d * s.n)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One row of the paper's Table 1: all that the package has to know of a variant besides its layer.
+
+    name: on the command line. label: in tables and plots. summary: in ``bgcbench --help``. layer: "module:Class".
+    costs: its counting rule for N >= 2; at N = 1 every variant is the standard convolution.
+    table1: Table 1's columns: whether groups exchange information, the channels that an output sees, how groups are
+    found. algorithms: the exact algorithms of its layer, the default first. measured: whether 'auto' measures which of
+    them is the fastest; otherwise it is the first. uneven: whether groups may differ in size, so that N need not divide
+    the channels. has_lasso: whether its layers offer a group lasso to the training's loss.
+    solver: how ``bgcbench approx`` finds the least error: 'schur' solves a linear space of kernels for all convolutions
+    at once (:mod:`bgcbench.theory.residual`), any other name calls ``from_dense`` for each convolution.
+    unknowns: free numbers in the least squares of one output, given p = K n/N and N.
+    look: colour, matplotlib's marker and the marker's size in points.
     """
 
     name: str
     label: str
+    summary: str
     layer: str
+    costs: Callable[[Sizes], Costs]
+    table1: tuple[str, str, str] = ("yes", "n/N", "deterministic")
     algorithms: tuple[str, ...] = ("stock",)
     measured: bool = False
+    uneven: bool = False
+    has_lasso: bool = False
+    solver: str = "from_dense"
+    unknowns: Callable[[int, int], int] = lambda p, groups: p
+    look: tuple[str, str, float] = ("#666666", "X", 6.0)
 
     def settled(self, algorithm: str) -> str:
         """``algorithm`` with 'auto' resolved where that does not take a measurement."""
@@ -42,36 +117,103 @@ class Variant:
 
 POINTWISE_ALGORITHMS = ("matmul",)  # for 1x1 kernels without padding only
 CUDA_ALGORITHMS = ("triton",)  # kernels of our own; elsewhere the operator runs stock convolutions
-# The forms of a layer that is trained as one thing and run as another.
+# The algorithms of a layer that is trained as one thing and run as another.
 TRAINED_AND_DEPLOYED = ("masked", "deployed")
-# The one registration of the variants. A new layer is its file in convs/ and its line here.
+# The one registration of the variants. A new layer is its file in convs/ and its entry here.
+# Looks: Okabe and Ito's colours, which all kinds of colour vision tell apart. Where two variants lose the same, the
+# smaller marker stands inside the larger.
 VARIANTS: dict[str, Variant] = {
     variant.name: variant
     for variant in (
-        Variant("standard", "SC", "bgcbench.convs.standard:StandardConv2d"),
-        Variant("gc", "GC", "bgcbench.convs.gc:GroupConv2d", ("stock", "triton")),
-        Variant("shuffle", "Shuffle", "bgcbench.convs.shuffle:ShuffleGroupConv2d"),
-        Variant("lgc", "LGC", "bgcbench.convs.lgc:LearnedGroupConv2d", TRAINED_AND_DEPLOYED),
-        Variant("flgc", "FLGC", "bgcbench.convs.flgc:FullyLearnableGroupConv2d", TRAINED_AND_DEPLOYED),
-        Variant("tlgc", "TLGC", "bgcbench.convs.tlgc:TwoLevelGroupConv2d"),
+        Variant(
+            "standard",
+            "SC",
+            "SC",
+            "bgcbench.convs.standard:StandardConv2d",
+            one_block,
+            table1=("yes", "n", "none"),
+            solver="exact",
+            unknowns=lambda p, groups: 0,
+            look=("#000000", "*", 9.0),
+        ),
+        Variant(
+            "gc",
+            "GC",
+            "group convolution",
+            "bgcbench.convs.gc:GroupConv2d",
+            one_block,
+            table1=("no", "n/N", "deterministic"),
+            algorithms=("stock", "triton"),
+            solver="schur",
+            look=("#D55E00", "s", 7.5),
+        ),
+        Variant(
+            "shuffle",
+            "Shuffle",
+            "GC and a channel shuffle",
+            "bgcbench.convs.shuffle:ShuffleGroupConv2d",
+            one_block,  # a shuffle moves numbers and computes none
+            solver="schur",
+            look=("#E69F00", "D", 4.0),
+        ),
+        Variant(
+            "lgc",
+            "LGC",
+            "pruned into groups",
+            "bgcbench.convs.lgc:LearnedGroupConv2d",
+            _lgc,
+            table1=("yes", "n/N", "adaptive"),
+            algorithms=TRAINED_AND_DEPLOYED,
+            has_lasso=True,
+            solver="column-search",
+            look=("#009E73", "^", 6.5),
+        ),
+        Variant(
+            "flgc",
+            "FLGC",
+            "learnt groups",
+            "bgcbench.convs.flgc:FullyLearnableGroupConv2d",
+            _flgc,
+            table1=("yes", "varies", "adaptive"),
+            algorithms=TRAINED_AND_DEPLOYED,
+            uneven=True,
+            solver="partition-search",
+            look=("#CC79A7", "v", 6.5),
+        ),
+        Variant(
+            "tlgc",
+            "TLGC",
+            "two-level",
+            "bgcbench.convs.tlgc:TwoLevelGroupConv2d",
+            _tlgc,
+            solver="als",
+            unknowns=lambda p, groups: p + groups,
+            look=("#56B4E9", "P", 7.0),
+        ),
         Variant(
             "bgc",
             "BGC",
+            "balanced group convolution of Lee, Park & Lee",
             "bgcbench.convs.bgc:BalancedGroupConv2d",
-            ("two_conv", "concat", "dense", "split", "matmul", "triton"),
+            _bgc,
+            algorithms=("two_conv", "concat", "dense", "split", "matmul", "triton"),
             measured=True,
+            solver="schur",
+            unknowns=lambda p, groups: 2 * p,
+            look=("#0072B2", "o", 6.0),
         ),
     )
 }
 ALGORITHMS: tuple[str, ...] = tuple(
-    dict.fromkeys(form for v in VARIANTS.values() for form in v.algorithms if form != "stock")
+    dict.fromkeys(algorithm for v in VARIANTS.values() for algorithm in v.algorithms if algorithm != "stock")
 )
-# How --algorithm of a training may be answered: the first form of each variant, the fastest one, or one by name.
-TRAINING_ALGORITHMS: tuple[str, ...] = ("fixed", "auto", *(f for f in ALGORITHMS if f not in TRAINED_AND_DEPLOYED))
+# How --algorithm of a training may be answered: the first one of each variant, the fastest one, or one by name.
+TRAINING_ALGORITHMS: tuple[str, ...] = ("fixed", "auto", *(a for a in ALGORITHMS if a not in TRAINED_AND_DEPLOYED))
 PRECISIONS: dict[str, int] = {"fp64": 8, "fp32": 4, "tf32": 4, "bf16": 2, "fp16": 2}  # bytes a number
 LAYOUTS: tuple[str, ...] = ("nchw", "nhwc")
 WHERE: tuple[str, ...] = ("auto", "3x3", "1x1", "all", "none")  # which convolutions of a network
-LINEAR: tuple[str, ...] = ("gc", "shuffle", "bgc")  # variants that are linear spaces of kernels, but the standard one
+# Variants that are linear spaces of kernels, but the standard one.
+LINEAR: tuple[str, ...] = tuple(name for name, variant in VARIANTS.items() if variant.solver == "schur")
 HELD_OUT = 4  # of so many calibration images one is held out to judge by; fewer images are too few
 DATA_SETS: tuple[str, ...] = ("digits",)  # by name; anything else is a folder
 TRAINING_SETS: tuple[str, ...] = ("digits", "cifar10", "imagenet", "folder", "synthetic")
@@ -138,9 +280,9 @@ def indivisible(in_channels: int, out_channels: int, groups: int) -> str | None:
 def unfit(variant: str, in_channels: int, out_channels: int, groups: int) -> str | None:
     """Why ``variant`` cannot have these channels in ``groups`` groups; None if it can.
 
-    FLGC learns its groups, which may be uneven, but with more groups than channels some outputs could have no input.
+    Uneven groups need not divide the channels, but with more groups than channels some outputs could have no input.
     """
-    if variant != "flgc":
+    if not VARIANTS[variant].uneven:
         return indivisible(in_channels, out_channels, groups)
     for what, channels in (("in_channels", in_channels), ("out_channels", out_channels)):
         if groups > channels:
@@ -204,9 +346,9 @@ class ConvSpec:
 
     @property
     def algorithms(self) -> tuple[str, ...]:
-        """The forms that this convolution can run in, the default first."""
+        """The algorithms that this convolution can run, the default first."""
         every = VARIANTS[self.variant].algorithms
-        return every if self.is_pointwise else tuple(form for form in every if form not in POINTWISE_ALGORITHMS)
+        return every if self.is_pointwise else tuple(name for name in every if name not in POINTWISE_ALGORITHMS)
 
     @property
     def kernel_positions(self) -> int:

@@ -15,6 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 from bgcbench.errors import BgcbenchError, OutputError, UsageError
+from bgcbench.specs import VARIANTS
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -41,8 +42,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     help="Which convolutions of a network can be made cheaper, with which variant, how much time that saves on this "
-    "device, and what it loses. Variants: standard (SC), gc (group convolution), shuffle (GC and a channel shuffle), "
-    "lgc, flgc (learnt groups), tlgc (two-level), bgc (balanced group convolution of Lee, Park & Lee).",
+    "device, and what it loses. Variants: "
+    + ", ".join(f"{variant.name} ({variant.summary})" for variant in VARIANTS.values())
+    + ".",
     epilog="Start with: bgcbench profile --quick. Exit codes: 0 done, 1 some rows failed, 2 usage, 3 no such device, "
     "4 output not writable, 5 compare --fail-on, 130/143 interrupted (the file is valid and resumable).",
 )
@@ -274,8 +276,6 @@ def names(text: str | None) -> tuple[str, ...] | None:
 
 def variants(text: str | None) -> tuple[str, ...] | None:
     """``names``, where all is every variant."""
-    from bgcbench.specs import VARIANTS
-
     return tuple(VARIANTS) if text == "all" else names(text)
 
 

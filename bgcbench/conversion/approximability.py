@@ -31,13 +31,12 @@ from bgcbench.conversion.layer_moments import (
     patch_length,
 )
 from bgcbench.conversion.solve import RIDGES, SEARCH_RIDGE
-from bgcbench.convs import CONVS
 from bgcbench.errors import ShapeError, UsageError
 from bgcbench.measure.batches import Forward, Passing, count_images, device_of, first_image
 from bgcbench.measure.counts import count
 from bgcbench.measure.undisturbed import first_not_finite, random_state_kept, seed_everything, undisturbed
 from bgcbench.results.rows import Replaced
-from bgcbench.specs import LINEAR, VARIANTS, ConvSpec, check_choice, check_positive, unfit
+from bgcbench.specs import LINEAR, VARIANTS, ConvSpec, check_choice, check_positive, load_layer, unfit
 from bgcbench.theory.fits import EXACT
 from bgcbench.theory.leastsquares import best_ridge
 from bgcbench.theory.moments import PatchMoments
@@ -365,7 +364,7 @@ class Judge:
         found = self.unknown(variant, groups, "")
         known = layer.height is not None and layer.width is not None
         counts = count(_spec(layer, variant, groups), layer.height or 0, layer.width or 0) if known else None
-        free = (2 if variant == "bgc" else 1) * patch_length(layer) // groups
+        free = VARIANTS[variant].unknowns(patch_length(layer) // groups, groups)
         return replace(
             found,
             copied=copied,
@@ -390,7 +389,7 @@ class Judge:
         options: dict[str, Any] = {}
         if projection == "least_squares":
             options = {"second_moment": self._fit, "ridge": ridge}
-        solved = CONVS[variant].from_dense(self.weight, groups, projection=projection, **options)
+        solved = load_layer(variant).from_dense(self.weight, groups, projection=projection, **options)
         lost = self._energy(self.weight - solved.dense_weight())
         return lost / self._whole if self._whole > 0 else 0.0
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bgcbench.convs.base import VariantConv2d
-from bgcbench.specs import LINEAR
+from bgcbench.specs import LINEAR, VARIANTS
 from bgcbench.theory.fits import EXACT
 from bgcbench.theory.leastsquares import Fit, Regression, best_ridge, condition_number, shrink_to_white
 from bgcbench.theory.moments import RegressionMoments
@@ -65,7 +65,7 @@ def solve_layer(
         values = _projected(layer, weight, "least_squares", _fit(whole, ridge))
         condition = _condition(layer, weight, values, whole, ridge)
     dense = _dense(layer, weight, values).flatten(1)
-    numbers = (2 if layer.variant == "bgc" else 1) * len(fit.origin_in) // layer.groups
+    numbers = VARIANTS[layer.variant].unknowns(len(fit.origin_in) // layer.groups, layer.groups)
     return Solution(
         values,
         means[1] - dense @ means[0],

@@ -15,15 +15,4 @@ CONVS: dict[str, type[VariantConv2d]] = {name: load_layer(name) for name in VARI
 def build_conv(spec: ConvSpec, **options: Any) -> VariantConv2d:
     """The layer that ``spec`` describes; ``options`` (device, dtype, padding_mode) go to its constructor."""
     layer: type[VariantConv2d] = load_layer(spec.variant)
-    return layer(
-        spec.in_channels,
-        spec.out_channels,
-        spec.kernel_size,
-        spec.stride,
-        spec.padding,
-        spec.dilation,
-        spec.groups,
-        spec.bias,
-        algorithm=spec.algorithm,
-        **options,
-    )
+    return layer.of(spec, **options)

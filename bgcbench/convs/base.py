@@ -6,7 +6,7 @@ tests/convs/test_contract.py:
 
     layer(x) == conv2d(x, layer.dense_weight(), layer.bias, stride, padding, dilation)
     layer_type.from_dense(W, ...) is the member of the variant closest to W in the sense of its projection
-    layer.params and layer.macs(H, W) are the formulas of bgcbench.measure.counts
+    layer.params and layer.macs(H, W) are the counting rule of the variant (specs.VARIANTS)
 
 Forward, dense kernel and projection are only right relative to one another, so each variant keeps the three in one
 file as functions of tensors; the module only owns parameters.
@@ -15,21 +15,18 @@ file as functions of tensors; the module only owns parameters.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bgcbench.convs import choices
-from bgcbench.convs.followed import is_recorded
 from bgcbench.convs.layouts import is_channels_last, like_layout_of
 from bgcbench.errors import ShapeError, UsageError
 from bgcbench.measure.counts import Counts, count
-from bgcbench.specs import CUDA_ALGORITHMS, VARIANTS, ConvSpec, as_pair, check_choice
+from bgcbench.specs import VARIANTS, ConvSpec, as_pair, check_choice
 from bgcbench.theory.leastsquares import Fit
 
 if TYPE_CHECKING:
@@ -48,12 +45,10 @@ class VariantConv2d(nn.Module, ABC):
     """
 
     variant: ClassVar[str]
-    # Programs that fold norms, prune or quantise take weight, bias and groups for all that a convolution is. A layer
-    # with more kernels, or with rows in another order than its outputs, has another name for its first one, so that
-    # they fail instead of being wrong (see bgcbench.fold_norms).
+    # Programs that fold norms, prune or quantise assume that weight, bias and groups describe a convolution. A layer
+    # with more kernels, or with rows in another order than its outputs, gives its first kernel another name, so that
+    # such programs fail instead of computing something wrong (see bgcbench.fold_norms).
     kernel_name: str = "weight"
-    # Names of parameters that weight decay must leave alone (see parameter_groups).
-    exempt_from_decay: ClassVar[tuple[str, ...]] = ()
     bias: nn.Parameter | None
 
     def __init__(
@@ -82,8 +77,6 @@ class VariantConv2d(nn.Module, ABC):
         self.padding = as_pair("padding", padding, 0)
         self.dilation = as_pair("dilation", dilation)
         self.padding_mode = check_choice("padding_mode", padding_mode, _PADDING_MODES)
-        self._chosen: dict[str, str] = {}
-        self._met: dict[tuple[Any, ...], tuple[int, str]] = {}  # what has come so far: era of the choice, form
         self._create_weights(device=device, dtype=dtype)
         own = nn.Parameter(torch.empty(out_channels, device=device, dtype=dtype)) if bias else None
         self.register_parameter("bias", own)
@@ -214,11 +207,27 @@ class VariantConv2d(nn.Module, ABC):
                 layer.bias.copy_(bias)
         return layer
 
+    @classmethod
+    def of(cls, spec: ConvSpec, **options: Any) -> Self:
+        """The layer that ``spec`` describes; ``options`` (device, dtype, padding_mode) go to the constructor."""
+        return cls(
+            spec.in_channels,
+            spec.out_channels,
+            spec.kernel_size,
+            spec.stride,
+            spec.padding,
+            spec.dilation,
+            spec.groups,
+            spec.bias,
+            algorithm=spec.algorithm,
+            **options,
+        )
+
     def folded(self) -> nn.Conv2d:
         """PyTorch's standard convolution that computes what this layer does now, with the kernel ``dense_weight()``.
 
-        For inference where that is the faster form (BGC at N = 2, narrow layers): the kernel is made once instead of at
-        each call. It holds K m n weights and follows no later change of this layer.
+        For inference where that is faster (BGC at N = 2, narrow layers): the kernel is made once instead of at each
+        call. It holds K m n weights and follows no later change of this layer.
         """
         conv = nn.Conv2d(
             self.in_channels,
@@ -267,90 +276,13 @@ class VariantConv2d(nn.Module, ABC):
 
     @property
     def algorithm(self) -> str:
-        """The exact form that forward runs in; 'auto' where the fastest is measured (see bgcbench.convs.choices)."""
+        """The exact algorithm that forward runs; 'auto' where the fastest is measured (see bgcbench.convs.autotune)."""
         return VARIANTS[self.variant].settled(self.spec.algorithm)
 
     @property
     def chosen(self) -> Mapping[str, str]:
-        """The form that the last call took, 'inference' and 'training' apart; what has not been called is missing."""
-        settled = {} if self.algorithm == "auto" else dict.fromkeys(("inference", "training"), self.algorithm)
-        return settled or dict(self._chosen)
-
-    def forms(self, x: Tensor, weight: Tensor) -> tuple[str, ...]:
-        """The algorithms that 'auto' chooses from for x and a kernel like ``weight``, the default first."""
-        return self.spec.algorithms
-
-    def _run(self, form: str, x: Tensor, weights: Sequence[Tensor], bias: Tensor | None) -> Tensor:
-        """forward in one of :meth:`forms`, with these in the place of the layer's own weights and bias."""
-        raise NotImplementedError
-
-    def _form(self, x: Tensor) -> str:
-        """The form to run x in: the one that was asked for or, with 'auto', the fastest.
-
-        What is recorded for other programs has a form of stock operations, the default with 'auto'. While code is
-        compiled nothing can be measured: the form of the last call outside of it is taken, or the default where there
-        was none.
-        """
-        asked = self.spec.algorithm
-        if is_recorded(x):
-            return self.spec.algorithms[0] if asked in ("auto", *CUDA_ALGORITHMS) else asked
-        if asked != "auto":
-            return asked
-        grad = torch.is_grad_enabled()
-        phase = "training" if grad else "inference"
-        if torch.compiler.is_compiling():
-            return self._chosen.get(phase, self.spec.algorithms[0])
-        # What can differ from call to call, so that the whole case is put together for the first call of each only.
-        kernel = self.kernel
-        key = (grad, x.requires_grad, kernel.requires_grad, x.shape, x.stride(), type(x), x.device,
-               choices.computed_in(x), kernel.dtype, torch.are_deterministic_algorithms_enabled(),
-               choices.is_captured(x.device))  # fmt: skip
-        era, form = self._met.get(key, (None, None))
-        if form is None or era != choices.era():
-            era, form = choices.era(), self._choose(x)
-            if form is None:
-                return self.spec.algorithms[0]
-            self._met[key] = era, form
-        self._chosen[phase] = form
-        return form
-
-    def _choose(self, x: Tensor) -> str | None:
-        """The fastest form for x, remembered or measured; None where there is none to be found."""
-        if not choices.can_choose(x):
-            return None
-        weights = self._weights()
-        case = choices.case_of(self.spec, self.padding_mode, x, weights)
-        return choices.choose(case, x.device, lambda: self._calls(x, case, weights))
-
-    def _calls(self, x: Tensor, case: choices.Case, weights: Sequence[Tensor]) -> dict[str, Callable[[], object]]:
-        """What is timed, by form: one step's work of this layer on tensors of the same shapes, and random numbers."""
-        drawn = torch.Generator(x.device).manual_seed(0)
-
-        def like(given: Tensor, layout: str, grad: bool) -> Tensor:
-            made = torch.empty(
-                given.shape,
-                dtype=getattr(torch, case.dtype),
-                device=given.device,
-                memory_format=torch.channels_last if layout == "nhwc" and given.dim() == 4 else torch.contiguous_format,
-            )
-            return made.normal_(generator=drawn).requires_grad_(grad)
-
-        u = like(x, case.layout, "x" in case.gradients)
-        own = [like(weight, case.weight_layout, "w" in case.gradients) for weight in weights]
-        bias = None if self.bias is None else like(self.bias, "", "w" in case.gradients)
-        leaves = [tensor for tensor in (u, *own, bias) if tensor is not None and tensor.requires_grad]
-        given: list[Tensor] = []  # the gradient of the output, made when its layout is known
-
-        def call(form: str) -> object:
-            if not leaves:
-                with torch.no_grad():
-                    return self._run(form, u, own, bias)
-            y = self._run(form, u, own, bias)
-            if not given:
-                given.append(torch.empty_like(y).normal_(generator=drawn))
-            return torch.autograd.grad(y, leaves, given[0])
-
-        return {form: functools.partial(call, form) for form in self.forms(u, own[0])}
+        """The algorithm of the last call in 'inference' and in 'training'; without a call there is none."""
+        return dict.fromkeys(("inference", "training"), self.algorithm)
 
     @property
     def params(self) -> int:
@@ -358,7 +290,8 @@ class VariantConv2d(nn.Module, ABC):
 
         This is what a masked layer (LGC, FLGC) deploys; while it trains it stores ``counts(...).params_training``.
         """
-        return self.counts(*self._smallest_input()).params
+        height, width = (d * (k - 1) + 1 for d, k in zip(self.dilation, self.kernel_size, strict=True))
+        return self.counts(height, width).params
 
     def macs(self, height: int, width: int) -> int:
         """Multiply-adds of one image of ``height`` x ``width``, forward. FLOPs are twice that (+ BGC's mean)."""
@@ -368,43 +301,13 @@ class VariantConv2d(nn.Module, ABC):
         """All counts of one image of ``height`` x ``width`` (see bgcbench.measure.counts)."""
         return count(self.spec, height, width)
 
-    def set_progress(self, fraction: float) -> bool:
-        """Be told by a training loop, before every step, which ``fraction`` (0 to 1) of the training has passed.
-
-        Returns whether the layer has changed its structure; only a variant that prunes itself (LGC) ever does.
-        """
-        return False
-
-    def group_lasso(self) -> Tensor | None:
-        """The penalty that the variant wants in the loss, to be weighted; a scalar, None where it wants none."""
-        return None
-
-    @property
-    def is_settled(self) -> bool:
-        """Whether the layer has made all the changes to its structure that training is to make (see set_progress)."""
-        return True
-
-    def grouping(self) -> Tensor | None:
-        """A structure that is learnt, as whole numbers that can be compared with those at the start; mostly None."""
-        return None
-
-    def learnt(self) -> Mapping[str, float]:
-        """What there is to say of a structure that is learnt (shares from 0 to 1), by name; mostly nothing."""
-        return {}
-
-    def _smallest_input(self) -> tuple[int, int]:
-        height, width = (d * (k - 1) + 1 for d, k in zip(self.dilation, self.kernel_size, strict=True))
-        return height, width
-
-    def _convolve(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, groups: int, stride: tuple[int, int] | None = None
-    ) -> Tensor:
-        """conv2d with this layer's stride (but where another is given), padding and dilation."""
+    def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
+        """conv2d with this layer's stride, padding and dilation."""
         x, padding = self._padded(x)
-        return F.conv2d(x, weight, bias, stride or self.stride, padding, self.dilation, groups)
+        return F.conv2d(x, weight, bias, self.stride, padding, self.dilation, groups)
 
     def _padded(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        """x with the padding that is no zeros around it, and how much of zeros is still to be added."""
+        """x padded by all that is not zeros, and the padding by zeros that remains to be done."""
         if self.padding_mode == "zeros":
             return x, self.padding
         rows, columns = self.padding
@@ -420,46 +323,3 @@ class VariantConv2d(nn.Module, ABC):
         if len(VARIANTS[self.variant].algorithms) > 1:
             text += f", algorithm={self.algorithm}"
         return text
-
-
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """The parameters of ``model`` as optimiser groups: those that decay, and those that must not.
-
-    What must not decay are the assignments of FLGC: decay pulls every logit of a channel together, so the grouping
-    would drift without any gradient asking for it. Everything else decays, norms and biases too, as in the paper's
-    recipes. Use as ``torch.optim.SGD(parameter_groups(model, 5e-4), lr=0.1)``; an empty group is left out.
-    """
-    exempt = {
-        id(module.get_parameter(name))
-        for module in model.modules()
-        if isinstance(module, VariantConv2d)
-        for name in module.exempt_from_decay
-        if name in dict(module.named_parameters(recurse=False))
-    }
-    parameters = list(model.parameters())
-    split = (
-        ([p for p in parameters if id(p) not in exempt], weight_decay),
-        ([p for p in parameters if id(p) in exempt], 0.0),
-    )
-    return [{"params": members, "weight_decay": decay} for members, decay in split if members]
-
-
-def row_blocks(weight: Tensor, groups: int) -> Tensor:
-    """A dense kernel (m, n, kh, kw) as the paper's blocks W^{kl} (eq. 2.2): (N, m/N, N, n/N, kh, kw)."""
-    m, n, height, width = weight.shape
-    return weight.reshape(groups, m // groups, groups, n // groups, height, width)
-
-
-def diagonal_blocks(weight: Tensor, groups: int) -> Tensor:
-    """The blocks W^{kk} stacked as a grouped kernel: (m, n/N, kh, kw)."""
-    blocks = row_blocks(weight, groups)  # (N, m/N, N, n/N, kh, kw)
-    return torch.stack([blocks[k, :, k] for k in range(groups)]).flatten(0, 1)  # (m, n/N, kh, kw)
-
-
-def block_diagonal(weight: Tensor, groups: int) -> Tensor:
-    """A grouped kernel (m, n/N, kh, kw) as the dense kernel (m, n, kh, kw) it stands for (eq. 2.3)."""
-    blocks = weight.unflatten(0, (groups, 1, -1))  # (N, 1, m/N, n/N, kh, kw)
-    # A^k and N blocks of zeros, over and over: every (N + 1)th of N x N blocks in a row is one of the diagonal.
-    padded = F.pad(blocks, (0, 0) * 4 + (0, groups)).flatten(0, 1)[: groups * groups]
-    dense: Tensor = padded.unflatten(0, (groups, groups)).transpose(1, 2)  # (N, m/N, N, n/N, kh, kw)
-    return dense.flatten(2, 3).flatten(0, 1)

@@ -16,19 +16,19 @@ import torch
 from torch import Tensor, nn
 
 from bgcbench import kernels
-from bgcbench.convs import bgc_forms
-from bgcbench.convs.base import VariantConv2d, diagonal_blocks, row_blocks
-from bgcbench.convs.bgc_forms import Geometry, dense_kernel, strided
-from bgcbench.convs.choices import computed_in, is_autocast
+from bgcbench.convs import bgc_algorithms
+from bgcbench.convs.autotune import AutotunedConv2d, computed_in
+from bgcbench.convs.bgc_algorithms import Geometry, dense_kernel, strided
+from bgcbench.convs.blocks import diagonal_blocks, row_blocks
 from bgcbench.convs.followed import is_followed, is_symbolic, is_transformed
 from bgcbench.convs.gc import group_cross_moments
 from bgcbench.convs.layouts import like_layout_of
 from bgcbench.theory.leastsquares import Fit, solve_normal
 
-MOST_CALLS = 32  # groups that 'split' is offered for
+MAX_SPLIT = 32  # groups; beyond, 'split' makes too many calls to be worth a try
 
 
-class BalancedGroupConv2d(VariantConv2d):
+class BalancedGroupConv2d(AutotunedConv2d):
     """y^k = A^k x^k + B^k xbar, with ``weight_group`` = A and ``weight_mean`` = B, both (m, n/N, kh, kw).
 
     x: (B, n, H, W); returns (B, m, H', W'). One bias (m,). Parameters 2Kmn/N, MACs 2DKmn/N and D_in n additions an
@@ -36,14 +36,14 @@ class BalancedGroupConv2d(VariantConv2d):
     convolution. He initialisation acts on A and B separately, each with fan_in K n/N (the paper says "He" and no
     more): on zero-mean independent inputs the second branch then carries 1/N of the first one's variance.
 
-    algorithm: forms of the same map, equal to rounding:
+    algorithm: they compute the same map, equal to rounding:
         'two_conv'  a grouped convolution of x plus a convolution of xbar
         'concat'    one grouped convolution of [x^k ; xbar], the kernels concatenated
         'dense'     one standard convolution with the folded kernel D
         'split'     a convolution for each group, plus one of xbar: N + 1 large calls instead of a grouped one
         'matmul'    products of matrices; for 1x1 kernels without padding
         'triton'    one kernel of our own for both branches, forward and backward, on channels_last data (CUDA)
-        'auto'      the fastest of these here, measured once for each shape (see bgcbench.convs.choices)
+        'auto'      the fastest of these here, measured once for each shape (see bgcbench.convs.autotune)
 
     N = 1: the mean is the input and B would only repeat A, so the layer holds A alone (``weight_mean`` is None) and
     is the standard convolution. N = n: one channel a group, a depthwise convolution plus one of the mean channel.
@@ -66,42 +66,44 @@ class BalancedGroupConv2d(VariantConv2d):
         a, b = self.weight_group, self.weight_mean
         if b is None:
             return self._convolve(input, a, self.bias, groups=1)
-        return self._run(self._form(input), input, (a, b), self.bias)
+        return self._run(self._pick(input), input, (a, b), self.bias)
 
-    def forms(self, x: Tensor, weight: Tensor) -> tuple[str, ...]:
+    def candidates(self, x: Tensor, weight: Tensor) -> tuple[str, ...]:
         can_launch = kernels.usable(x, weight, self.stride, self.padding, self.dilation, self.groups)
         left_out = set() if can_launch else {"triton"}
-        if self.groups > MOST_CALLS:
+        if self.groups > MAX_SPLIT:
             left_out.add("split")
-        return tuple(form for form in self.spec.algorithms if form not in left_out)
+        return tuple(name for name in self.spec.algorithms if name not in left_out)
 
-    def _run(self, form: str, x: Tensor, weights: Sequence[Tensor], bias: Tensor | None) -> Tensor:
+    def _run(self, algorithm: str, x: Tensor, weights: Sequence[Tensor], bias: Tensor | None) -> Tensor:
         if not is_symbolic(x) and x.dim() == 3:
-            return self._run(form, x[None], weights, bias)[0]
+            return self._run(algorithm, x[None], weights, bias)[0]
         a, b = weights
-        if not is_followed(x) and is_autocast(x):  # what autocast would do to each operation, once for all of them
+        if not is_followed(x) and kernels.autocast_on(
+            x.device.type
+        ):  # what autocast would do to each operation, once for all of them
             dtype = computed_in(x)
             x, a, b = x.to(dtype), a.to(dtype), b.to(dtype)
             bias = None if bias is None else bias.to(dtype)
             with torch.autocast(x.device.type, enabled=False):
-                return self._run(form, x, (a, b), bias)
+                return self._run(algorithm, x, (a, b), bias)
         padded, padding = self._padded(x)
-        if form == "triton" and self.dilation == (1, 1) and not is_transformed():
+        if algorithm == "triton" and self.dilation == (1, 1) and not is_transformed():
             from bgcbench.kernels.bgc import bgc_conv2d
 
             return like_layout_of(x, bgc_conv2d(padded, a, b, bias, self.stride, padding, self.groups))
         stride = self.stride
-        if self.spec.is_pointwise and form != "dense":
+        if self.spec.is_pointwise and algorithm != "dense":
             padded, stride = strided(padded, stride), (1, 1)
         geometry = Geometry(stride, padding, self.dilation, self.groups)
-        if form == "matmul":
-            y = bgc_forms.matrix_products(padded, a, b, bias, self.groups)
-        elif form == "dense":
-            y = bgc_forms.dense(padded, a, b, bias, geometry)
-        elif form == "concat":
-            y = bgc_forms.concatenated(padded, a, b, bias, geometry)
+        if algorithm == "matmul":
+            y = bgc_algorithms.matrix_products(padded, a, b, bias, self.groups)
+        elif algorithm == "dense":
+            y = bgc_algorithms.dense(padded, a, b, bias, geometry)
+        elif algorithm == "concat":
+            y = bgc_algorithms.concatenated(padded, a, b, bias, geometry)
         else:
-            y = bgc_forms.two_branches(padded, a, b, bias, geometry, split=form == "split")
+            y = bgc_algorithms.two_branches(padded, a, b, bias, geometry, split=algorithm == "split")
         return y
 
     def dense_weight(self) -> Tensor:

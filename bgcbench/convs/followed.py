@@ -1,4 +1,4 @@
-"""Whether somebody follows what is done to a tensor, operation by operation, or just wants it done."""
+"""Whether a tracer, compiler or transform records the single operations on a tensor."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ def is_symbolic(x: Any) -> bool:
 
 
 def is_recorded(x: Any) -> bool:
-    """Whether what is done to x is written down for another program to run: by torch.jit.trace, torch.fx, torch.export
-    or torch.onnx. That program may have no kernels of ours, and should be the same one every time."""
+    """Whether torch.jit.trace, torch.fx, torch.export or torch.onnx records the operations on x for another program.
+
+    That program may lack kernels of our own, and should be the same one every time."""
     if torch.compiler.is_compiling():
         return bool(getattr(torch.compiler, _EXPORTING))
     if torch._C._get_tracing_state() is not None or torch._C._get_dispatch_mode(_PROXY) is not None:
@@ -37,5 +38,5 @@ def is_transformed() -> bool:
 
 
 def is_followed(x: Any) -> bool:
-    """Whether the single operations on x matter to somebody: who records or compiles them, and what transforms them."""
+    """Whether anything records, compiles or transforms the single operations on x."""
     return torch.compiler.is_compiling() or is_recorded(x) or is_transformed()

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from bgcbench.convs.base import VariantConv2d, block_diagonal, diagonal_blocks, row_blocks
+from bgcbench.convs.base import VariantConv2d
+from bgcbench.convs.blocks import block_diagonal, diagonal_blocks, row_blocks
 from bgcbench.convs.followed import is_recorded, is_transformed
 from bgcbench.convs.layouts import like_layout_of
 from bgcbench.theory.leastsquares import Fit, check_cross_moment, check_second_moment, solve_normal

@@ -1,13 +1,14 @@
-"""What FLGC and LGC share: a training form (a masked dense kernel) and a deployed form (only what the mask keeps)."""
+"""What FLGC and LGC share: a structure that training learns, as a masked dense kernel, and a small layer to deploy."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bgcbench.convs.base import VariantConv2d
 from bgcbench.convs.layouts import is_channels_last
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 class MaskedConv2d(VariantConv2d):
     """A variant that finds its sparse structure in training.
 
-    algorithm: two forms with parameters of their own, equal in what they compute:
+    algorithm: two layers with parameters of their own, equal in what they compute:
         'masked'    a dense kernel (m, n, kh, kw) times a 0/1 mask: what is trained; costs what a standard
                     convolution costs
         'deployed'  gathered inputs and the kept weights only: what is run afterwards; its structure is fixed, its
@@ -28,6 +29,9 @@ class MaskedConv2d(VariantConv2d):
     :meth:`deploy` makes the second from the first. N = 1 is the standard convolution in both.
     """
 
+    # Names of parameters that weight decay must leave alone (see parameter_groups).
+    exempt_from_decay: ClassVar[tuple[str, ...]] = ()
+
     @property
     def kernel_name(self) -> str:  # type: ignore[override]
         """A masked kernel is dense, in the order of inputs and outputs; a deployed one is packed by groups."""
@@ -35,7 +39,7 @@ class MaskedConv2d(VariantConv2d):
 
     @property
     def is_deployed(self) -> bool:
-        """Whether this layer is the deployed form."""
+        """Whether this layer is the deployed one."""
         return self.algorithm == "deployed"
 
     @abstractmethod
@@ -44,7 +48,31 @@ class MaskedConv2d(VariantConv2d):
 
     @abstractmethod
     def training_state(self) -> Mapping[str, Tensor]:
-        """The tensors of the masked form that decide what it computes, by the names that ``project`` uses."""
+        """The tensors that decide what the masked layer computes, by the names that ``project`` uses."""
+
+    def set_progress(self, fraction: float) -> bool:
+        """Prune as far as belongs to ``fraction`` (0 to 1) of the training; the training loop calls it at each step.
+
+        Returns whether the layer has changed its structure; only a variant that prunes itself (LGC) ever does.
+        """
+        return False
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether the layer has made all the changes to its structure that training is to make (see set_progress)."""
+        return True
+
+    def group_lasso(self) -> Tensor | None:
+        """The penalty that the variant wants in the loss, to be weighted; a scalar, None where it wants none."""
+        return None
+
+    def grouping(self) -> Tensor | None:
+        """The learnt groups as whole numbers, to be compared with those at the start; None where there are none."""
+        return None
+
+    def learnt(self) -> Mapping[str, float]:
+        """What describes the learnt structure (shares from 0 to 1), by name."""
+        return {}
 
     def seen_entries(self) -> Iterator[Tensor]:
         """The entries of the inputs that the mask leaves to each group; groups without any are passed over."""
@@ -61,17 +89,9 @@ class MaskedConv2d(VariantConv2d):
         """A deployed layer that computes what this one does now; the layer itself if it is one already."""
         if self.is_deployed:
             return self
-        layer = type(self)(
-            self.in_channels,
-            self.out_channels,
-            self.kernel_size,
-            self.stride,
-            self.padding,
-            self.dilation,
-            self.groups,
-            self.bias is not None,
+        layer = self.of(
+            replace(self.spec, algorithm="deployed"),
             padding_mode=self.padding_mode,
-            algorithm="deployed",
             device=self.kernel.device,
             dtype=self.kernel.dtype,
         )
@@ -101,3 +121,25 @@ def gather_channels(x: Tensor, index: Tensor) -> Tensor:
     if is_channels_last(x):
         return x.permute(0, 2, 3, 1).index_select(-1, index).permute(0, 3, 1, 2)
     return x.index_select(-3, index)
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """The parameters of ``model`` as optimiser groups: those that decay, and those that must not.
+
+    FLGC's assignments must not decay: decay pulls all logits of a channel together, so the grouping would drift without
+    a gradient. Everything else decays, norms and biases too, as in the paper's
+    recipes. Use as ``torch.optim.SGD(parameter_groups(model, 5e-4), lr=0.1)``; an empty group is left out.
+    """
+    exempt = {
+        id(getattr(module, name))
+        for module in model.modules()
+        if isinstance(module, MaskedConv2d)
+        for name in module.exempt_from_decay
+        if hasattr(module, name)
+    }
+    parameters = list(model.parameters())
+    split = (
+        ([p for p in parameters if id(p) not in exempt], weight_decay),
+        ([p for p in parameters if id(p) in exempt], 0.0),
+    )
+    return [{"params": members, "weight_decay": decay} for members, decay in split if members]

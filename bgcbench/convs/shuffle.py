@@ -8,7 +8,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from bgcbench.convs.base import VariantConv2d, block_diagonal
+from bgcbench.convs.base import VariantConv2d
+from bgcbench.convs.blocks import block_diagonal
 from bgcbench.convs.gc import GroupConv2d
 from bgcbench.convs.layouts import is_channels_last
 from bgcbench.theory.leastsquares import Fit

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bgcbench.convs.base import VariantConv2d, block_diagonal, diagonal_blocks, row_blocks
+from bgcbench.convs.base import VariantConv2d
+from bgcbench.convs.blocks import block_diagonal, diagonal_blocks, row_blocks
 from bgcbench.convs.layouts import is_channels_last
 from bgcbench.theory.leastsquares import Fit, shrunk
 from bgcbench.theory.residual import explained

@@ -18,17 +18,6 @@ from bgcbench.specs import LINEAR, VARIANTS, ConvSpec, Pair, output_length, unfi
 from bgcbench.theory import paper
 from bgcbench.theory.inputs import InputLaw
 
-# How each variant's least error is found. Of the linear ones it is solved for all convolutions at once; of the others
-# each convolution is solved by itself, from the closed form or search on white input.
-METHODS = {
-    "standard": "exact",
-    "gc": "schur",
-    "shuffle": "schur",
-    "bgc": "schur",
-    "tlgc": "als",
-    "flgc": "partition-search",
-    "lgc": "column-search",
-}
 FP32_MEAN = 10  # above it the squares of a mean hide the rest of a single-precision moment
 FEW_ROWS = 10  # rows an unknown below which the in-sample error is low by more than a tenth
 QUICK_SAMPLES = 64
@@ -181,10 +170,7 @@ def wanted(config: ApproxConfig) -> Iterator[tuple[str, int]]:
 
 def unknowns(config: ApproxConfig, variant: str, groups: int) -> int:
     """p: free numbers that one output's least squares fits, what the in-sample error is low by: 1 - p / (S D)."""
-    if variant == "standard":
-        return 0
-    own = config.taps_used * config.in_channels // groups
-    return {"bgc": 2 * own, "tlgc": own + groups}.get(variant, own)
+    return VARIANTS[variant].unknowns(config.taps_used * config.in_channels // groups, groups)
 
 
 def few_rows(config: ApproxConfig, rows: list[ApproxRow]) -> list[str]:
@@ -216,7 +202,7 @@ def _row(config: ApproxConfig, law: InputLaw, variant: str, groups: int) -> Appr
         "convolutions": config.samples
         if variant in ("standard", *LINEAR)
         else min(config.search_samples, config.number),
-        "solver": METHODS[variant],
+        "solver": VARIANTS[variant].solver,
         "precision": config.precision,
     }
     shape = f"{config.in_channels}x{config.out_channels}-k{config.kernel}-d{config.dims}-l{config.length}"

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bgcbench.convs import CONVS
 from bgcbench.experiments.approx import ApproxConfig, ApproxRow, counts_of, few_rows, unknowns
 from bgcbench.experiments.config import RunConfig
 from bgcbench.experiments.profile import row_seed
@@ -32,7 +31,7 @@ from bgcbench.measure.device import (
 )
 from bgcbench.measure.environment import describe_environment
 from bgcbench.results import DONE, Json
-from bgcbench.specs import LINEAR, VARIANTS, as_pair
+from bgcbench.specs import LINEAR, VARIANTS, as_pair, load_layer
 from bgcbench.theory.bounds import SCALING_POWER, bounds
 from bgcbench.theory.exchangeable import exact_relative_error
 from bgcbench.theory.fits import EXACT, fit
@@ -274,7 +273,7 @@ class ApproxRun:
 
         None where it was stopped in between.
         """
-        layer = CONVS[row.variant]
+        layer = load_layer(row.variant)
         errors, weights, outputs = [], [], []
         for weight in self._convolutions:
             if self.stop():

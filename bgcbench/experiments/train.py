@@ -162,7 +162,7 @@ class TrainConfig(NetworkChoice, RunConfig):
         named = self.algorithm not in ("fixed", "auto")
         if named and not any(self.algorithm in VARIANTS[name].algorithms for name in self.variants):
             raise UsageError(f"--algorithm {self.algorithm}: no variant asked for has it; add bgc, or leave it out")
-        if self.group_lasso and "lgc" not in self.variants:
+        if self.group_lasso and not any(VARIANTS[name].has_lasso for name in self.variants):
             raise UsageError("--group-lasso is a penalty on lgc, which is not among --variants; leave it out")
         check_parts(self.hyper.batch_size, self.accumulate, processes())
         if self.subset is not None and self.subset < 1:

@@ -1,7 +1,8 @@
 """Triton kernels of group convolution and balanced group convolution, behind operators that run anywhere.
 
-    bgc.py       bgc_conv2d, and the three operators that are closed under differentiation
+    bgc.py       bgc_conv2d
     gc.py        gc_conv2d, the same without the mean
+    operators.py the three operators of each, closed under differentiation
     programs.py  the kernels, implicit matrix products; the one module that imports triton
     implicit.py  their launches
     stock.py     the same maps by stock convolutions: the CPU's way, and the way of what the kernels cannot do
@@ -59,6 +60,8 @@ def usable(
 
 def autocast_on(kind: str) -> bool:
     """Whether autocast is on for devices of this type; others than these two (meta) may have none."""
+    if not torch._C._is_any_autocast_enabled():  # every call of a layer asks
+        return False
     return kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind)
 
 

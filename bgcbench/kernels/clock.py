@@ -1,4 +1,4 @@
-"""How long a call keeps the device busy, and how long the host, apart from each other."""
+"""Time the device and the host separately for one call."""
 
 from __future__ import annotations
 

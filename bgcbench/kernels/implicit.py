@@ -1,4 +1,4 @@
-"""The host's side of the kernels: which sums there are, in which tiles they run, where results go.
+"""Launch the kernels: define each sum, select its tile, allocate its result.
 
 Every function takes and returns tensors (B, C, H, W) that are channels-last in memory, and fits the geometry it is
 given; an empty batch launches nothing. Whatever is used of a tensor is copied into channels-last where it is not.
@@ -104,17 +104,16 @@ def _directions(g: Geometry) -> dict[str, int]:
             "pad_h": pad_h, "pad_w": pad_w}  # fmt: skip
 
 
-def forward(
-    x: Tensor, weight: Tensor, weight_mean: Tensor | None, bias: Tensor | None, geometry: Geometry, tf32: bool
-) -> Tensor:
-    """y^k = A^k x^k + B^k xbar + bias (B, m, H', W'), channels-last; without the second term where B is None."""
+def forward(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, geometry: Geometry, tf32: bool) -> Tensor:
+    """y^k = A^k x^k + B^k xbar + bias (B, m, H', W'), channels-last; ``weights`` = A: without the second term."""
     g = geometry
+    has_mean = len(weights) > 1
     out = empty_nhwc(x, (g.batch, g.out_channels, *g.out_size))
     if not out.numel():
         return out
     with _on(x.device):
-        x, weight = channels_last(x), channels_last(weight)
-        shared = group_mean(x, g) if weight_mean is not None else None
+        x, weights = channels_last(x), [channels_last(weight) for weight in weights]
+        shared = group_mean(x, g) if has_mean else None
         taps = math.prod(g.kernel)
         (src_h, src_w), (out_h, out_w) = g.size, g.out_size
         sizes = {
@@ -122,26 +121,25 @@ def forward(
             "k_channels": g.c, "n_channels": g.o, "groups": g.groups, "src_pixel": g.in_channels,
             "w_group": g.o * taps * g.c, "w_tap": g.c, "w_far": taps * g.c,
             "out_pixel": g.out_channels, "out_group": g.o, "scale": 1.0,
-            "BACKWARD": False, "K_MAJOR": True, "MEAN": weight_mean is not None, "BIAS": bias is not None, "ADD": False,
+            "BACKWARD": False, "K_MAJOR": True, "MEAN": has_mean, "BIAS": bias is not None, "ADD": False,
             "VEC": _vector(g, x.element_size()),
         }  # fmt: skip
-        others = {"mean": shared, "weight": weight,
-                  "weight_mean": None if weight_mean is None else channels_last(weight_mean),
+        others = {"mean": shared, "weight": weights[0], "weight_mean": weights[1] if has_mean else None,
                   "bias": None if bias is None else bias.contiguous(), "addend": None}  # fmt: skip
         _sum_into("forward", x, out, sizes, others, g, tf32)
     return out
 
 
-def input_gradient(dy: Tensor, weight: Tensor, weight_mean: Tensor | None, geometry: Geometry, tf32: bool) -> Tensor:
-    """dx^k = A^kT dy^k + (1/N) sum_j B^jT dy^j (B, n, H, W), channels-last; the first term alone where B is None."""
+def input_gradient(dy: Tensor, weights: Sequence[Tensor], geometry: Geometry, tf32: bool) -> Tensor:
+    """dx^k = A^kT dy^k + (1/N) sum_j B^jT dy^j (B, n, H, W), channels-last; ``weights`` = A: the first term alone."""
     g = geometry
     out = empty_nhwc(dy, (g.batch, g.in_channels, *g.size))
     if not out.numel():
         return out
     with _on(dy.device):
         dy = channels_last(dy)
-        shared = None if weight_mean is None else _shared_gradient(dy, weight_mean, g, tf32)
-        sizes, kernel = _backward_sizes(g, dy, weight, g.groups, tf32)
+        shared = _shared_gradient(dy, weights[1], g, tf32) if len(weights) > 1 else None
+        sizes, kernel = _backward_sizes(g, dy, weights[0], g.groups, tf32)
         sizes |= {"groups": g.groups, "out_pixel": g.in_channels, "out_group": g.c,
                   "scale": 1 / g.groups, "ADD": shared is not None}  # fmt: skip
         others = {"mean": None, "weight": kernel, "weight_mean": None, "bias": None, "addend": shared}

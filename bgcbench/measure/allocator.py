@@ -69,7 +69,7 @@ def set_memory(state: str) -> None:
 
 @contextmanager
 def memory_state(state: str | None) -> Iterator[None]:
-    """``state`` for the block, and what was kept given back after it. None: whatever is."""
+    """Set ``state`` for the block, then give back what was kept. None leaves the current state."""
     if state is None:
         yield
         return

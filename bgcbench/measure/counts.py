@@ -1,33 +1,20 @@
-"""What a convolution must cost, by formula: parameters, multiply-adds, additions, bytes. No torch here.
+"""What a convolution must cost, by the rule of its variant (``specs.VARIANTS``): parameters, multiply-adds, additions,
+bytes. No torch here.
 
 Everything is per image and for the forward pass unless a name says otherwise. Conventions: a MAC is one
 multiply-add and counts 1; MACs on zero padding count, as they do in every published table; a bias is not counted
 in MACs. Symbols n, m, N, K, D as in :mod:`bgcbench.specs`, D_in for the input's positions.
 
 Two columns come from the paper itself: Table 1's parameters (``paper_params``) and the operations of (3.14) and
-section 4 (``paper_ops``). They mix stored and deployed forms and per-conversion with per-forward work (LGC, FLGC),
+section 4 (``paper_ops``). They mix stored and deployed layers and per-conversion with per-forward work (LGC, FLGC),
 so they stand beside ``params`` and ``macs``, never in their place.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from bgcbench.specs import PRECISIONS, ConvSpec
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """The numbers every formula is written in."""
-
-    n: int  # input channels
-    m: int  # output channels
-    groups: int  # N
-    pairs: int  # sum over the groups of m_g n_g: output-input pairs that a weight connects
-    k: int  # K, kernel positions
-    d: int  # D, output positions
-    d_in: int  # input positions
+from bgcbench.specs import PRECISIONS, VARIANTS, ConvSpec, Sizes, one_block
 
 
 @dataclass(frozen=True)
@@ -36,7 +23,7 @@ class Counts:
 
     params: numbers the deployed layer stores (with its bias). macs: multiply-adds. adds: additions outside the
     products (BGC's mean). paper_params, paper_ops: Table 1 and (3.14) / section 4 evaluated (with one D, that of
-    the output, as printed). params_training, macs_training: of a masked form, while it trains. bytes_min: input
+    the output, as printed). params_training, macs_training: of a masked layer, while it trains. bytes_min: input
     read once, output written once, and this image's share of reading the weights once a batch.
     """
 
@@ -55,7 +42,7 @@ class Counts:
         return 2 * self.macs + self.adds
 
     def executed(self, algorithm: str) -> Counts:
-        """What this form of the layer does: a masked one stores and multiplies a dense kernel."""
+        """What ``algorithm`` does: a masked layer stores and multiplies a dense kernel."""
         if algorithm != "masked" or self.params_training is None or self.macs_training is None:
             return self
         return replace(self, params=self.params_training, macs=self.macs_training)
@@ -64,75 +51,6 @@ class Counts:
         """The counts of a result row; what a variant does not have is left out."""
         names = ("params", "macs", "adds", "paper_ops", "bytes_min", "params_training", "macs_training")
         return {name: value for name in names if (value := getattr(self, name)) is not None}
-
-
-def _bgc(s: Sizes) -> dict[str, int]:
-    # With one group the mean is the input, so the layer holds A alone: a standard convolution.
-    if s.groups == 1:
-        return _standard(s)
-    blocks = 2 * s.k * s.m * s.n // s.groups
-    return {"params": blocks, "macs": s.d * blocks, "adds": s.d_in * s.n, "paper_ops": s.d * blocks + s.d * s.n}
-
-
-def _standard(s: Sizes) -> dict[str, int]:
-    weights = s.k * s.m * s.n
-    return {"params": weights, "macs": s.d * weights, "paper_ops": s.d * weights}
-
-
-def _gc(s: Sizes) -> dict[str, int]:
-    weights = s.k * s.m * s.n // s.groups
-    return {"params": weights, "macs": s.d * weights, "paper_ops": s.d * weights}
-
-
-def _lgc(s: Sizes) -> dict[str, int]:
-    # Condensation C = groups G = N, the setting of the paper's count. Half of Table 1's 2Kmn is the 0/1 mask.
-    if s.groups == 1:
-        return _standard(s)
-    weights = s.k * s.m * s.n // s.groups
-    setup = (s.groups - 1) * (weights + s.m * s.n // s.groups + 1)
-    return {
-        "params": weights,
-        "macs": s.d * weights,
-        "paper_params": 2 * s.k * s.m * s.n,
-        "paper_ops": s.d * weights + setup,
-        "params_training": s.k * s.m * s.n,
-        "macs_training": s.d * s.k * s.m * s.n,
-    }
-
-
-def _flgc(s: Sizes) -> dict[str, int]:
-    # A masked call also builds its mask once (m n N multiply-adds a call, whatever the batch): not counted here.
-    if s.groups == 1:
-        return _standard(s)
-    weights = s.k * s.pairs
-    stored = s.k * s.m * s.n + s.groups * (s.n + s.m)
-    return {
-        "params": weights,
-        "macs": s.d * weights,
-        "paper_params": stored,
-        "paper_ops": s.d * weights + (s.n + s.m) * s.groups**2 + weights,
-        "params_training": stored,
-        "macs_training": s.d * s.k * s.m * s.n,
-    }
-
-
-def _tlgc(s: Sizes) -> dict[str, int]:
-    # As with BGC, one group needs no second level.
-    if s.groups == 1:
-        return _standard(s)
-    weights = s.k * s.m * s.n // s.groups + s.k * s.n + s.groups * s.m
-    return {"params": weights, "macs": s.d * weights, "paper_ops": s.d * weights}
-
-
-FORMULAS: dict[str, Callable[[Sizes], dict[str, int]]] = {
-    "standard": _standard,
-    "gc": _gc,
-    "shuffle": _gc,  # the shuffle moves numbers and computes none
-    "lgc": _lgc,
-    "flgc": _flgc,
-    "tlgc": _tlgc,
-    "bgc": _bgc,
-}
 
 
 def balanced_pairs(spec: ConvSpec) -> int:
@@ -162,20 +80,21 @@ def count(
         d=out_height * out_width,
         d_in=height * width,
     )
-    formula = FORMULAS[spec.variant](sizes)
-    weights = formula["params"] + (spec.out_channels if spec.bias else 0)
-    stored = formula.get("params_training")
+    costs = (VARIANTS[spec.variant].costs if spec.groups > 1 else one_block)(sizes)
+    bias = spec.out_channels if spec.bias else 0
+    params = costs.weights + bias
+    macs = sizes.d * costs.weights
     itemsize = PRECISIONS[precision]
     activations = (sizes.n * sizes.d_in + sizes.m * sizes.d) * itemsize
     return Counts(
-        params=weights,
-        macs=formula["macs"],
-        adds=formula.get("adds", 0),
-        paper_params=formula.get("paper_params", formula["params"]),
-        paper_ops=formula["paper_ops"],
-        bytes_min=activations + -(-weights * itemsize // batch),
-        params_training=None if stored is None else stored + (spec.out_channels if spec.bias else 0),
-        macs_training=formula.get("macs_training"),
+        params=params,
+        macs=macs,
+        adds=costs.adds,
+        paper_params=costs.weights if costs.paper_params is None else costs.paper_params,
+        paper_ops=macs + costs.paper_extra,
+        bytes_min=activations + -(-params * itemsize // batch),
+        params_training=None if costs.trained is None else costs.trained + bias,
+        macs_training=None if costs.trained is None else sizes.d * sizes.k * sizes.m * sizes.n,
     )
 
 
@@ -215,6 +134,6 @@ def paper_bytes(spec: ConvSpec, height: int, width: int, batch: int, precision: 
     """
     counts = count(spec, height, width)
     numbers = batch * spec.in_channels * height * width + counts.params
-    if spec.variant == "bgc" and spec.groups > 1:
+    if counts.adds:  # the mean
         numbers += batch * (spec.in_channels // spec.groups) * height * width
     return numbers * PRECISIONS[precision]

@@ -1,4 +1,4 @@
-"""What a measurement was made on, and what on this machine could spoil one."""
+"""The machine that a measurement ran on, and what on it could spoil a measurement."""
 
 from __future__ import annotations
 

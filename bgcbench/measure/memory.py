@@ -1,4 +1,4 @@
-"""Peak memory of one step, in a pass of its own."""
+"""Peak memory of one step, measured in a separate pass."""
 
 from __future__ import annotations
 

@@ -82,7 +82,7 @@ def round_medians(samples: Sequence[float], rounds: Sequence[int]) -> dict[int, 
 
 @dataclass(frozen=True)
 class Summary:
-    """What a series of samples says. Seconds; ``ci95`` is None with too few samples to have one."""
+    """Statistics of a series of samples, in seconds; ``ci95`` is None with too few samples."""
 
     n: int
     median_s: float
@@ -139,8 +139,8 @@ class Ratio:
     paired: bool
 
     @property
-    def detectable(self) -> bool | None:
-        """Whether the interval excludes 1; None where there is no interval."""
+    def is_significant(self) -> bool | None:
+        """Whether the interval excludes 1; None without an interval."""
         return None if self.ci95 is None else not self.ci95.low <= 1.0 <= self.ci95.high
 
 

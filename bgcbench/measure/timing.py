@@ -113,7 +113,7 @@ class Track(Generic[CellT]):
         self.cell = None  # type: ignore[assignment]
 
     def discard_round(self, number: int) -> None:
-        """Set the samples of a round that is done again apart; they are kept, and not in the summary."""
+        """Move the samples of a repeated round out of the summary; the track keeps them."""
         kept = [(s, r) for s, r in zip(self.samples, self.rounds, strict=True) if r != number]
         redone = [(s, r) for s, r in zip(self.samples, self.rounds, strict=True) if r == number]
         self.samples, self.rounds = [s for s, _ in kept], [r for _, r in kept]
@@ -134,7 +134,7 @@ class Canary:
 
 @dataclass(frozen=True)
 class Progress:
-    """What happened last. ``round`` is 0 while warming up; ``round_done`` marks the end of a round."""
+    """The last event. ``round`` is 0 while warming up; ``round_done`` marks the end of a round."""
 
     track: Track[object] | None
     round: int
@@ -262,7 +262,7 @@ class Group(Generic[CellT]):
         track.estimate_s = statistics.median(times)  # the next batch's size follows what was seen last
 
     def _read_canary(self, readings: int) -> float | None:
-        """Median of some readings; None, and every row failed, where the device no longer answers."""
+        """Median of some readings; if the device no longer answers, fail every row and return None."""
         try:
             return statistics.median(self.stopwatch.canary() for _ in range(readings))
         except Exception as failure:  # noqa: BLE001 - what ends the device ends its rows, not the run
@@ -288,14 +288,14 @@ class Group(Generic[CellT]):
         if self.rounds < self.rules.min_rounds:
             return False
         for track in alive:
-            self._judge(track)
+            self._check_convergence(track)
         if all(track.converged for track in alive):
             return True
         # A round that would end past the budget is not begun.
         return self.stopwatch.now() - self._started_s + self._round_s > self._budget_s()
 
-    def _judge(self, track: Track[CellT]) -> None:
-        """Say whether the cell's median is known well enough, and if not, what is missing."""
+    def _check_convergence(self, track: Track[CellT]) -> None:
+        """Record whether the cell's median is known well enough and, if not, what is missing."""
         rules, summary = self.rules, track.summary()
         half_width = summary.half_width
         if summary.n < rules.min_samples:

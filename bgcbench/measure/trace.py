@@ -1,4 +1,4 @@
-"""What a network does on an image: its convolutions in the order in which they run, with shapes, counts and roles.
+"""Trace a network on one image: its convolutions in the order in which they run, with shapes, counts and roles.
 
 The network is run once as a copy without numbers (on the meta device), so that nothing of it changes, and in eval
 mode. A TorchFunctionMode sees every operation: convolutions called as functions too, and the additions that tell a
@@ -137,7 +137,7 @@ def is_variant(module: nn.Module) -> bool:
 
 
 def trace(model: nn.Module, size: Size | None = None, example: Any = None, passing: Passing | None = None) -> Trace:
-    """Run ``model`` once and say what it did.
+    """Run ``model`` once and record its calls.
 
     size: (channels, height, width) of its input; or ``example``, what ``passing`` runs it on. Without either the size
     is the one a timm model names, or the first that works of 224, 32, 299 and 64 pixels, with the channels of the first

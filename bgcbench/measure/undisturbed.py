@@ -1,4 +1,4 @@
-"""Running somebody's network and leaving no trace: modes, random states, and where its numbers stop being finite."""
+"""Run a network without side effects (modes, random states), and find where its numbers stop being finite."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-# Largest difference of two runs of one computation, relative to the largest output; beyond it they computed otherwise.
+# Two runs of one computation differ by at most this, relative to the largest output.
 ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4}
 ROUNDING_OF_HALVES = 2e-2
 
@@ -41,13 +41,13 @@ class RandomState:
 
     @classmethod
     def seeded(cls, model: nn.Module, seed: int) -> RandomState:
-        """The states after seeding; those that there were are put back."""
+        """The states after seeding; the current ones are restored."""
         with random_state_kept(model):
             seed_everything(seed)
             return cls.of(model)
 
     def is_now(self) -> bool:
-        """Whether nothing has been drawn from these generators since."""
+        """Whether these generators have drawn nothing since."""
         now = self.now()
         return (
             torch.equal(self.torch_state, now.torch_state)
@@ -84,7 +84,7 @@ def seed_everything(seed: int) -> None:
 
 @contextmanager
 def random_state_kept(model: nn.Module) -> Iterator[None]:
-    """The random states are after the block what they were before it."""
+    """Restore the random states after the block."""
     before = RandomState.of(model)
     try:
         yield
@@ -94,7 +94,7 @@ def random_state_kept(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """The network in eval mode and without gradients; its mode and the random states are put back afterwards."""
+    """Run the block with the network in eval mode and without gradients; restore its mode and the random states."""
     was_training = {name: module.training for name, module in model.named_modules()}
     try:
         with torch.no_grad(), random_state_kept(model):

@@ -76,7 +76,7 @@ class Workload:
     def _ready(self, phase: str, cell: Cell) -> Cell:
         """``cell`` as the mode has it."""
         if self.mode == "compile":
-            # An eager call ahead of it: layers that choose their form by measuring cannot while they are compiled.
+            # An eager call ahead of it: autotuned layers cannot measure while they are compiled.
             with cell.context():
                 self._set_phase(phase)
                 self.plain(self.x)

@@ -12,6 +12,7 @@ from bgcbench.plots.style import label_of, look_of, title
 from bgcbench.results.aggregate import variant_place
 from bgcbench.results.document import Document
 from bgcbench.results.rows import SampledRow
+from bgcbench.specs import LINEAR, VARIANTS
 from bgcbench.theory.fits import EXACT
 from bgcbench.theory.inputs import InputLaw
 
@@ -77,7 +78,7 @@ def exact_curve(at: At, rows: Iterable[SampledRow]) -> tuple[list[float], list[f
     """
     known = {row.params.groups: row.exact_relative_error for row in rows if (row.exact_relative_error or 0.0) > EXACT}
     exact = {float(n): error for n, error in known.items() if error is not None}
-    kept = {"gc": 1, "shuffle": 1, "bgc": 2}.get(at[0])
+    kept = VARIANTS[at[0]].unknowns(1, 1) if at[0] in LINEAR else None
     if len(exact) < 2 or kept is None or not (at[0] == "bgc" or _white(at[1])):
         return list(exact), list(exact.values())
     constant = statistics.fmean(error / (1 - kept / n) for n, error in exact.items())

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from bgcbench.results.aggregate import Spread, variant_place
+from bgcbench.results.aggregate import Spread
 from bgcbench.results.document import Document, printable
 from bgcbench.specs import VARIANTS
 
@@ -45,17 +45,7 @@ STYLE: dict[str, Any] = {
     "svg.hashsalt": "bgcbench",
     "text.parse_math": False,  # a folder's name may have $ in it
 }
-# Okabe and Ito's colours, which all kinds of colour vision tell apart, with a shape and a size (points) each: where two
-# variants lose the same, the smaller marker stands inside the larger.
-LOOKS = (
-    ("#000000", "*", 9.0),
-    ("#D55E00", "s", 7.5),
-    ("#E69F00", "D", 4.0),
-    ("#009E73", "^", 6.5),
-    ("#CC79A7", "v", 6.5),
-    ("#56B4E9", "P", 7.0),
-    ("#0072B2", "o", 6.0),
-)
+UNKNOWN = ("#666666", "X", 6.0)  # of a variant of a newer version
 
 
 @dataclass(frozen=True)
@@ -113,7 +103,7 @@ def label_of(variant: str, groups: int = 1) -> str:
 
 def look_of(variant: str, **more: Any) -> dict[str, Any]:
     """How a variant's line and markers look in every picture, but for what is given."""
-    colour, marker, size = LOOKS[variant_place(variant) % len(LOOKS)]
+    colour, marker, size = VARIANTS[variant].look if variant in VARIANTS else UNKNOWN
     return {"color": colour, "marker": marker, "markersize": size, "linewidth": 0.9, "zorder": 3 + 1 / size, **more}
 
 

@@ -299,7 +299,7 @@ def compare_words(ratio: Ratio, other: str) -> str:
         value = max(ratio.value, 1 / ratio.value)
         return f"about {ratio_text(value)}x {how} than {other} (no interval)"
     apart = "" if ratio.paired else ", measured apart"
-    if not ratio.detectable:
+    if not ratio.is_significant:
         bound = max(abs(interval.low - 1), abs(interval.high - 1))
         if bound > 0.1:
             span = f"{ratio_text(interval.low)}-{ratio_text(interval.high)}"
@@ -481,21 +481,11 @@ def profile_records(document: Json) -> list[Json]:
 
 # --------------------------------------------------------------------------------------------- Table 1, other tables
 
-_TABLE1 = {
-    "standard": ("yes", "n", "none"),
-    "gc": ("no", "n/N", "deterministic"),
-    "shuffle": ("yes", "n/N", "deterministic"),
-    "lgc": ("yes", "n/N", "adaptive"),
-    "flgc": ("yes", "varies", "adaptive"),
-    "tlgc": ("yes", "n/N", "deterministic"),
-    "bgc": ("yes", "n/N", "deterministic"),
-}
-
 
 def table1_report(
     in_channels: int, out_channels: int, kernel: int, size: tuple[int, int], groups: Sequence[int]
 ) -> Report:
-    """Table 1 of the paper evaluated for one layer: all seven variants at every N. Nothing is measured.
+    """Table 1 of the paper evaluated for one layer: all variants at every N. Nothing is measured.
 
     Raises ShapeError for an N that does not divide the channels.
     """
@@ -533,7 +523,7 @@ def table1_report(
 
 
 def _table1_record(name: str, groups: int, spec: ConvSpec, size: tuple[int, int]) -> Json:
-    intergroup, channels, grouping = _TABLE1[name]
+    intergroup, channels, grouping = VARIANTS[name].table1
     counts = dataclasses.asdict(count(spec, *size))
     return {
         "variant": name,
@@ -630,7 +620,7 @@ def compare_report(before: Json, after: Json, names: tuple[str, str], limit: flo
 def _change_words(ratio: Ratio) -> str:
     if ratio.ci95 is None:
         return f"about {ratio.value:.2f}x the time (too few rounds for an interval)"
-    if not ratio.detectable:
+    if not ratio.is_significant:
         bound = max(abs(ratio.ci95.low - 1), abs(ratio.ci95.high - 1))
         return f"no detectable difference (< {significant(100 * bound, 2)} %)"
     return f"{ratio.value:.2f}x the time (95% CI {ratio.ci95.low:.2f}-{ratio.ci95.high:.2f})"

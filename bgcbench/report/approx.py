@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from bgcbench.report import Column, Report, label_of, notes, scaled, significant, where_line
 from bgcbench.results import Json
+from bgcbench.specs import LINEAR
 from bgcbench.theory import paper
 from bgcbench.theory.bounds import SCALING_POWER
 from bgcbench.theory.exact import white_error
@@ -363,7 +364,7 @@ def _network_notes(document: Json, rows: Sequence[Json]) -> list[str]:
             f"second moments took up to {moments['bytes'] / 2**30:.2g} GiB at once, in {moments['passes']} run(s) over "
             "the images"
         )
-    if any(row["params"]["variant"] in ("tlgc", "flgc", "lgc") for row in rows):
+    if not {row["params"]["variant"] for row in rows} <= {"standard", *LINEAR}:
         lines.append("TLGC, FLGC and LGC are searches, with one fixed ridge")
     return lines + _failed(rows) + notes(document, [])
 

@@ -130,12 +130,12 @@ def _best(rows: Sequence[Json], reference: Json | None, phase: str) -> str | Non
     if ratio is None:
         return None
     title = PHASE_TITLES[phase]
-    if ratio.value <= 1 or (ratio.ci95 is not None and not ratio.detectable):
+    if ratio.value <= 1 or (ratio.ci95 is not None and not ratio.is_significant):
         return f"{title}: none is surely faster than {DENSE}; the shortest time is {_numbered(first, rows)}'s"
     text = f"{title}: {_numbered(first, rows)}, {compare_words(ratio, DENSE)}"
     if len(there) > 1:
         ahead = row_ratio(there[1], first, phase)
-        if ahead is not None and ahead.ci95 is not None and not ahead.detectable:
+        if ahead is not None and ahead.ci95 is not None and not ahead.is_significant:
             text += f"; {_numbered(there[1], rows)} cannot be told apart from it"
         else:
             text += f"; next is {_numbered(there[1], rows)}"
@@ -212,7 +212,7 @@ def _fastest(row: Json, members: Sequence[Json], phase: str) -> str:
     if not found:
         return "-"
     ratio, other = found[0]
-    if ratio.value <= 1 or (ratio.ci95 is not None and not ratio.detectable):
+    if ratio.value <= 1 or (ratio.ci95 is not None and not ratio.is_significant):
         return "itself"
     return f"{_numbered(other, members)} {ratio_text(ratio.value)}x"
 
@@ -245,7 +245,7 @@ def _sped_up(own: Sequence[Json], by_layer: dict[int, list[Json]], phase: str) -
                 outcomes.setdefault(_numbered(other, members), []).append((row, ratio))
     lines = []
     for name, found in outcomes.items():
-        faster = [row for row, ratio in found if ratio.value > 1 and (ratio.ci95 is None or ratio.detectable)]
+        faster = [row for row, ratio in found if ratio.value > 1 and (ratio.ci95 is None or ratio.is_significant)]
         saved = sum(_total(row, phase) * (1 - 1 / ratio.value) for row, ratio in found if row in faster)
         rest = [f"{row['layer']['label']} ({ratio_text(ratio.value)}x)" for row, ratio in found if row not in faster]
         line = f"{name} is faster in {len(faster)} of {len(found)} replaced shapes"

@@ -224,7 +224,7 @@ def _times(run: Run) -> list[str]:
 
 def _faster(ratio: Ratio, other: Conversion) -> tuple[str, str]:
     """What the time of ``other`` over that of BGC says, and how much."""
-    if not ratio.detectable:
+    if not ratio.is_significant:
         return "not told apart" if ratio.ci95 else "too few measurements", ""
     factor = f" ({ratio_text(max(ratio.value, 1 / ratio.value))}x)"
     return f"{'BGC' if ratio.value > 1 else other.label} is faster", factor

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from bgcbench.specs import LINEAR, VARIANTS
+
 
 def white_error(variant: str, groups: int) -> float | None:
     """Least share of the output's energy lost, E||Wx - Vx||^2 / E||Wx||^2, on white input.
@@ -13,13 +15,12 @@ def white_error(variant: str, groups: int) -> float | None:
         gc, shuffle   1 - 1/N    (one of N blocks in each row survives; the bound of Theorem 3.5 is attained)
         bgc           1 - 2/N    (N >= 2; the N - 1 shared blocks keep their mean, so N - 2 of N are lost)
 
-    N = 1 is the standard convolution: 0. The construction in the proof of Theorem 3.6 (Lee, Park & Lee) reaches
-    only (1 - 1/N)^2, which is 1/N^2 above BGC's optimum. Returns None where no closed form is known.
+    All three are 1 minus the share of dimensions that the linear space has. N = 1 is the standard convolution: 0. The
+    construction in the proof of Theorem 3.6 (Lee, Park & Lee) reaches only (1 - 1/N)^2, which is 1/N^2 above BGC's
+    optimum. Returns None where no closed form is known.
     """
     if variant == "standard" or groups == 1:
         return 0.0
-    if variant in ("gc", "shuffle"):
-        return 1.0 - 1.0 / groups
-    if variant == "bgc":
-        return 1.0 - 2.0 / groups
-    return None
+    if variant not in LINEAR:
+        return None
+    return 1.0 - VARIANTS[variant].unknowns(1, groups) / groups

@@ -21,7 +21,7 @@ _DEPENDENT = 1e-9
 
 @dataclass(frozen=True)
 class Regression:
-    """All that least squares needs to know of outputs y (m,) to be made from inputs u (nK,).
+    """The moments that least squares needs of outputs y (m,) to be made from inputs u (nK,).
 
     moment: E[u u^T] (nK, nK). cross: E[y u^T] (m, nK). power: E|y|^2. About zero, or all about means.
     """
@@ -64,7 +64,7 @@ def check_second_moment(second_moment: Tensor, weight: Tensor) -> Tensor:
 
 
 def check_cross_moment(cross_moment: Tensor | None, weight: Tensor, moment: Tensor) -> Tensor:
-    """E[y u^T] (m, nK) in float64 beside ``moment``: as given or, for the outputs y = W u themselves, W C.
+    """E[y u^T] (m, nK) in float64 beside ``moment``: as given, or W C for the outputs y = W u.
 
     Raises ShapeError unless what is given is (m, nK).
     """
@@ -122,7 +122,7 @@ def solve_normal(gram: Tensor, cross: Tensor, *, ridge: float = 0.0, prior: Tens
 
 
 def _least_norm(gram: Tensor, cross: Tensor) -> Tensor:
-    """cross gram^+; by Cholesky where the pivots leave no doubt that nothing is dependent, as that is ten times faster.
+    """cross gram^+; by Cholesky, ten times faster, where the pivots show full rank.
 
     gram: (..., p, p); cross: (..., q, p).
     """

@@ -1,4 +1,4 @@
-"""Second moments of a convolution's patches and outputs, added up as the inputs come.
+"""Second moments of a convolution's patches and outputs, accumulated input by input.
 
 At one output position a convolution is y = W u, with u the patch vector (length nK, in the order of
 ``torch.nn.functional.unfold``: channel-major, then kernel positions). What a variant can and cannot do on given inputs
@@ -79,7 +79,7 @@ class RegressionMoments:
         self.positions = 0
 
     def add(self, patches: Tensor, outputs: Tensor) -> None:
-        """Count pairs in: patches (nK, P) and outputs (m, P)."""
+        """Add pairs: patches (nK, P) and outputs (m, P)."""
         u = patches.to(self._total) - self.origin_in[:, None]
         y = outputs.to(self._total) - self.origin_out[:, None]
         # Only the lower half, in blocks: the other one is its mirror image.
@@ -155,14 +155,14 @@ class PatchMoments:
         self.positions = 0
 
     def add(self, x: Tensor) -> None:
-        """Count the patches of x (B, n, H, W) in."""
+        """Add the patches of x (B, n, H, W)."""
         x = x.detach()
         height, width = self._patches.output_size(x)
         for images in x.split(self._images_at_once(height * width)) if x.shape[0] else ():
             self.count(self._patches.all(images.to(self.total)))
 
     def count(self, patches: Tensor) -> None:
-        """Count patches (nK, positions) in."""
+        """Add patches (nK, positions)."""
         u = patches.to(self.total)
         self.total.addmm_(u, u.T)
         self.first += u.sum(1)

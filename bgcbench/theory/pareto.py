@@ -1,18 +1,19 @@
 """Which variants are worth their cost: the Pareto front of points whose errors are known to an uncertainty. No torch.
 
-With d = 3 hypot(u_i, u_j), a point j is surely better than i if e_j < e_i - d. It is preferable to i
+With d = 3 hypot(u_i, u_j), a point j is significantly better than i if e_j < e_i - d. It is preferable to i
 
-    if it costs less and is not surely worse,       c_j < c_i  and  e_j <= e_i + d
-    or if it costs as much and is surely better.    c_j = c_i  and  e_j <  e_i - d
+    if it costs less and is not significantly worse,       c_j < c_i  and  e_j <= e_i + d
+    or if it costs as much and is significantly better.    c_j = c_i  and  e_j <  e_i - d
 
-Points that cost the same and cannot be told apart therefore stand side by side (BGC at 2N and GC at N on white input).
+The front therefore holds both of two points of equal cost whose errors do not differ significantly (BGC at 2N and GC at
+N on white input).
 
-"Not surely worse" is not transitive: down a chain of cheaper and cheaper points, each like the next, the error can rise
-beyond doubt. If a point fell to its neighbour and the neighbour to the next, a surely better point would be lost with
-nothing on the front to stand for it. So a point falls only to one that is on the front itself. Preference has no
-cycles: it goes down in cost, and among equal costs "surely better" is transitive, as hypot(a, c) <= hypot(a, b) +
-hypot(b, c). So there is exactly one such front, the kernel of that graph: of two points on it the costlier one is
-surely better, and to every point off it one on it is preferable.
+"Not significantly worse" is not transitive: down a chain of cheaper and cheaper points, each like the next, the error
+can rise significantly. If a point fell to its neighbour and the neighbour to the next, a significantly better point
+would be lost without a replacement on the front. So a point falls only to a point on the front. Preference has no
+cycles: it goes down in cost, and among equal costs "significantly better" is transitive, as hypot(a, c) <= hypot(a, b)
++ hypot(b, c). So there is exactly one such front, the kernel of that graph: of two points on it the costlier one is
+significantly better, and for every point off it some point on it is preferable.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from typing import Any
 
 from bgcbench.theory.fits import EXACT
 
-SURE = 3.0  # standard errors of a difference beyond which there is no doubt
+SIGNIFICANT_SE = 3.0  # a difference is significant beyond so many of its standard errors
 
 
 def front(costs: Sequence[float], errors: Sequence[float], uncertainties: Sequence[float]) -> list[bool]:
@@ -36,14 +37,14 @@ def front(costs: Sequence[float], errors: Sequence[float], uncertainties: Sequen
         raise ValueError(f"{len(costs)} costs, {len(errors)} errors and {len(uncertainties)} uncertainties")
     values = [0.0 if error <= EXACT else error for error in errors]
 
-    def surely_better(i: int, j: int) -> bool:
-        return values[i] < values[j] - SURE * math.hypot(uncertainties[i], uncertainties[j])
+    def significantly_better(i: int, j: int) -> bool:
+        return values[i] < values[j] - SIGNIFICANT_SE * math.hypot(uncertainties[i], uncertainties[j])
 
     kept: list[int] = []
     order = sorted(range(len(costs)), key=lambda i: costs[i])
     for _, level in itertools.groupby(order, key=lambda i: costs[i]):
-        left = [i for i in level if all(surely_better(i, j) for j in kept)]
-        kept += [i for i in left if not any(surely_better(j, i) for j in left)]
+        left = [i for i in level if all(significantly_better(i, j) for j in kept)]
+        kept += [i for i in left if not any(significantly_better(j, i) for j in left)]
     return [i in kept for i in range(len(costs))]
 
 

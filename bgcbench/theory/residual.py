@@ -1,4 +1,4 @@
-"""What a linear variant leaves of a standard convolution on given inputs, as a quadratic form in its weights.
+"""The error of a linear variant on given inputs, as a quadratic form in the standard convolution's weights.
 
 A variant that is a linear space of kernels sees only z = T u of a patch u in the rows of group k. With the second
 moment M = sum u u^T, the least error of one row w of W is w S w^T with the Schur complement

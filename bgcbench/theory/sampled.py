@@ -1,4 +1,4 @@
-"""Sampled convolutions, met only through their rows' second moments.
+"""Sampled convolutions, summarised by the second moments of their rows.
 
 The S convolutions are never held together: the rows of one output channel over all of them, (S, nK), are drawn, their
 second moment is added to that of their group, and a group is handed on as soon as all of its rows are in.

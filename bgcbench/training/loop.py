@@ -21,8 +21,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bgcbench.convs import choices
-from bgcbench.convs.base import VariantConv2d, parameter_groups
+from bgcbench.convs import autotune
+from bgcbench.convs.base import VariantConv2d
+from bgcbench.convs.masked import MaskedConv2d, parameter_groups
 from bgcbench.data.feeds import epoch_order, stream_seed
 from bgcbench.data.labelled import LabelledData
 from bgcbench.errors import BgcbenchError, ResultFileError, UsageError
@@ -176,7 +177,7 @@ class Training:
         self.guesses = torch.empty(0, dtype=torch.int64)
         self.stopped = False
         self.feed = data.feed(world.device, workers=self.options.workers)
-        self.layers = [m for m in network.modules() if isinstance(m, VariantConv2d)]
+        self.layers = [m for m in network.modules() if isinstance(m, MaskedConv2d)]
         groupings = [layer.grouping() for layer in self.layers]
         self.starts = [None if grouping is None else grouping.cpu() for grouping in groupings]
         self.resumed = 0.0  # the share of the training that an earlier run has done
@@ -639,7 +640,7 @@ class Training:
             "state": vars(self.state),
             "scaler": self.scaler.state_dict(),
             "forms": self._forms(),
-            "choices": choices.remembered(),
+            "choices": autotune.remembered(),
             "world_size": self.world.size,
             "torch": torch.__version__,
         }
@@ -667,7 +668,7 @@ class Training:
         except RuntimeError as problem:
             raise ResultFileError(f"{where}: the checkpoint does not fit the network: {problem}") from problem
         adopt_forms(self.network, stored.meta["forms"])
-        choices.restore(stored.meta.get("choices", ()))  # what was measured must not change half-way
+        autotune.restore(stored.meta.get("choices", ()))  # what was measured must not change half-way
         self.forms_found = not self.recipe.compile
         for name, parameter in self.network.named_parameters():
             if (held := stored.extra.get(f"momentum.{name}")) is not None:

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bgcbench.convs.bgc import BalancedGroupConv2d, copy_blocks, least_squares, white_optimum
-from bgcbench.convs.bgc_forms import append_to_groups, dense_kernel, group_mean
+from bgcbench.convs.bgc_algorithms import append_to_groups, dense_kernel, group_mean
 from bgcbench.convs.gc import GroupConv2d
 from bgcbench.convs.gc import least_squares as gc_least_squares
 

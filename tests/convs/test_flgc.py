@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from bgcbench.convs.base import parameter_groups
 from bgcbench.convs.flgc import FullyLearnableGroupConv2d, straight_through
+from bgcbench.convs.masked import parameter_groups
 from bgcbench.errors import ShapeError
 
 

@@ -127,12 +127,12 @@ def test_deploying_before_the_last_drop_is_refused_with_the_way_out() -> None:
         layer.deploy()
 
 
-@pytest.mark.parametrize("form", ["masked", "deployed"])
-def test_a_saved_layer_goes_on_where_it_was(form: str) -> None:
+@pytest.mark.parametrize("algorithm", ["masked", "deployed"])
+def test_a_saved_layer_goes_on_where_it_was(algorithm: str) -> None:
     layer = LearnedGroupConv2d(8, 8, 1, groups=4)
-    layer.set_progress(1.0 if form == "deployed" else 0.2)
-    layer = layer.deploy() if form == "deployed" else layer
-    fresh = LearnedGroupConv2d(8, 8, 1, groups=4, algorithm=form)
+    layer.set_progress(1.0 if algorithm == "deployed" else 0.2)
+    layer = layer.deploy() if algorithm == "deployed" else layer
+    fresh = LearnedGroupConv2d(8, 8, 1, groups=4, algorithm=algorithm)
     fresh.load_state_dict(layer.state_dict())
     x = torch.randn(1, 8, 3, 3)
     assert fresh.stage == layer.stage

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from bgcbench.convs import choices
+from bgcbench.convs import autotune
 from bgcbench.kernels import clock, tiles
 
 HOST_S, CYCLES_PER_S = 100e-6, 2e9  # what the host needs to ask for a kernel; the device's clock
@@ -67,7 +67,7 @@ def simulated(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Device]:
 def test_what_the_host_needs_is_not_in_the_time(kernel_s: float, simulated: Callable[..., Device]) -> None:
     device = simulated()
     assert clock.device_seconds(lambda: device.launch(kernel_s), 10) == pytest.approx(kernel_s)
-    assert choices._seconds(lambda: device.launch(kernel_s), torch.device("cuda"))[0] == pytest.approx(kernel_s)
+    assert autotune._seconds(lambda: device.launch(kernel_s), torch.device("cuda"))[0] == pytest.approx(kernel_s)
     tile = tiles.Tile(64, 64, 64)
     assert tiles._time(lambda _: [device.launch(kernel_s)], tile) == pytest.approx(kernel_s)
 

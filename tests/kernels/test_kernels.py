@@ -1,4 +1,4 @@
-"""The operators of bgcbench.kernels: the kernels under triton's interpreter and on a device, the stock form on a CPU.
+"""The operators of bgcbench.kernels: the kernels under triton's interpreter and on a device, stock operations on a CPU.
 
 The truth is always a float64 convolution with the dense kernel.
 """

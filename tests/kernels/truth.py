@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bgcbench.convs.base import block_diagonal
-from bgcbench.convs.bgc_forms import dense_kernel
+from bgcbench.convs.bgc_algorithms import dense_kernel
+from bgcbench.convs.blocks import block_diagonal
 from bgcbench.kernels import common, usable
 from bgcbench.kernels.bgc import bgc_conv2d
 from bgcbench.kernels.gc import gc_conv2d
@@ -54,13 +54,13 @@ class Case:
 
 # The interpreter's tiles are 16 x 16 x 16: widths above 16 take several, and none of them is a multiple of 16.
 SMALL = (
-    Case(2, 6, 8, (4, 3), (3, 3), (1, 1), (1, 1), 2, large=True),
-    Case(2, 6, 8, (4, 3), (3, 3), (1, 1), (1, 1), 2, precision="fp16", layout="nchw"),
+    Case(2, 6, 8, (3, 3), (3, 3), (1, 1), (1, 1), 2, large=True),
+    Case(2, 6, 8, (3, 2), (3, 3), (1, 1), (1, 1), 2, precision="fp16", layout="nchw"),
     Case(2, 4, 6, (3, 2), (3, 3), (2, 1), (1, 1), 2, bias=False, second=True),
     Case(2, 4, 6, (2, 2), (1, 1), (1, 1), (0, 0), 2, bias=False, variant="gc", second=True),
-    Case(3, 6, 6, (5, 4), (3, 3), (2, 2), (1, 1), 3, bias=False, layout="nchw"),
+    Case(3, 4, 4, (5, 3), (3, 3), (2, 2), (1, 1), 2, bias=False, layout="nchw"),
     Case(1, 8, 4, (4, 4), (3, 3), (2, 2), (0, 1), 4, precision="fp16"),
-    Case(2, 4, 6, (2, 3), (3, 3), (1, 1), (2, 2), 2, layout="strided"),
+    Case(2, 4, 6, (1, 2), (3, 3), (1, 1), (2, 2), 2, layout="strided"),
     Case(2, 4, 4, (3, 2), (3, 2), (2, 1), (2, 1), 2, bias=False),
     Case(17, 8, 8, (2, 2), (1, 1), (1, 1), (0, 0), 4, layout="strided"),
     Case(17, 36, 10, (1, 2), (1, 1), (1, 1), (0, 0), 2, precision="fp16"),

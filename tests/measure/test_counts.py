@@ -52,10 +52,10 @@ def test_the_mean_costs_one_addition_for_every_input_value() -> None:
 @pytest.mark.parametrize("bias", [False, True])
 def test_params_equal_what_the_layer_stores(name: str, bias: bool) -> None:
     for groups in (1,) if name == "standard" else (1, 2, 4):
-        form = VARIANTS[name].algorithms[-1]  # LGC and FLGC: deployed; masked they store what trains
-        layer = ConvSpec(name, 8, 12, 3, groups=groups, bias=bias, algorithm=form)
+        algorithm = VARIANTS[name].algorithms[-1]  # LGC and FLGC: deployed; masked they store what trains
+        layer = ConvSpec(name, 8, 12, 3, groups=groups, bias=bias, algorithm=algorithm)
         assert count(layer, 5, 5).params == sum(p.numel() for p in build_conv(layer).parameters())
-        if groups > 1 and form == "deployed":
+        if groups > 1 and algorithm == "deployed":
             trained = build_conv(dataclasses.replace(layer, algorithm="masked"))
             assert count(layer, 5, 5).params_training == sum(p.numel() for p in trained.parameters())
 

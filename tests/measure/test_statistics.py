@@ -84,12 +84,12 @@ def test_drift_that_hits_both_series_cancels_in_their_ratio() -> None:
     paired, apart = ratio_of_medians(one, other, paired=True), ratio_of_medians(one, other, paired=False)
     assert paired.ci95.low <= 2.0 <= paired.ci95.high
     assert paired.ci95.width < apart.ci95.width / 5
-    assert paired.detectable
+    assert paired.is_significant
 
 
 @pytest.mark.parametrize(("rounds", "per_round"), [(6, 1), (6, 5), (10, 5), (20, 1)])
-def test_two_equal_series_are_told_apart_in_at_most_one_of_twenty_tries(rounds: int, per_round: int) -> None:
-    draw, told_apart, tries = random.Random(11), 0, 400
+def test_two_equal_series_differ_significantly_in_at_most_one_of_twenty_tries(rounds: int, per_round: int) -> None:
+    draw, significant, tries = random.Random(11), 0, 400
     for _ in range(tries):
         drift = [draw.gauss(0, 0.03) for _ in range(rounds)]
 
@@ -98,8 +98,8 @@ def test_two_equal_series_are_told_apart_in_at_most_one_of_twenty_tries(rounds: 
             numbers = [r for r in range(rounds) for _ in range(per_round)]
             return Series([1 + drift[r] + own[r] + abs(draw.gauss(0, 0.02)) for r in numbers], numbers)
 
-        told_apart += bool(ratio_of_medians(series(), series(), paired=True).detectable)
-    assert told_apart <= tries / 20 + 2 * (tries / 20) ** 0.5
+        significant += bool(ratio_of_medians(series(), series(), paired=True).is_significant)
+    assert significant <= tries / 20 + 2 * (tries / 20) ** 0.5
 
 
 @pytest.mark.parametrize("units", [6, 10, 25])
@@ -114,13 +114,13 @@ def test_a_real_difference_is_told() -> None:
     rounds = [r for r in range(10) for _ in range(5)]
     one, other = (Series([base + draw.gauss(0, 0.01) for _ in rounds], rounds) for base in (1.05, 1.0))
     ratio = ratio_of_medians(one, other, paired=True)
-    assert ratio.detectable
+    assert ratio.is_significant
     assert ratio.ci95.low <= 1.05 <= ratio.ci95.high
 
 
 def test_too_few_rounds_give_a_ratio_and_no_interval() -> None:
     ratio = ratio_of_medians(Series([2.0] * 5, range(5)), Series([1.0] * 5, range(5)), paired=True)
-    assert (ratio.value, ratio.ci95, ratio.detectable) == (2.0, None, None)
+    assert (ratio.value, ratio.ci95, ratio.is_significant) == (2.0, None, None)
 
 
 def test_the_same_data_always_give_the_same_interval() -> None:

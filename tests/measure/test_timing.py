@@ -282,8 +282,8 @@ def test_progress_tells_the_time_left() -> None:
     assert left[0] <= 3.0
 
 
-def test_the_same_row_entered_twice_is_told_apart_in_at_most_one_of_twenty_tries() -> None:
-    told_apart, tries = 0, 100
+def test_the_same_row_entered_twice_is_significant_in_at_most_one_of_twenty_tries() -> None:
+    significant, tries = 0, 100
     for seed in range(tries):
         drift = random.Random(1000 + seed)
         phases = [drift.uniform(1.0, 1.3) for _ in range(400)]
@@ -294,8 +294,8 @@ def test_the_same_row_entered_twice_is_told_apart_in_at_most_one_of_twenty_tries
         for _ in group.run():
             pass
         first, second = (Series(track.samples, track.rounds) for track in group.tracks)
-        told_apart += bool(ratio_of_medians(first, second, paired=True).detectable)
-    assert told_apart <= tries / 20
+        significant += bool(ratio_of_medians(first, second, paired=True).is_significant)
+    assert significant <= tries / 20
 
 
 def test_quick_rules_measure_less_and_say_nothing_about_convergence_they_do_not_have() -> None:

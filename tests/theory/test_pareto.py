@@ -6,12 +6,12 @@ import random
 
 import pytest
 
-from bgcbench.theory.pareto import SURE, front, uncertainty
+from bgcbench.theory.pareto import SIGNIFICANT_SE, front, uncertainty
 
 
 def preferable(j: int, i: int, costs: list[float], errors: list[float], doubts: list[float]) -> bool:
     """Whether j is preferable to i, as the module's text has it."""
-    d = SURE * math.hypot(doubts[i], doubts[j])
+    d = SIGNIFICANT_SE * math.hypot(doubts[i], doubts[j])
     cheaper = costs[j] < costs[i] and errors[j] <= errors[i] + d
     return cheaper or (costs[j] == costs[i] and errors[j] < errors[i] - d)
 

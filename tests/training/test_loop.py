@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bgcbench.convs import choices
+from bgcbench.convs import autotune
 from bgcbench.convs.base import VariantConv2d
 from bgcbench.convs.bgc import BalancedGroupConv2d
 from bgcbench.convs.lgc import LearnedGroupConv2d
@@ -512,8 +512,8 @@ def test_a_checkpoint_of_another_training_is_refused_by_field(
 def test_a_form_that_was_measured_is_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def only(form: str) -> None:
         """As if ``form`` were the fastest, in a process that has measured nothing yet."""
-        choices.forget()
-        monkeypatch.setattr(BalancedGroupConv2d, "forms", lambda *_: (form,))
+        autotune.forget()
+        monkeypatch.setattr(BalancedGroupConv2d, "candidates", lambda *_: (form,))
 
     checkpoints = Checkpoints(tmp_path)
     only("concat")
@@ -527,7 +527,7 @@ def test_a_form_that_was_measured_is_gone_on_with(tmp_path: Path, monkeypatch: p
     only("dense")
     trained(network := tiny_network("bgc", 4))
     assert network[3].chosen["training"] == "dense"
-    choices.forget()
+    autotune.forget()
 
 
 def test_a_form_that_was_asked_for_is_kept_in_the_checkpoint(tmp_path: Path) -> None:
@@ -686,7 +686,7 @@ def test_each_kind_of_step_is_compiled_once_in_the_form_that_was_measured(
     monkeypatch.setattr(torch, "compile", lambda module: compiler(module, backend=backend))
     # A step of 6 images in one form and a test batch of 6 in another; of the last 5 test images a third would be.
     forms = {(6, True): "split", (6, False): "dense"}
-    monkeypatch.setattr(choices, "choose", lambda case, *_: forms.get((case.batch, "w" in case.gradients), "concat"))
+    monkeypatch.setattr(autotune, "choose", lambda case, *_: forms.get((case.batch, "w" in case.gradients), "concat"))
     torch.compiler.reset()
     recipe = tiny_recipe(precision=precision, layout="nhwc", compile=True, epochs=2)
     network = tiny_network("bgc", 4) if precision == "fp64" else tiny_network("bgc", 4).float()

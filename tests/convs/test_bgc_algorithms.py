@@ -1,4 +1,4 @@
-"""The forms of a balanced group convolution have gradients written out by hand: against autograd and the definition."""
+"""The algorithms of BGC have gradients written out by hand: against autograd and the definition."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from bgcbench.convs.bgc import BalancedGroupConv2d
-from bgcbench.convs.bgc_forms import dense_kernel
+from bgcbench.convs.bgc_algorithms import dense_kernel
 from bgcbench.specs import ConvSpec
 
-FORMS = ConvSpec("bgc", 8, 12, 1, groups=4).algorithms  # all of them
+ALGORITHMS = ConvSpec("bgc", 8, 12, 1, groups=4).algorithms  # all of them
 LAYOUTS = ("nchw", "nhwc", "neither")
 
 
 def cases() -> Iterator[Any]:
-    """(form, layer's arguments, input) over kernels, strides, padding, sizes of one pixel and group counts."""
+    """(algorithm, layer's arguments, input) over kernels, strides, padding, sizes of one pixel and group counts."""
     geometries: list[tuple[dict[str, Any], tuple[int, ...]]] = [
         ({"kernel_size": 1}, (3, 8, 5, 4)),
         ({"kernel_size": 1, "stride": (2, 1)}, (2, 8, 5, 4)),
@@ -32,17 +32,17 @@ def cases() -> Iterator[Any]:
     ]
     for options, shape in geometries:
         spec = ConvSpec("bgc", 8, 12, options["kernel_size"], padding=options.get("padding", 0), groups=4)
-        for form in spec.algorithms:
+        for algorithm in spec.algorithms:
             name = "-".join(f"{key[0]}{value}" for key, value in options.items())
-            yield pytest.param(form, options, shape, id=f"{form}-{name}")
+            yield pytest.param(algorithm, options, shape, id=f"{algorithm}-{name}")
 
 
 CASES = list(cases())
 
 
-def made(form: str, options: dict[str, Any], dtype: torch.dtype = torch.float64) -> BalancedGroupConv2d:
+def made(algorithm: str, options: dict[str, Any], dtype: torch.dtype = torch.float64) -> BalancedGroupConv2d:
     torch.manual_seed(0)
-    layer = BalancedGroupConv2d(8, 12, **{"groups": 4, **options}, algorithm=form, dtype=dtype)
+    layer = BalancedGroupConv2d(8, 12, **{"groups": 4, **options}, algorithm=algorithm, dtype=dtype)
     torch.nn.init.normal_(layer.bias)
     return layer
 
@@ -71,11 +71,11 @@ def by_definition(layer: BalancedGroupConv2d, x: Tensor, a: Tensor, b: Tensor, b
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize(("form", "options", "shape"), CASES)
+@pytest.mark.parametrize(("algorithm", "options", "shape"), CASES)
 def test_values_and_gradients_are_those_of_the_definition(
-    form: str, options: dict[str, Any], shape: tuple[int, ...], layout: str
+    algorithm: str, options: dict[str, Any], shape: tuple[int, ...], layout: str
 ) -> None:
-    layer = made(form, options)
+    layer = made(algorithm, options)
     x = laid_out(torch.randn(shape, dtype=torch.float64), layout).requires_grad_()
     leaves = [x, layer.weight_group, layer.weight_mean, layer.bias]
     before = [leaf.detach().clone() for leaf in leaves]
@@ -98,11 +98,11 @@ def test_values_and_gradients_are_those_of_the_definition(
 
 
 @pytest.mark.parametrize("wanted", [0b0001, 0b0010, 0b0100, 0b1000, 0b0110, 0b1001])
-@pytest.mark.parametrize(("form", "options", "shape"), CASES)
+@pytest.mark.parametrize(("algorithm", "options", "shape"), CASES)
 def test_gradients_that_nobody_wants_are_left_out(
-    form: str, options: dict[str, Any], shape: tuple[int, ...], wanted: int
+    algorithm: str, options: dict[str, Any], shape: tuple[int, ...], wanted: int
 ) -> None:
-    layer = made(form, options)
+    layer = made(algorithm, options)
     x = torch.randn(shape, dtype=torch.float64)
     leaves = [x, layer.weight_group, layer.weight_mean, layer.bias]
     for number, leaf in enumerate(leaves):
@@ -115,9 +115,9 @@ def test_gradients_that_nobody_wants_are_left_out(
 
 
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
-@pytest.mark.parametrize(("form", "options", "shape"), CASES)
-def test_second_derivatives(form: str, options: dict[str, Any], shape: tuple[int, ...], layout: str) -> None:
-    layer = made(form, options)
+@pytest.mark.parametrize(("algorithm", "options", "shape"), CASES)
+def test_second_derivatives(algorithm: str, options: dict[str, Any], shape: tuple[int, ...], layout: str) -> None:
+    layer = made(algorithm, options)
     x = laid_out(torch.randn(shape, dtype=torch.float64), layout).requires_grad_()
     leaves = [x, layer.weight_group, layer.weight_mean, layer.bias]
 
@@ -130,11 +130,11 @@ def test_second_derivatives(form: str, options: dict[str, Any], shape: tuple[int
 
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize(("form", "options", "shape"), CASES)
+@pytest.mark.parametrize(("algorithm", "options", "shape"), CASES)
 def test_half_precision(
-    form: str, options: dict[str, Any], shape: tuple[int, ...], dtype: torch.dtype, layout: str
+    algorithm: str, options: dict[str, Any], shape: tuple[int, ...], dtype: torch.dtype, layout: str
 ) -> None:
-    layer = made(form, options, dtype)
+    layer = made(algorithm, options, dtype)
     x = laid_out(torch.randn(shape).to(dtype), layout).requires_grad_()
     leaves = [x, layer.weight_group, layer.weight_mean, layer.bias]
     exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
@@ -152,11 +152,11 @@ def test_half_precision(
 
 
 @pytest.mark.parametrize("inside", [False, True], ids=["backward-outside", "backward-inside"])
-@pytest.mark.parametrize(("form", "options", "shape"), CASES)
+@pytest.mark.parametrize(("algorithm", "options", "shape"), CASES)
 def test_autocast_computes_in_its_type_and_gradients_keep_theirs(
-    form: str, options: dict[str, Any], shape: tuple[int, ...], inside: bool
+    algorithm: str, options: dict[str, Any], shape: tuple[int, ...], inside: bool
 ) -> None:
-    layer = made(form, options, torch.float32)
+    layer = made(algorithm, options, torch.float32)
     x = torch.randn(shape, requires_grad=True)
     leaves = [x, layer.weight_group, layer.weight_mean, layer.bias]
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -172,13 +172,13 @@ def test_autocast_computes_in_its_type_and_gradients_keep_theirs(
         torch.testing.assert_close(one.float(), other, rtol=0, atol=4 * eps * float(other.detach().abs().max()))
 
 
-@pytest.mark.parametrize(("form", "options", "shape"), CASES)
+@pytest.mark.parametrize(("algorithm", "options", "shape"), CASES)
 def test_autocast_around_the_backward_pass_alone_changes_nothing(
-    form: str, options: dict[str, Any], shape: tuple[int, ...]
+    algorithm: str, options: dict[str, Any], shape: tuple[int, ...]
 ) -> None:
-    if form == "dense" and shape[2:] == (1, 1):
+    if algorithm == "dense" and shape[2:] == (1, 1):
         pytest.skip("what PyTorch's linear does there is its own affair")
-    layer = made(form, options, torch.float32)
+    layer = made(algorithm, options, torch.float32)
     x = torch.randn(shape, requires_grad=True)
     leaves = [x, layer.weight_group, layer.weight_mean, layer.bias]
 
@@ -190,9 +190,9 @@ def test_autocast_around_the_backward_pass_alone_changes_nothing(
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_the_mean_of_large_numbers_in_half_precision_is_no_sum(form: str) -> None:
-    layer = made(form, {"kernel_size": 1}, torch.float16)
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_the_mean_of_large_numbers_in_half_precision_is_no_sum(algorithm: str) -> None:
+    layer = made(algorithm, {"kernel_size": 1}, torch.float16)
     x = torch.full((2, 8, 3, 3), 3e4, dtype=torch.float16, requires_grad=True)  # four of them are too many for float16
     with torch.no_grad():
         layer.weight_group.zero_()
@@ -205,9 +205,9 @@ def test_the_mean_of_large_numbers_in_half_precision_is_no_sum(form: str) -> Non
             torch.testing.assert_close(layer(x), expected)
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_forward_mode_and_traces_follow_the_single_operations(form: str) -> None:
-    layer = made(form, {"kernel_size": 1})
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_forward_mode_and_traces_follow_the_single_operations(algorithm: str) -> None:
+    layer = made(algorithm, {"kernel_size": 1})
     x, tangent = torch.randn(2, 2, 8, 4, 3, dtype=torch.float64)
     with forward_ad.dual_level():
         y = forward_ad.unpack_dual(layer(forward_ad.make_dual(x, tangent)))

@@ -1,13 +1,13 @@
-"""The exact forms of a balanced group convolution (eq. 3.1) as functions of tensors: y^k = A^k x^k + B^k xbar + bias^k.
+"""The exact algorithms of a balanced group convolution (eq. 3.1): y^k = A^k x^k + B^k xbar + bias^k, on tensors.
 
 They compute the same map and differ in what they call and in what they read and write. Their gradients are written out
 by hand, because autograd, taking them apart operation by operation, stores the gradient of the mean N times over (once
-a group), adds that to the gradient of x in another pass, and copies whatever it cannot view:
+a group), adds that to the gradient of x in another pass, and copies what it cannot view:
 
     dx^k = A^k* dy^k + (1/N) sum_l B^l* dy^l        dA^k = dy^k (*) x^k        dB^k = dy^k (*) xbar
 
-(B* is the transposed convolution, dy (*) x the correlation that gives a kernel's gradient.) Where somebody follows the
-single operations (see followed.py), and for second derivatives, the same forms are composed of them.
+(B* is the transposed convolution, dy (*) x the correlation that gives a kernel's gradient.) Where something records the
+single operations (see followed.py), and for second derivatives, the same maps are composed of them.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bgcbench.convs.base import block_diagonal
-from bgcbench.convs.choices import is_autocast
+from bgcbench import kernels
+from bgcbench.convs.blocks import block_diagonal
 from bgcbench.convs.followed import is_followed, is_symbolic
 from bgcbench.convs.layouts import format_of, is_channels_last, like_layout_of
 
@@ -95,7 +95,7 @@ def mean_and_kernel(x: Tensor, b: Tensor, groups: int) -> tuple[Tensor, Tensor]:
 
 def is_summed(x: Tensor) -> bool:
     """Whether the 1/N of the mean goes into its kernel."""
-    return not is_symbolic(x) and x.dtype in (torch.float32, torch.float64) and not is_autocast(x)
+    return not is_symbolic(x) and x.dtype in (torch.float32, torch.float64) and not kernels.autocast_on(x.device.type)
 
 
 def add_to_groups(x: Tensor, shared: Tensor, groups: int, factor: float) -> Tensor:
@@ -122,8 +122,8 @@ def append_to_groups(x: Tensor, mean: Tensor, groups: int) -> Tensor:
 # ------------------------------------------------------------------------------------------------------------ gradients
 
 
-class _Form(NamedTuple):
-    """One form with its gradients written out. All three take the constants first that it is called with.
+class _Map(NamedTuple):
+    """A map with its gradients written out. All three functions take its constants first.
 
     compute: the inputs to y and what else ``gradients`` needs. composed: the inputs to y, in differentiable operations.
     gradients: dy, the inputs, what ``compute`` kept and which gradients are wanted, to those (others None).
@@ -134,26 +134,26 @@ class _Form(NamedTuple):
     gradients: Callable[..., tuple[Tensor | None, ...]]
 
 
-def _by_hand(form: _Form, constants: tuple[Any, ...], *inputs: Tensor | None) -> Tensor:
-    """y of ``form``: composed where somebody follows, computed in place elsewhere, with its own gradients if needed."""
+def _by_hand(map_: _Map, constants: tuple[Any, ...], *inputs: Tensor | None) -> Tensor:
+    """y of the map: composed where something records it, else computed in place, with its own gradients if needed."""
     if is_followed(inputs[0]):
-        return form.composed(*constants, *inputs)
+        return map_.composed(*constants, *inputs)
     if torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in inputs):
-        y: Tensor = _ByHand.apply(form, constants, *inputs)
+        y: Tensor = _ByHand.apply(map_, constants, *inputs)
         return y
     if not torch.is_grad_enabled():
-        return form.compute(*constants, *inputs)[0]
+        return map_.compute(*constants, *inputs)[0]
     with torch.no_grad():  # compute works in place
-        return form.compute(*constants, *inputs)[0]
+        return map_.compute(*constants, *inputs)[0]
 
 
 class _ByHand(torch.autograd.Function):
-    """Runs a :class:`_Form`; its second derivatives are those of the composed operations."""
+    """Runs a :class:`_Map`; its second derivatives are those of the composed operations."""
 
     @staticmethod
-    def forward(ctx: Any, form: _Form, constants: tuple[Any, ...], *inputs: Tensor | None) -> Tensor:
-        y, kept = form.compute(*constants, *inputs)
-        ctx.form, ctx.constants, ctx.count = form, constants, len(inputs)
+    def forward(ctx: Any, map_: _Map, constants: tuple[Any, ...], *inputs: Tensor | None) -> Tensor:
+        y, kept = map_.compute(*constants, *inputs)
+        ctx.map_, ctx.constants, ctx.count = map_, constants, len(inputs)
         ctx.save_for_backward(*inputs, *kept)
         return y
 
@@ -164,10 +164,10 @@ class _ByHand(torch.autograd.Function):
         inputs, kept = saved[: ctx.count], saved[ctx.count :]
         wanted = ctx.needs_input_grad[2:]
         # In the types of the forward pass, whatever is on by now.
-        with torch.autocast(dy.device.type, enabled=False) if is_autocast(dy) else nullcontext():
+        with torch.autocast(dy.device.type, enabled=False) if kernels.autocast_on(dy.device.type) else nullcontext():
             if not torch.is_grad_enabled():
-                return None, None, *ctx.form.gradients(*ctx.constants, dy, inputs, kept, wanted)
-            y = ctx.form.composed(*ctx.constants, *inputs)  # create_graph=True
+                return None, None, *ctx.map_.gradients(*ctx.constants, dy, inputs, kept, wanted)
+            y = ctx.map_.composed(*ctx.constants, *inputs)  # create_graph=True
             leaves = [one for one, is_wanted in zip(inputs, wanted, strict=True) if is_wanted]
             found = iter(torch.autograd.grad(y, leaves, dy, create_graph=True))
             return None, None, *(next(found) if is_wanted else None for is_wanted in wanted)
@@ -237,7 +237,7 @@ def _two_branches_gradients(
     return dx, da, _of_kernel(db, x, groups), dbias
 
 
-_TWO_BRANCHES = _Form(_two_branches, _two_branches_composed, _two_branches_gradients)
+_TWO_BRANCHES = _Map(_two_branches, _two_branches_composed, _two_branches_gradients)
 
 
 def _chunks(groups: int, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
@@ -281,7 +281,7 @@ def _appended_gradients(
     return (dx.flatten(-2).permute(0, 3, 1, 2) if axis == -2 else dx.flatten(-4, -3),)
 
 
-_APPENDED = _Form(_appended, _appended_composed, _appended_gradients)
+_APPENDED = _Map(_appended, _appended_composed, _appended_gradients)
 
 # ------------------------------------------------------------------------------------------------------------ one dense
 
@@ -328,7 +328,7 @@ def _folded_gradients(
     return da, db
 
 
-_FOLDED = _Form(_folded, _folded_composed, _folded_gradients)
+_FOLDED = _Map(_folded, _folded_composed, _folded_gradients)
 
 
 def _blocks(kernel: Tensor, groups: int) -> Tensor:
@@ -425,7 +425,7 @@ def _products_gradients(
     )
 
 
-_PRODUCTS = _Form(_products, _products_composed, _products_gradients)
+_PRODUCTS = _Map(_products, _products_composed, _products_gradients)
 
 
 def _is_rows(x: Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""Choosing a form by measuring: what is asked, what is remembered, and what must not be disturbed."""
+"""Choosing an algorithm by measuring: what is asked, what is remembered, and what must not be disturbed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from bgcbench.convs import choices
+from bgcbench.convs import autotune
 from bgcbench.convs.bgc import BalancedGroupConv2d
 from bgcbench.convs.gc import GroupConv2d
 from bgcbench.errors import ResultFileError, UsageError
@@ -24,17 +24,17 @@ from bgcbench.specs import ConvSpec
 
 @pytest.fixture(autouse=True)
 def _nothing_remembered() -> Iterator[None]:
-    before = choices.remembered()
-    choices.forget()
+    before = autotune.remembered()
+    autotune.forget()
     yield
-    choices.forget()
-    choices.restore(before)
+    autotune.forget()
+    autotune.restore(before)
 
 
 @pytest.fixture
 def fastest(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
-    """Makes one form the fastest on an invented clock, which may tell (device's, host's) seconds; returns the list of
-    the calls that will be timed."""
+    """Makes one algorithm the fastest on an invented clock, which may tell (device's, host's) seconds; returns the
+    list of calls that will be timed."""
 
     def make(**seconds: float | tuple[float, float]) -> list[str]:
         timed: list[str] = []
@@ -45,8 +45,8 @@ def fastest(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
             told = seconds.get(call.args[0], 9.0)
             return told if isinstance(told, tuple) else (told, told)
 
-        monkeypatch.setattr(choices, "_seconds", clock)
-        monkeypatch.setattr(choices, "ENOUGH_S", 0.0)
+        monkeypatch.setattr(autotune, "_seconds", clock)
+        monkeypatch.setattr(autotune, "MIN_S", 0.0)
         return timed
 
     return make
@@ -59,7 +59,7 @@ def layer(**options: Any) -> BalancedGroupConv2d:
 X = (4, 16, 6, 5)
 
 
-def test_the_fastest_form_is_taken_and_measured_once(fastest: Callable[..., list[str]]) -> None:
+def test_the_fastest_algorithm_is_taken_and_measured_once(fastest: Callable[..., list[str]]) -> None:
     timed = fastest(dense=1.0)
     own = layer()
     own(torch.randn(X))
@@ -104,70 +104,70 @@ def test_what_the_time_depends_on_is_a_case_of_its_own(fastest: Callable[..., li
 
 
 @pytest.mark.filterwarnings("ignore:bgc")
-def test_a_form_that_cannot_run_is_left_out_and_if_none_can_the_default_is_taken(
+def test_an_algorithm_that_cannot_run_is_left_out_and_if_none_can_the_default_is_taken(
     fastest: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fastest(dense=1.0, concat=2.0)
-    run, measured = BalancedGroupConv2d._run, choices._measured
+    run, measured = BalancedGroupConv2d._run, autotune._measured
     broken = {"dense"}
     measuring = threading.Event()
 
-    def watched(*arguments: Any) -> choices.Choice:
+    def watched(*arguments: Any) -> autotune.Choice:
         measuring.set()
         found = measured(*arguments)
         measuring.clear()
         return found
 
-    monkeypatch.setattr(choices, "_measured", watched)
+    monkeypatch.setattr(autotune, "_measured", watched)
 
-    def fails(self: BalancedGroupConv2d, form: str, x: Tensor, weights: Any, bias: Any) -> Tensor:
-        if form in broken and measuring.is_set():
+    def fails(self: BalancedGroupConv2d, algorithm: str, x: Tensor, weights: Any, bias: Any) -> Tensor:
+        if algorithm in broken and measuring.is_set():
             raise torch.OutOfMemoryError("too much")
-        return run(self, form, x, weights, bias)
+        return run(self, algorithm, x, weights, bias)
 
     monkeypatch.setattr(BalancedGroupConv2d, "_run", fails)
     own = layer()
     own(torch.randn(X))
     assert own.chosen == {"training": "concat"}
-    choices.forget()
+    autotune.forget()
     broken.update(own.spec.algorithms)
     own(torch.randn(X))
     assert own.chosen == {"training": "two_conv"}
-    assert choices.remembered() == []
+    assert autotune.remembered() == []
 
 
 class NoRoom(Exception):
     """What a launcher of kernels raises, which is no RuntimeError."""
 
 
-def test_whatever_a_form_raises_it_is_left_out_and_that_is_said_once(
+def test_whatever_an_algorithm_raises_it_is_left_out_and_that_is_said_once(
     fastest: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fastest(dense=1.0, concat=2.0)
     run = BalancedGroupConv2d._run
 
-    def fails(self: BalancedGroupConv2d, form: str, *arguments: Any) -> Tensor:
-        if form == "dense":
+    def fails(self: BalancedGroupConv2d, algorithm: str, *arguments: Any) -> Tensor:
+        if algorithm == "dense":
             raise NoRoom("out of resource: shared memory\nand more")
-        return run(self, form, *arguments)
+        return run(self, algorithm, *arguments)
 
     monkeypatch.setattr(BalancedGroupConv2d, "_run", fails)
-    monkeypatch.setattr(choices, "_said", set())
+    monkeypatch.setattr(autotune, "_warned", set())
     own = layer()
-    with pytest.warns(UserWarning, match=r"bgc: the form 'dense' .*NoRoom: out of resource: shared memory\)"):
+    with pytest.warns(UserWarning, match=r"bgc: algorithm 'dense' .*NoRoom: out of resource: shared memory\)"):
         own(torch.randn(X))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         own(torch.randn(5, 16, 6, 5))
     assert own.chosen == {"training": "concat"}
-    stored = json.loads(json.dumps(choices.remembered()))
+    stored = json.loads(json.dumps(autotune.remembered()))
     assert [entry["left_out"] for entry in stored] == [{"dense": ["NoRoom", "out of resource: shared memory"]}] * 2
-    choices.restore(stored)
-    assert json.loads(json.dumps(choices.remembered())) == stored
-    choices.restore([{name: value for name, value in entry.items() if name != "left_out"} for entry in stored])
+    autotune.restore(stored)
+    assert json.loads(json.dumps(autotune.remembered())) == stored
+    autotune.restore([{name: value for name, value in entry.items() if name != "left_out"} for entry in stored])
 
 
-def test_where_no_form_can_run_the_call_itself_says_why(recwarn: pytest.WarningsRecorder) -> None:
+def test_where_no_algorithm_can_run_the_call_itself_says_why(recwarn: pytest.WarningsRecorder) -> None:
     with pytest.raises(RuntimeError, match="channels"):
         layer()(torch.randn(4, 17, 6, 5))
     assert not [warning for warning in recwarn if "left out" in str(warning.message)]
@@ -179,7 +179,7 @@ def test_under_autocast_the_kernels_are_tried_in_its_type(
 ) -> None:
     fastest(triton=1.0)
     monkeypatch.setattr("bgcbench.kernels.device_ready", lambda kind, index: True)  # as if they could run here ...
-    monkeypatch.setattr("bgcbench.kernels.bgc.launchable", lambda *_: False)  # ... which they cannot
+    monkeypatch.setattr("bgcbench.kernels.operators.launchable", lambda *_: False)  # ... which they cannot
     own, x = layer(), torch.randn(X).to(dtype)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = own(x)
@@ -215,45 +215,45 @@ def test_a_gain_that_is_none_changes_nothing(fastest: Callable[..., list[str]]) 
     assert own.chosen == {"training": "two_conv"}
 
 
-def test_a_hopeless_form_is_not_called_to_the_end(fastest: Callable[..., list[str]]) -> None:
+def test_an_algorithm_far_behind_is_dropped_early(fastest: Callable[..., list[str]]) -> None:
     timed = fastest(two_conv=1.0, concat=1.1, dense=5.0)
     layer()(torch.randn(X))
-    assert timed.count("dense") == choices.GLIMPSES
-    assert timed.count("concat") >= choices.ROUNDS
+    assert timed.count("dense") == autotune.PRUNE_AFTER
+    assert timed.count("concat") >= autotune.MIN_ROUNDS
 
 
 def test_calls_that_take_long_are_timed_less_often(
     fastest: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     timed = fastest(two_conv=1.0, concat=1.1)
-    monkeypatch.setattr(choices, "LONG_S", 0.0)
+    monkeypatch.setattr(autotune, "LONG_S", 0.0)
     layer()(torch.randn(X))
-    assert timed.count("two_conv") == timed.count("concat") == choices.FEW_ROUNDS < choices.ROUNDS
+    assert timed.count("two_conv") == timed.count("concat") == autotune.LONG_ROUNDS < autotune.MIN_ROUNDS
 
 
-def test_a_graph_takes_the_form_that_is_fastest_on_the_device_and_a_call_what_the_host_can_keep_up_with(
+def test_a_graph_takes_the_algorithm_that_is_fastest_on_the_device_and_a_call_what_the_host_can_keep_up_with(
     fastest: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fastest(dense=(2.0, 8.0), concat=(4.0, 3.0), split=(5.0, 1.0))
     own, x = layer(), torch.randn(X)
     own(x)
     assert own.chosen == {"training": "concat"}
-    monkeypatch.setattr(choices, "is_captured", lambda _: True)
+    monkeypatch.setattr(autotune, "is_captured", lambda _: True)
     own(x)
     assert own.chosen == {"training": "dense"}
-    (stored,) = choices.remembered()
+    (stored,) = autotune.remembered()
     assert (stored["seconds"]["dense"], stored["graph_seconds"]["dense"]) == (8.0, 2.0)
 
 
 def test_choices_of_files_that_know_no_graph_stand_for_both(monkeypatch: pytest.MonkeyPatch) -> None:
     own, x = layer(), torch.randn(X)
     own(x)
-    (stored,) = choices.remembered()
+    (stored,) = autotune.remembered()
     for name in ("graph_form", "graph_seconds"):
         del stored[name]
-    choices.restore([{**stored, "form": "dense"}])
+    autotune.restore([{**stored, "form": "dense"}])
     for captured in (False, True):
-        monkeypatch.setattr(choices, "is_captured", lambda _, captured=captured: captured)
+        monkeypatch.setattr(autotune, "is_captured", lambda _, captured=captured: captured)
         own(x)
         assert own.chosen == {"training": "dense"}
 
@@ -261,21 +261,21 @@ def test_choices_of_files_that_know_no_graph_stand_for_both(monkeypatch: pytest.
 def test_choices_outlive_the_process_and_go_before_what_is_measured(fastest: Callable[..., list[str]]) -> None:
     fastest(concat=1.0)
     layer()(torch.randn(X))
-    stored = choices.remembered()
+    stored = autotune.remembered()
     assert [entry["form"] for entry in stored] == ["concat"]
     assert stored[0]["seconds"]["concat"] == 1.0
-    choices.forget()
+    autotune.forget()
     timed = fastest(dense=1.0)
-    choices.restore(json.loads(json.dumps(stored)))
+    autotune.restore(json.loads(json.dumps(stored)))
     own = layer()
     own(torch.randn(X))
     assert own.chosen == {"training": "concat"}
     assert timed == []
     with pytest.raises(ResultFileError, match="no choice of an algorithm"):
-        choices.restore([{"form": "dense"}])
+        autotune.restore([{"form": "dense"}])
 
 
-def test_a_fixed_form_is_never_measured(fastest: Callable[..., list[str]]) -> None:
+def test_a_fixed_algorithm_is_never_measured(fastest: Callable[..., list[str]]) -> None:
     timed = fastest(dense=1.0)
     own = layer(algorithm="concat")
     own(torch.randn(X))
@@ -308,7 +308,7 @@ def test_measuring_leaves_no_trace(fastest: Callable[..., list[str]]) -> None:
     ):
         y = own(x)
     assert torch.equal(torch.get_rng_state(), state)
-    assert counter.get_total_flops() == 2 * 4 * own.macs(6, 5)  # of one call, in the default form
+    assert counter.get_total_flops() == 2 * 4 * own.macs(6, 5)  # of one call, in the default algorithm
     assert len([tensor for tensor in saved if len(tensor) == len(x)]) == 2  # x and its mean; the others are kernels
     assert all(p.grad is None for p in own.parameters())
     assert x.grad is None
@@ -326,7 +326,7 @@ def test_checkpointed_layers_measure_in_the_first_pass_only(fastest: Callable[..
     torch.testing.assert_close(x.grad, expected)
 
 
-def test_a_compiled_layer_takes_the_form_of_the_last_eager_call(fastest: Callable[..., list[str]]) -> None:
+def test_a_compiled_layer_takes_the_algorithm_of_the_last_eager_call(fastest: Callable[..., list[str]]) -> None:
     fastest(dense=1.0)
     torch.compiler.reset()
     own, x = layer(), torch.randn(X)
@@ -368,9 +368,9 @@ def test_transforms_of_torch_func_see_one_map() -> None:
     torch.testing.assert_close(tangent, F.conv2d(torch.ones_like(x[0]), own.dense_weight(), None, 1, 1))
 
 
-@pytest.mark.parametrize("form", ConvSpec("bgc", 16, 32, 1, groups=4).algorithms)
-def test_every_form_can_be_differentiated_twice(form: str) -> None:
-    own = BalancedGroupConv2d(4, 6, 1, stride=2, groups=2, algorithm=form, dtype=torch.float64)
+@pytest.mark.parametrize("algorithm", ConvSpec("bgc", 16, 32, 1, groups=4).algorithms)
+def test_every_algorithm_can_be_differentiated_twice(algorithm: str) -> None:
+    own = BalancedGroupConv2d(4, 6, 1, stride=2, groups=2, algorithm=algorithm, dtype=torch.float64)
     x = torch.randn(2, 4, 3, 4, dtype=torch.float64, requires_grad=True)
     values = [p.detach().clone().requires_grad_() for p in own.parameters()]
     names = [name for name, _ in own.named_parameters()]
@@ -382,7 +382,7 @@ def test_every_form_can_be_differentiated_twice(form: str) -> None:
     assert torch.autograd.gradgradcheck(call, (x, *values))
 
 
-def test_a_form_for_1x1_kernels_is_refused_elsewhere() -> None:
+def test_an_algorithm_for_1x1_kernels_is_refused_elsewhere() -> None:
     with pytest.raises(UsageError, match="'matmul' is for 1x1 kernels without padding; use 'auto'"):
         layer(algorithm="matmul")
     with pytest.raises(UsageError, match="'matmul'"):
@@ -393,7 +393,7 @@ def test_a_variant_without_a_choice_has_none() -> None:
     own = GroupConv2d(16, 32, 3, groups=4)
     own(torch.randn(X))
     assert own.algorithm == "stock"
-    assert choices.remembered() == []
+    assert autotune.remembered() == []
 
 
 def test_threads_that_meet_at_a_new_case_measure_it_once(fastest: Callable[..., list[str]]) -> None:
@@ -404,5 +404,5 @@ def test_threads_that_meet_at_a_new_case_measure_it_once(fastest: Callable[..., 
         run.start()
     for run in runs:
         run.join()
-    assert timed.count("dense") <= choices.MOST_ROUNDS
-    assert len(choices.remembered()) == 1
+    assert timed.count("dense") <= autotune.MAX_ROUNDS
+    assert len(autotune.remembered()) == 1
