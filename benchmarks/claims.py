@@ -310,7 +310,7 @@ def where_time_goes() -> Table:
         own = {row.params.layer: row for row in document.results if row.layer and row.params.variant == "standard"}
         rows = [row for row in document.results if row.layer and row.params.variant == variant]
         ratios = [faster(row, own[row.params.layer], "fwd_bwd") for row in rows]
-        return f"{sum(bool(ratio.detectable) and ratio.value > 1 for ratio in ratios)} of {len(ratios)}"
+        return f"{sum(bool(ratio.is_significant) and ratio.value > 1 for ratio in ratios)} of {len(ratios)}"
 
     rows: dict[tuple[str, ...], tuple[Any, Callable[[Any, Any], Value]]] = {
         ("share of all convolutions, each by itself",): (False, of_step),
