@@ -25,6 +25,7 @@ from bgcbench.errors import ResultFileError
 from bgcbench.results.rows import (
     AnyRow,
     Ceilings,
+    Config,
     Environment,
     Fit,
     Group,
@@ -95,6 +96,11 @@ class Document(msgspec.Struct, kw_only=True):
     def done(self) -> dict[str, AnyRow]:
         """The rows that a resumed run keeps, by key."""
         return {row.key: row for row in self.results if row.is_done}
+
+    @property
+    def asked(self) -> Config:
+        """The part of ``config`` that is told beside the results."""
+        return msgspec.convert(self.config, Config)
 
     def reopen(self, config: Json) -> None:
         """Be as a run that goes on with this begins, which has not ended in any way."""
@@ -228,6 +234,7 @@ def document_of(found: object, name: str) -> Document:
         if not (value == 0 or LEAST < abs(value) < MOST):
             raise ResultFileError(f"{name} is damaged: {_place(path)}: no measurement has a number such as this one")
     document: Document = _converted(found, Document, name)
+    _converted(document.config, Config, name, "config/")
     document.results = tuple(
         _converted(_upgraded(row), row_type(document.command, row), name, f"results/{number}/")
         for number, row in enumerate(document.results)

@@ -672,3 +672,37 @@ class Group(Data, frozen=True):
     rows: Count = 0
     alone: bool = False
     canary: Canary | None = None
+
+
+class Config(Data, frozen=True, kw_only=True):
+    """What of a run's configuration is told beside its results; None where the command has no such option."""
+
+    batch: Whole | None = None
+    height: Whole | None = None
+    width: Whole | None = None
+    model: str | None = None
+    num_classes: Whole | None = None
+    stem_stride: Whole | None = None
+    where: str | None = None
+    data: str | None = None
+    calibration_images: Count | None = None
+    seeds: tuple[Count, ...] = ()
+    precision: str | None = None
+    layout: str | None = None
+    compile: bool = False
+    recipe: str | None = None
+    epochs: Count | None = None
+    batch_size: Whole | None = None
+    accumulate: Whole = 1
+    subset: Whole | None = None
+    lr: Nonnegative | None = None
+    schedule: str | None = None
+    milestones: tuple[Count, ...] = ()
+    gamma: Nonnegative | None = None
+    momentum: Nonnegative | None = None
+    nesterov: bool = False
+    weight_decay: Nonnegative | None = None
+    label_smoothing: Nonnegative | None = None
+    group_lasso: Nonnegative | None = None
+    pad: Count | None = None
+    flip: bool | None = None
