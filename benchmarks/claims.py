@@ -17,11 +17,14 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from benchmarks import networks_cuda, table4_cuda, train_cuda
 from benchmarks.bgc_forms import WIDE
 from benchmarks.kernels_cuda import is_wrong, micros
 from bgcbench import report, results
-from bgcbench.report import scaled
+from bgcbench.report.format import scaled
+from bgcbench.results.rows import ProfileRow
 from bgcbench.specs import VARIANTS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -42,13 +45,17 @@ def row_of(document: dict[str, Any], variant: str, groups: int, algorithm: str |
     return found[0]
 
 
+def speed_up(row: dict[str, Any], other: dict[str, Any], phase: str) -> report.Comparison | None:
+    return report.speed_up(msgspec.convert(row, ProfileRow), msgspec.convert(other, ProfileRow), phase)
+
+
 def speed(document: dict[str, Any], variant: str, groups: int, other: tuple[str, int] = ("standard", 1)) -> str:
     """ "2.0x faster than standard (95% CI 1.9-2.1)", forward and backward."""
-    ratio = report.row_ratio(row_of(document, *other), row_of(document, variant, groups), "fwd_bwd")
+    ratio = speed_up(row_of(document, variant, groups), row_of(document, *other), "fwd_bwd")
     if ratio is None:
         raise SystemExit(f"{variant} N={groups} was not measured beside {other}")
     name = "standard" if other[0] == "standard" else f"{other[0].upper()} N={other[1]}"
-    return report.compare_words(ratio, name)
+    return ratio.versus(name)
 
 
 def minutes(document: dict[str, Any]) -> float:
@@ -93,10 +100,10 @@ NETWORKS = {"resnet50": "2,4,8,16", "mobilenet_v2": "2,4,8", "efficientnet_b0": 
 
 def network_speed(document: dict[str, Any], variant: str, groups: int, phase: str, algorithm: str | None = None) -> str:
     """ "2.0x faster (95% CI 1.9-2.1)" than the dense network."""
-    ratio = report.row_ratio(row_of(document, "standard", 1), row_of(document, variant, groups, algorithm), phase)
+    ratio = speed_up(row_of(document, variant, groups, algorithm), row_of(document, "standard", 1), phase)
     if ratio is None:
         raise SystemExit(f"{variant} N={groups} was not measured beside the dense network")
-    return report.compare_words(ratio, "dense")
+    return ratio.versus("dense")
 
 
 def network_claim(model: str, name: str, command: str, what: str) -> tuple[str, str, str]:
@@ -147,7 +154,7 @@ def layers_claim() -> tuple[str, str, str]:
     """Where a network's time goes, and how many of its shapes each variant makes faster."""
     name = "network-resnet50-cpu-fp32-nchw-layers.json"
     document = results.read(ROOT / "results" / name)
-    (layers,) = report.document_report(document).more
+    _, layers = report.document_report(results.document_of(document, name)).tables
     lines = layers.sections["Where the time goes (fwd+bwd)"]
     config = document["config"]
     return (
@@ -601,9 +608,9 @@ def table(prefix: str) -> str:
 
 def trained_table() -> str:
     """The table of the training on digits, and what is told apart in it."""
-    found = report.document_report(results.read(ROOT / "results" / TRAINED))
-    shown = dataclasses.replace(found, title=[], sections={})
-    return report.as_markdown(shown).strip()
+    found = report.document_report(results.document.read(ROOT / "results" / TRAINED))
+    (table,) = found.tables
+    return report.as_markdown(report.Report([dataclasses.replace(table, title=[], sections={})])).strip()
 
 
 def put_into(text: str, prefix: str) -> str:

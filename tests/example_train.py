@@ -34,6 +34,7 @@ FINAL: dict[tuple[str, int], tuple[float, float, float]] = {
 }
 REST, REPLACED = 20_000, 288_000  # parameters that stay dense, and those of the convolutions that are replaced
 MASKED = ("lgc", "flgc")
+SETTINGS = ("seed", "precision", "layout", "tf32", "cudnn_benchmark")
 
 
 def params_of(variant: str, groups: int) -> int:
@@ -119,7 +120,7 @@ def train_document(
         **base,
         "command": "train",
         "argv": ["train"],
-        "settings": {"precision": "fp32", "layout": "nchw", "world_size": 1},
+        "settings": {**{name: base["settings"][name] for name in SETTINGS}, "world_size": 1},
         "config": config,
         "ceilings": None,
         "interleaved": [],

@@ -152,8 +152,8 @@ def compare_report(
     notes += [f"new: {', '.join(added)}"] if added else []
     tripped = any(change.slower for change in changes) or (limit is not None and bool(gone))
     sections = {"Measured before and no longer": gone} if gone else {}
-    table = Table(["bgcbench compare"], change_columns(changes), changes, sections)
-    return Report([table], notes, list(map(_record, changes))), tripped
+    table = Table(["bgcbench compare"], change_columns(changes), changes, {**sections, "Notes": notes})
+    return Report([table], records=list(map(_record, changes))), tripped
 
 
 def _changes(old: dict[str, ProfileRow], after: Document, limit: float | None) -> Iterable[Change]:

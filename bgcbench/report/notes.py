@@ -13,7 +13,6 @@ from bgcbench.results.rows import ProfileRow, Row, TrainRow, TransferRow
 from bgcbench.specs import Preprocessing
 
 R = TypeVar("R", ProfileRow, TrainRow, TransferRow)
-EXPLAIN = "what the columns mean: bgcbench show FILE --explain, or docs/tables.md"
 
 
 def run_lines(document: Document) -> list[str]:
@@ -49,7 +48,7 @@ def notes(
         lines.append("memory fresh: each call takes large tensors from the system and clears their pages")
     if document.settings.preprocessing:
         lines.append(f"images: {_images(document.settings.preprocessing)}")
-    return [*lines, EXPLAIN]
+    return lines
 
 
 def _images(stored: object) -> str:

@@ -23,7 +23,8 @@ from rich.text import Text
 from bgcbench.results.document import Document, dumps, printable
 from bgcbench.results.rows import Data
 
-NOTES = 5  # lines under a report; show --explain prints all
+NOTES = 5  # lines under a report; show --explain prints all notes
+EXPLAIN = "what the columns mean: bgcbench show FILE --explain"
 R = TypeVar("R")
 
 
@@ -75,10 +76,13 @@ class Table:
 
 @dataclass(frozen=True)
 class Report:
-    """Tables, then notes, the most important first. ``records``: the same for CSV, flat and in SI units."""
+    """Tables, then the notes on a result file, the most important first.
+
+    records: the same for CSV, flat and in SI units.
+    """
 
     tables: Sequence[Table]
-    notes: Sequence[str] = ()
+    notes: Sequence[str] | None = None
     records: Sequence[Mapping[str, Any]] = ()
 
     @property
@@ -88,11 +92,11 @@ class Report:
 
     @property
     def shown_notes(self) -> list[str]:
-        """At most ``NOTES`` lines."""
-        if len(self.notes) <= NOTES:
-            return list(self.notes)
+        """At most ``NOTES`` lines, of which the last says where there is more."""
+        if self.notes is None:
+            return []
         rest = len(self.notes) - NOTES + 1
-        return [*self.notes[: NOTES - 1], f"{rest} more notes: bgcbench show FILE --explain"]
+        return [*self.notes[: NOTES - 1], f"and {rest} more; {EXPLAIN}" if rest > 0 else EXPLAIN]
 
 
 def explained(report: Report) -> Report:
@@ -102,7 +106,7 @@ def explained(report: Report) -> Report:
         Column("column", lambda named: named[0], right=False, lead=True),
         Column("meaning", lambda named: named[1].meaning, right=False),
     ]
-    table = Table(report.tables[0].title, shown, list(columns.items()), {"Notes": report.notes})
+    table = Table(report.tables[0].title, shown, list(columns.items()), {"Notes": report.notes or ["none"]})
     return Report([table], records=[{"column": name, "meaning": column.meaning} for name, column in columns.items()])
 
 
@@ -145,7 +149,7 @@ def as_markdown(report: Report) -> str:
         lines += [line(map(_escaped, texts)) for texts in zip(*table.cells, strict=True)]
         for heading, entries in table.sections.items():
             lines += section(heading, entries)
-    lines += section("Notes", report.shown_notes) if report.notes else []
+    lines += section("Notes", report.shown_notes) if report.shown_notes else []
     return "\n".join(lines) + "\n"
 
 
@@ -205,7 +209,7 @@ def as_rich(report: Report, width: int) -> RenderableType:
             parts += [Text(""), drawn]
         for heading, entries in table.sections.items():
             parts += section(heading, entries)
-    parts += section("Notes", report.shown_notes) if report.notes else []
+    parts += section("Notes", report.shown_notes) if report.shown_notes else []
     return Group(*parts)
 
 

@@ -64,8 +64,8 @@ def table1_report(
         f"Table 1 for a {kernel}x{kernel} convolution, {in_channels} -> {out_channels} channels, "
         f"input {size[0]} x {size[1]}"
     ]
-    table = Table(title, table1_columns(lines[0].counts.paper_ops), lines)
-    return Report([table], [DEPLOYED], [line.record for line in lines])
+    table = Table(title, table1_columns(lines[0].counts.paper_ops), lines, {"Notes": [DEPLOYED]})
+    return Report([table], records=[line.record for line in lines])
 
 
 DEPLOYED = (

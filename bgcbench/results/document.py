@@ -266,6 +266,8 @@ def _converted(found: object, kind: type[Any], name: str, within: str = "") -> A
         said, _, place = str(problem).partition(" - at `$")
         place = re.sub(r"[.\[\]`']+", "/", place).strip("/")
         raise ResultFileError(f"{name} is damaged: {within}{place or 'the document'}: {said[:160]}") from None
+    except UnicodeEncodeError:
+        raise ResultFileError(f"{name} is damaged: {within or 'the document'}: half of a character") from None
 
 
 def _upgraded(row: Any) -> Any:
