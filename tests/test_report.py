@@ -247,7 +247,11 @@ class TestApprox:
             "at equal parameters, BGC N=8 loses less than GC N=4 in 2 of 3 layers (calibrated; median 0.80 of GC's "
             "loss)"
         )
-        assert [weights.by_title[name][0] for name in ("copied", "white", "calibrated")] == ["90.00%", "80.00%", "30.00%"]
+        assert [weights.by_title[name][0] for name in ("copied", "white", "calibrated")] == [
+            "90.00%",
+            "80.00%",
+            "30.00%",
+        ]
 
     def test_a_row_that_failed_has_no_numbers_and_its_reason(self) -> None:
         document = self.document()
