@@ -153,7 +153,7 @@ def _calibration(variant: str, groups: int, init: str, rebn: bool, seed: int) ->
         {
             **{"name": name, "groups": groups, "copied": copied / (1 + depth), "before": white / (1 + depth)},
             **{"after": white / (10 + 2 * depth + seed), "rows": 12000, "held_out_rows": 4000, "condition": 1.3e4},
-            **{"ridge": 0.001 * 10**depth, "centred": True, "scarce": False},
+            **{"ridge": 0.001 * 10 ** min(depth, 9), "centred": True, "scarce": False},
         }
         for depth, name in enumerate(LAYERS)
     ]

@@ -339,8 +339,9 @@ def say(message: str) -> None:
 def draw(document: dict[str, Any], path: Path, picture: str | None) -> None:
     """Draw a result document; raises UsageError without matplotlib, OutputError where the file cannot be written."""
     from bgcbench.plots import draw as draw_plot
+    from bgcbench.results import document_of
 
-    draw_plot(document, path, picture)
+    draw_plot(document_of(document, str(path)), path, picture)
 
 
 def follow(steps: Iterator[tuple[str, float | None]], *, quiet: bool) -> None:

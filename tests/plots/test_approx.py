@@ -18,30 +18,32 @@ from bgcbench import plots, results
 from bgcbench.errors import OutputError, UsageError
 from bgcbench.experiments.approx import ApproxConfig, counts_of, plan
 from bgcbench.experiments.approx_run import ApproxRun, fits, open_session
-from bgcbench.plots import approx
+from bgcbench.plots import heatmap, style
+from bgcbench.plots.sampled import SMOOTH
 from bgcbench.theory import paper
 from bgcbench.theory.bounds import SCALING_POWER
 from bgcbench.theory.exact import white_error
 from bgcbench.theory.inputs import InputLaw
+from tests.plots.looking import (
+    assert_nothing_is_cut_off_or_lies_on_another,
+    draw,
+    figure_of,
+    legend,
+    lines,
+    new_document,
+    texts,
+)
 
 pytest.importorskip("matplotlib", reason="figures need matplotlib, the extra 'plot'")
 
 from matplotlib import rcParams
 from matplotlib.colors import to_rgb
 from matplotlib.container import ErrorbarContainer
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.text import Text
 
 Json = dict[str, Any]
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 # How far below the exact value a made-up measurement is, and what the learned groups keep that others do not.
 LOW, LEARNED = 0.99, 0.8
-
-
-def new_document(**fields: Any) -> Json:
-    document = results.new_document("approx", ["approx"], {}, {}, {}, "full")
-    return {**document, "complete": True, "exit_reason": "ok", **fields}
 
 
 def sampled(spread: float = 1e-4, **options: Any) -> Json:
@@ -96,6 +98,7 @@ def network(
             error = (white_error(variant, n) or 0.0) * (depth + 1) / len(layers)
             params = {"model": "resnet50", "weights": "IMAGENET1K_V2", "data": "digits", "calibration_images": 256}
             params |= {"layer": layer, "variant": variant, "groups": n, "input": "activations", **names}
+            params |= {"kernel": 3, "kernel_width": 3, "stride": 1, "in_channels": 64, "out_channels": 64}
             errors = {"copy": min(1.0, 2 * error), "white": min(1.0, 1.5 * error), "calibrated": error}
             rows.append(
                 {
@@ -105,25 +108,10 @@ def network(
                     "reason": None if fitting else "64 channels",
                     "counts": None,
                     "output_relative_error": errors if fitting else None,
+                    **{"ridge": None, "rows": 1, "held_out_rows": 1, "macs_share": None},
                 }
             )
     return new_document(results=rows)
-
-
-def lines(figure: Figure) -> dict[str, Line2D]:
-    return {str(line.get_label()): line for axes in figure.axes for line in axes.get_lines()}
-
-
-def legend(figure: Figure) -> list[str]:
-    return [text.get_text() for box in legends(figure) for text in box.get_texts()]
-
-
-def legends(figure: Any) -> list[Any]:
-    return [*figure.legends, *itertools.chain.from_iterable(legends(below) for below in figure.subfigs)]
-
-
-def texts(figure: Figure) -> list[str]:
-    return [text for found in figure.findobj(Text) if (text := found.get_text())]
 
 
 def row_of(document: Json, variant: str, groups: int, name: str = "normal") -> Json:
@@ -136,7 +124,7 @@ def row_of(document: Json, variant: str, groups: int, name: str = "normal") -> J
 
 def test_figure_1_has_the_documents_errors_and_slopes() -> None:
     document = sampled(inputs=("normal", "uniform"), variants=("standard", "gc", "tlgc", "bgc"))
-    figure = plots.figure(document, "figure1")
+    figure = figure_of(document, "figure1")
     assert len(figure.axes) == 1
     assert len(legend(figure)) == len(document["fits"]) == 6
     labels = {"gc": "GC", "tlgc": "TLGC", "bgc": "BGC"}
@@ -151,23 +139,23 @@ def test_figure_1_has_the_documents_errors_and_slopes() -> None:
 
 
 def test_figure_1_says_what_it_leaves_out_and_is_labelled_by_n() -> None:
-    figure = plots.figure(sampled(variants=("standard", "gc", "bgc"), samples=1000), "figure1")
-    assert "Not drawn, because nothing is lost: SC N = 1, BGC N = 2." in "\n".join(texts(figure))
+    figure = figure_of(sampled(variants=("standard", "gc", "bgc"), samples=1000), "figure1")
+    assert "Not drawn, because nothing is lost: SC, BGC N = 2." in "\n".join(texts(figure))
     assert "lower by up to 1 %" in "\n".join(texts(figure))
     axes = figure.axes[0]
     assert [label.get_text() for label in axes.get_xticklabels()] == ["2", "4", "8", "16"]
     assert list(axes.get_xticks()) == [math.log(1 - 1 / n) for n in (2, 4, 8, 16)]
     assert "log(1 - 1/N)" in axes.get_xlabel()
     assert "log E" in axes.get_ylabel()
-    assert "1-D convolutions, 64 to 64 channels, k = 3, length 32; S = 1000" in axes.get_title()
+    assert "1-D convolutions, 64 to 64 channels, k = 3, length 32; S = 1000" in figure.subfigs[0].get_suptitle()
 
 
 def test_exact_curves_go_through_the_exact_values() -> None:
     document = sampled()
-    drawn = lines(plots.figure(document, "figure1"))
+    drawn = lines(figure_of(document, "figure1"))
     for variant, kept, least in (("gc", 1, 2), ("bgc", 2, 4)):
         x, y = drawn[f"_exact {variant}, normal"].get_data()
-        assert len(x) == approx.SMOOTH
+        assert len(x) == SMOOTH
         assert (x[0], x[-1]) == pytest.approx((math.log(1 - 1 / least), math.log(1 - 1 / 16)))
         shares = [math.exp(value) for value in x]  # 1 - 1/N
         expected = [7000 / 64 * (share if kept == 1 else 2 * share - 1) for share in shares]
@@ -176,29 +164,29 @@ def test_exact_curves_go_through_the_exact_values() -> None:
 
 def test_on_other_inputs_the_exact_values_of_gc_are_joined() -> None:
     document = sampled(inputs=("relu",))
-    drawn = lines(plots.figure(document, "figure1"))
+    drawn = lines(figure_of(document, "figure1"))
     assert len(drawn["_exact gc, relu"].get_xdata()) == 4
-    assert len(drawn["_exact bgc, relu"].get_xdata()) == approx.SMOOTH
+    assert len(drawn["_exact bgc, relu"].get_xdata()) == SMOOTH
     unit = 7000 * InputLaw.parse("relu").variance
     exact = [unit * row_of(document, "gc", n, "relu")["exact_relative_error"] for n in (2, 4, 8, 16)]
     assert list(drawn["_exact gc, relu"].get_ydata()) == pytest.approx([math.log(value) for value in exact])
 
 
 def test_without_a_closed_form_the_errors_themselves_are_joined() -> None:
-    drawn = lines(plots.figure(sampled(variants=("flgc",)), "figure1"))
+    drawn = lines(figure_of(sampled(variants=("flgc",)), "figure1"))
     measured = next(line for label, line in drawn.items() if label.startswith("FLGC"))
     assert drawn["_join flgc, normal"].get_xydata().tolist() == measured.get_xydata().tolist()
     assert not any(label.startswith("_exact") for label in drawn)
 
 
 def test_one_n_is_a_point_without_a_slope() -> None:
-    figure = plots.figure(sampled(groups=(4,), inputs=("normal",)), "figure1")
+    figure = figure_of(sampled(groups=(4,), inputs=("normal",)), "figure1")
     assert legend(figure) == ["GC, normal: no slope", "BGC, normal: no slope"]
 
 
 def test_ticks_that_would_touch_are_left_out() -> None:
     config: Json = {"in_channels": 512, "out_channels": 512, "inputs": ("normal",)}
-    axes = plots.figure(sampled(groups=(2, 4, 8, 16, 32, 64, 128, 256), **config), "figure1").axes[0]
+    axes = figure_of(sampled(groups=(2, 4, 8, 16, 32, 64, 128, 256), **config), "figure1").axes[0]
     shown = [label.get_text() for label in axes.get_xticklabels()]
     assert shown[0] == "2"
     assert shown[-1] == "256"
@@ -207,7 +195,7 @@ def test_ticks_that_would_touch_are_left_out() -> None:
 
 def test_inputs_and_variants_are_told_apart_without_colour() -> None:
     names = ("normal", "uniform", "relu", "factor:0.5", "normal:1", "factor:0.2")
-    drawn = lines(plots.figure(sampled(inputs=names, variants=("gc", "tlgc", "bgc")), "figure1"))
+    drawn = lines(figure_of(sampled(inputs=names, variants=("gc", "tlgc", "bgc")), "figure1"))
     measured = [line for label, line in drawn.items() if not label.startswith("_")]
     assert len({(line.get_marker(), line.get_fillstyle()) for line in measured}) == len(measured) == 18
     exact = [line for label, line in drawn.items() if label.startswith("_exact gc")]
@@ -219,7 +207,7 @@ def test_inputs_and_variants_are_told_apart_without_colour() -> None:
 
 def test_figure_2_has_the_documents_scaled_errors() -> None:
     document = sampled(variants=("gc", "shuffle", "bgc"))
-    figure = plots.figure(document, "figure2")
+    figure = figure_of(document, "figure2")
     drawn = lines(figure)
     for label, variant, groups in (("GC", "gc", [2, 4, 8, 16]), ("BGC", "bgc", [4, 8, 16])):
         for name in ("normal", "uniform"):
@@ -229,7 +217,7 @@ def test_figure_2_has_the_documents_scaled_errors() -> None:
     built = drawn["BGC, normal: the proof's construction"]
     assert list(built.get_xdata()) == [2, 4, 8, 16]
     assert list(built.get_ydata()) == pytest.approx([1e3 / 64] * 4)
-    assert list(drawn["_exact gc, normal"].get_ydata()) == pytest.approx([1e3 / 64] * approx.SMOOTH)
+    assert list(drawn["_exact gc, normal"].get_ydata()) == pytest.approx([1e3 / 64] * SMOOTH)
     assert not any("huffle" in label for label in drawn)
     axes = figure.axes[0]
     assert axes.get_xscale() == "log"
@@ -241,18 +229,18 @@ def test_figure_2_has_the_documents_scaled_errors() -> None:
 @pytest.mark.parametrize(("shape", "there"), [({}, True), ({"kernel": 1}, False), ({"out_channels": 128}, False)])
 def test_the_papers_ceiling_stands_only_in_its_own_shape(shape: Json, there: bool) -> None:
     size = {"in_channels": 256, "out_channels": 256, "groups": paper.FIGURE_GROUPS, **shape}
-    figure = plots.figure(sampled(**size), "figure2")
+    figure = figure_of(sampled(**size), "figure2")
     assert ("paper: all below 3.83e-3" in texts(figure)) is there
     if there:
         assert list(lines(figure)["_ceiling"].get_ydata()) == [1e3 * paper.FIGURE_CEILING] * 2
 
 
-def test_error_bars_are_drawn_where_they_can_be_seen() -> None:
-    def bars(spread: float) -> int:
-        axes = plots.figure(sampled(spread, inputs=("normal",)), "figure2").axes[0]
-        return sum(isinstance(container, ErrorbarContainer) for container in axes.containers)
-
-    assert (bars(1e-5), bars(0.1)) == (0, 7)
+def test_bars_are_one_standard_error_up_and_down() -> None:
+    document = sampled(0.1, inputs=("normal",), variants=("bgc",))
+    (bars,) = [c for c in figure_of(document, "figure2").axes[0].containers if isinstance(c, ErrorbarContainer)]
+    ends = [sorted(float(y) for _, y in segment) for segment in bars.lines[2][0].get_segments()]
+    scaled = [1e3 * row_of(document, "bgc", n)["scaled_error"] for n in (4, 8, 16)]
+    assert ends == [pytest.approx([0.9 * value, 1.1 * value]) for value in scaled]
 
 
 # -------------------------------------------------------------------------------------------------------------- pareto
@@ -260,8 +248,8 @@ def test_error_bars_are_drawn_where_they_can_be_seen() -> None:
 
 def test_the_front_has_a_row_of_panels_an_input() -> None:
     document = sampled(inputs=("normal", "uniform"), variants=("standard", "gc", "tlgc", "bgc"))
-    figure = plots.figure(document, "pareto")
-    assert [axes.get_xlabel() for axes in figure.axes] == ["", "", "parameters", "multiply-adds an input"]
+    figure = figure_of(document, "pareto")
+    assert [axes.get_xlabel() for axes in figure.axes] == ["", "", "parameters", "MACs an input"]
     assert [axes.get_title(loc="left") for axes in figure.axes] == ["input: normal", "", "input: uniform", ""]
     assert legend(figure) == ["SC", "GC", "TLGC", "BGC", "Pareto front"]
     for number, axes in enumerate(figure.axes):
@@ -276,7 +264,7 @@ def test_the_front_has_a_row_of_panels_an_input() -> None:
 def test_bgc_at_2n_and_gc_at_n_are_on_the_front_together() -> None:
     document = sampled(inputs=("normal",), variants=("standard", "gc", "bgc"), samples=1000)
     row_of(document, "bgc", 8)["output_relative_error"] *= 1.0003  # what two samples of inputs differ by
-    figure = plots.figure(document, "pareto")
+    figure = figure_of(document, "pareto")
     for axes in figure.axes:
         labels = [text.get_text() for text in axes.texts]
         assert labels == ["SC\nBGC 2", "GC 2\nBGC 4", "GC 4\nBGC 8", "GC 8\nBGC 16", "16"]
@@ -288,7 +276,7 @@ def test_bgc_at_2n_and_gc_at_n_are_on_the_front_together() -> None:
 
 def test_points_off_the_front_are_open() -> None:
     document = sampled(inputs=("normal",), variants=("gc", "flgc"))
-    drawn = lines(plots.figure(document, "pareto"))
+    drawn = lines(figure_of(document, "pareto"))
     for n in (2, 4, 8, 16):
         assert drawn[f"_off {row_of(document, 'gc', n)['key']}"].get_fillstyle() == "none"
         assert drawn[f"_front {row_of(document, 'flgc', n)['key']}"].get_fillstyle() == "full"
@@ -296,7 +284,7 @@ def test_points_off_the_front_are_open() -> None:
 
 @pytest.mark.parametrize(("value", "text"), [(500, "500"), (1e3, "1 k"), (2e4, "20 k"), (5e6, "5 M"), (1e9, "1 G")])
 def test_costs_at_ticks_are_readable(value: float, text: str) -> None:
-    assert plots.counted(value) == text
+    assert style.counted(value) == text
 
 
 # ------------------------------------------------------------------------------------------------------------ heat map
@@ -304,7 +292,7 @@ def test_costs_at_ticks_are_readable(value: float, text: str) -> None:
 
 def test_the_heat_map_has_every_number_on_its_cell() -> None:
     document = network()
-    figure = plots.figure(document, "heatmap")
+    figure = figure_of(document, "heatmap")
     panels = figure.axes[:2]
     assert [axes.get_title() for axes in panels] == ["GC", "BGC"]
     assert [label.get_text() for label in panels[0].get_yticklabels()] == [
@@ -333,20 +321,20 @@ def test_the_heat_map_has_every_number_on_its_cell() -> None:
     [(math.nan, "-"), (1e-14, "0"), (0.01, "<0.1"), (4.26, "4.3"), (9.96, "10"), (47.5, "48"), (130, "130")],
 )
 def test_cells_have_two_digits(value: float, text: str) -> None:
-    assert approx._percent(value) == text
+    assert heatmap.percent(value) == text
 
 
 def test_numbers_can_be_read_on_every_colour() -> None:
     document = network(tuple(f"layer{i}" for i in range(40)), groups=(2, 4, 16, 32))
-    figure = plots.figure(document, "heatmap")
+    figure = figure_of(document, "heatmap")
     for axes in figure.axes[:2]:
         image = axes.images[0]
         for text in axes.texts:
             if text.get_text() == "-":
                 continue
             j, i = (round(at) for at in text.get_position())
-            ground = approx._luminance(image.cmap(image.norm(image.get_array()[i, j])))
-            front = approx._luminance(to_rgb(text.get_color()))
+            ground = heatmap.luminance(image.cmap(image.norm(image.get_array()[i, j])))
+            front = heatmap.luminance(to_rgb(text.get_color()))
             light, dark = max(ground, front), min(ground, front)
             assert (light + 0.05) / (dark + 0.05) > 4.5
 
@@ -354,18 +342,18 @@ def test_numbers_can_be_read_on_every_colour() -> None:
 def test_errors_beyond_the_scale_are_printed_as_they_are() -> None:
     document = network()
     document["results"][0]["output_relative_error"]["calibrated"] = 1.3
-    figure = plots.figure(document, "heatmap")
+    figure = figure_of(document, "heatmap")
     assert "130" in texts(figure)
     assert figure.axes[0].images[0].get_clim() == (0, 100)
 
 
 def test_the_heat_map_grows_with_the_layers_and_their_names() -> None:
     short, tall = network(), network(tuple(f"layer{i}" for i in range(53)))
-    assert plots.figure(tall).get_figheight() > plots.figure(short).get_figheight() + 8
+    assert figure_of(tall).get_figheight() > figure_of(short).get_figheight() + 8
     wide = network(tuple(f"features.{i}.a_very_long_name_of_a_module.conv" for i in range(3)), variants=("gc",))
     many = network(variants=("gc", "shuffle", "lgc", "flgc", "tlgc", "bgc"), groups=(2, 4, 8, 16))
-    assert plots.figure(wide).get_figwidth() < 9
-    figure = plots.figure(many)
+    assert figure_of(wide).get_figwidth() < 9
+    figure = figure_of(many)
     assert figure.get_figwidth() < 9
     assert [axes.get_title() for axes in figure.axes[:6]] == ["GC", "Shuffle", "LGC", "FLGC", "TLGC", "BGC"]
 
@@ -377,27 +365,27 @@ def test_the_heat_map_grows_with_the_layers_and_their_names() -> None:
     ("variants", "panels"), [(("gc", "bgc"), 2), (("tlgc",), 3), (("gc", "tlgc", "bgc"), 4), (("standard", "gc"), 2)]
 )
 def test_without_a_name_everything_that_fits_is_drawn(variants: tuple[str, ...], panels: int) -> None:
-    assert len(plots.figure(sampled(variants=variants)).axes) == panels
+    assert len(figure_of(sampled(variants=variants)).axes) == panels
 
 
 def test_a_network_has_its_heat_map_and_nothing_else() -> None:
-    assert len(plots.figure(network()).axes) == 2 + 1  # with the scale of colours
+    assert len(figure_of(network()).axes) == 2 + 1  # with the scale of colours
     both = new_document(results=[*sampled()["results"], *network()["results"]], fits=[])
-    assert len(plots.figure(both).axes) == 2 + 3
+    assert len(figure_of(both).axes) == 2 + 3
 
 
 def test_rows_that_failed_are_left_out() -> None:
     document = sampled(inputs=("normal",))
-    unknown = dict.fromkeys(name for name in document["results"][0] if name not in ("key", "params"))
+    unknown = dict.fromkeys(name for name in document["results"][0] if name not in ("key", "params", "null_reasons"))
     document["results"][0] |= {**unknown, "status": "invalid", "reason": "4 channels"}
-    drawn = lines(plots.figure(document, "figure1"))
+    drawn = lines(figure_of(document, "figure1"))
     gc = next(line for label, line in drawn.items() if label.startswith("GC"))
     assert list(gc.get_xdata()) == [math.log(1 - 1 / n) for n in (4, 8, 16)]
 
 
 def test_a_title_says_when_a_run_is_quick_or_not_complete() -> None:
     document = {**sampled(), "quality": "quick", "complete": False}
-    assert plots.figure(document, "figure2").axes[0].get_title().endswith("a quick run, not complete")
+    assert figure_of(document, "figure2").subfigs[0].get_suptitle().endswith("a quick run, not complete")
 
 
 def test_a_real_run_can_be_drawn(tmp_path: Path) -> None:
@@ -408,11 +396,9 @@ def test_a_real_run_can_be_drawn(tmp_path: Path) -> None:
     for _ in run.run():
         pass
     document = new_document(results=run.results, fits=fits(run.results))
-    assert len(plots.figure(document).axes) == 4
+    assert len(figure_of(document).axes) == 4
     slope = next(f["slope_mean"] for f in document["fits"] if (f["variant"], f["input"]) == ("gc", "normal"))
-    assert any(
-        text.startswith(f"GC, normal: slope {slope:.2f} (exact 1.00)") for text in legend(plots.figure(document))
-    )
+    assert any(text.startswith(f"GC, normal: slope {slope:.2f} (exact 1.00)") for text in legend(figure_of(document)))
 
 
 DOCUMENTS: dict[str, Callable[[], Json]] = {
@@ -434,29 +420,11 @@ DOCUMENTS: dict[str, Callable[[], Json]] = {
 
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_no_text_is_cut_off_and_none_lies_on_another(name: str) -> None:
-    figure = plots.figure(DOCUMENTS[name]())
-    figure.draw_without_rendering()
-    width, height = figure.bbox.size
-    shown = [text for text in figure.findobj(Text) if text.get_visible() and text.get_text().strip()]
-    for axis in [axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)]:
-        low, high = sorted(axis.get_view_interval())
-        beyond = {id(tick.label1) for tick in axis.get_major_ticks() if not low <= tick.get_loc() <= high}
-        shown = [text for text in shown if id(text) not in beyond]  # which is not drawn
-    boxes = [(text.get_text(), text.get_window_extent()) for text in shown]
-    assert len(boxes) > 4
-    for text, box in boxes:
-        assert box.x0 >= -1, text
-        assert box.y0 >= -1, text
-        assert box.x1 <= width + 1, text
-        assert box.y1 <= height + 1, text
-    for (text, box), (other, there) in itertools.combinations(boxes, 2):
-        across = min(box.x1, there.x1) - max(box.x0, there.x0)
-        down = min(box.y1, there.y1) - max(box.y0, there.y0)
-        assert min(across, down) < 2, (text, other)
+    assert_nothing_is_cut_off_or_lies_on_another(figure_of(DOCUMENTS[name]()))
 
 
 def test_dollars_in_a_name_are_no_formula(tmp_path: Path) -> None:
-    plots.draw(network(("a$b$_{",), data="$\\frac$ folder"), tmp_path / "p.png")
+    draw(network(("a$b$_{",), data="$\\frac$ folder"), tmp_path / "p.png")
 
 
 # --------------------------------------------------------------------------------------------------------------- files
@@ -467,7 +435,7 @@ def test_the_same_document_gives_the_same_bytes(tmp_path: Path, suffix: str) -> 
     document = sampled(variants=("gc", "tlgc", "bgc"))
     before = copy.deepcopy(document)
     for name in ("a", "b"):
-        plots.draw(document, tmp_path / f"{name}{suffix}")
+        draw(document, tmp_path / f"{name}{suffix}")
     content = (tmp_path / f"a{suffix}").read_bytes()
     assert content == (tmp_path / f"b{suffix}").read_bytes()
     assert content.startswith({".png": b"\x89PNG", ".svg": b"<?xml", ".pdf": b"%PDF"}[suffix.lower()])
@@ -481,15 +449,15 @@ def test_so_it_does_in_another_process_and_under_other_settings(tmp_path: Path, 
     file.write_text(results.dumps(document), encoding="utf-8")
     (tmp_path / "matplotlibrc").write_text("font.size: 20\naxes.facecolor: red\nsavefig.bbox: tight\n")
     code = (
-        "import json, pathlib, sys; from bgcbench import plots; "
-        "plots.draw(json.loads(pathlib.Path(sys.argv[1]).read_text()), pathlib.Path(sys.argv[2])); "
+        "import pathlib, sys; from bgcbench import plots; from bgcbench.results.document import read; "
+        "plots.draw(read(pathlib.Path(sys.argv[1])), pathlib.Path(sys.argv[2])); "
         "sys.exit(99 if 'torch' in sys.modules or 'matplotlib.pyplot' in sys.modules else 0)"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "1", "MATPLOTLIBRC": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code, str(file), str(tmp_path / f"a{suffix}")], check=False,
                           capture_output=True, text=True, timeout=120, env=environment)  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "")
-    plots.draw(document, tmp_path / f"b{suffix}")
+    draw(document, tmp_path / f"b{suffix}")
     assert (tmp_path / f"a{suffix}").read_bytes() == (tmp_path / f"b{suffix}").read_bytes()
 
 
@@ -498,13 +466,13 @@ def test_settings_of_the_program_around_it_stay_as_they_are(tmp_path: Path) -> N
         return {name: rcParams[name] for name in rcParams if name != "backend"}  # to ask for it is to choose one
 
     before = settings()
-    plots.draw(sampled(), tmp_path / "p.svg", "figure1")
+    draw(sampled(), tmp_path / "p.svg", "figure1")
     assert settings() == before
 
 
 def test_an_older_figure_survives_a_write_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "p.png"
-    plots.draw(sampled(), path, "figure1")
+    draw(sampled(), path, "figure1")
     before = path.read_bytes()
 
     def full(*_: object) -> None:
@@ -512,7 +480,7 @@ def test_an_older_figure_survives_a_write_that_fails(tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OutputError, match=r"p.png cannot be written \(No space left on device\); choose another"):
-        plots.draw(network(), path)
+        draw(network(), path)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
 
@@ -520,7 +488,7 @@ def test_an_older_figure_survives_a_write_that_fails(tmp_path: Path, monkeypatch
 def test_a_new_figure_has_the_permissions_of_any_file(tmp_path: Path) -> None:
     plain, ours = tmp_path / "plain", tmp_path / "p.pdf"
     plain.touch()
-    plots.draw(network(), ours)
+    draw(network(), ours)
     assert stat.S_IMODE(ours.stat().st_mode) == stat.S_IMODE(plain.stat().st_mode)
 
 
@@ -560,8 +528,8 @@ def test_matplotlib_that_is_missing_is_named_with_the_way_out(tmp_path: Path, mo
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     for call in (
-        lambda: plots.figure(sampled()),
-        lambda: plots.draw(sampled(), tmp_path / "p.png"),
+        lambda: figure_of(sampled()),
+        lambda: draw(sampled(), tmp_path / "p.png"),
     ):
         with pytest.raises(UsageError) as caught:
             call()
@@ -590,5 +558,5 @@ def test_matplotlib_that_is_missing_is_named_with_the_way_out(tmp_path: Path, mo
 )
 def test_what_a_document_does_not_have_is_named_in_one_line(document: Json, picture: str | None, why: str) -> None:
     with pytest.raises(UsageError, match=why) as caught:
-        plots.figure(document, picture)
+        figure_of(document, picture)
     assert "\n" not in str(caught.value)

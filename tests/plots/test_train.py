@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import itertools
 import math
 import statistics
 from collections.abc import Callable
@@ -9,27 +8,28 @@ from typing import Any
 
 import pytest
 
-from bgcbench import plots
 from bgcbench.errors import UsageError
 from bgcbench.theory.paper import TABLE5, printed_error
 from tests.example_train import FINAL, params_of, row_of, stop, train_document
-from tests.test_plots import legend, lines, new_document, texts
+from tests.plots.looking import (
+    all_found,
+    assert_nothing_is_cut_off_or_lies_on_another,
+    draw,
+    figure_of,
+    legend,
+    lines,
+    new_document,
+    texts,
+)
 
 pytest.importorskip("matplotlib", reason="figures need matplotlib, the extra 'plot'")
 
-from matplotlib.axes import Axes
 from matplotlib.collections import FillBetweenPolyCollection
 from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
-from matplotlib.text import Text
 
 Json = dict[str, Any]
-
-
-def found(axes: Axes, label: str) -> list[Line2D]:
-    return [line for line in axes.get_lines() if line.get_label() == label]
 
 
 def papers(document: Json) -> Json:
@@ -44,11 +44,11 @@ def papers(document: Json) -> Json:
 
 
 def test_means_stand_against_n_and_against_parameters() -> None:
-    figure = plots.figure(train_document(), "errors")
+    figure = figure_of(train_document(), "errors")
     by_groups, by_params = figure.axes
     for variant in ("gc", "shuffle", "lgc", "flgc", "tlgc", "bgc"):
         expected = [statistics.mean(FINAL[variant, n]) for n in (2, 4, 8)]
-        left, right = found(by_groups, f"_mean {variant}"), found(by_params, f"_mean {variant}")
+        left, right = all_found(by_groups, f"_mean {variant}"), all_found(by_params, f"_mean {variant}")
         assert list(left[0].get_ydata()) == pytest.approx(expected)
         # beside one another, and nearer to their own N than to the next
         assert [round(math.log2(x)) for x in left[0].get_xdata()] == [1, 2, 3]
@@ -63,14 +63,14 @@ def test_means_stand_against_n_and_against_parameters() -> None:
 
 
 def test_bgc_at_2n_stands_above_gc_at_n_in_the_panel_of_parameters() -> None:
-    right = plots.figure(train_document(variants=("gc", "bgc")), "errors").axes[1]
-    gc, bgc = found(right, "_mean gc")[0], found(right, "_mean bgc")[0]
+    right = figure_of(train_document(variants=("gc", "bgc")), "errors").axes[1]
+    gc, bgc = all_found(right, "_mean gc")[0], all_found(right, "_mean bgc")[0]
     assert list(gc.get_xdata())[1:] == list(bgc.get_xdata())[:2]
 
 
 def test_the_standard_convolution_is_a_line_with_a_band() -> None:
-    for axes in plots.figure(train_document(), "errors").axes:
-        assert list(found(axes, "_standard")[0].get_ydata()) == pytest.approx([1.4, 1.4])
+    for axes in figure_of(train_document(), "errors").axes:
+        assert list(all_found(axes, "_standard")[0].get_ydata()) == pytest.approx([1.4, 1.4])
         (band,) = [patch for patch in axes.patches if isinstance(patch, Rectangle)]
         low, high = sorted((band.get_y(), band.get_y() + band.get_height()))
         # 1.4, 1.2 and 1.6 have the standard deviation sqrt(0.08 / 2)
@@ -78,19 +78,19 @@ def test_the_standard_convolution_is_a_line_with_a_band() -> None:
 
 
 def test_bars_are_standard_deviations_and_dots_are_the_seeds() -> None:
-    axes = plots.figure(train_document(variants=("standard", "gc"), groups=(4,)), "errors").axes[0]
+    axes = figure_of(train_document(variants=("standard", "gc"), groups=(4,)), "errors").axes[0]
     bars = [c for c in axes.containers if isinstance(c, ErrorbarContainer)]
     assert len(bars) == 2
     ends = sorted(float(y) for _, y in bars[1].lines[2][0].get_segments()[0])
     assert ends == pytest.approx([3.4 - 0.4, 3.4 + 0.4])  # of 3.4, 3.8, 3.0
-    assert list(found(axes, "_seeds gc")[0].get_ydata()) == [3.4, 3.8, 3.0]
+    assert list(all_found(axes, "_seeds gc")[0].get_ydata()) == [3.4, 3.8, 3.0]
     low, high = axes.get_ylim()
     assert low < 1.2
     assert high > 3.8
 
 
 def test_one_seed_has_neither_bars_nor_dots_nor_a_band() -> None:
-    figure = plots.figure(train_document(seeds=(0,)), "errors")
+    figure = figure_of(train_document(seeds=(0,)), "errors")
     for axes in figure.axes:
         assert not axes.containers
         assert not axes.patches
@@ -100,17 +100,17 @@ def test_one_seed_has_neither_bars_nor_dots_nor_a_band() -> None:
 
 
 def test_the_papers_errors_are_hollow() -> None:
-    figure = plots.figure(papers(train_document(dataset="cifar10")), "errors")
+    figure = figure_of(papers(train_document(dataset="cifar10")), "errors")
     for axes in figure.axes:
         for variant in ("standard", "gc", "bgc"):
-            drawn = found(axes, f"_paper {variant}")
+            drawn = all_found(axes, f"_paper {variant}")
             expected = [TABLE5["wrn_28_10", variant, n] for n in ((1,) if variant == "standard" else (2, 4, 8))]
             assert sorted(float(line.get_ydata()[0]) for line in drawn) == sorted(expected)
             assert all(line.get_markerfacecolor() == "none" for line in drawn)
-            assert {line.get_marker() for line in drawn} == {found(axes, f"_mean {variant}")[0].get_marker()}
-        assert not found(axes, "_paper lgc")
+            assert {line.get_marker() for line in drawn} == {all_found(axes, f"_mean {variant}")[0].get_marker()}
+        assert not all_found(axes, "_paper lgc")
     assert legend(figure)[-1] == "paper"
-    assert "paper" not in legend(plots.figure(train_document(), "errors"))
+    assert "paper" not in legend(figure_of(train_document(), "errors"))
 
 
 def test_rows_that_did_not_finish_are_left_out_and_named() -> None:
@@ -118,10 +118,10 @@ def test_rows_that_did_not_finish_are_left_out_and_named() -> None:
     stop(row_of(document, "gc", 4, 1), "error", "the loss is not finite", 3)
     for seed in range(3):
         stop(row_of(document, "bgc", 8, seed), "invalid", "8 does not divide")
-    figure = plots.figure(document, "errors")
+    figure = figure_of(document, "errors")
     axes = figure.axes[0]
-    assert list(found(axes, "_mean gc")[0].get_ydata()) == pytest.approx([2.0, 3.2, 6.4])
-    assert list(found(axes, "_mean bgc")[0].get_ydata()) == pytest.approx([1.4, 1.8])
+    assert list(all_found(axes, "_mean gc")[0].get_ydata()) == pytest.approx([2.0, 3.2, 6.4])
+    assert list(all_found(axes, "_mean bgc")[0].get_ydata()) == pytest.approx([1.4, 1.8])
     assert "Not all finished: GC N = 4 (2 of 3 seeds), BGC N = 8 (0 of 3 seeds)." in "\n".join(texts(figure))
 
 
@@ -129,7 +129,7 @@ def test_rows_that_did_not_finish_are_left_out_and_named() -> None:
 def test_the_axis_of_errors_is_logarithmic_from_a_factor_of_ten(least: float, scale: str) -> None:
     document = train_document(variants=("standard", "flgc"), seeds=(0,))  # at most 9.0
     row_of(document, "standard", 1)["error_final"] = least
-    axes = plots.figure(document, "errors").axes[0]
+    axes = figure_of(document, "errors").axes[0]
     assert axes.get_yscale() == scale
     assert axes.get_ylim()[0] >= 0
     assert axes.get_ylim()[1] > 9.0
@@ -139,9 +139,9 @@ def test_rows_without_counts_have_no_place_among_the_parameters() -> None:
     document = train_document(variants=("standard", "gc"))
     for seed in range(3):
         row_of(document, "gc", 8, seed)["counts"] = None
-    by_groups, by_params = plots.figure(document, "errors").axes
-    assert len(found(by_groups, "_mean gc")[0].get_xdata()) == 3
-    assert list(found(by_params, "_mean gc")[0].get_xdata()) == [params_of("gc", 4), params_of("gc", 2)]
+    by_groups, by_params = figure_of(document, "errors").axes
+    assert len(all_found(by_groups, "_mean gc")[0].get_xdata()) == 3
+    assert list(all_found(by_params, "_mean gc")[0].get_xdata()) == [params_of("gc", 4), params_of("gc", 2)]
 
 
 # -------------------------------------------------------------------------------------------------------------- curves
@@ -149,14 +149,14 @@ def test_rows_without_counts_have_no_place_among_the_parameters() -> None:
 
 def test_curves_are_means_over_the_seeds_with_a_band_and_a_panel_an_n() -> None:
     document = train_document()
-    figure = plots.figure(document, "curves")
+    figure = figure_of(document, "curves")
     assert [axes.get_title() for axes in figure.axes] == ["N = 2", "N = 4", "N = 8"]
     for n, axes in zip((2, 4, 8), figure.axes, strict=True):
         assert len(axes.get_lines()) >= 7
         for variant in ("standard", "gc", "flgc", "bgc"):
             rows = [row_of(document, variant, 1 if variant == "standard" else n, seed) for seed in range(3)]
             each = [[epoch["test_error"] for epoch in row["epochs"]] for row in rows]
-            (line,) = found(axes, f"_curve {variant}")
+            (line,) = all_found(axes, f"_curve {variant}")
             assert list(line.get_xdata()) == list(range(1, 11))
             assert list(line.get_ydata()) == pytest.approx([statistics.mean(at) for at in zip(*each, strict=True)])
         bands = [band for band in axes.collections if isinstance(band, FillBetweenPolyCollection)]
@@ -173,7 +173,7 @@ def test_curves_are_means_over_the_seeds_with_a_band_and_a_panel_an_n() -> None:
 def test_an_error_of_0_makes_the_axis_linear() -> None:
     document = train_document(variants=("standard", "gc"))
     row_of(document, "gc", 2, 1)["epochs"][-1]["test_error"] = 0.0
-    axes = plots.figure(document, "curves").axes[0]
+    axes = figure_of(document, "curves").axes[0]
     assert axes.get_yscale() == "linear"
     assert axes.get_ylim()[0] == 0
 
@@ -183,24 +183,24 @@ def test_a_curve_ends_with_the_shortest_seed_only_where_none_has_finished() -> N
     stop(row_of(document, "gc", 4, 1), "interrupted", "stopped", 3)
     for seed, epochs in enumerate((6, 4, 0)):
         stop(row_of(document, "bgc", 4, seed), "interrupted", "stopped", epochs)
-    axes = plots.figure(document, "curves").axes[0]
-    assert list(found(axes, "_curve gc")[0].get_xdata()) == list(range(1, 11))
-    assert list(found(axes, "_curve bgc")[0].get_xdata()) == [1, 2, 3, 4]
+    axes = figure_of(document, "curves").axes[0]
+    assert list(all_found(axes, "_curve gc")[0].get_xdata()) == list(range(1, 11))
+    assert list(all_found(axes, "_curve bgc")[0].get_xdata()) == [1, 2, 3, 4]
     rows = [row_of(document, "bgc", 4, seed)["epochs"][3]["test_error"] for seed in (0, 1)]
-    assert found(axes, "_curve bgc")[0].get_ydata()[-1] == pytest.approx(statistics.mean(rows))
+    assert all_found(axes, "_curve bgc")[0].get_ydata()[-1] == pytest.approx(statistics.mean(rows))
 
 
 def test_a_run_of_which_nothing_finished_still_has_its_curves() -> None:
     document = train_document(variants=("gc",), groups=(2,), seeds=(0,))
     stop(document["results"][0], "interrupted", "stopped", 3)
-    assert len(plots.figure(document).axes) == 1
+    assert len(figure_of(document).axes) == 1
     with pytest.raises(UsageError, match="nothing to draw: errors needs finished trainings"):
-        plots.figure(document, "errors")
+        figure_of(document, "errors")
 
 
 @pytest.mark.parametrize(("variants", "groups"), [(("gc",), (2, 4)), (("standard",), (2,))])
 def test_curves_need_neither_the_standard_convolution_nor_another(variants: Any, groups: Any) -> None:
-    figure = plots.figure(train_document(variants=variants, groups=groups), "curves")
+    figure = figure_of(train_document(variants=variants, groups=groups), "curves")
     expected = ["N = 1"] if variants == ("standard",) else ["N = 2", "N = 4"]
     assert [axes.get_title() for axes in figure.axes] == expected
 
@@ -209,7 +209,7 @@ def test_four_panels_stand_in_two_rows_and_each_column_is_labelled_below(monkeyp
     more = {("gc", n): (20.0, 21.0, 22.0) for n in (16, 32)}
     monkeypatch.setattr("tests.example_train.FINAL", {**FINAL, **more})
     for groups, labelled in (((2, 4, 8, 16), 2), ((2, 4, 8, 16, 32), 3)):
-        figure = plots.figure(train_document(variants=("gc",), groups=groups), "curves")
+        figure = figure_of(train_document(variants=("gc",), groups=groups), "curves")
         figure.draw_without_rendering()
         assert sum(axes.get_xlabel() == "epoch" for axes in figure.axes) == labelled
         assert [axes.get_title() for axes in figure.axes if axes.axison] == [f"N = {n}" for n in groups]
@@ -224,7 +224,7 @@ def figure_title(figure: Figure) -> str:
 
 def test_without_a_name_both_are_drawn_and_the_title_says_what_ran() -> None:
     document = {**train_document(), "quality": "quick", "complete": False}
-    figure = plots.figure(document)
+    figure = figure_of(document)
     assert len(figure.axes) == 2 + 3
     assert figure_title(figure).endswith("wrn_10_2 on digits, 10 epochs, 3 seeds, a quick run, not complete")
 
@@ -251,7 +251,7 @@ def failed(document: Json) -> Json:
 )
 def test_what_a_document_does_not_have_is_named_in_one_line(document: Json, picture: str | None, why: str) -> None:
     with pytest.raises(UsageError, match=why) as caught:
-        plots.figure(document, picture)
+        figure_of(document, picture)
     assert "\n" not in str(caught.value)
 
 
@@ -260,7 +260,7 @@ def test_synthetic_images_have_no_error_even_if_the_file_has_one() -> None:
     for row in document["results"]:
         row["params"]["dataset"] = "synthetic"
     with pytest.raises(UsageError, match="nothing to draw"):
-        plots.figure(document)
+        figure_of(document)
 
 
 DOCUMENTS: dict[str, Callable[[], Json]] = {
@@ -274,36 +274,18 @@ DOCUMENTS: dict[str, Callable[[], Json]] = {
 
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_no_text_is_cut_off_and_none_lies_on_another(name: str) -> None:
-    figure = plots.figure(DOCUMENTS[name]())
-    figure.draw_without_rendering()
-    width, height = figure.bbox.size
-    shown = [text for text in figure.findobj(Text) if text.get_visible() and text.get_text().strip()]
-    for axis in [axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)]:
-        low, high = sorted(axis.get_view_interval())
-        beyond = {id(tick.label1) for tick in axis.get_major_ticks() if not low <= tick.get_loc() <= high}
-        shown = [text for text in shown if id(text) not in beyond]  # which is not drawn
-    boxes = [(text.get_text(), text.get_window_extent()) for text in shown]
-    assert len(boxes) > 4
-    for text, box in boxes:
-        assert box.x0 >= -1, text
-        assert box.y0 >= -1, text
-        assert box.x1 <= width + 1, text
-        assert box.y1 <= height + 1, text
-    for (text, box), (other, there) in itertools.combinations(boxes, 2):
-        across = min(box.x1, there.x1) - max(box.x0, there.x0)
-        down = min(box.y1, there.y1) - max(box.y0, there.y0)
-        assert min(across, down) < 2, (text, other)
+    assert_nothing_is_cut_off_or_lies_on_another(figure_of(DOCUMENTS[name]()))
 
 
 @pytest.mark.parametrize("suffix", [".png", ".svg", ".pdf"])
 def test_the_same_document_gives_the_same_bytes(tmp_path: Path, suffix: str) -> None:
     for name in ("a", "b"):
-        plots.draw(train_document(), tmp_path / f"{name}{suffix}")
+        draw(train_document(), tmp_path / f"{name}{suffix}")
     assert (tmp_path / f"a{suffix}").read_bytes() == (tmp_path / f"b{suffix}").read_bytes()
 
 
 def test_a_variant_looks_the_same_in_both_pictures() -> None:
-    figure = plots.figure(train_document())
+    figure = figure_of(train_document())
     drawn = lines(figure)
     for variant in ("gc", "bgc", "tlgc"):
         mean, curve = drawn[f"_mean {variant}"], drawn[f"_curve {variant}"]

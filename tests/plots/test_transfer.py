@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import itertools
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -8,24 +7,16 @@ from typing import Any
 
 import pytest
 
-from bgcbench import plots
 from bgcbench.errors import UsageError
 from bgcbench.theory.paper import TABLE3
 from tests.example_transfer import AFTER, BEFORE, LAYERS, LOST, UNTOUCHED, params_of, row_of, stop, transfer_document
-from tests.test_plots import legend, texts
+from tests.plots.looking import assert_nothing_is_cut_off_or_lies_on_another, draw, figure_of, found, legend, texts
 
 pytest.importorskip("matplotlib", reason="figures need matplotlib, the extra 'plot'")
 
 from matplotlib.axes import Axes
-from matplotlib.lines import Line2D
-from matplotlib.text import Text
 
 Json = dict[str, Any]
-
-
-def found(axes: Axes, label: str) -> Line2D:
-    (line,) = [line for line in axes.get_lines() if line.get_label() == label]
-    return line
 
 
 def labels(axes: Axes) -> set[str]:
@@ -33,25 +24,25 @@ def labels(axes: Axes) -> set[str]:
 
 
 def notes(document: Json, picture: str) -> str:
-    return " ".join("\n".join(texts(plots.figure(document, picture))).split())
+    return " ".join("\n".join(texts(figure_of(document, picture))).split())
 
 
 # -------------------------------------------------------------------------------------------------------------- errors
 
 
-def test_errors_stand_against_parameters_before_and_after_training() -> None:
-    figure = plots.figure(transfer_document(epochs=3, control=True), "errors")
+def test_errors_stand_against_parameters_initial_and_final_training() -> None:
+    figure = figure_of(transfer_document(epochs=3, control=True), "errors")
     (axes,) = figure.axes
     for variant in ("gc", "bgc"):
-        before, after = found(axes, f"_before {variant}"), found(axes, f"_after {variant}")
+        before, after = found(axes, f"_initial {variant}"), found(axes, f"_final {variant}")
         for line, errors in ((before, {n: BEFORE[variant, n, "calibrated"] for n in (2, 4, 8)}),
                              (after, {n: AFTER[variant, n] for n in (2, 4, 8)})):  # fmt: skip
             assert list(line.get_xdata()) == [params_of(variant, n) for n in (8, 4, 2)]
             assert list(line.get_ydata()) == pytest.approx([statistics.mean(errors[n]) for n in (8, 4, 2)])
         assert (before.get_markerfacecolor(), before.is_dashed()) == ("white", True)
         assert (after.get_markerfacecolor(), after.is_dashed()) == (after.get_color(), False)
-    assert list(found(axes, "_before").get_ydata()) == [UNTOUCHED] * 2
-    assert list(found(axes, "_after").get_ydata()) == pytest.approx([statistics.mean(AFTER["standard", 1])] * 2)
+    assert list(found(axes, "_initial").get_ydata()) == [UNTOUCHED] * 2
+    assert list(found(axes, "_final").get_ydata()) == pytest.approx([statistics.mean(AFTER["standard", 1])] * 2)
     assert legend(figure) == ["GC", "BGC", "before training", "untouched network", "trained as long (control)"]
     assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("parameters (millions)", "test error (%)")
@@ -60,25 +51,25 @@ def test_errors_stand_against_parameters_before_and_after_training() -> None:
 
 
 def test_without_training_conversions_are_filled() -> None:
-    figure = plots.figure(transfer_document(), "errors")
+    figure = figure_of(transfer_document(), "errors")
     (axes,) = figure.axes
-    assert found(axes, "_before gc").get_markerfacecolor() == found(axes, "_before gc").get_color()
-    assert "_after gc" not in labels(axes)
+    assert found(axes, "_initial gc").get_markerfacecolor() == found(axes, "_initial gc").get_color()
+    assert "_final gc" not in labels(axes)
     assert legend(figure) == ["GC", "BGC", "untouched network"]
     assert any(text.endswith("wrn_16_4 on digits, no training, 3 seeds") for text in texts(figure))
 
 
 def test_a_panel_a_start_and_below_it_the_same_with_batch_norm_estimated_again() -> None:
     inits = ("copy", "white", "calibrated")
-    figure = plots.figure(transfer_document(inits=inits), "errors")
+    figure = figure_of(transfer_document(inits=inits), "errors")
     assert [axes.get_title() for axes in figure.axes] == ["Copied", "White", "Calibrated"]
     assert len({axes.get_ylim() for axes in figure.axes}) == 1
-    figure = plots.figure(transfer_document(inits=inits, rebn=(False, True)), "errors")
+    figure = figure_of(transfer_document(inits=inits, rebn=(False, True)), "errors")
     assert [axes.get_title() for axes in figure.axes] == [
         *("Copied", "White", "Calibrated", "Copied + rebn", "White + rebn", "Calibrated + rebn")
     ]
-    assert list(found(figure.axes[0], "_before gc").get_ydata()) == pytest.approx([LOST] * 3)
-    assert list(found(figure.axes[5], "_before gc").get_ydata()) == pytest.approx([6.0, 1.0, 0.8])
+    assert list(found(figure.axes[0], "_initial gc").get_ydata()) == pytest.approx([LOST] * 3)
+    assert list(found(figure.axes[5], "_initial gc").get_ydata()) == pytest.approx([6.0, 1.0, 0.8])
 
 
 def test_an_error_of_0_stands_at_half_an_image() -> None:
@@ -86,8 +77,8 @@ def test_an_error_of_0_stands_at_half_an_image() -> None:
     assert "half an image" not in notes(document, "errors")
     row_of(document, "bgc", 2)["error_final"] = 0.0
     assert "An error of 0 stands at 0.1 %, half an image." in notes(document, "errors")  # of 500
-    (axes,) = plots.figure(document, "errors").axes
-    assert found(axes, "_after bgc").get_ydata()[-1] == 0.1
+    (axes,) = figure_of(document, "errors").axes
+    assert found(axes, "_final bgc").get_ydata()[-1] == 0.1
     assert axes.get_yscale() == "log"
 
 
@@ -95,7 +86,7 @@ def test_the_papers_errors_are_crosses() -> None:
     document = transfer_document(epochs=3, seeds=(0,), dataset="imagenet")
     for row in document["results"]:
         row["paper"] = {"error": TABLE3[row["params"]["variant"], row["params"]["groups"]]}
-    figure = plots.figure(document, "errors")
+    figure = figure_of(document, "errors")
     crosses = [line for line in figure.axes[0].get_lines() if line.get_label() == "_paper bgc"]
     assert sorted(float(line.get_ydata()[0]) for line in crosses) == sorted(TABLE3["bgc", n] for n in (2, 4, 8))
     assert legend(figure)[-1] == "paper"
@@ -106,9 +97,9 @@ def test_conversions_are_drawn_even_if_their_training_did_not_end() -> None:
     for seed in range(3):
         stop(row_of(document, "gc", 4, seed), "interrupted", "converted, not trained yet")
         stop(row_of(document, "gc", 8, seed), "invalid", "8 does not divide", converted=False)
-    (axes,) = plots.figure(document, "errors").axes
-    assert list(found(axes, "_before gc").get_xdata()) == [params_of("gc", 4), params_of("gc", 2)]
-    assert list(found(axes, "_after gc").get_xdata()) == [params_of("gc", 2)]
+    (axes,) = figure_of(document, "errors").axes
+    assert list(found(axes, "_initial gc").get_xdata()) == [params_of("gc", 4), params_of("gc", 2)]
+    assert list(found(axes, "_final gc").get_xdata()) == [params_of("gc", 2)]
 
 
 # -------------------------------------------------------------------------------------------------------------- layers
@@ -116,7 +107,7 @@ def test_conversions_are_drawn_even_if_their_training_did_not_end() -> None:
 
 def test_layers_lose_with_copied_white_and_calibrated_weights_along_the_network() -> None:
     document = transfer_document(groups=(2, 4))
-    figure = plots.figure(document, "layers")
+    figure = figure_of(document, "layers")
     assert [axes.get_title() for axes in figure.axes] == ["GC, N = 2", "BGC, N = 2", "GC, N = 4", "BGC, N = 4"]
     bgc = figure.axes[3]
     assert list(found(bgc, "_copied").get_xdata()) == [1, 2, 3, 4]
@@ -136,7 +127,7 @@ def test_layers_with_few_images_are_hollow() -> None:
     document = transfer_document(groups=(4,))
     assert "Hollow" not in notes(document, "layers")
     row_of(document, "gc", 4, 1)["convert"]["calibration"]["layers"][2]["scarce"] = True
-    gc, bgc = plots.figure(document, "layers").axes
+    gc, bgc = figure_of(document, "layers").axes
     assert list(found(gc, "_scarce").get_xdata()) == [3]
     assert list(found(bgc, "_scarce").get_xdata()) == []
     assert "Hollow: calibrated on few images" in notes(document, "layers")
@@ -145,7 +136,7 @@ def test_layers_with_few_images_are_hollow() -> None:
 def test_of_a_deep_network_the_layers_are_numbered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tests.example_transfer.LAYERS", tuple(f"layer{i // 12}.{i}.conv" for i in range(48)))
     document = transfer_document(groups=(4,))
-    assert plots.figure(document, "layers").axes[0].get_xlabel() == "layer"
+    assert figure_of(document, "layers").axes[0].get_xlabel() == "layer"
     assert "Layers in the order in which they run, from layer0.0.conv to layer3.47.conv." in notes(document, "layers")
 
 
@@ -153,9 +144,9 @@ def test_of_a_deep_network_the_layers_are_numbered(monkeypatch: pytest.MonkeyPat
 
 
 def test_without_a_name_both_are_drawn_where_there_is_a_calibration() -> None:
-    assert len(plots.figure(transfer_document(groups=(2, 4))).axes) == 1 + 4
-    assert len(plots.figure(transfer_document(inits=("copy",))).axes) == 1
-    assert len(plots.figure(transfer_document(dataset="synthetic", groups=(2, 4))).axes) == 4
+    assert len(figure_of(transfer_document(groups=(2, 4))).axes) == 1 + 4
+    assert len(figure_of(transfer_document(inits=("copy",))).axes) == 1
+    assert len(figure_of(transfer_document(dataset="synthetic", groups=(2, 4))).axes) == 4
 
 
 @pytest.mark.parametrize(
@@ -169,7 +160,7 @@ def test_without_a_name_both_are_drawn_where_there_is_a_calibration() -> None:
 )
 def test_what_a_document_does_not_have_is_named_in_one_line(document: Json, picture: str | None, why: str) -> None:
     with pytest.raises(UsageError, match=why) as caught:
-        plots.figure(document, picture)
+        figure_of(document, picture)
     assert "\n" not in str(caught.value)
 
 
@@ -182,28 +173,10 @@ DOCUMENTS: dict[str, Callable[[], Json]] = {
 
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_no_text_is_cut_off_and_none_lies_on_another(name: str) -> None:
-    figure = plots.figure(DOCUMENTS[name]())
-    figure.draw_without_rendering()
-    width, height = figure.bbox.size
-    shown = [text for text in figure.findobj(Text) if text.get_visible() and text.get_text().strip()]
-    for axis in [axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)]:
-        low, high = sorted(axis.get_view_interval())
-        beyond = {id(tick.label1) for tick in axis.get_major_ticks() if not low <= tick.get_loc() <= high}
-        shown = [text for text in shown if id(text) not in beyond]  # which is not drawn
-    boxes = [(text.get_text(), text.get_window_extent()) for text in shown]
-    assert len(boxes) > 4
-    for text, box in boxes:
-        assert box.x0 >= -1, text
-        assert box.y0 >= -1, text
-        assert box.x1 <= width + 1, text
-        assert box.y1 <= height + 1, text
-    for (text, box), (other, there) in itertools.combinations(boxes, 2):
-        across = min(box.x1, there.x1) - max(box.x0, there.x0)
-        down = min(box.y1, there.y1) - max(box.y0, there.y0)
-        assert min(across, down) < 2, (text, other)
+    assert_nothing_is_cut_off_or_lies_on_another(figure_of(DOCUMENTS[name]()))
 
 
 def test_the_same_document_gives_the_same_bytes(tmp_path: Path) -> None:
     for name in ("a", "b"):
-        plots.draw(transfer_document(), tmp_path / f"{name}.svg")
+        draw(transfer_document(), tmp_path / f"{name}.svg")
     assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()

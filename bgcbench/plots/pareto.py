@@ -1,0 +1,88 @@
+"""The share of the output's energy that is lost against what a convolution costs, with the Pareto front."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from bgcbench.plots.sampled import finished, inputs_of, sampled_title, series_of
+from bgcbench.plots.style import GREY, NothingToDraw, Part, counted, handle, label_of, legend, log_ticks, look_of
+from bgcbench.results.aggregate import front_of
+from bgcbench.results.document import Document, printable
+from bgcbench.results.rows import Counts, SampledRow
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import SubFigure
+
+COSTS: tuple[tuple[str, Callable[[Counts], float]], ...] = (
+    ("parameters", lambda counts: counts.params),
+    ("MACs an input", lambda counts: counts.macs),
+)
+FILLED = {"fillstyle": "full", "markeredgecolor": "black", "markeredgewidth": 0.8}
+NOTE = "Filled: on the Pareto front (nothing cheaper on it is as good within three standard errors). Numbers: N."
+
+
+def short(document: Document) -> Part:
+    """The front of the first input, where there is more to it than GC and BGC."""
+    if {row.params.variant for row in finished(document)} <= {"standard", "gc", "bgc"}:
+        raise NothingToDraw("another variant than gc and bgc")
+    return part(document, inputs=1)
+
+
+def part(document: Document, inputs: int | None = None) -> Part:
+    """The fronts of all inputs, or of the first ``inputs``."""
+    rows = [row for row in finished(document) if row.counts and row.output_relative_error is not None]
+    if not rows:
+        raise NothingToDraw("finished rows of sampled convolutions; this result has none")
+    names = inputs_of(rows)[:inputs]
+
+    def paint(panel: SubFigure) -> None:
+        grid = panel.subplots(len(names), len(COSTS), squeeze=False, sharex="col", sharey="row")
+        sampled_title(panel, document, "What is lost against what it costs")
+        series = {at: mine for at, mine in series_of(rows).items() if at[1] in names}
+        for name, line in zip(names, grid, strict=True):
+            mine = [row for at, found in series.items() if at[1] == name for row in found]
+            for axes, (words, cost) in zip(line, COSTS, strict=True):
+                _front_panel(axes, mine, cost)
+                axes.set_xlabel(words if name == names[-1] else "")
+            line[0].set_ylabel("output error (% of its energy)")
+            line[0].set_title(f"input: {printable(name)}", loc="left", fontsize=8)
+        variants = list(dict.fromkeys(variant for variant, _ in series))
+        handles = [handle(grid[0, 0], label_of(v), **look_of(v, linestyle="none")) for v in variants]
+        handles.append(handle(grid[0, 0], "Pareto front", color=GREY, linewidth=1))
+        legend(panel, handles, [NOTE, "SC: the standard convolution." if "standard" in variants else ""])
+
+    return Part(2.7 * len(names) + 1.1, paint)
+
+
+def _front_panel(axes: Axes, rows: Sequence[SampledRow], cost: Callable[[Counts], float]) -> None:
+    points = [(cost(row.counts), 100 * (row.output_relative_error or 0.0), row) for row in rows if row.counts]
+    costs, errors = [x for x, *_ in points], [y for _, y, _ in points]
+    on_front = front_of(rows, cost)
+    at: dict[float, list[SampledRow]] = {}
+    best: dict[float, float] = {}
+    for x, y, row in sorted(points, key=lambda point: point[0]):
+        look = look_of(row.params.variant, linestyle="none", fillstyle="none")
+        if row in on_front:
+            at.setdefault(x, []).append(row)
+            best[x] = min(y, best.get(x, y))
+            look |= {**FILLED, "zorder": 1 + look["zorder"]}
+        axes.plot([x], [y], label=f"_{'front' if row in on_front else 'off'} {row.key}", **look)
+    axes.step([*best], [*best.values()], where="post", color=GREY, linewidth=1, zorder=1.5, label="_front")
+    axes.set_xscale("log")
+    axes.margins(x=0.14)
+    room = max(max(errors) - min(errors), 10.0)
+    axes.set_ylim(min(0.0, min(errors) - 0.15 * room), max(errors) + 0.08 * room)
+    below: dict[str, Any] = {"xytext": (-4, -3), "textcoords": "offset points", "ha": "right", "va": "top", "zorder": 5}
+    for x in sorted(at, reverse=True):
+        axes.annotate(_label(at[x]), (x, best[x]), fontsize=7, linespacing=1.0, **below)
+    log_ticks(axes.xaxis, costs, counted)
+
+
+def _label(rows: Sequence[SampledRow]) -> str:
+    """Of one place on the front: N, and of which variant it is where several stand there."""
+    numbers = {row.params.groups for row in rows}
+    if len(numbers) == 1 and numbers != {1}:
+        return str(rows[0].params.groups)
+    return "\n".join(label_of(row.params.variant, row.params.groups).replace(" N =", "") for row in rows)
