@@ -245,8 +245,8 @@ def pair_columns(run: Conversions, pairs: Sequence[Pair[Conversion]]) -> list[Co
         Column("versus", lambda pair: cell_name(pair[1]), meaning="The other.", right=False, lead=True),
         Column("init", lambda pair: pair[0].start.init, meaning=INIT, right=False, lead=True),
         *_rebn(run, lambda pair: pair[0]),
-        Column("params", lambda pair: times(pair, lambda cell: cell.params), meaning="Of BGC over GC's."),
-        Column("MACs", lambda pair: times(pair, lambda cell: cell.macs), meaning="Of BGC over GC's."),
+        Column("params", lambda pair: times(pair, lambda cell: cell.params), meaning="BGC's over GC's.", name="params, versus GC"),
+        Column("MACs", lambda pair: times(pair, lambda cell: cell.macs), meaning="BGC's over GC's.", name="MACs, versus GC"),
     ]
     for moment, title in TITLES.items():
         if not any(run.compare(*pair, moment) for pair in pairs):
