@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from bgcbench.report.compare import Comparison, compare_report, settings_that_differ, speed_up
 from bgcbench.report.machine import doctor_report
-from bgcbench.report.profile import flags, profile_report
+from bgcbench.report.measured import flags
+from bgcbench.report.profile import profile_report
 from bgcbench.report.table import Column, Report, Table, as_csv, as_markdown, emit, explained
 from bgcbench.report.table1 import table1_report
 from bgcbench.results.document import Document

@@ -33,7 +33,8 @@ class Column(Generic[R]):
     """One column: its title, the value of a row (None shows as -), the form of a value, and what it means.
 
     name: under which it is explained, where the title also says a phase, a unit or an N. right: aligned to the right.
-    lead: repeated in front of every part of a table that is split because the terminal is narrow.
+    lead: repeated in front of every part of a table that is split because the terminal is narrow. optional: left out
+    where no row has a value.
     """
 
     title: str
@@ -43,6 +44,7 @@ class Column(Generic[R]):
     name: str = ""
     right: bool = True
     lead: bool = False
+    optional: bool = False
 
     def cell(self, row: R) -> str:
         value = self.value(row)
@@ -54,9 +56,18 @@ class Table:
     """A title, columns over rows, and lines under them by heading."""
 
     title: Sequence[str]
-    columns: Sequence[Column[Any]]
+    declared: Sequence[Column[Any]]
     rows: Sequence[Any]
     sections: Mapping[str, Sequence[str]] = field(default_factory=dict)
+
+    @functools.cached_property
+    def columns(self) -> list[Column[Any]]:
+        """Those that are declared, without optional ones that no row has a value for."""
+        return [
+            column
+            for column in self.declared
+            if not column.optional or any(column.value(row) is not None for row in self.rows)
+        ]
 
     @functools.cached_property
     def cells(self) -> list[list[str]]:

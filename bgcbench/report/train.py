@@ -5,34 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from bgcbench.report import training
 from bgcbench.report.format import percent, share_words, significant
 from bgcbench.report.notes import chosen_algorithms, notes, together
-from bgcbench.report.table import Column, Report, Table, flat
-from bgcbench.report.training import (
-    BEST,
-    LAST,
-    QUICK,
-    SEEDS,
-    SPEED_ALONE,
-    TOP5,
-    cell_name,
-    count_columns,
-    dense_notes,
-    difference_text,
-    endings,
-    error_column,
-    error_of,
-    flags_column,
-    image_note,
-    is_synthetic,
-    mean_percent,
-    paper_column,
-    recipe_line,
-    some_unfinished,
-    speed_column,
-    title_lines,
-    variant_columns,
-)
+from bgcbench.report.table import Column, Report, Table
 from bgcbench.results.aggregate import (
     MIN_SEEDS,
     Cell,
@@ -47,7 +23,7 @@ from bgcbench.results.aggregate import (
     training_cells,
 )
 from bgcbench.results.document import Document
-from bgcbench.results.rows import Counts, TrainParams, TrainRow
+from bgcbench.results.rows import TrainRow
 from bgcbench.theory import paper
 
 Cells = Sequence[Cell[TrainRow]]
@@ -62,28 +38,26 @@ def train_report(document: Document) -> Report:
     standard = next((cell for cell in cells if cell.dense), None)
     findings = _findings(cells, image_points(rows))
     sections = {"What this shows": findings} if findings else {}
-    table = Table(title_lines(document), train_columns(document, cells, standard), cells, sections)
-    noted = notes(document, _facts(document, cells), endings(cells), QUICK)
+    table = Table(training.title_lines(document), train_columns(document, standard), cells, sections)
+    noted = notes(document, _facts(document, cells), training.endings(cells), training.QUICK)
     return Report([table], noted, [_record(row, standard) for row in rows])
 
 
-def train_columns(document: Document, cells: Cells, standard: Cell[TrainRow] | None) -> list[Column[Cell[TrainRow]]]:
+def train_columns(document: Document, standard: Cell[TrainRow] | None) -> list[Column[Cell[TrainRow]]]:
     rows, seeds = document.results, planned_seeds(document)
-    columns = [*variant_columns(), *count_columns(rows)]
-    if not is_synthetic(rows):
-        columns += [
-            error_column("error last %", lambda cell: cell.errors, LAST),
-            error_column("error best %", lambda cell: cell.by_seed(lambda row: row.error_best), BEST),
-        ]
-    if any(map(_top5, cells)):
-        columns.append(error_column("top-5 %", _top5, TOP5))
-    columns += [Column("seeds", lambda cell: f"{len(cell.done)}/{seeds}", meaning=SEEDS), speed_column()]
-    if any(cell.matmul_fraction is not None for cell in cells):
-        columns.append(Column("of peak", lambda cell: cell.matmul_fraction, percent(0), OF_PEAK))
-    columns += paper_column(cells, "paper %")
-    if not is_synthetic(rows):
+    columns = [*training.variant_columns(), *training.count_columns(rows)]
+    if not training.is_synthetic(rows):
+        columns += training.final_columns()
+    columns += [
+        training.top5_column(),
+        Column("seeds", lambda cell: f"{len(cell.done)}/{seeds}", meaning=training.SEEDS),
+        training.speed_column(),
+        Column("of peak", lambda cell: cell.matmul_fraction, percent(0), OF_PEAK, optional=True),
+        training.paper_column("paper %"),
+    ]
+    if not training.is_synthetic(rows):
         columns.append(Column("to SC", lambda cell: _to_standard(cell, standard), meaning=TO_SC))
-    return [*columns, flags_column()]
+    return [*columns, training.flags_column()]
 
 
 OF_PEAK = (
@@ -93,14 +67,10 @@ OF_PEAK = (
 TO_SC = "Last error less that of SC, in percentage points; of the same seeds, where there are two or more."
 
 
-def _top5(cell: Cell[TrainRow]) -> dict[int, float]:
-    return cell.by_seed(lambda row: row.error_final_top5)
-
-
 def _to_standard(cell: Cell[TrainRow], standard: Cell[TrainRow] | None) -> str | None:
     if cell is standard:
         return "0"
-    return difference_text(difference_of(cell.errors, standard.errors)) if standard else None
+    return training.difference_text(difference_of(cell.errors, standard.errors)) if standard else None
 
 
 # ------------------------------------------------------------------------------------------------------- what it shows
@@ -121,11 +91,12 @@ def _sentence(one: Cell[TrainRow], other: Cell[TrainRow], difference: Difference
     """Two cells in plain words: how large, which has the lower error, and whether that is more than scatter."""
     share = ratio_of(one.params, other.params)
     size = f" ({share_words(share)})" if share else ""
+    how = "lower by" if difference.value < 0 else "higher by" if difference.value > 0 else "apart by"
+    scatter = "" if difference.sd is None else f" ± {difference.sd:.2f}"
     line = (
-        f"{cell_name(one)} beside {cell_name(other)}{size}: {difference.ours:.2f} % against {difference.theirs:.2f} %, "
+        f"{training.cell_name(one)} beside {training.cell_name(other)}{size}: {difference.ours:.2f} % against "
+        f"{difference.theirs:.2f} %, {how} {abs(difference.value):.2f}{scatter} points"
     )
-    line += "lower by" if difference.value < 0 else "higher by" if difference.value > 0 else "apart by"
-    line += f" {abs(difference.value):.2f}" + ("" if difference.sd is None else f" ± {difference.sd:.2f}") + " points"
     if difference.seeds < MIN_SEEDS:
         are = "1 common seed is" if difference.seeds == 1 else f"{difference.seeds or 'no'} common seeds are"
         return f"{line}; {are} too few to tell"
@@ -138,11 +109,11 @@ def _sentence(one: Cell[TrainRow], other: Cell[TrainRow], difference: Difference
 
 def _facts(document: Document, cells: Cells) -> list[str]:
     rows = document.results
-    lines = [recipe_line(document, rows)] if rows else []
-    lines += [SPEED_ALONE] if is_synthetic(rows) else image_note(rows)
-    lines += some_unfinished(cells)
-    lines += together((cell_name(cell), learnt) for cell in cells if (learnt := _learnt(cell)))
-    lines += dense_notes(cells) + _about_paper(rows)
+    lines = [training.recipe_line(document, rows)] if rows else []
+    lines += [training.SPEED_ALONE] if training.is_synthetic(rows) else training.image_note(rows)
+    lines += training.some_unfinished(cells)
+    lines += together((training.cell_name(cell), learnt) for cell in cells if (learnt := _learnt(cell)))
+    lines += training.dense_notes(cells) + _about_paper(rows)
     lines += chosen_algorithms(rows, lambda row: row.key)
     if any(
         d and d.seeds >= MIN_SEEDS for pair in _pairs(cells) if (d := difference_of(pair[0].errors, pair[1].errors))
@@ -175,18 +146,18 @@ def _moved(cell: Cell[TrainRow]) -> str | None:
         return None
     if not any(moved):
         return "no channel ever changed its group, so it trained as a group convolution with random, fixed groups"
-    return f"{mean_percent(moved)} of the channels changed their group"
+    return f"{training.mean_percent(moved)} of the channels changed their group"
 
 
 def _left_behind(cell: Cell[TrainRow]) -> str | None:
     """Outputs without inputs; inputs that should have been dropped."""
     dead = [share for row in cell.done if (share := _last(row, "dead_outputs"))]
     if dead:
-        return f"{mean_percent(dead)} of the outputs ended dead, without inputs ({_seeds(dead, cell)})"
+        return f"{training.mean_percent(dead)} of the outputs ended dead, without inputs ({_seeds(dead, cell)})"
     kept = [share for row in cell.done if (share := _last(row, "kept")) and share > 1.01 / cell.groups]
     if kept:
         over = f"and not {significant(100 / cell.groups, 2)} %"
-        return f"its groups ended with {mean_percent(kept)} of the inputs {over} ({_seeds(kept, cell)})"
+        return f"its groups ended with {training.mean_percent(kept)} of the inputs {over} ({_seeds(kept, cell)})"
     return None
 
 
@@ -211,29 +182,12 @@ def _about_paper(rows: Sequence[TrainRow]) -> list[str]:
 
 def _record(row: TrainRow, standard: Cell[TrainRow] | None) -> dict[str, Any]:
     """One training, flat."""
-    final = error_of(row, row.error_final)
+    final = training.error_of(row, row.error_final)
     same = standard.errors.get(row.params.seed) if standard and row.status == "ok" else None
     return {
-        "key": row.key,
-        **flat(row.params, TrainParams),
-        "status": row.status,
-        "reason": row.reason,
-        **flat(row.counts, Counts),
-        "error_initial": error_of(row, row.error_initial),
-        "error_final": final,
-        "error_best": error_of(row, row.error_best),
-        "error_final_top5": error_of(row, row.error_final_top5),
-        "epoch_best": row.epoch_best,
-        "test_images": row.test_images,
-        "images_per_s": row.images_per_s,
-        "matmul_fraction": row.matmul_fraction,
-        "train_seconds": row.train_seconds,
-        "epochs_done": len(row.epochs),
+        **training.training_record(row, TrainRow),
         "to_standard": None if final is None or same is None else round(final - same, 9),
-        "paper_error": row.paper.error if row.paper else None,
         "dead_outputs": _last(row, "dead_outputs"),
         "kept": _last(row, "kept"),
         "moved": _last(row, "moved"),
-        "replaced": len(row.convert.replaced) if row.convert else None,
-        "checkpoints": row.checkpoints,
     }

@@ -8,10 +8,10 @@ from typing import Any
 
 from bgcbench.report.format import fixed, label_of, scaled, significant
 from bgcbench.report.notes import together
-from bgcbench.report.table import Column
+from bgcbench.report.table import Column, flat
 from bgcbench.results.aggregate import NO_IMAGES, SYNTHETIC, Cell, Difference, image_points, spread_of
 from bgcbench.results.document import Document
-from bgcbench.results.rows import Config, TrainRow
+from bgcbench.results.rows import Config, Counts, TrainParams, TrainRow
 
 Rows = Sequence[TrainRow]
 QUICK = "few epochs or images"
@@ -39,37 +39,62 @@ def error_of(row: TrainRow, value: float | None) -> float | None:
 
 # -------------------------------------------------------------------------------------------------------------- columns
 
+SEEDS = "Finished trainings of those that were planned."
+
 
 def variant_columns() -> list[Column[Any]]:
-    return [
-        Column("variant", lambda cell: label_of(cell.variant), meaning="SC: the standard convolution.", right=False,
-               lead=True),
-        Column("N", lambda cell: cell.groups, meaning="Groups.", lead=True),
-    ]  # fmt: skip
+    label = Column[Any]("variant", lambda cell: label_of(cell.variant), meaning=VARIANT, right=False, lead=True)
+    return [label, Column("N", lambda cell: cell.groups, meaning="Groups.", lead=True)]
+
+
+VARIANT = "SC: the standard convolution, or the untouched network."
 
 
 def count_columns(rows: Rows) -> list[Column[Any]]:
-    columns: list[Column[Any]] = [
+    masked = any(row.counts and row.counts.params_training for row in rows)
+
+    def trained(cell: Cell[Any]) -> float | None:
+        return cell.params_training if masked else None
+
+    return [
         Column("params", lambda cell: cell.params, scaled, "Parameters as deployed; the mean where seeds differ."),
         Column("MACs", lambda cell: cell.macs, scaled, "Multiply-accumulate operations of one image, as deployed."),
+        Column("trained params", trained, scaled, TRAINED, optional=True),
     ]
-    if any(row.counts and row.counts.params_training for row in rows):
-        columns.append(Column("trained params", lambda cell: cell.params_training, scaled, TRAINED))
-    return columns
 
 
 TRAINED = "Parameters while training: LGC and FLGC are trained masked, with dense kernels."
 
 
-def error_column(title: str, by_seed: Callable[[Any], dict[int, float]], meaning: str) -> Column[Any]:
+def error_column(
+    title: str, by_seed: Callable[[Any], dict[int, float]], meaning: str, optional: bool = False
+) -> Column[Any]:
     """A mean over the seeds, with their standard deviation from two on."""
-    return Column(title, lambda cell: spread_text(by_seed(cell)), meaning=f"{meaning} {MEAN}")
+    return Column(title, lambda cell: spread_text(by_seed(cell)), meaning=f"{meaning} {MEAN}", optional=optional)
 
 
 MEAN = "Percent, mean ± standard deviation over the seeds."
+
+
+def final_columns() -> list[Column[Any]]:
+    return [
+        error_column("error last %", lambda cell: cell.errors, LAST),
+        error_column("error best %", lambda cell: cell.by_seed(lambda row: row.error_best), BEST),
+    ]
+
+
 LAST = "Top-1 error on the test images after the last epoch: the figure to quote."
 BEST = "Error of the epoch that was best on these same test images, which flatters."
-TOP5 = "Top-5 error, of the last epoch where there is one."
+TOP5 = "Top-5 error, after the last epoch where there is one."
+
+
+def top5_column(initial: bool = False) -> Column[Any]:
+    column: Column[Any] = (
+        error_column("top-5 %", lambda cell: cell.known(lambda row: row.error_initial_top5), TOP5, optional=True)
+        if initial
+        else error_column("top-5 %", lambda cell: cell.by_seed(lambda row: row.error_final_top5), TOP5, optional=True)
+    )
+    return column
 
 
 def spread_text(by_seed: dict[int, float]) -> str | None:
@@ -79,25 +104,21 @@ def spread_text(by_seed: dict[int, float]) -> str | None:
     return f"{spread.mean:.2f}" + ("" if spread.sd is None else f" ± {spread.sd:.2f}")
 
 
-def paper_column(cells: Sequence[Cell[Any]], title: str) -> list[Column[Any]]:
-    """What the paper prints, where it does."""
-    if not any(cell.paper_error is not None for cell in cells):
-        return []
-    return [Column(title, lambda cell: cell.paper_error, fixed(2), "Error that the paper prints, in percent.")]
+def paper_column(title: str) -> Column[Any]:
+    meaning = "Error that the paper prints, in percent."
+    return Column(title, lambda cell: cell.paper_error, fixed(2), meaning, optional=True)
 
 
-def speed_column() -> Column[Any]:
-    return Column("images/s", lambda cell: cell.images_per_s, significant, "Training images a second, median of seeds.")
+def speed_column(optional: bool = False) -> Column[Any]:
+    meaning = "Training images a second, the median of the seeds."
+    return Column("images/s", lambda cell: cell.images_per_s, significant, meaning, optional=optional)
 
 
 def flags_column(ending: Callable[[Any], str] = lambda row: str(row.status)) -> Column[Any]:
     return Column("flags", lambda cell: ", ".join(flags(cell, ending)), meaning=FLAGS, right=False)
 
 
-FLAGS = (
-    "How seeds ended that are not done (s0: seed 0), and how many convolutions stay dense because N does not divide."
-)
-SEEDS = "Finished trainings of those that were planned."
+FLAGS = "How seeds ended that are not done (s0: seed 0). kept dense: convolutions whose channels N does not divide."
 
 
 def flags(cell: Cell[Any], ending: Callable[[Any], str]) -> list[str]:
@@ -215,3 +236,25 @@ def dense_notes(cells: Iterable[Cell[Any]]) -> list[str]:
 
 def mean_percent(shares: Sequence[float]) -> str:
     return f"{significant(100 * statistics.fmean(shares), 2)} %"
+
+
+# -------------------------------------------------------------------------------------------------------------- records
+
+
+def training_record(row: TrainRow, kind: type[TrainRow]) -> dict[str, Any]:
+    """What a row of ``kind`` says of itself, flat; no errors of images whose labels mean nothing."""
+    known = {name: value for name, value in flat(row, kind).items() if name not in NESTED}
+    if is_synthetic([row]):
+        known |= {name: None for name in known if name.startswith(("error", "loss", "agreement"))}
+    return {
+        "key": row.key,
+        **flat(row.params, TrainParams),
+        **flat(row.counts, Counts),
+        **known,
+        "epochs_done": len(row.epochs),
+        "paper_error": row.paper.error if row.paper else None,
+        "replaced": len(row.convert.replaced) if row.convert else None,
+    }
+
+
+NESTED = ("params", "counts", "epochs", "paper", "convert", "forms", "time", "white_loss", "judged")

@@ -3,41 +3,16 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
 from bgcbench.measure.statistics import Interval
+from bgcbench.report import training
 from bgcbench.report.compare import PHASE_TITLES, Comparison
-from bgcbench.report.format import listed, loss_text
+from bgcbench.report.format import label_of, listed, loss_text
 from bgcbench.report.notes import chosen_algorithms, notes
-from bgcbench.report.table import Column, Report, Table, flat
-from bgcbench.report.training import (
-    BEST,
-    LAST,
-    QUICK,
-    SEEDS,
-    SPEED_ALONE,
-    TOP5,
-    cell_name,
-    count_columns,
-    dense_notes,
-    difference_text,
-    endings,
-    error_column,
-    error_of,
-    flags_column,
-    image_note,
-    is_synthetic,
-    paper_column,
-    recipe_line,
-    some_unfinished,
-    speed_column,
-    spread_text,
-    title_lines,
-    variant_columns,
-    without_images,
-)
+from bgcbench.report.table import Column, Report, Table
 from bgcbench.results.aggregate import (
     MIN_SEEDS,
     Conversion,
@@ -52,9 +27,7 @@ from bgcbench.results.document import Document
 from bgcbench.results.rows import (
     CalibratedLayer,
     Calibration,
-    Counts,
     NetworkTime,
-    TrainParams,
     TransferRow,
     WhiteLoss,
 )
@@ -68,13 +41,13 @@ def transfer_report(document: Document) -> Report:
     """A row a variant, N and start over its seeds, and BGC versus GC at equal N and at equal parameters."""
     run = Conversions.of(document)
     weights = next((row.params.weights for row in run.rows), "none")
-    title = title_lines(document, "" if weights == "none" else f" (weights {weights})")
+    title = training.title_lines(document, "" if weights == "none" else f" (weights {weights})")
     tables = [Table(title, transfer_columns(run, planned_seeds(document)), run.cells)]
     pairs = [pair for start in run.starts for pair in (*run.at_equal_n(start), *run.at_equal_params(start))]
     pairs = [pair for pair in pairs if ratio_of(pair[0].params, pair[1].params)]  # without those that failed
     if pairs:
-        tables.append(Table(["BGC versus GC, at equal N and at equal parameters"], pair_columns(run, pairs), pairs))
-    noted = notes(document, _facts(document, run), endings(run.cells), QUICK)
+        tables.append(Table(["BGC versus GC, at equal N and at equal parameters"], pair_columns(run), pairs))
+    noted = notes(document, _facts(document, run), training.endings(run.cells), training.QUICK)
     return Report(tables, noted, [_record(run, row) for row in run.rows])
 
 
@@ -82,40 +55,33 @@ def transfer_report(document: Document) -> Report:
 
 
 def transfer_columns(run: Conversions, seeds: int) -> list[Column[Conversion]]:
+    """Without images what layers lose by the closed form, else errors; neither where labels mean nothing."""
+    unseen, synthetic = training.without_images(run.rows), training.is_synthetic(run.rows)
     columns = [
-        *variant_columns(),
+        *training.variant_columns(),
         Column("init", lambda cell: None if cell.dense else cell.start.init, meaning=INIT, right=False, lead=True),
         *_rebn(run, lambda cell: cell),
-        *count_columns(run.rows),
+        *training.count_columns(run.rows),
     ]
-    if without_images(run.rows):
-        columns += _loss_columns(run)
-    elif not is_synthetic(run.rows):
+    if unseen:
+        columns += _loss_columns()
+    elif not synthetic:
         columns += _error_columns(run)
     columns += [_speed_up_column(phase, partial(_speed_up, phase=phase)) for phase in run.phases]
-    if any(cell.images_per_s is not None for cell in run.cells):
-        columns.append(speed_column())
-    if not without_images(run.rows):
-        columns.append(
-            Column("seeds", lambda cell: None if _fixed(cell) else f"{len(cell.done)}/{seeds}", meaning=SEEDS)
-        )
-    return [*columns, flags_column(lambda row: "not trained" if _untrained(row) else row.status)]
+    columns.append(training.speed_column(optional=True))
+    if not unseen:
+        columns.append(Column("seeds", partial(_seeds, planned=seeds), meaning=training.SEEDS))
+    return [*columns, training.flags_column(lambda row: "not trained" if _untrained(row) else row.status)]
 
 
 INIT = (
     "Weights that the conversion starts from: copy, as in the paper; white, the closed-form optimum for white input; "
     "calibrated, least squares on the network's own activations; scratch, random."
 )
-REBN = "Whether the statistics of batch norm were re-estimated on training images without labels."
-INITIAL = "Top-1 error on the test images as converted, before any training."
-AGREES = "Test images with the untouched network's first guess."
 LAYER_LOSS = (
     "Share of a layer's output that its weights lose, the median of the layers: with images, on images held out; "
     "without, ||W - D||^2 / ||W||^2 on white input for the network's kernel W and the weights D in its place."
 )
-EXPECTED_LOSS = "Layer loss on white input of a kernel of independent entries."
-TO_SC = "Last error, or the initial one where nothing is trained, less the untouched network's, in percentage points."
-TO_CONTROL = "Last error less that of the control, the untouched network trained as long, seed by seed."
 SPEED_UP = (
     "Time of the untouched network, or of GC, over the row's, with its 95 % confidence interval; versus GC at least "
     "95 %. A start does not change it."
@@ -123,37 +89,32 @@ SPEED_UP = (
 
 
 def _rebn(run: Conversions, cell_of: Callable[[Any], Conversion]) -> list[Column[Any]]:
-    """Whether batch norm was estimated again, where that is not the same everywhere."""
+    """Whether batch norm's statistics were re-estimated, where that is not the same everywhere."""
 
     def text(row: Any) -> str | None:
         cell = cell_of(row)
         return None if cell.dense else "yes" if cell.start.rebn else "no"
 
-    return [Column("rebn", text, meaning=REBN, right=False, lead=True)] if run.norms_differ else []
+    meaning = "Whether batch norm's statistics were re-estimated on training images without labels."
+    return [Column("rebn", text, meaning=meaning, right=False, lead=True)] if run.norms_differ else []
 
 
-def _speed_up_column(phase: str, value: Callable[[Any], Comparison | str | None]) -> Column[Any]:
-    def text(compared: Comparison | str) -> str:
-        return compared if isinstance(compared, str) else compared.text
-
-    return Column(f"speed-up {PHASE_TITLES[phase]}", value, text, SPEED_UP, "speed-up")
+def _speed_up_column(phase: str, value: Callable[[Any], str | None]) -> Column[Any]:
+    return Column(f"speed-up {PHASE_TITLES[phase]}", value, meaning=SPEED_UP, name="speed-up")
 
 
-def _loss_columns(run: Conversions) -> list[Column[Conversion]]:
-    """What layers lose by the closed form, and what the paper prints after training."""
-    columns: list[Column[Conversion]] = [
-        Column("expected loss %", lambda cell: cell.expected_loss, loss_text, EXPECTED_LOSS)
+def _loss_columns() -> list[Column[Conversion]]:
+    expected = "Layer loss on white input of a kernel of independent entries."
+    return [
+        Column("expected loss %", lambda cell: cell.expected_loss, loss_text, expected),
+        Column("layer loss %", lambda cell: _median(cell.white_losses.values()), loss_text, LAYER_LOSS, optional=True),
+        Column("worst %", _worst_loss, loss_text, "Largest loss of a layer.", optional=True),
+        Column("worst layer", _worst, meaning="The layer that loses most.", right=False, optional=True),
+        training.paper_column("paper error %"),
     ]
-    if any(cell.white_losses for cell in run.cells):
-        columns += [
-            Column("layer loss %", lambda cell: _median(cell.white_losses.values()), loss_text, LAYER_LOSS),
-            Column("worst %", lambda cell: max(cell.white_losses.values(), default=None), loss_text, "Of the layers."),
-            Column("worst layer", _worst, meaning="The layer that loses most.", right=False),
-        ]
-    return columns + paper_column(run.cells, "paper error %")
 
 
-def _median(values: Any) -> float | None:
+def _median(values: Iterable[float]) -> float | None:
     known = list(values)
     return statistics.median(known) if known else None
 
@@ -163,46 +124,41 @@ def _worst(cell: Conversion) -> str | None:
     return max(losses, key=losses.__getitem__, default=None)
 
 
+def _worst_loss(cell: Conversion) -> float | None:
+    return max(cell.white_losses.values(), default=None)
+
+
 def _error_columns(run: Conversions) -> list[Column[Conversion]]:
-    """Errors, what is lost, and what the paper prints; those that are empty are left out."""
-    columns: list[Column[Conversion]] = [Column("error initial %", lambda cell: _initial(run, cell), meaning=INITIAL)]
-    if run.epochs:
-        columns += [
-            error_column("error last %", lambda cell: cell.errors, LAST),
-            error_column("error best %", lambda cell: cell.by_seed(lambda row: row.error_best), BEST),
-        ]
-    top5 = _final_top5 if run.epochs else _initial_top5
-    if any(map(top5, run.cells)):
-        columns.append(error_column("top-5 %", top5, TOP5))
-    if any(cell.agreement for cell in run.cells):
-        columns.append(error_column("agrees %", lambda cell: cell.agreement, AGREES))
-    if any(cell.layers for cell in run.cells):
-        columns.append(Column("layer loss %", lambda cell: cell.lost(lambda layer: layer.after), loss_text, LAYER_LOSS))
-    columns += paper_column(run.cells, "paper %")
-    columns.append(Column("to SC", lambda cell: _to_untouched(run, cell), meaning=TO_SC))
-    if run.control:
-        columns.append(Column("to SC trained", lambda cell: _to_control(run, cell), meaning=TO_CONTROL))
-    return columns
-
-
-def _final_top5(cell: Conversion) -> dict[int, float]:
-    return cell.by_seed(lambda row: row.error_final_top5)
-
-
-def _initial_top5(cell: Conversion) -> dict[int, float]:
-    return cell.known(lambda row: row.error_initial_top5)
+    initial = "Top-1 error on the test images as converted, before any training."
+    agrees = "Test images to which it gives the untouched network's class."
+    control = "Last error less that of the control, the untouched network trained as long, seed by seed."
+    to_sc = "Last error, or initial where nothing is trained, less the untouched network's, in percentage points."
+    return [
+        Column("error initial %", lambda cell: _initial(run, cell), meaning=initial),
+        *(training.final_columns() if run.epochs else ()),
+        training.top5_column(initial=not run.epochs),
+        training.error_column("agrees %", lambda cell: cell.agreement, agrees, optional=True),
+        Column("layer loss %", lambda cell: cell.lost(lambda layer: layer.after), loss_text, LAYER_LOSS, optional=True),
+        training.paper_column("paper %"),
+        Column("to SC", lambda cell: _to_untouched(run, cell), meaning=to_sc),
+        Column("to SC trained", lambda cell: _to_control(run, cell), meaning=control, optional=True),
+    ]
 
 
 def _initial(run: Conversions, cell: Conversion) -> str | None:
     """The error before training; the untouched network's is one, whatever the seeds."""
     if cell.dense:
         return None if run.untouched is None else f"{run.untouched:.2f}"
-    return spread_text(cell.errors_at("initial"))
+    return training.spread_text(cell.errors_at("initial"))
 
 
 def _fixed(cell: Conversion) -> bool:
     """Whether a cell is the untouched network and no control, which has no seeds."""
     return cell.dense and not any(row.params.epochs for row in cell.rows)
+
+
+def _seeds(cell: Conversion, planned: int) -> str | None:
+    return None if _fixed(cell) else f"{len(cell.done)}/{planned}"
 
 
 def _untrained(row: TransferRow) -> bool:
@@ -211,62 +167,54 @@ def _untrained(row: TransferRow) -> bool:
 
 
 def _to_untouched(run: Conversions, cell: Conversion) -> str | None:
-    if _fixed(cell):
-        return "0"
-    errors, untouched = cell.errors_at(run.moments[-1]), run.untouched
-    return None if untouched is None else difference_text(difference_of(errors, dict.fromkeys(errors, untouched)))
+    if _fixed(cell) or run.untouched is None:
+        return "0" if _fixed(cell) else None
+    errors = cell.errors_at(run.moments[-1])
+    return training.difference_text(difference_of(errors, dict.fromkeys(errors, run.untouched)))
 
 
 def _to_control(run: Conversions, cell: Conversion) -> str | None:
-    return "0" if cell.dense else difference_text(difference_of(cell.errors, run.control))
+    if not run.control:
+        return None
+    return "0" if cell.dense else training.difference_text(difference_of(cell.errors, run.control))
 
 
-def _speed_up(cell: Conversion, phase: str) -> Comparison | str | None:
+def _speed_up(cell: Conversion, phase: str) -> str | None:
     measured = cell.time(phase)
     if measured is None or measured.ratio is None:
         return None
-    if cell.dense:
-        return "1"
-    return Comparison(measured.ratio, Interval(*measured.ratio_ci95) if measured.ratio_ci95 else None)
+    ends = Interval(*measured.ratio_ci95) if measured.ratio_ci95 else None
+    return "1" if cell.dense else Comparison(measured.ratio, ends).text
 
 
 # ------------------------------------------------------------------------------------------------------ BGC versus GC
 
 
-def pair_columns(run: Conversions, pairs: Sequence[Pair[Conversion]]) -> list[Column[Pair[Conversion]]]:
+def pair_columns(run: Conversions) -> list[Column[Pair[Conversion]]]:
     """Differences, costs and times of each pair."""
-
-    def times(pair: Pair[Conversion], of: Callable[[Conversion], float | None]) -> str | None:
-        factor = ratio_of(of(pair[0]), of(pair[1]))
-        return None if factor is None else f"{factor:.2f}x"
-
     columns: list[Column[Pair[Conversion]]] = [
-        Column("BGC", lambda pair: cell_name(pair[0]), meaning="The one.", right=False, lead=True),
-        Column("versus", lambda pair: cell_name(pair[1]), meaning="The other.", right=False, lead=True),
+        Column("BGC", lambda pair: training.cell_name(pair[0]), meaning="The conversion.", right=False, lead=True),
+        Column("versus", lambda pair: training.cell_name(pair[1]), meaning=VERSUS, right=False, lead=True),
         Column("init", lambda pair: pair[0].start.init, meaning=INIT, right=False, lead=True),
         *_rebn(run, lambda pair: pair[0]),
-        Column("params", lambda pair: times(pair, lambda cell: cell.params), meaning="BGC's over GC's.", name="params, versus GC"),
-        Column("MACs", lambda pair: times(pair, lambda cell: cell.macs), meaning="BGC's over GC's.", name="MACs, versus GC"),
+        Column(
+            "params", lambda pair: ratio_of(pair[0].params, pair[1].params), "{:.2f}x".format, COSTS, "params, pair"
+        ),
+        Column("MACs", lambda pair: ratio_of(pair[0].macs, pair[1].macs), "{:.2f}x".format, COSTS, "MACs, pair"),
     ]
     for moment, title in TITLES.items():
-        if not any(run.compare(*pair, moment) for pair in pairs):
-            continue
+        points, lower = partial(_points, run=run, moment=moment), partial(_lower, run=run, moment=moment)
         columns += [
-            Column(f"{title} points", partial(_points, run=run, moment=moment), meaning=POINTS, name="points"),
-            Column(
-                f"{title} lower",
-                partial(_lower, run=run, moment=moment),
-                meaning=LOWER,
-                name="lower",
-                right=False,
-            ),
+            Column(f"{title} points", points, meaning=POINTS, name="points", optional=True),
+            Column(f"{title} lower", lower, meaning=LOWER, name="lower", right=False, optional=True),
         ]
-    return columns + [_speed_up_column(phase, partial(_pair_speed_up, run=run, phase=phase)) for phase in run.phases]
+    times = [_speed_up_column(phase, partial(_pair_speed_up, run=run, phase=phase)) for phase in run.phases]
+    return columns + times
 
 
-POINTS = (
-    "Error of BGC less that of GC, in percentage points, initial or last: mean ± standard deviation over the seeds."
-)
+VERSUS = "GC at equal N or at equal parameters, of which GC with N=1 is SC."
+COSTS = "Those of BGC over those of GC."
+POINTS = "Error of BGC less that of GC, in percentage points: mean ± standard deviation over the seeds."
 LOWER = (
     f"Which error is significantly lower. After training it takes {MIN_SEEDS} seeds, with a mean difference of more "
     "than two standard errors and more than one image. Before training, where all seeds end alike, it is more than two "
@@ -276,7 +224,7 @@ LOWER = (
 
 def _points(pair: Pair[Conversion], run: Conversions, moment: Moment) -> str | None:
     verdict = run.compare(*pair, moment)
-    return difference_text(verdict.difference) if verdict else None
+    return training.difference_text(verdict.difference) if verdict else None
 
 
 def _lower(pair: Pair[Conversion], run: Conversions, moment: Moment) -> str | None:
@@ -285,12 +233,12 @@ def _lower(pair: Pair[Conversion], run: Conversions, moment: Moment) -> str | No
         return None
     if verdict.too_few:
         return "too few seeds"
-    return "not told" if verdict.lower is None else cell_name(verdict.lower).partition(" ")[0]
+    return label_of(verdict.lower.variant) if verdict.lower else "not told"
 
 
-def _pair_speed_up(pair: Pair[Conversion], run: Conversions, phase: str) -> Comparison | None:
+def _pair_speed_up(pair: Pair[Conversion], run: Conversions, phase: str) -> str | None:
     ratio = run.speed_up(*pair, phase)
-    return Comparison(ratio.value, ratio.ci95) if ratio else None
+    return Comparison(ratio.value, ratio.ci95).text if ratio else None
 
 
 # ---------------------------------------------------------------------------------------------------------------- notes
@@ -299,21 +247,21 @@ def _pair_speed_up(pair: Pair[Conversion], run: Conversions, phase: str) -> Comp
 def _facts(document: Document, run: Conversions) -> list[str]:
     rows = run.rows
     trained = [row for row in rows if row.params.epochs]
-    lines = [recipe_line(document, trained)] if trained else []
-    if rows and not trained and not without_images(rows):
+    lines = [training.recipe_line(document, trained)] if trained else []
+    if rows and not trained and not training.without_images(rows):
         lines.append("nothing was trained: the errors are those of the conversions")
     if any(row.params.distill for row in trained):
         lines.append("distilled: the untouched network's outputs were targets beside the labels")
-    if is_synthetic(rows):
-        lines.append(SPEED_ALONE)
-    elif without_images(rows):
+    if training.is_synthetic(rows):
+        lines.append(training.SPEED_ALONE)
+    elif training.without_images(rows):
         lines.append(WITHOUT_IMAGES)
     elif rows:
         lines += (
             ["no control: --control trains the untouched network as long"] if run.epochs and not run.control else []
         )
-        lines += image_note(rows)
-    lines += some_unfinished(run.cells) + dense_notes(run.converted)
+        lines += training.image_note(rows)
+    lines += training.some_unfinished(run.cells) + training.dense_notes(run.converted)
     lines += [*_about_calibration(run), *_about_times(run), *_about_paper(run)]
     return lines + chosen_algorithms(rows, lambda row: row.key)
 
@@ -348,7 +296,7 @@ def _those(run: Conversions, chosen: Callable[[CalibratedLayer], bool]) -> list[
     for cell in run.converted:
         names, every = {layer.name for layer in cell.layers if chosen(layer)}, {layer.name for layer in cell.layers}
         if names:
-            texts.append(f"{cell_name(cell)} ({len(names)} of {len(every)} layers)")
+            texts.append(f"{training.cell_name(cell)} ({len(names)} of {len(every)} layers)")
     return list(dict.fromkeys(texts))
 
 
@@ -381,37 +329,16 @@ def _about_paper(run: Conversions) -> list[str]:
 
 def _record(run: Conversions, row: TransferRow) -> dict[str, Any]:
     """One conversion and its training, flat."""
-    initial, final = (error_of(row, error) for error in (row.error_initial, row.error_final))
+    initial, final = (training.error_of(row, error) for error in (row.error_initial, row.error_final))
     done = final if row.status == "ok" else None
     return {
-        "key": row.key,
-        **flat(row.params, TrainParams),
-        "status": row.status,
-        "reason": row.reason,
-        **flat(row.counts, Counts),
-        "error_initial": initial,
-        "error_initial_top5": error_of(row, row.error_initial_top5),
-        "loss_initial": error_of(row, row.loss_initial),
-        "agreement_initial": error_of(row, row.agreement_initial),
-        "error_final": final,
-        "error_best": error_of(row, row.error_best),
-        "error_final_top5": error_of(row, row.error_final_top5),
-        "epoch_best": row.epoch_best,
-        "test_images": row.test_images,
-        "images_per_s": row.images_per_s,
-        "convert_seconds": row.convert_seconds,
-        "train_seconds": row.train_seconds,
-        "epochs_done": len(row.epochs),
+        **training.training_record(row, TransferRow),
         "initial_to_untouched": _less(initial, run.untouched),
         "final_to_untouched": _less(done, run.untouched),
         "final_to_control": _less(done, run.control.get(row.params.seed)),
-        "paper_error": row.paper.error if row.paper else None,
         **_calibration_record(row.convert.calibration if row.convert else None),
         **_white_record(row.white_loss),
         **_time_record(row.time),
-        "replaced": len(row.convert.replaced) if row.convert else None,
-        "saved": row.saved,
-        "checkpoints": row.checkpoints,
     }
 
 
