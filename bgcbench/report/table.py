@@ -138,7 +138,7 @@ def _escaped(text: str) -> str:
 def _escaped_line(text: str) -> str:
     """``text`` as a line of its own, which begins no heading, quotation or list."""
     return _BLOCK.sub(
-        lambda found: f"\\{found['sign']}" if found["sign"] else f"{found['number']}\\{found['end']}",
+        lambda found: f"{found.group('number') or ''}\\{found.group('sign') or found.group('end')}",
         _escaped(text).lstrip(),
     )
 
