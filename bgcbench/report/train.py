@@ -45,15 +45,15 @@ def train_report(document: Document) -> Report:
 
 def train_columns(document: Document, standard: Cell[TrainRow] | None) -> list[Column[Cell[TrainRow]]]:
     rows, seeds = document.results, planned_seeds(document)
-    columns = [*training.variant_columns(), *training.count_columns(rows)]
+    columns = [*training.VARIANT_COLUMNS, *training.count_columns(rows)]
     if not training.is_synthetic(rows):
-        columns += training.final_columns()
+        columns += training.FINAL_COLUMNS
     columns += [
-        training.top5_column(),
+        training.FINAL_TOP5,
         Column("seeds", lambda cell: f"{len(cell.done)}/{seeds}", meaning=training.SEEDS),
-        training.speed_column(),
+        training.SPEED,
         Column("of peak", lambda cell: cell.matmul_fraction, percent(0), OF_PEAK, optional=True),
-        training.paper_column("paper %"),
+        training.PAPER,
     ]
     if not training.is_synthetic(rows):
         columns.append(Column("to SC", lambda cell: _to_standard(cell, standard), meaning=TO_SC))

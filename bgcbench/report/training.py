@@ -11,7 +11,7 @@ from bgcbench.report.notes import together
 from bgcbench.report.table import Column, flat
 from bgcbench.results.aggregate import NO_IMAGES, SYNTHETIC, Cell, Difference, image_points, spread_of
 from bgcbench.results.document import Document
-from bgcbench.results.rows import Config, Counts, TrainParams, TrainRow
+from bgcbench.results.rows import Counts, TrainParams, TrainRow
 
 Rows = Sequence[TrainRow]
 QUICK = "few epochs or images"
@@ -39,15 +39,46 @@ def error_of(row: TrainRow, value: float | None) -> float | None:
 
 # -------------------------------------------------------------------------------------------------------------- columns
 
+
+def spread_text(by_seed: dict[int, float]) -> str | None:
+    """The mean, with the standard deviation over the seeds from two on."""
+    spread = spread_of(by_seed.values())
+    if spread is None:
+        return None
+    return f"{spread.mean:.2f}" + ("" if spread.sd is None else f" ± {spread.sd:.2f}")
+
+
+def error_column(
+    title: str, by_seed: Callable[[Any], dict[int, float]], meaning: str, optional: bool = False
+) -> Column[Any]:
+    meaning = f"{meaning} Percent, mean ± standard deviation over the seeds."
+    return Column(title, lambda cell: spread_text(by_seed(cell)), meaning=meaning, optional=optional)
+
+
 SEEDS = "Finished trainings of those that were planned."
-
-
-def variant_columns() -> list[Column[Any]]:
-    label = Column[Any]("variant", lambda cell: label_of(cell.variant), meaning=VARIANT, right=False, lead=True)
-    return [label, Column("N", lambda cell: cell.groups, meaning="Groups.", lead=True)]
-
-
-VARIANT = "SC: the standard convolution, or the untouched network."
+TRAINED = "Parameters while training: LGC and FLGC are trained masked, with dense kernels."
+LAST = "Top-1 error on the test images after the last epoch: the figure to quote."
+BEST = "Error of the epoch that was best on these same test images, which flatters."
+TOP5 = "Top-5 error, after the last epoch where there is one."
+FLAGS = "How seeds ended that are not done (s0: seed 0). kept dense: convolutions whose channels N does not divide."
+VARIANT_COLUMNS: list[Column[Any]] = [
+    Column("variant", lambda cell: label_of(cell.variant), meaning="SC: the standard convolution, or the untouched "
+           "network.", right=False, lead=True),
+    Column("N", lambda cell: cell.groups, meaning="Groups.", lead=True),
+]  # fmt: skip
+FINAL_COLUMNS = [
+    error_column("error last %", lambda cell: cell.errors, LAST),
+    error_column("error best %", lambda cell: cell.by_seed(lambda row: row.error_best), BEST),
+]
+FINAL_TOP5 = error_column("top-5 %", lambda cell: cell.by_seed(lambda row: row.error_final_top5), TOP5, optional=True)
+INITIAL_TOP5 = error_column("top-5 %", lambda cell: cell.known(lambda row: row.error_initial_top5), TOP5, optional=True)
+PAPER: Column[Any] = Column(
+    "paper %", lambda cell: cell.paper_error, fixed(2), "Error that the paper prints, in percent.", optional=True
+)
+SPEED: Column[Any] = Column(
+    "images/s", lambda cell: cell.images_per_s, significant, "Training images a second, the median of the seeds.",
+    optional=True,
+)  # fmt: skip
 
 
 def count_columns(rows: Rows) -> list[Column[Any]]:
@@ -63,62 +94,8 @@ def count_columns(rows: Rows) -> list[Column[Any]]:
     ]
 
 
-TRAINED = "Parameters while training: LGC and FLGC are trained masked, with dense kernels."
-
-
-def error_column(
-    title: str, by_seed: Callable[[Any], dict[int, float]], meaning: str, optional: bool = False
-) -> Column[Any]:
-    """A mean over the seeds, with their standard deviation from two on."""
-    return Column(title, lambda cell: spread_text(by_seed(cell)), meaning=f"{meaning} {MEAN}", optional=optional)
-
-
-MEAN = "Percent, mean ± standard deviation over the seeds."
-
-
-def final_columns() -> list[Column[Any]]:
-    return [
-        error_column("error last %", lambda cell: cell.errors, LAST),
-        error_column("error best %", lambda cell: cell.by_seed(lambda row: row.error_best), BEST),
-    ]
-
-
-LAST = "Top-1 error on the test images after the last epoch: the figure to quote."
-BEST = "Error of the epoch that was best on these same test images, which flatters."
-TOP5 = "Top-5 error, after the last epoch where there is one."
-
-
-def top5_column(initial: bool = False) -> Column[Any]:
-    column: Column[Any] = (
-        error_column("top-5 %", lambda cell: cell.known(lambda row: row.error_initial_top5), TOP5, optional=True)
-        if initial
-        else error_column("top-5 %", lambda cell: cell.by_seed(lambda row: row.error_final_top5), TOP5, optional=True)
-    )
-    return column
-
-
-def spread_text(by_seed: dict[int, float]) -> str | None:
-    spread = spread_of(by_seed.values())
-    if spread is None:
-        return None
-    return f"{spread.mean:.2f}" + ("" if spread.sd is None else f" ± {spread.sd:.2f}")
-
-
-def paper_column(title: str) -> Column[Any]:
-    meaning = "Error that the paper prints, in percent."
-    return Column(title, lambda cell: cell.paper_error, fixed(2), meaning, optional=True)
-
-
-def speed_column(optional: bool = False) -> Column[Any]:
-    meaning = "Training images a second, the median of the seeds."
-    return Column("images/s", lambda cell: cell.images_per_s, significant, meaning, optional=optional)
-
-
 def flags_column(ending: Callable[[Any], str] = lambda row: str(row.status)) -> Column[Any]:
     return Column("flags", lambda cell: ", ".join(flags(cell, ending)), meaning=FLAGS, right=False)
-
-
-FLAGS = "How seeds ended that are not done (s0: seed 0). kept dense: convolutions whose channels N does not divide."
 
 
 def flags(cell: Cell[Any], ending: Callable[[Any], str]) -> list[str]:
@@ -169,7 +146,9 @@ def recipe_line(document: Document, rows: Rows) -> str:
         _term("in {} parts", asked.accumulate if asked.accumulate > 1 else None),
         _term("{} training images", params.subset),
         _term("SGD at lr {:g}", asked.lr),
-        *_schedule(asked),
+        asked.schedule or "",
+        f"at epochs {', '.join(map(str, asked.milestones))}" if asked.milestones else "",
+        _term("times {:g}", asked.gamma if asked.milestones else None),
         _term("momentum {:g}", asked.momentum),
         "Nesterov" if asked.nesterov else "",
         _term("weight decay {:g}", asked.weight_decay),
@@ -184,16 +163,6 @@ def recipe_line(document: Document, rows: Rows) -> str:
 
 def _term(text: str, value: float | None) -> str:
     return text.format(value) if value else ""
-
-
-def _schedule(asked: Config) -> list[str]:
-    if not asked.milestones:
-        return [asked.schedule or ""]
-    return [
-        asked.schedule or "",
-        f"at epochs {', '.join(map(str, asked.milestones))}",
-        _term("times {:g}", asked.gamma),
-    ]
 
 
 def _algorithms(rows: Rows) -> list[str]:

@@ -58,7 +58,7 @@ def transfer_columns(run: Conversions, seeds: int) -> list[Column[Conversion]]:
     """Without images what layers lose by the closed form, else errors; neither where labels mean nothing."""
     unseen, synthetic = training.without_images(run.rows), training.is_synthetic(run.rows)
     columns = [
-        *training.variant_columns(),
+        *training.VARIANT_COLUMNS,
         Column("init", lambda cell: None if cell.dense else cell.start.init, meaning=INIT, right=False, lead=True),
         *_rebn(run, lambda cell: cell),
         *training.count_columns(run.rows),
@@ -68,7 +68,7 @@ def transfer_columns(run: Conversions, seeds: int) -> list[Column[Conversion]]:
     elif not synthetic:
         columns += _error_columns(run)
     columns += [_speed_up_column(phase, partial(_speed_up, phase=phase)) for phase in run.phases]
-    columns.append(training.speed_column(optional=True))
+    columns.append(training.SPEED)
     if not unseen:
         columns.append(Column("seeds", partial(_seeds, planned=seeds), meaning=training.SEEDS))
     return [*columns, training.flags_column(lambda row: "not trained" if _untrained(row) else row.status)]
@@ -110,7 +110,7 @@ def _loss_columns() -> list[Column[Conversion]]:
         Column("layer loss %", lambda cell: _median(cell.white_losses.values()), loss_text, LAYER_LOSS, optional=True),
         Column("worst %", _worst_loss, loss_text, "Largest loss of a layer.", optional=True),
         Column("worst layer", _worst, meaning="The layer that loses most.", right=False, optional=True),
-        training.paper_column("paper error %"),
+        training.PAPER,
     ]
 
 
@@ -135,11 +135,11 @@ def _error_columns(run: Conversions) -> list[Column[Conversion]]:
     to_sc = "Last error, or initial where nothing is trained, less the untouched network's, in percentage points."
     return [
         Column("error initial %", lambda cell: _initial(run, cell), meaning=initial),
-        *(training.final_columns() if run.epochs else ()),
-        training.top5_column(initial=not run.epochs),
+        *(training.FINAL_COLUMNS if run.epochs else ()),
+        training.FINAL_TOP5 if run.epochs else training.INITIAL_TOP5,
         training.error_column("agrees %", lambda cell: cell.agreement, agrees, optional=True),
         Column("layer loss %", lambda cell: cell.lost(lambda layer: layer.after), loss_text, LAYER_LOSS, optional=True),
-        training.paper_column("paper %"),
+        training.PAPER,
         Column("to SC", lambda cell: _to_untouched(run, cell), meaning=to_sc),
         Column("to SC trained", lambda cell: _to_control(run, cell), meaning=control, optional=True),
     ]
@@ -257,9 +257,7 @@ def _facts(document: Document, run: Conversions) -> list[str]:
     elif training.without_images(rows):
         lines.append(WITHOUT_IMAGES)
     elif rows:
-        lines += (
-            ["no control: --control trains the untouched network as long"] if run.epochs and not run.control else []
-        )
+        lines += [NO_CONTROL] if run.epochs and not run.control else []
         lines += training.image_note(rows)
     lines += training.some_unfinished(run.cells) + training.dense_notes(run.converted)
     lines += [*_about_calibration(run), *_about_times(run), *_about_paper(run)]
