@@ -32,8 +32,8 @@ TITLES = {
 }
 HEAD = """# Columns of the tables
 
-`bgcbench show FILE --explain` prints the part that concerns one file, and all of its notes. A dash (-) is a value that was
-not measured or is not known. Columns that a file has nothing for are left out of its tables. `--format csv` and
+`bgcbench show FILE --explain` prints the part that concerns one file, and all of its notes. A dash (-) is a value that
+was not measured or is not known. Columns that a file has nothing for are left out of its tables. `--format csv` and
 `--format json` hold the same numbers in SI units.
 """
 
