@@ -168,7 +168,7 @@ def _time(variant: str, groups: int) -> Json:
     def phase(seconds: float, dense: float) -> Json:
         ratio = dense / seconds
         return {
-            **{"median_s": seconds, "ci95_s": [0.95 * seconds, 1.05 * seconds], "ratio": ratio},
+            **{"median_s": seconds, "n": 30, "ci95_s": [0.95 * seconds, 1.05 * seconds], "ratio": ratio},
             "ratio_ci95": [1.0, 1.0] if variant == "standard" else [0.95 * ratio, 1.05 * ratio],
         }
 

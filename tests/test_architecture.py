@@ -111,6 +111,16 @@ def test_only_the_command_line_and_the_report_print() -> None:
         assert "print" not in calls or part in ("cli", "report"), path
 
 
+@pytest.mark.parametrize("path", sorted((PACKAGE / "report").glob("*.py")), ids=lambda path: path.name)
+def test_no_row_is_read_by_a_string(path: Path) -> None:
+    """Rows and documents are typed: what they hold is read by name."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant):
+            assert not isinstance(node.slice.value, str), ast.unparse(node)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            assert node.func.id != "getattr" or path.name in ("table.py", "compare.py"), ast.unparse(node)
+
+
 @pytest.mark.parametrize(
     "arguments",
     [["--help"], ["profile", "--help"], ["--version"], ["profile", "--groups", "x"], ["profile", "--groups", "3"],

@@ -43,7 +43,7 @@ def held(text: str, name: str) -> None:
 def test_results_are_shown_as_they_were(path: Path, form: str) -> None:
     suffix, width = FORMS[form]
     out = io.StringIO()
-    document = results.read(path)
+    document = results.document.read(path)
     console = Console(file=out, width=width, no_color=True, highlight=False)
     report.emit(report.document_report(document), form, console, document)
     held(out.getvalue(), f"results/{path.stem}.{suffix}")

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 
@@ -27,6 +28,7 @@ from bgcbench.experiments.profile_run import ProfileRun, Update, open_session
 from bgcbench.measure import environment
 from bgcbench.measure.device import CpuStopwatch
 from bgcbench.report import flags
+from bgcbench.results.rows import ProfileRow
 from bgcbench.specs import VARIANTS
 from tests.measure.test_allocator import GLIBC
 
@@ -313,7 +315,7 @@ def test_memory_that_is_not_kept_after_all_is_flagged(monkeypatch: pytest.Monkey
     for memory, flagged in (("kept", True), (None, False)):
         for row in run(replace(SMALL, memory=memory, phases=("fwd",))).rows:
             assert row["phases"]["fwd"]["minor_faults_per_call"] == 5000
-            assert ("page faults" in flags(row, ["fwd"])) is flagged
+            assert ("page faults" in flags(msgspec.convert(row, ProfileRow), ["fwd"])) is flagged
 
 
 def test_compile_mode_measures_a_compiled_layer(monkeypatch: pytest.MonkeyPatch) -> None:

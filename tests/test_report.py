@@ -1,3 +1,5 @@
+"""The tables of ``profile`` and ``approx``, Table 1 and ``compare``, from documents with known numbers."""
+
 from __future__ import annotations
 
 import csv
@@ -6,28 +8,23 @@ import re
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
-from rich.console import Console
 
 from bgcbench import report, results
 from bgcbench.errors import ShapeError, UsageError
-from bgcbench.measure.statistics import Interval, Ratio
+from bgcbench.measure.statistics import Interval
+from bgcbench.report import format as forms
+from bgcbench.results import document_of
 from tests.example import example_document
-
-GOLDEN = Path(__file__).parent / "golden"
-
-
-def render(document: dict[str, Any], form: str, width: int = 80) -> str:
-    out = io.StringIO()
-    console = Console(file=out, width=width, no_color=True, highlight=False)
-    report.emit(report.document_report(document), form, console, document)
-    return out.getvalue()
+from tests.reporting import check_width, profile_rows, render, report_of, widths
+from tests.test_golden import held
 
 
 @pytest.mark.parametrize(("name", "form", "width"), [("profile.md", "markdown", 80), ("profile-80.txt", "table", 80),
                                                      ("profile-200.txt", "table", 200)])  # fmt: skip
 def test_the_rendered_example_is_the_one_looked_at(name: str, form: str, width: int) -> None:
-    assert render(example_document(), form, width) == (GOLDEN / name).read_text(encoding="utf-8")
+    held(render(example_document(), form, width), name)
 
 
 def test_a_document_reads_alike_before_and_after_it_was_a_file(tmp_path: Path) -> None:
@@ -37,17 +34,13 @@ def test_a_document_reads_alike_before_and_after_it_was_a_file(tmp_path: Path) -
         assert render(results.read(tmp_path / "r.json"), form) == render(document, form)
 
 
-@pytest.mark.parametrize("width", [60, 80, 100, 140, 250])
+@widths
 def test_no_line_is_wider_than_the_terminal_and_no_number_is_cut(width: int) -> None:
-    text = render(example_document(), "table", width)
-    assert max(len(line) for line in text.splitlines()) <= width
-    for column in report.document_report(example_document()).columns:
-        for cell in column.cells:
-            assert cell in text
+    check_width(example_document(), width)
 
 
 def test_verdicts_follow_from_the_numbers() -> None:
-    verdicts = report.document_report(example_document()).sections["Verdict (fwd+bwd)"]
+    verdicts = report_of(example_document()).tables[0].sections["Verdict (fwd+bwd)"]
     assert re.fullmatch(
         r"GC N=2 is (1\.99|2\.00|2\.01|2\.0)x faster than standard \(95% CI [\d.]+-[\d.]+\) with half the parameters; "
         r"white error 0\.5",
@@ -58,34 +51,33 @@ def test_verdicts_follow_from_the_numbers() -> None:
     assert "in_channels=1024 is not divisible by groups=3" in verdicts[2]
 
 
-def ratio(value: float, low: float | None = None, high: float | None = None, paired: bool = True) -> Ratio:
-    return Ratio(value, None if low is None or high is None else Interval(low, high), paired)
-
-
 @pytest.mark.parametrize(
-    ("compared", "words"),
+    ("value", "ends", "words"),
     [
-        (ratio(2.9, 2.8, 3.0), "2.9x faster than standard (95% CI 2.8-3.0)"),
-        (ratio(1.67, 1.65, 1.69), "1.67x faster than standard (95% CI 1.65-1.69)"),
-        (ratio(0.5, 0.4, 0.625), "2.0x slower than standard (95% CI 1.6-2.5)"),
-        (ratio(1.001, 0.996, 1.006), "as fast as standard: no detectable difference (< 0.60 %)"),
-        (ratio(1.2, 0.8, 2.0), "not told apart from standard (95% CI of the speed-up 0.80-2.00)"),
-        (ratio(3.0), "about 3.00x faster than standard (no interval)"),
-        (ratio(0.5), "about 2.00x slower than standard (no interval)"),
-        (ratio(2.9, 2.8, 3.0, paired=False), "2.9x faster than standard (95% CI 2.8-3.0, measured apart)"),
+        (2.9, (2.8, 3.0), "2.9x faster than standard (95% CI 2.8-3.0)"),
+        (1.67, (1.65, 1.69), "1.67x faster than standard (95% CI 1.65-1.69)"),
+        (0.5, (0.4, 0.625), "2.0x slower than standard (95% CI 1.6-2.5)"),
+        (1.001, (0.996, 1.006), "as fast as standard: no detectable difference (< 0.60 %)"),
+        (1.2, (0.8, 2.0), "not told apart from standard (95% CI of the speed-up 0.80-2.00)"),
+        (3.0, None, "about 3.00x faster than standard (no interval)"),
+        (0.5, None, "about 2.00x slower than standard (no interval)"),
     ],
 )
-def test_a_ratio_in_plain_words(compared: Ratio, words: str) -> None:
-    assert report.compare_words(compared, "standard") == words
+def test_a_comparison_in_plain_words(value: float, ends: tuple[float, float] | None, words: str) -> None:
+    compared = report.Comparison(value, Interval(*ends) if ends else None)
+    assert compared.versus("standard") == words
+    apart = report.Comparison(value, compared.interval, paired=False).versus("standard")
+    assert apart == (words if ends is None else f"{words[:-1]}, measured apart)")
 
 
-def test_rows_measured_in_different_runs_are_not_paired() -> None:
-    document = example_document()
-    standard, gc = document["results"][:2]
-    assert report.row_ratio(standard, gc, "fwd").paired
-    gc["interleaved"] = 2
-    assert not report.row_ratio(standard, gc, "fwd").paired
-    assert report.row_ratio(standard, document["results"][3], "fwd") is None
+def test_a_speed_up_is_the_others_time_over_the_rows_paired_within_one_run() -> None:
+    standard, gc, _, invalid = profile_rows(example_document())[:4]  # 8 and 4 ms
+    compared = report.speed_up(gc, standard, "fwd_bwd")
+    assert compared.value == pytest.approx(2, rel=0.01)
+    assert (compared.paired, compared.significant, compared.faster) == (True, True, True)
+    assert not report.speed_up(standard, gc, "fwd_bwd").faster
+    assert not report.speed_up(msgspec.structs.replace(gc, interleaved=2), standard, "fwd").paired
+    assert report.speed_up(invalid, standard, "fwd") is None
 
 
 def test_rows_that_failed_stay_in_the_table_with_their_reason() -> None:
@@ -121,17 +113,21 @@ def test_csv_has_a_line_a_row_and_phase_in_si_units() -> None:
 
 def test_flags_tell_what_to_know_before_a_number_is_used() -> None:
     row = example_document()["results"][0]
-    assert report.flags(row, ["fwd", "fwd_bwd"]) == []
+
+    def flags() -> list[str]:
+        return report.flags(msgspec.convert(row, results.rows.ProfileRow), ["fwd", "fwd_bwd"])
+
+    assert flags() == []
     row["phases"]["fwd"]["converged"] = False
-    assert report.flags(row, ["fwd", "fwd_bwd"]) == ["fwd n=40"]
+    assert flags() == ["fwd n=40"]
     row["phases"]["fwd_bwd"]["converged"] = False
-    assert report.flags(row, ["fwd", "fwd_bwd"]) == ["n=40"]
+    assert flags() == ["n=40"]
     row["phases"]["fwd"]["derived"]["launch_bound"] = True
     summary = row["phases"]["fwd"]["summary"]
     for spread, word in ((0.05, "uneven"), (0.2, "noisy")):
         summary["q3_s"] = summary["q1_s"] + spread * summary["median_s"]
-        assert f"fwd {word}" in report.flags(row, ["fwd", "fwd_bwd"])
-    assert "fwd launch-bound" in report.flags(row, ["fwd", "fwd_bwd"])
+        assert f"fwd {word}" in flags()
+    assert "fwd launch-bound" in flags()
 
 
 @pytest.mark.parametrize(
@@ -139,12 +135,12 @@ def test_flags_tell_what_to_know_before_a_number_is_used() -> None:
     [(9437184, "9.44 M"), (589824, "590 k"), (1.37e11, "137 G"), (999, "999"), (0.5, "0.500"), (2.5e12, "2.50 T")],
 )
 def test_counts_with_three_digits(value: float, text: str) -> None:
-    assert report.scaled(value) == text
+    assert forms.scaled(value) == text
 
 
 @pytest.mark.parametrize(("seconds", "unit"), [([0.002, 3.0], "s"), ([2e-3], "ms"), ([2e-4], "us"), ([], "s")])
 def test_the_unit_is_the_one_the_largest_time_reads_best_in(seconds: list[float], unit: str) -> None:
-    assert report.time_unit(seconds)[1] == unit
+    assert forms.time_unit(seconds)[1] == unit
 
 
 def test_table_1_has_all_seven_variants_at_every_n() -> None:
@@ -155,6 +151,11 @@ def test_table_1_has_all_seven_variants_at_every_n() -> None:
     ]
     with pytest.raises(ShapeError, match="groups=5"):
         report.table1_report(8, 12, 3, (7, 7), (5,))
+
+
+def compared(before: dict[str, Any], after: dict[str, Any], limit: float | None) -> tuple[report.Report, bool]:
+    documents = [document_of(document, "the example") for document in (before, after)]
+    return report.compare_report(documents[0], documents[1], ("a.json", "b.json"), limit)
 
 
 def slower(document: dict[str, Any], factor: float) -> dict[str, Any]:
@@ -169,7 +170,7 @@ def slower(document: dict[str, Any], factor: float) -> dict[str, Any]:
                                                           (0.8, 0.0, False), (1.1, None, False)])  # fmt: skip
 def test_compare_trips_only_for_a_slowdown_beyond_doubt(factor: float, limit: float | None, tripped: bool) -> None:
     before, after = example_document(), slower(example_document(), factor)
-    table, found = report.compare_report(before, after, ("a.json", "b.json"), limit)
+    table, found = compared(before, after, limit)
     assert found is tripped
     assert len(table.records) == 10
     assert all(record["ratio"] == pytest.approx(factor) for record in table.records)
@@ -179,22 +180,22 @@ def test_compare_says_what_is_in_one_file_only_and_that_machines_differ() -> Non
     before, after = example_document(), example_document()
     gone = after["results"].pop(1)
     after["environment"]["fingerprint"] = "1" * 64
-    table, _ = report.compare_report(before, after, ("a.json", "b.json"), None)
-    notes = " ".join(table.sections["Notes"])
-    assert f"fwd+bwd of {gone['key']}: not in the file" in notes
-    assert "different machines" in notes
+    table, _ = compared(before, after, None)
+    sections = table.tables[0].sections
+    assert f"fwd+bwd of {gone['key']}: not in the file" in sections["Measured before and no longer"]
+    assert any("different machines" in note for note in sections["Notes"])
 
 
 def test_compare_trips_on_a_row_that_is_no_longer_measured() -> None:
     before, after = example_document(), example_document()
     after["results"][1] |= {"status": "oom", "reason": "out of memory", "phases": {}}
-    table, tripped = report.compare_report(before, after, ("a.json", "b.json"), 0.5)
+    table, tripped = compared(before, after, 0.5)
     assert tripped
-    assert any("oom" in note for note in table.sections["Notes"])
-    assert not report.compare_report(before, after, ("a.json", "b.json"), None)[1]
+    assert all(line.endswith(": oom") for line in table.tables[0].sections["Measured before and no longer"])
+    assert not compared(before, after, None)[1]
     after["results"] = []
     with pytest.raises(UsageError, match="no measured row in common"):
-        report.compare_report(before, after, ("a.json", "b.json"), None)
+        compared(before, after, None)
 
 
 class TestApprox:
@@ -224,11 +225,15 @@ class TestApprox:
         return {**base, "command": "approx", "config": {}, "results": rows, "warnings": []}
 
     def test_layers_stand_by_what_they_lose_on_average_and_by_what_they_tolerate(self) -> None:
-        shown = report.document_report(self.document())
-        assert shown.columns[0].cells == ["b", "c", "a"]
-        assert [column.header for column in shown.columns[3:]] == ["GC N=4", "BGC N=4", "BGC N=8"]
-        assert shown.columns[3].cells == ["30.0%", "10.0%", "4.0%"]
-        assert shown.columns[1].cells == ["3x3 16->32 /2", "3x3 16->32", "3x3 16->32"]
+        shown, weights = report_of(self.document()).tables
+        assert shown.by_title == {
+            "layer": ["b", "c", "a"],
+            "convolution": ["3x3 16->32 /2", "3x3 16->32", "3x3 16->32"],
+            "MACs share": ["20.00%", "30.00%", "50.00%"],
+            "GC N=4": ["30.0%", "10.0%", "4.0%"],
+            "BGC N=4": ["6.0%", "5.0%", "1.0%"],
+            "BGC N=8": ["33.0%", "8.0%", "3.0%"],
+        }
         lines = shown.sections["Which layers tolerate what"]
         assert lines[0] == (
             "GC N=4, of 3 layers: 1 at most 5% (50% of the MACs), 2 at most 10% (80% of the MACs), 2 at most 20% (80% "
@@ -242,8 +247,11 @@ class TestApprox:
             "at equal parameters, BGC N=8 loses less than GC N=4 in 2 of 3 layers (calibrated; median 0.80 of GC's "
             "loss)"
         )
-        (listed,) = shown.more
-        assert [column.cells[0] for column in listed.columns[4:7]] == ["90.00%", "80.00%", "30.00%"]
+        assert [weights.by_title[name][0] for name in ("copied", "white", "calibrated")] == [
+            "90.00%",
+            "80.00%",
+            "30.00%",
+        ]
 
     def test_a_row_that_failed_has_no_numbers_and_its_reason(self) -> None:
         document = self.document()
@@ -253,7 +261,8 @@ class TestApprox:
             "output_relative_error": None,
             "ridge": None,
         }
-        shown = report.document_report(document)
-        assert shown.columns[3].cells[shown.columns[0].cells.index("a")] == "-"
-        assert "a-gc-4: error: singular" in shown.sections["Notes"]
-        assert report.as_csv(shown).splitlines()[1].startswith("a-gc-4,net,none,a,gc,4")
+        shown = report_of(document)
+        table = shown.tables[0].by_title
+        assert table["GC N=4"][table["layer"].index("a")] == "-"
+        assert shown.notes == ["a-gc-4: error: singular"]
+        assert report.as_csv(shown).splitlines()[1].startswith("a-gc-4,gc,4,net,none,a,3,3")

@@ -301,11 +301,13 @@ def images(options: Mapping[str, Any]) -> dict[str, Any]:
     return given
 
 
-def print_document(document: dict[str, Any], form: str) -> None:
-    """Print a result document on stdout."""
-    from bgcbench.report import document_report
+def print_document(document: dict[str, Any], form: str, *, explain: bool = False) -> None:
+    """Print a result document on stdout, or what the columns of its tables mean."""
+    from bgcbench.report import document_report, explained
+    from bgcbench.results import document_of
 
-    emit(document_report(document), form, document)
+    report = document_report(document_of(document, "the result"))
+    emit(explained(report) if explain else report, form, None if explain else document)
 
 
 def emit(report: Report, form: str, document: dict[str, Any] | None = None) -> None:
@@ -321,7 +323,7 @@ def stdout(report: Report) -> Console:
 
     console = Console(highlight=False, soft_wrap=False)
     if not console.is_terminal and "COLUMNS" not in os.environ:
-        console = Console(highlight=False, width=max(80, sum(column.width + 2 for column in report.columns)))
+        console = Console(highlight=False, width=max(80, report.width))
     return console
 
 

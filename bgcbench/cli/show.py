@@ -40,6 +40,9 @@ def show(
         ),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing --plot file.")] = False,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Print what the columns of FILE's tables mean, and all notes.")
+    ] = False,
     form: Format = "auto",
 ) -> int:
     """Print a result file again, or Table 1 for any layer. Measures nothing.
@@ -59,11 +62,13 @@ def show(
         raise UsageError(f"{given[0]} describes a layer for --table1 without FILE; drop it, or use show --table1")
     if file is None and not table1:
         raise UsageError("show needs a result FILE, or --table1 with a layer such as --channels 1024")
+    if explain and (file is None or table1):
+        raise UsageError("--explain is for a result FILE without --table1; see docs/tables.md for all columns")
     document = results.read(file) if file is not None else None
     _check_plot(plot, picture, force=force, drawable=document is not None and not table1)
     if document is not None and not table1:
         with _consistent(str(file)):
-            common.print_document(document, form)
+            common.print_document(document, form, explain=explain)
             if plot is not None:
                 common.draw(document, plot, picture)
         return 0
@@ -159,7 +164,7 @@ def compare(
 
     [bold]bgcbench compare before.json after.json --fail-on 3[/bold]
     """
-    from bgcbench import results
+    from bgcbench.results import document as results
 
     common.check_format(form)
     if fail_on is not None and not 0 <= fail_on < float("inf"):

@@ -25,6 +25,7 @@ from bgcbench.errors import ResultFileError
 from bgcbench.results.rows import (
     AnyRow,
     Ceilings,
+    Config,
     Environment,
     Fit,
     Group,
@@ -96,6 +97,11 @@ class Document(msgspec.Struct, kw_only=True):
     def done(self) -> dict[str, AnyRow]:
         """The rows that a resumed run keeps, by key."""
         return {row.key: row for row in self.results if row.is_done}
+
+    @property
+    def asked(self) -> Config:
+        """The part of ``config`` that is told beside the results."""
+        return msgspec.convert(self.config, Config)
 
     def reopen(self, config: Json) -> None:
         """Be as a run that goes on with this begins, which has not ended in any way."""
@@ -229,6 +235,7 @@ def document_of(found: object, name: str) -> Document:
         if not (value == 0 or LEAST < abs(value) < MOST):
             raise ResultFileError(f"{name} is damaged: {_place(path)}: no measurement has a number such as this one")
     document: Document = _converted(found, Document, name)
+    _converted(document.config, Config, name, "config/")
     document.results = tuple(
         _converted(_upgraded(row), row_type(document.command, row), name, f"results/{number}/")
         for number, row in enumerate(document.results)
@@ -260,6 +267,8 @@ def _converted(found: object, kind: type[Any], name: str, within: str = "") -> A
         said, _, place = str(problem).partition(" - at `$")
         place = re.sub(r"[.\[\]`']+", "/", place).strip("/")
         raise ResultFileError(f"{name} is damaged: {within}{place or 'the document'}: {said[:160]}") from None
+    except UnicodeEncodeError:
+        raise ResultFileError(f"{name} is damaged: {within or 'the document'}: half of a character") from None
 
 
 def _upgraded(row: Any) -> Any:

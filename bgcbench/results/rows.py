@@ -355,19 +355,22 @@ class SampledParams(Data, frozen=True):
 class SampledRow(Row, frozen=True):
     """The least error of a variant for sampled convolutions (eq. 5.1), and relative to other things; *_se: standard
     errors. scaled: relative_error / (1 - 1/N)^p. construction: with the weights of Theorem 3.6's proof. bound_*: the
-    right-hand sides of Theorems 3.5 and 3.6. null_reasons: why a number is None."""
+    right-hand sides of Theorems 3.5 and 3.6. null_reasons: why a number is None.
+
+    Rounding may leave an error of 0 below it.
+    """
 
     params: SampledParams
     counts: Counts | None
-    error: Nonnegative | None
+    error: float | None
     error_se: Nonnegative | None
-    relative_error: Nonnegative | None
+    relative_error: float | None
     relative_error_se: Nonnegative | None
-    output_relative_error: Nonnegative | None
-    scaled_error: Nonnegative | None
-    exact_relative_error: Nonnegative | None
-    in_sample_factor: Nonnegative | None
-    construction_relative_error: Nonnegative | None
+    output_relative_error: float | None
+    scaled_error: float | None
+    exact_relative_error: float | None
+    in_sample_factor: float | None
+    construction_relative_error: float | None
     bound_general: Nonnegative | None
     bound_zero_mean: Nonnegative | None
     null_reasons: dict[str, str]
@@ -705,3 +708,37 @@ class Group(Data, frozen=True):
     rows: Count = 0
     alone: bool = False
     canary: Canary | None = None
+
+
+class Config(Data, frozen=True, kw_only=True):
+    """What of a run's configuration is told beside its results; None where the command has no such option."""
+
+    batch: Whole | None = None
+    height: Whole | None = None
+    width: Whole | None = None
+    model: str | None = None
+    num_classes: Whole | None = None
+    stem_stride: Whole | None = None
+    where: str | None = None
+    data: str | None = None
+    calibration_images: Count | None = None
+    seeds: tuple[Count, ...] = ()
+    precision: str | None = None
+    layout: str | None = None
+    compile: bool = False
+    recipe: str | None = None
+    epochs: Count | None = None
+    batch_size: Whole | None = None
+    accumulate: Whole = 1
+    subset: Whole | None = None
+    lr: Nonnegative | None = None
+    schedule: str | None = None
+    milestones: tuple[Count, ...] = ()
+    gamma: Nonnegative | None = None
+    momentum: Nonnegative | None = None
+    nesterov: bool = False
+    weight_decay: Nonnegative | None = None
+    label_smoothing: Nonnegative | None = None
+    group_lasso: Nonnegative | None = None
+    pad: Count | None = None
+    flip: bool | None = None

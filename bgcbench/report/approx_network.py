@@ -1,0 +1,181 @@
+"""The tables of ``approx --model``: what each layer of a network loses as each variant."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from bgcbench.report.format import label_of, percent, scaled
+from bgcbench.report.notes import notes
+from bgcbench.report.table import Column, Report, Table, flat
+from bgcbench.results.aggregate import at_equal_params
+from bgcbench.results.document import Document
+from bgcbench.results.rows import LayerErrors, LayerParams, LayerRow
+from bgcbench.theory.exact import white_error
+
+TOLERATED = (0.05, 0.10, 0.20)  # shares of a layer's output energy
+ByCell = dict[tuple[str, int], LayerRow]  # by variant and N
+
+
+def network_report(document: Document, rows: Sequence[LayerRow]) -> Report:
+    by_layer: dict[str, ByCell] = {}
+    for row in rows:
+        by_layer.setdefault(row.params.layer, {})[row.params.variant, row.params.groups] = row
+    cells = list(dict.fromkeys((row.params.variant, row.params.groups) for row in rows))
+    order = sorted(by_layer, key=lambda name: -_loss(by_layer[name]))
+    layers = [by_layer[name] for name in order]
+    sections = {"Which layers tolerate what": _tolerant(by_layer, cells)} if rows else {}
+    tables = [Table(_title(document, rows), layer_columns(cells), layers, sections)]
+    if rows:
+        listed = sorted(rows, key=lambda row: order.index(row.params.layer))
+        tables.append(Table(["Lost output energy by weights"], weight_columns(), listed))
+    facts = []
+    if document.network:
+        moments = document.network.moments
+        facts.append(
+            f"second moments took up to {moments.bytes / 2**30:.2g} GiB at once, in {moments.passes} run(s) over the "
+            "images"
+        )
+    return Report(tables, notes(document, facts), list(map(_record, rows)))
+
+
+def layer_columns(cells: Sequence[tuple[str, int]]) -> list[Column[ByCell]]:
+    columns: list[Column[ByCell]] = [
+        Column("layer", lambda of: _any(of).params.layer, meaning=LAYER, right=False, lead=True),
+        Column("convolution", lambda of: _shape(_any(of)), meaning="Kernel, channels and stride.", right=False),
+        Column("MACs share", lambda of: _any(of).macs_share, percent(2), "Of the convolutions in this table."),
+    ]
+    for variant, groups in cells:
+        title = f"{label_of(variant)} N={groups}"
+        columns.append(Column(title, partial(_lost, at=(variant, groups)), meaning=LOST, name="VARIANT N=.."))
+    return columns
+
+
+LAYER = "A convolution; those that lose most on average come first."
+LOST = (
+    "Share of the layer's output energy that the variant loses on the network's own inputs, with calibrated weights: "
+    "E||Wu - Vu||^2 / E||Wu||^2 on one image in four that is held out. The rest of the network is dense."
+)
+
+
+def weight_columns() -> list[Column[LayerRow]]:
+    def lost(title: str, share: Callable[[LayerErrors], float], meaning: str) -> Column[LayerRow]:
+        return Column(title, lambda row: row.output_relative_error and share(row.output_relative_error), percent(2),
+                      meaning)  # fmt: skip
+
+    return [
+        Column("layer", lambda row: row.params.layer, meaning=LAYER, right=False, lead=True),
+        Column("variant", lambda row: label_of(row.params.variant), meaning="The variant.", right=False, lead=True),
+        Column("N", lambda row: row.params.groups, meaning="Groups.", lead=True),
+        Column("params", lambda row: row.counts and row.counts.params, scaled, "Parameters."),
+        lost("copied", lambda errors: errors.copy, COPIED),
+        lost("white", lambda errors: errors.white, WHITE),
+        lost("calibrated", lambda errors: errors.calibrated, CALIBRATED),
+        Column("ridge", lambda row: row.ridge, "{:g}".format, "Of that least squares, relative."),
+        Column("positions", lambda row: f"{row.rows:,} + {row.held_out_rows:,}", meaning=POSITIONS),
+        Column("why not", lambda row: row.reason or "", meaning="Why a row has no numbers.", right=False),
+    ]
+
+
+COPIED = "Share of the output lost with copied weights, as in the paper."
+WHITE = "Share lost with the closed-form optimum for uncorrelated inputs."
+CALIBRATED = (
+    "Share lost with least squares on the activations, pulled towards white by the ridge that serves best on images "
+    "held out. TLGC, FLGC and LGC are searches, with one fixed ridge."
+)
+POSITIONS = "Output positions solved on + evaluated on."
+
+
+def _any(of: ByCell) -> LayerRow:
+    return next(iter(of.values()))
+
+
+def _calibrated(row: LayerRow) -> float | None:
+    return row.output_relative_error.calibrated if row.output_relative_error else None
+
+
+def _loss(of: ByCell) -> float:
+    """What a layer loses on average over the variants and N asked for, calibrated."""
+    known = [error for row in of.values() if (error := _calibrated(row)) is not None]
+    return sum(known) / len(known) if known else -1.0
+
+
+def _shape(row: LayerRow) -> str:
+    p = row.params
+    stride = f" /{p.stride}" if p.stride > 1 else ""
+    return f"{p.kernel}x{p.kernel_width} {p.in_channels}->{p.out_channels}{stride}"
+
+
+def _lost(of: ByCell, at: tuple[str, int]) -> str | None:
+    if at not in of:
+        return ""
+    error = _calibrated(of[at])
+    return None if error is None else f"{error:.1%}"
+
+
+def _tolerant(by_layer: Mapping[str, ByCell], cells: Sequence[tuple[str, int]]) -> list[str]:
+    """For each variant and N: how many layers, with which share of the MACs, lose at most 5, 10, 20 %."""
+    lines = []
+    for at in cells:
+        known = {
+            name: (error, of[at].macs_share or 0.0)
+            for name, of in by_layer.items()
+            if at in of and (error := _calibrated(of[at])) is not None
+        }
+        if not known:
+            continue
+        parts = []
+        for limit in TOLERATED:
+            within = [share for error, share in known.values() if error <= limit]
+            parts.append(f"{len(within)} at most {limit:.0%} ({sum(within):.0%} of the MACs)")
+        worst = max(known, key=lambda name: known[name][0])
+        white = white_error(*at)
+        beside = "" if white is None else f"; white input would lose {white:.1%}"
+        lines.append(
+            f"{label_of(at[0])} N={at[1]}, of {len(known)} layers: {', '.join(parts)}; most is lost in {worst} "
+            f"({known[worst][0]:.1%}){beside}"
+        )
+    return lines + _at_equal_size(by_layer, cells)
+
+
+def _at_equal_size(by_layer: Mapping[str, ByCell], cells: Sequence[tuple[str, int]]) -> list[str]:
+    """BGC at 2N versus GC at N, which have as many parameters, layer by layer."""
+    lines = []
+    for bgc, gc in at_equal_params({at: at for at in cells if at[0] != "standard"}):
+        ratios = []
+        for of in by_layer.values():
+            plain, balanced = (_calibrated(of[at]) if at in of else None for at in (gc, bgc))
+            if plain and balanced is not None:
+                ratios.append(balanced / plain)
+        if ratios:
+            fewer = sum(ratio < 1 for ratio in ratios)
+            lines.append(
+                f"at equal parameters, BGC N={bgc[1]} loses less than GC N={gc[1]} in {fewer} of {len(ratios)} layers "
+                f"(calibrated; median {statistics.median(ratios):.2f} of GC's loss)"
+            )
+    return lines
+
+
+def _title(document: Document, rows: Sequence[LayerRow]) -> list[str]:
+    asked, network = document.asked, document.network
+    lines = [f"{document.settings.precision}; {document.environment.where}"]
+    if asked.model is None:
+        return lines
+    images = next((row.params.calibration_images for row in rows), asked.calibration_images)
+    weights = network.weights if network else "unknown"
+    about = f"{asked.model} (weights: {weights}) on {images} images of {asked.data}"
+    return [f"{about}, {asked.height} x {asked.width} px; convolutions: {asked.where}", *lines]
+
+
+def _record(row: LayerRow) -> dict[str, Any]:
+    head = {"key": row.key, **flat(row.params, LayerParams), "status": row.status, "reason": row.reason}
+    errors = flat(row.output_relative_error, LayerErrors)
+    return {
+        **head,
+        "params": row.counts.params if row.counts else None,
+        "macs": row.counts.macs if row.counts else None,
+        **{f"output_relative_error_{name}": error for name, error in errors.items()},
+        **{"ridge": row.ridge, "rows": row.rows, "held_out_rows": row.held_out_rows, "macs_share": row.macs_share},
+    }

@@ -1,0 +1,205 @@
+"""Two things compared, in a cell and in words; and ``bgcbench compare``."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import msgspec
+
+from bgcbench.errors import UsageError
+from bgcbench.measure.statistics import Interval, Series, ratio_of_medians
+from bgcbench.report.format import bounds_text, ratio_text, significant, time_unit
+from bgcbench.report.table import Column, Report, Table
+from bgcbench.results.document import Document
+from bgcbench.results.rows import ProfileRow
+
+PHASE_TITLES = {"fwd": "fwd", "bwd": "bwd", "fwd_bwd": "fwd+bwd", "train_step": "train step"}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How many times faster one thing is than another: the other's time over its own.
+
+    interval: of the ratio, 95 %; None with too few rounds. paired: whether the two were measured in turn.
+    """
+
+    value: float
+    interval: Interval | None
+    paired: bool = True
+
+    @property
+    def significant(self) -> bool | None:
+        """Whether the interval excludes 1; None where there is no interval."""
+        return None if self.interval is None else not self.interval.low <= 1 <= self.interval.high
+
+    @property
+    def faster(self) -> bool:
+        """Whether the one is faster, and not by what may be chance."""
+        return self.value > 1 and self.significant is not False
+
+    @property
+    def text(self) -> str:
+        """ "2.00 [1.90, 2.10]" """
+        ends = None if self.interval is None else (self.interval.low, self.interval.high)
+        return ratio_text(self.value) + bounds_text(ends, ratio_text)
+
+    @property
+    def _bound(self) -> float:
+        """How far from 1 the interval reaches."""
+        return 0.0 if self.interval is None else max(abs(self.interval.low - 1), abs(self.interval.high - 1))
+
+    def versus(self, other: str) -> str:
+        """ "2.9x faster than standard (95% CI 2.8-3.0)" """
+        how = "faster" if self.value >= 1 else "slower"
+        value = max(self.value, 1 / self.value)
+        if self.interval is None:
+            return f"about {ratio_text(value)}x {how} than {other} (no interval)"
+        low, high = self.interval.low, self.interval.high
+        apart = "" if self.paired else ", measured apart"
+        if not self.significant and self._bound > 0.1:
+            span = f"{ratio_text(low)}-{ratio_text(high)}"
+            return f"not told apart from {other} (95% CI of the speed-up {span}{apart})"
+        if not self.significant:
+            return f"as fast as {other}: no detectable difference (< {significant(100 * self._bound, 2)} %{apart})"
+        if how == "slower":
+            low, high = 1 / high, 1 / low
+        digits = 2 if value < 1.95 or high - low < 0.1 else 1
+        return f"{value:.{digits}f}x {how} than {other} (95% CI {low:.{digits}f}-{high:.{digits}f}{apart})"
+
+    @property
+    def change(self) -> str:
+        """The ratio as that of the time after a change to the time before it."""
+        if self.interval is None:
+            return f"about {self.value:.2f}x the time (too few rounds for an interval)"
+        if not self.significant:
+            return f"no detectable difference (< {significant(100 * self._bound, 2)} %)"
+        return f"{self.value:.2f}x the time (95% CI {self.interval.low:.2f}-{self.interval.high:.2f})"
+
+
+def speed_up(row: ProfileRow | None, other: ProfileRow | None, phase: str) -> Comparison | None:
+    """Time of ``other`` over time of ``row``; None where one of them was not measured."""
+    if row is None or other is None or phase not in row.phases or phase not in other.phases:
+        return None
+    paired = row.interleaved is not None and row.interleaved == other.interleaved
+    return _ratio(_series(other, phase), _series(row, phase), paired)
+
+
+def _series(row: ProfileRow, phase: str) -> Series:
+    measured = row.phases[phase]
+    return Series(measured.samples_s, measured.rounds)
+
+
+@functools.lru_cache(maxsize=2048)  # the table, the verdict and the records all ask for it
+def _ratio(over: Series, under: Series, paired: bool) -> Comparison:
+    ratio = ratio_of_medians(over, under, paired=paired)
+    return Comparison(ratio.value, ratio.ci95, paired)
+
+
+# ----------------------------------------------------------------------------------------------------- two result files
+
+
+@dataclass(frozen=True)
+class Change:
+    """A phase of a row in two files. change: the time after over the time before."""
+
+    key: str
+    phase: str
+    before_s: float
+    after_s: float
+    change: Comparison
+    slower: bool
+
+    @property
+    def verdict(self) -> str:
+        return self.change.change + (" (over the limit)" if self.slower else "")
+
+
+def settings_that_differ(before: Document, after: Document) -> list[tuple[str, str, str]]:
+    """(name, before, after) of every setting that makes two files' times different things."""
+    names = ("precision", "layout", "mode", "cache", "memory", "input_grad", "tf32", "cudnn_benchmark")
+    pairs = [(name, getattr(before.settings, name), getattr(after.settings, name)) for name in names]
+    pairs.append(("quality", before.quality, after.quality))
+    return [(name, _json(one), _json(other)) for name, one, other in pairs if one != other]
+
+
+def _json(value: object) -> str:
+    return json.dumps(msgspec.to_builtins(value))
+
+
+def compare_report(
+    before: Document, after: Document, names: tuple[str, str], limit: float | None
+) -> tuple[Report, bool]:
+    """Two profile documents row by row, and whether any is significantly slower by more than ``limit`` (a share)."""
+    old, new = ({row.key: row for row in document.results} for document in (before, after))
+    gone = [
+        f"{PHASE_TITLES[phase]} of {key}: {new[key].status if key in new else 'not in the file'}"
+        for key, row in old.items()
+        for phase in row.phases
+        if key not in new or phase not in new[key].phases
+    ]
+    changes = list(_changes(old, after, limit))
+    if not changes:
+        raise UsageError(f"{names[0]} and {names[1]} have no measured row in common; compare runs of one workload")
+    notes = [f"before: {names[0]}; after: {names[1]}"]
+    if before.environment.fingerprint != after.environment.fingerprint:
+        notes.append("warning: the two files come from different machines or software")
+    differing = [f"{name} was {one} and is {other}" for name, one, other in settings_that_differ(before, after)]
+    notes += [f"warning: {'; '.join(differing)}"] if differing else []
+    added = sorted(new.keys() - old.keys())
+    notes += [f"new: {', '.join(added)}"] if added else []
+    tripped = any(change.slower for change in changes) or (limit is not None and bool(gone))
+    sections = {"Measured before and no longer": gone} if gone else {}
+    table = Table(["bgcbench compare"], change_columns(changes), changes, {**sections, "Notes": notes})
+    return Report([table], records=list(map(_record, changes))), tripped
+
+
+def _changes(old: dict[str, ProfileRow], after: Document, limit: float | None) -> Iterable[Change]:
+    for row in after.results:
+        earlier = old.get(row.key)
+        for phase in row.phases if earlier else ():
+            if earlier is None or phase not in earlier.phases:
+                continue
+            # Two files were never measured in one interleaved run, whatever their group numbers say.
+            change = _ratio(_series(row, phase), _series(earlier, phase), False)
+            slower = limit is not None and change.interval is not None and change.interval.low > 1 + limit
+            times = earlier.phases[phase].summary.median_s, row.phases[phase].summary.median_s
+            yield Change(row.key, phase, *times, change, slower)
+
+
+def change_columns(changes: list[Change]) -> list[Column[Change]]:
+    factor, unit = time_unit(max(change.before_s, change.after_s) for change in changes)
+
+    def time(seconds: float) -> str:
+        return significant(seconds * factor, 4)
+
+    return [
+        Column("row", lambda c: c.key, meaning="The row's key, the same in both files.", right=False, lead=True),
+        Column("phase", lambda c: PHASE_TITLES[c.phase], meaning="What was timed.", right=False, lead=True),
+        Column(f"before {unit}", lambda c: c.before_s, time, "Median in the first file.", "before"),
+        Column(f"after {unit}", lambda c: c.after_s, time, "Median in the second file.", "after"),
+        Column("difference", lambda c: f"{(c.after_s - c.before_s) * factor:+.3g}", meaning="After less before."),
+        Column("verdict", lambda c: c.verdict, meaning=VERDICT, right=False),
+    ]
+
+
+VERDICT = (
+    "Time after over time before, with the 95 % confidence interval of the ratio of medians; over the limit: the whole "
+    "interval lies above 1 by more than --fail-on."
+)
+
+
+def _record(change: Change) -> dict[str, object]:
+    ends = change.change.interval
+    return {
+        "key": change.key,
+        "phase": change.phase,
+        "before_s": change.before_s,
+        "after_s": change.after_s,
+        "ratio": change.change.value,
+        "ratio_low": ends.low if ends else None,
+        "ratio_high": ends.high if ends else None,
+        "verdict": change.verdict,
+    }

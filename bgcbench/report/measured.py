@@ -1,0 +1,218 @@
+"""The columns of what ``profile`` measures, and what its rows hold."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from functools import partial
+
+from bgcbench.report.compare import PHASE_TITLES, speed_up
+from bgcbench.report.format import bounds_text, fixed, label_of, mebibytes, scaled, significant, time_unit
+from bgcbench.report.table import Column
+from bgcbench.results.rows import Phase, ProfileRow
+from bgcbench.theory import paper
+
+Rows = Sequence[ProfileRow]
+
+# -------------------------------------------------------------------------------------------------------------- columns
+
+
+def profile_columns(
+    first: str, rows: Rows, phases: Sequence[str], reference: ProfileRow | None
+) -> list[Column[ProfileRow]]:
+    """Of a layer or a network; what only one of them has is left out of the other's table."""
+    columns: list[Column[ProfileRow]] = [
+        Column(first, partial(variant_name, rows=rows), meaning=VARIANT, right=False, lead=True),
+        Column("N", lambda row: row.params.groups, meaning="Groups.", lead=True),
+        Column("replaced", _replaced, meaning="Number of convolutions that are replaced.", optional=True),
+        Column("params", params_of, scaled, "Parameters of the algorithm that ran."),
+        Column("MACs", macs_of, scaled, MACS),
+        Column("white err", white_error, fixed(3), WHITE_ERROR, optional=True),
+    ]
+    for phase in phases:
+        columns += [
+            time_column(rows, phase),
+            Column(f"{PHASE_TITLES[phase]} images/s", partial(network_speed, phase=phase), meaning="Images a second.",
+                   name="images/s", optional=True),
+            Column(f"speed-up {PHASE_TITLES[phase]}", partial(_speed_up, reference=reference, phase=phase),
+                   meaning=SPEED_UP, name="speed-up"),
+        ]  # fmt: skip
+    return [
+        *columns,
+        Column("x+W MiB", lambda row: row.memory and row.memory.paper_bytes, mebibytes, PAPER_BYTES, optional=True),
+        Column("peak MiB", peak, mebibytes, PEAK),
+        Column("roofline", partial(_roofline, phases=phases), meaning=ROOFLINE),
+        Column("paper ms", lambda row: row.paper and row.paper.time_s * 1e3, fixed(3), PAPER_TIME, optional=True),
+        Column("paper MiB", lambda row: row.paper and row.paper.memory_bytes, mebibytes, PAPER_MEMORY, optional=True),
+        Column("paper err %", lambda row: row.paper and row.paper.error, fixed(2), PAPER_ERROR, optional=True),
+        flags_column(phases),
+    ]
+
+
+VARIANT = (
+    "SC: the standard convolution; dense: the network as it is. masked: the algorithm that is trained, with a dense "
+    "kernel; deployed: what runs afterwards."
+)
+MACS = "Multiply-accumulate operations of one image, forward, in convolutions and fully connected layers."
+WHITE_ERROR = "Smallest share of the output's energy that the variant loses on white input (closed form)."
+SPEED_UP = "Time of the standard convolution, or dense network, over the row's, with its 95 % confidence interval."
+PAPER_BYTES = "Input, weights and, for BGC, the mean: what the paper calls memory."
+PEAK = (
+    "Weights, momentum and input, and the most that one step held beyond them: by CUDA's allocator, or on the CPU by "
+    "sampled resident memory."
+)
+ROOFLINE = (
+    "Share of what the measured ceilings allow for the row's own work in the last phase: C compute-bound, M "
+    "memory-bound. It exceeds 100 % where padding is skipped or the convolution beats the matrix product."
+)
+PAPER_TIME = f"Time that Table 4 of Lee, Park & Lee prints, of an {paper.DEVICE}, forward and backward."
+PAPER_MEMORY = "Memory that Table 4 prints (as Mb), which is input, weights and mean, and no peak."
+PAPER_ERROR = "Error of ResNet-50 after transfer (Table 3), not of this layer."
+FLAGS = (
+    "n=: samples, where the median is not known to the aim of 0.5 %. uneven, noisy: the middle half of the samples "
+    "spreads over more than 3 %, 10 % of the median. launch-bound: the host is the limit. page faults: memory came "
+    "anew from the system although it was to be kept, which takes over 1 % of the time. kept dense: convolutions whose "
+    "channels N does not divide."
+)
+
+
+def time_column(rows: Rows, phase: str) -> Column[ProfileRow]:
+    factor, unit = time_unit(row.phases[phase].summary.median_s for row in rows if phase in row.phases)
+
+    def time(measured: Phase) -> str:
+        summary = measured.summary
+        digits = max(0, 3 - math.floor(math.log10(summary.median_s * factor)))
+
+        def form(seconds: float) -> str:
+            return f"{seconds * factor:.{min(digits, 4)}f}"
+
+        return form(summary.median_s) + bounds_text(summary.ci95_s, form)
+
+    meaning = "Median time of a batch, with its 95 % confidence interval."
+    return Column(f"{PHASE_TITLES[phase]} {unit}", lambda row: row.phases.get(phase), time, meaning, "time")
+
+
+def flags_column(phases: Sequence[str]) -> Column[ProfileRow]:
+    return Column("flags", lambda row: ", ".join(flags(row, phases)), meaning=FLAGS, right=False)
+
+
+# ---------------------------------------------------------------------------------------------------- what a row holds
+
+
+def reference_of(rows: Rows) -> ProfileRow | None:
+    """The standard convolution's row, or the dense network's."""
+    return next((row for row in rows if row.params.variant == "standard" and row.phases), None)
+
+
+def measured_phases(rows: Rows, among: Iterable[str] = PHASE_TITLES) -> list[str]:
+    return [phase for phase in among if any(phase in row.phases for row in rows)]
+
+
+def variant_name(row: ProfileRow, rows: Rows) -> str:
+    """The variant's label, with its algorithm where several are in the table; a network without one is dense."""
+    variant = row.params.variant
+    if row.params.model and variant == "standard":
+        return "dense"
+    algorithms = {other.params.algorithm for other in rows if other.params.variant == variant}
+    return label_of(variant) if len(algorithms) < 2 else f"{label_of(variant)} {row.params.algorithm}"
+
+
+def numbered(row: ProfileRow, rows: Rows) -> str:
+    return f"{variant_name(row, rows)} N={row.params.groups}"
+
+
+def params_of(row: ProfileRow) -> int | None:
+    """Parameters of the algorithm that ran: a masked one trains dense kernels."""
+    counts = row.counts
+    trained = counts.params_training if counts and row.params.algorithm == "masked" else None
+    return counts.params if counts and trained is None else trained
+
+
+def macs_of(row: ProfileRow) -> int | None:
+    counts = row.counts
+    trained = counts.macs_training if counts and row.params.algorithm == "masked" else None
+    return counts.macs if counts and trained is None else trained
+
+
+def white_error(row: ProfileRow) -> float | None:
+    return row.approximability.white_error if row.approximability else None
+
+
+def peak(row: ProfileRow) -> int | None:
+    """Layer (or network, with its momentum) and input, and the most that a step held beyond them."""
+    memory = row.memory
+    if memory is None or memory.peak_delta_bytes is None:
+        return None
+    return memory.params_bytes + memory.input_bytes + memory.optimizer_bytes + memory.peak_delta_bytes
+
+
+def _replaced(row: ProfileRow) -> int | None:
+    return len(row.convert.replaced) if row.convert else None
+
+
+def network_speed(row: ProfileRow, phase: str) -> str | None:
+    """Images a second of a network."""
+    if row.params.model is None or phase not in row.phases:
+        return None
+    return significant(row.phases[phase].derived.images_per_s, 4)
+
+
+def _speed_up(row: ProfileRow, reference: ProfileRow | None, phase: str) -> str | None:
+    if row is reference:
+        return "1"
+    compared = speed_up(row, reference, phase)
+    return compared.text if compared else None
+
+
+def _roofline(row: ProfileRow, phases: Sequence[str]) -> str | None:
+    measured = row.phases.get(phases[-1]) if phases else None
+    if measured is None or measured.derived.roofline_fraction is None:
+        return None
+    letter = {"compute": "C", "memory": "M"}.get(measured.derived.bound or "", "")
+    return f"{measured.derived.roofline_fraction:.0%} {letter}"
+
+
+def flags(row: ProfileRow, phases: Sequence[str]) -> list[str]:
+    """What to know before a row's numbers are used."""
+    dense = row.convert.indivisible if row.convert else []
+    return _measured_flags(row, phases) + ([f"{len(dense)} kept dense"] if dense else [])
+
+
+def _measured_flags(row: ProfileRow, phases: Sequence[str]) -> list[str]:
+    if row.status != "ok":
+        failed = [f"{PHASE_TITLES.get(phase, phase)} {failure.status}" for phase, failure in row.failures.items()]
+        whole = all(ending(row, phase) == row.status for phase in row.phases)
+        return [row.status] if whole else failed
+    by_phase = {PHASE_TITLES[phase]: _phase_flags(row.phases[phase]) for phase in phases if phase in row.phases}
+    shared = list(by_phase.values())
+    if shared and all(found == shared[0] for found in shared):
+        return shared[0]
+    return [f"{title} {flag}" for title, found in by_phase.items() for flag in found]
+
+
+def _phase_flags(measured: Phase) -> list[str]:
+    summary = measured.summary
+    spread = (summary.q3_s - summary.q1_s) / summary.median_s
+    found = []
+    if spread > 0.03:
+        found.append("noisy" if spread > 0.10 else "uneven")
+    if not measured.converged:
+        found.append(f"n={summary.n}")
+    if measured.derived.launch_bound:
+        found.append("launch-bound")
+    if measured.derived.page_faults:
+        found.append("page faults")
+    return found
+
+
+def ending(row: ProfileRow, phase: str) -> str:
+    """The status that ``phase`` ended with: the row's, unless only others of its phases have failed."""
+    if not row.failures or row.status == "interrupted":
+        return row.status
+    return row.failures[phase].status if phase in row.failures else "ok"
+
+
+def ending_words(row: ProfileRow, phase: str) -> str:
+    """ " [error]", and nothing where all is well."""
+    how = ending(row, phase)
+    return "" if how == "ok" else f" [{how}]"

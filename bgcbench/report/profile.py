@@ -1,0 +1,163 @@
+"""The tables of a ``profile`` document: a layer's variants, or a network's."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from bgcbench.report.compare import PHASE_TITLES, speed_up
+from bgcbench.report.format import scaled, share_words
+from bgcbench.report.layers import layers_table
+from bgcbench.report.measured import (
+    Rows,
+    ending_words,
+    measured_phases,
+    network_speed,
+    numbered,
+    params_of,
+    profile_columns,
+    reference_of,
+    white_error,
+)
+from bgcbench.report.notes import chosen_algorithms, kept_dense, notes, run_lines
+from bgcbench.report.table import Report, Table, flat
+from bgcbench.results.document import Document
+from bgcbench.results.rows import Counts, Derived, Memory, ProfileParams, ProfileRow, White
+
+DENSE = "the dense network"
+
+
+def profile_report(document: Document) -> Report:
+    """The table of a layer or a network with verdicts on its rows, and of a network's convolutions (--layers)."""
+    rows = [row for row in document.results if row.params.layer is None]
+    layers = [row for row in document.results if row.params.layer is not None]
+    reference, phases = reference_of(rows), measured_phases(rows)
+    network = document.asked.model is not None or any(row.params.model for row in rows)
+    sections = {}
+    for phase in phases if network else phases[-1:]:
+        verdicts = [_verdict(row, reference, phase, rows) for row in rows if row is not reference]
+        sections[f"Verdict ({PHASE_TITLES[phase]})"] = verdicts
+    if network:
+        best = [line for phase in phases if (line := _best(rows, reference, phase))]
+        sections |= {"Best": best} if best else {}
+    elif phases:
+        lines = [line for row in rows if (line := _versus_gc(row, rows, phases[-1]))]
+        sections |= {f"BGC beside GC ({PHASE_TITLES[phases[-1]]})": lines} if lines else {}
+    columns = profile_columns("network" if network else "variant", rows, phases, reference)
+    tables = [Table(_title(document, network), columns, rows, sections)]
+    tables += [layers_table(layers, reference)] if layers else []
+    name = partial(numbered, rows=rows)
+    facts = kept_dense(rows, name) + chosen_algorithms(rows, name)
+    return Report(tables, notes(document, facts), profile_records(document.results))
+
+
+def _title(document: Document, network: bool) -> list[str]:
+    asked, lines = document.asked, run_lines(document)
+    if network and asked.model:
+        stem = f", stem stride {asked.stem_stride}" if asked.stem_stride else ""
+        size = f"{asked.batch} x 3 x {asked.height} x {asked.width}"
+        return [f"{asked.model}, {asked.num_classes} classes{stem}, input {size}; replaced: {asked.where}", *lines]
+    if not document.results or network:
+        return lines
+    p = document.results[0].params
+    about = f"{p.kernel}x{p.kernel} convolution, {p.in_channels} -> {p.out_channels} channels, stride {p.stride}"
+    return [f"{about}, input {p.batch} x {p.in_channels} x {p.height} x {p.width}", *lines]
+
+
+# ------------------------------------------------------------------------------------------------------------- verdicts
+
+
+def _verdict(row: ProfileRow, reference: ProfileRow | None, phase: str, rows: Rows) -> str:
+    """One row in plain words: how much faster than the reference and how large; what it loses, or images a second."""
+    name, error, speed = numbered(row, rows), white_error(row), network_speed(row, phase)
+    if row.status != "ok" and phase not in row.phases:
+        failure = row.failures.get(phase, row)
+        return f"{name}: {failure.status}: {failure.reason}"
+    more = f"; {speed} images/s" if speed else "" if error is None else f"; white error {error:.3g}"
+    ours, compared = params_of(row), speed_up(row, reference, phase)
+    if compared is None or reference is None:
+        return f"{name} has {scaled(ours or 0)} parameters{more} (no reference was measured)"
+    theirs = params_of(reference)
+    size = share_words(ours / theirs) if ours and theirs else "unknown parameters"
+    other = DENSE if row.params.model else "standard"
+    return f"{name} is {compared.versus(other)} with {size}{more}{ending_words(row, phase)}"
+
+
+def _versus_gc(row: ProfileRow, rows: Rows, phase: str) -> str | None:
+    """BGC at N versus GC at the same N, and versus GC of the same number of parameters (N/2)."""
+    if row.params.variant != "bgc" or phase not in row.phases:
+        return None
+    gc: dict[float, ProfileRow] = {other.params.groups: other for other in rows if other.params.variant == "gc"}
+    parts = []
+    for groups, why in (
+        (row.params.groups, "with twice its parameters"),
+        (row.params.groups / 2, "with as many parameters"),
+    ):
+        compared = speed_up(row, gc.get(int(groups)) if groups % 1 == 0 else None, phase)
+        if compared is not None:
+            parts.append(f"{compared.versus(f'GC N={groups:.0f}')} {why}")
+    return f"{numbered(row, rows)} is " + "; ".join(parts) if parts else None
+
+
+def _best(rows: Rows, reference: ProfileRow | None, phase: str) -> str | None:
+    """The row with the shortest time in ``phase``, versus the dense network and versus the next one."""
+    there = [row for row in rows if phase in row.phases and row is not reference]
+    if not there or any(row.status == "interrupted" for row in rows):
+        return None
+    there.sort(key=lambda row: row.phases[phase].summary.median_s)
+    first = there[0]
+    compared = speed_up(first, reference, phase)
+    if compared is None:
+        return None
+    title = PHASE_TITLES[phase]
+    if not compared.faster:
+        return f"{title}: none is surely faster than {DENSE}; the shortest time is {numbered(first, rows)}'s"
+    text = f"{title}: {numbered(first, rows)}, {compared.versus(DENSE)}"
+    if len(there) > 1:
+        ahead = speed_up(first, there[1], phase)
+        alike = ahead is not None and ahead.significant is False
+        after = numbered(there[1], rows)
+        text += f"; {after} cannot be told apart from it" if alike else f"; next is {after}"
+    return text
+
+
+# -------------------------------------------------------------------------------------------------------------- records
+
+
+def profile_records(rows: Rows) -> list[dict[str, Any]]:
+    """One flat record a row and phase, in SI units, for CSV.
+
+    Each is held against its own reference: the standard convolution, the dense network, or the network's own layer.
+    """
+    references: dict[int | None, ProfileRow] = {}
+    for row in rows:
+        if row.params.variant == "standard" and row.phases:
+            references.setdefault(row.params.layer, row)
+    records = []
+    for row in rows:
+        about = {"key": row.key, **flat(row.params, ProfileParams), "status": row.status, "reason": row.reason}
+        about |= flat(row.counts, Counts) | flat(row.approximability, White) | flat(row.memory, Memory)
+        for phase in row.phases or (None,):
+            records.append(about | _measured_record(row, references.get(row.params.layer), phase))
+    return records
+
+
+def _measured_record(row: ProfileRow, reference: ProfileRow | None, phase: str | None) -> dict[str, Any]:
+    if phase is None:
+        return {"phase": None}
+    measured, compared = row.phases[phase], speed_up(row, reference, phase)
+    low, high = measured.summary.ci95_s or (None, None)
+    ends = compared.interval if compared else None
+    return {
+        "phase": phase,
+        "n": measured.summary.n,
+        "median_s": measured.summary.median_s,
+        "ci95_low_s": low,
+        "ci95_high_s": high,
+        "converged": measured.converged,
+        "minor_faults_per_call": measured.minor_faults_per_call,
+        "speed_up": compared.value if compared else None,
+        "speed_up_low": ends.low if ends else None,
+        "speed_up_high": ends.high if ends else None,
+        **flat(measured.derived, Derived),
+    }

@@ -1,0 +1,258 @@
+"""Columns, tables and reports, and how they are rendered: as a rich table, Markdown or CSV.
+
+A command declares each of its columns once, as a :class:`Column`; what a terminal, Markdown and ``show --explain`` show
+of it is derived.
+"""
+
+from __future__ import annotations
+
+import csv
+import functools
+import io
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+from rich.cells import cell_len
+from rich.console import Console, Group, RenderableType
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from bgcbench.results.document import Document, dumps, printable
+from bgcbench.results.rows import Data
+
+NOTES = 5  # lines under a report; show --explain prints all notes
+EXPLAIN = "what the columns mean: bgcbench show FILE --explain"
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class Column(Generic[R]):
+    """One column: its title, the value of a row (None shows as -), the form of a value, and what it means.
+
+    name: under which it is explained, where the title also says a phase, a unit or an N. right: aligned to the right.
+    lead: repeated in front of every part of a table that is split because the terminal is narrow. optional: left out
+    where no row has a value.
+    """
+
+    title: str
+    value: Callable[[R], Any]
+    form: Callable[[Any], str] = str
+    meaning: str = ""
+    name: str = ""
+    right: bool = True
+    lead: bool = False
+    optional: bool = False
+
+    def cell(self, row: R) -> str:
+        value = self.value(row)
+        return "-" if value is None else self.form(value)
+
+
+@dataclass(frozen=True)
+class Table:
+    """A title, columns over rows, and lines under them by heading."""
+
+    title: Sequence[str]
+    declared: Sequence[Column[Any]]
+    rows: Sequence[Any]
+    sections: Mapping[str, Sequence[str]] = field(default_factory=dict)
+
+    @functools.cached_property
+    def columns(self) -> list[Column[Any]]:
+        """Those that are declared, without optional ones that no row has a value for."""
+        return [
+            column
+            for column in self.declared
+            if not column.optional or any(column.value(row) is not None for row in self.rows)
+        ]
+
+    @functools.cached_property
+    def cells(self) -> list[list[str]]:
+        """By column, then by row."""
+        return [[printable(column.cell(row)) for row in self.rows] for column in self.columns]
+
+    @property
+    def by_title(self) -> dict[str, list[str]]:
+        return dict(zip([column.title for column in self.columns], self.cells, strict=True))
+
+    @property
+    def widths(self) -> list[int]:
+        """Of each column on a terminal, with the space behind it."""
+        texts = ((column.title, *cells) for column, cells in zip(self.columns, self.cells, strict=True))
+        return [max(map(cell_len, column)) + 2 for column in texts]
+
+
+@dataclass(frozen=True)
+class Report:
+    """Tables, then the notes on a result file, the most important first.
+
+    records: the same for CSV, flat and in SI units.
+    """
+
+    tables: Sequence[Table]
+    notes: Sequence[str] | None = None
+    records: Sequence[Mapping[str, Any]] = ()
+
+    @property
+    def width(self) -> int:
+        """Columns of a terminal on which no table is split."""
+        return max(sum(table.widths) for table in self.tables)
+
+    @property
+    def shown_notes(self) -> list[str]:
+        """At most ``NOTES`` lines, of which the last says where there is more."""
+        if self.notes is None:
+            return []
+        rest = len(self.notes) - NOTES + 1
+        return [*self.notes[: NOTES - 1], f"and {rest} more; {EXPLAIN}" if rest > 0 else EXPLAIN]
+
+
+def explained(report: Report) -> Report:
+    """What each column of a report means, and all of its notes."""
+    columns = {column.name or column.title: column for table in report.tables for column in table.columns}
+    shown: list[Column[tuple[str, Column[Any]]]] = [
+        Column("column", lambda named: named[0], right=False, lead=True),
+        Column("meaning", lambda named: named[1].meaning, right=False),
+    ]
+    table = Table(report.tables[0].title, shown, list(columns.items()), {"Notes": report.notes or ["none"]})
+    return Report([table], records=[{"column": name, "meaning": column.meaning} for name, column in columns.items()])
+
+
+# ------------------------------------------------------------------------------------------------------------ Markdown
+
+# What GitHub-flavoured Markdown acts on inside a line, but for an underscore within a word and a bracket that nothing
+# makes a link of.
+_MARKUP = re.compile(r"[\\`*~$]|<(?=[A-Za-z/!?])|&(?=#?\w+;)|\](?=[(\[:])|(?<![^\W_])_|_(?![^\W_])")
+# What makes a heading, a quotation or a list of a line that begins with it.
+_BLOCK = re.compile(r"^(?:(?P<sign>[#>+=-])|(?P<number>\d+)(?P<end>[.)])(?!\S))")
+
+
+def _escaped(text: str) -> str:
+    """``text`` as Markdown that shows it as it is."""
+    return _MARKUP.sub(r"\\\g<0>", printable(text))
+
+
+def _escaped_line(text: str) -> str:
+    """``text`` as a line of its own, which begins no heading, quotation or list."""
+    return _BLOCK.sub(
+        lambda found: f"{found.group('number') or ''}\\{found.group('sign') or found.group('end')}",
+        _escaped(text).lstrip(),
+    )
+
+
+def as_markdown(report: Report) -> str:
+    """GitHub-flavoured Markdown at full width."""
+
+    def line(texts: Iterable[str]) -> str:
+        return "| " + " | ".join(text.replace("|", "\\|") for text in texts) + " |"
+
+    def section(heading: str, entries: Sequence[str]) -> list[str]:
+        return ["", f"{_escaped(heading)}:", "", *(f"- {_escaped_line(entry)}" for entry in entries)]
+
+    lines: list[str] = []
+    for table in report.tables:
+        lines += [*([""] if lines else []), *(_escaped_line(text).replace("|", "\\|") for text in table.title), ""]
+        lines.append(line(_escaped(column.title) for column in table.columns))
+        lines.append(line("---:" if column.right else "---" for column in table.columns))
+        lines += [line(map(_escaped, texts)) for texts in zip(*table.cells, strict=True)]
+        for heading, entries in table.sections.items():
+            lines += section(heading, entries)
+    lines += section("Notes", report.shown_notes) if report.shown_notes else []
+    return "\n".join(lines) + "\n"
+
+
+# ----------------------------------------------------------------------------------------------------------------- CSV
+
+
+def flat(data: Data | None, kind: type[Data]) -> dict[str, Any]:
+    """The fields of ``data`` for a record; where there is none, None for each, so that all records have the same."""
+    return {name: getattr(data, name, None) for name in kind.__struct_fields__}
+
+
+def as_csv(report: Report) -> str:
+    """The report's records; the header is the union of their fields in order of appearance."""
+    fields = list(dict.fromkeys(name for record in report.records for name in record))
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(map(_csv_cell, fields))
+    writer.writerows([_csv_cell(record.get(name)) for name in fields] for record in report.records)
+    return out.getvalue()
+
+
+def _csv_cell(value: Any) -> Any:
+    """A value in one line; a text that a spreadsheet would take for a formula begins with an apostrophe."""
+    if not isinstance(value, (str, list, dict)):
+        return value
+    text = printable(str(value))
+    return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text
+
+
+# ------------------------------------------------------------------------------------------------------------ terminal
+
+
+def as_rich(report: Report, width: int) -> RenderableType:
+    """Rich tables that fit ``width``: columns that find no room go into a further table below, led by the same rows."""
+
+    def text(content: str, style: str = "") -> Text:
+        return Text(printable(content), style=style)
+
+    def section(heading: str, entries: Sequence[str]) -> list[RenderableType]:
+        parts: list[RenderableType] = [Text(""), text(heading, "bold")]
+        for entry in entries:
+            item = RichTable.grid(padding=(0, 1, 0, 0))
+            item.add_row(Text("-"), text(entry))
+            parts.append(item)
+        return parts
+
+    parts: list[RenderableType] = []
+    for table in report.tables:
+        parts += [*([Text("")] if parts else []), *map(text, table.title)]
+        for chosen in split_columns(table, width):
+            drawn = RichTable(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+            for number in chosen:
+                column = table.columns[number]
+                drawn.add_column(text(column.title), justify="right" if column.right else "left", overflow="fold")
+            for texts in zip(*(table.cells[number] for number in chosen), strict=True):
+                drawn.add_row(*map(text, texts))
+            parts += [Text(""), drawn]
+        for heading, entries in table.sections.items():
+            parts += section(heading, entries)
+    parts += section("Notes", report.shown_notes) if report.shown_notes else []
+    return Group(*parts)
+
+
+def split_columns(table: Table, width: int) -> list[list[int]]:
+    """Numbers of the columns in as few tables as fit ``width``, in order; lead columns stand in front of each."""
+    lead = [number for number, column in enumerate(table.columns) if column.lead]
+    room = width - sum(table.widths[number] for number in lead)
+    parts: list[list[int]] = []
+    left = 0
+    for number, cells in enumerate(table.cells):
+        if number in lead or not any(cells):
+            continue
+        needed = table.widths[number]
+        if not parts or needed - 2 > left:
+            parts.append(list(lead))
+            left = room
+        parts[-1].append(number)
+        left -= needed
+    return parts or [lead]
+
+
+def emit(report: Report, form: str, console: Console, document: Document | Mapping[str, Any] | None = None) -> None:
+    """Print ``report`` on ``console`` in ``form``; 'auto' is a table on a terminal and Markdown elsewhere."""
+    if form == "auto":
+        form = "table" if console.is_terminal else "markdown"
+    if form == "table":
+        with console.capture() as captured:  # rich would end the process where the reader of a pipe has gone
+            console.print(as_rich(report, console.width))
+        text = captured.get()
+    elif form == "json":
+        text = dumps(document) if document is not None else json.dumps(report.records, indent=1) + "\n"
+    else:
+        text = as_markdown(report) if form == "markdown" else as_csv(report)
+    console.file.write(text)
+    console.file.flush()

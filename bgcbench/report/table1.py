@@ -1,0 +1,90 @@
+"""Table 1 of the paper evaluated for one layer."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from bgcbench.measure.counts import Counts, count
+from bgcbench.report.format import fixed, label_of, significant
+from bgcbench.report.table import Column, Report, Table
+from bgcbench.specs import VARIANTS, ConvSpec
+from bgcbench.theory.exact import white_error
+
+
+@dataclass(frozen=True)
+class Line:
+    """One method at one N."""
+
+    variant: str
+    groups: int
+    counts: Counts
+
+    @property
+    def record(self) -> dict[str, Any]:
+        intergroup, channels, grouping = VARIANTS[self.variant].table1
+        return {
+            "variant": self.variant,
+            "groups": self.groups,
+            "intergroup": intergroup,
+            "channels_per_group": channels,
+            "grouping": grouping,
+            **dataclasses.asdict(self.counts),
+            "white_error": white_error(self.variant, self.groups),
+        }
+
+
+def table1_report(
+    in_channels: int, out_channels: int, kernel: int, size: tuple[int, int], groups: Sequence[int]
+) -> Report:
+    """Table 1 of the paper evaluated for one layer: all variants at every N. Nothing is measured.
+
+    Raises ShapeError for an N that does not divide the channels.
+    """
+    wanted = [("standard", 1)]
+    wanted += [(name, number) for number in sorted(set(groups) - {1}) for name in VARIANTS if name != "standard"]
+    lines = []
+    for name, number in wanted:
+        spec = ConvSpec(name, in_channels, out_channels, kernel, padding=(kernel - 1) // 2, groups=number, bias=False)
+        lines.append(Line(name, number, count(spec, *size)))
+    title = [
+        f"Table 1 for a {kernel}x{kernel} convolution, {in_channels} -> {out_channels} channels, "
+        f"input {size[0]} x {size[1]}"
+    ]
+    table = Table(title, table1_columns(lines[0].counts.paper_ops), lines, {"Notes": [DEPLOYED]})
+    return Report([table], records=[line.record for line in lines])
+
+
+DEPLOYED = (
+    "per image, forward. LGC and FLGC train dense kernels and deploy Kmn/N parameters; LGC is taken at condensation N, "
+    "FLGC with balanced groups"
+)
+
+
+def table1_columns(dense_ops: int) -> list[Column[Line]]:
+    def thousands(value: int) -> str:
+        return f"{value:,}"
+
+    return [
+        Column("method", lambda x: label_of(x.variant), meaning="The variant.", right=False, lead=True),
+        Column("N", lambda x: x.groups, meaning="Groups.", lead=True),
+        Column("intergroup", lambda x: _PROPERTIES[x.variant][0], meaning="Whether groups exchange data.", right=False),
+        Column("channels", lambda x: _PROPERTIES[x.variant][1], meaning=CHANNELS, right=False),
+        Column("grouping", lambda x: _PROPERTIES[x.variant][2], meaning="How the groups are found.", right=False),
+        Column("params (Table 1)", lambda x: x.counts.paper_params, thousands, PAPER_PARAMS),
+        Column("params deployed", lambda x: x.counts.params, thousands, "Parameters after deployment."),
+        Column("MACs deployed", lambda x: x.counts.macs, thousands, "Multiply-accumulate operations of one image."),
+        Column("ops (paper)", lambda x: x.counts.paper_ops, thousands, PAPER_OPS),
+        Column("ops / SC", lambda x: x.counts.paper_ops / dense_ops, significant, "ops (paper) over those of SC."),
+        Column("white err", lambda x: white_error(x.variant, x.groups), fixed(3), WHITE_ERROR),
+    ]
+
+
+CHANNELS = "Input channels that one output sees directly, of n."
+PAPER_PARAMS = "The paper's count: LGC's includes its 0/1 mask, FLGC's its assignments."
+PAPER_OPS = (
+    "Formula (3.14) and section 4 as printed; the set-up terms of LGC and FLGC happen once, not in every forward pass."
+)
+WHITE_ERROR = "Smallest share of the output's energy that the variant loses on white input (closed form)."

@@ -1,0 +1,41 @@
+"""What the tests of tables share: a report of a document that is still a dict, and its rendering."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from bgcbench import report
+from bgcbench.results import document_of
+from bgcbench.results.rows import ProfileRow
+
+Json = dict[str, Any]
+
+
+def report_of(document: Json) -> report.Report:
+    return report.document_report(document_of(document, "the example"))
+
+
+def render(document: Json, form: str, width: int = 80) -> str:
+    out = io.StringIO()
+    report.emit(report_of(document), form, Console(file=out, width=width, no_color=True, highlight=False), document)
+    return out.getvalue()
+
+
+def profile_rows(document: Json) -> tuple[ProfileRow, ...]:
+    return document_of(document, "the example").results
+
+
+def check_width(document: Json, width: int) -> None:
+    """No line is wider than the terminal, and no cell is cut."""
+    text = render(document, "table", width)
+    assert max(len(line) for line in text.splitlines()) <= width
+    for table in report_of(document).tables:
+        for cells in table.cells:
+            assert all(cell in text for cell in cells)
+
+
+widths = pytest.mark.parametrize("width", [60, 80, 140, 250])
