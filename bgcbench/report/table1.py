@@ -70,9 +70,11 @@ def table1_columns(dense_ops: int) -> list[Column[Line]]:
     return [
         Column("method", lambda x: label_of(x.variant), meaning="The variant.", right=False, lead=True),
         Column("N", lambda x: x.groups, meaning="Groups.", lead=True),
-        Column("intergroup", lambda x: _PROPERTIES[x.variant][0], meaning="Whether groups exchange data.", right=False),
-        Column("channels", lambda x: _PROPERTIES[x.variant][1], meaning=CHANNELS, right=False),
-        Column("grouping", lambda x: _PROPERTIES[x.variant][2], meaning="How the groups are found.", right=False),
+        Column(
+            "intergroup", lambda x: VARIANTS[x.variant].table1[0], meaning="Whether groups exchange data.", right=False
+        ),
+        Column("channels", lambda x: VARIANTS[x.variant].table1[1], meaning=CHANNELS, right=False),
+        Column("grouping", lambda x: VARIANTS[x.variant].table1[2], meaning="How the groups are found.", right=False),
         Column("params (Table 1)", lambda x: x.counts.paper_params, thousands, PAPER_PARAMS),
         Column("params deployed", lambda x: x.counts.params, thousands, "Parameters after deployment."),
         Column("MACs deployed", lambda x: x.counts.macs, thousands, "Multiply-accumulate operations of one image."),
