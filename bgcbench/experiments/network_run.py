@@ -15,7 +15,15 @@ from bgcbench.convs.base import VariantConv2d
 from bgcbench.errors import ShapeError, UsageError
 from bgcbench.experiments.images import sized, traced
 from bgcbench.experiments.network import NetworkConfig
-from bgcbench.experiments.profile import PlannedRow, ProfileConfig, conditions, row_key, row_seed, wanted_rows
+from bgcbench.experiments.profile import (
+    MeasureConfig,
+    PlannedRow,
+    ProfileConfig,
+    conditions,
+    row_key,
+    row_seed,
+    wanted_rows,
+)
 from bgcbench.experiments.profile_run import LayerSubject, ProfileSession, Subject, on_device
 from bgcbench.measure.counts import CallWork, count
 from bgcbench.measure.trace import Call, Trace, trace
@@ -35,7 +43,7 @@ class NetworkPlan:
     config: with the network's own size.
     """
 
-    config: NetworkConfig
+    config: MeasureConfig
     rows: list[PlannedRow]
     subjects: dict[str, Subject]
     notes: list[str]

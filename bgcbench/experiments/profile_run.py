@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from bgcbench.convs import VariantConv2d, build_conv
+from bgcbench.experiments.base import Run
 from bgcbench.experiments.profile import (
     MeasureConfig,
     PlannedRow,
@@ -30,7 +31,6 @@ from bgcbench.experiments.profile import (
 from bgcbench.experiments.session import Session
 from bgcbench.measure import ceilings, environment
 from bgcbench.measure.allocator import FAULT_S, memory_state, resolve_memory
-from bgcbench.measure.ceilings import Ceilings
 from bgcbench.measure.counts import CallWork, call_work, count, paper_bytes
 from bgcbench.measure.device import (
     DEVICE_LOST,
@@ -261,12 +261,8 @@ class _Row:
 
 @dataclass(frozen=True)
 class Update:
-    """What the run has so far: the document's changing parts, and what is happening."""
+    """What is happening; save: whether ``results`` are new."""
 
-    rows: list[Json]
-    ceilings: Json | None
-    interleaved: list[Json]
-    warnings: list[str]
     doing: str
     progress: Progress | None
     save: bool
@@ -279,13 +275,15 @@ def layer_subjects(config: MeasureConfig, rows: Sequence[PlannedRow]) -> dict[st
     return {row.key: LayerSubject(config, row, row.spec) for row in rows if row.spec is not None}
 
 
-class ProfileRun:
+class ProfileRun(Run):
     """One run of ``profile`` on an open session; iterate ``run()`` for its updates.
 
     subjects: what the rows measure, by key; by default the layers of their specs. kept: the rows of a resumed file by
     key; those that are done are not measured again, and those that are not in the plan stay as they are. stop() is
     asked between batches of samples.
     """
+
+    config: MeasureConfig
 
     def __init__(
         self,
@@ -303,11 +301,25 @@ class ProfileRun:
         self.kept = {key: row for key, row in self.stored.items() if row["status"] in DONE}
         self.interleaved = list(interleaved)
         self.warnings = list(session.warnings)
-        self.ceilings: Ceilings | None = None
+        self._results = list(self.stored.values())
         if subjects is None:
             subjects = layer_subjects(config, rows)
+        self.subjects = subjects
         self.rows = [_Row(row, subjects[row.key]) for row in rows if row.key in subjects and row.key not in self.kept]
         self._inputs: dict[tuple[tuple[int, ...], bool], torch.Tensor] = {}
+
+    @property
+    def keys(self) -> list[str]:
+        return [row.key for row in self.planned]
+
+    @property
+    def results(self) -> list[Json]:
+        """The rows as of the last update that was worth saving."""
+        return self._results
+
+    def take_into(self, document: Json) -> None:
+        super().take_into(document)
+        document["interleaved"] = self.interleaved
 
     def run(self) -> Iterator[Update]:
         """Measure every row; the last update holds the finished rows."""
@@ -520,13 +532,9 @@ class ProfileRun:
                 row.reason = f"stopped in round {group.rounds}; --resume measures its group again"
 
     def _update(self, doing: str, progress: Progress | None = None, *, save: bool = False) -> Update:
-        records = self._records() if save else []
-        return Update(records, self._ceilings_json(), self.interleaved, self.warnings, doing, progress, save)
-
-    def _ceilings_json(self) -> Json | None:
-        if self.ceilings is None:
-            return None
-        return {**dataclasses.asdict(self.ceilings), "matmul_sizes": list(self.ceilings.matmul_sizes)}
+        if save:
+            self._results = self._records()
+        return Update(doing, progress, save)
 
     def _records(self) -> list[Json]:
         """Every row as the file holds it, in the plan's order; rows not begun yet are interrupted ones."""
