@@ -49,7 +49,8 @@ def run(options: argparse.Namespace, device: torch.device, out: Path) -> int:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     seconds = time.perf_counter() - begin
-    found = {name: value for name, value in (converted.record.calibration or {}).items() if name != "layers"}
+    calibration = converted.record.calibration
+    found = {} if calibration is None else {k: v for k, v in calibration.to_json().items() if k != "layers"}
     print(f"{options.variant} N={options.groups}, {options.images} images, {device}: {seconds:.0f} s")
     command = f"python -m benchmarks.convert_resnet50 --variant {options.variant} --groups {options.groups} --images "
     command += f"{options.images} --threads {options.threads}"

@@ -35,7 +35,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.common import CPU, save
-from bgcbench.convert import convert
+from bgcbench.conversion.convert import convert
 from bgcbench.convs import build_conv
 from bgcbench.errors import DeviceError
 from bgcbench.kernels import tiles

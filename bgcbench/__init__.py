@@ -14,25 +14,25 @@ _HOMES = {
     "BalancedGroupConv2d": "bgcbench.convs.bgc",
     "BgcbenchError": "bgcbench.errors",
     "ConvSpec": "bgcbench.specs",
-    "Converted": "bgcbench.convert",
+    "Converted": "bgcbench.conversion.record",
     "FullyLearnableGroupConv2d": "bgcbench.convs.flgc",
     "GroupConv2d": "bgcbench.convs.gc",
-    "LayerError": "bgcbench.activations",
+    "LayerError": "bgcbench.conversion.approximability",
     "LearnedGroupConv2d": "bgcbench.convs.lgc",
     "ShuffleGroupConv2d": "bgcbench.convs.shuffle",
     "StandardConv2d": "bgcbench.convs.standard",
     "TwoLevelGroupConv2d": "bgcbench.convs.tlgc",
-    "approximability": "bgcbench.activations",
+    "approximability": "bgcbench.conversion.approximability",
     "build_conv": "bgcbench.convs",
     "build_model": "bgcbench.models",
-    "convert": "bgcbench.convert",
-    "fold_norms": "bgcbench.folding",
-    "load_converted": "bgcbench.convert",
+    "convert": "bgcbench.conversion.convert",
+    "fold_norms": "bgcbench.conversion.folding",
+    "load_converted": "bgcbench.conversion.convert",
     "parameter_groups": "bgcbench.convs.base",
-    "save_converted": "bgcbench.convert",
+    "save_converted": "bgcbench.conversion.convert",
 }
 
-_MODULES = ("calibration",)  # parts that are used by their own name, such as bgcbench.calibration.reestimate_norms
+_MODULES = {"calibration": "bgcbench.conversion.calibration"}  # used by its name: bgcbench.calibration.reestimate_norms
 
 __all__ = [
     "BalancedGroupConv2d",
@@ -59,9 +59,11 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from bgcbench import calibration
-    from bgcbench.activations import LayerError, approximability
-    from bgcbench.convert import Converted, convert, load_converted, save_converted
+    from bgcbench.conversion import calibration
+    from bgcbench.conversion.approximability import LayerError, approximability
+    from bgcbench.conversion.convert import convert, load_converted, save_converted
+    from bgcbench.conversion.folding import fold_norms
+    from bgcbench.conversion.record import Converted
     from bgcbench.convs import build_conv
     from bgcbench.convs.base import parameter_groups
     from bgcbench.convs.bgc import BalancedGroupConv2d
@@ -72,14 +74,13 @@ if TYPE_CHECKING:
     from bgcbench.convs.standard import StandardConv2d
     from bgcbench.convs.tlgc import TwoLevelGroupConv2d
     from bgcbench.errors import BgcbenchError
-    from bgcbench.folding import fold_norms
     from bgcbench.models import build_model
     from bgcbench.specs import ConvSpec
 
 
 def __getattr__(name: str) -> Any:
     if name in _MODULES:
-        return importlib.import_module(f"{__name__}.{name}")
+        return importlib.import_module(_MODULES[name])
     if name not in _HOMES:
         raise AttributeError(f"module 'bgcbench' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES[name]), name)

@@ -328,7 +328,7 @@ class TestNetwork:
         whole = document["results"]
         document["results"] = whole[:9]
         results.ResultWriter(here / "r.json").write(document)
-        from bgcbench.activations import Judge
+        from bgcbench.conversion.approximability import Judge
 
         judged: list[str] = []
         judge = Judge.judge
@@ -365,7 +365,7 @@ class TestNetwork:
             assert errors == pytest.approx(before["output_relative_error"], rel=1e-6, abs=1e-9)
 
     def test_a_row_that_fails_is_recorded_and_the_others_are_computed(self, here: Path, monkeypatch, capsys) -> None:
-        from bgcbench.activations import Judge
+        from bgcbench.conversion.approximability import Judge
 
         judge = Judge.judge
 

@@ -508,7 +508,7 @@ def test_a_row_whose_checkpoints_are_gone_is_said_to_begin_again(
 
 
 def test_uneven_groups_are_counted_as_they_are() -> None:
-    from bgcbench.convert import convert
+    from bgcbench.conversion.convert import convert
     from bgcbench.experiments.network_run import network_counts
     from bgcbench.measure.trace import trace
 

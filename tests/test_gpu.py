@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from bgcbench import results
 from bgcbench.cli import main
-from bgcbench.convert import convert, load_converted, save_converted
+from bgcbench.conversion.convert import convert, load_converted, save_converted
 from bgcbench.convs import CONVS
 from bgcbench.experiments.network import NetworkConfig
 from bgcbench.experiments.network_run import plan_network

@@ -151,7 +151,7 @@ class TestCounts:
             assert executed == counts["macs_training" if masked else "macs"]
             # BGC's mean: one addition for each input value of each replaced convolution.
             replaced = [call for call in trace(model, config.spec.size).convs if call.module in
-                        {layer.name for layer in subject.record.replaced}]  # fmt: skip
+                        {layer.name for layer in subject.record.layers}]  # fmt: skip
             assert counts["adds"] == (sum(call.values_in for call in replaced) if variant == "bgc" else 0)
 
     def test_work_of_a_training_step_is_three_passes(self) -> None:

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import bgcbench
-from bgcbench.calibration import reestimate_norms
-from bgcbench.convert import convert, load_converted, save_converted
+from bgcbench.conversion.calibration import reestimate_norms
+from bgcbench.conversion.convert import convert, load_converted, save_converted
 from bgcbench.errors import UsageError
 from bgcbench.measure.workload import NetworkWorkload
 
@@ -88,7 +88,7 @@ class TestALayerThatRunsSeveralTimes:
     @pytest.mark.parametrize("variant", ["gc", "bgc"])
     def test_is_solved_for_all_of_its_calls_by_lstsq(self, variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
         """The head sees what the original gives it, so explicit least squares over all three levels is the answer."""
-        monkeypatch.setattr("bgcbench.calibration.solve.RIDGES", (0.0,))
+        monkeypatch.setattr("bgcbench.conversion.solve.RIDGES", (0.0,))
         model, x = Pyramid().double().eval(), images()
         layer = convert(model, variant, 4, init="calibrated", calibration=[x], include="head", where="none")
         pairs = calls_of(model, "head", x)
@@ -116,29 +116,29 @@ class TestALayerThatRunsSeveralTimes:
             model, "gc", 2, init="calibrated", calibration=[x], rebn=False, include="head", where="none"
         ).record
         assert record.calibration is not None
-        (layer,) = record.calibration["layers"]
-        assert layer["before"] == pytest.approx(row.white, rel=1e-9)
-        assert layer["after"] == pytest.approx(row.calibrated, rel=1e-6)
+        (layer,) = record.calibration.layers
+        assert layer.before == pytest.approx(row.white, rel=1e-9)
+        assert layer.after == pytest.approx(row.calibrated, rel=1e-6)
 
     def test_is_looked_at_at_the_same_positions_by_both(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("bgcbench.calibration.images.LEAST_ROWS", 64 * 9)  # 9 positions of an image, of up to 64
-        monkeypatch.setattr("bgcbench.calibration.images.ROWS_AN_ENTRY", 1)
+        monkeypatch.setattr("bgcbench.conversion.layer_moments.LEAST_ROWS", 64 * 9)  # 9 of up to 64
+        monkeypatch.setattr("bgcbench.conversion.layer_moments.ROWS_AN_ENTRY", 1)
         model, x = Pyramid().double().eval(), images(64)
         model.norm = nn.Identity()
         options: dict[str, Any] = {"include": "head", "where": "none"}
         (row,) = bgcbench.approximability(model, [x], variants=["gc"], groups=[2], **options)
         found = convert(model, "gc", 2, init="calibrated", calibration=[x], rebn=False, **options).record.calibration
         assert found is not None
-        assert found["layers"][0]["rows"] == row.rows == 48 * (9 + 9 + 4)  # three levels of 8, 4 and 2 pixels a side
-        assert found["layers"][0]["before"] == pytest.approx(row.white, rel=1e-9)
+        assert found.layers[0].rows == row.rows == 48 * (9 + 9 + 4)  # three levels of 8, 4 and 2 pixels a side
+        assert found.layers[0].before == pytest.approx(row.white, rel=1e-9)
 
     def test_loses_as_much_on_every_level_as_the_record_says(self) -> None:
         model, x = Pyramid().double().eval(), images(64)
         converted = convert(model, "bgc", 4, init="calibrated", calibration=[x], include="head", where="none")
         assert converted.record.calibration is not None
-        (layer,) = converted.record.calibration["layers"]
+        (layer,) = converted.record.calibration.layers
         held_out = x[3::4]
-        assert lost(model, converted.model, "head", held_out) < 1.3 * layer["after"] + 1e-3
+        assert lost(model, converted.model, "head", held_out) < 1.3 * layer.after + 1e-3
 
     def test_of_a_recurrent_block_counts_what_comes_back_to_it(self) -> None:
         model, x = Recurrent().double().eval(), images(64)
@@ -149,7 +149,7 @@ class TestALayerThatRunsSeveralTimes:
         assert lost(model, calibrated, "block", x) < lost(model, copied, "block", x)
         exact = convert(model, "bgc", 2, init="calibrated", calibration=[x], rebn=False)
         assert exact.record.calibration is not None
-        assert exact.record.calibration["layers"][0]["before"] < 1e-12
+        assert exact.record.calibration.layers[0].before < 1e-12
         torch.testing.assert_close(exact.model(x), model(x), rtol=1e-9, atol=1e-9)
 
     def test_a_norm_that_is_used_several_times_gets_the_statistics_of_all_calls(self) -> None:
@@ -192,7 +192,7 @@ class TestANetworkThatWorksInPlaceOnItsInput:
         converted = convert(model, "bgc", 2, init="calibrated", calibration=[x, x.clone()], example_input=x[:1])
         assert torch.equal(x, before)
         assert converted.record.calibration is not None
-        assert converted.record.calibration["layers"][0]["before"] < 1e-12
+        assert converted.record.calibration.layers[0].before < 1e-12
         torch.testing.assert_close(converted.model(x.clone()), model(x.clone()), rtol=1e-9, atol=1e-9)
 
     def test_in_approximability_too(self) -> None:
@@ -254,7 +254,7 @@ class TestRandomnessInEvalMode:
         converted = convert(model, "bgc", 2, init="calibrated", calibration=list(x.split(12)))
         assert any("draws random numbers in eval mode" in note for note in converted.record.notes)
         assert converted.record.calibration is not None
-        assert max(layer["before"] for layer in converted.record.calibration["layers"]) < 1e-12
+        assert max(layer.before for layer in converted.record.calibration.layers) < 1e-12
 
     def test_draws_the_same_whatever_was_drawn_before(self) -> None:
         model, x = Drops(torch_dropout).double().eval(), images(48)
@@ -318,7 +318,7 @@ class TestANetworkThatAsksForItsConvolution:
 
     def test_what_a_variant_answers_alike_may_be_asked(self) -> None:
         model = Asking(lambda conv: conv.out_channels + conv.stride[0] + conv.kernel_size[0]).double()
-        assert [layer.name for layer in convert(model, "gc", 2).record.replaced] == ["conv", "other"]
+        assert [layer.name for layer in convert(model, "gc", 2).record.layers] == ["conv", "other"]
 
     def test_a_convolution_that_is_called_by_another_way_too_is_kept(self) -> None:
         class Twice(nn.Module):
@@ -348,7 +348,7 @@ class ByKeyword(nn.Module):
 def test_a_convolution_that_is_called_by_keyword(variant: str) -> None:
     model, x = ByKeyword().double().eval(), images()
     converted = convert(model, variant, 2, init="calibrated", calibration=[x])
-    assert [layer.name for layer in converted.record.replaced] == ["conv"]
+    assert [layer.name for layer in converted.record.layers] == ["conv"]
     assert converted.model(x).shape == (IMAGES, 8)
     if variant == "bgc":
         torch.testing.assert_close(converted.model(x), model(x), rtol=1e-9, atol=1e-9)
@@ -416,7 +416,7 @@ def test_a_batch_with_a_list_of_facts_is_not_taken_apart() -> None:
         InPlace().double(), "bgc", 2, calibration=batches, forward_fn=lambda model, batch: model(batch[0])
     ).record.calibration
     assert found is not None
-    assert found["images"] == 4
+    assert found.images == 4
 
 
 KINDS = ("list", "detection", "tuple", "with labels", "dict", "mapping", "forward_fn", "opaque")
@@ -430,15 +430,15 @@ def test_batches_of_any_kind_calibrate(kind: str) -> None:
     converted = convert(model, "bgc", 2, init="calibrated", calibration=batches, **options)
     found = converted.record.calibration
     assert found is not None
-    assert (found["images"], found["held_out"]) == ((5, 1) if kind == "opaque" else (IMAGES, IMAGES // 4))
-    assert [layer["name"] for layer in found["layers"]] == ["conv"]
-    assert found["layers"][0]["before"] < 1e-12
+    assert (found.images, found.held_out) == ((5, 1) if kind == "opaque" else (IMAGES, IMAGES // 4))
+    assert [layer.name for layer in found.layers] == ["conv"]
+    assert found.layers[0].before < 1e-12
     rows = bgcbench.approximability(model, batches, variants=["gc"], groups=[2], **options)
     assert [row.name for row in rows] == ["conv"]
     # A generator is gone through once.
     again = convert(model, "bgc", 2, init="calibrated", calibration=iter(batches), **options)
     assert again.record.calibration is not None
-    assert again.record.calibration["images"] == found["images"]
+    assert again.record.calibration.images == found.images
 
 
 def test_the_same_images_in_any_wrapping_give_the_same_weights() -> None:
@@ -481,16 +481,15 @@ def test_memory_that_is_too_little_names_the_layers_that_take_it() -> None:
 
 def test_two_conversions_of_one_network_are_one_record_and_one_file(tmp_path: Any) -> None:
     model = bgcbench.build_model("wrn_10_1")
-    names = [layer.name for layer in convert(model, "gc", 2).record.replaced]
+    names = [layer.name for layer in convert(model, "gc", 2).record.layers]
     first = convert(model, "bgc", 4, include=names[:2], where="none", algorithm="concat")
     both = convert(first.model, "tlgc", 2, include=names[2:4], where="none", init="copy")
     save_converted(both, tmp_path / "both.pt")
     loaded = load_converted(tmp_path / "both.pt")
     x = torch.randn(2, 3, 32, 32)
     torch.testing.assert_close(loaded(x), both.model.eval()(x), rtol=0, atol=0)
-    stored = both.record.to_json()
-    kinds = [(layer["name"], layer["variant"], layer["groups"], layer["algorithm"], layer["init"])
-             for layer in (*stored["earlier"], *stored["layers"])]  # fmt: skip
+    kinds = [(layer.name, layer.variant, layer.groups, layer.algorithm, layer.init)
+             for layer in (*both.record.earlier, *both.record.layers)]  # fmt: skip
     assert kinds == [(names[0], "bgc", 4, "concat", "white"), (names[1], "bgc", 4, "concat", "white"),
                      (names[2], "tlgc", 2, "auto", "copy"), (names[3], "tlgc", 2, "auto", "copy")]  # fmt: skip
     third = convert(loaded, "gc", 2, include=names[4:5], where="none")

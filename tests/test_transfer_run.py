@@ -13,8 +13,8 @@ import pytest
 import torch
 
 import bgcbench
-from bgcbench.calibration import Stopped
-from bgcbench.convert import INITS as CONVERT_INITS
+from bgcbench.conversion.calibration import Stopped
+from bgcbench.conversion.convert import INITS as CONVERT_INITS
 from bgcbench.data import open_labelled
 from bgcbench.experiments import transfer_run
 from bgcbench.experiments.train_run import open_session

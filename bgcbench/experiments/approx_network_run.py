@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,8 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bgcbench.activations import Judge, LayerError, check_divisible, kernel_of, moment_bytes, passes, shares, stream
-from bgcbench.convert import Candidates, Replaced, candidates
+from bgcbench.conversion.approximability import (
+    Judge,
+    LayerError,
+    check_divisible,
+    kernel_of,
+    moment_bytes,
+    passes,
+    shares,
+    stream,
+)
+from bgcbench.conversion.convert import Candidates, candidates
 from bgcbench.data import Images, open_images
 from bgcbench.errors import UsageError
 from bgcbench.experiments.approx_network import ApproxNetworkConfig
@@ -24,6 +32,7 @@ from bgcbench.measure.device import backend_state, describe_failure
 from bgcbench.models import build_model
 from bgcbench.models.weights import Loaded, Weights, has_default
 from bgcbench.results import DONE, Json
+from bgcbench.results.rows import Replaced
 from bgcbench.specs import HELD_OUT, unfit
 
 UNTRAINED = "no published weights: the network is untrained, and so are its activations; give --weights FILE"
@@ -77,7 +86,7 @@ class Prepared:
             "weights": self.loaded.name,
             "weights_sha256": self.loaded.sha256,
             "data_sha256": self.images.fingerprint,
-            "kept": [dataclasses.asdict(kept) for kept in self.layers.kept],
+            "kept": [kept.to_json() for kept in self.layers.kept],
             "moments": {"bytes": self.moment_bytes, "passes": self.portions},
         }
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from bgcbench.convert import Converted
+from bgcbench.conversion.record import Converted
 from bgcbench.errors import BgcbenchError
 from bgcbench.experiments.images import sized
 from bgcbench.experiments.profile import row_seed
@@ -76,7 +76,7 @@ def prepare(config: TransferConfig) -> ClosedFormPrepared:
 def layer_losses(dense: nn.Module, converted: Converted) -> list[Json]:
     """||W - D||^2 / ||W||^2 of every replaced convolution, in the order of execution: {name, loss}."""
     found = []
-    for layer in converted.record.replaced:
+    for layer in converted.record.layers:
         own, other = (net.get_submodule(layer.name) for net in (dense, converted.model))
         kernel = own.weight.detach().double()  # type: ignore[operator]
         lost = (kernel - other.dense_weight().detach().double()).square().sum()  # type: ignore[operator]

@@ -10,7 +10,9 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from bgcbench.convert import Converted, Record, convert, replay
+from bgcbench.conversion.convert import convert
+from bgcbench.conversion.record import Converted, replay
+from bgcbench.conversion.selection import Indivisible
 from bgcbench.convs.base import VariantConv2d
 from bgcbench.errors import ShapeError, UsageError
 from bgcbench.experiments.images import sized, traced
@@ -29,8 +31,8 @@ from bgcbench.measure.counts import CallWork, count
 from bgcbench.measure.trace import Call, Trace, trace
 from bgcbench.measure.workload import Like, NetworkWorkload, Workload
 from bgcbench.models import build_empty, build_model
-from bgcbench.policy import Indivisible
 from bgcbench.results import Json
+from bgcbench.results.rows import Record
 from bgcbench.specs import PRECISIONS, VARIANTS, ConvSpec, NetSpec, unfit
 
 PASSES = {"fwd": 1, "train_step": 3}  # convolution-sized passes: y; and dx and dW
@@ -360,7 +362,7 @@ def _layer_rows(
     config: NetworkConfig, found: Trace, records: list[Record]
 ) -> list[tuple[PlannedRow, NetworkLayerSubject | None]]:
     """The network's own convolution of each shape, and where the conversion replaces it each variant beside it."""
-    replaced = {layer.name for record in records for layer in record.replaced}
+    replaced = {layer.name for record in records for layer in record.layers}
     phases = tuple({"fwd": "fwd", "train_step": "fwd_bwd"}[phase] for phase in config.phases)
     names = ("batch", "precision", "layout", "mode", "cache", "device", "threads", "seed", "max_time_s", "quick")
     shared = {name: getattr(config, name) for name in names}

@@ -15,7 +15,8 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from bgcbench.convert import Record, candidates, replay
+from bgcbench.conversion.convert import candidates
+from bgcbench.conversion.record import replay
 from bgcbench.data import open_labelled
 from bgcbench.data.labelled import LabelledData, ResidentData
 from bgcbench.errors import BgcbenchError, OutputError, ShapeError, UsageError
@@ -48,6 +49,7 @@ from bgcbench.measure.environment import describe_environment
 from bgcbench.measure.trace import Trace, trace
 from bgcbench.models import build_empty, build_model
 from bgcbench.results import DONE, Json, stage_of
+from bgcbench.results.rows import Record
 from bgcbench.specs import PRECISIONS
 from bgcbench.theory import paper
 from bgcbench.training.checkpoint import Checkpoints
@@ -224,7 +226,7 @@ def _converted(record: Record | None, dense: nn.Module, config: TrainConfig) -> 
         dense, where=config.where, include=config.include, exclude=config.exclude, example_input=config.spec.size
     )
     kept = [{"name": layer.name, "reason": "the dense network", "code": "standard"} for layer in found.chosen]
-    return {"replaced": [], "kept": kept + [dataclasses.asdict(one) for one in found.kept]}
+    return {"replaced": [], "kept": kept + [one.to_json() for one in found.kept]}
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bgcbench.calibration import Stopped
-from bgcbench.convert import Converted, Record, convert, save_converted
+from bgcbench.conversion.calibration import Stopped
+from bgcbench.conversion.convert import convert, save_converted
+from bgcbench.conversion.record import Converted
 from bgcbench.data import Images
 from bgcbench.errors import BgcbenchError, OutputError, UsageError
 from bgcbench.experiments import profile_run
@@ -46,6 +47,7 @@ from bgcbench.measure.statistics import Series, ratio_of_medians
 from bgcbench.models import build_model
 from bgcbench.models.weights import Loaded, Weights
 from bgcbench.results import DONE, Json, measurement_warnings, write_atomically
+from bgcbench.results.rows import Record
 from bgcbench.specs import HELD_OUT
 from bgcbench.theory import paper
 from bgcbench.training.checkpoint import Checkpoints

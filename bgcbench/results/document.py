@@ -38,6 +38,7 @@ from bgcbench.results.rows import (
     Tool,
     TrainRow,
     TransferRow,
+    upgraded_record,
 )
 from bgcbench.specs import FINGERPRINT_FIELDS
 
@@ -265,14 +266,8 @@ def _upgraded(row: Any) -> Any:
     """A row of any version 1 with the codes that older ones have only in words."""
     if not isinstance(row, dict):
         return row
-    record = row.get("convert")
-    record = record if isinstance(record, dict) else {}
-    for kept in record.get("kept", ()):
-        if isinstance(kept, dict) and "does not divide" in str(kept.get("reason")):
-            kept.setdefault("code", "indivisible")
-    for layer in record.get("layers", ()):
-        if isinstance(layer, dict):
-            layer |= {what: record.get(what) for what in ("variant", "algorithm", "init") if what not in layer}
+    if isinstance(row.get("convert"), dict):
+        row["convert"] = upgraded_record(row["convert"])
     if "epochs" in row:
         row.setdefault("stage", _stage(row))
     return row

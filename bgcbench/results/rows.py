@@ -9,7 +9,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
+import msgspec
 from msgspec import Meta, Struct
+
+from bgcbench.errors import ResultFileError
 
 Count = Annotated[int, Meta(ge=0)]
 Whole = Annotated[int, Meta(ge=1)]
@@ -25,6 +28,11 @@ DONE = ("ok", "invalid")  # statuses that a resumed run keeps
 
 class Data(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Base of everything in a file."""
+
+    def to_json(self) -> dict[str, Any]:
+        """This as plain JSON."""
+        plain: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(self))
+        return plain
 
 
 class Row(Data, frozen=True):
@@ -58,7 +66,7 @@ class Counts(Data, frozen=True):
 # --------------------------------------------------------------------------------------------- what a conversion did
 
 
-class Kept(Data, frozen=True):
+class Kept(Data, frozen=True, omit_defaults=False):
     """A convolution that stays as it is, and why: for people, and as a code (bgcbench.conversion.selection.Reason)."""
 
     name: str
@@ -66,7 +74,7 @@ class Kept(Data, frozen=True):
     code: str = ""
 
 
-class Replaced(Data, frozen=True):
+class Replaced(Data, frozen=True, omit_defaults=False):
     """A convolution that was replaced: its name, where else it hangs, its shape, and the layer in its place.
 
     groups: N of this layer, which 'gcd' may have lowered; 1 of a 'standard' one, which is not replaced yet. height,
@@ -128,16 +136,19 @@ class Calibration(Data, frozen=True):
     layers: tuple[CalibratedLayer, ...]
 
 
-class Record(Data, frozen=True, kw_only=True):
+class Record(Data, frozen=True, omit_defaults=False):
     """Everything that a conversion decided; with a network like the original it can be repeated (load_converted).
 
-    variant, groups, init, algorithm: as they were asked for; each of ``layers`` holds its own, and ``replaced`` their
-    names. earlier: layers that conversions before this one had put into the network. source: how build_model makes the
-    original network, None where it cannot. size: the input (channels, height, width) on which the network was run to
-    find shapes, order and roles; None where it could not be. functional: convolutions that are called as functions,
-    which no module owns and nothing here replaces. rebn: whether batch norm's statistics were re-estimated.
+    variant, groups, init, algorithm: as they were asked for; each of ``layers``, those that were replaced, holds its
+    own, and ``replaced`` their names. earlier: layers that conversions before this one had put into the network.
+    source: how build_model makes the original network, None where it cannot. size: the input (channels, height, width)
+    on which the network was run to find shapes, order and roles; None where it could not be. functional: convolutions
+    that are called as functions, which no module owns and nothing here replaces. rebn: whether batch norm's statistics
+    were re-estimated.
     """
 
+    replaced: tuple[str, ...]
+    kept: tuple[Kept, ...]
     variant: str = "standard"
     groups: Whole = 1
     where: str = "auto"
@@ -148,9 +159,7 @@ class Record(Data, frozen=True, kw_only=True):
     algorithm: str = "auto"
     source: dict[str, Any] | None = None
     size: tuple[Whole, Whole, Whole] | None = None
-    replaced: tuple[str, ...]
     layers: tuple[Replaced, ...] = ()
-    kept: tuple[Kept, ...]
     functional: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     rebn: bool = False
@@ -161,6 +170,30 @@ class Record(Data, frozen=True, kw_only=True):
     def indivisible(self) -> list[str]:
         """Convolutions that stayed dense only because N does not divide their channels."""
         return [kept.name for kept in self.kept if kept.code == "indivisible"]
+
+    @classmethod
+    def from_json(cls, stored: Any) -> Record:
+        """The record that :meth:`to_json` wrote, in this version or an older one; raises ResultFileError."""
+        try:
+            return msgspec.convert(upgraded_record(stored), cls)
+        except (msgspec.ValidationError, AttributeError, TypeError) as problem:
+            raise ResultFileError(f"this is no record of a conversion: {problem}") from None
+
+
+def upgraded_record(stored: dict[str, Any]) -> dict[str, Any]:
+    """A record with what older ones leave to be concluded: what each layer is, and the code of what is indivisible."""
+    asked = {name: stored[name] for name in ("variant", "algorithm", "init") if name in stored}
+
+    def kept(one: Any) -> Any:
+        indivisible = isinstance(one, dict) and "does not divide" in str(one.get("reason"))
+        return {"code": "indivisible"} | one if indivisible else one
+
+    def layer(one: Any) -> Any:
+        return asked | one if isinstance(one, dict) else one
+
+    made = {"layers": layer, "kept": kept}
+    lists = {name: stored[name] for name in made if isinstance(stored.get(name), list)}
+    return stored | {name: [made[name](one) for one in found] for name, found in lists.items()}
 
 
 # ----------------------------------------------------------------------------------------------------------- profile

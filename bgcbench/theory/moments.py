@@ -134,7 +134,7 @@ class PatchMoments:
 
     Memory: (nK)^2 + nK numbers of ``dtype``, and while adding the patches of one image at least, of 32 MiB otherwise,
     twice; the im2col matrix of a whole set is never formed.
-    ``total``: (nK, nK); ``first``: (nK,); ``positions``: patches seen; ``images``: inputs seen.
+    ``total``: (nK, nK); ``first``: (nK,); ``positions``: patches seen.
     """
 
     def __init__(
@@ -153,35 +153,25 @@ class PatchMoments:
         self.total = torch.zeros(size, size, dtype=dtype, device=device)
         self.first = torch.zeros(size, dtype=dtype, device=device)
         self.positions = 0
-        self.images = 0
 
-    def add(self, x: Tensor, at_most: int | None = None, generator: torch.Generator | None = None) -> None:
-        """Count the patches of x (B, n, H, W) in.
-
-        at_most: of each image take no more than that many positions, drawn without replacement from ``generator``, for
-        each image anew; only their patches are formed.
-        """
+    def add(self, x: Tensor) -> None:
+        """Count the patches of x (B, n, H, W) in."""
         x = x.detach()
-        height, width = self.output_size(x)
-        if at_most is not None and height * width > at_most:
-            for image in x:
-                chosen = some_positions(height * width, at_most, generator)
-                self._count(self._patches.at(image, chosen // width, chosen % width).to(self.total), 1)
-            return
+        height, width = self._patches.output_size(x)
         for images in x.split(self._images_at_once(height * width)) if x.shape[0] else ():
-            given = images.to(device=self.total.device, dtype=self.total.dtype)
-            self._count(self._patches.all(given), images.shape[0])
+            self.count(self._patches.all(images.to(self.total)))
 
-    def _count(self, patches: Tensor, images: int) -> None:
-        """Add patches (nK, positions)."""
-        self.total.addmm_(patches, patches.T)
-        self.first += patches.sum(1)
-        self.positions += patches.shape[1]
-        self.images += images
+    def count(self, patches: Tensor) -> None:
+        """Count patches (nK, positions) in."""
+        u = patches.to(self.total)
+        self.total.addmm_(u, u.T)
+        self.first += u.sum(1)
+        self.positions += u.shape[1]
 
-    def output_size(self, x: Tensor) -> tuple[int, int]:
-        """(height, width) of the positions at which x (B, n, H, W) has patches."""
-        return self._patches.output_size(x)
+    @property
+    def is_finite(self) -> bool:
+        """Whether everything that was added is a number."""
+        return all(bool(torch.isfinite(sums).all()) for sums in (self.first, self.total.diagonal()))
 
     def _images_at_once(self, positions: int) -> int:
         return max(1, CHUNK_NUMBERS // (max(1, positions) * len(self.first)))

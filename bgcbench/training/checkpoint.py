@@ -47,7 +47,7 @@ State = dict[str, Tensor]
 class Stored:
     """What a checkpoint holds. model: a state dict. extra: other tensors by name. meta: everything else.
 
-    record: how the network was converted (see :class:`bgcbench.convert.Record`), None for a dense one; with it
+    record: how the network was converted (see :class:`bgcbench.results.rows.Record`), None for a dense one; with it
     :func:`bgcbench.load_converted` reads the file.
     """
 

@@ -7,7 +7,7 @@ import torch
 import torchvision
 from torch import nn
 
-from bgcbench.convert import convert
+from bgcbench.conversion.convert import convert
 from bgcbench.errors import ShapeError, UsageError
 from bgcbench.measure.trace import trace
 from bgcbench.models import build_model, identify
@@ -89,7 +89,7 @@ def test_a_converted_network_has_the_parameters_worked_out_elsewhere(
 )  # fmt: skip
 def test_as_many_convolutions_are_replaced_as_the_paper_replaces(name: str, where: str, convs: int) -> None:
     record = convert(without_numbers(NetSpec(name)), "bgc", 2, where=where, inplace=True).record
-    assert len(record.replaced) == convs
+    assert len(record.layers) == convs
 
 
 def test_efficientnet_b0_at_n_16_is_refused_naming_exactly_its_eight_convolutions() -> None:
@@ -100,10 +100,10 @@ def test_efficientnet_b0_at_n_16_is_refused_naming_exactly_its_eight_convolution
     assert [tuple(map(int, part.split(")")[0].split(" -> "))) for part in str(refused.value).split(" (")[1:9]] == shapes
     assert "on_indivisible='skip'" in str(refused.value)
     record = convert(model, "bgc", 16, on_indivisible="skip").record
-    assert len(record.replaced) == 31 - 8
+    assert len(record.layers) == 31 - 8
     assert sum("N=16 does not divide" in kept.reason for kept in record.kept) == 8
     gcd = convert(model, "bgc", 16, on_indivisible="gcd").record
-    assert [layer.groups for layer in gcd.replaced if layer.groups != 16] == [8] * 8
+    assert [layer.groups for layer in gcd.layers if layer.groups != 16] == [8] * 8
 
 
 def test_mobilenet_v2_at_n_16_fails_in_four_convolutions() -> None:
@@ -116,7 +116,7 @@ def test_mobilenet_v2_at_n_16_fails_in_four_convolutions() -> None:
 )
 def test_maps_that_strides_bring_down_to_one_pixel_are_not_taken_for_squeeze_and_excitation(spec: NetSpec) -> None:
     record = convert(without_numbers(spec), "gc", 2, example_input=spec.size).record
-    assert len(record.replaced) == 31
+    assert len(record.layers) == 31
     assert sum("squeeze" in kept.reason for kept in record.kept) == 32
 
 

@@ -14,8 +14,8 @@ from bgcbench.results.json_schema import schema
 
 RESULTS = Path(__file__).parent.parent.parent / "results"
 FILES = [path for path in sorted(RESULTS.glob("*.json")) if "bgcbench.result" in path.read_text()[:200]]
-# What reading adds to a file of an older version, by name.
-ADDED = {"stage", "code", "variant", "algorithm", "init", "failure", "fits", "network"}
+# What reading adds to a file of an older version, by name; a record of a conversion says everything since 1.1.
+ADDED = {"stage", "code", "failure", "fits", "network"}
 
 
 def lost(raw: Any, again: Any, place: str) -> list[str]:
@@ -24,7 +24,9 @@ def lost(raw: Any, again: Any, place: str) -> list[str]:
         gone = [
             f"{place}/{name}" for name, value in raw.items() if name not in again and value not in (None, {}, [], 0, 1)
         ]
-        more = [f"{place}/+{name}" for name in again if name not in raw and name not in ADDED]
+        more = [
+            f"{place}/+{name}" for name in again if name not in raw and name not in ADDED and "convert" not in place
+        ]
         return (
             gone + more + [one for name in raw if name in again for one in lost(raw[name], again[name], place + name)]
         )

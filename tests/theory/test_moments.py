@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from bgcbench.errors import ShapeError
 from bgcbench.theory import moments
-from bgcbench.theory.moments import PatchMoments, patch_second_moment
+from bgcbench.theory.moments import Patches, PatchMoments, patch_second_moment, some_positions
 
 SHAPES = [
     pytest.param((3, 3), {}, id="plain"),
@@ -62,7 +63,7 @@ def test_it_sums_outer_products_and_patches_over_all_positions(kernel: tuple[int
     found = added(x, kernel, **geometry)
     torch.testing.assert_close(found.total, flat.T @ flat, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(found.first, flat.sum(0), rtol=1e-12, atol=1e-12)
-    assert (found.positions, found.images) == (flat.shape[0], 4)
+    assert found.positions == flat.shape[0]
     torch.testing.assert_close(found.moment, flat.T @ flat / len(flat), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(found.mean, flat.mean(0), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(patch_second_moment(x, kernel, **geometry), found.moment, rtol=0, atol=0)
@@ -79,7 +80,7 @@ def test_inputs_added_in_parts_count_as_if_they_came_together() -> None:
         parts.add(part)
     torch.testing.assert_close(parts.total, together.total, rtol=1e-13, atol=1e-13)
     torch.testing.assert_close(parts.first, together.first, rtol=1e-13, atol=1e-13)
-    assert (parts.positions, parts.images) == (together.positions, together.images) == (80, 5)
+    assert parts.positions == together.positions == 80
 
 
 @pytest.mark.parametrize("images", [1, 2, 3, 5])
@@ -102,7 +103,7 @@ def test_how_many_patches_are_formed_at_once_changes_nothing_but_memory(
     assert len(formed) == -(-5 // images)
     torch.testing.assert_close(chunked.total, whole.total, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(chunked.first, whole.first, rtol=1e-12, atol=1e-12)
-    assert (chunked.positions, chunked.images) == (whole.positions, whole.images) == (60, 5)
+    assert chunked.positions == whole.positions == 60
 
 
 def test_one_image_is_taken_at_a_time_where_even_that_is_more_than_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,84 +113,30 @@ def test_one_image_is_taken_at_a_time_where_even_that_is_more_than_a_chunk(monke
     torch.testing.assert_close(added(x, (3, 3)).total, whole.total, rtol=1e-12, atol=1e-12)
 
 
-def powers() -> Tensor:
-    """Two images of one channel and 12 positions that are powers of two: a sum tells which of them are in it."""
-    return 2.0 ** torch.arange(24, dtype=torch.float64).reshape(2, 1, 3, 4)
-
-
-@pytest.mark.parametrize("at_most", [1, 5, 11])
-@pytest.mark.parametrize("together", [False, True])
-def test_a_sample_of_positions_is_a_subset_of_each_images_patches_without_repetition(
-    at_most: int, together: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if not together:
-        monkeypatch.setattr(moments, "CHUNK_NUMBERS", 1)
-    found = PatchMoments(1, (1, 1))
-    found.add(powers(), at_most=at_most, generator=torch.Generator().manual_seed(3))
-    assert (found.positions, found.images) == (2 * at_most, 2)
-    bits = f"{int(found.first):024b}"[::-1]
-    assert [bits[:12].count("1"), bits[12:].count("1")] == [at_most, at_most]
-    squares = sum(4.0**position for position, bit in enumerate(bits) if bit == "1")
-    assert float(found.total) == pytest.approx(squares, rel=1e-14)  # of the very same positions
-    assert float(found.moment) == pytest.approx(squares / (2 * at_most), rel=1e-14)
-
-
 @pytest.mark.parametrize(("kernel", "geometry"), SHAPES)
-def test_a_sampled_patch_is_a_whole_patch_of_the_image(kernel: tuple[int, int], geometry: dict) -> None:
-    x = torch.randn(1, 3, 7, 6, dtype=torch.float64)
-    cut, taken = patches(x, kernel, **geometry)[0], set()
-    for seed in range(30):
-        found = PatchMoments(3, kernel, **geometry)
-        found.add(x, at_most=1, generator=torch.Generator().manual_seed(seed))
-        matches = [position for position, patch in enumerate(cut) if torch.equal(found.first, patch)]
-        assert len(matches) == 1
-        taken.add(matches[0])
-        torch.testing.assert_close(found.total, torch.outer(found.first, found.first), rtol=1e-14, atol=0)
-    assert len(taken) > len(cut) / 4  # not always the same corner
+def test_a_patch_at_a_position_is_that_of_all_patches(kernel: tuple[int, int], geometry: dict) -> None:
+    x, cut = torch.randn(1, 3, 7, 6, dtype=torch.float64), Patches(kernel, **geometry)
+    width, whole = cut.output_size(x)[1], cut.all(x)
+    assert torch.equal(whole.T, patches(x, kernel, **geometry)[0])
+    for chosen in (torch.arange(whole.shape[1]), some_positions(whole.shape[1], 3)):
+        assert torch.equal(cut.at(x[0], chosen // width, chosen % width), whole[:, chosen])
 
 
-def test_of_each_image_other_positions_are_taken() -> None:
-    found = PatchMoments(1, (1, 1))
-    found.add(powers(), at_most=4, generator=torch.Generator().manual_seed(3))
-    bits = f"{int(found.first):024b}"[::-1]
-    assert bits[:12] != bits[12:]
+def drawn(seed: int, at_most: int = 4) -> list[int]:
+    return some_positions(12, at_most, torch.Generator().manual_seed(seed)).tolist()
 
 
-def test_a_sample_is_added_up_in_the_moments_own_dtype_and_without_a_graph() -> None:
-    found = PatchMoments(3, (3, 2), padding=(1, 1))
-    found.add(torch.randn(2, 3, 5, 6, requires_grad=True), at_most=4, generator=torch.Generator().manual_seed(0))
-    assert found.total.dtype == found.first.dtype == torch.float64
-    assert not found.total.requires_grad
-
-
-def sampled(seed: int, at_most: int = 4) -> float:
-    found = PatchMoments(1, (1, 1))
-    found.add(powers(), at_most=at_most, generator=torch.Generator().manual_seed(seed))
-    return float(found.first)
-
-
-def test_the_seed_decides_which_positions_are_taken() -> None:
-    assert sampled(1) == sampled(1)
-    assert len({sampled(seed) for seed in range(10)}) > 5
+def test_positions_are_drawn_without_repetition_in_order_and_by_the_seed() -> None:
+    for at_most in (1, 5, 11):
+        assert len(set(drawn(3, at_most))) == at_most
+        assert drawn(3, at_most) == sorted(drawn(3, at_most))
+    assert drawn(1) == drawn(1)
+    assert len({tuple(drawn(seed)) for seed in range(10)}) > 5
 
 
 def test_every_position_is_taken_equally_often() -> None:
-    counts = [0] * 12
-    for seed in range(400):
-        bits = f"{int(sampled(seed, 3)):024b}"[::-1]
-        counts = [count + (bit == "1") for count, bit in zip(counts, bits[:12], strict=True)]
-    assert all(100 - 5 * 9 < count < 100 + 5 * 9 for count in counts)  # binomial(400, 1/4), five standard deviations
-
-
-@pytest.mark.parametrize("at_most", [12, 13, None])
-def test_where_there_are_no_more_positions_than_that_all_are_taken_and_nothing_is_drawn(at_most: int | None) -> None:
-    generator = torch.Generator().manual_seed(0)
-    before = generator.get_state()
-    found = PatchMoments(1, (1, 1))
-    found.add(powers(), at_most=at_most, generator=generator)
-    assert float(found.first) == 2.0**24 - 1
-    assert found.positions == 24
-    assert torch.equal(before, generator.get_state())
+    counts = Counter(position for seed in range(400) for position in drawn(seed, 3))
+    assert all(100 - 5 * 9 < counts[at] < 100 + 5 * 9 for at in range(12))  # binomial(400, 1/4), five deviations
 
 
 def test_it_adds_up_in_its_own_dtype_whatever_that_of_the_inputs() -> None:

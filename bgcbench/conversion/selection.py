@@ -19,7 +19,7 @@ from bgcbench.convs.base import VariantConv2d
 from bgcbench.errors import ShapeError, UsageError
 from bgcbench.measure.batches import Images, Passing
 from bgcbench.measure.trace import SHORTCUT_NAME, Call, Size, Trace, trace
-from bgcbench.record import Kept, Replaced
+from bgcbench.results.rows import Kept, Replaced
 from bgcbench.specs import as_pair, unfit
 
 _OTHER_CONVS = (nn.Conv1d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -63,7 +63,11 @@ class Conv:
 
 def kept_of(convs: Iterable[Conv]) -> tuple[Kept, ...]:
     """Those of ``convs`` that stay."""
-    return tuple(Kept(conv.name, conv.reason.text, conv.reason.code) for conv in convs if conv.reason is not None)
+    return tuple(
+        Kept(name=conv.name, reason=conv.reason.text, code=conv.reason.code)
+        for conv in convs
+        if conv.reason is not None
+    )
 
 
 def nothing_to_replace(convs: Sequence[Conv], where: str) -> str:
@@ -178,7 +182,7 @@ def decide(
         for parameter in module._parameters.values():
             if parameter is not None:
                 owners.setdefault(_identity(parameter), []).append(name)
-    policy = _policy(model, convs, found, where)
+    selected = _kept_by_selection(model, convs, found, where)
     for conv in convs:
         hard = _cannot(conv, owners, found)
         if _matches(conv, exclude):
@@ -189,7 +193,7 @@ def decide(
                 raise UsageError(f"{conv.name} cannot be replaced: {hard.text}; leave it out of include")
             conv.reason = hard
         else:
-            conv.reason = hard or policy.get(conv.name)
+            conv.reason = hard or selected.get(conv.name)
 
 
 def _identity(parameter: Tensor) -> Any:
@@ -264,8 +268,8 @@ def _padding(module: nn.Conv2d) -> tuple[int, int] | None:
     return as_pair("padding", module.padding, 0)  # type: ignore[arg-type]  # no string any more
 
 
-def _policy(model: nn.Module, convs: Sequence[Conv], found: Trace | None, where: str) -> dict[str, Reason]:
-    """Why the policy keeps a convolution, by name; what is not in it is replaced."""
+def _kept_by_selection(model: nn.Module, convs: Sequence[Conv], found: Trace | None, where: str) -> dict[str, Reason]:
+    """Why the selection ``where`` keeps a convolution, by name; the others are replaced."""
     if where == "none":
         return {conv.name: Reason("not_included", "not included") for conv in convs}
     reasons: dict[str, Reason] = {}

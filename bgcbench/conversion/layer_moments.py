@@ -1,4 +1,7 @@
-"""The images that a network is run on for calibration, and the positions that are looked at in each."""
+"""What comes to the layers of a network on calibration images: which images, and which positions of each.
+
+Under both :mod:`bgcbench.conversion.calibration` and :mod:`bgcbench.conversion.approximability`.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +18,9 @@ from torch.nn import functional as F
 
 from bgcbench.errors import UsageError
 from bgcbench.measure.batches import Passing, count_images, take
-from bgcbench.record import Replaced
+from bgcbench.results.rows import Replaced
 from bgcbench.specs import HELD_OUT
-from bgcbench.theory.moments import some_positions
+from bgcbench.theory.moments import CHUNK_NUMBERS, Patches, some_positions
 
 ROWS_AN_ENTRY = 20  # positions that are enough for a moment, for each entry of the patch vector
 LEAST_ROWS = 2**14  # positions that are taken in any case, where there are as many
@@ -104,22 +107,51 @@ def positions_an_image(layer: Replaced, images: int) -> int:
     return math.ceil(max(LEAST_ROWS, ROWS_AN_ENTRY * patch_length(layer)) / images)
 
 
-def positions_of(
-    layer: str, seed: int, image: int, count: int, at_most: int, *, call: int = 0, copy: int = 0
-) -> Tensor:
-    """Which of ``count`` positions of an image are taken, ascending: (at_most,) on the CPU.
+class Sampler:
+    """The positions of one layer's outputs that are looked at, and what is there.
 
-    It depends on the seed, the layer, the image and the call only: not on how the images are batched or which other
-    layers are looked at.
+    Which ones of an image depends on the seed, the layer, the image and the call only: not on how the images are
+    batched, nor on which other layers are looked at.
     """
-    return some_positions(count, at_most, position_stream(layer, seed, image, call=call, copy=copy))
 
+    def __init__(self, layer: Replaced, images: int, seed: int) -> None:
+        self.layer, self.seed = layer, seed
+        self.at_most = positions_an_image(layer, images)
+        zeros = layer.padding if layer.padding_mode == "zeros" else (0, 0)
+        self._cut = Patches(layer.kernel, stride=layer.stride, padding=zeros, dilation=layer.dilation)
 
-def position_stream(layer: str, seed: int, image: int, *, call: int = 0, copy: int = 0) -> torch.Generator:
-    """The random numbers behind :func:`positions_of`."""
-    key = f"{seed}:{layer}:{image}:{call}:{copy}"
-    number = int.from_bytes(hashlib.sha256(key.encode()).digest()[:6], "big")
-    return torch.Generator(device="cpu").manual_seed(number)
+    def positions(self, part: Part, call: int, place: int, count: int) -> Tensor | None:
+        """Those of the ``count`` positions of the image at ``place`` of a batch, ascending; None for all of them."""
+        if count <= self.at_most:
+            return None
+        copy, at = divmod(place, len(part.numbers))
+        key = f"{self.seed}:{self.layer.name}:{part.numbers[at]}:{call}:{copy}"
+        number = int.from_bytes(hashlib.sha256(key.encode()).digest()[:6], "big")
+        return some_positions(count, self.at_most, torch.Generator(device="cpu").manual_seed(number))
+
+    def patches(self, x: Tensor, part: Part, call: int) -> Iterator[Tensor]:
+        """The patches (nK, P) of the layer's input x at these positions, image by image, some at a time."""
+        x = padded(batched(x), self.layer)
+        height, width = self._cut.output_size(x)
+        at_once = max(1, CHUNK_NUMBERS // patch_length(self.layer))
+        waiting: list[Tensor] = []
+        for place, image in enumerate(x.split(1)):
+            chosen = self.positions(part, call, place, height * width)
+            waiting.append(
+                self._cut.all(image) if chosen is None else self._cut.at(image[0], chosen // width, chosen % width)
+            )
+            if sum(cut.shape[1] for cut in waiting) >= at_once or place == len(x) - 1:
+                yield torch.cat(waiting, dim=1)
+                waiting = []
+
+    def outputs(self, y: Tensor, part: Part, call: int) -> Tensor:
+        """The layer's outputs y at these positions: (m, positions)."""
+        flat = batched(y).flatten(2)
+        kept = []
+        for place, image in enumerate(flat):
+            chosen = self.positions(part, call, place, flat.shape[-1])
+            kept.append(image if chosen is None else image[:, chosen.to(image.device)])
+        return torch.cat(kept, dim=1)
 
 
 def batched(x: Tensor) -> Tensor:
@@ -133,11 +165,6 @@ def padded(x: Tensor, layer: Replaced) -> Tensor:
         return x
     rows, columns = layer.padding
     return F.pad(x, (columns, columns, rows, rows), mode=layer.padding_mode)
-
-
-def zero_padding(layer: Replaced) -> tuple[int, int]:
-    """The zeros that cutting patches adds."""
-    return layer.padding if layer.padding_mode == "zeros" else (0, 0)
 
 
 def moments_device(device: torch.device) -> torch.device:

@@ -20,27 +20,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bgcbench.calibration.images import (
+from bgcbench.conversion.convert import candidates
+from bgcbench.conversion.layer_moments import (
     Part,
-    batched,
+    Sampler,
     check_enough,
     first_of,
     moments_device,
-    padded,
     parts_of,
     patch_length,
-    position_stream,
-    positions_an_image,
-    zero_padding,
 )
-from bgcbench.calibration.solve import RIDGES, SEARCH_RIDGE
-from bgcbench.convert import candidates
+from bgcbench.conversion.solve import RIDGES, SEARCH_RIDGE
 from bgcbench.convs import CONVS
 from bgcbench.errors import ShapeError, UsageError
 from bgcbench.measure.batches import Forward, Passing, count_images, device_of, first_image
 from bgcbench.measure.counts import count
 from bgcbench.measure.undisturbed import first_not_finite, random_state_kept, seed_everything, undisturbed
-from bgcbench.record import Replaced
+from bgcbench.results.rows import Replaced
 from bgcbench.specs import LINEAR, VARIANTS, ConvSpec, check_choice, check_positive, unfit
 from bgcbench.theory.fits import EXACT
 from bgcbench.theory.leastsquares import best_ridge
@@ -276,7 +272,7 @@ def _collect(
     for layer in layers:
         if not moments[layer.name].fit.positions or not moments[layer.name].held_out.positions:
             raise UsageError(f"{layer.name} is not reached by a forward pass of the calibration images; exclude it")
-    damaged = [layer.name for layer in layers if not _are_finite(moments[layer.name])]
+    damaged = [name for name, both in moments.items() if not (both.fit.is_finite and both.held_out.is_finite)]
     where = first_not_finite(model, lambda: passing(model, part.batch)) if damaged else None
     for name in damaged:
         problem = (
@@ -287,50 +283,31 @@ def _collect(
     return moments
 
 
-def _are_finite(moments: LayerMoments) -> bool:
-    sums = (each for part in (moments.fit, moments.held_out) for each in (part.first, part.total.diagonal()))
-    return all(bool(torch.isfinite(each).all()) for each in sums)
-
-
 class _Watcher:
-    """A hook that adds what comes to one convolution to its moments.
-
-    Which positions of an image are taken depends on the seed, the layer, the image and the call only: not on how the
-    images are batched or which other layers are looked at.
-    """
+    """A hook that adds what comes to one convolution to its moments."""
 
     def __init__(self, layer: Replaced, moments: LayerMoments, images: int, seed: int) -> None:
-        self.layer, self.moments, self.seed = layer, moments, seed
-        self.at_most = positions_an_image(layer, images)
-        self.part, self.numbers, self.call = moments.fit, [0], 0
+        self.layer, self.moments = layer, moments
+        self.sampler = Sampler(layer, images, seed)
+        self.part: Part | None = None
+        self.call = 0
 
     def expect(self, part: Part) -> None:
         """The images of ``part`` are about to be run."""
-        self.part = self.moments.held_out if part.held_out else self.moments.fit
-        self.numbers, self.call = part.numbers, 0
+        self.part, self.call = part, 0
 
     def __call__(self, module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
-        x = padded(batched((arguments[0] if arguments else options["input"]).detach()), self.layer)
-        height, width = self.part.output_size(x)
-        if height * width <= self.at_most:
-            self.part.add(x)
-        else:
-            for place, image in enumerate(x.split(1)):
-                copy, at = divmod(place, len(self.numbers))
-                stream = position_stream(self.layer.name, self.seed, self.numbers[at], call=self.call, copy=copy)
-                self.part.add(image, self.at_most, stream)
+        if self.part is None:
+            return
+        x = (arguments[0] if arguments else options["input"]).detach()
+        into = self.moments.held_out if self.part.held_out else self.moments.fit
+        for patches in self.sampler.patches(x, self.part, self.call):
+            into.count(patches)
         self.call += 1
 
 
 def _fresh(layer: Replaced, model: nn.Module) -> PatchMoments:
-    return PatchMoments(
-        layer.in_channels,
-        layer.kernel,
-        stride=layer.stride,
-        padding=zero_padding(layer),
-        dilation=layer.dilation,
-        device=moments_device(device_of(model)),
-    )
+    return PatchMoments(layer.in_channels, layer.kernel, device=moments_device(device_of(model)))
 
 
 # ------------------------------------------------------------------------------------------------------------- judging

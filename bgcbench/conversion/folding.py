@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from bgcbench.calibration.survey import is_norm, survey
+from bgcbench.conversion.record import copied, exchanged
+from bgcbench.conversion.selection import checked_example, look, what_to_run
+from bgcbench.conversion.survey import is_norm, survey
 from bgcbench.convs.base import VariantConv2d
 from bgcbench.errors import UsageError
 from bgcbench.measure.batches import Forward, Passing
 from bgcbench.measure.undisturbed import undisturbed
-from bgcbench.policy import checked_example, look, what_to_run
-from bgcbench.record import copied, exchanged
 
 PLAIN_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)  # which are norms and nothing besides
 

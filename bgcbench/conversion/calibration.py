@@ -4,7 +4,7 @@ Layer by layer in the order of execution: the inputs are those that the network 
 converted, the outputs to be met are the original network's, on the same images. So a layer also makes up for what
 those before it have lost. Batch norm's statistics are re-estimated in the same pass, each from all images, so that a
 norm's output has the mean and the variance that it had in the original network on these images. The whole takes one
-forward pass of the original network and one of the converted one (see :mod:`bgcbench.calibration.lockstep`), whatever
+forward pass of the original network and one of the converted one (see :mod:`bgcbench.conversion.lockstep`), whatever
 the number of layers.
 
 At a position a layer is y = V u with u the patch vector. It minimises E|y - V u|^2 with y of the original network.
@@ -21,40 +21,37 @@ from __future__ import annotations
 import functools
 import math
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from bgcbench.calibration.images import (
+from bgcbench.conversion.layer_moments import (
     Part,
-    batched,
+    Sampler,
     check_enough,
     first_of,
     moments_device,
-    padded,
     parts_of,
     patch_length,
     positions_an_image,
-    positions_of,
-    zero_padding,
 )
-from bgcbench.calibration.lockstep import Stop, Stopped, run_in_step
-from bgcbench.calibration.norms import NormMoments
-from bgcbench.calibration.solve import Solution, solve_layer
-from bgcbench.calibration.survey import Survey, is_norm, survey
+from bgcbench.conversion.lockstep import Stop, Stopped, run_in_step
+from bgcbench.conversion.norms import NormMoments
+from bgcbench.conversion.solve import Solution, solve_layer
+from bgcbench.conversion.survey import Survey, is_norm, survey
+from bgcbench.conversion.trial import Kernel, standing_in
 from bgcbench.convs.base import VariantConv2d
 from bgcbench.errors import UsageError
 from bgcbench.measure.batches import Forward, Passing, device_of, first_image, input_bytes, reference_of
 from bgcbench.measure.undisturbed import RandomState, first_not_finite, seed_everything, undisturbed
-from bgcbench.record import Record, Replaced
+from bgcbench.results.rows import CalibratedLayer, Calibration, Record, Replaced
 from bgcbench.specs import HELD_OUT, check_positive, output_length
-from bgcbench.theory.moments import CHUNK_NUMBERS, Patches, RegressionMoments
-from bgcbench.trial import Kernel, standing_in
+from bgcbench.theory.moments import RegressionMoments
 
-__all__ = ["DEFAULT_IMAGES", "MEMORY_BYTES", "Calibration", "Stopped", "Wanted", "reestimate_norms"]
+__all__ = ["DEFAULT_IMAGES", "MEMORY_BYTES", "Calibrator", "Stopped", "Wanted", "reestimate_norms"]
 
 DEFAULT_IMAGES = 512
 MEMORY_BYTES = 8 * 2**30
@@ -79,7 +76,7 @@ class Wanted:
 Visit = Callable[[int, int, Tensor], None]  # number of a part, call in it, what comes to the module then
 
 
-class Calibration:
+class Calibrator:
     """The images of one conversion, where they are run through the network, and what is done with them.
 
     batches: anything that ``passing`` can pass on. notes: what the user should know. Raises UsageError for images that
@@ -184,18 +181,15 @@ class Calibration:
 
     # ------------------------------------------------------------------------------------------ the converted network
 
-    def settle(self, network: nn.Module, record: Record, wanted: Wanted) -> dict[str, Any]:
+    def settle(self, network: nn.Module, record: Record, wanted: Wanted) -> Calibration:
         """Solve the layers of the converted ``network`` of which is known what is ``wanted``, and estimate its norms.
 
-        Returns what was done as plain JSON: images, held_out, seed, rebn, norms (how many were re-estimated), seconds,
-        moment_bytes and in_flight_bytes (what was held at most), and for each layer that was solved name, groups,
-        copied, before, after, rows, held_out_rows, condition, ridge, centred and scarce (see
-        :class:`bgcbench.calibration.solve.Solution`). Raises UsageError for inputs that are not finite, and Stopped.
+        Returns what was done. Raises UsageError for inputs that are not finite, and Stopped.
         """
         solved: dict[str, Solution] = {}
         estimated: list[str] = []
         modules = dict(network.named_modules())
-        changed = [modules[layer.name] for layer in record.replaced]
+        changed = [modules[layer.name] for layer in record.layers]
 
         def pass_again(module: nn.Module, visit: Visit) -> None:
             """Visit everything that comes to ``module`` in a pass as the network is now."""
@@ -208,23 +202,23 @@ class Calibration:
             stops += self._norm_stops(modules, estimated, wanted.norms, wanted.survey, pass_again) if self.rebn else []
             if stops:
                 run_in_step(self._runs(network), stops, device=self.device, changed=changed, asked_to_stop=self.stop)
-        missed = [layer.name for layer in record.replaced if layer.name in wanted.kernels and layer.name not in solved]
+        missed = [layer.name for layer in record.layers if layer.name in wanted.kernels and layer.name not in solved]
         if missed:
             self.notes.append(f"never reached by the calibration images: {', '.join(missed)}; white weights are taken")
             for name in missed:
                 layer = _variant(modules[name])
                 layer.load_projected(layer.project(wanted.kernels[name][0].double(), layer.groups, "white", None))
-        return {
-            "images": self.images,
-            "held_out": sum(len(part.numbers) for part in self.parts if part.held_out),
-            "seed": self.seed,
-            "rebn": self.rebn,
-            "norms": len(estimated),
-            "seconds": time.perf_counter() - self.begun,
-            "moment_bytes": self.moment_bytes,
-            "in_flight_bytes": self.in_flight_bytes,
-            "layers": [_as_json(layer, solved[layer.name]) for layer in record.replaced if layer.name in solved],
-        }
+        return Calibration(
+            images=self.images,
+            held_out=sum(len(part.numbers) for part in self.parts if part.held_out),
+            seed=self.seed,
+            rebn=self.rebn,
+            norms=len(estimated),
+            seconds=time.perf_counter() - self.begun,
+            moment_bytes=self.moment_bytes,
+            in_flight_bytes=self.in_flight_bytes,
+            layers=tuple(_told(layer, solved[layer.name]) for layer in record.layers if layer.name in solved),
+        )
 
     def _runs(self, network: nn.Module) -> list[tuple[Callable[[], object], RandomState]]:
         return [
@@ -260,7 +254,7 @@ class Calibration:
     ) -> list[Stop]:
         """A stop at each replaced layer, where it is solved and gets its weights."""
         stops = []
-        for replaced in record.replaced:
+        for replaced in record.layers:
             layer, name = _variant(modules[replaced.name]), replaced.name
             norm = modules[wanted.survey.norms[name]] if name in wanted.survey.norms else None
             absorbed = name in wanted.survey.absorbed if self.rebn else norm is not None
@@ -340,13 +334,9 @@ class Calibration:
             stops.append(Stop(module, settle, only_changed=True))
         return stops
 
-    def chosen(self, layer: Replaced, part: Part, call: int, place: int, count: int) -> Tensor | None:
-        """The positions of the image at ``place`` of a batch that are looked at; None for all ``count`` of them."""
-        at_most = positions_an_image(layer, self.images)
-        if count <= at_most:
-            return None
-        copy, at = divmod(place, len(part.numbers))
-        return positions_of(layer.name, self.seed, part.numbers[at], count, at_most, call=call, copy=copy)
+    def sampler(self, layer: Replaced) -> Sampler:
+        """Where ``layer`` is looked at."""
+        return Sampler(layer, self.images, self.seed)
 
 
 class _Moments:
@@ -355,8 +345,8 @@ class _Moments:
     outputs: by part and call, (m, positions).
     """
 
-    def __init__(self, owner: Calibration, layer: Replaced, outputs: dict[int, list[Tensor]]) -> None:
-        self.owner, self.layer, self.outputs = owner, layer, outputs
+    def __init__(self, owner: Calibrator, layer: Replaced, outputs: dict[int, list[Tensor]]) -> None:
+        self.owner, self.sampler, self.outputs = owner, owner.sampler(layer), outputs
         self.device = moments_device(owner.device)
         nothing = torch.zeros(0, dtype=torch.float64, device=self.device)
         self.fit, self.held_out = (RegressionMoments(nothing, nothing) for _ in range(2))
@@ -366,36 +356,20 @@ class _Moments:
         part, outputs = self.owner.parts[number], self.outputs.get(number, [])
         if call >= len(outputs):
             return
-        for patches, kept in self._pairs(x, outputs[call], part, call):
-            u, y = patches.to(self.device, torch.float64), kept.to(self.device, torch.float64)
+        end = 0
+        for patches in self.sampler.patches(x, part, call):
+            begin, end = end, end + patches.shape[1]
+            u, y = (pairs.to(self.device, torch.float64) for pairs in (patches, outputs[call][:, begin:end]))
             if not self.fit.positions and not self.held_out.positions:
                 origins = u.mean(1), y.mean(1)
                 self.fit, self.held_out = (RegressionMoments(*origins) for _ in range(2))
             (self.held_out if part.held_out else self.fit).add(u, y)
 
-    def _pairs(self, x: Tensor, outputs: Tensor, part: Part, call: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Patches (nK, P) of x at the positions of ``outputs`` (m, all positions), with these, some at a time."""
-        layer = self.layer
-        x = padded(batched(x), layer)
-        patches = Patches(layer.kernel, stride=layer.stride, padding=zero_padding(layer), dilation=layer.dilation)
-        height, width = patches.output_size(x)
-        at_once = max(1, CHUNK_NUMBERS // patch_length(layer))
-        waiting: list[Tensor] = []
-        begin = end = 0
-        for place, image in enumerate(x.split(1)):
-            chosen = self.owner.chosen(layer, part, call, place, height * width)
-            cut = patches.all(image) if chosen is None else patches.at(image[0], chosen // width, chosen % width)
-            waiting.append(cut)
-            end += cut.shape[1]
-            if end - begin >= at_once or place == len(x) - 1:
-                yield torch.cat(waiting, dim=1), outputs[:, begin:end]
-                waiting, begin = [], end
-
 
 class _Watcher:
     """A hook on a module of the original network, told which part is run."""
 
-    def __init__(self, name: str, owner: Calibration, wanted: Wanted) -> None:
+    def __init__(self, name: str, owner: Calibrator, wanted: Wanted) -> None:
         self.name, self.owner, self.wanted = name, owner, wanted
         self.number, self.part = 0, owner.parts[0]
 
@@ -410,24 +384,19 @@ class _Watcher:
 class _LayerWatcher(_Watcher):
     """Keeps what a layer puts out at the positions that are used, of each call."""
 
-    def __init__(self, layer: Replaced, owner: Calibration, wanted: Wanted) -> None:
+    def __init__(self, layer: Replaced, owner: Calibrator, wanted: Wanted) -> None:
         super().__init__(layer.name, owner, wanted)
-        self.layer = layer
+        self.sampler = owner.sampler(layer)
 
     def attach(self, module: nn.Module) -> RemovableHandle:
         return module.register_forward_hook(self._left, prepend=True)
 
     def _left(self, module: nn.Module, arguments: Any, output: Tensor) -> None:
         calls = self.wanted.outputs[self.name].setdefault(self.number, [])
-        y = batched(output.detach())
+        y = output.detach()
         if isinstance(bias := getattr(module, "bias", None), Tensor):
             y = y - bias[:, None, None]
-        height, width = y.shape[-2:]
-        kept = []
-        for place, image in enumerate(y.flatten(2)):
-            chosen = self.owner.chosen(self.layer, self.part, len(calls), place, height * width)
-            kept.append(image if chosen is None else image[:, chosen.to(image.device)])
-        calls.append(torch.cat(kept, dim=1))
+        calls.append(self.sampler.outputs(y, self.part, len(calls)))
 
 
 class _NormWatcher(_Watcher):
@@ -456,9 +425,9 @@ def reestimate_norms(
 
     One norm after the other in the order of execution, each on what the network in eval mode gives it with those before
     it already re-estimated: the statistics of the whole set and of all its calls, whatever the batches. calibration,
-    forward_fn: as in :func:`bgcbench.convert`. Raises as :class:`Calibration`.
+    forward_fn: as in :func:`bgcbench.convert`. Raises as :class:`Calibrator`.
     """
-    found = Calibration(
+    found = Calibrator(
         model, calibration, passing=Passing(forward_fn), images=images, memory_bytes=memory_bytes, stop=stop
     )
     estimated: list[str] = []
@@ -499,6 +468,17 @@ def _outputs_bytes(layer: Replaced, images: int, item: int) -> int:
     return images * positions * layer.out_channels * item * (layer.calls or 1)
 
 
-def _as_json(layer: Replaced, found: Solution) -> dict[str, Any]:
-    names = ("copied", "before", "after", "rows", "held_out_rows", "condition", "ridge", "centred", "scarce")
-    return {"name": layer.name, "groups": layer.groups, **{name: getattr(found, name) for name in names}}
+def _told(layer: Replaced, found: Solution) -> CalibratedLayer:
+    return CalibratedLayer(
+        name=layer.name,
+        groups=layer.groups,
+        copied=found.copied,
+        before=found.before,
+        after=found.after,
+        rows=found.rows,
+        held_out_rows=found.held_out_rows,
+        condition=found.condition,
+        ridge=found.ridge,
+        centred=found.centred,
+        scarce=found.scarce,
+    )

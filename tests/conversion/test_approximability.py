@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import bgcbench
-from bgcbench import activations
-from bgcbench.activations import RIDGES, approximability, moment_bytes, passes, stream
-from bgcbench.calibration import images as calibration_images
-from bgcbench.convert import Replaced, candidates
+from bgcbench.conversion import layer_moments
+from bgcbench.conversion.approximability import RIDGES, approximability, check_divisible, moment_bytes, passes, stream
+from bgcbench.conversion.convert import candidates
 from bgcbench.convs import CONVS
 from bgcbench.errors import ShapeError, UsageError
 from bgcbench.models import build_model
+from bgcbench.results.rows import Replaced
 from bgcbench.specs import HELD_OUT
 
 
@@ -127,7 +127,7 @@ def test_calibration_is_never_worse_than_the_white_optimum_even_on_four_images(n
 def test_what_convert_would_replace_is_looked_at_in_the_order_of_execution(net: Net) -> None:
     found = approximability(net, images(), variants=("standard", "gc"), groups=(2,))
     converted = bgcbench.convert(net, "gc", 2, example_input=(3, 8, 8))
-    assert [error.name for error in found] == [layer.name for layer in converted.record.replaced]
+    assert [error.name for error in found] == [layer.name for layer in converted.record.layers]
     # 8x8 positions x 9 x 16 x 16, 8x8 x 16 x 32 and 4x4 x 9 x 32 x 16
     macs = {"first": 64 * 9 * 16 * 16, "second": 64 * 16 * 32, "third": 16 * 9 * 32 * 16}
     assert {error.name: error.share for error in found} == {
@@ -203,7 +203,7 @@ def test_of_large_maps_so_many_positions_are_drawn_as_are_enough(net: Net, monke
     # 16,384 spread over 8 images: 2,048 of the 4,096 positions of each, and 6 images to solve on
     assert counted["second"].fit.positions == 6 * 2048
     assert counted["second"].held_out.positions == 2 * 2048
-    monkeypatch.setattr(calibration_images, "LEAST_ROWS", 1)
+    monkeypatch.setattr(layer_moments, "LEAST_ROWS", 1)
     counted = {layer.name: moments for layer, moments in stream(net, found.chosen, data, images=8, memory_bytes=2**30)}
     # 20 for each of the 16 entries of a 1x1 patch, and of the 144 of a 3x3 one
     assert counted["second"].fit.positions == 6 * 40
@@ -235,7 +235,7 @@ def test_an_n_that_does_not_fit_a_layer_says_so_there_and_nowhere_else(net: Net)
     assert "16 is not divisible by groups=32" in reasons["first"]
     assert all(error.calibrated is None for error in found)
     with pytest.raises(ShapeError, match=r"groups=32 does not divide first \(16 -> 16\)"):
-        activations.check_divisible(candidates(net, example_input=(3, 8, 8)).chosen, ["gc"], [2, 32])
+        check_divisible(candidates(net, example_input=(3, 8, 8)).chosen, ["gc"], [2, 32])
 
 
 def test_a_layer_that_runs_twice_is_judged_on_both_inputs() -> None:
@@ -251,7 +251,7 @@ def test_a_layer_that_runs_twice_is_judged_on_both_inputs() -> None:
     found = candidates(Twice(), example_input=(3, 8, 8), include="shared")
     ((_, moments),) = stream(Twice(), found.chosen, images(8), images=8, memory_bytes=2**30)
     assert found.chosen[0].calls == 2
-    assert moments.fit.images == 2 * 6
+    assert moments.fit.positions == 2 * 6 * 6 * 6
 
 
 def test_the_dead_layer_of_a_network_that_puts_out_nothing_loses_nothing() -> None:
@@ -266,7 +266,7 @@ def test_candidates_are_what_convert_replaces_in_the_papers_networks() -> None:
         model = build_model(name)
         found = candidates(model, example_input=(3, size, size))
         converted = bgcbench.convert(model, "gc", 2, example_input=(3, size, size), init="scratch")
-        assert [layer.name for layer in found.chosen] == [layer.name for layer in converted.record.replaced]
+        assert [layer.name for layer in found.chosen] == [layer.name for layer in converted.record.layers]
         assert all(isinstance(layer, Replaced) and layer.groups == 1 for layer in found.chosen)
         assert found.kept == converted.record.kept
 
@@ -274,8 +274,8 @@ def test_candidates_are_what_convert_replaces_in_the_papers_networks() -> None:
 def test_which_positions_are_drawn_depends_on_neither_batches_nor_other_layers_nor_memory(
     net: Net, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(calibration_images, "LEAST_ROWS", 100)
-    monkeypatch.setattr(calibration_images, "ROWS_AN_ENTRY", 1)
+    monkeypatch.setattr(layer_moments, "LEAST_ROWS", 100)
+    monkeypatch.setattr(layer_moments, "ROWS_AN_ENTRY", 1)
     data = torch.randn(12, 3, 16, 16)
     options: dict[str, Any] = {"groups": (2, 4), "seed": 3}
     whole = approximability(net, list(data.split(12)), **options)
@@ -337,7 +337,7 @@ class TestNetworksThatCallTheirConvolutionsInTheirOwnWay:
         network = self.Odd(way)
         found = candidates(network, example_input=(3, 8, 8), where="none", include="body")
         ((_, moments),) = stream(network, found.chosen, images(8), images=8, memory_bytes=2**30)
-        assert (moments.fit.images, moments.held_out.images) == (6 * calls, 2 * calls)
+        assert (moments.fit.positions, moments.held_out.positions) == (16 * 6 * calls, 16 * 2 * calls)
 
 
 def test_inputs_and_weights_that_are_no_numbers_are_refused_by_layer(net: Net) -> None:

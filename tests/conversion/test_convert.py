@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -14,10 +13,11 @@ from torch.nn import functional as F
 from torch.nn.utils import prune
 
 import bgcbench
-from bgcbench.convert import Record, convert, load_converted, save_converted
+from bgcbench.conversion.convert import convert, load_converted, save_converted
 from bgcbench.convs import CONVS, VariantConv2d
 from bgcbench.convs.bgc import BalancedGroupConv2d
 from bgcbench.errors import ResultFileError, ShapeError, UsageError
+from bgcbench.results.rows import Record
 
 
 class OwnForward(nn.Conv2d):
@@ -74,7 +74,7 @@ class TestWhatIsReplaced:
         model = Hand()
         converted = bgc(model)
         record = converted.record
-        assert [layer.name for layer in record.replaced] == ["shared", "blocks.0.0", "blocks.1.1", "same"]
+        assert [layer.name for layer in record.layers] == ["shared", "blocks.0.0", "blocks.1.1", "same"]
         kept = reasons(record)
         assert kept["stem"] == "the first convolution"
         assert kept["blocks.1.0"] == "OwnForward has a forward of its own"
@@ -85,7 +85,7 @@ class TestWhatIsReplaced:
         assert kept["lent"] == "its weight is used outside of it"
         assert kept["unused"] == "not reached by a forward pass"
         assert kept["flat"] == "a Conv1d; only Conv2d has these variants"
-        assert len(kept) + len(record.replaced) == 13
+        assert len(kept) + len(record.layers) == 13
         assert record.functional == ("in the network: 8 -> 8, 1x1",) * 2
         # BGC at N = 2 is exact, so the whole network still computes the same.
         x = torch.randn(2, 3, 9, 9)
@@ -95,7 +95,7 @@ class TestWhatIsReplaced:
         converted = bgc(Hand())
         assert converted.model.shared is converted.model.again
         assert type(converted.model.shared) is BalancedGroupConv2d
-        layer = converted.record.replaced[0]
+        layer = converted.record.layers[0]
         assert (layer.also, layer.calls, layer.height, layer.width) == (("again",), 2, 224, 224)
 
     def test_a_sequential_that_holds_one_convolution_three_times_too(self) -> None:
@@ -103,14 +103,14 @@ class TestWhatIsReplaced:
         model = nn.Sequential(nn.Conv2d(3, 4, 3), conv, nn.ReLU(), conv, nn.Sequential(conv))
         converted = bgc(model)
         assert len({id(m) for m in converted.model.modules() if isinstance(m, VariantConv2d)}) == 1
-        assert converted.record.replaced[0].also == ("3", "4.0")
+        assert converted.record.layers[0].also == ("3", "4.0")
 
     def test_tied_weights_are_kept(self) -> None:
         model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3))
         model[2].weight = model[1].weight
         record = bgc(model).record
         assert reasons(record)["1"] == "its weight is shared with 2"
-        assert [layer.name for layer in record.replaced] == ["3"]
+        assert [layer.name for layer in record.layers] == ["3"]
 
     def test_parametrised_and_lazy_convolutions_are_kept(self) -> None:
         model = nn.Sequential(
@@ -141,8 +141,8 @@ class TestWhatIsReplaced:
                 return self.b(self.a(words["image"]))
 
         record = bgc(Odd()).record
-        assert [layer.name for layer in record.replaced] == ["b"]
-        assert record.replaced[0].height is None
+        assert [layer.name for layer in record.layers] == ["b"]
+        assert record.layers[0].height is None
         assert "could not be run" in record.notes[0]
         assert reasons(record) == {"a": "the first convolution", "downsample": "a shortcut"}
         with pytest.raises(UsageError, match="does not run on its input"):
@@ -150,7 +150,7 @@ class TestWhatIsReplaced:
 
     def test_an_example_input_gives_the_shapes(self) -> None:
         for example in ((3, 20, 12), torch.zeros(1, 3, 20, 12)):
-            layer = bgc(Hand(), example_input=example).record.replaced[0]
+            layer = bgc(Hand(), example_input=example).record.layers[0]
             assert (layer.height, layer.width) == (20, 12)
 
     def test_timm_networks_keep_their_own_kinds_of_convolution(self) -> None:
@@ -161,7 +161,7 @@ class TestWhatIsReplaced:
         same = [name for name, reason in kept.items() if reason == "Conv2dSame has a forward of its own"]
         assert "conv_stem" in same
         assert len(same) == 5  # the stem and the four strided depthwise ones
-        assert len(converted.record.replaced) == 31
+        assert len(converted.record.layers) == 31
         x = torch.randn(1, 3, 64, 64)
         torch.testing.assert_close(converted.model.eval()(x), model.eval()(x), rtol=1e-3, atol=1e-4)
         standardised = timm.create_model("resnetv2_50x1_bit", num_classes=7)
@@ -232,7 +232,7 @@ class TestWhatOnlyLooksLikeAConv2d:
 
         converted = convert(Planned(), "gc", 2)
         assert reasons(converted.record)["a"] == "called from outside of the module tree"
-        assert [layer.name for layer in converted.record.replaced] == ["b"]
+        assert [layer.name for layer in converted.record.layers] == ["b"]
 
     def test_weights_used_by_any_other_function_are_kept(self) -> None:
         class Tied(nn.Module):
@@ -282,8 +282,8 @@ class TestRoles:
             wrapped = nn.Sequential(nn.Identity(), torchvision.models.resnet50())
             subclass = Mine(block, [3, 4, 6, 3])
             small = nn.Sequential(nn.Identity(), torchvision.models.mobilenet_v2())
-        assert len(bgc(wrapped).record.replaced) == len(bgc(subclass).record.replaced) == 16
-        assert len(bgc(small).record.replaced) == 33
+        assert len(bgc(wrapped).record.layers) == len(bgc(subclass).record.layers) == 16
+        assert len(bgc(small).record.layers) == 33
 
     def test_every_head_of_a_segmentation_network_stays(self) -> None:
         with torch.device("meta"):
@@ -315,23 +315,23 @@ class TestRoles:
         model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3))
         model.register_forward_pre_hook(lambda _, arguments: (arguments[0].expand(-1, 3, -1, -1),))
         record = bgc(model, example_input=(1, 9, 9)).record
-        assert (record.replaced[0].height, record.replaced[0].width) == (7, 7)
+        assert (record.layers[0].height, record.layers[0].width) == (7, 7)
 
 
 class TestChoosing:
     def test_where_chooses_by_kernel(self) -> None:
         model = torchvision.models.resnet18()
-        assert all(layer.kernel == (3, 3) for layer in bgc(model, where="3x3").record.replaced)
+        assert all(layer.kernel == (3, 3) for layer in bgc(model, where="3x3").record.layers)
         with pytest.raises(UsageError, match=r"nothing to replace with where='1x1' .*downsample.0: a shortcut"):
             bgc(model, where="1x1")  # its only 1x1 are shortcuts
-        everything = {layer.name for layer in bgc(model, where="all").record.replaced}
+        everything = {layer.name for layer in bgc(model, where="all").record.layers}
         assert "layer2.0.downsample.0" in everything
         assert "conv1" not in everything
 
     def test_include_adds_and_exclude_keeps(self) -> None:
         model = torchvision.models.resnet18()
         record = bgc(model, where="none", include=["layer1.*", "*.downsample.0"], exclude="layer1.0.*").record
-        assert [layer.name for layer in record.replaced] == [
+        assert [layer.name for layer in record.layers] == [
             "layer1.1.conv1", "layer1.1.conv2",
             "layer2.0.downsample.0", "layer3.0.downsample.0", "layer4.0.downsample.0"]  # fmt: skip
         assert reasons(record)["layer1.0.conv1"] == "excluded"
@@ -361,7 +361,7 @@ class TestChoosing:
         model = torchvision.models.resnet18()
         for variant in ("bgc", "standard"):
             converted = convert(model, variant, 1)
-            assert not converted.record.replaced
+            assert not converted.record.layers
             assert not any(isinstance(m, VariantConv2d) for m in converted.model.modules())
         with pytest.raises(ShapeError, match="groups=1, not 2"):
             convert(model, "standard", 2)
@@ -371,13 +371,13 @@ class TestChoosing:
         with pytest.raises(ShapeError, match=r"2 convolutions: 1 \(6 -> 8\), 3 \(8 -> 7\)"):
             convert(model, "gc", 4)
         skipped = convert(model, "gc", 4, on_indivisible="skip").record
-        assert [layer.name for layer in skipped.replaced] == ["2"]
+        assert [layer.name for layer in skipped.layers] == ["2"]
         gcd = convert(model, "gc", 4, on_indivisible="gcd").record
-        assert [(layer.name, layer.groups) for layer in gcd.replaced] == [("1", 2), ("2", 4)]
+        assert [(layer.name, layer.groups) for layer in gcd.layers] == [("1", 2), ("2", 4)]
         assert reasons(gcd)["3"] == "N=4 does not divide 8 -> 7 channels"
         narrowing = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 6, 3), nn.BatchNorm2d(6))
-        assert [layer.groups for layer in convert(narrowing, "gc", 4, on_indivisible="gcd").record.replaced] == [2]
-        assert len(convert(model, "flgc", 4).record.replaced) == 3  # its groups may be uneven
+        assert [layer.groups for layer in convert(narrowing, "gc", 4, on_indivisible="gcd").record.layers] == [2]
+        assert len(convert(model, "flgc", 4).record.layers) == 3  # its groups may be uneven
 
 
 class TestWhatSurvives:
@@ -598,14 +598,6 @@ class TestRoundTrip:
             load_converted(tmp_path / "other.pt")
 
 
-def test_the_module_and_the_function_of_one_name_are_both_callable() -> None:
-    import bgcbench.convert
-
-    converted = bgcbench.convert(build_small(), "bgc", 2)
-    assert converted.record.variant == "bgc"
-    assert pickle.loads(pickle.dumps(bgcbench.convert)) is bgcbench.convert  # for worker processes
-
-
 def test_the_size_of_a_layers_input_is_that_before_padding_whatever_the_padding() -> None:
     class Padded(nn.Module):
         def __init__(self, mode: str) -> None:
@@ -617,5 +609,5 @@ def test_the_size_of_a_layers_input_is_that_before_padding_whatever_the_padding(
             return self.body(self.stem(x)).mean((2, 3)) * 2
 
     for mode in ("zeros", "circular", "reflect"):
-        (layer,) = convert(Padded(mode), "gc", 2, example_input=(3, 12, 10)).record.replaced
+        (layer,) = convert(Padded(mode), "gc", 2, example_input=(3, 12, 10)).record.layers
         assert (layer.height, layer.width) == (12, 10)

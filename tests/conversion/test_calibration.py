@@ -6,23 +6,25 @@ import functools
 import itertools
 import threading
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from msgspec.structs import replace
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import bgcbench
-from bgcbench.calibration import Stopped, reestimate_norms, solve
-from bgcbench.calibration.lockstep import Stop, run_in_step
-from bgcbench.calibration.norms import NormMoments
-from bgcbench.calibration.survey import survey
-from bgcbench.convert import Record, convert, load_converted, save_converted
+from bgcbench.conversion import solve
+from bgcbench.conversion.calibration import Stopped, reestimate_norms
+from bgcbench.conversion.convert import convert, load_converted, save_converted
+from bgcbench.conversion.lockstep import Stop, run_in_step
+from bgcbench.conversion.norms import NormMoments
+from bgcbench.conversion.survey import survey
 from bgcbench.convs import CONVS
 from bgcbench.errors import BgcbenchError, UsageError
 from bgcbench.measure.undisturbed import RandomState
+from bgcbench.results.rows import Record
 from bgcbench.theory.moments import RegressionMoments
 
 LINEAR = ("gc", "shuffle", "bgc")
@@ -133,7 +135,7 @@ def test_the_norm_gives_out_the_mean_that_it_gave_out_before(rebn: bool) -> None
     if rebn:
         torch.testing.assert_close(after.var(1), before.var(1), rtol=1e-2, atol=0.0)  # but for eps
     assert converted.record.calibration is not None
-    assert converted.record.calibration["norms"] == int(rebn)
+    assert converted.record.calibration.norms == int(rebn)
 
 
 def test_norms_before_the_first_replaced_layer_are_left_alone() -> None:
@@ -141,7 +143,7 @@ def test_norms_before_the_first_replaced_layer_are_left_alone() -> None:
                           nn.ReLU(), nn.Flatten(), nn.Linear(4 * SIDE * SIDE, 2)).double().eval()  # fmt: skip
     converted = convert(early, "gc", 2, calibration=[images()])
     assert converted.record.calibration is not None
-    assert converted.record.calibration["norms"] == 1
+    assert converted.record.calibration.norms == 1
     assert torch.equal(converted.model[1].running_mean, early[1].running_mean)
 
 
@@ -158,8 +160,8 @@ def test_a_constant_that_nothing_takes_away_is_fitted_about_zero(no_ridge: None)
                           nn.Linear(8 * 16, 3)).double()  # fmt: skip
     x = images()
     converted = convert(model, "gc", 4, init="calibrated", calibration=[x])
-    (layer,) = converted.record.calibration["layers"]  # type: ignore[index]
-    assert not layer["centred"]
+    (layer,) = converted.record.calibration.layers
+    assert not layer.centred
     u, wanted = (part.transpose(0, 1).flatten(1) for part in seen_by(model, "2", x))
     solution = [torch.linalg.lstsq(z.T, y.T).solution.T for z, y in zip(u.chunk(4), wanted.chunk(4), strict=True)]
     torch.testing.assert_close(converted.model[2].weight[:, :, 0, 0], torch.cat(solution), rtol=1e-6, atol=1e-6)
@@ -178,13 +180,13 @@ def test_bgc_of_two_groups_is_the_network_itself_and_leaves_its_norms_alone() ->
 def test_every_variant_loses_less_than_its_white_form_on_images_held_out(variant: str) -> None:
     model = network()
     converted = convert(model, variant, 4, init="calibrated", calibration=[images()])
-    layers = converted.record.calibration["layers"]  # type: ignore[index]
-    assert [layer["name"] for layer in layers] == ["first", "second"]
+    layers = converted.record.calibration.layers
+    assert [layer.name for layer in layers] == ["first", "second"]
     for layer in layers:
-        assert 0.0 <= layer["after"] <= layer["before"]
-        assert (layer["ridge"] is None) == (layer["condition"] is None)
-        assert layer["rows"] == 3 * layer["held_out_rows"]
-    assert layers[0]["after"] < layers[0]["before"]
+        assert 0.0 <= layer.after <= layer.before
+        assert (layer.ridge is None) == (layer.condition is None)
+        assert layer.rows == 3 * layer.held_out_rows
+    assert layers[0].after < layers[0].before
 
 
 def test_the_order_and_the_batches_of_the_images_do_not_matter_but_the_first_images_do() -> None:
@@ -234,8 +236,8 @@ def test_what_was_found_is_in_the_record_and_a_saved_network_loads(tmp_path: Any
     converted = convert(model, "tlgc", 2, init="calibrated", calibration=[images()], calibration_images=20)
     found = converted.record.calibration
     assert found is not None
-    assert (found["images"], found["held_out"], found["rebn"]) == (20, 5, True)
-    assert found["in_flight_bytes"] > 0 < found["moment_bytes"]
+    assert (found.images, found.held_out, found.rebn) == (20, 5, True)
+    assert found.in_flight_bytes > 0 < found.moment_bytes
     assert Record.from_json(converted.record.to_json()) == converted.record
     older = {k: v for k, v in converted.record.to_json().items() if k not in ("rebn", "calibration")}
     assert Record.from_json(older) == replace(converted.record, rebn=False, calibration=None)
@@ -359,9 +361,9 @@ def test_a_constant_may_pass_residual_additions_on_its_way_to_norms() -> None:
 def test_too_little_memory_takes_fewer_images_and_says_so_or_is_refused() -> None:
     model, x = network(), images()
     full = convert(model, "gc", 2, init="calibrated", calibration=[x]).record
-    held = full.calibration["in_flight_bytes"] + full.calibration["moment_bytes"]  # type: ignore[index]
+    held = full.calibration.in_flight_bytes + full.calibration.moment_bytes
     less = convert(model, "gc", 2, init="calibrated", calibration=[x], memory_bytes=held - 1).record
-    assert less.calibration["images"] < IMAGES  # type: ignore[index]
+    assert less.calibration.images < IMAGES
     assert "would not fit" in less.notes[-1]
     with pytest.raises(UsageError, match="allow more memory"):
         convert(model, "gc", 2, init="calibrated", calibration=[x], memory_bytes=1000)

@@ -11,19 +11,20 @@ import contextlib
 import copy
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
+from msgspec.structs import replace
 from torch import Tensor, nn
 
+from bgcbench.conversion.record import put_in
+from bgcbench.conversion.selection import Conv, Reason, describe, first_line, what_to_run
 from bgcbench.convs.base import VariantConv2d
 from bgcbench.errors import UsageError
 from bgcbench.measure.batches import Passing
 from bgcbench.measure.device import is_out_of_memory
 from bgcbench.measure.trace import Trace, clear_hooks
 from bgcbench.measure.undisturbed import RandomState, same_outputs, seed_everything, undisturbed
-from bgcbench.policy import Conv, Reason, describe, first_line, what_to_run
-from bgcbench.record import Replaced, put_in
+from bgcbench.results.rows import Replaced
 
 BYPASSED = Reason("bypassed", "called from outside of the module tree")
 RANDOM = "the network draws random numbers in eval mode: calibration and comparisons give it the same ones every time"

@@ -9,25 +9,29 @@ No variant is known by name here: a variant is a class that can be built from a 
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
-import sys
-import types
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from os import PathLike
 from typing import IO, Any
 
 import torch
+from msgspec.structs import replace
 from torch import Tensor, nn
 
-from bgcbench.calibration import DEFAULT_IMAGES, MEMORY_BYTES, Calibration
-from bgcbench.convs.base import PROJECTIONS, VariantConv2d
-from bgcbench.errors import ResultFileError, ShapeError, UsageError
-from bgcbench.measure.batches import Forward, Passing
-from bgcbench.models import build_model, identify
-from bgcbench.policy import (
+from bgcbench.conversion.calibration import DEFAULT_IMAGES, MEMORY_BYTES, Calibrator
+from bgcbench.conversion.record import (
+    CALIBRATED,
+    SCRATCH,
+    Converted,
+    copied,
+    origin_of,
+    record_in,
+    replay,
+    reverted,
+)
+from bgcbench.conversion.selection import (
     Reason,
     call_shape,
     channels,
@@ -42,24 +46,13 @@ from bgcbench.policy import (
     nothing_to_replace,
     patterns,
 )
-from bgcbench.record import (
-    CALIBRATED,
-    SCRATCH,
-    Converted,
-    Kept,
-    Record,
-    Replaced,
-    copied,
-    origin_of,
-    record_in,
-    replay,
-    reverted,
-)
+from bgcbench.conversion.trial import keep_what_cannot_be_exchanged
+from bgcbench.convs.base import PROJECTIONS, VariantConv2d
+from bgcbench.errors import ResultFileError, ShapeError, UsageError
+from bgcbench.measure.batches import Forward, Passing
+from bgcbench.models import build_model, identify
+from bgcbench.results.rows import CalibratedLayer, Calibration, Kept, Record, Replaced
 from bgcbench.specs import VARIANTS, WHERE, NetSpec, check_choice, check_positive, divisors
-from bgcbench.trial import keep_what_cannot_be_exchanged
-
-__all__ = ["Candidates", "Converted", "Kept", "Record", "Replaced", "candidates", "convert", "load_converted", "replay",
-           "save_converted"]  # fmt: skip
 
 INITS = (*(name for name in PROJECTIONS if name != "least_squares"), CALIBRATED, SCRATCH)
 ON_INDIVISIBLE = ("raise", "skip", "gcd")
@@ -103,8 +96,8 @@ def convert(
     include, exclude: patterns (``layer4.*``) of module names to add to that, or to keep. A pattern that matches no
         convolution is an error; so is including one by its full name that cannot be replaced.
     init: 'copy' (the paper: weights are copied), 'white' (the closed-form optimum for uncorrelated inputs),
-        'calibrated' (least squares on the network's own activations, layer by layer, see :mod:`bgcbench.calibration`),
-        'scratch' (He initialisation).
+        'calibrated' (least squares on the network's own activations, layer by layer, see
+        :mod:`bgcbench.conversion.calibration`), 'scratch' (He initialisation).
     on_indivisible: what to do where N does not divide the channels: 'raise' a ShapeError that names each of them,
         'skip' (keep it dense) or 'gcd' (the largest N that does).
     algorithm: the form of the layers that have a choice, such as 'deployed'.
@@ -119,17 +112,17 @@ def convert(
     rebn: re-estimate the statistics of batch norm on these images, from the first replaced convolution on; by default
         where there are images. memory_bytes: what calibration may hold at a time; where more images are given than fit,
         fewer are used, and a note says so. seed: which positions of an image are looked at. stop: asked now and then
-        whether to end early, which raises :class:`bgcbench.calibration.Stopped`; a network that was to be converted
-        in place is then half done.
+        whether to end early, which raises :class:`bgcbench.conversion.lockstep.Stopped`; a network that was to be
+        converted in place is then half done.
 
     Replaced are ``torch.nn.Conv2d`` with groups=1. Kept with a reason: subclasses with a forward of their own,
     parametrised or tied weights, convolutions with tensors or tensor hooks of their own, those that something outside
     of the module tree refers to (a list of layers), those whose type, groups or weight's shape the network asks for,
-    grouped ones, everything the policy names (see :class:`bgcbench.policy.Reason`). A module used twice is converted
-    once; layers of earlier conversions stay, and the record holds them too. Training mode, device, dtype, memory
-    format, module hooks, attributes and requires_grad are taken over; the global random states are left alone unless
-    ``init='scratch'``. ``model`` is untouched unless ``inplace``. The record's ``calibration`` says of each layer what
-    it lost before and after. N = 1 is the standard convolution: nothing is replaced.
+    grouped ones, everything the selection names (see :class:`bgcbench.conversion.selection.Reason`). A module used
+    twice is converted once; layers of earlier conversions stay, and the record holds them too. Training mode, device,
+    dtype, memory format, module hooks, attributes and requires_grad are taken over; the global random states are left
+    alone unless ``init='scratch'``. ``model`` is untouched unless ``inplace``. The record's ``calibration`` says of
+    each layer what it lost before and after. N = 1 is the standard convolution: nothing is replaced.
 
     Returns the network and the record. Raises UsageError for an unknown option, where nothing can be replaced, and for
     images that are missing, too few, not finite or not what the network takes; ShapeError for an N that does not
@@ -160,26 +153,31 @@ def convert(
         raise UsageError(nothing_to_replace(convs, where))
     own: dict[str, Any] = {"variant": variant, "algorithm": algorithm, "init": init}
     origins = {conv.name: origin for conv in convs if (origin := origin_of(conv.module)) is not None}
+    layers = tuple(replace(describe(conv), **own) for conv in chosen)
     record = Record(
-        variant,
-        groups,
-        where,
-        *named,
-        init,
-        on_indivisible,
-        algorithm,
-        source,
-        found.size if found else None,
-        tuple(replace(describe(conv), **own) for conv in chosen),
-        kept_of(convs),
-        tuple(f"in {call.owner or 'the network'}: {call_shape(call)}" for call in found.functional) if found else (),
-        tuple(notes),
+        variant=variant,
+        groups=groups,
+        where=where,
+        include=named[0],
+        exclude=named[1],
+        init=init,
+        on_indivisible=on_indivisible,
+        algorithm=algorithm,
+        source=source,
+        size=found.size if found else None,
+        replaced=tuple(layer.name for layer in layers),
+        layers=layers,
+        kept=kept_of(convs),
+        functional=tuple(f"in {call.owner or 'the network'}: {call_shape(call)}" for call in found.functional)
+        if found
+        else (),
+        notes=tuple(notes),
         earlier=tuple(replace(layer, name=name) for name, (layer, _) in origins.items()),
     )
     if images is None or not chosen:
         return Converted(replay(model if inplace else copied(model), record), record)
     # What the original says comes first: a network that is converted in place cannot be asked any more.
-    wanted = images.observe(model, record.replaced if init == CALIBRATED else ())
+    wanted = images.observe(model, record.layers if init == CALIBRATED else ())
     target = replay(model if inplace else copied(model), record)
     report = images.settle(target, record, wanted)
     return Converted(target, replace(record, rebn=images.rebn, calibration=report, notes=(*notes, *images.notes)))
@@ -236,7 +234,7 @@ def _calibration(
     memory_bytes: int,
     seed: int,
     stop: Callable[[], bool],
-) -> Calibration | None:
+) -> Calibrator | None:
     """The images to calibrate with; None where none are needed. Raises UsageError where they are missing or no use."""
     needed = init == CALIBRATED or bool(rebn)
     if batches is None:
@@ -249,7 +247,7 @@ def _calibration(
     rebn = True if rebn is None else rebn
     if not rebn and init != CALIBRATED:
         raise UsageError(f"calibration images are of no use with init='{init}' and rebn=False; leave them out")
-    return Calibration(
+    return Calibrator(
         model,
         batches,
         passing=passing,
@@ -303,7 +301,7 @@ def load_converted(
     the file is none of these or ``model`` is not the network that was converted.
     """
     try:
-        with torch.serialization.safe_globals([Record, Replaced, Kept]):
+        with torch.serialization.safe_globals([Record, Replaced, Kept, Calibration, CalibratedLayer]):
             stored = torch.load(path, map_location=map_location, weights_only=True)
     except FileNotFoundError:
         raise ResultFileError(f"{path} is not there") from None
@@ -346,16 +344,3 @@ def _rename_kernels(model: nn.Module, state: dict[str, Any]) -> None:
     for name, module in model.named_modules():
         if isinstance(module, VariantConv2d) and f"{name}.{module.kernel_name}" not in state:
             state[f"{name}.{module.kernel_name}"] = state.pop(f"{name}.weight", None)
-
-
-class _Callable(types.ModuleType):
-    """``bgcbench.convert`` is this module's name and the public function's; it answers to both."""
-
-    def __call__(self, *arguments: Any, **options: Any) -> Converted:
-        return convert(*arguments, **options)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return importlib.import_module, (self.__name__,)
-
-
-sys.modules[__name__].__class__ = _Callable

@@ -1,7 +1,7 @@
 """What a conversion did to a network, and doing it again.
 
 A record names every convolution that gave way and the shape of what took its place; :func:`replay` does to a network
-like the original what the record says. Which convolutions those are is decided in :mod:`bgcbench.policy`.
+like the original what the record says. Which convolutions those are is decided in :mod:`bgcbench.conversion.selection`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import contextlib
 import copy
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,7 +19,8 @@ from torch import nn
 from bgcbench.convs.base import VariantConv2d
 from bgcbench.convs.layouts import is_channels_last
 from bgcbench.errors import BgcbenchError, ResultFileError
-from bgcbench.measure.trace import Size, without_numbers
+from bgcbench.measure.trace import without_numbers
+from bgcbench.results.rows import Record, Replaced
 from bgcbench.specs import load_layer
 
 SCRATCH, CALIBRATED = "scratch", "calibrated"  # initialisations that are no projection
@@ -32,107 +33,6 @@ _HOOKS = (
 
 
 _OWN_ATTRIBUTES = set(vars(nn.Conv2d(1, 1, 1, device="meta")))
-
-
-@dataclass(frozen=True)
-class Replaced:
-    """One convolution that was replaced: its name, where else it hangs, its shape, and the layer that took its place.
-
-    groups: N of this layer, which 'gcd' may have lowered; 1 of a 'standard' one, which is not replaced yet. height,
-    width: of its input, and calls: how often one forward pass runs it; None where the network could not be run.
-    """
-
-    name: str
-    also: tuple[str, ...]
-    in_channels: int
-    out_channels: int
-    kernel: tuple[int, int]
-    stride: tuple[int, int]
-    padding: tuple[int, int]
-    dilation: tuple[int, int]
-    bias: bool
-    padding_mode: str
-    groups: int
-    height: int | None
-    width: int | None
-    calls: int | None
-    variant: str = "standard"
-    algorithm: str = "auto"
-    init: str = "white"
-
-
-@dataclass(frozen=True)
-class Kept:
-    """One convolution that stays as it is, and why: for people, and as a code (see bgcbench.policy.Reason)."""
-
-    name: str
-    reason: str
-    code: str = ""  # of older files
-
-
-@dataclass(frozen=True)
-class Record:
-    """Everything that a conversion decided; with a network like the original it can be repeated (load_converted).
-
-    variant, groups, init, algorithm: as they were asked for; each of ``replaced`` holds its own. earlier: layers that
-    conversions before this one had put into the network. source: how :func:`bgcbench.models.build_model` makes the
-    original network, None where it cannot. size: the input (channels, height, width) on which the network was run to
-    find shapes, order and roles; None where it could not be. functional: convolutions that are called as functions,
-    which no module owns and nothing here replaces. rebn: whether the statistics of batch norm were re-estimated.
-    calibration: what was done with images, and what each layer lost before and after, as plain JSON (see
-    :meth:`bgcbench.calibration.Calibration.settle`); None without.
-    """
-
-    variant: str
-    groups: int
-    where: str
-    include: tuple[str, ...]
-    exclude: tuple[str, ...]
-    init: str
-    on_indivisible: str
-    algorithm: str
-    source: dict[str, Any] | None
-    size: Size | None
-    replaced: tuple[Replaced, ...]
-    kept: tuple[Kept, ...]
-    functional: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
-    rebn: bool = False
-    calibration: dict[str, Any] | None = None
-    earlier: tuple[Replaced, ...] = ()
-
-    def to_json(self) -> dict[str, Any]:
-        """This as plain JSON; ``replaced`` holds the names and ``layers`` the shapes."""
-        text = asdict(self)
-        text["layers"] = text.pop("replaced")
-        text["replaced"] = [layer.name for layer in self.replaced]
-        plain: dict[str, Any] = json.loads(json.dumps(text))
-        return plain
-
-    @classmethod
-    def from_json(cls, stored: Mapping[str, Any]) -> Record:
-        """The record that :meth:`to_json` wrote; raises ResultFileError for anything else."""
-        try:
-            later = {"rebn", "calibration", "earlier"}  # which older files have not
-            names = [name for name in cls.__dataclass_fields__ if name not in ("replaced", "earlier")]
-            values = {name: stored[name] for name in names if name not in later or name in stored}
-            asked = {name: stored[name] for name in ("variant", "algorithm", "init")}  # of each layer, in older files
-            layers, earlier = (
-                tuple(
-                    Replaced(**asked | {k: _as_tuple(v) for k, v in layer.items()}) for layer in stored.get(which, ())
-                )
-                for which in ("layers", "earlier")
-            )
-            return cls(
-                **{
-                    **{name: _as_tuple(value) for name, value in values.items()},
-                    "kept": tuple(Kept(**kept) for kept in values["kept"]),
-                    "replaced": layers,
-                    "earlier": earlier,
-                }
-            )
-        except (KeyError, TypeError, AttributeError) as problem:
-            raise ResultFileError(f"this is no record of a conversion: {problem!r}") from None
 
 
 @dataclass(frozen=True)
@@ -157,7 +57,7 @@ def replay(model: nn.Module, record: Record, *, weights: bool = True) -> nn.Modu
     """
     modules = dict(model.named_modules())
     missing = [layer for layer in record.earlier if origin_of(modules.get(layer.name)) is None]
-    return put_in(model, [*missing, *record.replaced], weights=weights)
+    return put_in(model, [*missing, *record.layers], weights=weights)
 
 
 def put_in(model: nn.Module, layers: Iterable[Replaced], *, weights: bool = True) -> nn.Module:
@@ -258,13 +158,6 @@ def _bare(conv: nn.Conv2d) -> nn.Conv2d:
     return bare
 
 
-def _as_tuple(value: Any) -> Any:
-    return tuple(_as_tuple(part) for part in value) if isinstance(value, list) else value
-
-
-# ------------------------------------------------------------------------------------------------ saved and loaded
-
-
 def record_in(stored: Mapping[str, Any]) -> Record:
     """The record of a saved dict, in whichever of its forms."""
     record = stored["record"]
@@ -273,9 +166,4 @@ def record_in(stored: Mapping[str, Any]) -> Record:
             record = json.loads(record)
         except ValueError:
             raise ResultFileError("this is no record of a conversion: its text is no JSON") from None
-    if not isinstance(record, Record):
-        return Record.from_json(record)
-    asked: dict[str, Any] = {"variant": record.variant, "algorithm": record.algorithm, "init": record.init}
-    # Pickled by a version that did not write down what each layer is.
-    own = (layer if layer.variant != "standard" else replace(layer, **asked) for layer in record.replaced)
-    return replace(record, replaced=tuple(own))
+    return record if isinstance(record, Record) else Record.from_json(record)
