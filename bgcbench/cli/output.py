@@ -18,6 +18,7 @@ from bgcbench.errors import BgcbenchError, OutputError, UsageError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from bgcbench.experiments.options import Asked
     from bgcbench.interrupts import Interrupts
     from bgcbench.report import Report
     from bgcbench.results import ResultWriter
@@ -74,19 +75,28 @@ class Output:
     plot: Path | None = None
 
     @classmethod
-    def asked(
-        cls, out: str | None, form: str, *, force: bool, resume: Path | None, quiet: bool, plot: Path | None = None
-    ) -> Output:
-        """What --out, --format, --force, --resume, --quiet and --plot ask for; raises UsageError for contradictions."""
-        if resume is not None and (out is not None or force):
+    def asked(cls, asked: Asked, resumed: Path | None, *, saves: bool) -> Output:
+        """What was asked for; resumed: the file to go on with. saves: --force may be about the files of --save alone.
+
+        Raises UsageError for contradictions.
+        """
+        out = None if resumed else asked.out
+        force = asked.force and not (asked.is_auto and resumed)
+        if resumed and force:
             raise UsageError("--resume writes to the file it continues; leave --out and --force out")
-        if force and out in (None, "-") and plot is None:
+        if force and not saves and out in (None, "-") and asked.plot is None:
             raise UsageError("--force replaces an existing --out file; name one with --out, or leave --force out")
-        if out == "-" and form not in ("auto", "json"):
-            raise UsageError(f"--out - prints JSON, not {form}; leave --format out, or write to a file")
-        path = resume or (Path(out) if out not in (None, "-") else None)
-        shown = "json" if out == "-" else form
-        return cls(path, out == "-", force or resume is not None, shown, quiet, resume is not None, plot)
+        if out == "-" and asked.form not in ("auto", "json"):
+            raise UsageError(f"--out - prints JSON, not {asked.form}; leave --format out, or write to a file")
+        return cls(
+            path=resumed or (Path(out) if out not in (None, "-") else None),
+            to_stdout=out == "-",
+            replace=force or resumed is not None,
+            form="json" if out == "-" else asked.form,
+            quiet=asked.quiet,
+            resumes=resumed is not None,
+            plot=asked.plot,
+        )
 
     def probe(self, *, dry_run: bool) -> None:
         """Raise OutputError now where a file could not be written in the end; a dry run writes none."""

@@ -190,18 +190,7 @@ def settled(command: Command, given: Json, asked: Asked) -> tuple[Any, Json | No
     if asked.out == "-" and "save_every_s" in given:
         raise UsageError("--save-every is for checkpoints, which --out - keeps none of; leave one of them out")
     path, stored = _file_to_resume(command, asked, given)
-    replacing = asked.force and not (asked.is_auto and path is not None)
-    # --force may be about the files of --save alone
-    for_save = "save" in given and path is None and asked.out in (None, "-") and asked.plot is None
-    output = Output.asked(
-        None if path else asked.out,
-        asked.form,
-        force=replacing and not for_save,
-        resume=path,
-        quiet=asked.quiet,
-        plot=asked.plot,
-    )
-    output = dataclasses.replace(output, replace=output.replace or replacing)
+    output = Output.asked(asked, path, saves="save" in given)
     config = resolve_config(command, given, stored, str(path))
     command.check(config, fresh=stored is None, replace=asked.force or asked.dry_run)
     if own_rank() == 0:  # which alone writes
