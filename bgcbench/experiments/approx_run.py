@@ -22,16 +22,12 @@ from bgcbench.experiments.approx import ApproxConfig, ApproxRow, counts_of, few_
 from bgcbench.experiments.base import Run
 from bgcbench.experiments.config import RunConfig
 from bgcbench.experiments.profile import row_seed
-from bgcbench.experiments.session import Session
+from bgcbench.experiments.session import Session, open_device
 from bgcbench.measure.device import (
     DTYPES,
     backend_state,
-    check_combination,
     describe_failure,
-    resolve_device,
-    tf32_state,
 )
-from bgcbench.measure.environment import describe_environment
 from bgcbench.results import DONE, Json
 from bgcbench.specs import LINEAR, VARIANTS, as_pair
 from bgcbench.theory.bounds import SCALING_POWER, bounds
@@ -48,18 +44,10 @@ SPREAD_GROUPS = 4
 
 
 def open_session(config: RunConfig) -> Session:
-    """Find the device and describe it; raises DeviceError where the device asked for is not there."""
-    device, _ = resolve_device(config.device)  # the numbers are the same wherever they are computed: no warning
-    check_combination(device, config.precision, "eager")
-    with backend_state(config.precision, config.threads):
-        settings: Json = {
-            "seed": config.seed,
-            "precision": config.precision,
-            "layout": "nchw",
-            "tf32": tf32_state(),
-            "cudnn_benchmark": True,
-        }
-        return Session(device, describe_environment(device), settings)
+    """The device to compute on; raises DeviceError where it is not there."""
+    session = open_device(config, config.device)
+    session.warnings.clear()  # the numbers are the same wherever they are computed
+    return session
 
 
 @dataclass(frozen=True)

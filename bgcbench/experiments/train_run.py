@@ -30,22 +30,18 @@ from bgcbench.experiments.network_run import (
 )
 from bgcbench.experiments.profile import row_seed
 from bgcbench.experiments.profile_run import measured_forms
-from bgcbench.experiments.session import Session
+from bgcbench.experiments.session import Session, open_device
 from bgcbench.experiments.train import TrainConfig, TrainRow, identity, plan
 from bgcbench.measure.ceilings import measure_ceilings
 from bgcbench.measure.device import (
     DTYPES,
     backend_state,
-    check_combination,
     compile_state,
     current,
     describe_failure,
     free_memory,
     make_stopwatch,
-    resolve_device,
-    tf32_state,
 )
-from bgcbench.measure.environment import describe_environment
 from bgcbench.measure.trace import Trace, trace
 from bgcbench.models import build_empty, build_model
 from bgcbench.results import DONE, Json, stage_of
@@ -62,27 +58,13 @@ WORKERS = 8  # at most, where --workers is not given
 
 
 def open_session(config: TrainConfig) -> Session:
-    """Find this process's device and describe it.
-
-    Raises DeviceError where the device asked for is not there, UsageError for what it cannot do.
-    """
-    device, warning = resolve_device(own_device(config.device))
-    check_combination(device, config.precision, "eager")
-    if device.type == "cpu":
+    """This process's device; raises DeviceError where it is not there, UsageError for what it cannot do."""
+    mode = "compile" if config.compile else "eager"
+    session = open_device(config, own_device(config.device), layout=config.layout, deterministic=False)
+    session.settings["mode"] = mode  # a network is compiled on any device
+    if session.device.type == "cpu":
         dataclasses.replace(config, device="cpu")  # which refuses what a CPU cannot do
-    with backend_state(config.precision, config.threads):
-        settings: Json = {
-            "seed": config.seed,
-            "precision": config.precision,
-            "layout": config.layout,
-            "mode": "compile" if config.compile else "eager",
-            "tf32": tf32_state(),
-            "cudnn_benchmark": True,
-            "deterministic": False,
-        }
-        session = Session(device, describe_environment(device), settings)
-    if warning:
-        session.warnings.append(warning.replace("measured", "trained"))
+    session.warnings = [warning.replace("measured", "trained") for warning in session.warnings]
     return session
 
 

@@ -482,7 +482,7 @@ class TransferRun(TrainRun):
                 self.warnings.append(f"--time: {label} could not be measured: {found['reason']}")
         times = {cell: _times(measured, cell, standard) for cell in cells}
         for found in filter(None, times.values()):
-            found["memory"] = session.memory
+            found["memory"] = run.protocol.memory
         for row in rows:
             self.known[row.key]["time"] = times[row.cell]
         yield Update(self.rows[0], 0, len(wanted), None, 1.0, save=True, doing="timed")
