@@ -142,3 +142,8 @@ def test_a_new_field_of_a_configuration_is_an_option_and_reaches_the_run(tmp_pat
     assert "Calls before the first sample." in CliRunner().invoke(app, ["profile", "--help"]).output
     wrong = CliRunner().invoke(app, [*small, "--warm-calls", "0"])
     assert isinstance(wrong.exception, ShapeError)
+
+
+def test_where_several_may_be_named_one_must_be() -> None:
+    with pytest.raises(UsageError, match="--groups is empty; name at least one"):
+        Base(groups=())

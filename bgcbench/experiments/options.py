@@ -123,9 +123,14 @@ def _in_words(default: Any) -> str | None:
 
 
 def check_options(config: Any) -> None:
-    """Call the check of every option of ``config`` that has a value; raises UsageError or ShapeError."""
+    """Call the check of every option of ``config`` that has a value; raises UsageError or ShapeError.
+
+    Of an option that has a check and takes several values there must be one at least.
+    """
     for each in options_of(type(config)).values():
         value = getattr(config, each.fills[0], None) if each.check else None
+        if each.check and value == ():
+            raise UsageError(f"--{each.name} is empty; name at least one")
         if each.check and value is not None:
             each.check(each.fills[0], value)
 
