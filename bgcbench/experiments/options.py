@@ -165,16 +165,6 @@ def positive(field: str, value: Any) -> None:
         check_positive(field, each)
 
 
-def not_negative(meaning: str) -> Check:
-    """A check: 0 or above; ``meaning``: of 0 and of the others, in words."""
-
-    def check(field: str, value: Any) -> None:
-        if value < 0:
-            raise UsageError(f"--{field} {value} must be 0{meaning}")
-
-    return check
-
-
 # ---------------------------------------------------------------------------------------------- what is read from text
 
 
