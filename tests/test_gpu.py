@@ -89,9 +89,10 @@ def test_the_peak_is_the_allocators(device: torch.device) -> None:
 @pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
 def test_a_run_in_every_mode_and_precision(mode: str, precision: str) -> None:
     config = replace(SMALL, mode=mode, precision=precision, layout="nhwc", phases=("fwd", "bwd", "fwd_bwd"))
-    *_, last = ProfileRun(config, open_session(config), plan(config)).run()
-    assert {row["status"] for row in last.rows} == {"ok"}, [row["reason"] for row in last.rows]
-    for row in last.rows:
+    done = ProfileRun(config, open_session(config), plan(config))
+    assert list(done.run())
+    assert {row["status"] for row in done.results} == {"ok"}, [row["reason"] for row in done.results]
+    for row in done.results:
         assert row["memory"]["method"] == "cuda_allocator"
         for measured in row["phases"].values():
             assert measured["host_s"] > 0
@@ -136,9 +137,10 @@ NETWORK = NetworkConfig(model="wrn_10_1", batch=8, groups=(2, 4), device="cuda",
 def test_networks_in_every_mode(mode: str, precision: str) -> None:
     config = replace(NETWORK, mode=mode, precision=precision, layout="nhwc", variants=tuple(VARIANTS), groups=(4,))
     planned = plan_network(config)
-    *_, last = ProfileRun(config, open_session(config), planned.rows, subjects=planned.subjects).run()
-    assert {row["status"] for row in last.rows} == {"ok"}, [row["reason"] for row in last.rows]
-    assert {phase for row in last.rows for phase in row["phases"]} == {"fwd", "train_step"}
+    done = ProfileRun(config, open_session(config), planned.rows, subjects=planned.subjects)
+    assert list(done.run())
+    assert {row["status"] for row in done.results} == {"ok"}, [row["reason"] for row in done.results]
+    assert {phase for row in done.results for phase in row["phases"]} == {"fwd", "train_step"}
 
 
 def test_a_captured_training_step_computes_the_gradients_of_an_eager_one(device: torch.device) -> None:
@@ -185,9 +187,10 @@ def test_a_real_allocation_failure_in_one_row_leaves_the_others(device, monkeypa
         return forward(self, input)
 
     monkeypatch.setattr(CONVS["gc"], "forward", greedy)
-    *_, last = ProfileRun(SMALL, open_session(SMALL), plan(SMALL)).run()
-    assert [row["status"] for row in last.rows] == ["ok", "oom", "ok", "oom", "ok"]
-    assert all(str(2**50) in row["reason"] for row in last.rows if row["status"] == "oom")
+    done = ProfileRun(SMALL, open_session(SMALL), plan(SMALL))
+    assert list(done.run())
+    assert [row["status"] for row in done.results] == ["ok", "oom", "ok", "oom", "ok"]
+    assert all(str(2**50) in row["reason"] for row in done.results if row["status"] == "oom")
 
 
 def test_the_environment_and_the_doctor_know_the_device(device: torch.device) -> None:

@@ -21,7 +21,7 @@ from bgcbench.experiments.images import sized
 from bgcbench.experiments.network import NetworkConfig
 from bgcbench.experiments.network_run import NetworkSubject, distinct_convolutions, plan_network
 from bgcbench.experiments.profile import check_same_workload
-from bgcbench.experiments.profile_run import ProfileRun, Update, open_session
+from bgcbench.experiments.profile_run import ProfileRun, open_session
 from bgcbench.measure import environment
 from bgcbench.measure.trace import trace
 from bgcbench.measure.workload import NetworkWorkload
@@ -37,10 +37,11 @@ SMALL = NetworkConfig(model="wrn_10_1", batch=2, height=16, groups=(2, 4), devic
 pytestmark = pytest.mark.usefixtures("brisk")
 
 
-def run(config: NetworkConfig, **options: Any) -> Update:
+def run(config: NetworkConfig, **options: Any) -> ProfileRun:
     planned = plan_network(config)
-    *_, last = ProfileRun(config, open_session(config), planned.rows, subjects=planned.subjects, **options).run()
-    return last
+    done = ProfileRun(config, open_session(config), planned.rows, subjects=planned.subjects, **options)
+    assert list(done.run())
+    return done
 
 
 class TestPlan:
@@ -216,12 +217,12 @@ class TestTrainStep:
 
 class TestRun:
     def test_every_variant_is_measured_interleaved_with_the_dense_network(self) -> None:
-        update = run(replace(SMALL, variants=tuple(VARIANTS), groups=(4,)))
-        assert [(row["status"], row["reason"]) for row in update.rows] == [("ok", None)] * 9
-        assert {row["interleaved"] for row in update.rows} == {1}
-        dense = update.rows[0]
+        done = run(replace(SMALL, variants=tuple(VARIANTS), groups=(4,)))
+        assert [(row["status"], row["reason"]) for row in done.results] == [("ok", None)] * 9
+        assert {row["interleaved"] for row in done.results} == {1}
+        dense = done.results[0]
         assert dense["convert"] is None
-        for row in update.rows:
+        for row in done.results:
             assert set(row["phases"]) == {"fwd", "train_step"}
             for measured in row["phases"].values():
                 assert measured["derived"]["images_per_s"] == pytest.approx(2 / measured["summary"]["median_s"])
@@ -236,8 +237,8 @@ class TestRun:
         assert all(torch.equal(model.fc.weight, models[0].fc.weight) for model in models)
 
     def test_layers_are_measured_each_beside_its_variants(self) -> None:
-        update = run(replace(SMALL, layers=True, groups=(4,), phases=("fwd",)))
-        layers = [row for row in update.rows if "layer" in row["params"]]
+        done = run(replace(SMALL, layers=True, groups=(4,), phases=("fwd",)))
+        layers = [row for row in done.results if "layer" in row["params"]]
         assert {row["status"] for row in layers} == {"ok"}
         groups: dict[int, set[str]] = {}
         for row in layers:
@@ -254,8 +255,9 @@ class TestRun:
 
         planned = plan_network(SMALL)
         monkeypatch.setattr(GroupConv2d, "forward", broken)
-        *_, last = ProfileRun(SMALL, open_session(SMALL), planned.rows, subjects=planned.subjects).run()
-        assert [(row["params"]["variant"], row["status"]) for row in last.rows] == [
+        done = ProfileRun(SMALL, open_session(SMALL), planned.rows, subjects=planned.subjects)
+        assert list(done.run())
+        assert [(row["params"]["variant"], row["status"]) for row in done.results] == [
             ("standard", "ok"), ("gc", "error"), ("bgc", "ok"), ("gc", "error"), ("bgc", "ok")]  # fmt: skip
 
     def test_a_training_step_that_fails_leaves_inference_and_says_the_way_out(
@@ -296,9 +298,10 @@ class TestRun:
         monkeypatch.setattr(NetworkWorkload, "_step", brittle)
         config = replace(SMALL, groups=(2,), variants=("gc",))
         planned = plan_network(config)
-        for update in ProfileRun(config, open_session(config), planned.rows, subjects=planned.subjects).run():
+        done = ProfileRun(config, open_session(config), planned.rows, subjects=planned.subjects)
+        for update in done.run():
             flag["up"] |= update.progress is not None and update.progress.round == 2
-        dense, gc = update.rows
+        dense, gc = done.results
         assert (dense["status"], set(dense["phases"]), "failures" in dense) == ("ok", {"fwd", "train_step"}, False)
         assert (gc["status"], set(gc["failures"])) == ("oom", {"train_step"})
         assert gc["reason"].startswith("train_step: out of memory: ")
@@ -309,7 +312,7 @@ class TestRun:
         config = replace(SMALL, groups=(2,), variants=("gc",))
         needed = next(iter(plan_network(config).subjects.values())).needed_bytes
         monkeypatch.setattr(environment, "available_bytes", lambda device: needed("train_step") - 1)
-        dense, gc = run(config).rows
+        dense, gc = run(config).results
         assert needed("fwd") < needed("train_step")
         assert (dense["status"], set(dense["phases"]), set(dense["failures"])) == ("oom", {"fwd"}, {"train_step"})
         assert (gc["status"], set(gc["phases"])) == ("ok", {"fwd", "train_step"})
@@ -321,7 +324,7 @@ class TestRun:
         weight = model.stem.weight
         assert weight.dtype == {"bf16": torch.bfloat16, "fp64": torch.float64}[precision]
         assert weight.is_contiguous(memory_format=torch.channels_last) == (layout == "nhwc")
-        assert {row["status"] for row in run(config).rows} == {"ok"}
+        assert {row["status"] for row in run(config).results} == {"ok"}
 
 
 QUICK = ["profile", "--model", "wrn_10_1", "--size", "16", "--batch", "2", "--groups", "2", "--device", "cpu",

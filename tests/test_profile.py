@@ -44,13 +44,12 @@ def labels(config: ProfileConfig) -> list[tuple[str, int, str]]:
 pytestmark = pytest.mark.usefixtures("brisk")
 
 
-def run(config: ProfileConfig, watch: Callable[[Update], None] = lambda update: None, **options: Any) -> Update:
-    """The last update of a whole run; ``watch`` sees every one."""
-    last = None
-    for last in ProfileRun(config, open_session(config), plan(config), **options).run():
-        watch(last)
-    assert last is not None
-    return last
+def run(config: ProfileConfig, watch: Callable[[Update], None] = lambda update: None, **options: Any) -> ProfileRun:
+    """A run that has ended; ``watch`` sees every update."""
+    done = ProfileRun(config, open_session(config), plan(config), **options)
+    for update in done.run():
+        watch(update)
+    return done
 
 
 def in_round(number: int, flag: dict[str, bool]) -> Callable[[Update], None]:
@@ -154,17 +153,18 @@ class TestPlan:
 
 class TestRun:
     def test_every_row_is_measured_interleaved_and_complete(self) -> None:
-        update = run(replace(SMALL, phases=("fwd", "bwd", "fwd_bwd"), variants=tuple(VARIANTS)))
-        assert [row["status"] for row in update.rows] == ["ok"] * len(update.rows)
-        assert {row["interleaved"] for row in update.rows} == {1}
-        for row in update.rows:
+        done = run(replace(SMALL, phases=("fwd", "bwd", "fwd_bwd"), variants=tuple(VARIANTS)))
+        assert [row["status"] for row in done.results] == ["ok"] * len(done.results)
+        assert {row["interleaved"] for row in done.results} == {1}
+        for row in done.results:
             assert set(row["phases"]) == {"fwd", "bwd", "fwd_bwd"}
             for measured in row["phases"].values():
-                assert set(measured["rounds"]) == set(range(1, update.interleaved[0]["rounds"] + 1))
+                assert set(measured["rounds"]) == set(range(1, done.interleaved[0]["rounds"] + 1))
                 assert len(measured["samples_s"]) == measured["summary"]["n"]
                 assert measured["first_call_s"] > 0
             assert row["memory"]["peak_bytes"] >= row["memory"]["baseline_bytes"]
-        assert update.ceilings["flops_per_s"] > 0
+        assert done.ceilings is not None
+        assert done.ceilings.flops_per_s > 0
 
     @pytest.mark.parametrize("precision", ["fp64", "bf16"])
     def test_layout_precision_and_algorithm_are_those_asked_for(
@@ -179,9 +179,9 @@ class TestRun:
 
         monkeypatch.setattr(GroupConv2d, "forward", spy)
         config = replace(SMALL, precision=precision, layout="nhwc", algorithm="concat", groups=(2,), quick=True)
-        update = run(config)
+        done = run(config)
         assert set(seen) == {(True, {"fp64": torch.float64, "bf16": torch.bfloat16}[precision])}
-        assert update.rows[2]["params"]["algorithm"] == "concat"
+        assert done.results[2]["params"]["algorithm"] == "concat"
 
     def test_threads_are_set_for_the_run_only(self) -> None:
         before = torch.get_num_threads()
@@ -195,10 +195,10 @@ class TestRun:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has 8 GiB")
 
         monkeypatch.setattr(GroupConv2d, "forward", greedy)
-        update = run(SMALL)
-        status = {(row["params"]["variant"], row["status"]) for row in update.rows}
+        done = run(SMALL)
+        status = {(row["params"]["variant"], row["status"]) for row in done.results}
         assert status == {("standard", "ok"), ("gc", "oom"), ("bgc", "ok")}
-        assert all(str(20 * 2**30) in row["reason"] for row in update.rows if row["status"] == "oom")
+        assert all(str(20 * 2**30) in row["reason"] for row in done.results if row["status"] == "oom")
 
     def test_a_row_that_breaks_in_the_middle_of_the_rounds_keeps_its_samples(self, monkeypatch) -> None:
         flag, forward = {"up": False}, GroupConv2d.forward
@@ -209,24 +209,24 @@ class TestRun:
             return forward(self, x)
 
         monkeypatch.setattr(GroupConv2d, "forward", brittle)
-        update = run(replace(SMALL, groups=(2,)), in_round(3, flag))
-        broken = update.rows[1]
+        done = run(replace(SMALL, groups=(2,)), in_round(3, flag))
+        broken = done.results[1]
         assert (broken["status"], broken["reason"]) == ("error", "RuntimeError: it broke")
         assert broken["phases"]["fwd"]["samples_s"]
-        assert [row["status"] for row in update.rows] == ["ok", "error", "ok"]
+        assert [row["status"] for row in done.results] == ["ok", "error", "ok"]
 
     def test_what_cannot_fit_is_not_tried(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(environment, "available_bytes", lambda device: 10)
-        update = run(SMALL)
-        assert {row["status"] for row in update.rows} == {"oom"}
-        assert all("10 there" in row["reason"] for row in update.rows)
+        done = run(SMALL)
+        assert {row["status"] for row in done.results} == {"oom"}
+        assert all("10 there" in row["reason"] for row in done.results)
 
     def test_rows_that_do_not_fit_together_are_measured_one_after_the_other(self, monkeypatch) -> None:
         room = estimated_bytes(SMALL, plan(SMALL)[0].spec, "fwd_bwd")
         monkeypatch.setattr(environment, "available_bytes", lambda device: room)
-        update = run(SMALL)
-        assert [row["interleaved"] for row in update.rows] == [1, 2, 3, 4, 5]
-        assert [group["alone"] for group in update.interleaved] == [True] * 5
+        done = run(SMALL)
+        assert [row["interleaved"] for row in done.results] == [1, 2, 3, 4, 5]
+        assert [group["alone"] for group in done.interleaved] == [True] * 5
 
     @pytest.mark.parametrize("begins", ["in the first look", "in a round"])
     def test_a_lost_device_ends_the_rows_and_leaves_a_valid_file(self, begins: str, monkeypatch) -> None:
@@ -256,28 +256,28 @@ class TestRun:
         monkeypatch.setattr(CpuStopwatch, "_times", dead_times)
         monkeypatch.setattr(profile_run, "make_stopwatch", dead_make)
         monkeypatch.setattr("bgcbench.measure.device.device_answers", lambda device: not lost.get("now"))
-        update = run(SMALL, in_round(2, lost))
-        reasons = [(row["status"], row["reason"]) for row in update.rows]
-        assert reasons == [("error", "device lost")] * len(update.rows)
+        done = run(SMALL, in_round(2, lost))
+        reasons = [(row["status"], row["reason"]) for row in done.results]
+        assert reasons == [("error", "device lost")] * len(done.results)
         if begins == "in a round":
-            assert all(row["phases"] for row in update.rows)
+            assert all(row["phases"] for row in done.results)
 
     def test_a_stop_marks_the_rows_and_a_resumed_run_ends_with_the_same_ones(self) -> None:
         flag = {"up": False}
         cut = run(SMALL, in_round(3, flag), stop=lambda: flag["up"])
-        assert {row["status"] for row in cut.rows} == {"interrupted"}
-        assert all(set(row["phases"]["fwd"]["rounds"]) >= {1, 2} for row in cut.rows)
-        resumed = run(SMALL, kept={row["key"]: row for row in cut.rows})
-        assert [row["key"] for row in resumed.rows] == [row.key for row in plan(SMALL)]
-        assert {row["status"] for row in resumed.rows} == {"ok"}
+        assert {row["status"] for row in cut.results} == {"interrupted"}
+        assert all(set(row["phases"]["fwd"]["rounds"]) >= {1, 2} for row in cut.results)
+        resumed = run(SMALL, kept={row["key"]: row for row in cut.results})
+        assert [row["key"] for row in resumed.results] == [row.key for row in plan(SMALL)]
+        assert {row["status"] for row in resumed.results} == {"ok"}
 
     def test_a_resumed_run_keeps_finished_rows_and_measures_the_rest_in_a_group_of_their_own(self) -> None:
         first = run(SMALL)
         wider = replace(SMALL, groups=(2, 4, 8))
-        again = run(wider, kept={row["key"]: row for row in first.rows}, interleaved=first.interleaved)
-        old = [row for row in again.rows if row["params"]["groups"] != 8]
-        assert old == first.rows
-        assert {row["interleaved"] for row in again.rows if row["params"]["groups"] == 8} == {2}
+        again = run(wider, kept={row["key"]: row for row in first.results}, interleaved=first.interleaved)
+        old = [row for row in again.results if row["params"]["groups"] != 8]
+        assert old == first.results
+        assert {row["interleaved"] for row in again.results if row["params"]["groups"] == 8} == {2}
 
     def test_the_weights_of_a_row_do_not_depend_on_the_others(self, monkeypatch: pytest.MonkeyPatch) -> None:
         def weights(config: ProfileConfig) -> dict[str, torch.Tensor]:
@@ -313,7 +313,7 @@ def test_memory_that_is_not_kept_after_all_is_flagged(monkeypatch: pytest.Monkey
     monkeypatch.setattr("bgcbench.measure.device.minor_faults", lambda: next(counter))
     monkeypatch.setattr("bgcbench.experiments.profile_run.resolve_memory", lambda asked, device_type: asked)
     for memory, flagged in (("kept", True), (None, False)):
-        for row in run(replace(SMALL, memory=memory, phases=("fwd",))).rows:
+        for row in run(replace(SMALL, memory=memory, phases=("fwd",))).results:
             assert row["phases"]["fwd"]["minor_faults_per_call"] == 5000
             assert ("page faults" in flags(msgspec.convert(row, ProfileRow), ["fwd"])) is flagged
 
@@ -327,6 +327,6 @@ def test_compile_mode_measures_a_compiled_layer(monkeypatch: pytest.MonkeyPatch)
         return real(module, backend="eager", **options)
 
     monkeypatch.setattr(torch, "compile", spy)
-    update = run(replace(SMALL, mode="compile", groups=(2,), quick=True))
-    assert {row["status"] for row in update.rows} == {"ok"}
+    done = run(replace(SMALL, mode="compile", groups=(2,), quick=True))
+    assert {row["status"] for row in done.results} == {"ok"}
     assert len(compiled) == 6  # each of 3 rows for its first look and for its group

@@ -14,7 +14,7 @@ import jsonschema
 import pytest
 
 from bgcbench import results
-from bgcbench.cli.common import Output
+from bgcbench.cli.output import Output
 from bgcbench.errors import OutputError, ResultFileError
 from bgcbench.interrupts import Interrupts
 from tests.conftest import ROOT

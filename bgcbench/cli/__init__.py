@@ -12,13 +12,19 @@ from typing import Annotated, Any
 import typer
 
 import bgcbench
-from bgcbench.cli.common import app, say
+from bgcbench.cli import show
+from bgcbench.cli.measuring import Approx, Profile
+from bgcbench.cli.output import app, say
+from bgcbench.cli.parameters import register
+from bgcbench.cli.training import Train, Transfer
 from bgcbench.errors import BgcbenchError, OutputError, UsageError
 
-# Each registers its commands; --help lists them in this order.
-from bgcbench.cli import profile, approx, train, transfer, show  # noqa: F401  # isort: skip
-
 __all__ = ["app", "main", "run"]
+
+# --help lists them in this order.
+for command in (Profile(), Approx(), Train(), Transfer()):
+    register(app, command)
+show.register(app)
 
 
 @app.callback(invoke_without_command=True)

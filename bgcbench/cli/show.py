@@ -10,12 +10,29 @@ from typing import Annotated, Any
 
 import typer
 
-from bgcbench.cli import common
-from bgcbench.cli.common import Format, app
+from bgcbench.cli import output
 from bgcbench.errors import BgcbenchError, ResultFileError, UsageError
+from bgcbench.experiments import options
+from bgcbench.experiments.profile import ProfileConfig
+from bgcbench.specs import FORMATS, check_choice
+
+Format = Annotated[
+    str,
+    typer.Option(
+        "--format",
+        help="auto (a table on a terminal, Markdown elsewhere), table, markdown, csv, json.",
+        rich_help_panel=options.OUTPUT,
+    ),
+]
 
 
-@app.command(short_help="Print a result file again, or Table 1.")
+def register(app: typer.Typer) -> None:
+    """Make them commands of ``app``."""
+    app.command(short_help="Print a result file again, or Table 1.")(show)
+    app.command(short_help="Print what could spoil a measurement here.")(doctor)
+    app.command(short_help="Compare two profile files.")(compare)
+
+
 def show(
     file: Annotated[Path | None, typer.Argument(help="A result file.")] = None,
     table1: Annotated[
@@ -52,9 +69,8 @@ def show(
     [bold]bgcbench show --table1 --channels 256 --groups 2,4,8[/bold]
     """
     from bgcbench import results
-    from bgcbench.experiments.profile import ProfileConfig
 
-    common.check_format(form)
+    check_choice("format", form, FORMATS)
     shape = {"channels": channels, "in-channels": in_channels, "out-channels": out_channels, "kernel": kernel,
              "size": size, "groups": groups}  # fmt: skip
     given = [f"--{name}" for name, value in shape.items() if value is not None]
@@ -68,9 +84,9 @@ def show(
     _check_plot(plot, picture, force=force, drawable=document is not None and not table1)
     if document is not None and not table1:
         with _consistent(str(file)):
-            common.print_document(document, form, explain=explain)
+            output.print_document(document, form, explain=explain)
             if plot is not None:
-                common.draw(document, plot, picture)
+                output.draw(document, plot, picture)
         return 0
     if document is not None:
         results.check_command(document, "profile", str(file))
@@ -81,18 +97,18 @@ def show(
         measurable = {row["params"]["groups"] for row in document["results"] if row["status"] != "invalid"}
         config = dataclasses.replace(config, groups=tuple(sorted(measurable)))
     else:
-        options: dict[str, Any] = {
+        layer: dict[str, Any] = {
             "in_channels": in_channels if in_channels is not None else channels,
             "out_channels": out_channels if out_channels is not None else channels,
             "kernel": kernel,
-            "groups": common.numbers("--groups", groups),
+            "groups": None if groups is None else options.numbers("groups", groups),
         }
         if size is not None:
-            options["height"], options["width"] = common.size(size)
-        config = dataclasses.replace(ProfileConfig(), **{k: v for k, v in options.items() if v is not None})
+            layer["height"], layer["width"] = options.size("size", size)
+        config = dataclasses.replace(ProfileConfig(), **{k: v for k, v in layer.items() if v is not None})
     from bgcbench.report import table1_report
 
-    common.emit(
+    output.emit(
         table1_report(
             config.in_channels, config.out_channels, config.kernel, (config.height, config.width), config.groups
         ),
@@ -128,14 +144,11 @@ def _check_plot(plot: Path | None, picture: str | None, *, force: bool, drawable
     check_plot(plot, replace=force)
 
 
-@app.command(short_help="Print what could spoil a measurement here.")
 def doctor(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:K.")] = "auto", form: Format = "auto"
 ) -> int:
     """Print this machine's environment and what on it could spoil a measurement."""
-    from bgcbench.experiments.profile import ProfileConfig
-
-    common.check_format(form)
+    check_choice("format", form, FORMATS)
     ProfileConfig(device=device)  # the name is checked before torch is imported
     from bgcbench.measure.device import resolve_device
     from bgcbench.measure.environment import describe_environment, diagnose
@@ -145,11 +158,10 @@ def doctor(
     findings = diagnose(found)
     if warning:
         findings.insert(0, ("device search", warning, "pass --device cpu to say so yourself"))
-    common.emit(doctor_report(describe_environment(found), findings), form)
+    output.emit(doctor_report(describe_environment(found), findings), form)
     return 0
 
 
-@app.command(short_help="Compare two profile files.")
 def compare(
     before: Annotated[Path, typer.Argument(help="A result file.")],
     after: Annotated[Path, typer.Argument(help="A later result file.")],
@@ -166,7 +178,7 @@ def compare(
     """
     from bgcbench.results import document as results
 
-    common.check_format(form)
+    check_choice("format", form, FORMATS)
     if fail_on is not None and not 0 <= fail_on < float("inf"):
         raise UsageError(f"--fail-on {fail_on} must be 0 or a positive number of percent")
     documents = [results.read(path) for path in (before, after)]
@@ -183,7 +195,7 @@ def compare(
         report, tripped = compare_report(
             documents[0], documents[1], (str(before), str(after)), None if fail_on is None else fail_on / 100
         )
-    common.emit(report, form)
+    output.emit(report, form)
     if tripped:
-        common.say(f"a row is slower by more than {fail_on} % beyond doubt, or is no longer measured")
+        output.say(f"a row is slower by more than {fail_on} % beyond doubt, or is no longer measured")
     return 5 if tripped else 0

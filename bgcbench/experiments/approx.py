@@ -6,12 +6,14 @@ asked of a real network is :mod:`bgcbench.experiments.approx_network`.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
 from bgcbench.errors import ShapeError, UsageError
 from bgcbench.experiments.config import RunConfig
+from bgcbench.experiments.options import CHANNELS, WORKLOAD, Option, option, positive
 from bgcbench.measure.counts import count
 from bgcbench.results import Json
 from bgcbench.specs import LINEAR, VARIANTS, ConvSpec, Pair, output_length, unfit
@@ -33,21 +35,38 @@ class ApproxConfig(RunConfig):
     Raises UsageError for a precision below fp32 (moments need it), ShapeError where the input leaves no output.
     """
 
-    variants: tuple[str, ...] = ("gc", "bgc")
-    groups: tuple[int, ...] = paper.FIGURE_GROUPS
-    precision: str = "fp64"
-    in_channels: int = paper.FIGURE_CHANNELS
-    out_channels: int = paper.FIGURE_CHANNELS
-    kernel: int = 3
-    dims: int = 1
-    length: int = 32
-    stride: int = 1
-    inputs: tuple[str, ...] = ("normal", "uniform")
-    samples: int | None = None
-    search_samples: int = 4
+    variants: tuple[str, ...] = option(("gc", "bgc"))
+    groups: tuple[int, ...] = option(paper.FIGURE_GROUPS)
+    precision: str = option("fp64", "fp64 or fp32; with --model fp64.")
+    quick: bool = option(False, "A look: 64 samples, or 32 images. No claim.")
+    in_channels: int = option(
+        paper.FIGURE_CHANNELS, "Input channels.", panel=WORKLOAD, shown="--channels", check=positive
+    )
+    out_channels: int = option(
+        paper.FIGURE_CHANNELS, "Output channels.", panel=WORKLOAD, shown="--channels", check=positive
+    )
+    kernel: int = option(3, "Kernel size of an axis; padded by (k - 1) // 2.", panel=WORKLOAD, check=positive)
+    dims: int = option(1, "1-D or 2-D convolutions.", panel=WORKLOAD)
+    length: int = option(32, "Input length of an axis.", panel=WORKLOAD, check=positive)
+    stride: int = option(1, panel=WORKLOAD, check=positive)
+    inputs: tuple[str, ...] = option(
+        ("normal", "uniform"),
+        "Laws of the input: normal, uniform, normal:MU (a mean), relu (rectified normal), factor:RHO (a factor common "
+        "to all channels, with that share of the variance).",
+        name="input",
+        panel=WORKLOAD,
+        everyday=True,
+    )
+    samples: int | None = option(None, "S: convolutions, and inputs.", panel=WORKLOAD, shown="1000")
+    search_samples: int = option(
+        4,
+        "Of the convolutions, how many tlgc, flgc and lgc are solved for, each by itself.",
+        panel=WORKLOAD,
+        check=positive,
+    )
 
+    SHORTHANDS: ClassVar[tuple[Option, ...]] = (dataclasses.replace(CHANNELS, shown=str(paper.FIGURE_CHANNELS)),)
     PRECISIONS: ClassVar[tuple[str, ...]] = ("fp64", "fp32")
-    SIZES: ClassVar[tuple[str, ...]] = ("in_channels", "out_channels", "kernel", "length", "stride", "search_samples")
 
     def __post_init__(self) -> None:
         if self.samples is None:

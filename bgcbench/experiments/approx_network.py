@@ -5,11 +5,13 @@ The configuration is pure Python; :mod:`bgcbench.experiments.approx_network_run`
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar
 
 from bgcbench.errors import UsageError
 from bgcbench.experiments.config import ImageChoice, NetworkChoice, RunConfig
+from bgcbench.experiments.options import NETWORK, SIZE, Option, option, positive
 from bgcbench.specs import DATA_SETS, DIGITS_PX, HELD_OUT, NetSpec
 
 
@@ -22,17 +24,44 @@ class ApproxNetworkConfig(ImageChoice, NetworkChoice, RunConfig):
     memory_gib: what the second moments may take at once. Raises UsageError or ShapeError.
     """
 
-    variants: tuple[str, ...] = ("gc", "bgc")
-    groups: tuple[int, ...] = (2, 4, 8, 16)
-    precision: str = "fp64"
-    weights: str | None = None
-    data: str = ""
-    calibration_images: int | None = None
-    batch: int = 32
-    memory_gib: float = 4.0
+    model: str = option(
+        "resnet50",
+        "Ask every convolution of this network, on its own activations: resnet50, wrn_28_10, any classification "
+        "network of torchvision, or timm/NAME.",
+    )
+    num_classes: int | None = option(None, "Classes of the network.")
+    variants: tuple[str, ...] = option(("gc", "bgc"))
+    groups: tuple[int, ...] = option((2, 4, 8, 16))
+    precision: str = option("fp64")
+    weights: str | None = option(
+        None,
+        "A file, default (torchvision's published ones) or none (untrained).",
+        panel=NETWORK,
+        everyday=True,
+        shown="default where there are any",
+    )
+    data: str = option("", "Images to run through it: digits, or a folder of images.", panel=NETWORK, everyday=True)
+    calibration_images: int | None = option(
+        None, "How many of them; one in four is held out to judge.", panel=NETWORK, shown="256"
+    )
+    batch: int = option(32, "Images at a time.", panel=NETWORK, check=positive)
+    memory_gib: float = option(
+        4.0,
+        "GiB that the second moments may take; more layers than fit are done in several runs over the images.",
+        name="memory",
+        panel=NETWORK,
+    )
 
+    SHORTHANDS: ClassVar[tuple[Option, ...]] = (
+        dataclasses.replace(
+            SIZE,
+            help="Their height and width: 224 or 224x160.",
+            panel=NETWORK,
+            everyday=False,
+            shown="the network's own; 16 for digits and small networks",
+        ),
+    )
     PRECISIONS: ClassVar[tuple[str, ...]] = ("fp64",)
-    SIZES: ClassVar[tuple[str, ...]] = ("batch",)
     FREE: ClassVar[tuple[str, ...]] = ("batch", "memory_gib", "threads")
 
     def __post_init__(self) -> None:

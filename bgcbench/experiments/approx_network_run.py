@@ -24,6 +24,7 @@ from bgcbench.data import Images, open_images
 from bgcbench.errors import UsageError
 from bgcbench.experiments.approx_network import ApproxNetworkConfig
 from bgcbench.experiments.approx_run import Step
+from bgcbench.experiments.base import Run
 from bgcbench.experiments.images import prepared_for, sized, told, traced, warned
 from bgcbench.experiments.profile import row_seed
 from bgcbench.experiments.session import Session
@@ -128,8 +129,10 @@ def prepare(config: ApproxNetworkConfig) -> Prepared:
     return Prepared(config, model, loaded, images, found, len(portions), held, said, warnings)
 
 
-class ApproxNetworkRun:
+class ApproxNetworkRun(Run):
     """One run over the layers of a prepared network."""
+
+    config: ApproxNetworkConfig
 
     def __init__(
         self,
@@ -142,12 +145,18 @@ class ApproxNetworkRun:
         self.config, self.session, self.prepared, self.stop = prepared.config, session, prepared, stop
         self.done: dict[str, Json] = {key: row for key, row in (kept or {}).items() if row["status"] in DONE}
         self.warnings = list(prepared.warnings)
-        self.keys = [self._key(layer.name, *cell) for layer in prepared.layers.chosen for cell in self.config.cells]
+
+    @property
+    def keys(self) -> list[str]:
+        return [self._key(layer.name, *cell) for layer in self.prepared.layers.chosen for cell in self.config.cells]
 
     @property
     def results(self) -> list[Json]:
-        """The finished rows, in the order of execution, then any others of a resumed file."""
         return [self.done[key] for key in dict.fromkeys((*self.keys, *self.done)) if key in self.done]
+
+    def take_into(self, document: Json) -> None:
+        super().take_into(document)
+        document["network"] = self.prepared.facts
 
     def run(self) -> Iterator[Step]:
         """Compute, and say after every step what is new."""
@@ -192,7 +201,7 @@ class ApproxNetworkRun:
                         continue
                     scarce += [found] if found.scarce and found.reason is None else []
                     self.done[key] = self._record(key, layer, found, count)
-                yield Step(layer.name, (number + 1) / len(todo), rows=self.results)
+                yield Step(layer.name, (number + 1) / len(todo), save=True)
             if scarce:
                 self.warnings.append(_scarce(scarce))
 

@@ -18,18 +18,15 @@ import torch
 from torch import Tensor
 
 from bgcbench.experiments.approx import ApproxConfig, ApproxRow, counts_of, few_rows, unknowns
+from bgcbench.experiments.base import Run
 from bgcbench.experiments.config import RunConfig
 from bgcbench.experiments.profile import row_seed
-from bgcbench.experiments.session import Session
+from bgcbench.experiments.session import Session, open_device
 from bgcbench.measure.device import (
     DTYPES,
     backend_state,
-    check_combination,
     describe_failure,
-    resolve_device,
-    tf32_state,
 )
-from bgcbench.measure.environment import describe_environment
 from bgcbench.results import DONE, Json
 from bgcbench.specs import LINEAR, VARIANTS, as_pair, load_layer
 from bgcbench.theory.bounds import SCALING_POWER, bounds
@@ -46,27 +43,19 @@ SPREAD_GROUPS = 4
 
 
 def open_session(config: RunConfig) -> Session:
-    """Find the device and describe it; raises DeviceError where the device asked for is not there."""
-    device, _ = resolve_device(config.device)  # the numbers are the same wherever they are computed: no warning
-    check_combination(device, config.precision, "eager")
-    with backend_state(config.precision, config.threads):
-        settings: Json = {
-            "seed": config.seed,
-            "precision": config.precision,
-            "layout": "nchw",
-            "tf32": tf32_state(),
-            "cudnn_benchmark": True,
-        }
-        return Session(device, describe_environment(device), settings)
+    """The device to compute on; raises DeviceError where it is not there."""
+    session = open_device(config, config.device)
+    session.warnings.clear()  # the numbers are the same wherever they are computed
+    return session
 
 
 @dataclass(frozen=True)
 class Step:
-    """What the run is at: ``doing`` for people, ``done`` (0 to 1) where it is known, and the rows when some are new."""
+    """What the run is at: ``doing`` for people, ``done`` (0 to 1) where it is known, save: whether rows are new."""
 
     doing: str
     done: float | None = None
-    rows: list[Json] | None = None
+    save: bool = False
 
 
 @dataclass(frozen=True)
@@ -90,8 +79,10 @@ class _Sums:
     squares: list[float] = field(default_factory=list)  # tr S_k^2 of some groups
 
 
-class ApproxRun:
+class ApproxRun(Run):
     """One run over ``rows``; ``results`` are the finished ones at any time, :func:`fits` their slopes."""
+
+    config: ApproxConfig
 
     def __init__(
         self,
@@ -137,13 +128,19 @@ class ApproxRun:
                         solved = _unknown(row, failure.status, failure.reason)
                     if solved is not None:
                         self.done[row.key] = solved
-                        yield Step(row.key, rows=self.results)
+                        yield Step(row.key, save=True)
+
+    @property
+    def keys(self) -> list[str]:
+        return [row.key for row in self.rows]
 
     @property
     def results(self) -> list[Json]:
-        """The finished rows: those of the plan in its order, then any others of a resumed file."""
-        ordered = [row.key for row in self.rows]
-        return [self.done[key] for key in dict.fromkeys((*ordered, *self.done)) if key in self.done]
+        return [self.done[key] for key in dict.fromkeys((*self.keys, *self.done)) if key in self.done]
+
+    def take_into(self, document: Json) -> None:
+        super().take_into(document)
+        document["fits"] = fits(self.results)
 
     # ------------------------------------------------------------------------------------------------------- samples
 
@@ -199,7 +196,7 @@ class ApproxRun:
                 return
         for row in rows:
             self.done[row.key] = self._linear_record(row, sums[row.key], inputs[row.law.name])
-        yield Step("errors", rows=self.results)
+        yield Step("errors", save=True)
 
     def _add_group(
         self,

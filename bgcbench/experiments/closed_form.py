@@ -98,7 +98,7 @@ class ClosedFormRun(TransferRun):
             yield Update(row, number, len(todo), None, number / len(todo), doing="converting")
             self._convert_row(row)
             free_memory(self.session.device)
-            yield Update(row, number, len(todo), None, (number + 1) / len(todo), ended=True, doing=CONVERTED)
+            yield Update(row, number, len(todo), None, (number + 1) / len(todo), save=True, doing=CONVERTED)
         if self.config.time:
             yield from self._measure_all()
 

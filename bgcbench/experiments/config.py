@@ -9,58 +9,64 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from bgcbench.errors import UsageError
-from bgcbench.results import Json
-from bgcbench.specs import (
-    PRECISIONS,
-    VARIANTS,
-    WEIGHTS,
-    WHERE,
-    NetSpec,
-    Preprocessing,
-    check_choice,
-    check_positive,
+from bgcbench.experiments.options import (
+    GRID,
+    MEASURE,
+    NETWORK,
+    WORKLOAD,
+    Option,
+    check_options,
+    listed,
+    one_of,
+    option,
+    positive,
+    size,
+    three,
+    variants,
 )
+from bgcbench.results import Json
+from bgcbench.specs import PRECISIONS, VARIANTS, WEIGHTS, WHERE, NetSpec, Preprocessing, check_choice
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+_OF_WEIGHTS = "the weights'"
+
+
+def _is_device(field: str, value: str) -> None:
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", value):
+        raise UsageError(f"unknown device '{value}': choose from auto, cpu, cuda, cuda:K")
+
+
+def _is_seed(field: str, value: int) -> None:
+    if value < 0:
+        raise UsageError(f"--seed {value} must be 0 or positive")
 
 
 @dataclass(frozen=True)
 class RunConfig:
     """The settings that all commands share; valid once constructed (raises UsageError or ShapeError)."""
 
-    variants: tuple[str, ...] = ("standard", "gc", "bgc")
-    groups: tuple[int, ...] = (2, 4, 8, 16)
-    precision: str = "fp32"
-    device: str = "auto"
-    threads: int | None = None
-    seed: int = 0
-    quick: bool = False
-    skip_invalid: bool = False
+    variants: tuple[str, ...] = option(
+        ("standard", "gc", "bgc"), "Variants, or all.", panel=GRID, everyday=True, read=variants,
+        check=one_of(VARIANTS, "variant"),
+    )  # fmt: skip
+    groups: tuple[int, ...] = option((2, 4, 8, 16), "Group counts N.", panel=GRID, everyday=True, check=positive)
+    precision: str = option("fp32", panel=MEASURE, check=one_of(PRECISIONS))
+    device: str = option("auto", "auto, cpu, cuda or cuda:K.", panel=MEASURE, everyday=True, check=_is_device)
+    threads: int | None = option(None, "CPU threads.", panel=MEASURE, shown="torch's", check=positive)
+    seed: int = option(0, panel=MEASURE, check=_is_seed)
+    quick: bool = option(False, panel=MEASURE, everyday=True)
+    skip_invalid: bool = option(False, "Go on when N does not divide the channels; the row says so.", panel=GRID)
 
+    SHORTHANDS: ClassVar[tuple[Option, ...]] = ()  # options of several fields
     PRECISIONS: ClassVar[tuple[str, ...]] = tuple(PRECISIONS)
     FREE: ClassVar[tuple[str, ...]] = ()  # fields that change no number: a resumed run may choose them anew
-    SIZES: ClassVar[tuple[str, ...]] = ()  # fields that are whole numbers of at least 1
 
     def __post_init__(self) -> None:
-        for name in self.variants:
-            check_choice("variant", name, VARIANTS)
-        for what, values in (("variants", self.variants), ("groups", self.groups)):
-            if not values:
-                raise UsageError(f"--{what} is empty; name at least one")
-        for value in self.groups:
-            check_positive("groups", value)
-        for name in self.SIZES:
-            check_positive(name, getattr(self, name))
-        check_choice("precision", self.precision, PRECISIONS)
+        check_options(self)
         if self.precision not in self.PRECISIONS:
             raise UsageError(f"--precision {self.precision} is not for this command; use {', '.join(self.PRECISIONS)}")
-        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
-            raise UsageError(f"unknown device '{self.device}': choose from auto, cpu, cuda, cuda:K")
-        if self.threads is not None:
-            check_positive("threads", self.threads)
-        if self.seed < 0:
-            raise UsageError(f"--seed {self.seed} must be 0 or positive")
 
     @classmethod
     def from_json(cls, stored: Mapping[str, Any]) -> Self:
@@ -87,14 +93,26 @@ class NetworkChoice:
     :func:`bgcbench.convert`.
     """
 
-    model: str = "resnet50"
+    model: str = option("resnet50", panel=NETWORK, everyday=True, shown="")
     height: int | None = None
     width: int | None = None
-    num_classes: int | None = None
-    stem_stride: int | None = None
-    where: str = "auto"
-    include: tuple[str, ...] = ()
-    exclude: tuple[str, ...] = ()
+    num_classes: int | None = option(
+        None, "Classes.", name="classes", panel=NETWORK, shown="1000; 10 for wrn and resnext29"
+    )
+    stem_stride: int | None = option(
+        None,
+        "Stride of the first convolution of efficientnet_* and mobilenet_v*.",
+        panel=NETWORK,
+        shown="2, and 1 up to 64 px",
+    )
+    where: str = option(
+        "auto", "Which of its convolutions: auto (what the paper replaces), 3x3, 1x1, all, none.", panel=NETWORK,
+        check=one_of(WHERE),
+    )  # fmt: skip
+    include: tuple[str, ...] = option(
+        (), "These too (GLOB of module names; repeatable).", panel=NETWORK, kind=list[str], read=listed
+    )
+    exclude: tuple[str, ...] = option((), "Not these (GLOB; repeatable).", panel=NETWORK, kind=list[str], read=listed)
 
     @property
     def spec(self) -> NetSpec:
@@ -117,11 +135,29 @@ class ImageChoice:
     out. weights_key: which of a file's state dicts.
     """
 
-    mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
-    resize: tuple[int, int] | None = None
-    interpolation: str | None = None
-    weights_key: str | None = None
+    mean: tuple[float, ...] | None = option(
+        None, "Of the channels, 0 black, 1 white, where the weights come from a file: 0.5 or 0.485,0.456,0.406.",
+        panel=WORKLOAD, shown=_OF_WEIGHTS, read=three,
+    )  # fmt: skip
+    std: tuple[float, ...] | None = option(
+        None, "Their standard deviations.", panel=WORKLOAD, shown=_OF_WEIGHTS, read=three
+    )
+    resize: tuple[int, int] | None = option(
+        None,
+        "Short side of an image file before its centre of --size is cut out, or HEIGHTxWIDTH to cover.",
+        panel=WORKLOAD,
+        shown=_OF_WEIGHTS,
+        read=size,
+    )
+    interpolation: str | None = option(
+        None, "Of image files: bilinear, bicubic, nearest, box, hamming, lanczos.", panel=WORKLOAD, shown=_OF_WEIGHTS
+    )
+    weights_key: str | None = option(
+        None,
+        "Which of a file's weights: the key that leads to them, nested ones joined by dots, such as model_ema.",
+        panel=WORKLOAD,
+        shown="the first that fits",
+    )
 
     def _check_images(self, weights: str, *, in_memory: bool) -> None:
         """Raise UsageError for what cannot be, or has no meaning here."""

@@ -5,11 +5,13 @@ The configuration is pure Python; the plan needs the network and stands in :mod:
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar
 
 from bgcbench.errors import UsageError
 from bgcbench.experiments.config import NetworkChoice
+from bgcbench.experiments.options import NETWORK, SIZE, Option, one_of, option
 from bgcbench.experiments.profile import MeasureConfig
 from bgcbench.specs import NETWORK_PHASES
 
@@ -21,11 +23,18 @@ class NetworkConfig(NetworkChoice, MeasureConfig):
     layers adds each distinct convolution by itself.
     """
 
-    batch: int = 32
-    phases: tuple[str, ...] = NETWORK_PHASES
-    layers: bool = False
+    model: str = option(
+        "resnet50",
+        "A whole network instead of a layer: resnet50, wrn_28_10, resnext29_8x64d, wide_resnet34_2, any classification "
+        "network of torchvision, or timm/NAME.",
+    )
+    batch: int = option(32)
+    phases: tuple[str, ...] = option(NETWORK_PHASES, check=one_of(NETWORK_PHASES, "phase"))
+    layers: bool = option(
+        False, "Also each distinct convolution by itself: where the time goes, and what would save some.", panel=NETWORK
+    )
 
-    PHASES: ClassVar[tuple[str, ...]] = NETWORK_PHASES
+    SHORTHANDS: ClassVar[tuple[Option, ...]] = (dataclasses.replace(SIZE, shown="the network's own"),)
 
     def __post_init__(self) -> None:
         super().__post_init__()

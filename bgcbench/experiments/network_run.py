@@ -17,8 +17,17 @@ from bgcbench.convs.base import VariantConv2d
 from bgcbench.errors import ShapeError, UsageError
 from bgcbench.experiments.images import sized, traced
 from bgcbench.experiments.network import NetworkConfig
-from bgcbench.experiments.profile import PlannedRow, ProfileConfig, conditions, row_key, row_seed, wanted_rows
-from bgcbench.experiments.profile_run import LayerSubject, ProfileSession, Subject, on_device
+from bgcbench.experiments.profile import (
+    MeasureConfig,
+    PlannedRow,
+    ProfileConfig,
+    conditions,
+    row_key,
+    row_seed,
+    wanted_rows,
+)
+from bgcbench.experiments.profile_run import LayerSubject, Subject, on_device
+from bgcbench.experiments.session import Session
 from bgcbench.measure.counts import CallWork, count
 from bgcbench.measure.trace import Call, Trace, trace
 from bgcbench.measure.workload import Like, NetworkWorkload, Workload
@@ -37,7 +46,7 @@ class NetworkPlan:
     config: with the network's own size.
     """
 
-    config: NetworkConfig
+    config: MeasureConfig
     rows: list[PlannedRow]
     subjects: dict[str, Subject]
     notes: list[str]
@@ -167,7 +176,7 @@ class NetworkSubject(Subject):
         self.macs = int(self.counts["macs_training" if masked else "macs"])
         self.buffers_bytes = sum(b.numel() * b.element_size() for b in empty.buffers())
 
-    def module(self, session: ProfileSession) -> nn.Module:
+    def module(self, session: Session) -> nn.Module:
         # The same seed in every row: what was not replaced starts from the same weights.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(row_seed(self.config.seed, "network"))
@@ -176,7 +185,7 @@ class NetworkSubject(Subject):
                 model = replay(model, self.record)
         return on_device(model, self.config, session)
 
-    def workload(self, session: ProfileSession, x: torch.Tensor, like: Like | None) -> Workload:
+    def workload(self, session: Session, x: torch.Tensor, like: Like | None) -> Workload:
         generator = torch.Generator().manual_seed(row_seed(self.config.seed, "labels"))
         labels = torch.randint(self.config.spec.classes, (self.batch,), generator=generator).to(session.device)
         return NetworkWorkload(self.module(session), x, self.config.mode, like, labels=labels)

@@ -8,12 +8,23 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from bgcbench.errors import ResultFileError, ShapeError, UsageError
 from bgcbench.experiments.config import RunConfig
+from bgcbench.experiments.options import (
+    CHANNELS,
+    GRID,
+    MEASURE,
+    SIZE,
+    WORKLOAD,
+    Option,
+    one_of,
+    option,
+    positive,
+)
 from bgcbench.measure.counts import count
 from bgcbench.measure.timing import Rules
 from bgcbench.results import Json
@@ -29,7 +40,6 @@ from bgcbench.specs import (
     TRAINED_AND_DEPLOYED,
     VARIANTS,
     ConvSpec,
-    check_choice,
     check_on_cpu,
     unfit,
 )
@@ -46,45 +56,56 @@ class MeasureConfig(RunConfig):
     Raises UsageError or ShapeError. None stands for a default that depends on the device.
     """
 
-    groups: tuple[int, ...] = paper.GROUPS
-    batch: int = 1
-    layout: str = "nchw"
-    mode: str = "eager"
-    algorithm: str = "auto"
-    phases: tuple[str, ...] = ("fwd",)
-    input_grad: bool = True
-    cache: str | None = None
-    memory: str | None = None
-    max_time_s: float | None = None
-    reference: bool = True
-
-    SIZES: ClassVar[tuple[str, ...]] = ("batch",)
-    PHASES: ClassVar[tuple[str, ...]] = PHASES
+    groups: tuple[int, ...] = option(paper.GROUPS)
+    precision: str = option("fp32", "fp64, fp32, tf32, bf16 or fp16.", everyday=True)
+    quick: bool = option(False, "A look in seconds: few samples, no claim.")
+    batch: int = option(1, "Images a call.", panel=WORKLOAD, everyday=True, check=positive)
+    layout: str = option("nchw", "nchw, or nhwc (channels_last).", panel=MEASURE, check=one_of(LAYOUTS))
+    mode: str = option(
+        "eager", "eager, compile (torch.compile) or graph (CUDA graphs).", panel=MEASURE, check=one_of(MODES)
+    )
+    algorithm: str = option(
+        "auto",
+        "Form to run in: BGC two_conv, concat, dense, split, matmul (1x1), triton (CUDA), or auto, the fastest; GC "
+        "triton; LGC, FLGC masked, deployed; all measures each.",
+        panel=GRID,
+        check=one_of(("auto", "all", *ALGORITHMS)),
+    )
+    phases: tuple[str, ...] = option(
+        ("fwd",),
+        "Of fwd, bwd, fwd_bwd; with --model of fwd, train_step.",
+        panel=MEASURE,
+        check=one_of(PHASES, "phase"),
+    )
+    input_grad: bool = option(
+        True, "The backward pass leaves the input's gradient out.", name="no-input-grad", panel=MEASURE
+    )
+    cache: str | None = option(
+        None,
+        "cold: overwrite the cache before every call. warm: do not.",
+        panel=MEASURE,
+        shown="cold on CUDA, warm on a CPU",
+        check=one_of(("cold", "warm")),
+    )
+    memory: str | None = option(
+        None,
+        "kept: a CPU's tensors reuse freed memory, as most of a whole network's do. fresh: all of it comes anew from "
+        "the system at each call, as in a script of one layer.",
+        panel=MEASURE,
+        shown="kept",
+        check=one_of(MEMORY),
+    )
+    max_time_s: float | None = option(
+        None,
+        "Seconds of sampling a row; 6 rounds (CUDA: 10) are measured in any case.",
+        name="max-time",
+        panel=MEASURE,
+        shown="10",
+    )
+    reference: bool = option(True, "Leave the standard convolution out.", name="no-reference", panel=GRID)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.phases:
-            raise UsageError("--phases is empty; name at least one")
-        choices: tuple[tuple[str, str | None, Iterable[str]], ...] = (
-            ("layout", self.layout, LAYOUTS),
-            ("mode", self.mode, MODES),
-            ("algorithm", self.algorithm, ("auto", "all", *ALGORITHMS)),
-            ("cache", self.cache, ("cold", "warm")),
-            ("memory", self.memory, MEMORY),
-            *(("phase", phase, self.PHASES) for phase in self.phases),
-        )
-        for what, chosen, names in choices:
-            if chosen is not None:
-                check_choice(what, chosen, names)
-        self._check_measurement()
-
-    @property
-    def is_pointwise(self) -> bool:
-        """Whether every convolution that is measured as a variant has a 1x1 kernel."""
-        return False
-
-    def _check_measurement(self) -> None:
-        """Values and combinations that have no meaning whatever the device is."""
         if self.max_time_s is not None and not 0 < self.max_time_s < float("inf"):
             raise UsageError(f"--max-time {self.max_time_s} must be a positive number of seconds")
         if not self.input_grad and self.phases == ("fwd",):
@@ -92,21 +113,40 @@ class MeasureConfig(RunConfig):
         if self.device == "cpu":
             check_on_cpu(self.precision, self.mode)
 
+    @property
+    def is_pointwise(self) -> bool:
+        """Whether every convolution that is measured as a variant has a 1x1 kernel."""
+        return False
+
 
 @dataclass(frozen=True)
 class ProfileConfig(MeasureConfig):
     """One layer to measure; without a shape it is that of the paper's Table 4."""
 
-    batch: int = paper.WORKLOAD["batch"]
-    phases: tuple[str, ...] = ("fwd", "fwd_bwd")
-    in_channels: int = paper.WORKLOAD["in_channels"]
-    out_channels: int = paper.WORKLOAD["out_channels"]
-    kernel: int = paper.WORKLOAD["kernel"]
-    stride: int = paper.WORKLOAD["stride"]
+    batch: int = option(paper.WORKLOAD["batch"])
+    phases: tuple[str, ...] = option(("fwd", "fwd_bwd"))
+    in_channels: int = option(
+        paper.WORKLOAD["in_channels"], "Input channels.", panel=WORKLOAD, shown="--channels", check=positive
+    )
+    out_channels: int = option(
+        paper.WORKLOAD["out_channels"], "Output channels.", panel=WORKLOAD, shown="--channels", check=positive
+    )
+    kernel: int = option(
+        paper.WORKLOAD["kernel"], "Kernel size; padded by (k - 1) // 2.", panel=WORKLOAD, check=positive
+    )
+    stride: int = option(paper.WORKLOAD["stride"], panel=WORKLOAD, check=positive)
     height: int = paper.WORKLOAD["height"]
     width: int = paper.WORKLOAD["width"]
 
-    SIZES: ClassVar[tuple[str, ...]] = ("in_channels", "out_channels", "kernel", "stride", "batch", "height", "width")
+    SHORTHANDS: ClassVar[tuple[Option, ...]] = (
+        dataclasses.replace(CHANNELS, shown=str(paper.WORKLOAD["in_channels"])),
+        dataclasses.replace(SIZE, help="Input height and width: 7 or 7x14.", shown=str(paper.WORKLOAD["height"])),
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        positive("height", self.height)
+        positive("width", self.width)
 
     @property
     def is_pointwise(self) -> bool:

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from bgcbench.convs import VariantConv2d, build_conv
+from bgcbench.experiments.base import Run
 from bgcbench.experiments.profile import (
     MeasureConfig,
     PlannedRow,
@@ -27,10 +28,9 @@ from bgcbench.experiments.profile import (
     printed_figures,
     row_seed,
 )
-from bgcbench.experiments.session import Session
+from bgcbench.experiments.session import Session, open_device
 from bgcbench.measure import ceilings, environment
 from bgcbench.measure.allocator import FAULT_S, memory_state, resolve_memory
-from bgcbench.measure.ceilings import Ceilings
 from bgcbench.measure.counts import CallWork, call_work, count, paper_bytes
 from bgcbench.measure.device import (
     DEVICE_LOST,
@@ -38,7 +38,6 @@ from bgcbench.measure.device import (
     DeviceStopwatch,
     Failure,
     backend_state,
-    check_combination,
     compile_state,
     current,
     describe_failure,
@@ -46,8 +45,6 @@ from bgcbench.measure.device import (
     frozen_heap,
     make_stopwatch,
     random_input,
-    resolve_device,
-    tf32_state,
 )
 from bgcbench.measure.memory import Peak, measure_peak
 from bgcbench.measure.timing import PROTOCOL, Group, Progress, Rules, Track
@@ -57,43 +54,38 @@ from bgcbench.specs import NETWORK_PHASES, PHASES, PRECISIONS, VARIANTS, ConvSpe
 from bgcbench.theory.exact import white_error
 
 
-@dataclass(kw_only=True)
-class ProfileSession(Session):
-    """The device at hand, and how times are taken on it."""
+@dataclass(frozen=True)
+class TimingProtocol:
+    """How times are taken. cold: the cache is overwritten before every call. memory: of bgcbench.specs.MEMORY."""
 
     rules: Rules
     cold: bool
     memory: str | None
 
+    @classmethod
+    def of(cls, config: MeasureConfig, device: torch.device) -> TimingProtocol:
+        """As ``config`` asks for it, or as it is fit for ``device``."""
+        return cls(
+            Rules.for_device(device.type, quick=config.quick, max_time_s=config.max_time_s),
+            cold=config.cache == "cold" if config.cache else device.type == "cuda",
+            memory=resolve_memory(config.memory, device.type),
+        )
 
-def open_session(config: MeasureConfig) -> ProfileSession:
-    """Find the device and describe it; nothing is computed on it yet.
 
-    Raises DeviceError where the device asked for is not there, UsageError for what it cannot do.
-    """
-    device, warning = resolve_device(config.device)
-    check_combination(device, config.precision, config.mode)
-    rules = Rules.for_device(device.type, quick=config.quick, max_time_s=config.max_time_s)
-    cold = config.cache == "cold" if config.cache else device.type == "cuda"
-    memory = resolve_memory(config.memory, device.type)
-    with backend_state(config.precision, config.threads):
-        described = environment.describe_environment(device)
-        settings: Json = {
-            "seed": config.seed,
-            "precision": config.precision,
-            "layout": config.layout,
-            "tf32": tf32_state(),
-            "cudnn_benchmark": True,
-            "deterministic": False,
-            "mode": config.mode,
-            "cache": "cold" if cold else "warm",
-            "memory": memory,
-            "phases": list(config.phases),
-            "input_grad": config.input_grad,
-            "timing": {"protocol": PROTOCOL, **dataclasses.asdict(rules)},
-        }
-    warnings = [warning] if warning else []
-    return ProfileSession(device, described, settings, warnings, rules=rules, cold=cold, memory=memory)
+def open_session(config: MeasureConfig) -> Session:
+    """The device to measure; raises DeviceError where it is not there, UsageError for what it cannot do."""
+    session = open_device(config, config.device, mode=config.mode, layout=config.layout)
+    protocol = TimingProtocol.of(config, session.device)
+    session.settings |= {
+        "deterministic": False,
+        "mode": config.mode,
+        "cache": "cold" if protocol.cold else "warm",
+        "memory": protocol.memory,
+        "phases": list(config.phases),
+        "input_grad": config.input_grad,
+        "timing": {"protocol": PROTOCOL, **dataclasses.asdict(protocol.rules)},
+    }
+    return session
 
 
 class Subject(ABC):
@@ -107,11 +99,11 @@ class Subject(ABC):
     quick_share: float = 1.0  # of a quick look's time a row; a network's calls are long
 
     @abstractmethod
-    def module(self, session: ProfileSession) -> nn.Module:
+    def module(self, session: Session) -> nn.Module:
         """A fresh module on the session's device; the same weights every time."""
 
     @abstractmethod
-    def workload(self, session: ProfileSession, x: torch.Tensor, like: Like | None) -> Workload:
+    def workload(self, session: Session, x: torch.Tensor, like: Like | None) -> Workload:
         """The cells of a fresh module on ``x``."""
 
     @abstractmethod
@@ -147,13 +139,13 @@ class LayerSubject(Subject):
         counts = count(spec, config.height, config.width, batch=config.batch, precision=config.precision)
         self.counts, self.executed = counts, counts.executed(str(planned.params["algorithm"]))
 
-    def module(self, session: ProfileSession) -> nn.Module:
+    def module(self, session: Session) -> nn.Module:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(row_seed(self.config.seed, self.key))
             module: nn.Module = build_conv(self.spec)
         return on_device(module, self.config, session)
 
-    def workload(self, session: ProfileSession, x: torch.Tensor, like: Like | None) -> Workload:
+    def workload(self, session: Session, x: torch.Tensor, like: Like | None) -> Workload:
         return Workload(self.module(session), x, self.config.mode, like)
 
     def work(self, phase: str) -> CallWork:
@@ -199,7 +191,7 @@ def measured_forms(module: nn.Module) -> Json:
     return {phase: dict(sorted(counted.items())) for phase, counted in sorted(found.items())}
 
 
-def on_device(module: nn.Module, config: MeasureConfig, session: ProfileSession) -> nn.Module:
+def on_device(module: nn.Module, config: MeasureConfig, session: Session) -> nn.Module:
     """``module`` on the session's device in the run's precision and layout."""
     module.to(device=session.device, dtype=DTYPES[config.precision])
     return module.to(memory_format=torch.channels_last) if config.layout == "nhwc" else module
@@ -261,12 +253,8 @@ class _Row:
 
 @dataclass(frozen=True)
 class Update:
-    """What the run has so far: the document's changing parts, and what is happening."""
+    """What is happening; save: whether ``results`` are new."""
 
-    rows: list[Json]
-    ceilings: Json | None
-    interleaved: list[Json]
-    warnings: list[str]
     doing: str
     progress: Progress | None
     save: bool
@@ -279,7 +267,7 @@ def layer_subjects(config: MeasureConfig, rows: Sequence[PlannedRow]) -> dict[st
     return {row.key: LayerSubject(config, row, row.spec) for row in rows if row.spec is not None}
 
 
-class ProfileRun:
+class ProfileRun(Run):
     """One run of ``profile`` on an open session; iterate ``run()`` for its updates.
 
     subjects: what the rows measure, by key; by default the layers of their specs. kept: the rows of a resumed file by
@@ -287,10 +275,12 @@ class ProfileRun:
     asked between batches of samples.
     """
 
+    config: MeasureConfig
+
     def __init__(
         self,
         config: MeasureConfig,
-        session: ProfileSession,
+        session: Session,
         rows: Sequence[PlannedRow],
         *,
         subjects: Mapping[str, Subject] | None = None,
@@ -299,15 +289,30 @@ class ProfileRun:
         stop: Callable[[], bool] = lambda: False,
     ) -> None:
         self.config, self.session, self.planned, self.stop = config, session, rows, stop
+        self.protocol = TimingProtocol.of(config, session.device)
         self.stored = dict(kept or {})
         self.kept = {key: row for key, row in self.stored.items() if row["status"] in DONE}
         self.interleaved = list(interleaved)
         self.warnings = list(session.warnings)
-        self.ceilings: Ceilings | None = None
+        self._results = list(self.stored.values())
         if subjects is None:
             subjects = layer_subjects(config, rows)
+        self.subjects = subjects
         self.rows = [_Row(row, subjects[row.key]) for row in rows if row.key in subjects and row.key not in self.kept]
         self._inputs: dict[tuple[tuple[int, ...], bool], torch.Tensor] = {}
+
+    @property
+    def keys(self) -> list[str]:
+        return [row.key for row in self.planned]
+
+    @property
+    def results(self) -> list[Json]:
+        """The rows as of the last update that was worth saving."""
+        return self._results
+
+    def take_into(self, document: Json) -> None:
+        super().take_into(document)
+        document["interleaved"] = self.interleaved
 
     def run(self) -> Iterator[Update]:
         """Measure every row; the last update holds the finished rows."""
@@ -317,14 +322,14 @@ class ProfileRun:
             return
         compiling = compile_state() if config.mode == "compile" else contextlib.nullcontext()
         state = backend_state(config.precision, config.threads)
-        with memory_state(session.memory), frozen_heap(), state, current(session.device), compiling:
+        with memory_state(self.protocol.memory), frozen_heap(), state, current(session.device), compiling:
             yield self._update("measuring the device's ceilings")
             try:
                 plain = make_stopwatch(session.device, cold=False)
                 self.ceilings = ceilings.measure_ceilings(plain, DTYPES[config.precision], quick=config.quick)
                 yield from self._look_at_each(plain)
                 alive = [row for row in self.rows if row.status == "interrupted"]
-                stopwatch = make_stopwatch(session.device, cold=session.cold) if alive else plain
+                stopwatch = make_stopwatch(session.device, cold=self.protocol.cold) if alive else plain
             except RuntimeError as failure:  # of the device itself: the rows' own failures are theirs
                 self._give_up(describe_failure(failure, session.device))
                 alive, stopwatch = [], None
@@ -471,7 +476,7 @@ class ProfileRun:
             row.interleaved = identity
             tracks += row.tracks.values()
         order = random.Random(row_seed(config.seed, f"order-{identity}"))
-        rules = self.session.rules
+        rules = self.protocol.rules
         if config.quick and config.max_time_s is None:
             share = max(row.subject.quick_share for row in rows)
             rules = dataclasses.replace(rules, max_time_s=rules.max_time_s * share)
@@ -520,13 +525,9 @@ class ProfileRun:
                 row.reason = f"stopped in round {group.rounds}; --resume measures its group again"
 
     def _update(self, doing: str, progress: Progress | None = None, *, save: bool = False) -> Update:
-        records = self._records() if save else []
-        return Update(records, self._ceilings_json(), self.interleaved, self.warnings, doing, progress, save)
-
-    def _ceilings_json(self) -> Json | None:
-        if self.ceilings is None:
-            return None
-        return {**dataclasses.asdict(self.ceilings), "matmul_sizes": list(self.ceilings.matmul_sizes)}
+        if save:
+            self._results = self._records()
+        return Update(doing, progress, save)
 
     def _records(self) -> list[Json]:
         """Every row as the file holds it, in the plan's order; rows not begun yet are interrupted ones."""
@@ -595,7 +596,7 @@ class ProfileRun:
                 "launch_bound": None if host is None or self.config.mode == "graph" else host >= 0.9 * median,
                 # Memory that is to be kept and comes from the system all the same: another allocator, or not room.
                 "page_faults": None
-                if faults is None or self.session.memory != "kept"
+                if faults is None or self.protocol.memory != "kept"
                 else faults * FAULT_S > 0.01 * median,
             },
         }

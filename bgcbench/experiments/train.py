@@ -9,10 +9,25 @@ import dataclasses
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 from bgcbench.errors import UsageError
 from bgcbench.experiments.config import NetworkChoice, RunConfig
+from bgcbench.experiments.options import (
+    GRID,
+    MEASURE,
+    OUTPUT,
+    RECIPE,
+    SIZE,
+    WORKLOAD,
+    Option,
+    alone,
+    listed,
+    option,
+    positive,
+    shorthand,
+)
 from bgcbench.results import Json
 from bgcbench.specs import (
     DIGITS_PX,
@@ -51,38 +66,91 @@ class TrainConfig(NetworkChoice, RunConfig):
     train with, a part of the others calibrates (``bgcbench transfer``). Raises UsageError or ShapeError.
     """
 
-    groups: tuple[int, ...] = (2, 4, 8)
-    precision: str = ""
-    data: str = ""
-    data_dirs: tuple[str, ...] = ()
-    download: bool = False
-    recipe: str | None = None
-    epochs: int | None = None
-    batch_size: int | None = None
-    lr: float | None = None
-    schedule: str | None = None
-    milestones: tuple[int, ...] | None = None
-    gamma: float | None = None
-    momentum: float | None = None
-    nesterov: bool | None = None
-    weight_decay: float | None = None
-    label_smoothing: float | None = None
-    group_lasso: float | None = None
-    layout: str = ""
-    compile: bool | None = None
-    algorithm: str | None = None
-    pad: int | None = None
-    flip: bool | None = None
-    accumulate: int = 1
-    sync_bn: bool = False
-    seeds: tuple[int, ...] = (0,)
-    subset: int | None = None
-    workers: int | None = None
+    model: str = option(
+        "resnet50",
+        "wrn_10_2, wrn_28_10, resnext29_8x64d, wide_resnet34_2, any classification network of torchvision, or "
+        "timm/NAME.",
+        argument=True,
+    )
+    num_classes: int | None = option(None, "Classes of synthetic data.", shown="the data's")
+    groups: tuple[int, ...] = option((2, 4, 8))
+    precision: str = option("", "fp32, tf32, fp64; bf16 and fp16 are autocast.", panel=RECIPE, shown="fp32; fast bf16")
+    quick: bool = option(False, "A look: 2 epochs of 512 images. No claim.")
+    seed: int = option(0, hidden=True)
+    data: str = option(
+        "",
+        "digits (extra: digits), cifar10, imagenet, folder, synthetic (speed only), or the path of a folder with "
+        "train/ and val/.",
+        panel=WORKLOAD,
+        everyday=True,
+    )
+    data_dirs: tuple[str, ...] = option(
+        (), "Where it is looked for (repeatable).", name="data-dir", panel=WORKLOAD, everyday=True, kind=list[Path],
+        read=listed, envvar="BGCBENCH_DATA_DIR",
+    )  # fmt: skip
+    download: bool = option(False, "Download CIFAR-10 into --data-dir first.", panel=WORKLOAD)
+    recipe: str | None = option(
+        None,
+        "digits (20 epochs, one cycle), paper (section 5.2), fast (that in bf16, channels_last, compiled).",
+        panel=RECIPE,
+        everyday=True,
+        shown="digits for digits, else paper",
+    )
+    epochs: int | None = option(None, panel=RECIPE, everyday=True, shown="20; paper 200, ImageNet 90")
+    batch_size: int | None = option(None, "Images a step, over all processes.", panel=RECIPE, shown="64; paper 128")
+    lr: float | None = option(None, "Learning rate.", panel=RECIPE, shown="0.1")
+    schedule: str | None = option(
+        None, "multistep, onecycle, cosine or constant.", panel=RECIPE, shown="onecycle; paper multistep"
+    )
+    milestones: tuple[int, ...] | None = option(
+        None,
+        "Epochs after which the learning rate drops; scaled with --epochs where not given.",
+        panel=RECIPE,
+        shown="60,120,160; ImageNet 30,60",
+    )
+    gamma: float | None = option(None, "Factor of each drop.", panel=RECIPE, shown="0.1")
+    momentum: float | None = option(None, panel=RECIPE, shown="0.9")
+    nesterov: bool | None = option(None, panel=RECIPE, shown="on", flag="--nesterov/--no-nesterov")
+    weight_decay: float | None = option(None, panel=RECIPE, shown="5e-4; ImageNet 1e-4")
+    label_smoothing: float | None = option(None, panel=RECIPE, shown="0")
+    group_lasso: float | None = option(None, "Strength of LGC's group lasso.", panel=RECIPE, shown="0")
+    layout: str = option("", "nchw, or nhwc (channels_last).", panel=RECIPE, shown="nchw; fast nhwc")
+    compile: bool | None = option(
+        None, "torch.compile.", panel=RECIPE, shown="fast only", flag="--compile/--no-compile"
+    )
+    algorithm: str | None = option(
+        None,
+        "Exact form that layers run in: fixed (the first, BGC two_conv: the same bits in every run), auto (the fastest "
+        "here, which each process measures), or BGC concat, dense, split, matmul (1x1), triton.",
+        panel=RECIPE,
+        shown="fixed; fast auto",
+    )
+    pad: int | None = option(
+        None, "Zeros around an image, in px, that crops are taken from.", panel=RECIPE, shown="digits 2, cifar10 4"
+    )
+    flip: bool | None = option(None, "Mirror half of them.", panel=RECIPE, shown="not digits", flag="--flip/--no-flip")
+    accumulate: int = option(
+        1, "Parts that a batch goes through the network in, for little memory.", panel=MEASURE, check=positive
+    )
+    sync_bn: bool = option(False, "Batch-norm statistics over all processes (CUDA, torchrun).", panel=MEASURE)
+    seeds: tuple[int, ...] = option(
+        (0,), "Each row is done once a seed: 0,1,2 gives mean and standard deviation.", panel=GRID, everyday=True
+    )
+    subset: int | None = option(None, "Train on so many images, all classes alike.", panel=WORKLOAD, shown="all")
+    workers: int | None = option(None, "Processes that read image files.", panel=MEASURE, shown="one a core, at most 8")
     val_alone: bool = False
-    save_every_s: float = 300.0
-    reference: bool = True
+    save_every_s: float = option(300.0, "Seconds between checkpoints within an epoch.", name="save-every", panel=OUTPUT)
+    reference: bool = option(True, "Leave the standard convolution out.", name="no-reference", panel=GRID)
 
-    SIZES: ClassVar[tuple[str, ...]] = ("accumulate",)
+    SHORTHANDS: ClassVar[tuple[Option, ...]] = (
+        dataclasses.replace(
+            SIZE,
+            help="Height and width of the images: 224 or 224x160.",
+            everyday=False,
+            shown="the data's: 16 for digits, 32 for cifar10; else the network's",
+        ),
+        shorthand("seed", ("seeds",), "The same for one seed.", kind=int, read=alone, panel=GRID, shown="0"),
+    )
     FREE: ClassVar[tuple[str, ...]] = ("data_dirs", "download", "threads", "workers", "save_every_s", "seed")
     # What --resume may add to or change, and --resume auto must find as it is.
     GRIDS: ClassVar[tuple[str, ...]] = ("variants", "groups", "seeds")

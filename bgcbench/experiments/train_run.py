@@ -20,6 +20,7 @@ from bgcbench.conversion.record import replay
 from bgcbench.data import open_labelled
 from bgcbench.data.labelled import LabelledData, ResidentData
 from bgcbench.errors import BgcbenchError, OutputError, ShapeError, UsageError
+from bgcbench.experiments.base import Run
 from bgcbench.experiments.images import sized, traced
 from bgcbench.experiments.network_run import (
     converted_as_chosen,
@@ -29,22 +30,18 @@ from bgcbench.experiments.network_run import (
 )
 from bgcbench.experiments.profile import row_seed
 from bgcbench.experiments.profile_run import measured_forms
-from bgcbench.experiments.session import Session
+from bgcbench.experiments.session import Session, open_device
 from bgcbench.experiments.train import TrainConfig, TrainRow, identity, plan
-from bgcbench.measure.ceilings import Ceilings, measure_ceilings
+from bgcbench.measure.ceilings import measure_ceilings
 from bgcbench.measure.device import (
     DTYPES,
     backend_state,
-    check_combination,
     compile_state,
     current,
     describe_failure,
     free_memory,
     make_stopwatch,
-    resolve_device,
-    tf32_state,
 )
-from bgcbench.measure.environment import describe_environment
 from bgcbench.measure.trace import Trace, trace
 from bgcbench.models import build_empty, build_model
 from bgcbench.results import DONE, Json, stage_of
@@ -61,27 +58,13 @@ WORKERS = 8  # at most, where --workers is not given
 
 
 def open_session(config: TrainConfig) -> Session:
-    """Find this process's device and describe it.
-
-    Raises DeviceError where the device asked for is not there, UsageError for what it cannot do.
-    """
-    device, warning = resolve_device(own_device(config.device))
-    check_combination(device, config.precision, "eager")
-    if device.type == "cpu":
+    """This process's device; raises DeviceError where it is not there, UsageError for what it cannot do."""
+    mode = "compile" if config.compile else "eager"
+    session = open_device(config, own_device(config.device), layout=config.layout, deterministic=False)
+    session.settings["mode"] = mode  # a network is compiled on any device
+    if session.device.type == "cpu":
         dataclasses.replace(config, device="cpu")  # which refuses what a CPU cannot do
-    with backend_state(config.precision, config.threads):
-        settings: Json = {
-            "seed": config.seed,
-            "precision": config.precision,
-            "layout": config.layout,
-            "mode": "compile" if config.compile else "eager",
-            "tf32": tf32_state(),
-            "cudnn_benchmark": True,
-            "deterministic": False,
-        }
-        session = Session(device, describe_environment(device), settings)
-    if warning:
-        session.warnings.append(warning.replace("measured", "trained"))
+    session.warnings = [warning.replace("measured", "trained") for warning in session.warnings]
     return session
 
 
@@ -233,7 +216,7 @@ class Update:
     """What a run is at: the row, ``number`` (from 0) of ``count``, its progress (None before the first step), and the
     share of the run that is done.
 
-    ended: an epoch, or the row, has just ended; ``results`` are newer than before. record: the epoch that has ended.
+    save: an epoch, or the row, has just ended; ``results`` are newer than before. record: the epoch that has ended.
     doing: what else than training is done, "" for nothing.
     """
 
@@ -243,18 +226,20 @@ class Update:
     progress: Progress | None
     done: float
     left_s: float | None = None
-    ended: bool = False
+    save: bool = False
     record: Json | None = None
     doing: str = ""
 
 
-class TrainRun:
+class TrainRun(Run):
     """One run over the rows of ``prepared``; ``results`` are what is known of them at any time.
 
     kept: rows of an earlier file by key; those that are done are not trained again. folder: where checkpoints are kept,
     None for nowhere. A run that begins ``afresh`` goes on with nothing: :meth:`make_room`, which is to be called first,
     removes checkpoints of an earlier run in that folder if ``replace``, and otherwise raises OutputError.
     """
+
+    config: TrainConfig
 
     def __init__(
         self,
@@ -274,7 +259,6 @@ class TrainRun:
         self.known: dict[str, Json] = dict(kept or {})
         self.warnings = [*session.warnings, *prepared.warnings]
         self.rows = prepared.rows
-        self.ceilings: Ceilings | None = None
         self._begun: float | None = None
         self._credit = 0.0  # rows' worth of what earlier runs have done
         self._afresh, self._replace = afresh, replace
@@ -300,8 +284,11 @@ class TrainRun:
         return f"{label} seed {row.seed}" if len(self.config.seeds) > 1 else label
 
     @property
+    def keys(self) -> list[str]:
+        return [row.key for row in self.rows]
+
+    @property
     def results(self) -> list[Json]:
-        """The rows so far, in the order of the plan, then any others of a resumed file."""
         order = dict.fromkeys((*(row.key for row in self.rows), *self.known))
         return [{**self.known[key], "stage": stage_of(self.known[key])} for key in order if key in self.known]
 
@@ -379,7 +366,7 @@ class TrainRun:
             self._take(row, training, failure.status, failure.reason)
             if self.world.size > 1:
                 raise  # the other processes wait for this one
-        yield Update(row, number, count, None, (number + 1) / count, ended=True)
+        yield Update(row, number, count, None, (number + 1) / count, save=True)
 
     def training(self, row: TrainRow, *, checkpoints: bool = True) -> Training:
         """The training of ``row``, with its network on the device."""

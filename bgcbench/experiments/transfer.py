@@ -17,6 +17,7 @@ from bgcbench.errors import OutputError, UsageError
 from bgcbench.experiments import train
 from bgcbench.experiments.config import ImageChoice, NetworkChoice
 from bgcbench.experiments.network import NetworkConfig
+from bgcbench.experiments.options import CONVERSION, GRID, RECIPE, WORKLOAD, Option, option
 from bgcbench.experiments.train import CLASSES, READ_BY_WORKERS, TrainConfig, TrainRow, conditions
 from bgcbench.results import Json
 from bgcbench.specs import HELD_OUT, OWN, TIMM_PREFIX, VARIANTS, check_choice
@@ -47,17 +48,75 @@ class TransferConfig(ImageChoice, TrainConfig):
     as in ``bgcbench train``. Raises UsageError or ShapeError.
     """
 
-    variants: tuple[str, ...] = ("gc", "bgc")
-    groups: tuple[int, ...] = paper.GROUPS
-    weights: str | None = None
-    inits: tuple[str, ...] = ("calibrated",)
-    rebn: bool = True
-    calibration_images: int | None = None
-    distill: bool = False
-    control: bool = False
-    time: bool = False
-    save: str | None = None
+    model: str = option(
+        "resnet50",
+        "resnet50, any classification network of torchvision, wrn_28_10, timm/NAME, or the path of a dense checkpoint "
+        "that bgcbench train wrote.",
+    )
+    variants: tuple[str, ...] = option(("gc", "bgc"))
+    groups: tuple[int, ...] = option(paper.GROUPS)
+    device: str = option("auto", everyday=False)
+    quick: bool = option(False, "A look: 64 images to calibrate with, 2 epochs of 512 images. No claim.")
+    data: str = option(
+        "",
+        "imagenet, folder, digits (extra: digits), cifar10, synthetic (speed only), the path of a folder with train/ "
+        "and val/, or none: conversions by the closed form, of which nothing is judged.",
+        shown="imagenet or folder in --data-dir, ./data or ./imagenet, with train/ and val/ or val/ alone; else none",
+    )
+    recipe: str | None = option(
+        None,
+        "paper (30 epochs at a constant rate), fast (that in bf16, channels_last, compiled).",
+        everyday=False,
+        shown="paper",
+    )
+    epochs: int | None = option(None, "0 judges the conversions only.", shown="30")
+    batch_size: int | None = option(None, shown="128")
+    lr: float | None = option(None, shown="0.01")
+    schedule: str | None = option(None, shown="constant")
+    milestones: tuple[int, ...] | None = option(
+        None, "Epochs after which the learning rate drops.", shown="30, 60 and 80 % of multistep"
+    )
+    weight_decay: float | None = option(None, shown="1e-4")
+    seeds: tuple[int, ...] = option((0,), everyday=False)
+    reference: bool = option(True, hidden=True)
+    weights: str | None = option(
+        None,
+        "default (torchvision's published ones), a file, or none (untrained, to try things out).",
+        panel=WORKLOAD,
+        everyday=True,
+        shown="default",
+    )
+    inits: tuple[str, ...] = option(
+        ("calibrated",),
+        "How the weights are found: calibrated (least squares on the network's own activations), white (the closed "
+        "form for uncorrelated inputs), copy (the paper), scratch. A list compares them.",
+        name="init",
+        panel=CONVERSION,
+        everyday=True,
+    )
+    rebn: bool = option(
+        True, "Estimate batch norm's statistics anew.", panel=CONVERSION, shown="on", flag="--rebn/--no-rebn"
+    )
+    calibration_images: int | None = option(
+        None,
+        "Training images for both, without labels; one in four is held out to judge.",
+        panel=CONVERSION,
+        shown="512",
+    )
+    distill: bool = option(False, "The original network's outputs are targets beside the labels.", panel=RECIPE)
+    control: bool = option(False, "Train the untouched network alike: what more epochs do by themselves.", panel=GRID)
+    time: bool = option(False, "Measure inference and a training step of each network, interleaved.", panel=GRID)
+    save: str | None = option(
+        None,
+        "A folder for the converted networks, as they end; bgcbench.load_converted reads them.",
+        panel=CONVERSION,
+        everyday=True,
+    )
 
+    SHORTHANDS: ClassVar[tuple[Option, ...]] = (
+        dataclasses.replace(TrainConfig.SHORTHANDS[0], shown="the checkpoint's, the data's or the network's"),
+        *TrainConfig.SHORTHANDS[1:],
+    )
     # Beside training's: what changes no number that is there already.
     FREE: ClassVar[tuple[str, ...]] = (*TrainConfig.FREE, "weights", "inits", "control", "time")
     GRIDS: ClassVar[tuple[str, ...]] = (*TrainConfig.GRIDS, "inits", "weights", "control")

@@ -221,7 +221,7 @@ class TransferRun(TrainRun):
                 self._judge_original()
                 training = self._reference(row) if row.is_dense else self._converted(row)
                 if training is not None and not row.is_dense:
-                    yield at(number / len(rows), ended=True, doing="judging")  # the file has what is converted
+                    yield at(number / len(rows), save=True, doing="judging")  # the file has what is converted
                 if training is not None:
                     self._judge(row, training)
             except Stopped:
@@ -237,7 +237,7 @@ class TransferRun(TrainRun):
                     raise  # the other processes wait for this one
             training = None
             free_memory(self.session.device)
-            yield at((number + 1) / len(rows), ended=True, doing="judged")
+            yield at((number + 1) / len(rows), save=True, doing="judged")
             if self.known[row.key]["judged"] and not row.epochs:
                 self._forget(row)
         self._drawn = (-1, [])
@@ -465,9 +465,7 @@ class TransferRun(TrainRun):
             session = profile_run.open_session(config)
             wanted = [row for row in planned.rows if _cell(row.params) in {*cells, standard}]
             run = profile_run.ProfileRun(config, session, wanted, subjects=planned.subjects, stop=self.stop)
-            measured: list[Json] = []
             for update in run.run():
-                measured = update.rows if update.save else measured
                 yield Update(self.rows[0], 0, len(wanted), None, 0.0, doing=f"timing: {update.doing}")
         except Exception as problem:  # noqa: BLE001 - conversions and trainings are worth having without
             failure = describe_failure(problem, self.session.device)
@@ -475,6 +473,7 @@ class TransferRun(TrainRun):
             return True
         if self.stop():
             return False
+        measured = run.results
         timed = {"results": measured, "interleaved": run.interleaved, "settings": session.settings}
         self.warnings += [f"--time: {text}" for text in measurement_warnings(timed)]
         for found in measured:
@@ -483,10 +482,10 @@ class TransferRun(TrainRun):
                 self.warnings.append(f"--time: {label} could not be measured: {found['reason']}")
         times = {cell: _times(measured, cell, standard) for cell in cells}
         for found in filter(None, times.values()):
-            found["memory"] = session.memory
+            found["memory"] = run.protocol.memory
         for row in rows:
             self.known[row.key]["time"] = times[row.cell]
-        yield Update(self.rows[0], 0, len(wanted), None, 1.0, ended=True, doing="timed")
+        yield Update(self.rows[0], 0, len(wanted), None, 1.0, save=True, doing="timed")
         return True
 
 

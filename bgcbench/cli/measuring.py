@@ -1,0 +1,223 @@
+"""``bgcbench profile`` and ``bgcbench approx``: what variants cost, and how well they stand in."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from bgcbench.cli.output import Said
+from bgcbench.cli.run import Beginning, Command
+from bgcbench.errors import UsageError
+from bgcbench.experiments.approx import PRESETS, ApproxConfig
+from bgcbench.experiments.approx import plan as approx_plan
+from bgcbench.experiments.approx_network import ApproxNetworkConfig
+from bgcbench.experiments.network import NetworkConfig
+from bgcbench.experiments.options import Asked, AskedOfPicture
+from bgcbench.experiments.profile import ProfileConfig, estimated_seconds, plan
+from bgcbench.specs import DATA_SETS, WEIGHTS, check_choice
+
+if TYPE_CHECKING:
+    from bgcbench.experiments.approx_network_run import ApproxNetworkRun
+    from bgcbench.experiments.approx_run import ApproxRun, Step
+    from bgcbench.experiments.profile_run import ProfileRun, Update
+    from bgcbench.experiments.session import Session
+    from bgcbench.training.distributed import World
+
+Json = dict[str, Any]
+
+
+class Profile(Command):
+    """Measure what a convolution, or a network, and its cheaper variants cost on this device.
+
+    Without a shape it is the paper's Table 4: 3x3, 1024 -> 1024 channels, 128 images of 7x7. Every row is interleaved
+    with the standard convolution (the dense network), so that the ratios hold while the machine drifts.
+
+    [bold]bgcbench profile --channels 1024 --groups 2,4,8,16[/bold]
+
+    [bold]bgcbench profile --channels 256 --size 14 --precision bf16 --layout nhwc --variants all --quick[/bold]
+
+    [bold]bgcbench profile --model resnet50 --groups 4 --batch 4 --layers --quick[/bold]
+    """
+
+    name = "profile"
+    summary = "Measure what convolution variants cost here."
+    kinds = (ProfileConfig, NetworkConfig)
+    preset = "table4: the paper's Table 4 (also what no shape means)."
+
+    def given(self, given: Json, preset: str | None, asked: Asked, context: typer.Context) -> Json:
+        check_reference(given)
+        if preset is None:
+            return given
+        check_choice("preset", preset, ("table4",))
+        free = ("in_channels", "out_channels", "kernel", "stride", "batch", "height", "model")
+        for field in (each for each in free if each in given):
+            how = "takes another workload" if field == "model" else "changes it"
+            raise UsageError(
+                f"--preset {preset} fixes the layer, and {self.option(field)} {how}; leave one of them out"
+            )
+        return given
+
+    def check(self, config: Any, *, fresh: bool, replace: bool) -> None:
+        if isinstance(config, ProfileConfig):  # a network's rows are planned when it has been built
+            plan(config)
+
+    def open_session(self, config: Any) -> Session:
+        from bgcbench.experiments.profile_run import open_session
+
+        return open_session(config)
+
+    def prepare(self, config: Any, session: Session, world: World) -> Any:
+        from bgcbench.experiments.network_run import NetworkPlan, plan_network
+        from bgcbench.experiments.profile_run import layer_subjects
+
+        if isinstance(config, NetworkConfig):
+            return plan_network(config)
+        rows = plan(config)
+        return NetworkPlan(config, rows, layer_subjects(config, rows), [])
+
+    def start(self, prepared: Any, session: Any, world: World, beginning: Beginning) -> ProfileRun:
+        from bgcbench.experiments.profile_run import ProfileRun
+
+        session.warnings.extend(prepared.notes)
+        return ProfileRun(
+            prepared.config,
+            session,
+            prepared.rows,
+            subjects=prepared.subjects,
+            kept=beginning.kept,
+            interleaved=(beginning.stored or {}).get("interleaved", ()),
+            stop=beginning.stop,
+        )
+
+    def plan_lines(self, run: ProfileRun, *, full: bool) -> list[str]:
+        config, environment = run.config, run.session.environment
+        flops = [[subject.work(phase).flops for phase in subject.phases] for subject in run.subjects.values()]
+        seconds = estimated_seconds(config, flops, run.session.device.type, environment["cpu"]["threads"])
+        lines = [
+            f"plan: {len(run.subjects)} rows x {', '.join(config.phases)} on {environment['device']['name']}, "
+            f"{config.precision}, {config.layout}, {config.mode}; roughly {seconds / 60:.1f} min"
+        ]
+        return lines + [f"  {row.key}" + (f"  invalid: {row.invalid}" if row.invalid else "") for row in run.planned]
+
+    def said(self, update: Update, run: ProfileRun) -> Said:
+        progress = update.progress
+        if progress is None:
+            return Said(update.doing)
+        text = update.doing
+        if progress.track is not None:
+            text += f"  {progress.track.label}"
+            if progress.track.samples:
+                text += f"  median {progress.track.summary().median_s * 1e3:.3f} ms"
+        if progress.left_s is None:
+            return Said(text)
+        share = progress.elapsed_s / ((progress.elapsed_s + progress.left_s) or 1.0)
+        return Said(f"{text}  at most {progress.left_s:.0f} s left", share)
+
+
+class Approx(Command):
+    """How well a variant can stand in for standard convolutions: exactly, beside the paper's bounds.
+
+    Without a shape it is section 5.1 of the paper: 1-D convolutions, 256 -> 256 channels, He initialisation, the least
+    error over the variant's own weights (5.1). With --model every convolution of a network is asked on the activations
+    that it really sees, with copied, white-optimal and calibrated weights.
+
+    [bold]bgcbench approx --plot figures.png[/bold]
+
+    [bold]bgcbench approx --variants all --channels 64 --groups 2,4,8 --input normal,relu,factor:0.5[/bold]
+
+    [bold]bgcbench approx --model resnet50 --data path/to/images --plot heatmap.png[/bold]
+    """
+
+    name = "approx"
+    summary = "How well variants can stand in for standard convolutions."
+    kinds = (ApproxConfig, ApproxNetworkConfig)
+    asked = AskedOfPicture
+    preset = "figure1, figure2: section 5.1 of the paper (also what no shape means), with that picture."
+
+    def given(self, given: Json, preset: str | None, asked: Asked, context: typer.Context) -> Json:
+        if preset is not None:
+            check_choice("preset", preset, PRESETS)
+            free = {"samples", "device", "threads", "seed", "quick", "length"}  # what the paper does not state
+            if fixed := [name for name in given if name not in free]:
+                raise UsageError(
+                    f"--preset {preset} fixes the experiment, and {self.option(fixed[0])} changes it; leave one of "
+                    "them out"
+                )
+        data, weights = given.get("data"), given.get("weights")
+        if data is not None and data not in DATA_SETS and _is_missing(data):
+            raise UsageError(f"--data {data} is not there; give {', '.join(DATA_SETS)}, or a folder of images")
+        if weights is not None and weights not in WEIGHTS and _is_missing(weights):
+            raise UsageError(f"--weights {weights}: there is no such file; choose a file, {' or '.join(WEIGHTS)}")
+        return given
+
+    def check(self, config: Any, *, fresh: bool, replace: bool) -> None:
+        if isinstance(config, ApproxConfig):
+            approx_plan(config)
+
+    def open_session(self, config: Any) -> Session:
+        from bgcbench.experiments.approx_run import open_session
+
+        return open_session(config)
+
+    def prepare(self, config: Any, session: Session, world: World) -> Any:
+        if isinstance(config, ApproxConfig):
+            return config
+        from bgcbench.experiments.approx_network_run import prepare
+
+        prepared = prepare(config)
+        session.settings |= prepared.settings
+        return prepared
+
+    def start(
+        self, prepared: Any, session: Session, world: World, beginning: Beginning
+    ) -> ApproxRun | ApproxNetworkRun:
+        from bgcbench.experiments.approx_network_run import ApproxNetworkRun
+        from bgcbench.experiments.approx_run import ApproxRun
+
+        if isinstance(prepared, ApproxConfig):
+            return ApproxRun(prepared, session, approx_plan(prepared), kept=beginning.kept, stop=beginning.stop)
+        return ApproxNetworkRun(prepared, session, kept=beginning.kept, stop=beginning.stop)
+
+    def plan_lines(self, run: Any, *, full: bool) -> list[str]:
+        return network_lines(run) if isinstance(run.config, ApproxNetworkConfig) else sampled_lines(run)
+
+    def said(self, update: Step, run: Any) -> Said:
+        return Said(update.doing, update.done)
+
+    def picture(self, preset: str | None) -> str | None:
+        return preset
+
+
+def check_reference(given: Json) -> None:
+    """Raise UsageError where the standard convolution is asked for and left out."""
+    if given.get("reference") is False and (1 in given.get("groups", ()) or "standard" in given.get("variants", ())):
+        raise UsageError("--no-reference leaves the standard convolution out, and it is asked for; drop one of the two")
+
+
+def _is_missing(path: str) -> bool:
+    """Whether ``path`` is clearly one, and nothing is there."""
+    return bool(os.path.dirname(path)) and not os.path.exists(path)
+
+
+def sampled_lines(run: ApproxRun) -> list[str]:
+    """The plan of sampled convolutions in words."""
+    config = run.config
+    lines = [f"plan: {len(run.rows)} rows, {config.samples} convolutions and inputs ({config.rows_of_data} positions)"]
+    return lines + [f"  {row.key}" + (f"  invalid: {row.invalid}" if row.invalid else "") for row in run.rows]
+
+
+def network_lines(run: ApproxNetworkRun) -> list[str]:
+    """The plan of a network's convolutions in words."""
+    config, prepared = run.config, run.prepared
+    layers = prepared.layers.chosen
+    return [
+        f"plan: {len(layers)} convolutions of {config.model} (weights: {prepared.loaded.name}) x {len(config.cells)}, "
+        f"{min(config.images, len(prepared.images))} images of {prepared.images.name}; moments of up to "
+        f"{prepared.moment_bytes / 2**30:.2g} GiB at once, {prepared.portions} run"
+        f"{'s' * (prepared.portions > 1)} over the images",
+        *prepared.told,
+        *(f"  {layer.name}: {layer.in_channels} -> {layer.out_channels}" for layer in layers),
+        *(f"  kept: {kept.name} ({kept.reason})" for kept in prepared.layers.kept),
+    ]

@@ -1,0 +1,235 @@
+"""The application, where a result goes, and what is printed of it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+from typer.core import TyperGroup
+
+from bgcbench.errors import BgcbenchError, OutputError, UsageError
+from bgcbench.specs import VARIANTS
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from bgcbench.experiments.options import Asked
+    from bgcbench.interrupts import Interrupts
+    from bgcbench.report import Report
+    from bgcbench.results import ResultWriter
+
+
+class _PlainHelp(TyperGroup):
+    """The top-level help without rich panels, whose Markdown machinery doubles the time to the first line."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        self.rich_markup_mode = None
+        super().format_help(ctx, formatter)
+
+
+app = typer.Typer(
+    name="bgcbench",
+    cls=_PlainHelp,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Which convolutions of a network can be made cheaper, with which variant, how much time that saves on this "
+    "device, and what it loses. Variants: "
+    + ", ".join(f"{variant.name} ({variant.summary})" for variant in VARIANTS.values())
+    + ".",
+    epilog="Start with: bgcbench profile --quick. Exit codes: 0 done, 1 some rows failed, 2 usage, 3 no such device, "
+    "4 output not writable, 5 compare --fail-on, 130/143 interrupted (the file is valid and resumable).",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Said:
+    """What is shown of an update of a run: ``text`` and ``share`` (0 to 1, None where unknown) by a bar; ``warnings``
+    by both; ``line``, where there is one, by a log."""
+
+    text: str
+    share: float | None = None
+    line: str | None = None
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def lines(self) -> tuple[str, ...]:
+        """What a log is to hold of it."""
+        return self.warnings if self.line is None else (*self.warnings, self.line)
+
+
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """Where a result goes and how it is shown."""
+
+    path: Path | None
+    to_stdout: bool
+    replace: bool
+    form: str
+    quiet: bool
+    resumes: bool = False
+    plot: Path | None = None
+
+    @classmethod
+    def asked(cls, asked: Asked, resumed: Path | None, *, saves: bool) -> Output:
+        """What was asked for; resumed: the file to go on with. saves: --force may be about the files of --save alone.
+
+        Raises UsageError for contradictions.
+        """
+        out = None if resumed else asked.out
+        force = asked.force and not (asked.is_auto and resumed)
+        if resumed and force:
+            raise UsageError("--resume writes to the file it continues; leave --out and --force out")
+        if force and not saves and out in (None, "-") and asked.plot is None:
+            raise UsageError("--force replaces an existing --out file; name one with --out, or leave --force out")
+        if out == "-" and asked.form not in ("auto", "json"):
+            raise UsageError(f"--out - prints JSON, not {asked.form}; leave --format out, or write to a file")
+        return cls(
+            path=resumed or (Path(out) if out not in (None, "-") else None),
+            to_stdout=out == "-",
+            replace=force or resumed is not None,
+            form="json" if out == "-" else asked.form,
+            quiet=asked.quiet,
+            resumes=resumed is not None,
+            plot=asked.plot,
+        )
+
+    def probe(self, *, dry_run: bool) -> None:
+        """Raise OutputError now where a file could not be written in the end; a dry run writes none."""
+        from bgcbench.results import ResultWriter
+
+        if self.plot is not None:
+            from bgcbench.plots import check_plot
+
+            check_plot(self.plot, replace=self.replace or dry_run)
+        if self.path is not None and not dry_run:
+            writer = ResultWriter(self.path)
+            writer.claim(replace=self.replace)
+            writer.release()  # it is claimed for the run once that is ready
+
+    @contextlib.contextmanager
+    def claimed(self, stored: dict[str, Any] | None, interrupts: Interrupts) -> Iterator[ResultWriter | None]:
+        """The writer of the result file, where no other run writes meanwhile; None for stdout.
+
+        stored: what the run goes on with. Raises OutputError for a file that cannot be written, or is not to be.
+        """
+        from bgcbench.results import ResultWriter, read
+
+        if self.path is None:
+            yield None
+            return
+        writer = ResultWriter(self.path)
+        unsure = writer.claim(replace=self.replace)
+        interrupts.leaving = writer.release
+        if stored is not None and read(self.path) != stored:
+            writer.release()
+            raise OutputError(f"{self.path} was written by another run while this one began; resume it again")
+        if unsure and not self.quiet:
+            say(unsure)
+        try:
+            yield writer
+        finally:
+            writer.release()
+
+    @property
+    def destination(self) -> str:
+        """Where the result goes, in words."""
+        return f"result file: {self.path}" if self.path else "result: stdout"
+
+    def named(self, command: str, what: str, environment: Mapping[str, Any]) -> Output:
+        """This with a path of our own making where none was given; it needs the device's name."""
+        from bgcbench.results import default_path
+
+        if self.path is not None or self.to_stdout:
+            return self
+        device = environment["device"]
+        name = "cpu" if device["type"] == "cpu" else device["name"]
+        return dataclasses.replace(self, path=default_path(command, what, name))
+
+
+def print_document(document: dict[str, Any], form: str, *, explain: bool = False) -> None:
+    """Print a result document on stdout, or what the columns of its tables mean."""
+    from bgcbench.report import document_report, explained
+    from bgcbench.results import document_of
+
+    report = document_report(document_of(document, "the result"))
+    emit(explained(report) if explain else report, form, None if explain else document)
+
+
+def emit(report: Report, form: str, document: dict[str, Any] | None = None) -> None:
+    """Print a report on stdout; ``document`` is what JSON prints in its place."""
+    from bgcbench.report import emit as emit_report
+
+    emit_report(report, form, stdout(report), document)
+
+
+def stdout(report: Report) -> Console:
+    """stdout; where it is no terminal a table gets the width it needs instead of rich's 80 columns."""
+    from rich.console import Console
+
+    console = Console(highlight=False, soft_wrap=False)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console = Console(highlight=False, width=max(80, report.width))
+    return console
+
+
+def say(message: str) -> None:
+    """Print a line on stderr, where there is one; it may hold whatever a file or a network is called."""
+    from bgcbench.results import printable
+
+    with contextlib.suppress(OSError, AttributeError):  # a full disk or a closed stderr ends no measurement
+        sys.stderr.write(f"{printable(message)}\n")
+        sys.stderr.flush()
+
+
+def draw(document: dict[str, Any], path: Path, picture: str | None) -> None:
+    """Draw a result document; raises UsageError without matplotlib, OutputError where the file cannot be written."""
+    from bgcbench.plots import draw as draw_plot
+    from bgcbench.results import document_of
+
+    draw_plot(document_of(document, str(path)), path, picture)
+
+
+def with_progress(updates: Iterator[Said], *, quiet: bool) -> None:
+    """Go through a run with a bar on a terminal, with what a log is to hold elsewhere."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from bgcbench.results import printable
+
+    console = Console(stderr=True)
+    if quiet or not console.is_terminal:
+        for said in updates:
+            for line in said.lines if not quiet else ():
+                say(line)
+        return
+    columns = TextColumn("{task.description}", markup=False), BarColumn(bar_width=16), TimeElapsedColumn()
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("starting", total=None)
+        for said in updates:
+            for line in said.warnings:
+                bar.console.print(printable(line), markup=False, highlight=False)
+            share = said.share
+            bar.update(task, description=said.text, total=None if share is None else 1.0, completed=share or 0.0)
+
+
+def closing(writer: ResultWriter | None, interrupts: Interrupts, done: int, planned: int, *, quiet: bool) -> int:
+    """The last line on stderr, and the exit code."""
+    where = "" if writer is None else f" to {writer.path}"
+    if writer is not None and writer.problem is not None:
+        kept = f"the result was rescued to {writer.rescued_to}" if writer.rescued_to else "only stdout has the result"
+        say(f"bgcbench: {writer.path} could not be written ({writer.problem}); {kept}")
+        return OutputError.exit_code
+    if interrupts.requested():
+        again = "" if writer is None else f"; resume with --resume {writer.path}"
+        say(f"saved {done}/{planned}{where}{again}")
+        return interrupts.exit_code
+    if not quiet:
+        say(f"saved {done}/{planned}{where}" if where else f"measured {done}/{planned}")
+    return 0 if done == planned else BgcbenchError.exit_code

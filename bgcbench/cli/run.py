@@ -1,0 +1,402 @@
+"""What every measuring command is: resolve or resume, plan, run while saving, render, exit code.
+
+A command says only what is its own (:class:`Command`); :func:`run_command` does the rest for all of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import typer
+
+from bgcbench import results
+from bgcbench.cli.output import Output, Said, closing, draw, print_document, say, with_progress
+from bgcbench.errors import OutputError, ResultFileError, UsageError
+from bgcbench.experiments.config import RunConfig
+from bgcbench.experiments.options import (
+    WORKLOAD,
+    Asked,
+    AskedOfTraining,
+    Option,
+    check_options,
+    given_fields,
+    options_of,
+    shorthand,
+)
+from bgcbench.experiments.profile import check_same_fields, check_same_workload
+from bgcbench.interrupts import Interrupts
+from bgcbench.training.launcher import own_rank, processes
+
+if TYPE_CHECKING:
+    from bgcbench.experiments.session import Session
+    from bgcbench.training.distributed import World
+
+Json = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Beginning:
+    """What a run begins with.
+
+    kept: the rows of the file that it goes on with, by key, and stored, that file. folder: of checkpoints. afresh: no
+    file was named to go on with. replace: whether files may be replaced. stop: whether it is asked to end.
+    """
+
+    stored: Json | None
+    folder: Path | None
+    afresh: bool
+    replace: bool
+    stop: Any
+
+    @property
+    def kept(self) -> dict[str, Json]:
+        return {row["key"]: row for row in (self.stored or {}).get("results", ())}
+
+    @property
+    def of_training(self) -> Json:
+        """The options of a run that has checkpoints."""
+        names = ("kept", "folder", "afresh", "replace", "stop")
+        return {name: getattr(self, name) for name in names}
+
+
+class Command(ABC):
+    """What one of the commands is made of; the docstring is its --help. torch is imported in :meth:`open_session`.
+
+    kinds: its configurations, of a layer and of a network, or one. asked: where it begins and ends. preset: the help of
+    --preset. missing: what to say where no network is named and one must be.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    kinds: ClassVar[tuple[type[RunConfig], ...]]
+    asked: ClassVar[type[Asked]] = Asked
+    preset: ClassVar[str]
+    missing: ClassVar[str] = ""
+
+    @property
+    def extra(self) -> list[Option]:
+        """Options that are no field of a configuration."""
+        return [shorthand("preset", (), self.preset, panel=WORKLOAD)]
+
+    def option(self, field: str) -> str:
+        """The option that fills a configuration's field: 'num_classes' -> '--classes'."""
+        filling = [each for kind in self.kinds for each in options_of(kind).values() if field in each.fills]
+        widest = max(filling, key=lambda each: len(each.fills), default=None)
+        return f"--{widest.name if widest else field.replace('_', '-')}"
+
+    def given(self, given: Json, preset: str | None, asked: Asked, context: typer.Context) -> Json:
+        """``given``, the fields that are asked for, with what the preset fixes and what is found; raises UsageError."""
+        return given
+
+    def check(self, config: Any, *, fresh: bool, replace: bool) -> None:  # noqa: B027 - not all have anything to check
+        """Refuse what can be seen to be wrong before torch is imported.
+
+        fresh: whether the run begins anew; replace: whether it may replace files.
+        """
+
+    @abstractmethod
+    def open_session(self, config: Any) -> Session:
+        """The device of the run."""
+
+    def joined(self, session: Session) -> contextlib.AbstractContextManager[World]:
+        """This process among those that torchrun has started; by default it is alone."""
+        from bgcbench.training.distributed import World
+
+        return contextlib.nullcontext(World(device=session.device))
+
+    @abstractmethod
+    def prepare(self, config: Any, session: Session, world: World) -> Any:
+        """What must be opened and can be wrong before anything is measured; completes ``session.settings``."""
+
+    @abstractmethod
+    def start(self, prepared: Any, session: Session, world: World, beginning: Beginning) -> Any:
+        """The run over ``prepared``."""
+
+    @abstractmethod
+    def plan_lines(self, run: Any, *, full: bool) -> list[str]:
+        """The plan in words; ``full``: with everything there is to say."""
+
+    def estimate(self, run: Any, interrupts: Interrupts, *, quiet: bool) -> int:
+        """What a dry run does after the plan; returns the exit code."""
+        return 0
+
+    @abstractmethod
+    def said(self, update: Any, run: Any) -> Said:
+        """What is shown of an update of the run."""
+
+    def is_drawable(self, row: Json) -> bool:
+        """Whether there is anything in a row that a picture shows."""
+        return True
+
+    def picture(self, preset: str | None) -> str | None:
+        """Which picture is drawn; None for what there is."""
+        return None
+
+
+def run_command(command: Command, context: typer.Context, parsed: Mapping[str, Any]) -> int:
+    """Do what the options ask for, and return the exit code."""
+    preset = parsed["preset"]
+    with only_first_speaks():
+        asked = command.asked(**given_fields(options_of(command.asked).values(), parsed))
+        check_options(asked)
+        options = {each.name: each for kind in command.kinds for each in options_of(kind).values()}
+        given = command.given(given_fields(options.values(), parsed), preset, asked, context)
+        config, stored, output = settled(command, given, asked)
+    with Interrupts(patient=processes() > 1) as interrupts:
+        with only_first_speaks():
+            session = command.open_session(config)  # torch, and what needs it
+        with command.joined(session) as world:
+            if not world.is_main:
+                output = dataclasses.replace(output, path=None, to_stdout=True, quiet=True, plot=None)
+            begun = _begun(command, config, stored, output, session, world, interrupts)
+            if not begun.output.quiet:
+                lines = command.plan_lines(begun.run, full=asked.dry_run)
+                for line in (*begun.run.warnings, *lines, begun.output.destination):
+                    say(line)
+            if asked.dry_run:
+                return 0 if asked.quiet else command.estimate(begun.run, interrupts, quiet=begun.output.quiet)
+            document, code = _carried_out(command, context, begun, stored, session, world, interrupts)
+        if output.plot is not None and any(map(command.is_drawable, document["results"])):
+            draw(document, output.plot, command.picture(preset))
+            if not output.quiet:
+                say(f"drawn to {output.plot}")
+        return code
+
+
+@contextlib.contextmanager
+def only_first_speaks() -> Iterator[None]:
+    """What is wrong with the options is wrong in every process; one of them says so."""
+    try:
+        yield
+    except (UsageError, OutputError) as error:
+        if own_rank() == 0:
+            raise
+        raise typer.Exit(error.exit_code) from None
+
+
+# ------------------------------------------------------------------------------------------------- resolve or resume
+
+
+def settled(command: Command, given: Json, asked: Asked) -> tuple[Any, Json | None, Output]:
+    """The configuration, the document that is gone on with (None for a new run) and where it goes: all checked.
+
+    Nothing here needs torch. Raises UsageError, ResultFileError and OutputError.
+    """
+    if asked.out == "-" and "save_every_s" in given:
+        raise UsageError("--save-every is for checkpoints, which --out - keeps none of; leave one of them out")
+    path, stored = _file_to_resume(command, asked, given)
+    output = Output.asked(asked, path, saves="save" in given)
+    config = resolve_config(command, given, stored, str(path))
+    command.check(config, fresh=stored is None, replace=asked.force or asked.dry_run)
+    if own_rank() == 0:  # which alone writes
+        output.probe(dry_run=asked.dry_run)
+    if asked.is_auto and path is not None and not asked.quiet and own_rank() == 0:
+        say(f"going on with {path}")
+    return config, stored, output
+
+
+def resolve_config(command: Command, given: Json, stored: Json | None, name: str) -> Any:
+    """What to do: as asked, or what file ``name`` holds with the grid that is asked for added to it."""
+    layer, network = command.kinds[0], command.kinds[-1]
+    if stored is not None:
+        return _resumed(command, given, stored, name)
+    kind = network if "model" in given else layer
+    if command.missing and "model" not in given:
+        raise UsageError(command.missing)
+    for field in given.keys() - {field.name for field in dataclasses.fields(kind)}:
+        why = (
+            "describes a layer, and --model a network; leave one of them out"
+            if "model" in given
+            else "is for a network; name it with --model, or leave the option out"
+        )
+        raise UsageError(f"{command.option(field)} {why}")
+    return kind(**given)
+
+
+def _resumed(command: Command, given: Json, stored: Json, name: str) -> Any:
+    """The configuration that continues ``stored``, from file ``name``: its own, with a grid that may have grown."""
+    results.check_command(stored, command.name, name)
+    of_network = "model" in stored.get("config", {})
+    kind = command.kinds[-1 if of_network else 0]
+    base = kind.from_json(stored.get("config", {}))
+    if unknown := given.keys() - {field.name for field in dataclasses.fields(kind)}:
+        raise UsageError(f"{command.option(min(unknown))} has no meaning for what {name} measures; leave it out")
+    grown: Json = {
+        grid: tuple(dict.fromkeys((*getattr(base, grid), *given[grid])))
+        for grid in ("groups", "variants", "inputs", "seeds", "inits")
+        if grid in given
+    }
+    check_same_fields(stored["config"], {**given, **grown}, base.FREE, name)  # before they are checked together
+    config = dataclasses.replace(base, **{**given, **grown})
+    check_same_workload(stored["config"], config, name)
+    return config
+
+
+def _file_to_resume(command: Command, asked: Asked, given: Json) -> tuple[Path | None, Json | None]:
+    """The result file to continue and what is in it; (None, None) for a new run."""
+    resume, out = asked.resume, asked.out
+    if resume is None:
+        return None, None
+    if not asked.is_auto:
+        if out is not None:
+            auto = ", or say --resume auto" * isinstance(asked, AskedOfTraining)
+            raise UsageError(f"--resume writes to the file it continues; leave --out out{auto}")
+        return Path(resume), results.read(Path(resume))
+    if out == "-":
+        raise UsageError("--resume auto needs a file; name one with --out, or leave --out out")
+    wanted = resolve_config(command, given, None, "")
+    if out is not None:
+        if not Path(out).exists():
+            return None, None
+        stored = results.read(Path(out))
+        _check_same_run(command, stored, wanted, out)
+        return Path(out), stored
+    files = Path("results").glob(f"{command.name}-*.json")
+    for path in sorted(files, key=lambda path: path.stat().st_mtime, reverse=True):
+        with contextlib.suppress(ResultFileError):  # of another run, or damaged
+            stored = results.read(path)
+            if not stored["complete"]:
+                _check_same_run(command, stored, wanted, str(path))
+                return path, stored
+    return None, None
+
+
+def _check_same_run(command: Command, stored: Json, wanted: Any, name: str) -> None:
+    """Raise ResultFileError unless ``stored`` is a run of these very settings, those that were not typed included."""
+    results.check_command(stored, command.name, name)
+    # None is what is seen only in the data and the weights.
+    late = ("num_classes", "height", "width")
+    fields = {name: value for name, value in wanted.to_json().items() if value is not None or name not in late}
+    check_same_fields(stored["config"], fields, wanted.FREE, name)
+    for grid in wanted.GRIDS:
+        if stored["config"].get(grid) != fields[grid]:
+            raise ResultFileError(
+                f"{name} cannot be resumed: its {grid} are {stored['config'].get(grid)} and {fields[grid]} are asked "
+                f"for; say --resume {name} to add to them, or start a new file with --out"
+            )
+
+
+# ------------------------------------------------------------------------------------------------------ plan and run
+
+
+@dataclasses.dataclass(frozen=True)
+class _Begun:
+    """A run that is ready: where it goes, and its document, of which ``earlier`` is what it goes on with."""
+
+    run: Any
+    output: Output
+    earlier: Json | None
+
+
+def _begun(
+    command: Command,
+    config: Any,
+    stored: Json | None,
+    output: Output,
+    session: Session,
+    world: World,
+    interrupts: Interrupts,
+) -> _Begun:
+    with only_first_speaks():
+        prepared = command.prepare(config, session, world)
+        if stored is not None and all(row["status"] == "error" for row in stored["results"]):
+            # Nothing to be mixed with.
+            stored = {**stored, "settings": session.settings, "environment": session.environment, "warnings": []}
+        elif stored is not None:
+            results.check_resumable(stored, command.name, session.settings, session.environment, str(output.path))
+    output = output.named(command.name, config.what, session.environment)
+    beginning = Beginning(
+        world.share(stored),
+        world.share(_checkpoints_of(output.path)),
+        afresh=not output.resumes,
+        replace=output.replace,
+        stop=interrupts.requested,
+    )
+    return _Begun(command.start(prepared, session, world, beginning), output, stored)
+
+
+def _carried_out(
+    command: Command,
+    context: typer.Context,
+    begun: _Begun,
+    stored: Json | None,
+    session: Session,
+    world: World,
+    interrupts: Interrupts,
+) -> tuple[Json, int]:
+    """Carry the run out into the result file, whatever happens; returns the document and the exit code."""
+    run, output = begun.run, begun.output
+    with contextlib.ExitStack() as claim:
+        writers: list[results.ResultWriter | None] = []
+        with only_first_speaks():
+            world.once(lambda: writers.append(claim.enter_context(output.claimed(stored, interrupts))))
+            run.make_room()
+        writer = writers[0] if writers else None
+        document = _document(command, context, run.config, session, begun.earlier)
+        planned = len({*run.keys, *(row["key"] for row in document["results"])})  # a file may hold rows beyond the plan
+        failed: str | None = None
+        try:
+            # The file is there from the start: a run that is killed in its first epoch has checkpoints to go on from.
+            if writer is not None:
+                writer.write(document)
+            with_progress(_saved(command, run, document, writer), quiet=output.quiet)
+        except Exception as error:
+            failed = f"{type(error).__name__}: {error}"
+            raise
+        finally:
+            run.take_into(document)
+            results.finish(document, planned, interrupted=interrupts.requested(), failed=failed)
+            if writer is not None:
+                writer.write(document)
+            if failed is not None and document["results"] and world.is_main:
+                print_document(document, output.form)  # what there is; the error follows
+        done = sum(row["status"] in results.DONE for row in document["results"])
+        if not world.is_main:
+            return document, interrupts.exit_code if interrupts.requested() else int(done < planned)
+        _show(document, output, writer)
+        return document, closing(writer, interrupts, done, planned, quiet=output.quiet)
+
+
+def _document(command: Command, context: typer.Context, config: Any, session: Session, stored: Json | None) -> Json:
+    """The document that a run of ``config`` fills: a new one, or ``stored``, which it goes on with."""
+    if stored is not None:
+        return results.reopened(stored, config.to_json())
+    quality = "quick" if config.quick else "full"
+    return results.new_document(
+        command.name, context.obj or [], config.to_json(), session.environment, session.settings, quality
+    )
+
+
+def _saved(command: Command, run: Any, document: Json, writer: results.ResultWriter | None) -> Iterator[Said]:
+    """What is to be shown of the run; each update that is worth it is already in the document and on the disk."""
+    told = len(run.warnings)
+    for update in run.run():
+        if update.save:
+            run.take_into(document)
+            if writer is not None:
+                writer.write(document)
+        said = command.said(update, run)
+        yield dataclasses.replace(said, warnings=tuple(run.warnings[told:]))
+        told = len(run.warnings)
+
+
+def _show(document: Json, output: Output, writer: results.ResultWriter | None) -> None:
+    """Print the document; raises OutputError that says where the result is instead."""
+    if not document["results"] and output.form != "json":  # a run that was stopped at once has nothing to show
+        return
+    try:
+        print_document(document, output.form)
+    except OutputError as error:
+        path = writer.path if writer is not None else results.rescue(document, f"{document['command']}.json")
+        kept = f"the result is in {path}" if path else "the result is lost"
+        raise OutputError(f"{error}; {kept}") from error
+
+
+def _checkpoints_of(path: Path | None) -> Path | None:
+    """The folder beside a result file that its checkpoints are kept in."""
+    return None if path is None else path.with_name(f"{path.name.removesuffix('.json')}.checkpoints")

@@ -1,0 +1,298 @@
+"""Options, declared once: a field of a configuration carries its help, its panel, its default in words and its check.
+
+The command line makes its parameters from them (:mod:`bgcbench.cli.parameters`), a configuration its checks. A subclass
+that gives a field another default with ``option`` inherits all that it does not say anew. No torch and no typer here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+import types
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from bgcbench.errors import UsageError
+from bgcbench.specs import FORMATS, VARIANTS, check_choice, check_positive
+
+# The panels of --help, in this order. What a user wants every day stands before them all.
+WORKLOAD = "Workload"
+CONVERSION = "The conversion"
+NETWORK = "A whole network"
+GRID = "What is compared"
+RECIPE = "Recipe (each replaces the recipe's own)"
+MEASURE = "How it is measured"
+OUTPUT = "Output"
+PANELS = (WORKLOAD, CONVERSION, NETWORK, GRID, RECIPE, MEASURE, OUTPUT)
+
+Check = Callable[[str, Any], object]
+Reader = Callable[[str, Any], Any]
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option of a command.
+
+    name: as it is typed, without the dashes. fills: the fields that it gives values. kind: what typer parses: int,
+    float, str, bool, Path or list[str]. flag: how a switch is typed, such as "--no-reference" or "--flip/--no-flip".
+    read: makes what it fills of what typer has parsed, (name, parsed) -> value, one for each field where there are
+    several. check: called with the first field's name and value; raises UsageError. shown: the default in words.
+    everyday: stands first in --help. argument: has no dashes. on: what a switch that can only be turned one way means.
+    """
+
+    name: str
+    fills: tuple[str, ...]
+    kind: Any = str
+    help: str = ""
+    panel: str = OUTPUT
+    shown: str | None = None
+    flag: str = ""
+    read: Reader = lambda name, parsed: parsed
+    check: Check | None = None
+    everyday: bool = False
+    argument: bool = False
+    envvar: str | None = None
+    on: bool | None = None
+
+    @property
+    def parameter(self) -> str:
+        """Its name in Python."""
+        return self.name.replace("-", "_")
+
+    def values(self, parsed: Any) -> dict[str, Any]:
+        """The fields that are asked for, of what typer has parsed; none where it was left out."""
+        if parsed is None or parsed == [] or (self.on is not None and not parsed):
+            return {}
+        value: Any = self.read(self.name, parsed) if self.on is None else self.on
+        return dict(zip(self.fills, value if len(self.fills) > 1 else (value,), strict=True))
+
+
+def option(default: Any = None, help: str = "", **about: Any) -> Any:
+    """A field that is an option; about: what :class:`Option` has. A subclass inherits what it does not say anew.
+
+    hidden=True: of a subclass that does not offer it.
+    """
+    if help:
+        about["help"] = help
+    return dataclasses.field(default=default, metadata={"is_option": True, **about})
+
+
+def shorthand(name: str, fills: tuple[str, ...], help: str = "", **about: Any) -> Option:
+    """An option without a field of its own: it fills several, or one that has another option."""
+    return Option(name, fills, help=help, **about)
+
+
+def options_of(kind: type[Any]) -> dict[str, Option]:
+    """The options of dataclass ``kind`` by the name of their field; those of SHORTHANDS first, by their own name."""
+    hints = get_type_hints(kind)
+    about: dict[str, dict[str, Any]] = {}
+    for base in filter(dataclasses.is_dataclass, reversed(kind.__mro__)):
+        for field in dataclasses.fields(base):
+            if field.name in inspect.get_annotations(base):
+                about[field.name] = {**about.get(field.name, {}), **field.metadata}
+    found = {each.name: each for each in getattr(kind, "SHORTHANDS", ())}
+    for field in dataclasses.fields(kind):
+        if about[field.name].pop("is_option", False) and not about[field.name].pop("hidden", False):
+            found[field.name] = _declared(field.name, hints[field.name], field.default, about[field.name])
+    return found
+
+
+def _declared(field: str, hint: Any, default: Any, about: dict[str, Any]) -> Option:
+    """The option of a field, what is not said being made of its type and default."""
+    name = about.pop("name", field.replace("_", "-"))
+    made: dict[str, Any] = {"shown": _in_words(default)}
+    kinds = [each for each in get_args(hint) if each is not type(None)]
+    kind = kinds[0] if get_origin(hint) in (Union, types.UnionType) else hint
+    if kind is bool and default is not None and "flag" not in about:
+        made |= {"flag": f"--{name}", "on": not default}
+    if get_origin(kind) is tuple:
+        made["read"] = numbers if get_args(kind)[0] is int else names
+        kind = str
+    return Option(name, (field,), **{"kind": kind, **made, **about})
+
+
+def _in_words(default: Any) -> str | None:
+    if isinstance(default, tuple):
+        return ",".join(map(str, default)) or None
+    if default is None or default == "" or isinstance(default, bool):
+        return None
+    return f"{default:g}" if isinstance(default, float) else str(default)
+
+
+def check_options(config: Any) -> None:
+    """Call the check of every option of ``config`` that has a value; raises UsageError or ShapeError.
+
+    Of an option that has a check and takes several values there must be one at least.
+    """
+    for each in options_of(type(config)).values():
+        value = getattr(config, each.fills[0], None) if each.check else None
+        if each.check and value == ():
+            raise UsageError(f"--{each.name} is empty; name at least one")
+        if each.check and value is not None:
+            each.check(each.fills[0], value)
+
+
+def given_fields(options: Iterable[Option], parsed: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that are asked for, of what typer has parsed by parameter.
+
+    An option of one field says more than one that fills several.
+    """
+    given: dict[str, Any] = {}
+    for each in sorted(options, key=lambda each: len(each.fills), reverse=True):
+        given |= each.values(parsed[each.parameter]) if each.fills else {}
+    return given
+
+
+# ------------------------------------------------------------------------------------------------- what a check may be
+
+
+def one_of(choices: Iterable[str], what: str = "") -> Check:
+    """A check: the value, or each of several, is one of ``choices``."""
+
+    def check(field: str, value: Any) -> None:
+        for each in value if isinstance(value, tuple) else (value,):
+            check_choice(what or field, each, choices)
+
+    return check
+
+
+def positive(field: str, value: Any) -> None:
+    """A check: a whole number of at least 1, or each of several."""
+    for each in value if isinstance(value, tuple) else (value,):
+        check_positive(field, each)
+
+
+# ---------------------------------------------------------------------------------------------- what is read from text
+
+
+def numbers(name: str, text: str) -> tuple[int, ...]:
+    """'2,4,8' as numbers, each once; raises UsageError for anything else."""
+    try:
+        values = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise UsageError(f"--{name} {text} must be whole numbers separated by commas, such as 2,4,8") from None
+    return tuple(dict.fromkeys(values))
+
+
+def names(name: str, text: str) -> tuple[str, ...]:
+    """'gc, bgc' as words, each once."""
+    return tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+
+
+def variants(name: str, text: str) -> tuple[str, ...]:
+    """``names``, where all is every variant."""
+    return tuple(VARIANTS) if text == "all" else names(name, text)
+
+
+def size(name: str, text: str) -> tuple[int, int]:
+    """'7' or '7x14' as height and width; raises UsageError for anything else."""
+    parts = text.lower().split("x")
+    if len(parts) > 2 or not all(re.fullmatch("[0-9]+", part) for part in parts):
+        raise UsageError(f"--{name} {text} must be a number of pixels or HEIGHTxWIDTH, such as 7 or 7x14")
+    return int(parts[0]), int(parts[-1])
+
+
+def three(name: str, text: str) -> tuple[float, ...]:
+    """'0.5' or '0.4,0.5,0.6' as three numbers; raises UsageError for anything else."""
+    try:
+        values = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise UsageError(f"--{name} {text} must be one number or three separated by commas") from None
+    return 3 * values if len(values) == 1 else values
+
+
+def twice(name: str, value: int) -> tuple[int, int]:
+    """The same for both fields."""
+    return value, value
+
+
+def alone(name: str, value: int) -> tuple[int]:
+    """One where several may be."""
+    return (value,)
+
+
+def listed(name: str, values: Iterable[Any]) -> tuple[str, ...]:
+    """The values of an option that is given several times."""
+    return tuple(map(str, values))
+
+
+# ------------------------------------------------------------------------------------ options that are no configuration
+
+
+SIZE = shorthand("size", ("height", "width"), read=size, panel=WORKLOAD, everyday=True)
+CHANNELS = shorthand(
+    "channels", ("in_channels", "out_channels"), "Channels in and out.", kind=int, read=twice, panel=WORKLOAD,
+    everyday=True,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Where a run begins and ends, and what is shown of it, as it was typed."""
+
+    dry_run: bool = option(False, "Check everything, print the plan and stop.", panel=OUTPUT, everyday=True)
+    out: str | None = option(
+        None,
+        "Result file; - is stdout (JSON).",
+        shown="results/COMMAND-WHAT-DEVICE-TIME.json",
+        panel=OUTPUT,
+        everyday=True,
+    )
+    force: bool = option(False, "Replace an existing --out file.", panel=OUTPUT)
+    resume: str | None = option(
+        None,
+        "Continue this result file: keep what it holds, do the rest. Its settings are used.",
+        panel=OUTPUT,
+        everyday=True,
+    )
+    form: str = option(
+        "auto",
+        "auto (a table on a terminal, Markdown elsewhere), table, markdown, csv, json.",
+        name="format",
+        shown=None,
+        check=one_of(FORMATS, "format"),
+        panel=OUTPUT,
+    )
+    quiet: bool = option(False, "No progress and no notes on stderr.", panel=OUTPUT)
+    plot: Path | None = None
+
+    @property
+    def is_auto(self) -> bool:
+        """Whether the file to continue is to be looked for."""
+        return False
+
+
+@dataclass(frozen=True)
+class AskedOfPicture(Asked):
+    """The same of a run that can be drawn."""
+
+    force: bool = option(False, "Replace existing --out and --plot files.")
+    plot: Path | None = option(None, "Draw the result: a .png, .svg or .pdf file (extra: plot).", panel=OUTPUT)
+
+
+@dataclass(frozen=True)
+class AskedOfTraining(AskedOfPicture):
+    """The same of a run that has checkpoints to go on from, and whose length is worth an estimate."""
+
+    dry_run: bool = option(
+        False, "Check everything, time a few steps, print what is replaced and how long all takes, and stop."
+    )
+    resume: str | None = option(
+        None,
+        "Continue this result file, from its last checkpoints; its settings are used. auto: continue --out, or the "
+        "newest unfinished run of the same settings under results/; start one where there is none.",
+    )
+
+    @property
+    def is_auto(self) -> bool:
+        return self.resume == "auto"
+
+
+@dataclass(frozen=True)
+class AskedOfTransfer(AskedOfTraining):
+    """The same of a run that also saves networks."""
+
+    force: bool = option(False, "Replace existing --out, --plot and --save files.")

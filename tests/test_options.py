@@ -1,0 +1,149 @@
+"""An option is declared once, on the field that it fills; the rest follows."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from bgcbench.cli.measuring import Approx, Profile
+from bgcbench.cli.parameters import command_options, register
+from bgcbench.cli.run import Command
+from bgcbench.cli.training import Train, Transfer
+from bgcbench.errors import ShapeError, UsageError
+from bgcbench.experiments.options import (
+    GRID,
+    OUTPUT,
+    WORKLOAD,
+    check_options,
+    given_fields,
+    one_of,
+    option,
+    options_of,
+    positive,
+    shorthand,
+    size,
+)
+from bgcbench.experiments.profile import ProfileConfig
+from bgcbench.specs import VARIANTS
+
+COMMANDS = [Profile(), Approx(), Train(), Transfer()]
+
+
+@dataclass(frozen=True)
+class Base:
+    groups: tuple[int, ...] = option((2, 4), "Group counts N.", panel=GRID, everyday=True, check=positive)
+    layout: str = option("nchw", panel=WORKLOAD, check=one_of(("nchw", "nhwc")))
+    height: int | None = None
+    width: int | None = None
+    reference: bool = option(True, name="no-reference", panel=GRID)
+    flip: bool | None = option(None, flag="--flip/--no-flip", panel=WORKLOAD)
+
+    SHORTHANDS = (shorthand("size", ("height", "width"), read=size, panel=WORKLOAD),)
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+
+@dataclass(frozen=True)
+class Derived(Base):
+    groups: tuple[int, ...] = option((8,))
+    layout: str = option("nhwc", hidden=True)
+
+
+def given(kind: type[Any], **typed: Any) -> dict[str, Any]:
+    options = options_of(kind).values()
+    return given_fields(options, {each.parameter: typed.get(each.parameter) for each in options})
+
+
+def test_a_field_that_is_declared_anew_inherits_what_it_does_not_say() -> None:
+    groups = options_of(Derived)["groups"]
+    assert (groups.help, groups.panel, groups.everyday, groups.shown) == ("Group counts N.", GRID, True, "8")
+    assert options_of(Base)["groups"].shown == "2,4"
+    assert "layout" in options_of(Base)
+    assert "layout" not in options_of(Derived)
+    assert "height" not in options_of(Base)  # has no option of its own
+
+
+def test_what_is_typed_fills_the_fields_and_what_is_not_leaves_them_out() -> None:
+    assert given(Base) == {}
+    assert given(Base, groups="2,4,2", size="7x14") == {"groups": (2, 4), "height": 7, "width": 14}
+    assert given(Base, no_reference=True) == {"reference": False}
+    assert given(Base, no_reference=False) == {}
+    assert given(Base, flip=False) == {"flip": False}
+    assert given(ProfileConfig, variants="all")["variants"] == tuple(VARIANTS)
+
+
+def test_an_option_of_one_field_says_more_than_one_of_two() -> None:
+    assert given(ProfileConfig, channels=8, out_channels=4) == {"in_channels": 8, "out_channels": 4}
+
+
+def test_a_value_is_checked_by_the_check_on_its_field() -> None:
+    with pytest.raises(ShapeError, match="groups=0 must be a whole number of at least 1"):
+        Base(groups=(2, 0))
+    with pytest.raises(UsageError, match="unknown layout 'nwhc': did you mean 'nhwc'"):
+        Base(layout="nwhc")
+    with pytest.raises(UsageError, match=r"--size 7x must be a number of pixels or HEIGHTxWIDTH"):
+        given(Base, size="7x")
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.name)
+def test_at_most_twelve_everyday_options_stand_first(command: Command) -> None:
+    shown = [each for each in command_options(command) if not each.argument]
+    everyday = [each.everyday for each in shown]
+    assert 0 < sum(everyday) <= 12
+    assert everyday == sorted(everyday, reverse=True)
+    assert {"variants", "groups", "quick", "dry-run", "out", "resume"} <= {each.name for each in shown if each.everyday}
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.name)
+def test_every_option_fills_fields_that_are_there(command: Command) -> None:
+    for kind in (*command.kinds, command.asked):
+        fields = {field.name for field in dataclasses.fields(kind)}
+        for each in options_of(kind).values():
+            assert set(each.fills) <= fields
+
+
+def test_a_new_field_of_a_configuration_is_an_option_and_reaches_the_run(tmp_path: Path) -> None:
+    @dataclass(frozen=True)
+    class Warmer(ProfileConfig):
+        warm_calls: int = option(1, "Calls before the first sample.", panel=OUTPUT, check=positive)
+
+    class WarmProfile(Profile):
+        kinds = (Warmer,)
+
+    app = typer.Typer()
+    app.callback()(lambda: None)
+    register(app, WarmProfile())
+    small = [
+        "profile",
+        "--channels",
+        "8",
+        "--size",
+        "4",
+        "--batch",
+        "2",
+        "--groups",
+        "2",
+        "--variants",
+        "gc",
+        "--quick",
+    ]
+    file = tmp_path / "r.json"
+    done = CliRunner().invoke(app, [*small, "--warm-calls", "3", "--device", "cpu", "--out", str(file), "--quiet"])
+    assert done.exit_code == 0, done.output
+    assert json.loads(file.read_text())["config"]["warm_calls"] == 3
+    assert "Calls before the first sample." in CliRunner().invoke(app, ["profile", "--help"]).output
+    wrong = CliRunner().invoke(app, [*small, "--warm-calls", "0"])
+    assert isinstance(wrong.exception, ShapeError)
+
+
+def test_where_several_may_be_named_one_must_be() -> None:
+    with pytest.raises(UsageError, match="--groups is empty; name at least one"):
+        Base(groups=())
