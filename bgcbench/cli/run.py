@@ -336,6 +336,9 @@ def _carried_out(
         with only_first_speaks():
             world.once(lambda: writers.append(claim.enter_context(output.claimed(stored, interrupts))))
             run.make_room()
+        if world.size == 1 and interrupts.requested():
+            say("interrupted before anything was measured; nothing was written")
+            raise typer.Exit(interrupts.exit_code)
         writer = writers[0] if writers else None
         document = _document(command, context, run.config, session, begun.earlier)
         planned = len({*run.keys, *(row["key"] for row in document["results"])})  # a file may hold rows beyond the plan
