@@ -43,11 +43,11 @@ def notes(
         lines.append(f"a quick look: {quick}, no claim; run without --quick")
     lines += failed_rows(document.results) if failures is None else failures
     lines += _warnings(document)
+    if document.settings.preprocessing:
+        lines.append(f"images: {_images(document.settings.preprocessing)}")
     lines += facts
     if document.settings.memory == "fresh":
         lines.append("memory fresh: each call takes large tensors from the system and clears their pages")
-    if document.settings.preprocessing:
-        lines.append(f"images: {_images(document.settings.preprocessing)}")
     return lines
 
 

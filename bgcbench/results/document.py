@@ -12,6 +12,7 @@ from __future__ import annotations
 import codecs
 import datetime
 import json
+import math
 import re
 import subprocess
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -232,7 +233,8 @@ def document_of(found: object, name: str) -> Document:
             "use the version that wrote it"
         )
     for path, value in numbers(found):
-        if not (value == 0 or LEAST < abs(value) < MOST):
+        asked = path[0] == "config" and math.isfinite(value)  # a user may ask for any number
+        if not (asked or value == 0 or LEAST < abs(value) < MOST):
             raise ResultFileError(f"{name} is damaged: {_place(path)}: no measurement has a number such as this one")
     document: Document = _converted(found, Document, name)
     _converted(document.config, Config, name, "config/")

@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bgcbench import plots
 from bgcbench.cli import main
 from bgcbench.convs.base import VariantConv2d
 from bgcbench.convs.blocks import block_diagonal
 from bgcbench.convs.gc import GroupConv2d
 from bgcbench.measure.counts import count
+from bgcbench.plots import style
 from bgcbench.specs import VARIANTS, ConvSpec, Variant, one_block
 from bgcbench.theory.leastsquares import Fit
 from tests.convs import test_contract as contract
@@ -103,4 +103,4 @@ def test_it_is_solved_for_and_drawn(mirror: str, tmp_path: Path, capsys: pytest.
         assert found == pytest.approx(plain, rel=0.2)
     assert main(["show", str(file), "--plot", str(tmp_path / "errors.svg")]) == 0
     assert "#123456" in (tmp_path / "errors.svg").read_text()
-    assert plots.label_of(mirror) == "Mirror"
+    assert style.label_of(mirror) == "Mirror"
