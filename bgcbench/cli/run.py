@@ -68,7 +68,8 @@ class Command(ABC):
     """What one of the commands is made of; the docstring is its --help. torch is imported in :meth:`open_session`.
 
     kinds: its configurations, of a layer and of a network, or one. asked: where it begins and ends. preset: the help of
-    --preset. missing: what to say where no network is named and one must be.
+    --preset. missing: what to say where no network is named and one must be. empty_file: whether a run that is stopped
+    before its first row leaves a file to go on with.
     """
 
     name: ClassVar[str]
@@ -77,6 +78,7 @@ class Command(ABC):
     asked: ClassVar[type[Asked]] = Asked
     preset: ClassVar[str]
     missing: ClassVar[str] = ""
+    empty_file: ClassVar[bool] = True
 
     @property
     def extra(self) -> list[Option]:
@@ -336,7 +338,7 @@ def _carried_out(
         with only_first_speaks():
             world.once(lambda: writers.append(claim.enter_context(output.claimed(stored, interrupts))))
             run.make_room()
-        if world.size == 1 and interrupts.requested():
+        if not command.empty_file and interrupts.requested():
             say("interrupted before anything was measured; nothing was written")
             raise typer.Exit(interrupts.exit_code)
         writer = writers[0] if writers else None
