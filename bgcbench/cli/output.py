@@ -127,12 +127,11 @@ class Output:
         writer = ResultWriter(self.path)
         unsure = writer.claim(replace=self.replace)
         interrupts.leaving = writer.release
-        if stored is not None and read(self.path) != stored:
-            writer.release()
-            raise OutputError(f"{self.path} was written by another run while this one began; resume it again")
-        if unsure and not self.quiet:
-            say(unsure)
         try:
+            if stored is not None and read(self.path) != stored:
+                raise OutputError(f"{self.path} was written by another run while this one began; resume it again")
+            if unsure and not self.quiet:
+                say(unsure)
             yield writer
         finally:
             writer.release()
@@ -156,9 +155,9 @@ class Output:
 def print_document(document: dict[str, Any], form: str, *, explain: bool = False) -> None:
     """Print a result document on stdout, or what the columns of its tables mean."""
     from bgcbench.report import document_report, explained
-    from bgcbench.results import document_of
+    from bgcbench.results import typed
 
-    report = document_report(document_of(document, "the result"))
+    report = document_report(typed(document, "the result"))
     emit(explained(report) if explain else report, form, None if explain else document)
 
 
@@ -191,9 +190,9 @@ def say(message: str) -> None:
 def draw(document: dict[str, Any], path: Path, picture: str | None) -> None:
     """Draw a result document; raises UsageError without matplotlib, OutputError where the file cannot be written."""
     from bgcbench.plots import draw as draw_plot
-    from bgcbench.results import document_of
+    from bgcbench.results import typed
 
-    draw_plot(document_of(document, str(path)), path, picture)
+    draw_plot(typed(document, str(path)), path, picture)
 
 
 def with_progress(updates: Iterator[Said], *, quiet: bool) -> None:

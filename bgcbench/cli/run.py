@@ -222,7 +222,7 @@ def resolve_config(command: Command, given: Json, stored: Json | None, name: str
 
 def _resumed(command: Command, given: Json, stored: Json, name: str) -> Any:
     """The configuration that continues ``stored``, from file ``name``: its own, with a grid that may have grown."""
-    results.check_command(stored, command.name, name)
+    results.check_command(stored["command"], command.name, name)
     of_network = "model" in stored.get("config", {})
     kind = command.kinds[-1 if of_network else 0]
     base = kind.from_json(stored.get("config", {}))
@@ -270,7 +270,7 @@ def _file_to_resume(command: Command, asked: Asked, given: Json) -> tuple[Path |
 
 def _check_same_run(command: Command, stored: Json, wanted: Any, name: str) -> None:
     """Raise ResultFileError unless ``stored`` is a run of these very settings, those that were not typed included."""
-    results.check_command(stored, command.name, name)
+    results.check_command(stored["command"], command.name, name)
     # None is what is seen only in the data and the weights.
     late = ("num_classes", "height", "width")
     fields = {name: value for name, value in wanted.to_json().items() if value is not None or name not in late}

@@ -89,7 +89,7 @@ def show(
                 output.draw(document, plot, picture)
         return 0
     if document is not None:
-        results.check_command(document, "profile", str(file))
+        results.check_command(document["command"], "profile", str(file))
     if document is not None and "model" in document.get("config", {}):
         raise UsageError(f"{file} measured a network; --table1 is for one layer, such as --channels 1024")
     if document is not None:
@@ -183,7 +183,7 @@ def compare(
         raise UsageError(f"--fail-on {fail_on} must be 0 or a positive number of percent")
     documents = [results.read(path) for path in (before, after)]
     for path, document in zip((before, after), documents, strict=True):
-        results.check_command(document, "profile", str(path))
+        results.check_command(document.command, "profile", str(path))
     from bgcbench.report import compare_report, settings_that_differ
 
     differing = settings_that_differ(*documents)

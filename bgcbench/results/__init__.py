@@ -1,11 +1,21 @@
 """Result files: the types of their rows, how they are written so that they are never broken, how they are read."""
 
-from bgcbench.results.document import SCHEMA_NAME, Document, Json, document_of, dumps, printable, utc_now
+from bgcbench.results.document import (
+    SCHEMA_NAME,
+    Document,
+    Json,
+    check_command,
+    document_of,
+    dumps,
+    printable,
+    stage_of,
+    typed,
+    utc_now,
+)
 from bgcbench.results.files import ResultWriter, default_path, rescue, write_atomically
 from bgcbench.results.rows import DONE
 from bgcbench.results.untyped import (
     SCHEMA_VERSION,
-    check_command,
     check_document,
     check_resumable,
     finish,
@@ -14,7 +24,6 @@ from bgcbench.results.untyped import (
     read,
     reopened,
     schema,
-    stage_of,
     upgraded,
 )
 
@@ -40,6 +49,7 @@ __all__ = [
     "rescue",
     "schema",
     "stage_of",
+    "typed",
     "upgraded",
     "utc_now",
     "write_atomically",

@@ -14,14 +14,12 @@ import datetime
 import json
 import re
 import subprocess
-import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
 
-import bgcbench
 from bgcbench.errors import ResultFileError
 from bgcbench.results.rows import (
     AnyRow,
@@ -42,7 +40,6 @@ from bgcbench.results.rows import (
     TransferRow,
     upgraded_record,
 )
-from bgcbench.specs import FINGERPRINT_FIELDS
 
 SCHEMA_NAME, SCHEMA_VERSION = "bgcbench.result", "1.1"
 
@@ -57,6 +54,9 @@ LEAST, MOST = 1e-60, 1e30
 # text, halves of characters.
 _ACTED_ON = r"\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff"
 _UNPRINTABLE, _BEYOND_ASCII = re.compile(rf"[\x00-\x1f{_ACTED_ON}]"), re.compile(f"[{_ACTED_ON}]")
+
+# What older files say in words; a report says it of the rows themselves.
+TOLD_BY_ROWS = re.compile(r".+: N=\d+ does not divide, kept dense: ")
 
 # An array of numbers that json.dumps spread over lines: samples are put back on one.
 _NUMBER_ARRAY = re.compile(r"\[\n\s*(-?[\d.eE+-]+(?:,\n\s*-?[\d.eE+-]+)*)\n\s*\]")
@@ -104,23 +104,6 @@ class Document(msgspec.Struct, kw_only=True):
         """The part of ``config`` that is told beside the results."""
         return msgspec.convert(self.config, Config)
 
-    def reopen(self, config: Json) -> None:
-        """Be as a run that goes on with this begins, which has not ended in any way."""
-        self.config, self.finished_at, self.complete, self.exit_reason, self.failure = (
-            config,
-            None,
-            False,
-            "running",
-            None,
-        )
-
-    def finish(self, planned: int, *, interrupted: bool = False, failed: str | None = None) -> None:
-        """Set the closing fields from the rows: ok, partial (a row failed), interrupted, or error (``failed``)."""
-        self.finished_at, self.failure = utc_now(), failed
-        self.complete = len(self.done) == planned and not failed
-        ended: Literal["ok", "partial"] = "ok" if self.complete else "partial"
-        self.exit_reason = "error" if failed else "interrupted" if interrupted else ended
-
     @property
     def measurement_warnings(self) -> list[str]:
         """What the groups and memory passes of a profile say against its numbers; of rows measured again, the last."""
@@ -142,22 +125,6 @@ class Document(msgspec.Struct, kw_only=True):
 def utc_now() -> str:
     """The time as in every result file: 2026-01-01T00:00:00Z."""
     return datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
-
-
-def new_document(
-    command: Command, argv: Sequence[str], config: Json, environment: Environment, settings: Settings, *, quick: bool
-) -> Document:
-    """A document with nothing measured yet."""
-    return Document(
-        command=command,
-        argv=tuple(argv),
-        started_at=utc_now(),
-        quality="quick" if quick else "full",
-        tool=Tool(version=bgcbench.__version__, **git_state()),
-        environment=environment,
-        settings=settings,
-        config=config,
-    )
 
 
 def git_state() -> Json:
@@ -223,6 +190,11 @@ def loaded(path: Path) -> object:
 
 def document_of(found: object, name: str) -> Document:
     """The document of what a file holds, as json reads it; raises ResultFileError, beginning with ``name``."""
+    return typed(checked(found, name), name)
+
+
+def checked(found: object, name: str) -> Json:
+    """What a file holds if it says that it is a result of this version, with numbers that can have been measured."""
     head = found.get("schema") if isinstance(found, dict) else None
     if not isinstance(head, dict) or head.get("name") != SCHEMA_NAME or not isinstance(found, dict):
         raise ResultFileError(f"{name} is not a bgcbench result: its schema name is not '{SCHEMA_NAME}'")
@@ -232,25 +204,32 @@ def document_of(found: object, name: str) -> Document:
             f"{name} has schema version {version}; this bgcbench reads {SCHEMA_VERSION.split('.')[0]}.x: "
             "use the version that wrote it"
         )
-    for path, value in numbers(found):
-        asked = path[0] == "config" and abs(value) <= sys.float_info.max  # a user may ask for any number
-        if not (asked or value == 0 or LEAST < abs(value) < MOST):
-            raise ResultFileError(f"{name} is damaged: {_place(path)}: no measurement has a number such as this one")
+    for path, value in _numbers(found):
+        if not (value == 0 or LEAST < abs(value) < MOST):
+            raise ResultFileError(f"{name} is damaged: {place(path)}: no measurement has a number such as this one")
+    return found
+
+
+def typed(found: Json, name: str) -> Document:
+    """The document of a run's dict, which stays as it is; raises ResultFileError where something has another type."""
     document: Document = _converted(found, Document, name)
     _converted(document.config, Config, name, "config/")
     document.results = tuple(
         _converted(_upgraded(row), row_type(document.command, row), name, f"results/{number}/")
         for number, row in enumerate(document.results)
     )
-    # Older files say in words what a report says of the rows themselves.
-    told = re.compile(r".+: N=\d+ does not divide, kept dense: ")
-    document.warnings = tuple(text for text in document.warnings if not told.match(text))
+    document.warnings = tuple(text for text in document.warnings if not TOLD_BY_ROWS.match(text))
     for number, row in enumerate(document.results):
         for phase, measured in row.phases.items() if isinstance(row, ProfileRow) else ():
-            if len(measured.samples_s) != len(measured.rounds):
-                where = _place(("results", number, "phases", phase))
-                raise ResultFileError(f"{name} is damaged: {where}: samples_s and rounds are not of equal length")
+            check_rounds(measured.samples_s, measured.rounds, (number, phase), name)
     return document
+
+
+def check_rounds(samples: Sized, rounds: Sized, at: tuple[int, str], name: str) -> None:
+    """Raise ResultFileError unless each sample ``at`` (row, phase) has its round."""
+    if len(samples) != len(rounds):
+        where = place(("results", at[0], "phases", at[1]))
+        raise ResultFileError(f"{name} is damaged: {where}: samples_s and rounds are not of equal length")
 
 
 def row_type(command: str, row: object) -> type[Row]:
@@ -277,27 +256,28 @@ def _upgraded(row: Any) -> Any:
     """A row of any version 1 with the codes that older ones have only in words."""
     if not isinstance(row, dict):
         return row
-    if isinstance(row.get("convert"), dict):
-        row["convert"] = upgraded_record(row["convert"])
-    if "epochs" in row:
-        row.setdefault("stage", _stage(row))
-    return row
+    record = row.get("convert")
+    added: Json = {"convert": upgraded_record(record)} if isinstance(record, dict) else {}
+    if "epochs" in row and "stage" not in row:
+        added["stage"] = stage_of(row)
+    return row | added
 
 
-def _stage(row: Json) -> str | None:
-    """How far a row came that does not say it."""
-    if row.get("status") == "ok" and row.get("epochs"):
+def stage_of(row: Json) -> str | None:
+    """How far a row of ``train`` or ``transfer`` has come: 'converted', 'evaluated' or 'trained'; None before."""
+    params = row.get("params")
+    if row.get("status") == "ok" and isinstance(params, dict) and params.get("epochs"):
         return "trained"
     if row.get("judged") or row.get("epochs") or row.get("error_initial") is not None:
         return "evaluated"
     return "converted" if row.get("convert_seconds") is not None else None
 
 
-def _place(path: Iterable[str | int]) -> str:
+def place(path: Iterable[str | int]) -> str:
     return "/".join(map(str, path)) or "the document"
 
 
-def numbers(document: object) -> Iterator[tuple[tuple[str | int, ...], float]]:
+def _numbers(document: object) -> Iterator[tuple[tuple[str | int, ...], float]]:
     """Every number in a document and where it stands."""
     left: list[tuple[tuple[str | int, ...], object]] = [((), document)]
     while left:
@@ -310,32 +290,7 @@ def numbers(document: object) -> Iterator[tuple[tuple[str | int, ...], float]]:
             yield path, value
 
 
-# ---------------------------------------------------------------------------------------------------------- resuming
-
-
-def check_command(document: Document, command: str, name: str) -> None:
-    """Raise ResultFileError unless ``document`` is a run of ``command``."""
-    if document.command != command:
-        raise ResultFileError(f"{name} holds a '{document.command}' run, not '{command}'; give another file")
-
-
-def check_resumable(document: Document, command: str, settings: Settings, environment: Environment, name: str) -> None:
-    """Raise ResultFileError unless a run with these settings on this device may continue ``document``."""
-    check_command(document, command, name)
-    compared: list[tuple[Any, Any, Iterable[str]]] = [
-        (document.settings, settings, settings.__struct_fields__),
-        (document.environment, environment, FINGERPRINT_FIELDS),
-    ]
-    for old, new, fields in compared:
-        for field in fields:
-            was, now = (msgspec.to_builtins(getattr(one, field)) for one in (old, new))
-            if was != now:
-                raise ResultFileError(
-                    f"{name} cannot be resumed: its {field} was {_short(was)} and is {_short(now)} now; start a new "
-                    "file with --out"
-                )
-
-
-def _short(value: object) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 120 else text[:117] + "..."
+def check_command(found: str, command: str, name: str) -> None:
+    """Raise ResultFileError unless the run in file ``name``, which is of command ``found``, is one of ``command``."""
+    if found != command:
+        raise ResultFileError(f"{name} holds a '{found}' run, not '{command}'; give another file")

@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import importlib.resources
 import json
-import re
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import bgcbench
 from bgcbench.errors import ResultFileError
-from bgcbench.results.document import LEAST, MOST, SCHEMA_NAME, Json, git_state, loaded, numbers, utc_now
+from bgcbench.results.document import (
+    SCHEMA_NAME,
+    TOLD_BY_ROWS,
+    Json,
+    check_command,
+    check_rounds,
+    checked,
+    git_state,
+    loaded,
+    place,
+    stage_of,
+    utc_now,
+)
 from bgcbench.results.rows import DONE
 from bgcbench.specs import FINGERPRINT_FIELDS
 
@@ -94,10 +104,7 @@ def schema() -> Json:
 
 def read(path: Path) -> Json:
     """The document in ``path``; raises ResultFileError for a file that is missing, torn, foreign or too new."""
-    found = loaded(path)
-    check_document(found, str(path))
-    document: Json = found  # type: ignore[assignment]  # it is one
-    return upgraded(document)
+    return upgraded(check_document(loaded(path), str(path)))
 
 
 def upgraded(document: Json) -> Json:
@@ -107,62 +114,28 @@ def upgraded(document: Json) -> Json:
         reason.setdefault("code", "indivisible" if "does not divide" in reason["reason"] else "")
     for row in document["results"] if document["command"] in ("train", "transfer") else ():
         row.setdefault("stage", stage_of(row))
-    # A report says it of the rows themselves.
-    told = re.compile(r".+: N=\d+ does not divide, kept dense: ")
-    document["warnings"] = [text for text in document["warnings"] if not told.match(text)]
+    document["warnings"] = [text for text in document["warnings"] if not TOLD_BY_ROWS.match(text)]
     return document
 
 
-def stage_of(row: Json) -> str | None:
-    """How far a row of ``train`` or ``transfer`` has come: 'converted', 'evaluated' or 'trained'; None before."""
-    if row["status"] == "ok" and row["params"]["epochs"]:
-        return "trained"
-    if row.get("judged") or row["epochs"] or row["error_initial"] is not None:
-        return "evaluated"
-    return "converted" if row.get("convert_seconds") is not None else None
-
-
-def check_document(document: object, name: str) -> None:
-    """Raise ResultFileError unless ``document`` is a result that this version can read and show."""
-    head = document.get("schema") if isinstance(document, dict) else None
-    if not isinstance(head, dict) or head.get("name") != SCHEMA_NAME:
-        raise ResultFileError(f"{name} is not a bgcbench result: its schema name is not '{SCHEMA_NAME}'")
-    version = str(head.get("version"))
-    if version.split(".")[0] != SCHEMA_VERSION.split(".")[0]:
-        raise ResultFileError(
-            f"{name} has schema version {version}; this bgcbench reads {SCHEMA_VERSION.split('.')[0]}.x: "
-            "use the version that wrote it"
-        )
-    for path, value in numbers(document):
-        asked = path[0] == "config" and abs(value) <= sys.float_info.max  # a user may ask for any number
-        if not (asked or value == 0 or LEAST < abs(value) < MOST):
-            raise ResultFileError(f"{name} is damaged: {_place(path)}: no measurement has a number such as this one")
+def check_document(found: object, name: str) -> Json:
+    """What a file holds; raises ResultFileError unless it is a result that this version can read and show."""
+    document = checked(found, name)
     import jsonschema  # here, because only reading needs it
 
     validator = jsonschema.Draft202012Validator(schema())
     problem = jsonschema.exceptions.best_match(validator.iter_errors(document))
     if problem is not None:
-        raise ResultFileError(f"{name} is damaged: {_place(problem.absolute_path)}: {problem.message[:160]}")
-    for number, row in enumerate(document["results"] if isinstance(document, dict) else ()):
+        raise ResultFileError(f"{name} is damaged: {place(problem.absolute_path)}: {problem.message[:160]}")
+    for number, row in enumerate(document["results"]):
         for phase, measured in row.get("phases", {}).items():
-            if len(measured["samples_s"]) != len(measured["rounds"]):
-                where = _place(("results", number, "phases", phase))
-                raise ResultFileError(f"{name} is damaged: {where}: samples_s and rounds are not of equal length")
-
-
-def _place(path: Iterable[str | int]) -> str:
-    return "/".join(map(str, path)) or "the document"
-
-
-def check_command(document: Json, command: str, name: str) -> None:
-    """Raise ResultFileError unless ``document`` is a run of ``command``."""
-    if document["command"] != command:
-        raise ResultFileError(f"{name} holds a '{document['command']}' run, not '{command}'; give another file")
+            check_rounds(measured["samples_s"], measured["rounds"], (number, phase), name)
+    return document
 
 
 def check_resumable(document: Json, command: str, settings: Json, environment: Json, name: str) -> None:
     """Raise ResultFileError unless a run with these settings on this device may continue ``document``."""
-    check_command(document, command, name)
+    check_command(document["command"], command, name)
     compared: list[tuple[Json, Json, Iterable[str]]] = [
         (document["settings"], settings, settings),
         (document["environment"], environment, FINGERPRINT_FIELDS),
