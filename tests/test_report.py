@@ -64,9 +64,9 @@ def test_verdicts_follow_from_the_numbers() -> None:
     ],
 )
 def test_a_comparison_in_plain_words(value: float, ends: tuple[float, float] | None, words: str) -> None:
-    compared = report.Comparison(value, Interval(*ends) if ends else None)
+    compared = report.Comparison(value, Interval(*ends) if ends else None, paired=True)
     assert compared.versus("standard") == words
-    apart = report.Comparison(value, compared.interval, paired=False).versus("standard")
+    apart = report.Comparison(value, compared.ci95, paired=False).versus("standard")
     assert apart == (words if ends is None else f"{words[:-1]}, measured apart)")
 
 
@@ -74,7 +74,7 @@ def test_a_speed_up_is_the_others_time_over_the_rows_paired_within_one_run() -> 
     standard, gc, _, invalid = profile_rows(example_document())[:4]  # 8 and 4 ms
     compared = report.speed_up(gc, standard, "fwd_bwd")
     assert compared.value == pytest.approx(2, rel=0.01)
-    assert (compared.paired, compared.significant, compared.faster) == (True, True, True)
+    assert (compared.paired, compared.is_significant, compared.faster) == (True, True, True)
     assert not report.speed_up(standard, gc, "fwd_bwd").faster
     assert not report.speed_up(msgspec.structs.replace(gc, interleaved=2), standard, "fwd").paired
     assert report.speed_up(invalid, standard, "fwd") is None

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from bgcbench.results.aggregate import Spread
 from bgcbench.results.document import Document, printable
-from bgcbench.specs import VARIANTS
+from bgcbench.specs import VARIANTS, Variant
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -45,7 +45,6 @@ STYLE: dict[str, Any] = {
     "svg.hashsalt": "bgcbench",
     "text.parse_math": False,  # a folder's name may have $ in it
 }
-UNKNOWN = ("#666666", "X", 6.0)  # of a variant of a newer version
 
 
 @dataclass(frozen=True)
@@ -103,7 +102,7 @@ def label_of(variant: str, groups: int = 1) -> str:
 
 def look_of(variant: str, **more: Any) -> dict[str, Any]:
     """How a variant's line and markers look in every picture, but for what is given."""
-    colour, marker, size = VARIANTS[variant].look if variant in VARIANTS else UNKNOWN
+    colour, marker, size = VARIANTS[variant].look if variant in VARIANTS else Variant.look
     return {"color": colour, "marker": marker, "markersize": size, "linewidth": 0.9, "zorder": 3 + 1 / size, **more}
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import msgspec
 
 from bgcbench.errors import UsageError
-from bgcbench.measure.statistics import Interval, Series, ratio_of_medians
+from bgcbench.measure.statistics import Ratio, Series, ratio_of_medians
 from bgcbench.report.format import bounds_text, ratio_text, significant, time_unit
 from bgcbench.report.table import Column, Report, Table
 from bgcbench.results.document import Document
@@ -20,49 +20,41 @@ PHASE_TITLES = {"fwd": "fwd", "bwd": "bwd", "fwd_bwd": "fwd+bwd", "train_step": 
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """How many times faster one thing is than another: the other's time over its own.
+class Comparison(Ratio):
+    """How many times faster one thing is than another, the other's time over its own, in a cell and in words."""
 
-    interval: of the ratio, 95 %; None with too few rounds. paired: whether the two were measured in turn.
-    """
-
-    value: float
-    interval: Interval | None
-    paired: bool = True
-
-    @property
-    def significant(self) -> bool | None:
-        """Whether the interval excludes 1; None where there is no interval."""
-        return None if self.interval is None else not self.interval.low <= 1 <= self.interval.high
+    @classmethod
+    def of(cls, ratio: Ratio) -> Comparison:
+        return cls(ratio.value, ratio.ci95, ratio.paired)
 
     @property
     def faster(self) -> bool:
         """Whether the one is faster, and not by what may be chance."""
-        return self.value > 1 and self.significant is not False
+        return self.value > 1 and self.is_significant is not False
 
     @property
     def text(self) -> str:
         """ "2.00 [1.90, 2.10]" """
-        ends = None if self.interval is None else (self.interval.low, self.interval.high)
+        ends = None if self.ci95 is None else (self.ci95.low, self.ci95.high)
         return ratio_text(self.value) + bounds_text(ends, ratio_text)
 
     @property
     def _bound(self) -> float:
         """How far from 1 the interval reaches."""
-        return 0.0 if self.interval is None else max(abs(self.interval.low - 1), abs(self.interval.high - 1))
+        return 0.0 if self.ci95 is None else max(abs(self.ci95.low - 1), abs(self.ci95.high - 1))
 
     def versus(self, other: str) -> str:
         """ "2.9x faster than standard (95% CI 2.8-3.0)" """
         how = "faster" if self.value >= 1 else "slower"
         value = max(self.value, 1 / self.value)
-        if self.interval is None:
+        if self.ci95 is None:
             return f"about {ratio_text(value)}x {how} than {other} (no interval)"
-        low, high = self.interval.low, self.interval.high
+        low, high = self.ci95.low, self.ci95.high
         apart = "" if self.paired else ", measured apart"
-        if not self.significant and self._bound > 0.1:
+        if not self.is_significant and self._bound > 0.1:
             span = f"{ratio_text(low)}-{ratio_text(high)}"
             return f"not told apart from {other} (95% CI of the speed-up {span}{apart})"
-        if not self.significant:
+        if not self.is_significant:
             return f"as fast as {other}: no detectable difference (< {significant(100 * self._bound, 2)} %{apart})"
         if how == "slower":
             low, high = 1 / high, 1 / low
@@ -72,11 +64,11 @@ class Comparison:
     @property
     def change(self) -> str:
         """The ratio as that of the time after a change to the time before it."""
-        if self.interval is None:
+        if self.ci95 is None:
             return f"about {self.value:.2f}x the time (too few rounds for an interval)"
-        if not self.significant:
+        if not self.is_significant:
             return f"no detectable difference (< {significant(100 * self._bound, 2)} %)"
-        return f"{self.value:.2f}x the time (95% CI {self.interval.low:.2f}-{self.interval.high:.2f})"
+        return f"{self.value:.2f}x the time (95% CI {self.ci95.low:.2f}-{self.ci95.high:.2f})"
 
 
 def speed_up(row: ProfileRow | None, other: ProfileRow | None, phase: str) -> Comparison | None:
@@ -94,8 +86,7 @@ def _series(row: ProfileRow, phase: str) -> Series:
 
 @functools.lru_cache(maxsize=2048)  # the table, the verdict and the records all ask for it
 def _ratio(over: Series, under: Series, paired: bool) -> Comparison:
-    ratio = ratio_of_medians(over, under, paired=paired)
-    return Comparison(ratio.value, ratio.ci95, paired)
+    return Comparison.of(ratio_of_medians(over, under, paired=paired))
 
 
 # ----------------------------------------------------------------------------------------------------- two result files
@@ -164,7 +155,7 @@ def _changes(old: dict[str, ProfileRow], after: Document, limit: float | None) -
                 continue
             # Two files were never measured in one interleaved run, whatever their group numbers say.
             change = _ratio(_series(row, phase), _series(earlier, phase), False)
-            slower = limit is not None and change.interval is not None and change.interval.low > 1 + limit
+            slower = limit is not None and change.ci95 is not None and change.ci95.low > 1 + limit
             times = earlier.phases[phase].summary.median_s, row.phases[phase].summary.median_s
             yield Change(row.key, phase, *times, change, slower)
 
@@ -192,7 +183,7 @@ VERDICT = (
 
 
 def _record(change: Change) -> dict[str, object]:
-    ends = change.change.interval
+    ends = change.change.ci95
     return {
         "key": change.key,
         "phase": change.phase,

@@ -115,7 +115,7 @@ def _best(rows: Rows, reference: ProfileRow | None, phase: str) -> str | None:
     text = f"{title}: {numbered(first, rows)}, {compared.versus(DENSE)}"
     if len(there) > 1:
         ahead = speed_up(first, there[1], phase)
-        alike = ahead is not None and ahead.significant is False
+        alike = ahead is not None and ahead.is_significant is False
         after = numbered(there[1], rows)
         text += f"; {after} cannot be told apart from it" if alike else f"; next is {after}"
     return text
@@ -147,7 +147,7 @@ def _measured_record(row: ProfileRow, reference: ProfileRow | None, phase: str |
         return {"phase": None}
     measured, compared = row.phases[phase], speed_up(row, reference, phase)
     low, high = measured.summary.ci95_s or (None, None)
-    ends = compared.interval if compared else None
+    ends = compared.ci95 if compared else None
     return {
         "phase": phase,
         "n": measured.summary.n,

@@ -12,6 +12,7 @@ from bgcbench.report.table import Column, flat
 from bgcbench.results.aggregate import NO_IMAGES, SYNTHETIC, Cell, Difference, image_points, spread_of
 from bgcbench.results.document import Document
 from bgcbench.results.rows import Counts, TrainParams, TrainRow
+from bgcbench.specs import VARIANTS
 
 Rows = Sequence[TrainRow]
 QUICK = "few epochs or images"
@@ -140,6 +141,7 @@ def title_lines(document: Document, weights: str = "") -> list[str]:
 def recipe_line(document: Document, rows: Rows) -> str:
     """The recipe and its terms in one line, as they ran; those that are off or unknown are left out."""
     asked, settings, params = document.asked, document.settings, rows[0].params
+    penalised = {name for name, variant in VARIANTS.items() if variant.has_lasso} & {r.params.variant for r in rows}
     terms = [
         _term("{} epochs", params.epochs),
         _term("batch {}", params.batch_size or asked.batch_size),
@@ -153,7 +155,7 @@ def recipe_line(document: Document, rows: Rows) -> str:
         "Nesterov" if asked.nesterov else "",
         _term("weight decay {:g}", asked.weight_decay),
         _term("label smoothing {:g}", asked.label_smoothing),
-        _term("group lasso {:g} (LGC)", asked.group_lasso if any(r.params.variant == "lgc" for r in rows) else None),
+        _term("group lasso {:g} (LGC)", asked.group_lasso if penalised else None),
         _term("crops of images padded by {}", asked.pad if settings.pad is None else settings.pad),
         "flipped at random" if (asked.flip if settings.flip is None else settings.flip) else "",
         ", ".join(_algorithms(rows)),

@@ -184,7 +184,7 @@ def _speed_up(cell: Conversion, phase: str) -> str | None:
     if measured is None or measured.ratio is None:
         return None
     ends = Interval(*measured.ratio_ci95) if measured.ratio_ci95 else None
-    return "1" if cell.dense else Comparison(measured.ratio, ends).text
+    return "1" if cell.dense else Comparison(measured.ratio, ends, paired=True).text
 
 
 # ------------------------------------------------------------------------------------------------------ BGC versus GC
@@ -238,7 +238,7 @@ def _lower(pair: Pair[Conversion], run: Conversions, moment: Moment) -> str | No
 
 def _pair_speed_up(pair: Pair[Conversion], run: Conversions, phase: str) -> str | None:
     ratio = run.speed_up(*pair, phase)
-    return Comparison(ratio.value, ratio.ci95).text if ratio else None
+    return Comparison.of(ratio).text if ratio else None
 
 
 # ---------------------------------------------------------------------------------------------------------------- notes
