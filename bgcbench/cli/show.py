@@ -167,7 +167,7 @@ def compare(
     after: Annotated[Path, typer.Argument(help="A later result file.")],
     fail_on: Annotated[
         float | None,
-        typer.Option(help="Exit with 5 if a row is slower by more than this percentage beyond doubt, or is gone."),
+        typer.Option(help="Exit with 5 if a row is significantly slower by more than this percentage, or missing."),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Compare files measured with different settings.")] = False,
     form: Format = "auto",
@@ -197,5 +197,5 @@ def compare(
         )
     output.emit(report, form)
     if tripped:
-        output.say(f"a row is slower by more than {fail_on} % beyond doubt, or is no longer measured")
+        output.say(f"regression: at least one row is significantly slower (more than {fail_on:g} %) or missing")
     return 5 if tripped else 0

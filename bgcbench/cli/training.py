@@ -166,7 +166,7 @@ class Transfer(Train):
     """
 
     name = "transfer"
-    summary = "Convert a trained network, and train it on for little or not at all."
+    summary = "Convert a trained network; optionally fine-tune it."
     kinds = (TransferConfig,)
     asked = AskedOfTransfer
     preset = "table3: ResNet-50 on ImageNet as the paper converts it (copied weights, nothing re-estimated)."
