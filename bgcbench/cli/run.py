@@ -346,8 +346,8 @@ def _carried_out(
         planned = len({*run.keys, *(row["key"] for row in document["results"])})  # a file may hold rows beyond the plan
         failed: str | None = None
         try:
-            # The file is there from the start: a run that is killed in its first epoch has checkpoints to go on from.
-            if writer is not None:
+            # A run that is killed in its first epoch has checkpoints to go on from, and needs the file for that.
+            if writer is not None and issubclass(command.asked, AskedOfTraining):
                 writer.write(document)
             with_progress(_saved(command, run, document, writer), quiet=output.quiet)
         except Exception as error:
