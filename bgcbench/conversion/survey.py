@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-from bgcbench.measure.undisturbed import tensors_of
+from bgcbench.measure.batches import tensors_of
 
 Norm = nn.modules.batchnorm._BatchNorm
 

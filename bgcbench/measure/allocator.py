@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 from bgcbench.errors import UsageError
@@ -35,11 +35,9 @@ _STATES = {
 
 def _c_function(name: str) -> Callable[..., Any] | None:
     """A function of the C library; None where it has none of this name."""
-    try:
-        found: Callable[..., Any] = getattr(ctypes.CDLL(None), name)
-    except (AttributeError, OSError, TypeError):
-        return None
-    return found
+    with suppress(OSError, TypeError):
+        return getattr(ctypes.CDLL(None), name, None)
+    return None
 
 
 def resolve_memory(asked: str | None, device_type: str) -> str | None:
@@ -48,23 +46,21 @@ def resolve_memory(asked: str | None, device_type: str) -> str | None:
     Raises UsageError for a state that is asked for and cannot be set.
     """
     if device_type != "cpu":
-        if asked is not None:
-            raise UsageError(f"--memory {asked} is about the C library of a CPU's tensors; on CUDA leave it out")
-        return None
-    if _c_function("mallopt") is None:
-        if asked is not None:
-            raise UsageError(f"--memory {asked} needs glibc, whose malloc can be told so; leave it out")
-        return None
-    return asked or "kept"
+        problem = "is about the C library of a CPU's tensors; on CUDA leave it out"
+    elif _c_function("mallopt") is None:
+        problem = "needs glibc, whose malloc can be told so; leave it out"
+    else:
+        return asked or "kept"
+    if asked is not None:
+        raise UsageError(f"--memory {asked} {problem}")
+    return None
 
 
 def set_memory(state: str) -> None:
     """Have freed memory 'kept' for the next call, or taken 'fresh' from the system; glibc only."""
-    mallopt = _c_function("mallopt")
-    if mallopt is None:
-        return
-    for name, value in _STATES[state].items():
-        mallopt(name, value)
+    if mallopt := _c_function("mallopt"):
+        for name, value in _STATES[state].items():
+            mallopt(name, value)
 
 
 @contextmanager
@@ -85,11 +81,8 @@ def memory_state(state: str | None) -> Iterator[None]:
 class _MallocInfo(ctypes.Structure):
     """struct mallinfo2 of malloc.h."""
 
-    _fields_ = tuple(
-        (name, ctypes.c_size_t)
-        for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks",
-                     "keepcost")
-    )  # fmt: skip
+    _names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
+    _fields_ = tuple((name, ctypes.c_size_t) for name in _names.split())
 
 
 @contextmanager
@@ -123,8 +116,7 @@ def _holes_plugged() -> Iterator[None]:
 
 def trim_heap() -> None:
     """Give freed memory back to the system; glibc only."""
-    trim = _c_function("malloc_trim")
-    if trim is not None:
+    if trim := _c_function("malloc_trim"):
         trim(0)
 
 

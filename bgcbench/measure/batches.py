@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from bgcbench.errors import UsageError
 
@@ -60,7 +60,7 @@ class Passing:
         )
 
     def _arguments(self, batch: Sequence[Any], model: nn.Module) -> tuple[Any, ...]:
-        taken = max(1, len(_required(model)))
+        taken = max(1, _required(model))
         left = [part for part in batch[taken:] if isinstance(part, Tensor) and part.dim() > 1 and not _is_label(part)]
         if left:
             self._note(
@@ -162,15 +162,28 @@ def device_of(model: nn.Module) -> torch.device:
     return reference_of(model).device
 
 
+def tensors_of(values: Any) -> Iterator[Tensor]:
+    """The tensors in nested tuples, lists, mappings and transformers' outputs, in order."""
+    if isinstance(values, Tensor):
+        yield values
+    elif isinstance(values, Mapping):
+        yield from tensors_of(list(values.values()))
+    elif hasattr(values, "to_tuple"):
+        yield from tensors_of(values.to_tuple())
+    elif isinstance(values, (list, tuple)):
+        for value in values:
+            yield from tensors_of(value)
+
+
 def input_bytes(batch: Any) -> int:
     """Memory of all tensors of a batch."""
-    return sum(leaf.numel() * leaf.element_size() for leaf in tree_leaves(batch) if isinstance(leaf, Tensor))
+    return sum(tensor.nbytes for tensor in tensors_of(batch))
 
 
-def _required(model: nn.Module) -> list[str]:
-    """Names of the positional arguments that the network's forward cannot do without."""
+def _required(model: nn.Module) -> int:
+    """How many positional arguments the network's forward cannot do without."""
     parameters = inspect.signature(model.forward).parameters.values()
-    return [p.name for p in parameters if p.kind in _POSITIONAL and p.default is inspect.Parameter.empty]
+    return sum(p.kind in _POSITIONAL and p.default is inspect.Parameter.empty for p in parameters)
 
 
 def _are_images(values: Any) -> bool:
@@ -193,8 +206,7 @@ def _lengths(batch: Any) -> Iterator[int | None]:
     elif _are_images(batch) or (isinstance(batch, Mapping) and not isinstance(batch, dict)):
         yield None
     elif isinstance(batch, dict):
-        for value in batch.values():
-            yield from _lengths(value)
+        yield from itertools.chain(*map(_lengths, batch.values()))
     elif isinstance(batch, (tuple, list)):
         for value in batch:
             if isinstance(value, (Mapping, str)):

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import gc
-import os
 import re
 import statistics
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,12 +21,8 @@ from bgcbench.measure.workload import Cell
 from bgcbench.specs import check_on_cpu
 
 DTYPES = {
-    "fp64": torch.float64,
-    "fp32": torch.float32,
-    "tf32": torch.float32,
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-}
+    "fp64": torch.float64, "fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16,
+}  # fmt: skip
 FALLBACK_CACHE_BYTES = 32 * 2**20
 CANARY_S = 4e-3  # what a canary takes at least where it can: long against the clock's grain, short against a round
 
@@ -57,7 +53,7 @@ def check_combination(device: torch.device, precision: str, mode: str) -> None:
     """Raise UsageError for a precision or mode that ``device`` does not have."""
     if device.type != "cuda":
         check_on_cpu(precision, mode)
-    if device.type == "cuda" and precision == "bf16":
+    elif precision == "bf16":
         with torch.cuda.device(device):
             native = torch.cuda.is_bf16_supported(including_emulation=False)
         if not native:
@@ -87,20 +83,16 @@ def _tf32(on: bool) -> Iterator[None]:
     ``fp32_precision`` would make the older one raise where torch.compile's own code still reads it.
     """
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
-    older: tuple[bool, bool] | None = None
-    newer: list[tuple[Any, str]] = []
     try:
-        older = cudnn.allow_tf32, matmul.allow_tf32
+        saved: list[tuple[Any, str, Any]] = [(owner, "allow_tf32", owner.allow_tf32) for owner in (cudnn, matmul)]
     except RuntimeError:
-        newer = [(owner, owner.fp32_precision) for owner in _newer_switches()]
+        saved = [(owner, "fp32_precision", owner.fp32_precision) for owner in _newer_switches()]
     try:
         cudnn.allow_tf32 = matmul.allow_tf32 = on
         yield
     finally:
-        if older is not None:
-            cudnn.allow_tf32, matmul.allow_tf32 = older
-        for owner, precision in newer:
-            owner.fp32_precision = precision
+        for owner, name, value in saved:
+            setattr(owner, name, value)
 
 
 @contextmanager
@@ -123,23 +115,16 @@ def backend_state(precision: str, threads: int | None = None) -> Iterator[None]:
             torch.set_num_threads(saved_threads)
 
 
-@contextmanager
-def compile_state() -> Iterator[None]:
+def compile_state() -> AbstractContextManager[Any]:
     """Room for one compiled graph a layer and phase.
 
     All layers of a variant share one forward, and Dynamo gives up on a function after 8 recompilations.
     """
     import torch._dynamo
 
-    config, names = torch._dynamo.config, ("cache_size_limit", "accumulated_cache_size_limit")
-    saved = [getattr(config, name) for name in names]
-    try:
-        for name in names:
-            setattr(config, name, 4096)
-        yield
-    finally:
-        for name, value in zip(names, saved, strict=True):
-            setattr(config, name, value)
+    patch: Any = torch._dynamo.config.patch
+    state: AbstractContextManager[Any] = patch(cache_size_limit=4096, accumulated_cache_size_limit=4096)
+    return state
 
 
 def cache_bytes(device: torch.device) -> int | None:
@@ -147,15 +132,10 @@ def cache_bytes(device: torch.device) -> int | None:
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).L2_cache_size)
     sizes = []
-    folder = "/sys/devices/system/cpu/cpu0/cache"
-    for entry in os.listdir(folder) if os.path.isdir(folder) else ():
-        try:
-            with open(os.path.join(folder, entry, "size"), encoding="ascii") as file:
-                text = file.read().strip()
-        except OSError:
-            continue
-        if match := re.fullmatch(r"(\d+)([KM])", text):
-            sizes.append(int(match[1]) * (2**10 if match[2] == "K" else 2**20))
+    for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("*/size"):
+        with suppress(OSError):
+            if match := re.fullmatch(r"(\d+)([KM])", file.read_text(encoding="ascii").strip()):
+                sizes.append(int(match[1]) * (2**10 if match[2] == "K" else 2**20))
     return max(sizes, default=None)
 
 
@@ -203,7 +183,7 @@ class DeviceStopwatch:
 
     def host_time(self, cell: Cell) -> float | None:
         """Seconds the host needs to enqueue one call; None where calls are not asynchronous."""
-        raise NotImplementedError
+        return None
 
     def synchronize(self) -> None:
         """Wait for the device."""
@@ -227,9 +207,6 @@ class CpuStopwatch(DeviceStopwatch):
             if before is not None:
                 faults.append((minor_faults() or before) - before)
         return times
-
-    def host_time(self, cell: Cell) -> float | None:
-        return None
 
 
 class CudaStopwatch(DeviceStopwatch):
@@ -300,10 +277,9 @@ def asked_bytes(message: str) -> int | None:
 
 def is_out_of_memory(failure: BaseException) -> bool:
     """Whether ``failure`` is the device's or the host's refusal to allocate."""
-    if isinstance(failure, (torch.OutOfMemoryError, MemoryError)):
-        return True
     signs = ("allocate memory", "out of memory", "alloc_failed")
-    return isinstance(failure, RuntimeError) and any(sign in str(failure).lower() for sign in signs)
+    told = isinstance(failure, RuntimeError) and any(sign in str(failure).lower() for sign in signs)
+    return told or isinstance(failure, (torch.OutOfMemoryError, MemoryError))
 
 
 def describe_failure(failure: BaseException, device: torch.device, way_out: str = "use a smaller --batch") -> Failure:
@@ -323,10 +299,9 @@ def device_answers(device: torch.device) -> bool:
     """Whether ``device`` still computes; after a sticky CUDA error it does not."""
     try:
         probe = torch.ones(8, device=device)
-        answer = float((probe + probe).sum()) == 16.0
+        return float((probe + probe).sum()) == 16.0
     except RuntimeError:
         return False
-    return answer
 
 
 def free_memory(device: torch.device) -> None:
@@ -335,10 +310,8 @@ def free_memory(device: torch.device) -> None:
     if device.type == "cpu":
         trim_heap()
     elif device.type == "cuda":
-        try:
+        with suppress(RuntimeError):  # the device is lost; describe_failure says so
             torch.cuda.empty_cache()
-        except RuntimeError:
-            return  # the device is lost; describe_failure says so
 
 
 @contextmanager

@@ -10,7 +10,9 @@ import platform
 import re
 import shutil
 import subprocess
-import sys
+import time
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -23,6 +25,7 @@ from bgcbench.specs import FINGERPRINT_FIELDS, MEMORY
 
 def describe_environment(device: torch.device) -> dict[str, Any]:
     """The result file's ``environment`` (results-format: SI units, null where unknown)."""
+    on_cuda = device.type == "cuda"
     environment: dict[str, Any] = {
         "python": platform.python_version(),
         "os": platform.platform(),
@@ -35,10 +38,10 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
         "ram_bytes": psutil.virtual_memory().total,
         "torch": torch.__version__,
         "torchvision": _version("torchvision"),
-        "cuda": torch.version.cuda if device.type == "cuda" else None,
-        "cudnn": _cudnn() if device.type == "cuda" else None,
+        "cuda": torch.version.cuda if on_cuda else None,
+        "cudnn": _cudnn() if on_cuda else None,
         "triton": _version("triton"),
-        "driver": _smi_gpu(device, "driver_version") if device.type == "cuda" else None,
+        "driver": _smi_gpu(device, "driver_version") if on_cuda else None,
         "device": _device(device),
     }
     return {"fingerprint": fingerprint(environment), **environment}
@@ -51,23 +54,14 @@ def fingerprint(environment: dict[str, Any]) -> str:
 
 
 def _device(device: torch.device) -> dict[str, Any]:
-    if device.type != "cuda":
-        return {
-            "type": "cpu",
-            "name": _cpu_model(),
-            "capability": None,
-            "sm_count": None,
-            "l2_bytes": cache_bytes(device),
-            "total_bytes": psutil.virtual_memory().total,
-        }
-    properties = torch.cuda.get_device_properties(device)
+    on_cuda = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
     return {
-        "type": "cuda",
-        "name": properties.name,
-        "capability": f"{properties.major}.{properties.minor}",
-        "sm_count": properties.multi_processor_count,
+        "type": "cuda" if on_cuda else "cpu",
+        "name": on_cuda.name if on_cuda else _cpu_model(),
+        "capability": f"{on_cuda.major}.{on_cuda.minor}" if on_cuda else None,
+        "sm_count": on_cuda.multi_processor_count if on_cuda else None,
         "l2_bytes": cache_bytes(device),
-        "total_bytes": properties.total_memory,
+        "total_bytes": on_cuda.total_memory if on_cuda else psutil.virtual_memory().total,
     }
 
 
@@ -177,21 +171,14 @@ def _page_faults() -> tuple[str, str | None]:
 def _busy_processes() -> list[str]:
     """Other processes above a tenth of a core, by name and share."""
     others = [p for p in psutil.process_iter(["name"]) if p.pid != os.getpid()]
-    shares = []
-    for process in others:
-        try:
-            process.cpu_percent(None)
-        except psutil.Error:
-            continue
-    psutil.cpu_percent(0.3)
-    for process in others:
-        try:
-            share = process.cpu_percent(None)
-        except psutil.Error:
-            continue
-        if share > 10:
-            shares.append((share, process.info["name"]))
-    return [f"{name} ({share:.0f} %)" for share, name in sorted(shares, reverse=True)[:5]]
+    shares: dict[psutil.Process, float] = {}
+    for interval in (0.0, 0.3):  # a share is of the time since the last reading
+        time.sleep(interval)
+        for process in others:
+            with suppress(psutil.Error):
+                shares[process] = process.cpu_percent(None)
+    busy = sorted(((share, p.info["name"]) for p, share in shares.items() if share > 10), reverse=True)
+    return [f"{name} ({share:.0f} %)" for share, name in busy[:5]]
 
 
 def _smi(*query: str) -> list[str] | None:
@@ -199,13 +186,11 @@ def _smi(*query: str) -> list[str] | None:
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return None
-    try:
-        done = subprocess.run(
-            [tool, *query, "--format=csv,noheader"], check=False, capture_output=True, text=True, timeout=10
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip().splitlines() if done.returncode == 0 else None
+    with suppress(OSError, subprocess.SubprocessError):  # no answer, or not in time
+        command = [tool, *query, "--format=csv,noheader"]
+        done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=10)
+        return done.stdout.strip().splitlines()
+    return None
 
 
 def _smi_id(device: torch.device) -> str:
@@ -230,23 +215,18 @@ def _cudnn() -> str | None:
 
 
 def _version(package: str) -> str | None:
-    try:
+    with suppress(importlib.metadata.PackageNotFoundError):
         return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+    return None
 
 
 def _cpu_model() -> str:
     """The processor's own name; platform.processor() is empty on many Linux systems."""
-    if sys.platform == "linux" and (text := _read("/proc/cpuinfo")):
-        if match := re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE):
-            return match[1]
-    return platform.processor() or platform.machine()
+    match = re.search(r"^model name\s*:\s*(.+)$", _read("/proc/cpuinfo") or "", re.MULTILINE)
+    return match[1] if match else platform.processor() or platform.machine()
 
 
 def _read(path: str) -> str | None:
-    try:
-        with open(path, encoding="utf-8") as file:
-            return file.read().strip()
-    except OSError:
-        return None
+    with suppress(OSError):
+        return Path(path).read_text(encoding="utf-8").strip()
+    return None

@@ -37,30 +37,32 @@ def measure_peak(cell: Cell, device: torch.device, *, passes: int = 2) -> Peak:
     thread (method 'rss_sampled'), which also sees what the libraries keep, so it is coarse below some MiB. The
     highest of the passes is returned; ``agreed`` is False where they differ by more than the method's grain.
     """
-    read = _cuda_pass if device.type == "cuda" else _cpu_pass
-    method = "cuda_allocator" if device.type == "cuda" else "rss_sampled"
-    peaks = sorted((read(cell, device) for _ in range(passes)), key=lambda pair: pair[1] - pair[0])
-    spread = (peaks[-1][1] - peaks[-1][0]) - (peaks[0][1] - peaks[0][0])
-    return Peak(*peaks[-1], method, agreed=spread <= _TOLERANCE[method])
+    method, one_pass = ("cuda_allocator", _cuda_pass) if device.type == "cuda" else ("rss_sampled", _cpu_pass)
+    measured = []
+    for _ in range(passes):
+        cell.release()
+        gc.collect()
+        try:
+            measured.append(one_pass(cell, device))
+        finally:
+            cell.release()
+    deltas = [peak - baseline for baseline, peak in measured]
+    highest = measured[deltas.index(max(deltas))]
+    return Peak(*highest, method, agreed=max(deltas) - min(deltas) <= _TOLERANCE[method])
 
 
 def _cuda_pass(cell: Cell, device: torch.device) -> tuple[int, int]:
-    cell.release()
-    gc.collect()
+    """Bytes before one call and at its highest point."""
     torch.cuda.empty_cache()
     torch.cuda.synchronize(device)
     baseline = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
     cell.once()
     torch.cuda.synchronize(device)
-    peak = torch.cuda.max_memory_allocated(device)
-    cell.release()
-    return baseline, peak
+    return baseline, torch.cuda.max_memory_allocated(device)
 
 
 def _cpu_pass(cell: Cell, device: torch.device) -> tuple[int, int]:
-    cell.release()
-    gc.collect()
     trim_heap()  # or the baseline would hold the last step's memory
     process, done = psutil.Process(), threading.Event()
     baseline = process.memory_info().rss
@@ -78,5 +80,4 @@ def _cpu_pass(cell: Cell, device: torch.device) -> tuple[int, int]:
     finally:
         done.set()
         watcher.join()
-        cell.release()
     return baseline, highest[0]

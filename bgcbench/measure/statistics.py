@@ -16,24 +16,10 @@ from dataclasses import dataclass
 
 RESAMPLES = 2000
 # 97.5 % points of Student's t, by degrees of freedom; beyond the table the normal's 1.96 is within 4 %.
-_T975: tuple[float, ...] = (
-    12.706,
-    4.303,
-    3.182,
-    2.776,
-    2.571,
-    2.447,
-    2.365,
-    2.306,
-    2.262,
-    2.228,
-    2.201,
-    2.179,
-    2.160,
-    2.145,
-    2.131,
-)
-_T975 += (2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042)
+_T975 = (
+    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
+    2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
+)  # fmt: skip
 _NORMAL = statistics.NormalDist()
 
 
@@ -98,11 +84,6 @@ class Summary:
     def half_width(self) -> float | None:
         """Half of the interval's width, relative to the median."""
         return None if self.ci95_s is None else self.ci95_s.width / 2 / self.median_s
-
-    @property
-    def iqr(self) -> float:
-        """Interquartile range relative to the median: a quality sign, it does not shrink with n."""
-        return (self.q3_s - self.q1_s) / self.median_s
 
 
 def summarise(samples: Sequence[float], rounds: Sequence[int]) -> Summary:

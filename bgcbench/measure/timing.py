@@ -11,6 +11,7 @@ on a simulated machine.
 
 from __future__ import annotations
 
+import bisect
 import math
 import random
 import statistics
@@ -113,12 +114,11 @@ class Track(Generic[CellT]):
         self.cell = None  # type: ignore[assignment]
 
     def discard_round(self, number: int) -> None:
-        """Move the samples of a repeated round out of the summary; the track keeps them."""
-        kept = [(s, r) for s, r in zip(self.samples, self.rounds, strict=True) if r != number]
-        redone = [(s, r) for s, r in zip(self.samples, self.rounds, strict=True) if r == number]
-        self.samples, self.rounds = [s for s, _ in kept], [r for _, r in kept]
-        self.discarded += [s for s, _ in redone]
-        self.discarded_rounds += [r for _, r in redone]
+        """Move the samples of the last round, which is repeated, out of the summary; the track keeps them."""
+        first = bisect.bisect_left(self.rounds, number)
+        self.discarded += self.samples[first:]
+        self.discarded_rounds += self.rounds[first:]
+        del self.samples[first:], self.rounds[first:]
 
 
 @dataclass
@@ -179,8 +179,7 @@ class Group(Generic[CellT]):
             yield self._progress(track)
         if self._stopping() or not self._alive():
             return
-        baseline = self._read_canary(5)
-        if baseline is None:
+        if (baseline := self._read_canary(5)) is None:
             return
         self.canary.baseline_s = baseline
         self._started_s = self.stopwatch.now()
@@ -272,8 +271,7 @@ class Group(Generic[CellT]):
 
     def _clock_is_slow(self) -> bool:
         """Read the canary at a round's edge."""
-        reading = self._read_canary(3)
-        if reading is None:
+        if (reading := self._read_canary(3)) is None:
             return False
         self.canary.readings_s.append(reading)
         return reading > self.canary.baseline_s * (1 + self.rules.canary_tolerance)

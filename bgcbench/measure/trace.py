@@ -11,15 +11,15 @@ import copy
 import re
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from bgcbench.measure.batches import Passing, copied_to, reference_of
+from bgcbench.measure.batches import Passing, copied_to, reference_of, tensors_of
 from bgcbench.measure.counts import count
 from bgcbench.specs import ConvSpec
 
@@ -34,17 +34,8 @@ _POOLS = {
 _GATES = {"mul", "__mul__", "__imul__", "mul_", "__rmul__", "cat", "concat", "concatenate"}
 # What may be asked of a weight without computing with it, and what of that a variant answers differently.
 _METADATA = {
-    "__get__",
-    "size",
-    "dim",
-    "numel",
-    "nelement",
-    "stride",
-    "is_contiguous",
-    "data_ptr",
-    "element_size",
-    "type",
-}
+    "__get__", "size", "dim", "numel", "nelement", "stride", "is_contiguous", "data_ptr", "element_size", "type",
+}  # fmt: skip
 _SHAPE = {"size", "numel", "nelement", "stride"}
 _SHAPE_PROPERTY = torch.Tensor.shape.__get__  # type: ignore[attr-defined]
 _NORMS = {"batch_norm", "layer_norm", "group_norm", "instance_norm"}
@@ -54,6 +45,23 @@ _UNCOUNTED = {
     "bilinear",
 }  # fmt: skip
 SHORTCUT_NAME = re.compile(r"(^|[._])(downsample|shortcut|skip|identity)([._]|$)")
+
+
+class _History(NamedTuple):
+    """What a tensor has come through, kept on the tensor itself, as long as it lives.
+
+    passed: the convolutions. pooled: whether it has one value a channel that speaks for the whole image; None where
+    nothing is known. heads: the convolutions of which the output is only reshaped, pooled, resized or activated so far.
+    """
+
+    passed: frozenset[str] = frozenset()
+    pooled: bool | None = None
+    heads: frozenset[str] = frozenset()
+
+
+def _history(tensor: Tensor) -> _History:
+    found: _History = getattr(tensor, "_bgcbench_history", _History())
+    return found
 
 
 @dataclass(frozen=True)
@@ -191,7 +199,7 @@ def _run(model: nn.Module, given: Any, passing: Passing, *, hooks: bool) -> Trac
         clear_hooks(model)
     model.eval()
     batch = (torch.zeros(given),) if isinstance(given, torch.Size) else given
-    shapes = (value.shape for value in _tensors(batch))
+    shapes = (value.shape for value in tensors_of(batch))
     shape = next((shape for shape in shapes if len(shape) >= 3), reference_of(model).shape)
     recorder, given = _Recorder(model, tuple(shape[-3:])), copied_to(batch, model)
     with torch.no_grad(), warnings.catch_warnings(), recorder:
@@ -221,7 +229,6 @@ class _Recorder(TorchFunctionMode):
         self.found = Trace(size)
         self.stack: list[tuple[str, nn.Module]] = []
         self.owners: dict[int, str] = {}  # of each convolution's weight
-        # What a tensor has come through: kept on the tensor itself, as long as it lives.
         self.inputs_of: dict[str, frozenset[str]] = {}
         self.kernels: dict[str, tuple[int, int]] = {}
         for name, module in model.named_modules():
@@ -250,10 +257,9 @@ class _Recorder(TorchFunctionMode):
         given = kwargs or {}
         out = func(*args, **given)
         name = getattr(func, "__name__", "")
-        tensors = list(_tensors((args, given)))
+        tensors = list(tensors_of((args, given)))
         passed = _passed(tensors)
-        inside_variant = bool(self.stack) and is_variant(self.stack[-1][1])
-        if inside_variant:
+        if self.stack and is_variant(self.stack[-1][1]):
             pass  # counted as a whole when it is left
         elif name == "conv2d":
             passed |= {self._conv(args, given, out, passed)}
@@ -267,11 +273,9 @@ class _Recorder(TorchFunctionMode):
             self.found.borrowed |= self._foreign(tensors)
         elif name in _SHAPE or func == _SHAPE_PROPERTY:
             self.found.measured |= self._foreign(tensors)
-        pooled, heads = self._pooled(name, tensors, out), self._heads(name, tensors)
-        for tensor in _tensors(out):
-            tensor._bgcbench_passed = passed  # type: ignore[attr-defined]
-            tensor._bgcbench_pooled = pooled  # type: ignore[attr-defined]
-            tensor._bgcbench_heads = heads  # type: ignore[attr-defined]
+        history = _History(passed, self._pooled(name, tensors, out), self._heads(name, tensors))
+        for tensor in tensors_of(out):
+            tensor._bgcbench_history = history  # type: ignore[attr-defined]
         return out
 
     def _foreign(self, tensors: Sequence[Tensor]) -> set[str]:
@@ -280,19 +284,17 @@ class _Recorder(TorchFunctionMode):
         return {o for tensor in tensors if (o := self.owners.get(id(tensor))) is not None and o != current}
 
     def _heads(self, name: str, tensors: Sequence[Tensor]) -> frozenset[str]:
-        """The convolutions of which the output is only reshaped, pooled, resized or activated so far."""
         if name == "conv2d":
             last = self.found.calls[-1].module if self.found.calls else None
             return frozenset() if last is None else frozenset({last})
         if name == "linear" or name in _NORMS or name in _ADDITIONS or name in _GATES:
             return frozenset()
-        return frozenset().union(*(getattr(tensor, "_bgcbench_heads", frozenset()) for tensor in tensors))
+        return frozenset().union(*(_history(tensor).heads for tensor in tensors))
 
     def _pooled(self, name: str, tensors: Sequence[Tensor], out: Any) -> bool:
-        """Whether ``out`` has one value a channel that speaks for the whole image: a pool's, or made of such."""
         if name in _POOLS and isinstance(out, Tensor) and tensors and tensors[0].dim() in (3, 4):
             return out.numel() == tensors[0].shape[0] * tensors[0].shape[1]
-        seen = [getattr(tensor, "_bgcbench_pooled", None) for tensor in tensors]
+        seen = [_history(tensor).pooled for tensor in tensors]
         known = [value for value in seen if value is not None]  # weights and constants have no history
         return bool(known) and all(known)
 
@@ -302,42 +304,38 @@ class _Recorder(TorchFunctionMode):
         values |= dict(zip(names, args, strict=False)) | given
         x, weight = values["input"], values["weight"]
         owner, module = self.stack[-1] if self.stack else ("", None)
-        own = owner if isinstance(module, nn.Conv2d) else None
-        height, width = x.shape[-2:]
-        stride, dilation = _pair(values["stride"]), _pair(values["dilation"])
-        padding = values["padding"]
+        kernel, dilation, padding = weight.shape[2:], _pair(values["dilation"]), values["padding"]
         if isinstance(padding, str):
             same = padding == "same"
-            padding = tuple(d * (k - 1) // 2 if same else 0 for d, k in zip(dilation, weight.shape[2:], strict=True))
-        images = x.shape[0] if x.dim() == 4 else 1
+            padding = tuple(d * (k - 1) // 2 if same else 0 for d, k in zip(dilation, kernel, strict=True))
+        images = _images(x, 4)
         call = Call(
             kind="conv",
-            module=own,
+            module=owner if isinstance(module, nn.Conv2d) else None,
             owner=owner,
             in_channels=x.shape[-3],
             out_channels=weight.shape[0],
-            macs=out.numel() // max(images, 1) * weight[0].numel(),
+            macs=out.numel() // images * weight[0].numel(),
             weights=weight.numel() + (0 if values["bias"] is None else weight.shape[0]),
-            values_in=x.numel() // max(images, 1),
-            values_out=out.numel() // max(images, 1),
-            kernel=tuple(weight.shape[2:]),
-            stride=stride,
+            values_in=x.numel() // images,
+            values_out=out.numel() // images,
+            kernel=tuple(kernel),
+            stride=_pair(values["stride"]),
             padding=_pair(padding),
             dilation=dilation,
             groups=values["groups"],
             bias=values["bias"] is not None,
-            size=(height, width),
-            pooled=getattr(x, "_bgcbench_pooled", False),
+            size=_pair(x.shape[-2:]),
+            pooled=bool(_history(x).pooled),
             reads_image=not passed and x.shape[-3] <= IMAGE_CHANNELS,
         )
-        self.found.calls.append(call)
-        return self._remember(own if own is not None else f"function {len(self.found.calls)}", call, passed)
+        return self._remember(call, passed)
 
     def _variant(self, name: str, module: Any, x: Tensor, out: Tensor) -> None:
         """A layer of this package, by its own formula; its groups, where learnt, are counted as balanced."""
         spec: ConvSpec = module.spec
-        height, width = x.shape[-2:]
-        counts = count(spec, height, width)
+        size, images = _pair(x.shape[-2:]), _images(x, 4)
+        counts = count(spec, *size)
         call = Call(
             kind="conv",
             module=name,
@@ -346,35 +344,37 @@ class _Recorder(TorchFunctionMode):
             out_channels=spec.out_channels,
             macs=counts.macs,
             weights=counts.params,
-            values_in=x.numel() // max(x.shape[0], 1),
-            values_out=out.numel() // max(x.shape[0], 1),
+            values_in=x.numel() // images,
+            values_out=out.numel() // images,
             kernel=_pair(spec.kernel_size),
             stride=_pair(spec.stride),
             padding=_pair(spec.padding),
             dilation=_pair(spec.dilation),
             groups=spec.groups,
             bias=spec.bias,
-            size=(height, width),
-            pooled=getattr(x, "_bgcbench_pooled", False),
+            size=size,
+            pooled=bool(_history(x).pooled),
             variant=True,
         )
-        self.found.calls.append(call)
-        passed = _passed([x])
-        out._bgcbench_passed = passed | {self._remember(name, call, passed)}  # type: ignore[attr-defined]
+        passed = _history(x).passed
+        after = _history(out)._replace(passed=passed | {self._remember(call, passed)})
+        out._bgcbench_history = after  # type: ignore[attr-defined]
 
     def _linear(self, args: Sequence[Any], given: dict[str, Any], out: Tensor) -> None:
         values: dict[str, Any] = dict(zip(("input", "weight", "bias"), args, strict=False)) | given
         x, weight, bias = values["input"], values["weight"], values.get("bias")
         owner = self.stack[-1][0] if self.stack else ""
-        images = x.shape[0] if x.dim() > 1 else 1
-        macs = out.numel() * weight.shape[-1] // max(images, 1)
+        images = _images(x, 2)
+        macs = out.numel() * weight.shape[-1] // images
         weights = weight.numel() + (0 if bias is None else bias.numel())
-        sizes = x.numel() // max(images, 1), out.numel() // max(images, 1)
+        sizes = x.numel() // images, out.numel() // images
         self.found.calls.append(Call("linear", owner, owner, weight.shape[-1], weight.shape[0], macs, weights, *sizes))
 
-    def _remember(self, token: str, call: Call, passed: frozenset[str]) -> str:
-        self.inputs_of[token] = passed
-        self.kernels[token] = call.kernel
+    def _remember(self, call: Call, passed: frozenset[str]) -> str:
+        """What stands for the convolution in histories: its module's name, or its number where it has no module."""
+        self.found.calls.append(call)
+        token = f"function {len(self.found.calls)}" if call.module is None else call.module
+        self.inputs_of[token], self.kernels[token] = passed, call.kernel
         return token
 
     def _addition(self, left: frozenset[str], right: frozenset[str]) -> None:
@@ -392,24 +392,18 @@ class _Recorder(TorchFunctionMode):
         found = self.found
         found.shortcuts |= {call.module for call in found.convs if call.module and SHORTCUT_NAME.search(call.module)}
         if len({call.module for call in found.convs}) > 1:  # a convolution alone is no head of anything
-            found.heads = set().union(*(getattr(tensor, "_bgcbench_heads", ()) for tensor in _tensors(output)))
+            found.heads = set().union(*(_history(tensor).heads for tensor in tensors_of(output)))
         return found
-
-
-def _tensors(values: Any) -> Iterator[Tensor]:
-    """Tensors in nested tuples, lists and mappings."""
-    if isinstance(values, Tensor):
-        yield values
-    elif isinstance(values, Mapping):
-        yield from _tensors(list(values.values()))
-    elif isinstance(values, (list, tuple)):
-        for value in values:
-            yield from _tensors(value)
 
 
 def _passed(tensors: Iterable[Tensor]) -> frozenset[str]:
     """The convolutions that any of ``tensors`` has come through."""
-    return frozenset().union(*(getattr(tensor, "_bgcbench_passed", frozenset()) for tensor in tensors))
+    return frozenset().union(*(_history(tensor).passed for tensor in tensors))
+
+
+def _images(x: Tensor, batched: int) -> int:
+    """Images in ``x``, which has ``batched`` dimensions or more where it is a batch; at least 1, to divide by."""
+    return max(x.shape[0], 1) if x.dim() >= batched else 1
 
 
 def _pair(value: Any) -> tuple[int, int]:

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+
+from bgcbench.measure.batches import tensors_of
 
 # Two runs of one computation differ by at most this, relative to the largest output.
 ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4}
@@ -105,15 +106,9 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             module.training = was_training.get(name, module.training)
 
 
-def tensors_of(output: Any) -> list[Tensor]:
-    """The tensors of what a network put out, in order: nested tuples, lists, dicts, and transformers' outputs."""
-    plain = output.to_tuple() if hasattr(output, "to_tuple") else output
-    return [leaf for leaf in tree_leaves(plain) if isinstance(leaf, Tensor)]
-
-
 def same_outputs(one: Any, other: Any) -> bool:
     """Whether two outputs of a network are equal but for rounding."""
-    ours, theirs = tensors_of(one), tensors_of(other)
+    ours, theirs = list(tensors_of(one)), list(tensors_of(other))
     return len(ours) == len(theirs) and all(_same(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
@@ -125,8 +120,10 @@ def _same(a: Tensor, b: Tensor) -> bool:
     if not a.is_floating_point():
         return torch.equal(a, b)
     finite = torch.isfinite(a)
-    if not torch.equal(finite, torch.isfinite(b)) or not finite.any():
-        return torch.equal(finite, torch.isfinite(b))
+    if not torch.equal(finite, torch.isfinite(b)):
+        return False
+    if not finite.any():
+        return True
     allowed = ROUNDING.get(a.dtype, ROUNDING_OF_HALVES) * float(a[finite].abs().max())
     return float((a[finite] - b[finite]).abs().max()) <= allowed
 
@@ -160,13 +157,13 @@ def first_not_finite(model: nn.Module, run: Callable[[], Any]) -> str | None:
     return found[0] if found else None
 
 
-def _are_finite(values: list[Tensor]) -> bool:
+def _are_finite(values: Iterable[Tensor]) -> bool:
     return all(bool(torch.isfinite(value).all()) for value in values if value.is_floating_point())
 
 
 def _damage(module: nn.Module) -> str:
     """What is wrong with the module's own numbers, in brackets; nothing where all are sound."""
-    own = {**dict(module.named_parameters(recurse=False)), **dict(module.named_buffers(recurse=False))}
+    own = dict([*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)])
     bad = [f"{name} holds such" for name, value in own.items() if not _are_finite([value])]
     variance = own.get("running_var")
     bad += ["running_var has negative ones"] if variance is not None and bool((variance < 0).any()) else []
