@@ -12,7 +12,9 @@ A message is one line: the value, the rule it breaks and the way out.
 
 from __future__ import annotations
 
-from typing import ClassVar
+import importlib
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 
 class BgcbenchError(Exception):
@@ -45,3 +47,23 @@ class OutputError(BgcbenchError):
     """The result cannot be written where it was asked to go."""
 
     exit_code = 4
+
+
+def reason_of(problem: object) -> str:
+    """Why something failed, for the brackets of a message: the system's own words, or its first line."""
+    text = getattr(problem, "strerror", None) or str(problem) or type(problem).__name__
+    return str(text).splitlines()[0][:120]
+
+
+def some(names: Sequence[str], most: int = 3) -> str:
+    """The first names and how many more there are."""
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def import_extra(module: str, without: str) -> Any:
+    """A module of a package that is not always installed; raises UsageError with the message ``without`` it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise UsageError(without) from None

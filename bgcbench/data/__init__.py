@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from bgcbench.data.base import Images
@@ -25,23 +24,13 @@ __all__ = ["DATASETS", "LABELLED", "Batch", "Feed", "Images", "LabelledData", "e
 DATASETS: dict[str, Callable[[Pair | None], Images]] = {"digits": open_digits}
 
 
-@dataclass(frozen=True)
-class _Asked:
-    size: Pair | None
-    dirs: Sequence[Path]
-    download: bool
-    classes: int | None
-    counts: tuple[int, int] | None
-    val_alone: bool
-
-
-# The one registration of the data sets to train on.
-LABELLED: dict[str, Callable[[_Asked], LabelledData]] = {
-    "digits": lambda asked: open_labelled_digits(asked.size),
-    "cifar10": lambda asked: open_cifar10(asked.size, asked.dirs, download=asked.download),
-    "imagenet": lambda asked: open_imagenet(asked.size, asked.dirs, val_alone=asked.val_alone),
-    "folder": lambda asked: open_imagefolder(asked.size, asked.dirs, val_alone=asked.val_alone),
-    "synthetic": lambda asked: open_synthetic(asked.size, asked.classes, asked.counts),
+# The one registration of the data sets to train on: from the arguments of ``open_labelled``.
+LABELLED: dict[str, Callable[..., LabelledData]] = {
+    "digits": lambda size, dirs, **_: open_labelled_digits(size),
+    "cifar10": lambda size, dirs, *, download, **_: open_cifar10(size, dirs, download=download),
+    "imagenet": lambda size, dirs, *, val_alone, **_: open_imagenet(size, dirs, val_alone=val_alone),
+    "folder": lambda size, dirs, *, val_alone, **_: open_imagefolder(size, dirs, val_alone=val_alone),
+    "synthetic": lambda size, dirs, *, classes, counts, **_: open_synthetic(size, classes, counts),
 }
 
 
@@ -81,7 +70,7 @@ def open_labelled(
         raise UsageError(f"--download is for cifar10, not for {name}; leave it out")
     if name != "synthetic" and (classes is not None or counts is not None):
         raise UsageError(f"numbers of classes and images are for synthetic, and {name} has its own; leave them out")
-    return LABELLED[name](_Asked(size, dirs, download, classes, counts, val_alone))
+    return LABELLED[name](size, dirs, download=download, classes=classes, counts=counts, val_alone=val_alone)
 
 
 def _is_path(data: str, names: Collection[str]) -> bool:

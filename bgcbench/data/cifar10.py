@@ -19,10 +19,10 @@ from urllib.parse import urlsplit
 import torch
 from torch import Tensor
 from torchvision.datasets import CIFAR10
-from torchvision.datasets.utils import download_url
+from torchvision.datasets.utils import calculate_md5, download_url
 
 from bgcbench.data.labelled import DATA_DIR, ResidentData, search
-from bgcbench.errors import UsageError
+from bgcbench.errors import UsageError, reason_of
 from bgcbench.specs import Pair, Preprocessing, as_pair
 
 SIZE = (32, 32)
@@ -58,14 +58,14 @@ class CifarFiles:
 
 
 PUBLISHED = CifarFiles(
-    CIFAR10.base_folder,
-    CIFAR10.filename,
-    CIFAR10.tgz_md5,
-    CIFAR10.url,
-    tuple((name, md5) for name, md5 in CIFAR10.train_list),
-    tuple((name, md5) for name, md5 in CIFAR10.test_list),
-    50_000,
-    10_000,
+    folder=CIFAR10.base_folder,
+    archive=CIFAR10.filename,
+    archive_md5=CIFAR10.tgz_md5,
+    url=CIFAR10.url,
+    train=tuple(map(tuple, CIFAR10.train_list)),
+    test=tuple(map(tuple, CIFAR10.test_list)),
+    train_images=50_000,
+    test_images=10_000,
 )
 
 
@@ -143,7 +143,7 @@ def _downloaded(files: CifarFiles, folder: Path) -> Path:
         download_url(files.url, str(folder), part.name, files.archive_md5)
         os.replace(part, target)
     except (OSError, RuntimeError) as problem:  # torchvision's for a wrong MD5 is a RuntimeError
-        reason = (str(getattr(problem, "reason", problem)) or type(problem).__name__).splitlines()[0][:120]
+        reason = reason_of(getattr(problem, "reason", problem))
         raise UsageError(
             f"{files.archive} could not be downloaded from {urlsplit(files.url).netloc} ({reason}); get it elsewhere "
             f"and put it into {folder}"
@@ -163,7 +163,7 @@ def _contents(source: Path, files: CifarFiles) -> Iterator[tuple[str, bytes]]:
                 if (source / name).exists():
                     yield name, (source / name).read_bytes()
             return
-        _check_md5(source, _md5_of(source), files.archive_md5)
+        _check_md5(source, calculate_md5(source), files.archive_md5)
         batches = {f"{files.folder}/{name}": name for name in names}
         with tarfile.open(source, "r:gz") as archive:
             for member in archive:
@@ -176,7 +176,7 @@ def _contents(source: Path, files: CifarFiles) -> Iterator[tuple[str, bytes]]:
 
 def _decoded(path: Path, content: bytes, md5: str) -> tuple[Tensor, Tensor]:
     """Images (count, 3, 32, 32) and labels (count,) of one batch, its MD5 checked before it is unpickled."""
-    _check_md5(path, _new_md5(content).hexdigest(), md5)
+    _check_md5(path, hashlib.md5(content, usedforsecurity=False).hexdigest(), md5)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # numpy's about the spelling of a type in pickles this old
         batch = pickle.loads(content, encoding="latin1")
@@ -200,15 +200,3 @@ def _check_md5(path: Path, found: str, published: str) -> None:
             f"{path} has the MD5 {found}, not {published}: it is truncated, damaged or another file; remove it, then "
             "copy it again or use --download"
         )
-
-
-def _md5_of(path: Path) -> str:
-    digest = _new_md5()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _new_md5(content: bytes = b"") -> hashlib._Hash:
-    return hashlib.md5(content, usedforsecurity=False)

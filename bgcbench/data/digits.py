@@ -6,10 +6,8 @@ They are 8 x 8 px with 17 levels of grey, and the order of their file is the sam
 from __future__ import annotations
 
 import hashlib
-import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +15,7 @@ from torch.nn.functional import interpolate
 
 from bgcbench.data.base import Images
 from bgcbench.data.labelled import ResidentData
-from bgcbench.errors import UsageError
+from bgcbench.errors import import_extra
 from bgcbench.specs import Pair, Preprocessing, as_pair
 
 DEFAULT_SIZE = (16, 16)
@@ -58,7 +56,8 @@ class Digits(Images):
 def open_digits(size: Pair | None = None) -> Digits:
     """The digits, resized bilinearly to ``size`` (height, width) in px; raises UsageError without scikit-learn."""
     height, width = as_pair("size", size or DEFAULT_SIZE)
-    file = _sklearn_datasets().load_digits()
+    missing = "the digits data set needs scikit-learn; pip install 'bgcbench[digits]'"
+    file = import_extra("sklearn.datasets", missing).load_digits()
     native = torch.tensor(file.images, dtype=torch.float32).unsqueeze(1) * (255 / _LEVELS)
     resized = interpolate(native, (height, width), mode="bilinear", align_corners=False).round_().to(torch.uint8)
     labels = torch.tensor(file.target, dtype=torch.int64)
@@ -104,10 +103,3 @@ def split(labels: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 def _rank(number: int) -> str:
     return hashlib.sha256(f"bgcbench digits {number}".encode()).hexdigest()
-
-
-def _sklearn_datasets() -> Any:
-    try:
-        return importlib.import_module("sklearn.datasets")
-    except ImportError:
-        raise UsageError("the digits data set needs scikit-learn; pip install 'bgcbench[digits]'") from None

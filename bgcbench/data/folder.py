@@ -17,7 +17,7 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as image_ops
 
 from bgcbench.data.base import Images
-from bgcbench.errors import UsageError
+from bgcbench.errors import UsageError, reason_of
 from bgcbench.specs import Pair, Preprocessing
 
 # What most networks were trained on ImageNet with; a folder's own where the network does not say another one.
@@ -65,9 +65,12 @@ def open_folder(path: str, size: Pair | None = None) -> Folder:
         raise UsageError(
             f"{root} has no images, in its subfolders neither; looked for files ending in {', '.join(IMG_EXTENSIONS)}"
         )
-    # abspath, because '.' has no name and a symbolic link keeps its own
-    name = Path(os.path.abspath(given)).name or "root"
-    return Folder(name, IMAGENET_EVALUATION.at(size or IMAGENET_EVALUATION.size), None, root, files)
+    return Folder(folder_name(given), IMAGENET_EVALUATION.at(size or IMAGENET_EVALUATION.size), None, root, files)
+
+
+def folder_name(path: Path) -> str:
+    """What the folder is called: '.' has no name of its own, and a symbolic link keeps its own."""
+    return Path(os.path.abspath(path)).name or "root"
 
 
 def _is_split(folder: Path) -> bool:
@@ -115,7 +118,7 @@ def file_size(path: Path) -> int:
     try:
         return os.path.getsize(path)
     except OSError as problem:
-        raise UsageError(f"{path} cannot be read as an image ({_reason(problem)}); repair or remove it") from problem
+        raise _unreadable(path, problem) from problem
 
 
 def load_image(path: Path, how: Preprocessing) -> Tensor:
@@ -143,7 +146,7 @@ def open_rgb(path: Path) -> Image.Image:
             deep = image.mode.split(";")[0] in _DEEP_MODES
             rgb: Image.Image = image.convert("RGB")
     except Exception as problem:  # Pillow's decoders raise anything on a damaged file
-        raise UsageError(f"{path} cannot be read as an image ({_reason(problem)}); repair or remove it") from problem
+        raise _unreadable(path, problem) from problem
     if deep:
         raise UsageError(f"{path} has more than 8 bits a channel, which would be clipped; convert it to 8 bits")
     return rgb
@@ -161,9 +164,7 @@ def _resized(height: int, width: int, how: Preprocessing) -> list[int]:
     return [whole(wide * height / width), wide]
 
 
-def _reason(problem: Exception) -> str:
-    if isinstance(problem, OSError) and problem.strerror:
-        return problem.strerror
-    if isinstance(problem, UnidentifiedImageError):
-        return "no image format that Pillow knows"
-    return (str(problem) or type(problem).__name__).splitlines()[0][:120]
+def _unreadable(path: Path, problem: Exception) -> UsageError:
+    unknown = isinstance(problem, UnidentifiedImageError)
+    reason = "no image format that Pillow knows" if unknown else reason_of(problem)
+    return UsageError(f"{path} cannot be read as an image ({reason}); repair or remove it")

@@ -5,15 +5,15 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from bgcbench.data.folder import IMAGENET_EVALUATION, image_files, is_image
-from bgcbench.data.labelled import DATA_DIR, FolderData, search, some
-from bgcbench.errors import UsageError
+from bgcbench.data.folder import IMAGENET_EVALUATION, folder_name, image_files, is_image
+from bgcbench.data.labelled import DATA_DIR, FolderData, search
+from bgcbench.errors import UsageError, some
 from bgcbench.specs import Pair
 
 TRAIN = "train"
@@ -77,32 +77,25 @@ def _opened(name: str, size: Pair | None, dirs: Sequence[Path], tests: Sequence[
     if test_root is None:
         raise UsageError(f"{top} has no folder {' or '.join(tests)} beside {TRAIN}; put the images to test with there")
     test = _read(test_root)  # first: it is the smaller one, and the one that is flat where one is
-    # abspath, because '.' has no name and a symbolic link keeps its own
-    shared = name if name != "folder" else Path(os.path.abspath(top)).name or "root", how, len(test.classes)
     if val_alone:
         _check_classes(test)
-        mine = torch.arange(len(test.files)) % VAL_ALONE == 0
-        notes = (test.note,) * bool(test.loose)
+        notes = test.notes
         notes += (f"{top} has no {TRAIN}: one image in {VAL_ALONE} of {test_root} calibrates, and does not judge",)
-        return FolderData(
-            *shared,
-            train_labels=test.labels[mine],
-            test_labels=test.labels[~mine],
-            notes=notes,
-            train_root=test_root,
-            test_root=test_root,
-            train_files=tuple(itertools.compress(test.files, mine.tolist())),
-            test_files=tuple(itertools.compress(test.files, (~mine).tolist())),
-        )
-    train = _read(top / TRAIN)
-    _check_same(train, test)
-    for split in (train, test):
-        _check_classes(split)
+        mine = torch.arange(len(test.files)) % VAL_ALONE == 0
+        train, test = test.part(mine), test.part(~mine)
+    else:
+        train = _read(top / TRAIN)
+        _check_same(train, test)
+        for split in (train, test):
+            _check_classes(split)
+        notes = train.notes + test.notes
     return FolderData(
-        *shared,
+        name if name != "folder" else folder_name(top),
+        how,
+        len(test.classes),
         train_labels=train.labels,
         test_labels=test.labels,
-        notes=tuple(split.note for split in (train, test) if split.loose),
+        notes=notes,
         train_root=train.root,
         test_root=test.root,
         train_files=train.files,
@@ -136,21 +129,18 @@ def _top(name: str, dirs: Sequence[Path], tests: Sequence[str], needed: Sequence
 
 @dataclass(frozen=True, eq=False)
 class _Split:
-    """classes: their folders' names, sorted. counts: images of each. loose: images that are in no class's folder."""
+    """classes: their folders' names, sorted. labels: of ``files``. notes: on images that are in no class's folder."""
 
     root: Path
     classes: tuple[str, ...]
-    counts: tuple[int, ...]
     files: tuple[str, ...]
-    loose: int
+    labels: Tensor
+    notes: tuple[str, ...]
 
-    @property
-    def labels(self) -> Tensor:
-        return torch.arange(len(self.classes)).repeat_interleave(torch.tensor(self.counts))
-
-    @property
-    def note(self) -> str:
-        return f"{self.root} has {self.loose:,} images outside the folders of the classes, which are not used"
+    def part(self, chosen: Tensor) -> _Split:
+        """Those of its images that ``chosen`` is true for."""
+        files = tuple(itertools.compress(self.files, chosen.tolist()))
+        return replace(self, files=files, labels=self.labels[chosen])
 
 
 def _read(root: Path) -> _Split:
@@ -165,8 +155,9 @@ def _read(root: Path) -> _Split:
     if not classes:
         raise UsageError(_without_classes(root, loose))
     files = [[f"{name}/{file}" for file in image_files(root / name)] for name in classes]
-    counts = tuple(len(part) for part in files)
-    return _Split(root, tuple(classes), counts, tuple(file for part in files for file in part), len(loose))
+    labels = torch.arange(len(classes)).repeat_interleave(torch.tensor([len(part) for part in files]))
+    note = f"{root} has {len(loose):,} images outside the folders of the classes, which are not used"
+    return _Split(root, tuple(classes), tuple(itertools.chain(*files)), labels, (note,) * bool(loose))
 
 
 def _without_classes(root: Path, images: Sequence[str]) -> str:
@@ -193,7 +184,8 @@ def _check_same(train: _Split, test: _Split) -> None:
 def _check_classes(split: _Split) -> None:
     if len(split.classes) == 1:
         raise UsageError(f"{split.root} has one class, {split.classes[0]}, and a network needs two to tell apart")
-    if empty := [name for name, count in zip(split.classes, split.counts, strict=True) if not count]:
+    counts = torch.bincount(split.labels, minlength=len(split.classes)).tolist()
+    if empty := [name for name, count in zip(split.classes, counts, strict=True) if not count]:
         raise UsageError(
             f"{split.root} has no image in {len(empty):,} of its {len(split.classes):,} classes ({some(empty)}); fill "
             "their folders, or remove them from both splits"

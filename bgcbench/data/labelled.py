@@ -157,9 +157,3 @@ def search(dirs: Sequence[Path], look: Callable[[Path, set[str]], Path | str]) -
             return place
         reasons.append(place)
     return "; ".join(reasons)
-
-
-def some(names: Sequence[str], most: int = 3) -> str:
-    """The first names and how many more there are."""
-    more = f" and {len(names) - most:,} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more

@@ -19,22 +19,16 @@ from bgcbench.specs import RESNEXT29, TIMM_PREFIX, WRN, NetSpec
 __all__ = ["MODELS", "build_empty", "build_model", "identify"]
 
 
-def _of_numbers(
-    family: Callable[[int, int, int], nn.Module], pattern: re.Pattern[str]
-) -> Callable[[NetSpec], nn.Module]:
-    """The builder of a family whose two numbers stand in its name."""
-
-    def build(spec: NetSpec) -> nn.Module:
-        first, second = pattern.findall(spec.name)[0]
-        return family(int(first), int(second), spec.classes)
-
-    return build
+def _numbers(pattern: re.Pattern[str], name: str) -> tuple[int, int]:
+    """The two numbers in the name of one of a family's networks."""
+    first, second = pattern.findall(name)[0]
+    return int(first), int(second)
 
 
 # The first pattern that a name matches builds it; whatever matches none is torchvision's.
 MODELS: dict[re.Pattern[str], Callable[[NetSpec], nn.Module]] = {
-    WRN: _of_numbers(WideResNet, WRN),
-    RESNEXT29: _of_numbers(ResNeXt29, RESNEXT29),
+    WRN: lambda spec: WideResNet(*_numbers(WRN, spec.name), spec.classes),
+    RESNEXT29: lambda spec: ResNeXt29(*_numbers(RESNEXT29, spec.name), spec.classes),
     re.compile("wide_resnet34_2"): lambda spec: WideResNet34(2, spec.classes),
     re.compile(f"{TIMM_PREFIX}.+"): zoo.build_timm,
     re.compile(".*"): zoo.build_torchvision,

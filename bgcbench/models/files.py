@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import json
 import re
 import warnings
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bgcbench.errors import UsageError
+from bgcbench.errors import UsageError, import_extra, some
 from bgcbench.specs import NetSpec, Preprocessing
 
 State = dict[str, Tensor]
@@ -30,7 +29,6 @@ CONTAINERS = (
 WRAPPERS = ("module", "_orig_mod", "_forward_module", "model", "net", "network")
 
 _NESTED = 4  # dicts within one another that are looked through
-_NAMED = 3  # keys that a message names
 # Values beside the weights that torch.load refuses by default: plain ones, and nobody needs them here.
 _PLAIN = {
     "argparse": ("Namespace",),
@@ -129,10 +127,8 @@ def _torch(path: Path) -> Any:
 
 
 def _safetensors(path: Path) -> Any:
-    try:
-        reader = importlib.import_module("safetensors.torch")
-    except ImportError:
-        raise UsageError(f"{path} needs safetensors to be read; pip install 'bgcbench[safetensors]'") from None
+    missing = f"{path} needs safetensors to be read; pip install 'bgcbench[safetensors]'"
+    reader = import_extra("safetensors.torch", missing)
     try:
         return reader.load_file(path)
     except Exception as problem:
@@ -192,7 +188,10 @@ def fitting(contents: Contents, model: nn.Module, spec: NetSpec, wanted: str | N
     own, name = model.state_dict(), contents.path.name
     states = contents.states if wanted is None else _at(contents, wanted)
     if spec.name.startswith("densenet"):
-        states = {key: _renamed(state) for key, state in states.items()}
+        states = {
+            key: {_OLD_DENSENET.sub(r"\1\2", name): value for name, value in state.items()}
+            for key, state in states.items()
+        }
     tried = [
         Fitting(_below(state, prefix), _joined(key, prefix), _left_out(name, state, prefix, spec))
         for key, state in states.items()
@@ -252,7 +251,7 @@ def _joined(key: str, prefix: str) -> str:
 def _left_out(name: str, state: State, prefix: str, spec: NetSpec) -> tuple[str, ...]:
     """A note on what is beside a wrapped network; averages count how many they are of."""
     left = [key for key in state if not key.startswith(prefix) and key != "n_averaged"]
-    return (f"{name}: {_some(left)} not of {spec.name}, left out",) if left else ()
+    return (f"{name}: {some(left)} not of {spec.name}, left out",) if left else ()
 
 
 def _same_shapes(state: State, own: State) -> bool:
@@ -277,11 +276,6 @@ def _name_prefix(contents: Contents, spec: NetSpec, states: Mapping[str, State],
         )
 
 
-def _renamed(state: State) -> State:
-    """The state dict of a DenseNet with the keys that torchvision's network has today."""
-    return {_OLD_DENSENET.sub(r"\1\2", key): value for key, value in state.items()}
-
-
 def _check_fit(model: nn.Module, spec: NetSpec, state: State, path: Path) -> None:
     """Raise UsageError unless ``state`` loads strictly. Tried on a copy: a failing load changes what does fit."""
     own = model.state_dict()
@@ -302,14 +296,9 @@ def _check_fit(model: nn.Module, spec: NetSpec, state: State, path: Path) -> Non
     ]
     if problems:
         raise UsageError(
-            f"{path} does not fit {spec.name} with {spec.classes} classes: {_some(problems)}; give the weights of this "
+            f"{path} does not fit {spec.name} with {spec.classes} classes: {some(problems)}; give the weights of this "
             "very network"
         )
-
-
-def _some(texts: Sequence[str]) -> str:
-    more = f" and {len(texts) - _NAMED} more" if len(texts) > _NAMED else ""
-    return ", ".join(texts[:_NAMED]) + more
 
 
 def _shape(shape: torch.Size) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from bgcbench.models.common import initialise
+from bgcbench.models.common import initialise, stages
 
 
 class Block(nn.Module):
@@ -39,16 +39,12 @@ class ResNeXt29(nn.Module):
         super().__init__()
         self.conv1 = nn.Conv2d(3, 64, 3, 1, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(64)
-        stages, channels = [], 64
-        for scale, stride in ((1, 1), (2, 2), (4, 2)):
-            members = []
-            for block in range(3):
-                inside, outside = cardinality * width * scale, 256 * scale
-                members.append(Block(channels, inside, outside, cardinality, stride if block == 0 else 1))
-                channels = outside
-            stages.append(nn.Sequential(*members))
-        self.stages = nn.Sequential(*stages)
-        self.fc = nn.Linear(channels, num_classes)
+
+        def block(channels_in: int, channels: int, stride: int) -> Block:
+            return Block(channels_in, cardinality * width * channels // 256, channels, cardinality, stride)
+
+        self.stages = stages(block, 64, [(256, 3, 1), (512, 3, 2), (1024, 3, 2)])
+        self.fc = nn.Linear(1024, num_classes)
         initialise(self)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from bgcbench.errors import UsageError
+from bgcbench.errors import UsageError, reason_of
 from bgcbench.models import files
 from bgcbench.models.preprocessing import members, of_published, published, stated
 from bgcbench.specs import TIMM_PREFIX, WEIGHTS, NetSpec, Preprocessing
@@ -113,11 +113,6 @@ def has_default(spec: NetSpec) -> bool:
     return published(spec.name) is not None
 
 
-def load_weights(model: nn.Module, spec: NetSpec, weights: str, key: str | None = None) -> Loaded:
-    """Find ``weights`` and put them into ``model``; as :class:`Weights`."""
-    return Weights(spec.name, weights, key).load_into(model, spec)
-
-
 def _file_name(published: Any) -> str:
     return Path(urllib.parse.urlparse(published.url).path).name
 
@@ -148,9 +143,11 @@ def _fetched(published: Any) -> Path:
         with _impatient():
             torch.hub.download_url_to_file(published.url, str(path), found and found[1], progress=False)
     except (OSError, RuntimeError, ValueError, http.client.HTTPException) as problem:
+        answered = isinstance(problem, urllib.error.HTTPError)  # which says more than its reason
+        reason = reason_of(problem if answered else getattr(problem, "reason", problem))
         raise WeightsNotFound(
             f"--weights default: {path.name} is not in {path.parent} (TORCH_HOME moves this folder) and could not be "
-            f"downloaded from {urllib.parse.urlparse(published.url).netloc} ({_reason(problem)}); give a copy of it "
+            f"downloaded from {urllib.parse.urlparse(published.url).netloc} ({reason}); give a copy of it "
             "with --weights FILE, or --weights none for an untrained network"
         ) from problem
     return path
@@ -165,15 +162,6 @@ def _impatient() -> Iterator[None]:
         yield
     finally:
         socket.setdefaulttimeout(before)
-
-
-def _reason(problem: BaseException) -> str:
-    """Why a file could not be had, in one short line."""
-    inner: object = problem
-    if isinstance(problem, urllib.error.URLError) and not isinstance(problem, urllib.error.HTTPError):
-        inner = problem.reason
-    text = inner.strerror if isinstance(inner, OSError) else None
-    return (text or str(inner) or type(inner).__name__).splitlines()[0][:120]
 
 
 def _existing(weights: str) -> Path:
@@ -196,7 +184,7 @@ def _checked_digest(path: Path, again: str) -> str:
             while block := file.read(1 << 20):
                 digest.update(block)
     except OSError as problem:
-        raise UsageError(f"{path} cannot be read ({_reason(problem)}); give another file") from problem
+        raise UsageError(f"{path} cannot be read ({reason_of(problem)}); give another file") from problem
     found = _HASH_IN_NAME.search(path.name)
     if found and not digest.hexdigest().startswith(found[1]):
         have = digest.hexdigest()[: len(found[1])]

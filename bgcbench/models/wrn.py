@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from bgcbench.models.common import initialise
+from bgcbench.models.common import initialise, stages
 
 
 class Unit(nn.Module):
@@ -36,16 +36,9 @@ class WideResNet(nn.Module):
         super().__init__()
         units = (depth - 4) // 6
         self.stem = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
-        stages, channels = [], 16
-        for width, stride in ((16, 1), (32, 2), (64, 2)):
-            members = []
-            for unit in range(units):
-                members.append(Unit(channels, width * widen, stride if unit == 0 else 1))
-                channels = width * widen
-            stages.append(nn.Sequential(*members))
-        self.stages = nn.Sequential(*stages)
-        self.bn = nn.BatchNorm2d(channels)
-        self.fc = nn.Linear(channels, num_classes)
+        self.stages = stages(Unit, 16, [(16 * widen, units, 1), (32 * widen, units, 2), (64 * widen, units, 2)])
+        self.bn = nn.BatchNorm2d(64 * widen)
+        self.fc = nn.Linear(64 * widen, num_classes)
         initialise(self)
 
     def forward(self, x: Tensor) -> Tensor:

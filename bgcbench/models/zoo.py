@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import difflib
-import importlib
 import warnings
 from typing import Any
 
 import torchvision
 from torch import nn
 
-from bgcbench.errors import UsageError
+from bgcbench.errors import UsageError, import_extra
 from bgcbench.specs import TIMM_PREFIX, NetSpec
 
 OURS = ("wrn_28_10", "resnext29_8x64d", "wide_resnet34_2")  # for suggestions
@@ -65,7 +64,8 @@ def timm_config(name: str) -> dict[str, Any]:
 
 def _timm_with(prefixed: str) -> tuple[Any, str]:
     """timm and its own name of a network; raises UsageError where it has no such network, or no such weights of it."""
-    timm, name = _timm(), prefixed.removeprefix(TIMM_PREFIX)
+    timm = import_extra("timm", "timm is not installed; pip install 'bgcbench[timm]'")
+    name = prefixed.removeprefix(TIMM_PREFIX)
     if not timm.is_model(name):
         near = timm.list_models(f"*{name}*")[:3]
         hint = f"; near it: {', '.join(TIMM_PREFIX + found for found in near)}" if near else ""
@@ -78,23 +78,11 @@ def _timm_with(prefixed: str) -> tuple[Any, str]:
     return timm, name
 
 
-def _timm() -> Any:
-    try:
-        return importlib.import_module("timm")
-    except ImportError:
-        raise UsageError("timm is not installed; pip install 'bgcbench[timm]'") from None
-
-
 def candidates(model: nn.Module) -> list[str]:
     """Names under which the libraries may know ``model``, by where its class comes from."""
     module = type(model).__module__
     if module.startswith("torchvision.models."):
-        mine = []
-        for name in torchvision_names():
-            builder = torchvision.models.get_model_builder(name)
-            if builder.__module__ == module:
-                mine.append(name)
-        return mine
+        return [n for n in torchvision_names() if torchvision.models.get_model_builder(n).__module__ == module]
     if module.startswith("timm."):
         config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
         architecture = config.get("architecture") if isinstance(config, dict) else None

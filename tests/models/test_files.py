@@ -22,9 +22,8 @@ from torch import nn
 
 from bgcbench.errors import UsageError
 from bgcbench.models import build_model
-from bgcbench.models.weights import load_weights
 from bgcbench.specs import NetSpec
-from tests.models.test_weights import WRN, Hostile, refused, same, trained, written
+from tests.models.test_weights import WRN, Hostile, load_weights, refused, same, trained, written
 
 
 def read(path: Path, source: nn.Module, key: str | None = None) -> tuple[str | None, tuple[str, ...]]:

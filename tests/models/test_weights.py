@@ -24,7 +24,7 @@ from bgcbench.errors import UsageError
 from bgcbench.models import build_model
 from bgcbench.models.files import CONTAINERS
 from bgcbench.models.preprocessing import published
-from bgcbench.models.weights import _HASH_IN_NAME, Loaded, _file_name, has_default, load_weights
+from bgcbench.models.weights import _HASH_IN_NAME, Loaded, Weights, _file_name, has_default
 from bgcbench.specs import NetSpec
 
 WRN = NetSpec("wrn_10_1")
@@ -40,6 +40,10 @@ def trained(spec: NetSpec) -> nn.Module:
         else:
             value.fill_(7)
     return model
+
+
+def load_weights(model: nn.Module, spec: NetSpec, weights: str, key: str | None = None) -> Loaded:
+    return Weights(spec.name, weights, key).load_into(model, spec)
 
 
 def written(path: Path, stored: Any) -> str:
