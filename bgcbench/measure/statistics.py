@@ -11,10 +11,12 @@ import functools
 import math
 import random
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 
 RESAMPLES = 2000
+Pick = Callable[[Sequence[float]], Iterable[float]]
 # 97.5 % points of Student's t, by degrees of freedom; beyond the table the normal's 1.96 is within 4 %.
 _T975 = (
     12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
@@ -139,6 +141,17 @@ def _expanded_tail(units: int) -> float:
     return 1.0 - _NORMAL.cdf(t * math.sqrt(units / (units - 1)))
 
 
+@functools.lru_cache(maxsize=4)
+def _resamples(over: int, under: int, paired: bool) -> list[tuple[Pick, Pick]]:
+    """What picks the rounds of each resample, of as many as there are: the same every time."""
+    draw = random.Random(0)
+    picks: list[tuple[Pick, Pick]] = []
+    for _ in range(RESAMPLES):
+        one = itemgetter(*draw.choices(range(over), k=over))
+        picks.append((one, one if paired else itemgetter(*draw.choices(range(under), k=under))))
+    return picks
+
+
 def ratio_of_medians(over: Series, under: Series, *, paired: bool) -> Ratio:
     """median(over) / median(under) with a bootstrap interval over rounds.
 
@@ -158,13 +171,8 @@ def ratio_of_medians(over: Series, under: Series, *, paired: bool) -> Ratio:
     units = min(len(tops), len(bottoms))
     if units < 6:
         return Ratio(value, None, paired)
-    draw = random.Random(0)
-    ratios = []
-    for _ in range(RESAMPLES):
-        picked = draw.choices(range(len(tops)), k=len(tops))
-        other = picked if paired else draw.choices(range(len(bottoms)), k=len(bottoms))
-        ratios.append(statistics.median(tops[i] for i in picked) / statistics.median(bottoms[i] for i in other))
-    ratios.sort()
+    resamples = _resamples(len(tops), len(bottoms), paired)
+    ratios = sorted(statistics.median(one(tops)) / statistics.median(other(bottoms)) for one, other in resamples)
     cut = int(_expanded_tail(units) * RESAMPLES)
     bounds = [value, ratios[cut], ratios[-1 - cut]]
     if paired and (exact := median_interval([a / b for a, b in zip(tops, bottoms, strict=True)])):

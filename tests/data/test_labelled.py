@@ -17,7 +17,7 @@ from bgcbench.data.digits import open_digits
 from bgcbench.data.feeds import FolderFeed, ResidentFeed
 from bgcbench.data.folder import IMAGENET_EVALUATION, load_image
 from bgcbench.data.labelled import FolderData, ResidentData, search
-from bgcbench.errors import ShapeError, UsageError
+from bgcbench.errors import ShapeError, UsageError, some
 from bgcbench.specs import TRAINING_SETS, Preprocessing
 from tests.data.test_folder import save
 

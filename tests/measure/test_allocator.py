@@ -33,6 +33,7 @@ def in_a_new_process(code: str) -> Any:
     head = """
 import json
 import torch
+from bgcbench.measure import allocator
 from bgcbench.measure.allocator import memory_state, minor_faults
 from bgcbench.measure.device import CpuStopwatch
 from bgcbench.measure.environment import diagnose
@@ -49,6 +50,9 @@ def faults(calls):
         counted.append(minor_faults() - before)
     return counted
 
+def doctor():
+    return next(rest for what, *rest in diagnose(torch.device("cpu")) if "page faults" in what)
+
 found = {}
 """
     done = subprocess.run([sys.executable, "-c", f"{head}{code}\nprint(json.dumps(found))"], cwd=ROOT, text=True,
@@ -56,23 +60,14 @@ found = {}
     return json.loads(done.stdout)
 
 
-@GLIBC
-def test_fresh_memory_has_a_fault_a_page_at_each_call_and_kept_memory_none_after_some() -> None:
-    found = in_a_new_process("""
+@pytest.fixture(scope="module")
+def found() -> Any:
+    return in_a_new_process("""
+found["doctor"] = doctor()
 for name, state in (("fresh", "fresh"), ("kept", "kept"), ("again", "kept"), ("later", "fresh")):
     with memory_state(state):
         found[name] = faults(16)
-""")
-    for name in ("fresh", "later"):  # before anything was kept, and after
-        assert all(PAGES <= count < 1.1 * PAGES for count in found[name][1:])
-    for name in ("kept", "again"):  # what was kept has been given back in between
-        assert found[name][0] >= 0.9 * PAGES
-        assert found[name][-8:] == [0] * 8
 
-
-@GLIBC
-def test_the_faults_of_a_sample_are_those_of_the_call_alone() -> None:
-    found = in_a_new_process("""
 held, watch = [], CpuStopwatch(torch.device("cpu"))
 cells = {"prepared": Cell(call=held.clear, prepare=lambda: held.append(call())), "called": Cell(call=call)}
 with memory_state("fresh"):
@@ -81,6 +76,19 @@ with memory_state("fresh"):
         watch.sample(cell, 5, found[name])
         watch.sample(cell, 2)  # nobody wants to know
 """)
+
+
+@GLIBC
+def test_fresh_memory_has_a_fault_a_page_at_each_call_and_kept_memory_none_after_some(found: Any) -> None:
+    for name in ("fresh", "later"):  # before anything was kept, and after
+        assert all(PAGES <= count < 1.1 * PAGES for count in found[name][1:])
+    for name in ("kept", "again"):  # what was kept has been given back in between
+        assert found[name][0] >= 0.9 * PAGES
+        assert found[name][-8:] == [0] * 8
+
+
+@GLIBC
+def test_the_faults_of_a_sample_are_those_of_the_call_alone(found: Any) -> None:
     assert len(found["prepared"]) == len(found["called"]) == 5
     assert max(found["prepared"]) < 0.1 * PAGES
     assert min(found["called"]) >= PAGES
@@ -101,11 +109,10 @@ def test_a_state_that_cannot_be_set_is_refused_or_unknown(monkeypatch: pytest.Mo
 
 
 @GLIBC
-def test_the_doctor_counts_them_and_sees_another_allocator() -> None:
-    diagnosed = "found = next(rest for what, *rest in diagnose(torch.device('cpu')) if 'page faults' in what)"
-    state, advice = in_a_new_process(diagnosed)
+def test_the_doctor_counts_them_and_sees_another_allocator(found: Any) -> None:
+    state, advice = found["doctor"]
     assert re.fullmatch(rf"0 kept, {PAGES // 10}\d fresh", state)
     assert advice is None
     # One that mallopt says nothing to.
-    deaf = "from bgcbench.measure import allocator as a\nown = a.set_memory\na.set_memory = lambda _: own('fresh')"
-    assert "another allocator" in in_a_new_process(f"{deaf}\n{diagnosed}")[1]
+    deaf = "own = allocator.set_memory\nallocator.set_memory = lambda _: own('fresh')\nfound = doctor()"
+    assert "another allocator" in in_a_new_process(deaf)[1]
