@@ -13,7 +13,7 @@ import subprocess
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import psutil
 import torch
@@ -73,84 +73,61 @@ def available_bytes(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
-def diagnose(device: torch.device) -> list[tuple[str, str, str | None]]:
+Finding = tuple[str, str, str | None]
+
+
+def diagnose(device: torch.device) -> list[Finding]:
     """(what, how it stands, advice or None) for everything that could spoil a measurement on ``device``."""
     load, cores = os.getloadavg()[0] if hasattr(os, "getloadavg") else None, psutil.cpu_count() or 1
-    busy = _busy_processes()
+    busy, threads = ", ".join(_busy_processes()), torch.get_num_threads()
     steal = getattr(psutil.cpu_times_percent(interval=0.2), "steal", None)
-    available = psutil.virtual_memory().available
+    free = psutil.virtual_memory().available
     governor = _read("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
-    state = tf32_state()
-    findings: list[tuple[str, str, str | None]] = [
-        (
-            "load average (1 min)",
-            "unknown" if load is None else f"{load:.2f} on {cores} cores",
-            "other work is running; wait for it or stop it" if load is not None and load > 0.5 * cores else None,
-        ),
-        ("busy processes", ", ".join(busy) or "none", "they share the CPU with the measurement" if busy else None),
-        (
-            "CPU time stolen by the host",
-            "unknown" if steal is None else f"{steal:.1f} %",
-            "a shared virtual machine: expect wide intervals" if steal is not None and steal > 1 else None,
-        ),
-        (
-            "CPU governor",
-            governor or "unknown",
-            "the clock follows the load; 'performance' is steadier" if governor in ("powersave", "ondemand") else None,
-        ),
-        (
-            "torch threads",
-            f"{torch.get_num_threads()} of {cores}",
-            "more threads than cores" if torch.get_num_threads() > cores else None,
-        ),
+    tf32 = ", ".join(f"{what} {'on' if on else 'off'}" for what, on in tf32_state().items())
+    findings = [
+        _finding("load average (1 min)", load is not None and f"{load:.2f} on {cores} cores",
+                 "other work is running; wait for it or stop it", (load or 0) > 0.5 * cores),
+        _finding("busy processes", busy or "none", "they share the CPU with the measurement", bool(busy)),
+        _finding("CPU time stolen by the host", steal is not None and f"{steal:.1f} %",
+                 "a shared virtual machine: expect wide intervals", (steal or 0) > 1),
+        _finding("CPU governor", governor, "the clock follows the load; 'performance' is steadier",
+                 governor in ("powersave", "ondemand")),
+        _finding("torch threads", f"{threads} of {cores}", "more threads than cores", threads > cores),
         ("minor page faults a call of 1 MiB", *_page_faults()),
-        ("free RAM", f"{available / 2**30:.1f} GiB", "little memory left" if available < 2 * 2**30 else None),
-        (
-            "TF32 default",
-            f"conv {'on' if state['conv'] else 'off'}, matmul {'on' if state['matmul'] else 'off'}",
-            None,  # bgcbench sets and records both
-        ),
-        ("cudnn.benchmark default", "on" if torch.backends.cudnn.benchmark else "off", None),
-    ]
-    if device.type == "cuda":
-        findings += _diagnose_cuda(device)
-    return findings
+        _finding("free RAM", f"{free / 2**30:.1f} GiB", "little memory left", free < 2 * 2**30),
+        _finding("TF32 default", tf32),  # bgcbench sets and records both
+        _finding("cudnn.benchmark default", "on" if torch.backends.cudnn.benchmark else "off"),
+    ]  # fmt: skip
+    return findings + _diagnose_cuda(device) if device.type == "cuda" else findings
 
 
-def _diagnose_cuda(device: torch.device) -> list[tuple[str, str, str | None]]:
+def _finding(what: str, state: str | Literal[False] | None, advice: str = "", needed: bool = False) -> Finding:
+    """What was found, with its advice only where that is needed."""
+    return what, state or "unknown", advice if needed else None
+
+
+def _diagnose_cuda(device: torch.device) -> list[Finding]:
     free, total = torch.cuda.mem_get_info(device)
-    used = (total - free) / total
-    others = _smi_processes(device)
-    utilisation, throttle = _smi_gpu(device, "utilization.gpu"), _smi_gpu(device, "clocks_throttle_reasons.active")
+    others, throttle = _smi_processes(device), _smi_gpu(device, "clocks_throttle_reasons.active")
+    utilisation = _smi_gpu(device, "utilization.gpu")
 
     def pair(now: str, most: str) -> str:
         return f"{_smi_gpu(device, now) or 'unknown'} / {_smi_gpu(device, most) or 'unknown'}"
 
     return [
-        (
-            "device memory in use",
-            f"{(total - free) / 2**30:.1f} of {total / 2**30:.1f} GiB",
-            "something else holds device memory" if used > 0.1 else None,
-        ),
-        (
-            "other processes on the device",
-            "unknown (no nvidia-smi)" if others is None else (", ".join(others) or "none"),
-            "they share the device with the measurement" if others else None,
-        ),
-        (
-            "device utilisation",
-            utilisation or "unknown",
-            "the device is busy" if utilisation and not utilisation.startswith("0 ") else None,
-        ),
-        ("SM clock now / most", pair("clocks.sm", "clocks.max.sm"), None),
-        ("power limit now / default", pair("power.limit", "power.default_limit"), None),
-        ("temperature (C)", _smi_gpu(device, "temperature.gpu") or "unknown", None),
-        (
-            "clock throttling",
-            throttle or "unknown",
-            "the clock is held back" if throttle and int(throttle, 16) & ~0x1 else None,  # bit 0: idle
-        ),
-    ]
+        _finding("device memory in use", f"{(total - free) / 2**30:.1f} of {total / 2**30:.1f} GiB",
+                 "something else holds device memory", (total - free) / total > 0.1),
+        _finding("other processes on the device",
+                 "unknown (no nvidia-smi)" if others is None else (", ".join(others) or "none"),
+                 "they share the device with the measurement", bool(others)),
+        _finding("device utilisation", utilisation, "the device is busy",
+                 utilisation is not None and not utilisation.startswith("0 ")),
+        _finding("SM clock now / most", pair("clocks.sm", "clocks.max.sm")),
+        _finding("power limit now / default", pair("power.limit", "power.default_limit")),
+        _finding("temperature (C)", _smi_gpu(device, "temperature.gpu")),
+        _finding("clock throttling", throttle, "the clock is held back",
+                 throttle is not None and int(throttle, 16) & ~0x1 != 0),  # bit 0: idle
+    ]  # fmt: skip
 
 
 def _page_faults() -> tuple[str, str | None]:

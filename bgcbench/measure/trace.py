@@ -13,6 +13,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -234,22 +235,16 @@ class _Recorder(TorchFunctionMode):
         for name, module in model.named_modules():
             if isinstance(module, nn.Conv2d) and "weight" in module._parameters:
                 self.owners[id(module.weight)] = name
-            module.register_forward_pre_hook(self._entering(name))
-            module.register_forward_hook(self._leaving(name), with_kwargs=True)
+            module.register_forward_pre_hook(partial(self._enter, name))
+            module.register_forward_hook(partial(self._leave, name), with_kwargs=True)
 
-    def _entering(self, name: str) -> Callable[..., None]:
-        def enter(module: nn.Module, arguments: Any) -> None:
-            self.stack.append((name, module))
+    def _enter(self, name: str, module: nn.Module, arguments: Any) -> None:
+        self.stack.append((name, module))
 
-        return enter
-
-    def _leaving(self, name: str) -> Callable[..., None]:
-        def leave(module: nn.Module, arguments: Any, options: Any, output: Any) -> None:
-            self.stack.pop()
-            if is_variant(module) and isinstance(output, Tensor):
-                self._variant(name, module, arguments[0] if arguments else options["input"], output)
-
-        return leave
+    def _leave(self, name: str, module: nn.Module, arguments: Any, options: Any, output: Any) -> None:
+        self.stack.pop()
+        if is_variant(module) and isinstance(output, Tensor):
+            self._variant(name, module, arguments[0] if arguments else options["input"], output)
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None

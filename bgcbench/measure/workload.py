@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -62,25 +63,24 @@ class Workload:
         self._y: Tensor | None = None
 
     def cell(self, phase: str) -> Cell:
-        """The cell of 'fwd' (inference mode), 'bwd' or 'fwd_bwd'; raises UsageError for another name."""
-        if phase == "fwd":
-            cell = Cell(call=self._forward, context=torch.inference_mode)
-        elif phase == "bwd":
-            cell = Cell(call=self._backward, prepare=self._prepare_backward, release=self._release)
-        elif phase == "fwd_bwd":
-            cell = Cell(call=self._forward_backward, prepare=self._clear_gradients, release=self._release)
-        else:
+        """The cell of a phase: 'fwd' (inference mode), 'bwd' or 'fwd_bwd'; raises UsageError for another name."""
+        cells = self._cells()
+        if phase not in cells:
             raise UsageError(f"unknown phase '{phase}'")
-        return self._ready(phase, cell)
-
-    def _ready(self, phase: str, cell: Cell) -> Cell:
-        """``cell`` as the mode has it."""
+        cell = cells[phase]
         if self.mode == "compile":
             # An eager call ahead of it: autotuned layers cannot measure while they are compiled.
             with cell.context():
                 self._set_phase(phase)
                 self.plain(self.x)
         return self._captured(phase, cell) if self.mode == "graph" else cell
+
+    def _cells(self) -> dict[str, Cell]:
+        return {
+            "fwd": Cell(self._forward, context=torch.inference_mode),
+            "bwd": Cell(self._backward, self._prepare_backward, self._release),
+            "fwd_bwd": Cell(self._forward_backward, self._clear_gradients, self._release),
+        }
 
     def _set_phase(self, phase: str) -> None:
         """Whatever the module must know of the phase; a single layer need not."""
@@ -189,34 +189,21 @@ class NetworkWorkload(Workload):
         self.optimiser = torch.optim.SGD(module.parameters(), lr=0.0, momentum=0.9)
         self._version = x._version
 
-    def cell(self, phase: str) -> Cell:
-        """The cell of 'fwd' or 'train_step'; raises UsageError for another name."""
-        if phase == "fwd":
-            cell = Cell(call=self._forward, prepare=self._for_inference, context=torch.inference_mode)
-        elif phase == "train_step":
-            cell = Cell(call=self._step, prepare=self._for_training, release=self._release)
-        else:
-            raise UsageError(f"unknown phase '{phase}'")
-        return self._ready(phase, cell)
+    def _cells(self) -> dict[str, Cell]:
+        return {
+            "fwd": Cell(self._forward, partial(self._prepare, "fwd"), context=torch.inference_mode),
+            "train_step": Cell(self._step, partial(self._prepare, "train_step"), self._release),
+        }
 
     def _set_phase(self, phase: str) -> None:
         self.plain.train(phase == "train_step")
 
-    def _for_inference(self) -> None:
-        self._renew()
-        if self.plain.training:
-            self.plain.eval()
-
-    def _for_training(self) -> None:
-        self._renew()
-        if not self.plain.training:
-            self.plain.train()
-
-    def _renew(self) -> None:
-        """New images where the network has worked on them in place: normalised over and over they would grow."""
-        if self.x._version != self._version:
+    def _prepare(self, phase: str) -> None:
+        if self.x._version != self._version:  # a network that normalises its images in place would make them grow
             self.x.normal_()
             self._version = self.x._version
+        if self.plain.training != (phase == "train_step"):
+            self._set_phase(phase)
 
     def _step(self) -> None:
         self.optimiser.zero_grad(set_to_none=True)
