@@ -12,6 +12,7 @@ A message is one line: the value, the rule it breaks and the way out.
 
 from __future__ import annotations
 
+import difflib
 import importlib
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -53,6 +54,12 @@ def reason_of(problem: object) -> str:
     """Why something failed, for the brackets of a message: the system's own words, or its first line."""
     text = getattr(problem, "strerror", None) or str(problem) or type(problem).__name__
     return str(text).splitlines()[0][:120]
+
+
+def did_you_mean(value: str, names: Sequence[str]) -> str:
+    """A question with the nearest of ``names`` for the middle of a message; nothing where none is near."""
+    near = difflib.get_close_matches(value.lower(), names, n=1, cutoff=0.5)
+    return f"did you mean '{near[0]}'? " if near else ""
 
 
 def some(names: Sequence[str], most: int = 3) -> str:

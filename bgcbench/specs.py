@@ -7,7 +7,6 @@ addition that follows it count as 1 (fvcore's convention; ``torch.utils.flop_cou
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import math
 import re
@@ -15,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, ClassVar
 
-from bgcbench.errors import ShapeError, UsageError
+from bgcbench.errors import ShapeError, UsageError, did_you_mean
 
 Pair = tuple[int, int]
 Channels = tuple[float, float, float]  # a number for red, green and blue
@@ -242,9 +241,7 @@ def check_choice(what: str, value: str, choices: Iterable[str]) -> str:
     names = list(choices)
     if value in names:
         return value
-    near = difflib.get_close_matches(value.lower(), names, n=1, cutoff=0.5)
-    hint = f"did you mean '{near[0]}'? " if near else ""
-    raise UsageError(f"unknown {what} '{value}': {hint}choose from {', '.join(names)}")
+    raise UsageError(f"unknown {what} '{value}': {did_you_mean(value, names)}choose from {', '.join(names)}")
 
 
 def check_positive(what: str, value: int, least: int = 1) -> int:

@@ -336,7 +336,7 @@ def test_with_val_alone_conversions_are_calibrated_and_judged(here: Path, capsys
     assert main([*arguments, "--out", "r.json"]) == 0
     printed = capsys.readouterr()
     assert "looked for images in data\n" in printed.err
-    assert "data has no train: one image in 8 of data/val calibrates, and does not judge" in printed.err
+    assert "data has no train: one image in 8 of data/val calibrates and is not evaluated" in printed.err
     standard, gc = rows_of("r.json")
     assert (standard["test_images"], gc["convert"]["calibration"]["images"]) == (42, 6)
     assert (gc["params"]["init"], gc["params"]["dataset"], gc["params"]["epochs"]) == ("calibrated", "folder", 0)

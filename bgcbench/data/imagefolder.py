@@ -19,7 +19,7 @@ from bgcbench.specs import Pair
 TRAIN = "train"
 TEST = ("val", "valid", "validation", "test")  # the first that is there
 
-VAL_ALONE = 8  # of a split by itself one image in so many calibrates, and the others judge
+VAL_ALONE = 8  # of a split by itself one image in so many calibrates, and the others are evaluated
 
 _IMAGENET_FILE = "ILSVRC2012_val_"  # what the names of ImageNet's validation images begin with
 
@@ -39,7 +39,7 @@ IMAGENET = Expected(1000, 1_281_167, 50_000)
 def open_imagenet(
     size: Pair | None, dirs: Sequence[Path], *, val_alone: bool = False, expected: Expected | None = None
 ) -> FolderData:
-    """ImageNet (ILSVRC 2012) from the first of ``dirs`` that has a folder ``train``, with ``val`` beside it.
+    """ImageNet (ILSVRC 2012) from the first of ``dirs`` that has a folder ``train``, with ``val`` next to it.
 
     size, val_alone: as in ``open_imagefolder``. expected: by default IMAGENET. Raises UsageError as
     ``open_imagefolder``, and for other numbers of classes or images.
@@ -59,13 +59,13 @@ def open_imagenet(
 
 
 def open_imagefolder(size: Pair | None, dirs: Sequence[Path], *, val_alone: bool = False) -> FolderData:
-    """The images of the first of ``dirs`` that has a folder ``train``, with one of TEST beside it.
+    """The images of the first of ``dirs`` that has a folder ``train``, with one of TEST next to it.
 
     Each split has a folder for each class, and the labels are the numbers of their sorted names, as in torchvision's
     ImageFolder. size: (height, width) in px, by default 224 x 224. val_alone: there need be no ``train``; one image in
-    VAL_ALONE of the other split takes its place, to calibrate with, and does not judge. Raises UsageError where nothing
-    is found, and for a split that is missing, has no or other classes, only one, or one without images, or cannot be
-    listed.
+    VAL_ALONE of the other split takes its place, to calibrate with, and is not evaluated. Raises UsageError where
+    nothing is found, and for a split that is missing, has no or other classes, only one, or one without images, or
+    cannot be listed.
     """
     return _opened("folder", size, dirs, TEST, val_alone=val_alone)
 
@@ -80,7 +80,7 @@ def _opened(name: str, size: Pair | None, dirs: Sequence[Path], tests: Sequence[
     if val_alone:
         _check_classes(test)
         notes = test.notes
-        notes += (f"{top} has no {TRAIN}: one image in {VAL_ALONE} of {test_root} calibrates, and does not judge",)
+        notes += (f"{top} has no {TRAIN}: one image in {VAL_ALONE} of {test_root} calibrates and is not evaluated",)
         mine = torch.arange(len(test.files)) % VAL_ALONE == 0
         train, test = test.part(mine), test.part(~mine)
     else:

@@ -110,10 +110,8 @@ class FolderData(LabelledData):
         """
         sizes = len(self.train_files) + len(self.test_files) <= SIZES_UP_TO
         digest = hashlib.sha256(f"{self.size}\n".encode())
-        for split, root, files in (
-            ("train", self.train_root, self.train_files),
-            ("test", self.test_root, self.test_files),
-        ):
+        splits = ("train", self.train_root, self.train_files), ("test", self.test_root, self.test_files)
+        for split, root, files in splits:
             for name in sorted(files):
                 size = f" {file_size(root / name)}" if sizes else ""
                 digest.update(f"{split}/{name}{size}\n".encode())

@@ -31,12 +31,7 @@ def of_published(weights: Any, source: str = "weights") -> Preprocessing:
     stated = weights.transforms()
     (side,), (short,) = stated.crop_size, stated.resize_size
     return Preprocessing(
-        (side, side),
-        tuple(stated.mean),
-        tuple(stated.std),
-        (short, short),
-        stated.interpolation.value,
-        source=source,
+        (side, side), tuple(stated.mean), tuple(stated.std), (short, short), stated.interpolation.value, source=source
     )
 
 

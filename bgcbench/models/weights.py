@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import http.client
 import os
@@ -19,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from bgcbench.errors import UsageError, reason_of
+from bgcbench.errors import UsageError, did_you_mean, reason_of
 from bgcbench.models import files
 from bgcbench.models.preprocessing import members, of_published, published, stated
 from bgcbench.specs import TIMM_PREFIX, WEIGHTS, NetSpec, Preprocessing
@@ -170,8 +169,7 @@ def _existing(weights: str) -> Path:
     if os.path.isdir(weights):
         raise UsageError(f"--weights {weights} is a folder; give a file in it")
     if not os.path.isfile(weights):
-        near = difflib.get_close_matches(weights.lower(), WEIGHTS, n=1, cutoff=0.5)
-        hint = f"did you mean '{near[0]}'? " if near else ""
+        hint = did_you_mean(weights, WEIGHTS)
         raise UsageError(f"--weights {weights}: {hint}there is no such file; choose a file, {' or '.join(WEIGHTS)}")
     return path
 

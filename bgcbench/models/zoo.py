@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import warnings
 from typing import Any
 
 import torchvision
 from torch import nn
 
-from bgcbench.errors import UsageError, import_extra
+from bgcbench.errors import UsageError, did_you_mean, import_extra
 from bgcbench.specs import TIMM_PREFIX, NetSpec
 
 OURS = ("wrn_28_10", "resnext29_8x64d", "wide_resnet34_2")  # for suggestions
@@ -24,8 +23,7 @@ def build_torchvision(spec: NetSpec) -> nn.Module:
     """torchvision's network ``spec.name``, untrained; raises UsageError for a name that it does not have."""
     names = torchvision_names()
     if spec.name not in names:
-        near = difflib.get_close_matches(spec.name.lower(), [*names, *OURS], n=1, cutoff=0.5)
-        hint = f"did you mean '{near[0]}'? " if near else ""
+        hint = did_you_mean(spec.name, [*names, *OURS])
         raise UsageError(
             f"unknown model '{spec.name}': {hint}there are wrn_D_K, resnext29_CxWd, wide_resnet34_2, "
             f"{TIMM_PREFIX}NAME and torchvision's {len(names)} classification networks, such as resnet50"
