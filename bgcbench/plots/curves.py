@@ -2,30 +2,29 @@
 
 from __future__ import annotations
 
-import math
 import statistics
-from typing import TYPE_CHECKING, Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import SubFigure
+from matplotlib.ticker import MaxNLocator
 
 from bgcbench.plots.errors import unfinished, variants_of
 from bgcbench.plots.style import (
+    Look,
     NothingToDraw,
     Part,
-    handle,
+    grid_of,
     label_of,
     legend,
     look_of,
-    name_axes,
     scale_errors,
     training_title,
+    wrapped,
 )
 from bgcbench.results.aggregate import SYNTHETIC, Cell, training_cells
 from bgcbench.results.document import Document
 from bgcbench.results.rows import TrainRow
 from bgcbench.specs import VARIANTS
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import SubFigure
 
 ACROSS = 3  # panels side by side
 MARKS = 6  # markers along a curve, about
@@ -34,33 +33,28 @@ NOTE = "Lines: mean over the seeds; bands: from the lowest to the highest of the
 
 def part(document: Document) -> Part:
     cells = training_cells([row for row in document.results if row.params.dataset != SYNTHETIC])
-    series = {cell: curve for cell in cells if (curve := _curve(cell))}
-    if not series:
+    curves = {cell: curve for cell in cells if (curve := _curve(cell))}
+    if not curves:
         raise NothingToDraw("test errors by epoch; this result has none")
-    groups = sorted({cell.groups for cell in series if not cell.dense}) or [1]
-    down = math.ceil(len(groups) / ACROSS)
-    every = [error for curve in series.values() for errors in curve.values() for error in errors]
-    repeated = len(every) > sum(len(curve) for curve in series.values())
+    places = wrapped(sorted({cell.groups for cell in curves if not cell.dense}) or [1], ACROSS)
+    every = [error for curve in curves.values() for errors in curve.values() for error in errors]
+    repeated = len(every) > sum(map(len, curves.values()))
 
     def paint(panel: SubFigure) -> None:
-        from matplotlib.ticker import MaxNLocator
-
-        grid = panel.subplots(down, math.ceil(len(groups) / down), squeeze=False, sharex=True, sharey=True)
         training_title(panel, document, "Test error by epoch")
-        for axes, n in zip(grid.flat, groups, strict=False):
-            for cell, curve in series.items():
+        grid = grid_of(panel, places, "epoch", "test error (%)")
+        for axes, n in grid:
+            for cell, curve in curves.items():
                 if cell.groups == n or cell.dense:
                     _plot(axes, cell.variant, curve)
             axes.set_title(f"N = {n}")
-        scale_errors(grid[0, 0], every)
-        for axes in grid.flat[len(groups) :]:
-            axes.set_axis_off()
-        name_axes(grid, "epoch", "test error (%)")
-        grid[0, 0].xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True))
-        handles = [handle(grid[0, 0], label_of(variant), **_look(variant)) for variant in variants_of(series)]
-        legend(panel, handles, [NOTE if repeated else "", unfinished(cells)])
+        first, _ = grid[0]
+        scale_errors(first, every)
+        first.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True))
+        looks = {label_of(variant): _look(variant) for variant in variants_of(curves)}
+        legend(panel, looks, [NOTE if repeated else "", unfinished(cells)])
 
-    return Part(2.5 * down + 0.9, paint)
+    return Part(2.5 * len(places) + 0.9, paint)
 
 
 def _curve(cell: Cell[TrainRow]) -> dict[int, list[float]]:
@@ -75,7 +69,7 @@ def _curve(cell: Cell[TrainRow]) -> dict[int, list[float]]:
     return {epoch: [errors[epoch] for errors in each] for epoch in common}
 
 
-def _look(variant: str) -> dict[str, Any]:
+def _look(variant: str) -> Look:
     return look_of(variant, markersize=0.65 * look_of(variant)["markersize"], linewidth=1.1)
 
 

@@ -18,7 +18,7 @@ from bgcbench import plots, results
 from bgcbench.errors import OutputError, UsageError
 from bgcbench.experiments.approx import ApproxConfig, counts_of, plan
 from bgcbench.experiments.approx_run import ApproxRun, fits, open_session
-from bgcbench.plots import heatmap, style
+from bgcbench.plots import heatmap, pareto
 from bgcbench.plots.sampled import SMOOTH
 from bgcbench.theory import paper
 from bgcbench.theory.bounds import SCALING_POWER
@@ -284,7 +284,7 @@ def test_points_off_the_front_are_open() -> None:
 
 @pytest.mark.parametrize(("value", "text"), [(500, "500"), (1e3, "1 k"), (2e4, "20 k"), (5e6, "5 M"), (1e9, "1 G")])
 def test_costs_at_ticks_are_readable(value: float, text: str) -> None:
-    assert style.counted(value) == text
+    assert pareto.counted(value) == text
 
 
 # ------------------------------------------------------------------------------------------------------------ heat map
@@ -530,9 +530,10 @@ def test_the_check_imports_neither_matplotlib_nor_torch(tmp_path: Path) -> None:
 
 
 def test_matplotlib_that_is_missing_is_named_with_the_way_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
-        monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
+    for name in [name for name in sys.modules if name.startswith(("matplotlib.", "bgcbench.plots."))]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delattr(plots, "pictures")
     for call in (
         lambda: figure_of(sampled()),
         lambda: draw(sampled(), tmp_path / "p.png"),
