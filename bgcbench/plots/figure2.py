@@ -59,7 +59,11 @@ def _measured(axes: Axes, series: Series) -> dict[str, Look]:
 def _constructed(axes: Axes, series: Series) -> dict[str, Look]:
     """What the weights in the proof of Theorem 3.6 lose, which are BGC's."""
     errors = {row.params.groups: row.construction_relative_error for row in series.rows if series.variant == "bgc"}
-    known = {n: 1e3 * error / (1 - 1 / n) ** SCALING_POWER["bgc"] for n, error in errors.items() if error is not None}
+    known = {
+        n: 1e3 * error / (1 - 1 / n) ** SCALING_POWER[series.variant]
+        for n, error in errors.items()
+        if error is not None
+    }
     if not known:
         return {}
     label = f"{series.label}: the proof's construction"
