@@ -7,21 +7,7 @@ from typing import NamedTuple
 
 from matplotlib.figure import SubFigure
 
-from bgcbench.plots.style import (
-    GREY,
-    Look,
-    NothingToDraw,
-    Part,
-    grid_of,
-    label_of,
-    legend,
-    look_of,
-    scale_errors,
-    scale_params,
-    spread_line,
-    training_title,
-    wrapped,
-)
+from bgcbench.plots import style
 from bgcbench.results.aggregate import Conversions, Moment, Spread, Start, image_points, spread_of, variant_place
 from bgcbench.results.document import Document
 
@@ -30,8 +16,8 @@ MOMENTS: tuple[Moment, ...] = ("initial", "final")
 INITS = {"copy": "Copied", "white": "White", "calibrated": "Calibrated", "scratch": "From scratch"}
 # The untouched network's lines: their names, and how they are dashed.
 LEVELS = {"initial": ("untouched network", "-"), "final": ("trained as long (control)", ":")}
-HOLLOW: Look = {"linestyle": (0, (4, 2)), "markerfacecolor": "white", "markeredgewidth": 0.9}
-CROSS: Look = {"marker": "x", "markersize": 5.0, "linestyle": "none"}
+HOLLOW: style.Look = {"linestyle": (0, (4, 2)), "markerfacecolor": "white", "markeredgewidth": 0.9}
+CROSS: style.Look = {"marker": "x", "markersize": 5.0, "linestyle": "none"}
 
 
 class Series(NamedTuple):
@@ -43,11 +29,11 @@ class Series(NamedTuple):
     points: list[tuple[float, Spread]]
 
 
-def part(document: Document) -> Part:
+def part(document: Document) -> style.Part:
     run = Conversions.of(document)
     series = _series(run)
     if not series:
-        raise NothingToDraw("conversions evaluated on real images; this result has none")
+        raise style.NothingToDraw("conversions evaluated on real images; this result has none")
     variants = sorted({one.variant for one in series}, key=variant_place)
     trained = any(one.moment == "final" for one in series)
     dense = {moment: spread_of(run.standard.errors_at(moment).values()) for moment in MOMENTS} if run.standard else {}
@@ -64,37 +50,43 @@ def part(document: Document) -> Part:
     places = _places(run, [start for start in run.starts if any(one.start == start for one in series)])
 
     def paint(panel: SubFigure) -> None:
-        training_title(
+        style.training_title(
             panel, document, f"Test error {'before and after training' if trained else 'before any training'}"
         )
-        grid = grid_of(panel, places, "parameters (millions)", "test error (%)")
+        grid = style.grid_of(panel, places, "parameters (millions)", "test error (%)")
         for axes, start in grid:
             axes.set_title(_title(run, start))
             for one in series:
                 if one.start == start:
                     look = HOLLOW if trained and one.moment == "initial" else {}
-                    spread_line(axes, one.variant, one.points, f"_{one.moment} {one.variant}", floor, **look)
+                    style.spread_line(axes, one.variant, one.points, f"_{one.moment} {one.variant}", floor, **look)
             for at, variant, params, error in printed:
                 if at == start:
-                    cross = {"color": look_of(variant)["color"], "zorder": 5, **CROSS}
+                    cross = {"color": style.look_of(variant)["color"], "zorder": 5, **CROSS}
                     axes.plot([params], [error], label=f"_paper {variant}", **cross)
             for moment, level in levels.items():
                 look = {"color": "black", "linestyle": LEVELS[moment][1], "linewidth": 0.9, "zorder": 2}
                 axes.axhline(max(level, floor), label=f"_{moment}", **look)
         first, _ = grid[0]
-        scale_params(first, [params for one in series for params, _ in one.points])
-        scale_errors(first, errors, spreads, floor)
-        looks = {label_of(variant): look_of(variant) for variant in variants}
+        style.scale_params(first, [params for one in series for params, _ in one.points])
+        style.scale_errors(first, errors, spreads, floor)
+        looks = {style.label_of(variant): style.look_of(variant) for variant in variants}
         if trained:
-            looks["before training"] = {"color": GREY, "marker": "o", "markersize": 6.0, "linewidth": 0.9, **HOLLOW}
+            looks["before training"] = {
+                "color": style.GREY,
+                "marker": "o",
+                "markersize": 6.0,
+                "linewidth": 0.9,
+                **HOLLOW,
+            }
         for moment in levels:
             label, dashes = LEVELS[moment]
             looks[label] = {"color": "black", "linestyle": dashes, "linewidth": 0.9}
         if printed:
-            looks["paper"] = {"color": GREY, **CROSS}
-        legend(panel, looks, _notes(run, variants, spreads, floor, trained=trained))
+            looks["paper"] = {"color": style.GREY, **CROSS}
+        style.legend(panel, looks, _notes(run, variants, spreads, floor, trained=trained))
 
-    return Part(4.2 if len(places) == 1 else 2.5 * len(places) + 0.9, paint)
+    return style.Part(max(len(places), 1.3), paint)
 
 
 def _series(run: Conversions) -> list[Series]:
@@ -111,7 +103,7 @@ def _series(run: Conversions) -> list[Series]:
 def _places(run: Conversions, starts: Sequence[Start]) -> list[list[Start | None]]:
     """The panels: one below the other what differs in batch norm only, otherwise a few side by side."""
     if not run.norms_differ:
-        return wrapped(starts, ACROSS)
+        return style.wrapped(starts, ACROSS)
     inits = dict.fromkeys(start.init for start in starts)
     return [[at if (at := Start(init, rebn)) in starts else None for init in inits] for rebn in (False, True)]
 

@@ -8,19 +8,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import SubFigure
 from matplotlib.ticker import MaxNLocator
 
+from bgcbench.plots import style
 from bgcbench.plots.errors import unfinished, variants_of
-from bgcbench.plots.style import (
-    Look,
-    NothingToDraw,
-    Part,
-    grid_of,
-    label_of,
-    legend,
-    look_of,
-    scale_errors,
-    training_title,
-    wrapped,
-)
 from bgcbench.results.aggregate import SYNTHETIC, Cell, training_cells
 from bgcbench.results.document import Document
 from bgcbench.results.rows import TrainRow
@@ -31,30 +20,30 @@ MARKS = 6  # markers along a curve, about
 NOTE = "Lines: mean over the seeds; bands: from the lowest to the highest of them."
 
 
-def part(document: Document) -> Part:
+def part(document: Document) -> style.Part:
     cells = training_cells([row for row in document.results if row.params.dataset != SYNTHETIC])
     curves = {cell: curve for cell in cells if (curve := _curve(cell))}
     if not curves:
-        raise NothingToDraw("test errors by epoch; this result has none")
-    places = wrapped(sorted({cell.groups for cell in curves if not cell.dense}) or [1], ACROSS)
+        raise style.NothingToDraw("test errors by epoch; this result has none")
+    places = style.wrapped(sorted({cell.groups for cell in curves if not cell.dense}) or [1], ACROSS)
     every = [error for curve in curves.values() for errors in curve.values() for error in errors]
     repeated = len(every) > sum(map(len, curves.values()))
 
     def paint(panel: SubFigure) -> None:
-        training_title(panel, document, "Test error by epoch")
-        grid = grid_of(panel, places, "epoch", "test error (%)")
+        style.training_title(panel, document, "Test error by epoch")
+        grid = style.grid_of(panel, places, "epoch", "test error (%)")
         for axes, n in grid:
             for cell, curve in curves.items():
                 if cell.groups == n or cell.dense:
                     _plot(axes, cell.variant, curve)
             axes.set_title(f"N = {n}")
         first, _ = grid[0]
-        scale_errors(first, every)
+        style.scale_errors(first, every)
         first.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True))
-        looks = {label_of(variant): _look(variant) for variant in variants_of(curves)}
-        legend(panel, looks, [NOTE if repeated else "", unfinished(cells)])
+        looks = {style.label_of(variant): _look(variant) for variant in variants_of(curves)}
+        style.legend(panel, looks, [NOTE if repeated else "", unfinished(cells)])
 
-    return Part(2.5 * len(places) + 0.9, paint)
+    return style.Part(len(places), paint)
 
 
 def _curve(cell: Cell[TrainRow]) -> dict[int, list[float]]:
@@ -69,8 +58,8 @@ def _curve(cell: Cell[TrainRow]) -> dict[int, list[float]]:
     return {epoch: [errors[epoch] for errors in each] for epoch in common}
 
 
-def _look(variant: str) -> Look:
-    return look_of(variant, markersize=0.65 * look_of(variant)["markersize"], linewidth=1.1)
+def _look(variant: str) -> style.Look:
+    return style.look_of(variant, markersize=0.65 * style.look_of(variant)["markersize"], linewidth=1.1)
 
 
 def _plot(axes: Axes, variant: str, curve: dict[int, list[float]]) -> None:
@@ -81,4 +70,4 @@ def _plot(axes: Axes, variant: str, curve: dict[int, list[float]]) -> None:
     axes.plot(epochs, means, label=f"_curve {variant}", markevery=(first, step), **_look(variant))
     low, high = [min(errors) for errors in curve.values()], [max(errors) for errors in curve.values()]
     if low != high:
-        axes.fill_between(epochs, low, high, color=look_of(variant)["color"], alpha=0.15, linewidth=0, zorder=1.5)
+        axes.fill_between(epochs, low, high, color=style.look_of(variant)["color"], alpha=0.15, linewidth=0, zorder=1.5)

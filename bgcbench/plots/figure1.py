@@ -43,7 +43,7 @@ def part(document: Document) -> Part:
         axes.set(xlabel="N, spaced as log(1 - 1/N)", ylabel="log E   (natural; E: output energy an input)")
         legend(panel, looks, notes_of(every), columns=min(len({row.params.input for row in rows}), 3))
 
-    return Part(5.2, paint)
+    return Part(1.7, paint)
 
 
 def _log_share(groups: float) -> float:

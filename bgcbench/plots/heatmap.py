@@ -53,7 +53,7 @@ def part(document: Document) -> Part:
         outline.set_visible(False)
         legend(panel, {}, [NOTE, HOLES if len(lost) < len(layers) * len(groups) * len(variants) else ""])
 
-    return Part(len(places) * (max(0.21 * len(layers), 1.1) + 0.7) + 0.9, paint)
+    return Part(len(places) * (0.3 + max(len(layers), 5) / 12), paint)
 
 
 def _cells(axes: Axes, cells: Sequence[Sequence[float]]) -> Any:

@@ -60,7 +60,7 @@ def part(document: Document) -> Part:
         grid[0][0].set_xlim(0.3, len(names) + 0.7)
         legend(panel, {name: {"linewidth": 1.0, **look} for name, look in LOOKS.items()}, notes)
 
-    return Part(1.5 * len(groups) + (2.2 if spelt else 1.3), paint)
+    return Part(0.6 * len(groups) + (0.5 if spelt else 0.2), paint)
 
 
 def _percent(share: float) -> float:

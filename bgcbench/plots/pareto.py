@@ -47,7 +47,7 @@ def part(document: Document, inputs: int | None = None) -> Part:
         looks["Pareto front"] = {"color": GREY, "linewidth": 1}
         legend(panel, looks, [NOTE, "SC: the standard convolution." if "standard" in variants else ""])
 
-    return Part(2.7 * len(names) + 1.1, paint)
+    return Part(1.1 * len(names), paint)
 
 
 def _front_panel(axes: Axes, rows: Sequence[SampledRow], cost: Cost) -> None:

@@ -11,7 +11,7 @@ from matplotlib.text import Annotation
 
 from bgcbench.errors import UsageError
 from bgcbench.plots import conversions, curves, errors, figure1, figure2, heatmap, layers, pareto
-from bgcbench.plots.style import DPI, WIDTH, NothingToDraw, Part, styled
+from bgcbench.plots.style import AROUND, DPI, ROW, WIDTH, NothingToDraw, Part, styled
 from bgcbench.results.document import Document
 from bgcbench.specs import check_choice
 
@@ -65,7 +65,7 @@ def _composed(parts: Sequence[Part]) -> Figure:
     Everything is placed once, to a millionth: the solver adds up in an order that differs from run to run. Annotations
     that would then touch an earlier one are hidden.
     """
-    heights = [part.height for part in parts]
+    heights = [ROW * part.rows + AROUND for part in parts]
     with styled():
         drawn = Figure(figsize=(WIDTH, sum(heights)), dpi=DPI, layout="constrained")
         panels = drawn.subfigures(len(parts), 1, squeeze=False, height_ratios=heights)

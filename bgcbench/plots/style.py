@@ -22,6 +22,7 @@ from bgcbench.results.document import Document, printable
 from bgcbench.specs import VARIANTS, Variant
 
 DPI, WIDTH = 150, 7.5  # inches: a page's width, and about 900 px of a README
+ROW, AROUND = 2.5, 0.9  # inches: of a row of panels; of a picture's title, legend and notes
 NOTE_LETTERS = 140  # of a note, in a line
 GREY = "#666666"
 WIDE = 10.0  # how often the least the largest error is from which on their axis is logarithmic
@@ -60,9 +61,9 @@ class NothingToDraw(Exception):
 
 @dataclass(frozen=True)
 class Part:
-    """One picture: its height (inches), and what paints it."""
+    """One picture: how many rows of panels it is high, and what paints it."""
 
-    height: float
+    rows: float
     paint: Callable[[SubFigure], None]
 
 
