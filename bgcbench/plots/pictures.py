@@ -60,27 +60,31 @@ def _fitting(document: Document) -> list[Part]:
 
 
 def _composed(parts: Sequence[Part]) -> Figure:
-    """The pictures, one below the other.
-
-    Everything is placed once, to a millionth: the solver adds up in an order that differs from run to run. Annotations
-    that would then touch an earlier one are hidden.
-    """
+    """The pictures, one below the other."""
     heights = [ROW * part.rows + AROUND for part in parts]
     with styled():
         drawn = Figure(figsize=(WIDTH, sum(heights)), dpi=DPI, layout="constrained")
         panels = drawn.subfigures(len(parts), 1, squeeze=False, height_ratios=heights)
         for part, panel in zip(parts, panels.flat, strict=True):
             part.paint(panel)
-        layout: Any = drawn.get_layout_engine()
-        layout.execute(drawn)
-        drawn.set_layout_engine("none")
-        for axes in drawn.axes:
-            place = axes.get_position(original=True)
-            place.set_points(place.get_points().round(6))
-            axes.set_position(place)
-            shown: list[Any] = []
-            for text in [text for text in axes.texts if isinstance(text, Annotation)]:
-                box = text.get_window_extent()
-                text.set_visible(not any(box.overlaps(other) for other in shown))
-                shown += [box] if text.get_visible() else []
+        lay_out(drawn)
     return drawn
+
+
+def lay_out(drawn: Figure) -> None:
+    """Place everything once, to a millionth: the solver adds up in an order that differs from run to run.
+
+    Annotations that would then touch an earlier one are hidden.
+    """
+    layout: Any = drawn.get_layout_engine()
+    layout.execute(drawn)
+    drawn.set_layout_engine("none")
+    for axes in drawn.axes:
+        place = axes.get_position(original=True)
+        place.set_points(place.get_points().round(6))
+        axes.set_position(place)
+        shown: list[Any] = []
+        for text in [text for text in axes.texts if isinstance(text, Annotation)]:
+            box = text.get_window_extent()
+            text.set_visible(not any(box.overlaps(other) for other in shown))
+            shown += [box] if text.get_visible() else []

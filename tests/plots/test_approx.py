@@ -31,6 +31,7 @@ from tests.plots.looking import (
     legend,
     lines,
     new_document,
+    shared_figure,
     texts,
 )
 
@@ -139,7 +140,7 @@ def test_figure_1_has_the_documents_errors_and_slopes() -> None:
 
 
 def test_figure_1_says_what_it_leaves_out_and_is_labelled_by_n() -> None:
-    figure = figure_of(sampled(variants=("standard", "gc", "bgc"), samples=1000), "figure1")
+    figure = shared_figure(sampled, "figure1", variants=("standard", "gc", "bgc"), samples=1000)
     assert "Not drawn, because nothing is lost: SC, BGC N = 2." in "\n".join(texts(figure))
     assert "lower by up to 1 %" in "\n".join(texts(figure))
     axes = figure.axes[0]
@@ -173,14 +174,14 @@ def test_on_other_inputs_the_exact_values_of_gc_are_joined() -> None:
 
 
 def test_without_a_closed_form_the_errors_themselves_are_joined() -> None:
-    drawn = lines(figure_of(sampled(variants=("flgc",)), "figure1"))
+    drawn = lines(shared_figure(sampled, "figure1", variants=("flgc",)))
     measured = next(line for label, line in drawn.items() if label.startswith("FLGC"))
     assert drawn["_join flgc, normal"].get_xydata().tolist() == measured.get_xydata().tolist()
     assert not any(label.startswith("_exact") for label in drawn)
 
 
 def test_one_n_is_a_point_without_a_slope() -> None:
-    figure = figure_of(sampled(groups=(4,), inputs=("normal",)), "figure1")
+    figure = shared_figure(sampled, "figure1", groups=(4,), inputs=("normal",))
     assert legend(figure) == ["GC, normal: no slope", "BGC, normal: no slope"]
 
 
@@ -195,7 +196,7 @@ def test_ticks_that_would_touch_are_left_out() -> None:
 
 def test_inputs_and_variants_are_told_apart_without_colour() -> None:
     names = ("normal", "uniform", "relu", "factor:0.5", "normal:1", "factor:0.2")
-    drawn = lines(figure_of(sampled(inputs=names, variants=("gc", "tlgc", "bgc")), "figure1"))
+    drawn = lines(shared_figure(sampled, "figure1", inputs=names, variants=("gc", "tlgc", "bgc")))
     measured = [line for label, line in drawn.items() if not label.startswith("_")]
     assert len({(line.get_marker(), line.get_fillstyle()) for line in measured}) == len(measured) == 18
     exact = [line for label, line in drawn.items() if label.startswith("_exact gc")]
@@ -371,11 +372,11 @@ def test_the_heat_map_grows_with_the_layers_and_their_names() -> None:
     ("variants", "panels"), [(("gc", "bgc"), 2), (("tlgc",), 3), (("gc", "tlgc", "bgc"), 4), (("standard", "gc"), 2)]
 )
 def test_without_a_name_everything_that_fits_is_drawn(variants: tuple[str, ...], panels: int) -> None:
-    assert len(figure_of(sampled(variants=variants)).axes) == panels
+    assert len(shared_figure(sampled, variants=variants).axes) == panels
 
 
 def test_a_network_has_its_heat_map_and_nothing_else() -> None:
-    assert len(figure_of(network()).axes) == 2 + 1  # with the scale of colours
+    assert len(shared_figure(network).axes) == 2 + 1  # with the scale of colours
     both = new_document(results=[*sampled()["results"], *network()["results"]], fits=[])
     assert len(figure_of(both).axes) == 2 + 3
 
@@ -426,7 +427,7 @@ DOCUMENTS: dict[str, Callable[[], Json]] = {
 
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_no_text_is_cut_off_and_none_lies_on_another(name: str) -> None:
-    assert_nothing_is_cut_off_or_lies_on_another(figure_of(DOCUMENTS[name]()))
+    assert_nothing_is_cut_off_or_lies_on_another(figure_of(DOCUMENTS[name](), placed=True))
 
 
 def test_dollars_in_a_name_are_no_formula(tmp_path: Path) -> None:

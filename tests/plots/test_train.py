@@ -19,6 +19,7 @@ from tests.plots.looking import (
     legend,
     lines,
     new_document,
+    shared_figure,
     texts,
 )
 
@@ -44,7 +45,7 @@ def papers(document: Json) -> Json:
 
 
 def test_means_stand_against_n_and_against_parameters() -> None:
-    figure = figure_of(train_document(), "errors")
+    figure = shared_figure(train_document, "errors")
     by_groups, by_params = figure.axes
     for variant in ("gc", "shuffle", "lgc", "flgc", "tlgc", "bgc"):
         expected = [statistics.mean(FINAL[variant, n]) for n in (2, 4, 8)]
@@ -63,13 +64,13 @@ def test_means_stand_against_n_and_against_parameters() -> None:
 
 
 def test_bgc_at_2n_stands_above_gc_at_n_in_the_panel_of_parameters() -> None:
-    right = figure_of(train_document(variants=("gc", "bgc")), "errors").axes[1]
+    right = shared_figure(train_document, "errors", variants=("gc", "bgc")).axes[1]
     gc, bgc = all_found(right, "_mean gc")[0], all_found(right, "_mean bgc")[0]
     assert list(gc.get_xdata())[1:] == list(bgc.get_xdata())[:2]
 
 
 def test_the_standard_convolution_is_a_line_with_a_band() -> None:
-    for axes in figure_of(train_document(), "errors").axes:
+    for axes in shared_figure(train_document, "errors").axes:
         assert list(all_found(axes, "_standard")[0].get_ydata()) == pytest.approx([1.4, 1.4])
         (band,) = [patch for patch in axes.patches if isinstance(patch, Rectangle)]
         low, high = sorted((band.get_y(), band.get_y() + band.get_height()))
@@ -78,7 +79,7 @@ def test_the_standard_convolution_is_a_line_with_a_band() -> None:
 
 
 def test_bars_are_standard_deviations_and_dots_are_the_seeds() -> None:
-    axes = figure_of(train_document(variants=("standard", "gc"), groups=(4,)), "errors").axes[0]
+    axes = shared_figure(train_document, "errors", variants=("standard", "gc"), groups=(4,)).axes[0]
     bars = [c for c in axes.containers if isinstance(c, ErrorbarContainer)]
     assert len(bars) == 2
     ends = sorted(float(y) for _, y in bars[1].lines[2][0].get_segments()[0])
@@ -90,7 +91,7 @@ def test_bars_are_standard_deviations_and_dots_are_the_seeds() -> None:
 
 
 def test_one_seed_has_neither_bars_nor_dots_nor_a_band() -> None:
-    figure = figure_of(train_document(seeds=(0,)), "errors")
+    figure = shared_figure(train_document, "errors", seeds=(0,))
     for axes in figure.axes:
         assert not axes.containers
         assert not axes.patches
@@ -110,7 +111,7 @@ def test_the_papers_errors_are_hollow() -> None:
             assert {line.get_marker() for line in drawn} == {all_found(axes, f"_mean {variant}")[0].get_marker()}
         assert not all_found(axes, "_paper lgc")
     assert legend(figure)[-1] == "paper"
-    assert "paper" not in legend(figure_of(train_document(), "errors"))
+    assert "paper" not in legend(shared_figure(train_document, "errors"))
 
 
 def test_rows_that_did_not_finish_are_left_out_and_named() -> None:
@@ -200,7 +201,7 @@ def test_a_run_of_which_nothing_finished_still_has_its_curves() -> None:
 
 @pytest.mark.parametrize(("variants", "groups"), [(("gc",), (2, 4)), (("standard",), (2,))])
 def test_curves_need_neither_the_standard_convolution_nor_another(variants: Any, groups: Any) -> None:
-    figure = figure_of(train_document(variants=variants, groups=groups), "curves")
+    figure = shared_figure(train_document, "curves", variants=variants, groups=groups)
     expected = ["N = 1"] if variants == ("standard",) else ["N = 2", "N = 4"]
     assert [axes.get_title() for axes in figure.axes] == expected
 
@@ -230,7 +231,7 @@ def test_without_a_name_both_are_drawn_and_the_title_says_what_ran() -> None:
 
 
 def test_the_title_counts_the_seeds_of_a_standard_convolution_alone() -> None:
-    assert figure_title(figure_of(train_document(variants=("standard",)))).endswith("3 seeds")
+    assert figure_title(shared_figure(train_document, variants=("standard",))).endswith("3 seeds")
 
 
 def failed(document: Json) -> Json:
@@ -278,7 +279,7 @@ DOCUMENTS: dict[str, Callable[[], Json]] = {
 
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_no_text_is_cut_off_and_none_lies_on_another(name: str) -> None:
-    assert_nothing_is_cut_off_or_lies_on_another(figure_of(DOCUMENTS[name]()))
+    assert_nothing_is_cut_off_or_lies_on_another(figure_of(DOCUMENTS[name](), placed=True))
 
 
 @pytest.mark.parametrize("suffix", [".png", ".svg", ".pdf"])
@@ -289,7 +290,7 @@ def test_the_same_document_gives_the_same_bytes(tmp_path: Path, suffix: str) -> 
 
 
 def test_a_variant_looks_the_same_in_both_pictures() -> None:
-    figure = figure_of(train_document())
+    figure = shared_figure(train_document)
     drawn = lines(figure)
     for variant in ("gc", "bgc", "tlgc"):
         mean, curve = drawn[f"_mean {variant}"], drawn[f"_curve {variant}"]
