@@ -20,20 +20,12 @@ from matplotlib.text import Text
 from bgcbench import plots
 from bgcbench.plots import pictures
 from bgcbench.results.document import document_of
-from tests.example import example_document
 
 Json = dict[str, Any]
 
 
-def new_document(**fields: Any) -> Json:
-    """A document of ``approx`` without rows."""
-    head = {name: example_document()[name] for name in ("schema", "argv", "started_at", "tool", "environment")}
-    settings = {name: value for name, value in example_document()["settings"].items() if name != "phases"}
-    return {**head, "settings": settings, "command": "approx", "complete": True, "exit_reason": "ok", **fields}
-
-
 def figure_of(document: Json, picture: str | None = None, *, placed: bool = False) -> Figure:
-    """A figure as :func:`plots.figure` makes it; not ``placed``, which takes most of the time, where data is looked at."""
+    """A figure as :func:`plots.figure` makes it; where data is looked at not ``placed``, which takes the time."""
     with pytest.MonkeyPatch.context() as patch:
         if not placed:
             patch.setattr(pictures, "lay_out", lambda figure: None)

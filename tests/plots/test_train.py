@@ -2,26 +2,14 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from bgcbench.errors import UsageError
-from bgcbench.theory.paper import TABLE5, printed_error
-from tests.example_train import FINAL, params_of, row_of, stop, train_document
-from tests.plots.looking import (
-    all_found,
-    assert_nothing_is_cut_off_or_lies_on_another,
-    draw,
-    figure_of,
-    legend,
-    lines,
-    new_document,
-    shared_figure,
-    texts,
-)
+from bgcbench.theory.paper import TABLE5
+from tests.example_train import FINAL, papers, params_of, row_of, stop, train_document
+from tests.plots.looking import all_found, figure_of, legend, lines, shared_figure, texts
 
 pytest.importorskip("matplotlib", reason="figures need matplotlib, the extra 'plot'")
 
@@ -31,14 +19,6 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 Json = dict[str, Any]
-
-
-def papers(document: Json) -> Json:
-    """The document with what the paper prints of WRN-28-10, for all but LGC."""
-    for row in document["results"]:
-        printed = printed_error("cifar10", "wrn_28_10", row["params"]["variant"], row["params"]["groups"])
-        row["paper"] = None if printed is None else {"error": printed}
-    return document
 
 
 # -------------------------------------------------------------------------------------------------------------- errors
@@ -234,59 +214,12 @@ def test_the_title_counts_the_seeds_of_a_standard_convolution_alone() -> None:
     assert figure_title(shared_figure(train_document, variants=("standard",))).endswith("3 seeds")
 
 
-def failed(document: Json) -> Json:
-    for row in document["results"]:
-        stop(row, "invalid", "N does not divide")
-    return document
-
-
-@pytest.mark.parametrize(
-    ("document", "picture", "why"),
-    [
-        (train_document(dataset="synthetic"), None, "nothing to draw: the result has no test error"),
-        (train_document(dataset="synthetic"), "errors", "errors needs finished trainings on real images"),
-        (train_document(dataset="synthetic"), "curves", "curves needs test errors by epoch"),
-        (failed(train_document()), None, "nothing to draw"),
-        ({**train_document(), "results": []}, None, "nothing to draw"),
-        (train_document(), "pareto", "pareto is no picture of 'train' results; they have errors, curves"),
-        (new_document(), "curves", "'approx' results; they have figure1, figure2, pareto, heatmap"),
-        (train_document(), "curve", "unknown picture 'curve': did you mean 'curves'"),
-        (new_document(command="profile"), "errors", "--plot draws 'approx', 'train' and 'transfer' results"),
-    ],
-)
-def test_what_a_document_does_not_have_is_named_in_one_line(document: Json, picture: str | None, why: str) -> None:
-    with pytest.raises(UsageError, match=why) as caught:
-        figure_of(document, picture)
-    assert "\n" not in str(caught.value)
-
-
 def test_synthetic_images_have_no_error_even_if_the_file_has_one() -> None:
     document = train_document(variants=("gc",))
     for row in document["results"]:
         row["params"]["dataset"] = "synthetic"
     with pytest.raises(UsageError, match="nothing to draw"):
         figure_of(document)
-
-
-DOCUMENTS: dict[str, Callable[[], Json]] = {
-    "all": train_document,
-    "paper": lambda: papers(train_document(dataset="cifar10")),
-    "one": lambda: train_document(variants=("gc",), groups=(4,), seeds=(1,)),
-    "two": lambda: train_document(variants=("gc", "bgc"), groups=(2,)),
-    "standard": lambda: train_document(variants=("standard",), seeds=(0,)),
-}
-
-
-@pytest.mark.parametrize("name", DOCUMENTS)
-def test_no_text_is_cut_off_and_none_lies_on_another(name: str) -> None:
-    assert_nothing_is_cut_off_or_lies_on_another(figure_of(DOCUMENTS[name](), placed=True))
-
-
-@pytest.mark.parametrize("suffix", [".png", ".svg", ".pdf"])
-def test_the_same_document_gives_the_same_bytes(tmp_path: Path, suffix: str) -> None:
-    for name in ("a", "b"):
-        draw(train_document(), tmp_path / f"{name}{suffix}")
-    assert (tmp_path / f"a{suffix}").read_bytes() == (tmp_path / f"b{suffix}").read_bytes()
 
 
 def test_a_variant_looks_the_same_in_both_pictures() -> None:

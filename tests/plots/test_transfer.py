@@ -1,18 +1,14 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from bgcbench.errors import UsageError
 from bgcbench.theory.paper import TABLE3
 from tests.example_transfer import AFTER, BEFORE, LAYERS, LOST, UNTOUCHED, params_of, row_of, stop, transfer_document
 from tests.plots.looking import (
     assert_nothing_is_cut_off_or_lies_on_another,
-    draw,
     figure_of,
     found,
     legend,
@@ -170,36 +166,3 @@ def test_without_a_name_both_are_drawn_where_there_is_a_calibration() -> None:
     assert len(shared_figure(transfer_document, groups=(2, 4)).axes) == 1 + 4
     assert len(shared_figure(transfer_document, inits=("copy",)).axes) == 1
     assert len(shared_figure(transfer_document, dataset="synthetic", groups=(2, 4)).axes) == 4
-
-
-@pytest.mark.parametrize(
-    ("document", "picture", "why"),
-    [
-        (transfer_document(dataset="synthetic"), "errors", "errors needs conversions evaluated on real images"),
-        (transfer_document(inits=("copy",)), "layers", "layers needs calibrated conversions"),
-        ({**transfer_document(), "results": []}, None, "nothing to draw: the result has neither"),
-        (transfer_document(), "curves", "curves is no picture of 'transfer' results; they have errors, layers"),
-    ],
-)
-def test_what_a_document_does_not_have_is_named_in_one_line(document: Json, picture: str | None, why: str) -> None:
-    with pytest.raises(UsageError, match=why) as caught:
-        figure_of(document, picture)
-    assert "\n" not in str(caught.value)
-
-
-DOCUMENTS: dict[str, Callable[[], Json]] = {
-    "all": lambda: transfer_document(("gc", "tlgc", "bgc"), epochs=3, control=True),
-    "starts": lambda: transfer_document(inits=("copy", "white", "calibrated"), rebn=(False, True), epochs=3),
-    "one": lambda: transfer_document(("bgc",), (4,), (1,)),
-}
-
-
-@pytest.mark.parametrize("name", DOCUMENTS)
-def test_no_text_is_cut_off_and_none_lies_on_another(name: str) -> None:
-    assert_nothing_is_cut_off_or_lies_on_another(figure_of(DOCUMENTS[name](), placed=True))
-
-
-def test_the_same_document_gives_the_same_bytes(tmp_path: Path) -> None:
-    for name in ("a", "b"):
-        draw(transfer_document(), tmp_path / f"{name}.svg")
-    assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
