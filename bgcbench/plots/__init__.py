@@ -77,7 +77,9 @@ def figure(document: Document, picture: str | None = None) -> Figure:
     it.
     """
     try:
-        from bgcbench.plots import pictures
+        import matplotlib  # noqa: F401
     except ImportError as error:
         raise UsageError(MISSING) from error
+    from bgcbench.plots import pictures
+
     return pictures.figure(document, picture)
