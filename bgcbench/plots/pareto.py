@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.figure import SubFigure
+from matplotlib.ticker import EngFormatter
 
 from bgcbench.plots.sampled import finished, sampled_title, series_of
 from bgcbench.plots.style import GREY, NothingToDraw, Part, grid_of, label_of, legend, log_ticks, look_of
@@ -13,6 +14,7 @@ from bgcbench.results.aggregate import front_of
 from bgcbench.results.document import Document, printable
 from bgcbench.results.rows import Counts, SampledRow
 
+counted = EngFormatter()  # a count at a tick: 500, 20 k, 5 M
 Cost = Callable[[Counts], float]
 COSTS: dict[str, Cost] = {"parameters": lambda counts: counts.params, "MACs an input": lambda counts: counts.macs}
 FILLED = {"fillstyle": "full", "markeredgecolor": "black", "markeredgewidth": 0.8}
@@ -83,11 +85,3 @@ def _label(rows: Sequence[SampledRow]) -> str:
     if len(numbers) == 1 and numbers != {1}:
         return str(rows[0].params.groups)
     return "\n".join(label_of(row.params.variant, row.params.groups).replace(" N =", "") for row in rows)
-
-
-def counted(value: float) -> str:
-    """A count at a tick: 500, 20 k, 5 M."""
-    for factor, unit in ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k")):
-        if value >= factor:
-            return f"{value / factor:g}{unit}"
-    return f"{value:g}"
