@@ -17,6 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgspec
+
+from benchmarks import files
 from benchmarks.bgc_forms import WIDE
 from benchmarks.kernels_cuda import is_wrong, micros
 from bgcbench.measure.statistics import Ratio, Series, ratio_of_medians
@@ -30,7 +33,7 @@ from bgcbench.results.aggregate import (
     spread_of,
     training_cells,
 )
-from bgcbench.results.document import SCHEMA_NAME, Document, document_of, loaded
+from bgcbench.results.document import Document, loaded, read
 from bgcbench.results.rows import LayerErrors, ProfileRow, SampledRow, TrainRow, TransferRow
 from bgcbench.specs import VARIANTS
 
@@ -38,11 +41,21 @@ ROOT = Path(__file__).resolve().parent.parent
 FIGURES, ALL_SAMPLED = "approx-figures-cpu.json", "approx-variants-cpu.json"
 DIGITS, TRANSFERRED = "approx-wrn_16_4-digits-cpu.json", "transfer-wrn_16_4-digits-cpu.json"
 TRAINED, QUICKSTART = "train-wrn_10_2-digits-cpu.json", "train-quickstart-cpu.json"
-FORMS, KERNELS, SOLVER = "bgc-forms-cpu.json", "kernels-cuda.json", "approx-solver.json"
+TUNED, KERNELS, SOLVER = "bgc-forms-cpu.json", "kernels-cuda.json", "approx-solver.json"
 PIPELINE, CONVERT = "train-speed-cpu.json", "convert-resnet50-cpu.json"
 AGREE, TWICE = "agree-with-torch.json", "same-row-twice.json"
 TABLE4, ALGORITHMS = "table4-cpu-fp32-nchw.json", "table4-cpu-fp32-nchw-algorithms.json"
 EVERY, LAYERS = "network-resnet50-cpu-fp32-nchw-all.json", "network-resnet50-cpu-fp32-nchw-layers.json"
+# The scripts' own files.
+OWN: dict[str, type[files.File]] = {
+    AGREE: files.Agreement,
+    TWICE: files.Twice,
+    SOLVER: files.Solver,
+    PIPELINE: files.TrainSpeed,
+    CONVERT: files.ConvertFile,
+    TUNED: files.AlgorithmFile,
+    KERNELS: files.KernelFile,
+}
 # Files that a script made of several runs of the command line.
 SCRIPTS = {
     DIGITS: "python -m benchmarks.approx_digits",
@@ -126,9 +139,8 @@ def text_of(value: Value) -> str:
 @functools.cache
 def opened(root: Path, name: str) -> Any:
     """The Document in a file, or what a script's own file holds."""
-    content = loaded(root / "results" / name)
-    is_result = isinstance(content, dict) and content.get("schema", {}).get("name") == SCHEMA_NAME
-    return document_of(content, name) if is_result else content
+    path = root / "results" / name
+    return msgspec.convert(loaded(path), OWN[name]) if name in OWN else read(path)
 
 
 def found(pattern: str) -> list[str]:
@@ -140,7 +152,7 @@ def command_of(name: str) -> str:
     """The command that made a file, without where it wrote."""
     content = opened(ROOT, name)
     if name in SCRIPTS or not isinstance(content, Document):
-        return SCRIPTS.get(name) or str(content["command"])
+        return SCRIPTS.get(name) or str(content.command)
     words, left = ["bgcbench"], list(content.argv)
     while left:
         word = left.pop(0)
@@ -527,11 +539,11 @@ def training_speed() -> Table:
 def kernel_micros(variant: str, *, ours: bool) -> Callable[[Any, int], Value]:
     """Of the fastest algorithm with right results in a cell."""
 
-    def field(content: Any, at: int) -> Value:
-        cell = content["table4"][at]
-        right = [row for row in cell["rows"] if not is_wrong(row, cell["precision"])]
-        mine = [row for row in right if (row["variant"], row["algorithm"] == "triton") == (variant, ours)]
-        return Number(min(micros(row, "fwd_bwd") for row in mine), ".0f") if mine else None
+    def field(content: files.KernelFile, at: int) -> Value:
+        cell = content.table4[at]
+        right = [row for row in cell.rows if not is_wrong(row, cell.precision)]
+        mine = [row for row in right if (row.variant, row.algorithm == "triton") == (variant, ours)]
+        return Number(min(micros(row.device_s, "fwd_bwd") for row in mine), ".0f") if mine else None
 
     return field
 
@@ -547,41 +559,41 @@ def kernels() -> Table:
     }
     claims = []
     for name in found(KERNELS):
-        content = opened(ROOT, name)
-        cells = list(enumerate(content.get("table4", ())))
-        for at, cell in sorted(cells, key=lambda item: (item[1]["precision"], item[1]["shape"]["groups"])):
-            row = (content["environment"]["device"]["name"], cell["precision"], str(cell["shape"]["groups"]))
+        content: files.KernelFile = opened(ROOT, name)
+        cells = sorted(enumerate(content.table4), key=lambda item: (item[1].precision, item[1].shape.groups))
+        for at, cell in cells:
+            row = (content.environment.device.name, cell.precision, str(cell.shape.groups))
             if all(field(content, at) for field in columns.values()):
                 claims += claims_of(name, {row: at}, columns)
     about = "Microseconds of Table 4's layer, forward and backward, as a CUDA graph."
     return Table("Our kernels versus stock ones", about, ("device", "precision", "N"), claims)
 
 
-def over_half(content: Any, at: tuple[int, str, float]) -> Value:
+def over_half(content: files.AlgorithmFile, at: tuple[int, str, float]) -> Value:
     """Geometric mean of a subject's time over GC(N/2)'s, in channels-last inference with 1x1 kernels.
 
     at: N, the subject, and how many inputs the layers have at least for each output.
     """
     groups, subject, narrowing = at
     times = [
-        cell["median_s"]
-        for cell in content["results"]
-        if (cell["kernel"], cell["layout"], cell["phase"], cell["groups"]) == ([1, 1], "nhwc", "fwd", groups)
-        and cell["in_channels"] // groups >= WIDE
-        and cell["in_channels"] >= narrowing * cell["out_channels"]
-        and cell["size"][2:] != [1, 1]
+        cell.median_s[subject] / cell.median_s["gc_half"]
+        for cell in content.results
+        if (cell.kernel, cell.layout, cell.phase, cell.groups) == ((1, 1), "nhwc", "fwd", groups)
+        and cell.in_channels // groups >= WIDE
+        and cell.in_channels >= narrowing * cell.out_channels
+        and cell.size[2:] != (1, 1)
     ]
-    return Number(statistics.geometric_mean(time[subject] / time["gc_half"] for time in times), ".2f")
+    return Number(statistics.geometric_mean(times), ".2f")
 
 
-def half_width(content: Any, _: Any) -> Value:
-    ends = [entry["ci95"] for entry in content["tries"] if entry["ci95"]]
-    return Number(statistics.median((high - low) / 2 for low, high in ends), ".1%")
+def half_width(content: files.Twice, _: Any) -> Value:
+    widths = [width for entry in content.tries if (width := entry.half_width) is not None]
+    return Number(statistics.median(widths), ".1%")
 
 
-def held(content: Any, _: Any) -> Value:
-    calibration = content["results"][0]["calibration"]
-    return Number((calibration["moment_bytes"] + calibration["in_flight_bytes"]) / 2**30, ".1f")
+def held(content: files.ConvertFile, _: Any) -> Value:
+    calibration = content.results[0].calibration
+    return Number((calibration.moment_bytes + calibration.in_flight_bytes) / 2**30, ".1f")
 
 
 def minutes(document: Document, _: Any) -> Value:
@@ -591,9 +603,9 @@ def minutes(document: Document, _: Any) -> Value:
 # What a number is, its file, its place in it, and the field.
 SINGLE: tuple[tuple[str, str, Any, Callable[[Any, Any], Value]], ...] = (
     ("our medians differ from torch.utils.benchmark's by at most", AGREE, None,
-     lambda c, _: Number(c["worst"], ".1%")),
+     lambda c, _: Number(c.worst, ".1%")),
     ("tries in which a row differs significantly from itself", TWICE, None,
-     lambda c, _: f"{c['told_apart']} of {len(c['tries'])}"),
+     lambda c, _: f"{c.told_apart} of {len(c.tries)}"),
     ("median half-width of the interval of that ratio", TWICE, None, half_width),
     ("minutes of `profile --preset table4` on the CPU", TABLE4, None, minutes),
     ("minutes of the training of the quick start (SC, GC, BGC)", QUICKSTART, None, minutes),
@@ -605,26 +617,26 @@ SINGLE: tuple[tuple[str, str, Any, Callable[[Any, Any], Value]], ...] = (
     ("the same of the weights in the proof of Theorem 3.6", FIGURES, None, from_proof),
     ("the same of BGC at 2N from GC at N, white input", FIGURES, None, from_equal_parameters),
     ("our solver versus one least-squares problem a convolution and group, times as fast", SOLVER, None,
-     lambda c, _: Number(c["ratios"]["conventional"], ".0f")),
+     lambda c, _: Number(c.ratios.conventional, ".0f")),
     ("our solver versus one shared factorisation, times as fast", SOLVER, None,
-     lambda c, _: Number(c["ratios"]["shared"], ".1f")),
-    ("the errors of these agree to", SOLVER, None, lambda c, _: Number(c["largest_relative_difference"], ".0e")),
+     lambda c, _: Number(c.ratios.shared, ".1f")),
+    ("the errors of these agree to", SOLVER, None, lambda c, _: Number(c.largest_relative_difference, ".0e")),
     ("images/s of the CIFAR pipeline", PIPELINE, None,
-     lambda c, _: Number(statistics.median(c["pipeline"]["images_per_s"]["bgcbench"]), ",.0f")),
+     lambda c, _: Number(statistics.median(c.pipeline.images_per_s["bgcbench"]), ",.0f")),
     ("the pipeline versus torchvision's transforms in one process, times as fast", PIPELINE, None,
-     lambda c, _: Number(c["pipeline"]["ratio"], ".0f")),
+     lambda c, _: Number(c.pipeline.ratio, ".0f")),
     ("milliseconds a step that the training loop adds to a bare one", PIPELINE, None,
-     lambda c, _: Number(1e3 * c["loop"]["added_s"], ".2f")),
+     lambda c, _: Number(1e3 * c.loop.added_s, ".2f")),
     ("minutes of a calibrated conversion of ResNet-50, 512 images, 2 cores", CONVERT, None,
-     lambda c, _: Number(c["results"][0]["seconds"] / 60, ".1f")),
+     lambda c, _: Number(c.results[0].seconds / 60, ".1f")),
     ("GiB that it holds meanwhile", CONVERT, None, held),
-    ("cells (layer, N, layout, phase) in which BGC's algorithms were measured", FORMS, None,
-     lambda c, _: Number(c["summary"]["cells"], ".0f")),
-    ("of these, the measured choice is within 5 % of the best in", FORMS, None,
-     lambda c, _: Number(c["summary"]["within_5_percent"] / c["summary"]["cells"], ".0%")),
-    ("BGC(N) versus GC(N/2), groups of at least 32 channels, times as long (geometric mean)", FORMS, None,
-     lambda c, _: Number(c["summary"]["ratio_to_gc_of_half"], ".2f")),
-    *((f"{label}, N={n}, the same in channels-last inference with 1x1 kernels{where}", FORMS, (n, subject, least),
+    ("cells (layer, N, layout, phase) in which BGC's algorithms were measured", TUNED, None,
+     lambda c, _: Number(c.summary.cells, ".0f")),
+    ("of these, the measured choice is within 5 % of the best in", TUNED, None,
+     lambda c, _: Number(c.summary.within_5_percent / c.summary.cells, ".0%")),
+    ("BGC(N) versus GC(N/2), groups of at least 32 channels, times as long (geometric mean)", TUNED, None,
+     lambda c, _: Number(c.summary.ratio_to_gc_of_half, ".2f")),
+    *((f"{label}, N={n}, the same in channels-last inference with 1x1 kernels{where}", TUNED, (n, subject, least),
        over_half)
       for n in (4, 8)
       for label, subject, least, where in (

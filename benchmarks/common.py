@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 
 from bgcbench.convs import build_conv
@@ -42,5 +43,5 @@ def save(path: Path, command: str, content: dict[str, Any], device: torch.device
     """
     environment = content.get("environment") or describe_environment(device)
     document = {"command": command, "finished_at": utc_now(), "environment": environment, **content}
-    write_atomically(path, (json.dumps(document, indent=1) + "\n").encode())
+    write_atomically(path, (json.dumps(document, indent=1, default=msgspec.to_builtins) + "\n").encode())
     print(f"saved {path}")

@@ -45,12 +45,11 @@ def jobs() -> Iterator[Job]:
         for groups, variant in itertools.product((4, 16, 2, 8), ("bgc", "gc")):
             yield _job(variant, 1024, 1024, 1, groups, 7, precision)
 
-    layers = [layer for layer in distinct(["resnet50", "wrn_28_10"]) if layer["kernel"] == 3]
+    layers = [layer for layer in distinct(["resnet50", "wrn_28_10"]) if layer.kernel == 3]
     yield from table4("bf16")
     yield from table4("tf32")
     for precision, layer in itertools.product(("bf16", "tf32"), layers):
-        channels = layer["in_channels"], layer["out_channels"]
-        yield _job("bgc", *channels, layer["stride"], 4, layer["height"], precision)
+        yield _job("bgc", layer.in_channels, layer.out_channels, layer.stride, 4, layer.height, precision)
     yield from table4("fp32")
 
 

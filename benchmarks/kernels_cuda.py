@@ -3,15 +3,15 @@
     python -m benchmarks.kernels_cuda [--sections table4,resnet50,networks,compiled] [--quick] [--seconds 480]
 
 table4: 128 x 1024 x 7 x 7 -> 1024, 3x3 with padding 1, N = 2, 4, 8, 16 in bf16, tf32 and fp32: the standard
-convolution and stock group convolution in both layouts, the stock forms of BGC, and our kernels for both; forward, and
-forward with backward. resnet50: the 1x1 and 3x3 layers of ResNet-50 at batch 128, N = 4 and 8. networks: training
-steps of ResNet-50 and WRN-28-10, standard and with N = 4. compiled: torch.compile's max-autotune of two forms of BGC.
---quick: table4 and resnet50 alone, bf16 and tf32, a few layers.
+convolution and stock group convolution in both layouts, the stock algorithms of BGC, and our kernels for both; forward,
+and forward with backward. resnet50: the 1x1 and 3x3 layers of ResNet-50 at batch 128, N = 4 and 8. networks: training
+steps of ResNet-50 and WRN-28-10, standard and with N = 4. compiled: torch.compile's max-autotune of two algorithms of
+BGC. --quick: table4 and resnet50 alone, bf16 and tf32, a few layers.
 
 Device times are those of a CUDA graph of 21 calls that rotate over 3 inputs, host times those of enqueuing the same
 calls one by one; subjects take turns, the median of the rounds is printed and every round is saved. Each subject's
-result is compared with float64 first. Work is counted by the variant's formula, so a form that computes more has a
-smaller share of the roofline. The most telling cells come first. The file is written anew after every cell; what
+result is compared with float64 first. Work is counted by the variant's formula, so an algorithm that computes more
+has a smaller share of the roofline. The most telling cells come first. The file is written anew after every cell; what
 --seconds leave no time for is listed as skipped.
 
 Exit code 1 if a subject failed or its error is above its precision's tolerance, 3 without a CUDA device.
@@ -30,11 +30,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.common import CPU, save
+from benchmarks.files import KernelCell, KernelRow, NetworkRow, Shape
 from bgcbench.conversion.convert import convert
 from bgcbench.convs import build_conv
 from bgcbench.errors import DeviceError
@@ -101,30 +103,19 @@ class Subject:
 
 STANDARD = [Subject("standard", "stock", layout) for layout in ("nchw", "nhwc")]
 GC_STOCK = [Subject("gc", "stock", layout) for layout in ("nchw", "nhwc")]
-BGC_STOCK = [Subject("bgc", form, layout) for layout in ("nchw", "nhwc") for form in ("two_conv", "concat", "dense")]
+BGC_STOCK = [Subject("bgc", name, layout) for layout in ("nchw", "nhwc") for name in ("two_conv", "concat", "dense")]
 OURS = [Subject("gc", "triton", "nhwc"), Subject("bgc", "triton", "nhwc")]
 ALL = [*STANDARD, *GC_STOCK, *BGC_STOCK, *OURS]
 FEW = [STANDARD[1], GC_STOCK[1], Subject("bgc", "two_conv", "nhwc"), Subject("bgc", "dense", "nhwc"), *OURS]
-COMPILED = [Subject("bgc", form, "nhwc", compiled=True) for form in ("two_conv", "concat")]
+COMPILED = [Subject("bgc", name, "nhwc", compiled=True) for name in ("two_conv", "concat")]
 
 
-@dataclass(frozen=True)
-class Shape:
-    """A square layer with padding kernel // 2 and no bias: what one cell measures."""
-
-    n: int
-    m: int
-    side: int
-    kernel: int
-    stride: int
-    groups: int
-
-    def spec(self, variant: str, algorithm: str = "auto") -> ConvSpec:
-        groups = 1 if variant == "standard" else self.groups
-        return ConvSpec(
-            variant, self.n, self.m, self.kernel, self.stride, self.kernel // 2, groups=groups, bias=False,
-            algorithm=algorithm,
-        )  # fmt: skip
+def spec_of(shape: Shape, variant: str, algorithm: str = "auto") -> ConvSpec:
+    groups = 1 if variant == "standard" else shape.groups
+    return ConvSpec(
+        variant, shape.n, shape.m, shape.kernel, shape.stride, shape.kernel // 2, groups=groups, bias=False,
+        algorithm=algorithm,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -163,7 +154,9 @@ COMPILED_JOBS = [Job("compiled", Shape(1024, 1024, 7, 3, 1, groups), "bf16", COM
 
 def tiny(job: Job, size: Size) -> Job:
     """``job`` in a rehearsal: fewer channels and positions, and fp32, which every CPU has."""
-    shape = replace(job.shape, n=job.shape.n // size.divide, m=job.shape.m // size.divide, side=min(job.shape.side, 7))
+    shape = msgspec.structs.replace(
+        job.shape, n=job.shape.n // size.divide, m=job.shape.m // size.divide, side=min(job.shape.side, 7)
+    )
     return replace(job, shape=shape, precision="fp32", seconds=0)
 
 
@@ -174,7 +167,7 @@ class Prepared:
         self.subject, self.device, self.size, dtype = subject, device, size, DTYPES[precision]
         layout = torch.channels_last if subject.layout == "nhwc" else torch.contiguous_format
         torch.manual_seed(0)  # the same weights for all subjects of a variant
-        layer = build_conv(shape.spec(subject.variant, subject.algorithm))
+        layer = build_conv(spec_of(shape, subject.variant, subject.algorithm))
         self.layer = layer.to(device=device, dtype=dtype, memory_format=layout)
         self.call: Callable[[Tensor], Tensor] = self.layer
         if subject.compiled:
@@ -250,9 +243,9 @@ class Prepared:
         }
 
 
-def is_wrong(row: dict[str, Any], precision: str) -> bool:
+def is_wrong(row: KernelRow, precision: str) -> bool:
     """Whether a subject failed, or one of its errors is too large or no number."""
-    return "failed" in row or not all(error <= TOLERANCE[precision] for error in row["errors"].values())
+    return bool(row.failed) or not all(error <= TOLERANCE[precision] for error in row.errors.values())
 
 
 @dataclass
@@ -277,7 +270,7 @@ class Bench:
     def save(self) -> None:
         save(self.out, self.command, self.content)
 
-    def add(self, section: str, cell: dict[str, Any]) -> None:
+    def add(self, section: str, cell: object) -> None:
         self.content.setdefault(section, []).append(cell)
         self.save()
         free_memory(self.device)
@@ -305,46 +298,46 @@ class Bench:
             self._layer(tiny(job, self.size) if self.size == REHEARSAL else job)
 
     def _layer(self, job: Job) -> None:
-        cell: dict[str, Any] = {"shape": vars(job.shape), "batch": self.size.batch, "precision": job.precision}
-        if not self.has_time(job.section, cell, job.seconds):
+        what = {"shape": job.shape, "batch": self.size.batch, "precision": job.precision}
+        if not self.has_time(job.section, what, job.seconds):
             return
         peak = self.peak(job.precision)
         begin, before = time.monotonic(), tiles.chosen()
         with backend_state(job.precision), compile_state():
-            cell["rows"] = self._measured(job, peak)
-        cell["took_s"] = time.monotonic() - begin
-        cell["tiles"] = {str(key): vars(tile) for key, tile in tiles.chosen().items() if key not in before}
-        self.wrong += sum(is_wrong(row, job.precision) for row in cell["rows"])
+            rows = self._measured(job, peak)
+        new = {str(key): vars(tile) for key, tile in tiles.chosen().items() if key not in before}
+        cell = KernelCell(job.shape, self.size.batch, job.precision, rows, time.monotonic() - begin, new)
+        self.wrong += sum(is_wrong(row, job.precision) for row in rows)
         print(f"{job.section} {job.shape} {job.precision}")
-        print(*map(told, cell["rows"]), sep="\n", flush=True)
+        print(*map(told, rows), sep="\n", flush=True)
         self.lines.append(digest(job.section, cell))
         self.add(job.section, cell)
 
-    def _measured(self, job: Job, peak: Ceilings) -> list[dict[str, Any]]:
+    def _measured(self, job: Job, peak: Ceilings) -> list[KernelRow]:
         """A row for each subject: times of interleaved rounds, errors, share of the roofline; or why there are none."""
-        rows: list[dict[str, Any]] = []
-        ready: list[tuple[Prepared, dict[str, Any]]] = []
+        rows: list[KernelRow] = []
+        ready: list[tuple[Prepared, KernelRow]] = []
         for subject in job.subjects:
-            row: dict[str, Any] = {"subject": subject.name, "variant": subject.variant, "algorithm": subject.algorithm}
+            row = KernelRow(subject=subject.name, variant=subject.variant, algorithm=subject.algorithm)
             rows.append(row)
             try:
                 prepared = Prepared(job.shape, subject, job.precision, self.device, self.size)
-                row["errors"] = prepared.errors()
+                row.errors = prepared.errors()
             except Exception as problem:  # noqa: BLE001 - one subject's failure must not cost the others' numbers
-                row["failed"] = describe_failure(problem, self.device).reason
+                row.failed = describe_failure(problem, self.device).reason
                 continue
             ready.append((prepared, row))
         for _, (prepared, row), phase in itertools.product(range(self.size.rounds), ready, PHASES):
-            for kind, time_of in (("device_s", prepared.device_s), ("host_s", prepared.host_s)):
-                row.setdefault(kind, {}).setdefault(phase, []).append(time_of(phase, self.stopwatch))
+            row.device_s.setdefault(phase, []).append(prepared.device_s(phase, self.stopwatch))
+            row.host_s.setdefault(phase, []).append(prepared.host_s(phase, self.stopwatch))
         for prepared, row in ready:
-            row["roofline"] = self._roofline(job, prepared.subject.variant, peak, row["device_s"])
+            row.roofline = self._roofline(job, prepared.subject.variant, peak, row.device_s)
         return rows
 
     def _roofline(self, job: Job, variant: str, peak: Ceilings, seconds: dict[str, list[float]]) -> dict[str, float]:
         """The share of what the ceilings allow that the median round reaches, by phase."""
         side, batch = job.shape.side, self.size.batch
-        counts = count(job.shape.spec(variant), side, side, batch=batch, precision=job.precision)
+        counts = count(spec_of(job.shape, variant), side, side, batch=batch, precision=job.precision)
         return {
             phase: peak.roofline_fraction(call_work(counts, batch, phase), statistics.median(values))
             for phase, values in seconds.items()
@@ -352,28 +345,25 @@ class Bench:
 
     def network(self, name: str, side: int, classes: int) -> None:
         """Training steps in bf16, channels-last, as CUDA graphs; the subjects take turns."""
-        cell: dict[str, Any] = {"model": name, "batch": self.size.batch, "precision": "bf16", "groups": 4}
-        if not self.has_time("networks", cell, 60):
+        what = {"model": name, "batch": self.size.batch, "precision": "bf16", "groups": 4}
+        if not self.has_time("networks", what, 60):
             return
         with backend_state("bf16"):
-            cell["rows"] = self._network_rows(name, side, classes)
-        self.wrong += sum("failed" in row for row in cell["rows"])
-        steps = [
-            f"{row['subject']} " + (row.get("failed") or f"{1e3 * statistics.median(row['step_s']):.2f}")
-            for row in cell["rows"]
-        ]
+            rows = self._network_rows(name, side, classes)
+        self.wrong += sum(bool(row.failed) for row in rows)
+        steps = [f"{row.subject} {row.failed or f'{1e3 * statistics.median(row.step_s):.2f}'}" for row in rows]
         self.lines.append(f"{name} ms a step: {', '.join(steps)}")
-        self.add("networks", cell)
+        self.add("networks", {**what, "rows": rows})
 
-    def _network_rows(self, name: str, side: int, classes: int) -> list[dict[str, Any]]:
+    def _network_rows(self, name: str, side: int, classes: int) -> list[NetworkRow]:
         batch = self.size.batch
         x = random_input((batch, 3, side, side), self.device, torch.bfloat16, "nhwc", seed=0)
         labels = torch.randint(classes, (batch,), generator=torch.Generator().manual_seed(0)).to(self.device)
-        rows: list[dict[str, Any]] = []
-        cells: list[tuple[Cell, dict[str, Any]]] = []
+        rows: list[NetworkRow] = []
+        cells: list[tuple[Cell, NetworkRow]] = []
         for variant, algorithm in (("standard", "stock"), ("gc", "stock"), ("bgc", "two_conv"), ("gc", "triton"),
                                    ("bgc", "triton")):  # fmt: skip
-            row: dict[str, Any] = {"subject": f"{variant} {algorithm}", "step_s": []}
+            row = NetworkRow(f"{variant} {algorithm}")
             rows.append(row)
             try:
                 model = build_model(name)
@@ -383,43 +373,42 @@ class Bench:
                 mode = "graph" if self.device.type == "cuda" else "eager"
                 cells.append((NetworkWorkload(model, x, mode, labels=labels).cell("train_step"), row))
             except Exception as problem:  # noqa: BLE001 - the other networks are to be measured all the same
-                row["failed"] = describe_failure(problem, self.device).reason
+                row.failed = describe_failure(problem, self.device).reason
         for _, (cell, row) in itertools.product(range(3), cells):
-            row["step_s"] += self.stopwatch.sample(cell, self.size.steps)
+            row.step_s += self.stopwatch.sample(cell, self.size.steps)
         return rows
 
 
-def micros(row: dict[str, Any], phase: str, kind: str = "device_s") -> float:
+def micros(seconds: dict[str, list[float]], phase: str) -> float:
     """Microseconds of the median round."""
-    return 1e6 * float(statistics.median(row[kind][phase]))
+    return 1e6 * statistics.median(seconds[phase])
 
 
-def told(row: dict[str, Any]) -> str:
+def told(row: KernelRow) -> str:
     """A subject's figures, or why there are none."""
-    if "failed" in row:
-        return f"  {row['subject']:<32} {row['failed']}"
+    if row.failed:
+        return f"  {row.subject:<32} {row.failed}"
     parts = [
-        f"{phase} {micros(row, phase):8.1f} us ({row['roofline'][phase]:.2f} of roofline, "
-        f"host {micros(row, phase, 'host_s'):.0f})"
+        f"{phase} {micros(row.device_s, phase):8.1f} us ({row.roofline[phase]:.2f} of roofline, "
+        f"host {micros(row.host_s, phase):.0f})"
         for phase in PHASES
     ]
-    return f"  {row['subject']:<32} {' '.join(parts)}  worst error {max(row['errors'].values()):.1e}"
+    return f"  {row.subject:<32} {' '.join(parts)}  worst error {max(row.errors.values()):.1e}"
 
 
-def digest(section: str, cell: dict[str, Any]) -> str:
+def digest(section: str, cell: KernelCell) -> str:
     """One line a cell: the fastest stock subject of each variant and our kernels, forward and backward."""
-    shape = Shape(**cell["shape"])
-    rows = [row for row in cell["rows"] if "failed" not in row]
+    shape, rows = cell.shape, [row for row in cell.rows if not row.failed]
     parts = []
     for variant, ours in (("standard", False), ("gc", False), ("bgc", False), ("gc", True), ("bgc", True)):
-        mine = [row for row in rows if row["variant"] == variant and (row["algorithm"] == "triton") is ours]
+        mine = [row for row in rows if row.variant == variant and (row.algorithm == "triton") is ours]
         if mine:
-            best = min(mine, key=lambda row: micros(row, "fwd_bwd"))
-            parts.append(f"{best['subject'].removesuffix(' nhwc')} {micros(best, 'fwd_bwd'):.0f}")
-    failed = f", {len(cell['rows']) - len(rows)} failed" if len(rows) < len(cell["rows"]) else ""
-    worst = max((error for row in rows for error in row["errors"].values()), default=float("nan"))
+            best = min(mine, key=lambda row: micros(row.device_s, "fwd_bwd"))
+            parts.append(f"{best.subject.removesuffix(' nhwc')} {micros(best.device_s, 'fwd_bwd'):.0f}")
+    failed = f", {len(cell.rows) - len(rows)} failed" if len(rows) < len(cell.rows) else ""
+    worst = max((error for row in rows for error in row.errors.values()), default=float("nan"))
     what = f"{section} {shape.n}-{shape.m} {shape.kernel}x{shape.kernel}/{shape.stride} {shape.side}px N={shape.groups}"
-    return f"{what} {cell['precision']}: {', '.join(parts)} us, error {worst:.0e}{failed}"
+    return f"{what} {cell.precision}: {', '.join(parts)} us, error {worst:.0e}{failed}"
 
 
 def main() -> int:
@@ -448,7 +437,7 @@ def main() -> int:
             bench.network("resnet50", 224, 1000)
             bench.network("wrn_28_10", 32, 10)
         bench.layers([job for job in COMPILED_JOBS if job.section in sections])
-    bench.content["complete"] = True
+    bench.content |= {"complete": True}
     bench.save()
     print(*bench.lines, sep="\n")
     if bench.wrong:

@@ -33,7 +33,7 @@ declare -A WHAT=(
   [alone]="the gpu tests that time the device or look at all of its memory, one after the other"
   [tests]="the other gpu tests but the slowest, 12 at a time"
   [table4]="Table 4: bf16 and tf32 as graphs, fp32 and bf16 eager"
-  [cells]="our kernels beside stock ones: the chosen cells of kernels_cuda"
+  [cells]="our kernels versus stock ones: the chosen cells of kernels_cuda"
   [networks]="WRN-28-10 and ResNet-50 with N = 4: inference and training steps"
   [train]="a training with the fast recipe, without torch.compile"
   [again]="the tests in .pack/again.txt, which bring_home writes: those that failed"

@@ -114,8 +114,8 @@ def loops() -> dict[str, Callable[[], float]]:
 
         begin = time.perf_counter()
         training.evaluate()  # the epoch ends with one too
-        judged = time.perf_counter() - begin
-        return (seconds(run) - judged) / STEPS
+        evaluated = time.perf_counter() - begin
+        return (seconds(run) - evaluated) / STEPS
 
     def plain() -> float:
         def run() -> None:
@@ -147,14 +147,15 @@ def main() -> int:
     options = parser.parse_args()
     speeds = take_turns(pipelines(cifar_like()))
     steps = take_turns(loops())
+    loop, bare = steps.values()
     ours = speeds.pop("bgcbench")
     theirs = max(speeds.values(), key=statistics.median)
     ratio = statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
-    added = statistics.median(a - b for a, b in zip(steps["bgcbench"], steps["bare"], strict=True))
+    added = statistics.median(a - b for a, b in zip(loop, bare, strict=True))
     print(f"pipeline: {statistics.median(ours):,.0f} images/s, {ratio:.1f} times torchvision's faster transforms")
     for name, values in speeds.items():
         print(f"  {name}: {statistics.median(values):,.0f} images/s")
-    print(f"loop: {added * 1e3:.3f} ms a step more than the bare one ({statistics.median(steps['bare']) * 1e3:.3f} ms)")
+    print(f"loop: {added * 1e3:.3f} ms a step more than the bare one ({statistics.median(bare) * 1e3:.3f} ms)")
     save(options.out, "python -m benchmarks.train_speed", {
         "cores": os.cpu_count(), "rounds": ROUNDS,
         "pipeline": {"batch": BATCH, "images_per_s": {"bgcbench": ours, **speeds}, "ratio": ratio},

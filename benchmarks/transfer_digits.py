@@ -3,9 +3,9 @@
     python -m benchmarks.transfer_digits [--out results/transfer-wrn_16_4-digits-cpu.json] [--plot FILE] [--work DIR]
 
 wrn_16_4 is trained on scikit-learn's digits by ``bgcbench train``, three times. Each of the networks is converted by
-``bgcbench transfer``: every variant and N, weights copied, white and calibrated, batch norm as it is (judged only) and
-re-estimated (judged, and trained for 1 and 3 epochs). What is written is one ``bgcbench transfer`` result of all these
-runs; its seeds are the trained networks. With --work the parts stay in that folder, and another call goes on with
+``bgcbench transfer``: every variant and N, weights copied, white and calibrated, batch norm as it is (evaluated only)
+and re-estimated (evaluated, and trained for 1 and 3 epochs). What is written is one ``bgcbench transfer`` result of all
+these runs; its seeds are the trained networks. With --work the parts stay in that folder, and another call goes on with
 them.
 """
 
@@ -29,7 +29,7 @@ MODEL = "wrn_16_4"
 GROUPS = "2,4,8,16"
 # For these two a copy is the white optimum.
 STARTS = {"gc,shuffle": "copy,calibrated", "bgc": "copy,white,calibrated", "tlgc": "white,calibrated"}
-# Judged with batch norm as it is and re-estimated, and trained from what that gives.
+# Evaluated with batch norm as it is and re-estimated, and trained from what that gives.
 WAYS = {
     "no-rebn": ["--no-rebn", "--epochs", "0"],
     "rebn": ["--rebn", "--epochs", "0"],

@@ -37,6 +37,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -148,7 +149,7 @@ def random_crop(image: Tensor, generator: torch.Generator) -> Tensor:
 def crops(pictures: dict[str, Tensor], names: Sequence[str], count: int, seed: int, purpose: int) -> Tensor:
     """``count`` crops (B, 3, 224, 224), as many of each of the photographs called ``names``, in random order.
 
-    So calibration's ridge is judged, as always, on one image in four, here on crops of the photographs it is fitted to.
+    So calibration's ridge is chosen, as always, on one image in four, here on crops of the photographs it is fitted to.
     """
     generator = torch.Generator().manual_seed(10 * seed + purpose)
     found = torch.stack([random_crop(pictures[names[i % len(names)]], generator) for i in range(count)])
@@ -172,18 +173,28 @@ def logits(model: nn.Module, images: Tensor) -> Tensor:
     return torch.cat([model(prepared(part)) for part in images.split(BATCH)]).double()
 
 
-def compare(z: Tensor, other: Tensor) -> dict[str, float | None]:
-    """``other`` (B, 1000) beside the original network's logits ``z``; "sure": the share of crops that are."""
+class Comparison(msgspec.Struct):
+    """What a network says versus the original one (see the head of this file); sure: % of crops of which that is."""
+
+    agreement: float
+    agreement_sure: float | None
+    sure: float
+    kl: float
+    logit_error: float
+
+
+def compare(z: Tensor, other: Tensor) -> Comparison:
+    """``other`` (B, 1000) versus the original network's logits ``z``."""
     same = (z.argmax(1) == other.argmax(1)).double()
     sure = z.softmax(1).amax(1) >= 0.5
     log = z.log_softmax(1)
-    return {
-        "agreement": 100 * float(same.mean()),
-        "agreement_sure": 100 * float(same[sure].mean()) if sure.any() else None,
-        "sure": 100 * float(sure.double().mean()),
-        "kl": float((log.exp() * (log - other.log_softmax(1))).sum(1).mean()),
-        "logit_error": float((z - other).square().sum() / z.square().sum()),
-    }
+    return Comparison(
+        agreement=100 * float(same.mean()),
+        agreement_sure=100 * float(same[sure].mean()) if sure.any() else None,
+        sure=100 * float(sure.double().mean()),
+        kl=float((log.exp() * (log - other.log_softmax(1))).sum(1).mean()),
+        logit_error=float((z - other).square().sum() / z.square().sum()),
+    )
 
 
 @dataclass(frozen=True)
@@ -209,7 +220,7 @@ class Trial:
         """``count`` crops of the photographs to calibrate on, or of the first so many of them."""
         return crops(self.pictures, self.names[:photographs], count, self.seed, CALIBRATION)
 
-    def judge(self, says: Callable[[Tensor], Tensor]) -> dict[str, dict[str, float | None]]:
+    def evaluate(self, says: Callable[[Tensor], Tensor]) -> dict[str, Comparison]:
         """What ``says`` of images differs in from the original, on unseen and on seen photographs."""
         return {kind: compare(z, says(images)) for kind, (images, z) in self.tests.items()}
 
@@ -217,15 +228,47 @@ class Trial:
 # ------------------------------------------------------------------------------------------------------------ the cells
 
 
-def cells(crop_counts: Sequence[int], quick: bool) -> Iterable[dict[str, Any]]:
-    """What is converted in each trial: variant, groups, where, init, rebn, crops, and of how many photographs."""
+class Cell(msgspec.Struct, frozen=True):
+    """A conversion: crops and photographs are those that it is calibrated on, 0 crops without images."""
+
+    variant: str
+    groups: int
+    init: str
+    rebn: bool
+    crops: int
+    where: str = "all"
+    photographs: int | str = "all"
+
+
+class Row(Cell, frozen=True, kw_only=True):
+    """What became of a cell in one trial."""
+
+    seed: int
+    replaced: int
+    params: int
+    convert_s: float
+    calibration: dict[str, Any] | None
+    unseen: Comparison
+    seen: Comparison
+
+
+class Control(msgspec.Struct, frozen=True, kw_only=True):
+    """A comparison in which nothing is replaced."""
+
+    what: str
+    seed: int
+    crops: int
+    unseen: Comparison
+    seen: Comparison
+
+
+def cells(crop_counts: Sequence[int], quick: bool) -> Iterable[Cell]:
+    """What is converted in each trial."""
     first, *more = crop_counts
     layers = EQUAL if quick else LAYERS
 
-    def cell(layer: tuple[str, int], init: str, rebn: bool, count: int = first, **other: Any) -> dict[str, Any]:
-        used = count if rebn or init == "calibrated" else 0
-        place = {"where": "all", "photographs": "all", **other}
-        return {"variant": layer[0], "groups": layer[1], "init": init, "rebn": rebn, "crops": used, **place}
+    def cell(layer: tuple[str, int], init: str, rebn: bool, count: int = first, **other: Any) -> Cell:
+        return Cell(*layer, init, rebn, count if rebn or init == "calibrated" else 0, **other)
 
     switches = (False, True)
     yield from (cell(x, init, rebn) for x in layers for init in ("copy", "white", "calibrated") for rebn in switches)
@@ -235,29 +278,31 @@ def cells(crop_counts: Sequence[int], quick: bool) -> Iterable[dict[str, Any]]:
         yield from (cell(x, "calibrated", False, photographs=few) for few in FEWER for x in EQUAL)
 
 
-def run_cell(model: nn.Module, trial: Trial, cell: dict[str, Any]) -> dict[str, Any]:
+def run_cell(model: nn.Module, trial: Trial, cell: Cell) -> Row:
     """Convert as ``cell`` says and compare."""
     begin = time.perf_counter()
     options: dict[str, Any] = {"where": "auto"}
-    if cell["where"] != "all":
-        blocks = PLACES[cell["where"]]
+    if cell.where != "all":
+        blocks = PLACES[cell.where]
         options = {"where": "none", "include": [f"_blocks.{i}._{kind}_conv" for i in blocks for kind in
                                                 ("expand", "project") if i or kind == "project"]}  # fmt: skip
-    if cell["crops"]:
-        few = None if cell["photographs"] == "all" else cell["photographs"]
-        options["calibration"] = [prepared(trial.calibration(cell["crops"], few))]
-        options["calibration_images"] = cell["crops"]
+    if cell.crops:
+        few = None if isinstance(cell.photographs, str) else cell.photographs
+        images = [prepared(trial.calibration(cell.crops, few))]
+        options |= {"calibration": images, "calibration_images": cell.crops}
     # N = 16 does not divide the 24 and 40 channels of eight of them, which take N = 8.
     converted = bgcbench.convert(
-        model, cell["variant"], cell["groups"], init=cell["init"], rebn=cell["rebn"], on_indivisible="gcd",
+        model, cell.variant, cell.groups, init=cell.init, rebn=cell.rebn, on_indivisible="gcd",
         example_input=(3, SIDE, SIDE), seed=trial.seed, **options,
     )  # fmt: skip
     seconds = time.perf_counter() - begin
     record = converted.record
-    row = {**cell, "seed": trial.seed, "replaced": len(record.replaced)}
-    row |= {"params": sum(p.numel() for p in converted.model.parameters())}
-    row |= {"convert_s": seconds, "calibration": _summary(record.calibration) if record.calibration else None}
-    return {**row, **trial.judge(lambda images: logits(converted.model, images))}
+    compared: Any = trial.evaluate(lambda images: logits(converted.model, images))
+    return Row(
+        **msgspec.structs.asdict(cell), **compared, seed=trial.seed, replaced=len(record.replaced),
+        params=sum(p.numel() for p in converted.model.parameters()), convert_s=seconds,
+        calibration=_summary(record.calibration) if record.calibration else None,
+    )  # fmt: skip
 
 
 def _summary(calibration: Calibration) -> dict[str, Any]:
@@ -270,29 +315,34 @@ def _summary(calibration: Calibration) -> dict[str, Any]:
     return calibration.to_json() | {"layers": layers}
 
 
-def controls(model: nn.Module, trial: Trial, count: int) -> list[dict[str, Any]]:
+def controls(model: nn.Module, trial: Trial, count: int) -> list[Control]:
     """Nothing replaced: the norms alone re-estimated, and one answer to everything."""
     images = trial.calibration(count)
     changed = network()
     reestimate_norms(changed, [prepared(images)], images=count)
     mean = logits(model, images).mean(0)
-    return [
-        {"what": "norms re-estimated", "seed": trial.seed, "crops": count,
-         **trial.judge(lambda images: logits(changed, images))},
-        {"what": "one answer", "seed": trial.seed, "crops": count,
-         **trial.judge(lambda images: mean.expand(len(images), -1))},
-    ]  # fmt: skip
+    answers: dict[str, Callable[[Tensor], Tensor]] = {
+        "norms re-estimated": lambda images: logits(changed, images),
+        "one answer": lambda images: mean.expand(len(images), -1),
+    }
+    return [Control(what=what, seed=trial.seed, crops=count, **trial.evaluate(says)) for what, says in answers.items()]
 
 
-def guesses(model: nn.Module, pictures: dict[str, Tensor]) -> dict[str, dict[str, Any]]:
+class Guess(msgspec.Struct):
+    number: int = msgspec.field(name="class")
+    name: str
+    share: float
+
+
+def guesses(model: nn.Module, pictures: dict[str, Tensor]) -> dict[str, Guess]:
     """The network's first guess at the middle of each photograph, to see that images are given to it as it wants."""
     from torchvision.models import EfficientNet_B0_Weights
 
-    names = EfficientNet_B0_Weights.IMAGENET1K_V1.meta["categories"]
+    names = EfficientNet_B0_Weights.IMAGENET1K_V1.meta["categories"]  # torchvision's
     said = logits(model, torch.stack([middle(image) for image in pictures.values()])).softmax(1)
     best = said.max(1)
     found = zip(pictures, best.indices.tolist(), best.values.tolist(), strict=True)
-    return {picture: {"class": place, "name": names[place], "share": share} for picture, place, share in found}
+    return {picture: Guess(place, names[place], share) for picture, place, share in found}
 
 
 # --------------------------------------------------------------------------------------------------------- the tables
@@ -310,16 +360,16 @@ def spread(found: Sequence[float | None], digits: int) -> str:
     return f"{text} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else text
 
 
-def table(rows: Sequence[dict[str, Any]], keys: dict[str, str]) -> str:
+def table(rows: Sequence[Row | Control], keys: dict[str, str]) -> str:
     """A Markdown table: one line for each combination of ``keys`` (by name of the column), its seeds summed up."""
     heads = [*keys, *(f"{kind}: {head}" for kind in ("unseen", "seen") for head in _HEADS)]
     lines = [heads, ["---"] * len(heads)]
-    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    groups: dict[tuple[Any, ...], list[Row | Control]] = {}
     for row in rows:
-        groups.setdefault(tuple(row[key] for key in keys.values()), []).append(row)
+        groups.setdefault(tuple(getattr(row, key) for key in keys.values()), []).append(row)
     for values, same in groups.items():
         found = [
-            spread([row[kind][name] for row in same], digits)
+            spread([getattr(getattr(row, kind), name) for row in same], digits)
             for kind in ("unseen", "seen")
             for name, digits in _COLUMNS
         ]
@@ -333,13 +383,13 @@ def _plain(value: Any) -> str:
     return value if isinstance(value, str) else f"{value:,}" if value else "-"
 
 
-def show(rows: Sequence[dict[str, Any]], first: int) -> None:
+def show(rows: Sequence[Row], first: int) -> None:
     """Print what was found."""
     keys = {"variant": "variant", "N": "groups", "parameters": "params", "init": "init", "batch norm": "rebn"}
-    whole = [row for row in rows if row["where"] == "all" and row["crops"] in (0, first)]
+    whole = [row for row in rows if row.where == "all" and row.crops in (0, first)]
     print("\nAll of them replaced:\n")
-    print(table([row for row in whole if row["photographs"] == "all"], keys))
-    calibrated = [row for row in rows if row["init"] == "calibrated" and (row["variant"], row["groups"]) in EQUAL]
+    print(table([row for row in whole if row.photographs == "all"], keys))
+    calibrated = [row for row in rows if row.init == "calibrated" and (row.variant, row.groups) in EQUAL]
     print("\nMore crops, fewer photographs, fewer convolutions:\n")
     names = {"where": "where", "replaced": "replaced", "crops": "crops", "photographs": "photographs"}
     print(table(calibrated, {"variant": "variant", "N": "groups", "parameters": "params", **names,
@@ -367,30 +417,30 @@ def main() -> int:
     model, pictures = network(), photographs()
     guessed = guesses(model, pictures)
     for name, guess in guessed.items():
-        print(f"{name}: {guess['name']} ({guess['share']:.0%})")
-    rows: list[dict[str, Any]] = []
-    beside: list[dict[str, Any]] = []
+        print(f"{name}: {guess.name} ({guess.share:.0%})")
+    rows: list[Row] = []
+    untouched: list[Control] = []
     splits = {}
     for seed in seeds:
         trial = Trial.of(model, pictures, seed, tested)
         splits[seed] = dict(zip(("calibration", "test"), split(list(pictures), seed), strict=True))
-        beside += controls(model, trial, counts[0])
+        untouched += controls(model, trial, counts[0])
         for cell in cells(counts, options.quick or options.brief):
             rows.append(row := run_cell(model, trial, cell))
-            print(f"seed {seed} {cell['variant']} N={cell['groups']} {cell['init']} rebn={cell['rebn']} "
-                  f"{cell['where']} {row['crops']} crops of {row['photographs']} photographs: unseen "
-                  f"{row['unseen']['agreement']:.1f} %, seen {row['seen']['agreement']:.1f} % "
-                  f"({row['convert_s']:.0f} s)", flush=True)  # fmt: skip
+            print(f"seed {seed} {cell.variant} N={cell.groups} {cell.init} rebn={cell.rebn} "
+                  f"{cell.where} {row.crops} crops of {row.photographs} photographs: unseen "
+                  f"{row.unseen.agreement:.1f} %, seen {row.seen.agreement:.1f} % "
+                  f"({row.convert_s:.0f} s)", flush=True)  # fmt: skip
         if options.out is not None:  # after each seed, as each takes a while
             save(options.out, command, {
                 "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
                 "threads": torch.get_num_threads(),
                 "network": {"parameters": sum(p.numel() for p in model.parameters()), "guesses": guessed},
-                "tested_crops_each": tested, "splits": splits, "controls": beside, "results": rows,
+                "tested_crops_each": tested, "splits": splits, "controls": untouched, "results": rows,
             })  # fmt: skip
     show(rows, counts[0])
     print("\nNothing replaced:\n")
-    print(table(beside, {"": "what"}))
+    print(table(untouched, {"": "what"}))
     return 0
 
 

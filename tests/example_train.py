@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from bgcbench.specs import VARIANTS
+from bgcbench.theory.paper import printed_error
 from tests.example import example_document
 
 Json = dict[str, Any]
@@ -135,3 +136,11 @@ def stop(row: Json, status: str, reason: str, epochs: int = 0) -> None:
     row.update(dict.fromkeys(gone), status=status, reason=reason, epochs=row["epochs"][:epochs])
     if status == "invalid":
         row.update(counts=None, convert=None, error_initial=None, images_per_s=None)
+
+
+def papers(document: Json) -> Json:
+    """The document with what the paper prints of WRN-28-10, for all but LGC."""
+    for row in document["results"]:
+        printed = printed_error("cifar10", "wrn_28_10", row["params"]["variant"], row["params"]["groups"])
+        row["paper"] = None if printed is None else {"error": printed}
+    return document

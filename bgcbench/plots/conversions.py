@@ -2,118 +2,110 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import NamedTuple
 
-from bgcbench.plots.style import (
-    GREY,
-    NothingToDraw,
-    Part,
-    ends_of,
-    handle,
-    label_of,
-    legend,
-    look_of,
-    name_axes,
-    scale_errors,
-    scale_params,
-    spread_line,
-    training_title,
-)
+from matplotlib.figure import SubFigure
+
+from bgcbench.plots import style
 from bgcbench.results.aggregate import Conversions, Moment, Spread, Start, image_points, spread_of, variant_place
 from bgcbench.results.document import Document
-
-if TYPE_CHECKING:
-    from matplotlib.figure import SubFigure
 
 ACROSS = 3  # panels side by side
 MOMENTS: tuple[Moment, ...] = ("initial", "final")
 INITS = {"copy": "Copied", "white": "White", "calibrated": "Calibrated", "scratch": "From scratch"}
 # The untouched network's lines: their names, and how they are dashed.
 LEVELS = {"initial": ("untouched network", "-"), "final": ("trained as long (control)", ":")}
-HOLLOW: dict[str, Any] = {"linestyle": (0, (4, 2)), "markerfacecolor": "white", "markeredgewidth": 0.9}
-
-Points = list[tuple[float, Spread]]  # parameters, and errors (percent) over the seeds
-Series = dict[tuple[Start, str, Moment], Points]
+HOLLOW: style.Look = {"linestyle": (0, (4, 2)), "markerfacecolor": "white", "markeredgewidth": 0.9}
+CROSS: style.Look = {"marker": "x", "markersize": 5.0, "linestyle": "none"}
 
 
-def part(document: Document) -> Part:
+class Series(NamedTuple):
+    """A variant's errors (percent) at one moment against parameters, in one panel."""
+
+    start: Start
+    variant: str
+    moment: Moment
+    points: list[tuple[float, Spread]]
+
+
+def part(document: Document) -> style.Part:
     run = Conversions.of(document)
     series = _series(run)
     if not series:
-        raise NothingToDraw("conversions evaluated on real images; this result has none")
-    variants = sorted({variant for _, variant, _ in series}, key=variant_place)
-    trained = any(moment == "final" for *_, moment in series)
+        raise style.NothingToDraw("conversions evaluated on real images; this result has none")
+    variants = sorted({one.variant for one in series}, key=variant_place)
+    trained = any(one.moment == "final" for one in series)
     dense = {moment: spread_of(run.standard.errors_at(moment).values()) for moment in MOMENTS} if run.standard else {}
     levels = {moment: spread.mean for moment, spread in dense.items() if spread}
-    printed = [cell for cell in run.converted if cell.paper_error is not None]
+    printed = [
+        (cell.start, cell.variant, cell.params, cell.paper_error)
+        for cell in run.converted
+        if cell.paper_error is not None and cell.params is not None
+    ]
     errors = [e for cell in run.cells for moment in MOMENTS for e in cell.errors_at(moment).values()]
-    errors += [cell.paper_error for cell in printed if cell.paper_error is not None]
+    errors += [error for *_, error in printed]
     floor = image_points(run.rows) / 2 if min(errors) <= 0 else 0.0  # where an error of 0 stands
-    places = _grid(run, [start for start in run.starts if any(at == start for at, _, _ in series)])
+    spreads = [spread for one in series for _, spread in one.points]
+    places = _places(run, [start for start in run.starts if any(one.start == start for one in series)])
 
     def paint(panel: SubFigure) -> None:
-        grid = panel.subplots(len(places), len(places[0]), squeeze=False, sharex=True, sharey=True)
-        when = "before and after training" if trained else "before any training"
-        training_title(panel, document, f"Test error {when}")
-        drawn = []
-        for axes, start in zip(grid.flat, [start for line in places for start in line], strict=True):
-            if start is None:
-                axes.set_axis_off()
-                continue
-            drawn.append(axes)
+        style.training_title(
+            panel, document, f"Test error {'before and after training' if trained else 'before any training'}"
+        )
+        grid = style.grid_of(panel, places, "parameters (millions)", "test error (%)")
+        for axes, start in grid:
             axes.set_title(_title(run, start))
-            for (at, variant, moment), points in series.items():
+            for one in series:
+                if one.start == start:
+                    look = HOLLOW if trained and one.moment == "initial" else {}
+                    style.spread_line(axes, one.variant, one.points, f"_{one.moment} {one.variant}", floor, **look)
+            for at, variant, params, error in printed:
                 if at == start:
-                    look = HOLLOW if trained and moment == "initial" else {}
-                    spread_line(axes, variant, points, f"_{moment} {variant}", floor, **look)
-            for cell in printed:
-                if cell.start == start:
-                    cross = {"color": look_of(cell.variant)["color"], "marker": "x", "markersize": 5.0}
-                    place = [cell.params or math.nan], [cell.paper_error or math.nan]
-                    axes.plot(*place, label=f"_paper {cell.variant}", linestyle="none", zorder=5, **cross)
+                    cross = {"color": style.look_of(variant)["color"], "zorder": 5, **CROSS}
+                    axes.plot([params], [error], label=f"_paper {variant}", **cross)
             for moment, level in levels.items():
-                dashes = LEVELS[moment][1]
-                axes.axhline(max(level, floor), color="black", ls=dashes, lw=0.9, zorder=2, label=f"_{moment}")
-        scale_params(drawn[0], [params for points in series.values() for params, _ in points])
-        ends = ends_of(spread for points in series.values() for _, spread in points)
-        scale_errors(drawn[0], [max(error, floor) for error in errors], [max(end, floor) for end in ends])
-        name_axes(grid, "parameters (millions)", "test error (%)")
-        handles = [handle(drawn[0], label_of(variant), **look_of(variant)) for variant in variants]
+                look = {"color": "black", "linestyle": LEVELS[moment][1], "linewidth": 0.9, "zorder": 2}
+                axes.axhline(max(level, floor), label=f"_{moment}", **look)
+        first, _ = grid[0]
+        style.scale_params(first, [params for one in series for params, _ in one.points])
+        style.scale_errors(first, errors, spreads, floor)
+        looks = {style.label_of(variant): style.look_of(variant) for variant in variants}
         if trained:
-            look = {"color": GREY, "marker": "o", "markersize": 6.0, "linewidth": 0.9, **HOLLOW}
-            handles.append(handle(drawn[0], "before training", **look))
+            looks["before training"] = {
+                "color": style.GREY,
+                "marker": "o",
+                "markersize": 6.0,
+                "linewidth": 0.9,
+                **HOLLOW,
+            }
         for moment in levels:
             label, dashes = LEVELS[moment]
-            handles.append(handle(drawn[0], label, color="black", linestyle=dashes, linewidth=0.9))
+            looks[label] = {"color": "black", "linestyle": dashes, "linewidth": 0.9}
         if printed:
-            handles.append(handle(drawn[0], "paper", color=GREY, marker="x", markersize=5.0, linestyle="none"))
-        legend(panel, handles, _notes(run, series, floor, trained=trained))
+            looks["paper"] = {"color": style.GREY, **CROSS}
+        style.legend(panel, looks, _notes(run, variants, spreads, floor, trained=trained))
 
-    return Part(4.2 if len(places) == 1 else 2.5 * len(places) + 0.9, paint)
+    return style.Part(max(len(places), 1.3), paint)
 
 
-def _series(run: Conversions) -> Series:
+def _series(run: Conversions) -> list[Series]:
     """By start, variant and moment, ascending in parameters."""
-    found: Series = {}
+    found: dict[tuple[Start, str, Moment], list[tuple[float, Spread]]] = {}
     for cell in sorted(run.converted, key=lambda cell: (cell.start.place, variant_place(cell.variant))):
         for moment in MOMENTS:
             spread = spread_of(cell.errors_at(moment).values())
             if spread and cell.params is not None:
                 found.setdefault((cell.start, cell.variant, moment), []).append((cell.params, spread))
-    return {at: sorted(points) for at, points in found.items()}
+    return [Series(*at, sorted(points)) for at, points in found.items()]
 
 
-def _grid(run: Conversions, starts: Sequence[Start]) -> list[list[Start | None]]:
+def _places(run: Conversions, starts: Sequence[Start]) -> list[list[Start | None]]:
     """The panels: one below the other what differs in batch norm only, otherwise a few side by side."""
-    if run.norms_differ:
-        inits = list(dict.fromkeys(start.init for start in starts))
-        return [[at if (at := Start(i, rebn)) in starts else None for i in inits] for rebn in (False, True)]
-    down = math.ceil(len(starts) / ACROSS)
-    across = math.ceil(len(starts) / down)
-    padded = [*starts, *[None] * (down * across - len(starts))]
-    return [padded[across * line : across * (line + 1)] for line in range(down)]
+    if not run.norms_differ:
+        return style.wrapped(starts, ACROSS)
+    inits = dict.fromkeys(start.init for start in starts)
+    return [[at if (at := Start(init, rebn)) in starts else None for init in inits] for rebn in (False, True)]
 
 
 def _title(run: Conversions, start: Start) -> str:
@@ -122,14 +114,15 @@ def _title(run: Conversions, start: Start) -> str:
     return f"{INITS.get(start.init, start.init)}{rebn}" if len(run.starts) > 1 else ""
 
 
-def _notes(run: Conversions, series: Series, floor: float, *, trained: bool) -> list[str]:
+def _notes(
+    run: Conversions, variants: Sequence[str], spreads: Sequence[Spread], floor: float, *, trained: bool
+) -> list[str]:
     numbers = ", ".join(str(n) for n in sorted({cell.groups for cell in run.converted}))
-    repeated = any(spread.n > 1 for points in series.values() for _, spread in points)
-    both = {"gc", "bgc"} <= {variant for _, variant, _ in series}
+    both = {"gc", "bgc"} <= {*variants}
     return [
         f"From right to left N = {numbers}" + ("; GC at N has the parameters of BGC at 2N." if both else "."),
         "rebn: statistics of batch norm re-estimated." if run.norms_differ else "",
         "Dashed and hollow: before training; filled: after it." if trained else "",
-        "Markers: mean over the seeds; bars: one standard deviation." if repeated else "",
+        "Markers: mean over the seeds; bars: one standard deviation." if any(s.n > 1 for s in spreads) else "",
         f"An error of 0 stands at {floor:g} %, half an image." if floor else "",
     ]

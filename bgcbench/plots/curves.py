@@ -2,65 +2,48 @@
 
 from __future__ import annotations
 
-import math
 import statistics
-from typing import TYPE_CHECKING, Any
 
+from matplotlib.axes import Axes
+from matplotlib.figure import SubFigure
+from matplotlib.ticker import MaxNLocator
+
+from bgcbench.plots import style
 from bgcbench.plots.errors import unfinished, variants_of
-from bgcbench.plots.style import (
-    NothingToDraw,
-    Part,
-    handle,
-    label_of,
-    legend,
-    look_of,
-    name_axes,
-    scale_errors,
-    training_title,
-)
 from bgcbench.results.aggregate import SYNTHETIC, Cell, training_cells
 from bgcbench.results.document import Document
 from bgcbench.results.rows import TrainRow
 from bgcbench.specs import VARIANTS
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import SubFigure
 
 ACROSS = 3  # panels side by side
 MARKS = 6  # markers along a curve, about
 NOTE = "Lines: mean over the seeds; bands: from the lowest to the highest of them."
 
 
-def part(document: Document) -> Part:
+def part(document: Document) -> style.Part:
     cells = training_cells([row for row in document.results if row.params.dataset != SYNTHETIC])
-    series = {cell: curve for cell in cells if (curve := _curve(cell))}
-    if not series:
-        raise NothingToDraw("test errors by epoch; this result has none")
-    groups = sorted({cell.groups for cell in series if not cell.dense}) or [1]
-    down = math.ceil(len(groups) / ACROSS)
-    every = [error for curve in series.values() for errors in curve.values() for error in errors]
-    repeated = len(every) > sum(len(curve) for curve in series.values())
+    curves = {cell: curve for cell in cells if (curve := _curve(cell))}
+    if not curves:
+        raise style.NothingToDraw("test errors by epoch; this result has none")
+    places = style.wrapped(sorted({cell.groups for cell in curves if not cell.dense}) or [1], ACROSS)
+    every = [error for curve in curves.values() for errors in curve.values() for error in errors]
+    repeated = len(every) > sum(map(len, curves.values()))
 
     def paint(panel: SubFigure) -> None:
-        from matplotlib.ticker import MaxNLocator
-
-        grid = panel.subplots(down, math.ceil(len(groups) / down), squeeze=False, sharex=True, sharey=True)
-        training_title(panel, document, "Test error by epoch")
-        for axes, n in zip(grid.flat, groups, strict=False):
-            for cell, curve in series.items():
+        style.training_title(panel, document, "Test error by epoch")
+        grid = style.grid_of(panel, places, "epoch", "test error (%)")
+        for axes, n in grid:
+            for cell, curve in curves.items():
                 if cell.groups == n or cell.dense:
                     _plot(axes, cell.variant, curve)
             axes.set_title(f"N = {n}")
-        scale_errors(grid[0, 0], every)
-        for axes in grid.flat[len(groups) :]:
-            axes.set_axis_off()
-        name_axes(grid, "epoch", "test error (%)")
-        grid[0, 0].xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True))
-        handles = [handle(grid[0, 0], label_of(variant), **_look(variant)) for variant in variants_of(series)]
-        legend(panel, handles, [NOTE if repeated else "", unfinished(cells)])
+        first, _ = grid[0]
+        style.scale_errors(first, every)
+        first.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True))
+        looks = {style.label_of(variant): _look(variant) for variant in variants_of(curves)}
+        style.legend(panel, looks, [NOTE if repeated else "", unfinished(cells)])
 
-    return Part(2.5 * down + 0.9, paint)
+    return style.Part(len(places), paint)
 
 
 def _curve(cell: Cell[TrainRow]) -> dict[int, list[float]]:
@@ -75,8 +58,8 @@ def _curve(cell: Cell[TrainRow]) -> dict[int, list[float]]:
     return {epoch: [errors[epoch] for errors in each] for epoch in common}
 
 
-def _look(variant: str) -> dict[str, Any]:
-    return look_of(variant, markersize=0.65 * look_of(variant)["markersize"], linewidth=1.1)
+def _look(variant: str) -> style.Look:
+    return style.look_of(variant, markersize=0.65 * style.look_of(variant)["markersize"], linewidth=1.1)
 
 
 def _plot(axes: Axes, variant: str, curve: dict[int, list[float]]) -> None:
@@ -87,4 +70,4 @@ def _plot(axes: Axes, variant: str, curve: dict[int, list[float]]) -> None:
     axes.plot(epochs, means, label=f"_curve {variant}", markevery=(first, step), **_look(variant))
     low, high = [min(errors) for errors in curve.values()], [max(errors) for errors in curve.values()]
     if low != high:
-        axes.fill_between(epochs, low, high, color=look_of(variant)["color"], alpha=0.15, linewidth=0, zorder=1.5)
+        axes.fill_between(epochs, low, high, color=style.look_of(variant)["color"], alpha=0.15, linewidth=0, zorder=1.5)

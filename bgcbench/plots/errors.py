@@ -3,74 +3,57 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
 
-from bgcbench.plots.style import (
-    GREY,
-    NothingToDraw,
-    Part,
-    ends_of,
-    handle,
-    label_of,
-    legend,
-    look_of,
-    scale_errors,
-    scale_params,
-    spread_line,
-    training_title,
-)
+from matplotlib.axes import Axes
+from matplotlib.figure import SubFigure
+
+from bgcbench.plots import style
 from bgcbench.results.aggregate import Cell, Spread, spread_of, training_cells, variant_place
 from bgcbench.results.document import Document
 from bgcbench.results.rows import TrainRow
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import SubFigure
-
 DODGE = 0.1  # octaves of N between two variants of one N, which would hide each other
 BESIDE = 1.04  # times the place of a marker: that of its seeds
+HOLLOW = {"markerfacecolor": "none", "linestyle": "none"}
 
 Spreads = dict[Cell[TrainRow], Spread]
 
 
-def part(document: Document) -> Part:
+def part(document: Document) -> style.Part:
     cells = training_cells(document.results)
     spreads = {cell: spread for cell in cells if (spread := spread_of(cell.errors.values()))}
     if not spreads:
-        raise NothingToDraw("finished trainings on real images; this result has none")
+        raise style.NothingToDraw("finished trainings on real images; this result has none")
     variants = variants_of(spreads)
-    printed = any(cell.paper_error is not None for cell in spreads)
-    notes = []
-    if any(spread.n > 1 for spread in spreads.values()):
-        notes.append("Markers: mean over the seeds, which are the dots; bars and band: one standard deviation.")
-    notes += ["Hollow: what Lee, Park & Lee print."] if printed else []
-    notes += ["Left: variants of one N stand side by side."] if len({*variants} - {"standard"}) > 1 else []
-    notes += ["Right: N grows to the left."] if len(spreads) > 1 else []
+    printed = [cell.paper_error for cell in spreads if cell.paper_error is not None]
+    repeated = any(spread.n > 1 for spread in spreads.values())
+    notes = [
+        "Markers: mean over the seeds, which are the dots; bars and band: one standard deviation." if repeated else "",
+        "Hollow: what Lee, Park & Lee print." if printed else "",
+        "Left: variants of one N stand side by side." if len({*variants} - {"standard"}) > 1 else "",
+        "Right: N grows to the left." if len(spreads) > 1 else "",
+        unfinished(cells),
+    ]
 
     def paint(panel: SubFigure) -> None:
         by_groups, by_params = panel.subplots(1, 2, sharey=True, width_ratios=(1.2, 1))
-        training_title(panel, document, "Test error after the last epoch")
+        style.training_title(panel, document, "Test error after the last epoch")
         _panel(by_groups, spreads, {cell: _place(cell, variants) for cell in spreads}, seeds=True)
         groups = sorted({cell.groups for cell in spreads})
-        by_groups.set_xscale("log", base=2)
-        by_groups.set_xlim(groups[0] / 2**0.4, groups[-1] * 2**0.4)
-        by_groups.set_xticks(groups, [str(n) for n in groups])
-        by_groups.minorticks_off()
-        by_groups.set(xlabel="N", ylabel="test error (%)")
+        style.scale_groups(by_groups, groups)
+        by_groups.set(xlabel="N", ylabel="test error (%)", xlim=(groups[0] / 2**0.4, groups[-1] * 2**0.4))
         params = {cell: cell.params for cell in spreads if cell.params is not None}
         _panel(by_params, spreads, params, seeds=False)
         if params:
-            scale_params(by_params, list(params.values()))
+            style.scale_params(by_params, list(params.values()))
         by_params.set_xlabel("parameters (millions)")
-        drawn = [error for cell in spreads for error in (*cell.errors.values(), cell.paper_error) if error is not None]
-        scale_errors(by_groups, drawn, ends_of(spreads.values()))
-        handles = [handle(by_groups, label_of(variant), **look_of(variant)) for variant in variants]
-        if printed:
-            hollow = {"color": GREY, "marker": "o", "markersize": 6.0, "markerfacecolor": "none", "linestyle": "none"}
-            handles.append(handle(by_groups, "paper", **hollow))
-        legend(panel, handles, [*notes, unfinished(cells)])
+        drawn = [error for cell in spreads for error in cell.errors.values()]
+        style.scale_errors(by_groups, [*drawn, *printed], spreads.values())
+        looks = {style.label_of(variant): style.look_of(variant) for variant in variants}
+        paper = {"paper": {"color": style.GREY, "marker": "o", "markersize": 6.0, **HOLLOW}} if printed else {}
+        style.legend(panel, looks | paper, notes)
 
-    return Part(4.1, paint)
+    return style.Part(1.3, paint)
 
 
 def variants_of(cells: Iterable[Cell[TrainRow]]) -> list[str]:
@@ -80,7 +63,7 @@ def variants_of(cells: Iterable[Cell[TrainRow]]) -> list[str]:
 def unfinished(cells: Iterable[Cell[TrainRow]]) -> str:
     """A note on the cells of which not every seed has finished."""
     gone = [
-        f"{label_of(cell.variant, cell.groups)} ({len(cell.done)} of {len(cell.rows)} seeds)"
+        f"{style.label_of(cell.variant, cell.groups)} ({len(cell.done)} of {len(cell.rows)} seeds)"
         for cell in cells
         if len(cell.done) < len(cell.rows)
     ]
@@ -98,26 +81,21 @@ def _panel(axes: Axes, spreads: Spreads, places: Mapping[Cell[TrainRow], float],
     """The cells at their places: means joined by variant, with their spread and what the paper prints."""
     for variant in variants_of(places):
         cells = sorted((cell for cell in places if cell.variant == variant), key=lambda cell: places[cell])
-        spread_line(axes, variant, [(places[cell], spreads[cell]) for cell in cells], f"_mean {variant}")
-        colour = look_of(variant)["color"]
+        style.spread_line(axes, variant, [(places[cell], spreads[cell]) for cell in cells], f"_mean {variant}")
+        colour = style.look_of(variant)["color"]
         for cell in cells:
-            x, spread = places[cell], spreads[cell]
-            if seeds and spread.n > 1:
-                dots: dict[str, Any] = {
-                    "marker": "o",
-                    "markersize": 2.2,
-                    "alpha": 0.6,
-                    "linestyle": "none",
-                    "zorder": 2.5,
-                }
-                errors = list(cell.errors.values())
-                axes.plot([BESIDE * x] * spread.n, errors, label=f"_seeds {variant}", color=colour, **dots)
+            x, errors = places[cell], list(cell.errors.values())
+            if seeds and len(errors) > 1:
+                axes.plot(
+                    [BESIDE * x] * len(errors), errors, "o", label=f"_seeds {variant}", color=colour, markersize=2.2,
+                    alpha=0.6, zorder=2.5,
+                )  # fmt: skip
             if cell.paper_error is not None:
-                hollow = look_of(variant, markerfacecolor="none", linestyle="none", markeredgewidth=0.9)
+                hollow = style.look_of(variant, markeredgewidth=0.9, **HOLLOW)
                 axes.plot([x], [cell.paper_error], label=f"_paper {variant}", **hollow)
         if variant == "standard":
             spread = spreads[cells[0]]
             axes.axhline(spread.mean, color=colour, linewidth=0.9, label="_standard", zorder=2)
             if spread.sd is not None:
                 low, high = spread.mean - spread.sd, spread.mean + spread.sd
-                axes.axhspan(low, high, color=GREY, alpha=0.15, linewidth=0, zorder=1.5)
+                axes.axhspan(low, high, color=style.GREY, alpha=0.15, linewidth=0, zorder=1.5)

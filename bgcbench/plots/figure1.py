@@ -2,61 +2,56 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import statistics
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
-from bgcbench.plots.sampled import (
-    at_log_share,
-    exact_curve,
-    exact_line,
-    finished,
-    inputs_of,
-    look_on,
-    lossy,
-    notes_of,
-    sampled_title,
-    series_of,
-)
-from bgcbench.plots.style import NothingToDraw, Part, label_of, legend
-from bgcbench.results.document import Document, printable
+from matplotlib.figure import SubFigure
+
+from bgcbench.plots.sampled import finished, lossy, notes_of, sampled_title, series_of
+from bgcbench.plots.style import Look, NothingToDraw, Part, legend
+from bgcbench.results.document import Document
 from bgcbench.results.rows import Fit
-
-if TYPE_CHECKING:
-    from matplotlib.figure import SubFigure
 
 TOUCHING = 0.035  # of the axis, between two ticks
 
 
 def part(document: Document) -> Part:
-    rows = lossy(finished(document))
+    every = finished(document)
+    rows = lossy(every)
     if not rows:
         raise NothingToDraw("rows of sampled convolutions with N > 1 and an error above 0; this result has none")
-    names, fits = inputs_of(rows), {(fit.variant, fit.input): fit for fit in document.fits}
+    fits = {(fit.variant, fit.input): fit for fit in document.fits}
 
     def paint(panel: SubFigure) -> None:
-        axes, handles = panel.subplots(), []
+        axes = panel.subplots()
         sampled_title(panel, document, "Error against 1 - 1/N")
-        for at, mine in series_of(rows).items():
-            x = [at_log_share(row.params.groups) for row in mine]
-            y = [math.log(row.error or 0.0) for row in mine]
-            label = f"{label_of(at[0])}, {printable(at[1])}: {_slopes(fits.get(at))}"
-            handles += axes.plot(x, y, label=label, **look_on(at, names))
-            numbers, curve = exact_curve(at, mine)
-            unit = statistics.fmean((row.error or 0.0) / (row.relative_error or 1.0) for row in mine)
-            if numbers:
-                exact_line(axes, [*map(at_log_share, numbers)], [math.log(unit * e) for e in curve], at, names)
-            else:
-                colour = handles[-1].get_color()
-                axes.plot(x, y, label=f"_join {at[0]}, {at[1]}", color=colour, linewidth=0.6, alpha=0.4)
+        looks: dict[str, Look] = {}
+        for series in series_of(rows):
+            label, look = f"{series.label}: {_slopes(fits.get((series.variant, series.input)))}", series.look()
+            looks[label] = look
+            x = [_log_share(row.params.groups) for row in series.rows]
+            y = [math.log(row.error or 0.0) for row in series.rows]
+            axes.plot(x, y, label=label, **look)
+            unit = statistics.fmean((row.error or 0.0) / (row.relative_error or 1.0) for row in series.rows)
+            if not series.draw_exact(axes, _log_share, functools.partial(_log_error, unit)):
+                join = f"_join {series.variant}, {series.input}"
+                axes.plot(x, y, label=join, color=look["color"], linewidth=0.6, alpha=0.4)
         groups = _spaced(sorted({row.params.groups for row in rows}))
-        axes.set_xticks([at_log_share(n) for n in groups], [str(n) for n in groups])
-        axes.set_xlabel("N, spaced as log(1 - 1/N)")
-        axes.set_ylabel("log E   (natural; E: output energy an input)")
-        legend(panel, handles, notes_of(finished(document)), columns=min(len(names), 3))
+        axes.set_xticks([_log_share(n) for n in groups], [str(n) for n in groups])
+        axes.set(xlabel="N, spaced as log(1 - 1/N)", ylabel="log E   (natural; E: output energy an input)")
+        legend(panel, looks, notes_of(every), columns=min(len({row.params.input for row in rows}), 3))
 
-    return Part(5.2, paint)
+    return Part(1.7, paint)
+
+
+def _log_share(groups: float) -> float:
+    return math.log(1 - 1 / groups)
+
+
+def _log_error(unit: float, _: float, relative_error: float) -> float:
+    return math.log(unit * relative_error)
 
 
 def _slopes(fit: Fit | None) -> str:
@@ -68,9 +63,9 @@ def _slopes(fit: Fit | None) -> str:
 
 def _spaced(groups: Sequence[int]) -> list[int]:
     """The last N, and before it those whose ticks do not touch the one after."""
-    least = TOUCHING * (at_log_share(groups[-1]) - at_log_share(groups[0]))
+    least = TOUCHING * (_log_share(groups[-1]) - _log_share(groups[0]))
     shown = [groups[-1]]
     for n in reversed(groups[:-1]):
-        if at_log_share(shown[0]) - at_log_share(n) >= least:
+        if _log_share(shown[0]) - _log_share(n) >= least:
             shown.insert(0, n)
     return shown

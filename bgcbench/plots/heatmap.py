@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from bgcbench.plots.style import NothingToDraw, Part, label_of, legend, title
+from matplotlib.axes import Axes
+from matplotlib.figure import SubFigure
+
+from bgcbench.plots.style import NothingToDraw, Part, grid_of, label_of, legend, title, wrapped
 from bgcbench.results.aggregate import variant_place
 from bgcbench.results.document import Document, printable
 from bgcbench.results.rows import LayerRow
 from bgcbench.theory.fits import EXACT
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.colors import Colormap
-    from matplotlib.figure import SubFigure
 
 COLOURS, EMPTY = "cividis", "#e6e6e6"  # of the map, and of its cells without a number
 DARK = 46.5  # percent, below which white reads better on the map's colours than black
@@ -36,38 +34,31 @@ def part(document: Document) -> Part:
     layers = list(dict.fromkeys(row.params.layer for row in rows))
     groups = sorted({row.params.groups for row in rows})
     variants = sorted({row.params.variant for row in rows}, key=variant_place)
-    across = max(1, min(len(variants), ACROSS // len(groups)))
-    down = math.ceil(len(variants) / across)
+    places = wrapped(variants, max(1, ACROSS // len(groups)))
 
     def paint(panel: SubFigure) -> None:
-        from matplotlib import colormaps
-
-        grid = panel.subplots(down, across, squeeze=False)
         p = rows[0].params
         weights = "untrained" if p.weights == "none" else f"weights {p.weights}"
         title(panel, document, f"Error of {p.model} ({weights}) by layer", f"{p.calibration_images} images of {p.data}")
-        for axes, variant in zip(grid.flat, variants, strict=False):
-            cells = [[100 * lost.get((variant, layer, n), math.nan) for n in groups] for layer in layers]
-            image = _cells(axes, cells, colormaps[COLOURS])
+        grid = grid_of(panel, places, "N", "")
+        for axes, variant in grid:
+            image = _cells(axes, [[100 * lost.get((variant, layer, n), math.nan) for n in groups] for layer in layers])
             axes.set_title(label_of(variant))
-            axes.set_xlabel("N")
             axes.set_xticks(range(len(groups)), [str(n) for n in groups])
-            names = [printable(layer) for layer in layers] if axes in grid[:, 0] else [""] * len(layers)
-            axes.set_yticks(range(len(layers)), names)
-        for axes in grid.flat[len(variants) :]:
-            axes.set_axis_off()
+            axes.set_yticks(range(len(layers)), [printable(layer) for layer in layers])
         ending = "max" if max(lost.values()) > 1 else "neither"
-        bar = panel.colorbar(image, ax=grid, label="output error (%)", aspect=30, pad=0.02, extend=ending)
+        ax: Any = panel.axes
+        bar = panel.colorbar(image, ax=ax, label="output error (%)", aspect=30, pad=0.02, extend=ending)
         outline: Any = bar.outline
         outline.set_visible(False)
-        legend(panel, [], [NOTE, HOLES if len(lost) < len(layers) * len(groups) * len(variants) else ""])
+        legend(panel, {}, [NOTE, HOLES if len(lost) < len(layers) * len(groups) * len(variants) else ""])
 
-    return Part(down * (max(0.21 * len(layers), 1.1) + 0.7) + 0.9, paint)
+    return Part(len(places) * (0.3 + max(len(layers), 5) / 12), paint)
 
 
-def _cells(axes: Axes, cells: Sequence[Sequence[float]], colours: Colormap) -> Any:
+def _cells(axes: Axes, cells: Sequence[Sequence[float]]) -> Any:
     """The cells (percent) of one panel, each with its number on it."""
-    image = axes.imshow(cells, cmap=colours, vmin=0, vmax=100, aspect="auto", interpolation="nearest")
+    image = axes.imshow(cells, cmap=COLOURS, vmin=0, vmax=100, aspect="auto", interpolation="nearest")
     axes.set_facecolor(EMPTY)
     axes.grid(visible=False)
     axes.tick_params(length=0)

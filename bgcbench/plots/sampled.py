@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import math
 import statistics
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import SubFigure
 
 from bgcbench.errors import UsageError
-from bgcbench.plots.style import label_of, look_of, title
+from bgcbench.plots.style import Look, label_of, look_of, title
 from bgcbench.results.aggregate import variant_place
-from bgcbench.results.document import Document
+from bgcbench.results.document import Document, printable
 from bgcbench.results.rows import SampledRow
 from bgcbench.specs import LINEAR, VARIANTS
 from bgcbench.theory.fits import EXACT
 from bgcbench.theory.inputs import InputLaw
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import SubFigure
-
-At = tuple[str, str]  # variant, input
 # By input: how a marker is filled, how lines are dashed, how much larger markers are.
 INPUT_LOOKS: tuple[tuple[str, Any, float], ...] = (
     ("full", "-", 1.0),
@@ -42,49 +40,62 @@ def lossy(rows: Iterable[SampledRow]) -> list[SampledRow]:
     return [row for row in rows if row.params.groups > 1 and (row.relative_error or 0.0) > EXACT]
 
 
-def series_of(rows: Iterable[SampledRow]) -> dict[At, list[SampledRow]]:
-    """Rows by (variant, input), ascending in N; inputs in order of appearance, variants in the registered order."""
-    found: dict[At, list[SampledRow]] = {}
+@dataclass(frozen=True)
+class Series:
+    """The rows of a variant on one input, ascending in N; place: of the input among all."""
+
+    variant: str
+    input: str
+    place: int
+    rows: list[SampledRow]
+
+    @property
+    def label(self) -> str:
+        return f"{label_of(self.variant)}, {printable(self.input)}"
+
+    def look(self, **more: Any) -> Look:
+        """Markers of the variant on this input, but for what is given."""
+        look = look_of(self.variant)
+        fill, _, larger = INPUT_LOOKS[self.place % len(INPUT_LOOKS)]
+        look |= {"markersize": larger * look["markersize"], "markeredgewidth": 1.0, "linestyle": "none"}
+        return {**look, "fillstyle": fill, "markerfacecoloralt": "white", **more}
+
+    def draw_exact(self, axes: Axes, x: Callable[[float], float], y: Callable[[float, float], float]) -> bool:
+        """Exact values at x(N), y(N, relative error) as a thin line, a single one as a dash; False if none is known."""
+        exact = self._exact()
+        if exact:
+            _, dashes, _ = INPUT_LOOKS[self.place % len(INPUT_LOOKS)]
+            look: Look = {"color": look_of(self.variant)["color"], "linestyle": dashes, "linewidth": 0.9, "zorder": 2}
+            look |= {"marker": "_" if len(exact) == 1 else "", "markersize": 14}
+            label = f"_exact {self.variant}, {self.input}"
+            axes.plot([x(n) for n in exact], [y(n, error) for n, error in exact.items()], label=label, **look)
+        return bool(exact)
+
+    def _exact(self) -> dict[float, float]:
+        """Exact relative errors by N, between the smallest and the largest N.
+
+        A curve through real N where the closed form is c (1 - 1/N), or c (1 - 2/N) for BGC, which has that on every
+        input (theory.exchangeable); otherwise the values at the measured N.
+        """
+        known = {row.params.groups: row.exact_relative_error or 0.0 for row in self.rows}
+        exact = {float(n): error for n, error in known.items() if error > EXACT}
+        if len(exact) < 2 or self.variant not in LINEAR or not (self.variant == "bgc" or _white(self.input)):
+            return exact
+        kept = VARIANTS[self.variant].unknowns(1, 1)
+        constant = statistics.fmean(error / (1 - kept / n) for n, error in exact.items())
+        first, last = min(exact), max(exact)
+        numbers = [first * (last / first) ** (i / (SMOOTH - 1)) for i in range(SMOOTH)]
+        return {n: constant * (1 - kept / n) for n in numbers}
+
+
+def series_of(rows: Iterable[SampledRow]) -> list[Series]:
+    """Inputs in order of appearance, variants in the registered order."""
+    names = list(dict.fromkeys(row.params.input for row in rows))
+    found: dict[tuple[int, str], list[SampledRow]] = {}
     for row in sorted(rows, key=lambda row: row.params.groups):
-        found.setdefault((row.params.variant, row.params.input), []).append(row)
-    names = inputs_of(rows)
-    return dict(sorted(found.items(), key=lambda item: (names.index(item[0][1]), variant_place(item[0][0]))))
-
-
-def inputs_of(rows: Iterable[SampledRow]) -> list[str]:
-    return list(dict.fromkeys(row.params.input for row in rows))
-
-
-def look_on(at: At, names: Sequence[str], **more: Any) -> dict[str, Any]:
-    """Markers of a variant on one of the inputs ``names``, but for what is given."""
-    look = look_of(at[0])
-    fill, _, larger = INPUT_LOOKS[names.index(at[1]) % len(INPUT_LOOKS)]
-    look |= {"markersize": larger * look["markersize"], "markeredgewidth": 1.0, "linestyle": "none"}
-    return {**look, "fillstyle": fill, "markerfacecoloralt": "white", **more}
-
-
-def exact_line(axes: Axes, x: Sequence[float], y: Sequence[float], at: At, names: Sequence[str]) -> None:
-    """Exact values as a thin line; a single one as a dash."""
-    dashes = INPUT_LOOKS[names.index(at[1]) % len(INPUT_LOOKS)][1]
-    look = {"color": look_of(at[0])["color"], "linewidth": 0.9, "marker": "_" if len(x) == 1 else "", "markersize": 14}
-    axes.plot(x, y, label=f"_exact {at[0]}, {at[1]}", linestyle=dashes, zorder=2, **look)
-
-
-def exact_curve(at: At, rows: Iterable[SampledRow]) -> tuple[list[float], list[float]]:
-    """(N, exact relative error) between the smallest and the largest N of ``rows``; empty where none is known.
-
-    A curve through real N where the closed form is c (1 - 1/N), or c (1 - 2/N) for BGC, which has that on every input
-    (theory.exchangeable); otherwise the values at the measured N.
-    """
-    known = {row.params.groups: row.exact_relative_error for row in rows if (row.exact_relative_error or 0.0) > EXACT}
-    exact = {float(n): error for n, error in known.items() if error is not None}
-    kept = VARIANTS[at[0]].unknowns(1, 1) if at[0] in LINEAR else None
-    if len(exact) < 2 or kept is None or not (at[0] == "bgc" or _white(at[1])):
-        return list(exact), list(exact.values())
-    constant = statistics.fmean(error / (1 - kept / n) for n, error in exact.items())
-    first, last = min(exact), max(exact)
-    numbers = [first * (last / first) ** (i / (SMOOTH - 1)) for i in range(SMOOTH)]
-    return numbers, [constant * (1 - kept / n) for n in numbers]
+        found.setdefault((names.index(row.params.input), row.params.variant), []).append(row)
+    ordered = sorted(found.items(), key=lambda item: (item[0][0], variant_place(item[0][1])))
+    return [Series(variant, names[place], place, mine) for (place, variant), mine in ordered]
 
 
 def _white(name: str) -> bool:
@@ -114,7 +125,3 @@ def notes_of(rows: Sequence[SampledRow]) -> list[str]:
     notes = [f"Markers: measured, least squares within the sample{below}.", "Thin lines: exact." if exact else ""]
     gone = dict.fromkeys(label_of(row.params.variant, row.params.groups) for row in rows if row not in drawn)
     return [*notes, f"Not drawn, because nothing is lost: {', '.join(gone)}." if gone else ""]
-
-
-def at_log_share(groups: float) -> float:
-    return math.log(1 - 1 / groups)

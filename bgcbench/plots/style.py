@@ -1,26 +1,28 @@
-"""How every picture looks: sizes, colours, scales, titles and legends."""
+"""How every picture looks: sizes, colours, grids of panels, scales, titles and legends."""
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import textwrap
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.figure import SubFigure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from bgcbench.results.aggregate import Spread
 from bgcbench.results.document import Document, printable
 from bgcbench.specs import VARIANTS, Variant
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.axis import Axis
-    from matplotlib.figure import Figure, SubFigure
-    from matplotlib.lines import Line2D
-
 DPI, WIDTH = 150, 7.5  # inches: a page's width, and about 900 px of a README
-Points = Sequence[tuple[float, Spread]]  # a place on the x axis, and what is known there over the seeds
+ROW, AROUND = 2.5, 0.9  # inches: of a row of panels; of a picture's title, legend and notes
 NOTE_LETTERS = 140  # of a note, in a line
 GREY = "#666666"
 WIDE = 10.0  # how often the least the largest error is from which on their axis is logarithmic
@@ -28,6 +30,8 @@ STYLE: dict[str, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 8.0,
     "figure.titlesize": 9.0,
+    "figure.constrained_layout.w_pad": 0.06,
+    "figure.constrained_layout.h_pad": 0.06,
     "axes.titlesize": 9.0,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -46,24 +50,26 @@ STYLE: dict[str, Any] = {
     "text.parse_math": False,  # a folder's name may have $ in it
 }
 
-
-@dataclass(frozen=True)
-class Part:
-    """One picture: its height (inches), and what paints it."""
-
-    height: float
-    paint: Callable[[SubFigure], None]
+T = TypeVar("T")
+Look = dict[str, Any]  # matplotlib's names for how a line and its markers look
+Points = Sequence[tuple[float, Spread]]  # a place on the x axis, and what is known there over the seeds
 
 
 class NothingToDraw(Exception):
     """What a picture needs and the document does not have."""
 
 
+@dataclass(frozen=True)
+class Part:
+    """One picture: how many rows of panels it is high, and what paints it."""
+
+    rows: float
+    paint: Callable[[SubFigure], None]
+
+
 @contextlib.contextmanager
 def styled() -> Iterator[None]:
     """matplotlib's own defaults and ours, whatever the user's settings are, for as long as something is drawn."""
-    import matplotlib
-
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         parameters: Any = matplotlib.rcParams
@@ -71,27 +77,7 @@ def styled() -> Iterator[None]:
         yield
 
 
-def lay_out(drawn: Figure) -> None:
-    """Place everything once, to a millionth: the solver adds up in an order that differs from run to run.
-
-    Annotations that would then touch an earlier one are hidden.
-    """
-    from matplotlib.text import Annotation
-
-    layout: Any = drawn.get_layout_engine()
-    layout.set(w_pad=0.06, h_pad=0.06)
-    layout.execute(drawn)
-    drawn.set_layout_engine("none")
-    for axes in drawn.axes:
-        place = axes.get_position(original=True)
-        place.set_points(place.get_points().round(6))
-        axes.set_position(place)
-        shown: list[Any] = []
-        for text in axes.texts:
-            if isinstance(text, Annotation):
-                box = text.get_window_extent()
-                text.set_visible(not any(box.overlaps(other) for other in shown))
-                shown += [box] if text.get_visible() else []
+# ------------------------------------------------------------------------------------------------------------ variants
 
 
 def label_of(variant: str, groups: int = 1) -> str:
@@ -100,18 +86,52 @@ def label_of(variant: str, groups: int = 1) -> str:
     return label if groups == 1 else f"{label} N = {groups}"
 
 
-def look_of(variant: str, **more: Any) -> dict[str, Any]:
+def look_of(variant: str, **more: Any) -> Look:
     """How a variant's line and markers look in every picture, but for what is given."""
     colour, marker, size = VARIANTS[variant].look if variant in VARIANTS else Variant.look
     return {"color": colour, "marker": marker, "markersize": size, "linewidth": 0.9, "zorder": 3 + 1 / size, **more}
+
+
+# --------------------------------------------------------------------------------------------- panels, titles, legends
+
+
+def wrapped(items: Sequence[T], across: int) -> list[list[T | None]]:
+    """``items`` in lines of equal length, at most ``across``; the last is filled up with None."""
+    down = math.ceil(len(items) / across)
+    length = math.ceil(len(items) / down)
+    padded = [*items, *[None] * (down * length - len(items))]
+    return [padded[length * line : length * (line + 1)] for line in range(down)]
+
+
+def grid_of(
+    panel: SubFigure, places: Sequence[Sequence[T | None]], x: str | Sequence[str], y: str, **options: Any
+) -> list[tuple[Axes, T]]:
+    """A grid of axes, each with its place; where that is None, nothing is.
+
+    x (one name, or one a column) and y name the outermost axes of each column and line. Axes are shared, but for what
+    ``options`` say.
+    """
+    grid = panel.subplots(len(places), len(places[0]), squeeze=False, **{"sharex": True, "sharey": True, **options})
+    pairs = list(zip(grid.flat, itertools.chain(*places), strict=True))
+    for axes, place in pairs:
+        axes.axison = place is not None
+    for line in grid:
+        for axes in [axes for axes in line if axes.axison][:1]:
+            axes.set_ylabel(y)
+            axes.tick_params(labelleft=True)
+    for column, name in zip(grid.T, [x] * len(places[0]) if isinstance(x, str) else x, strict=True):
+        for axes in [axes for axes in column if axes.axison][-1:]:
+            axes.set_xlabel(name)
+            axes.tick_params(labelbottom=True)
+    return [(axes, place) for axes, place in pairs if place is not None]
 
 
 def title(panel: SubFigure, document: Document, *lines: str) -> None:
     """The title of a picture, and whether the run was quick or did not end."""
     quick = ", a quick run" if document.quality == "quick" else ""
     state = quick + ("" if document.complete else ", not complete")
-    wrapped = [line for text in lines for line in textwrap.wrap(printable(text), 90, break_long_words=True)]
-    panel.suptitle("\n".join(wrapped) + state)
+    folded = [line for text in lines for line in textwrap.wrap(printable(text), 90, break_long_words=True)]
+    panel.suptitle("\n".join(folded) + state)
 
 
 def training_title(panel: SubFigure, document: Document, what: str) -> None:
@@ -121,44 +141,18 @@ def training_title(panel: SubFigure, document: Document, what: str) -> None:
     # The untouched network has one seed without --control, whatever the conversions have.
     seeds = len({row.params.seed for row in rows if row.params.variant != "standard"} or {r.params.seed for r in rows})
     trained = f"{epochs} epoch{'s' * (epochs > 1)}" if epochs else "no training"
-    ran = f"{params.model} on {params.dataset}, {trained}, {seeds} seed{'s' * (seeds > 1)}"
-    title(panel, document, what, ran)
+    title(panel, document, what, f"{params.model} on {params.dataset}, {trained}, {seeds} seed{'s' * (seeds > 1)}")
 
 
-def name_axes(grid: Any, x: str, y: str) -> None:
-    """The names and numbers of the axes, at the outermost panels of each line and column that are on."""
-    for line in grid:
-        for axes in [axes for axes in line if axes.axison][:1]:
-            axes.set_ylabel(y)
-            axes.tick_params(labelleft=True)
-    for column in grid.T:
-        for axes in [axes for axes in column if axes.axison][-1:]:
-            axes.set_xlabel(x)
-            axes.tick_params(labelbottom=True)
-
-
-def legend(panel: SubFigure, handles: Sequence[Line2D], notes: Iterable[str], columns: int | None = None) -> None:
-    """A legend below the axes, filled by columns, under small notes on what is drawn."""
+def legend(panel: SubFigure, looks: Mapping[str, Look], notes: Iterable[str], columns: int | None = None) -> None:
+    """The looks by their labels below the axes, filled by columns, under small notes on what is drawn."""
+    handles = [Line2D([], [], label=label, **look) for label, look in looks.items()]
     text = "\n".join(textwrap.wrap(printable(" ".join(filter(None, notes))), NOTE_LETTERS))
     box = panel.legend(handles=handles, loc="outside lower center", ncols=columns or len(handles) or 1, title=text)
     box.get_title().set(color=GREY, multialignment="center")
 
 
-def handle(axes: Axes, label: str, **look: Any) -> Line2D:
-    """An entry of a legend."""
-    return axes.plot([], [], label=label, **look)[0]
-
-
-def log_ticks(axis: Axis, values: Sequence[float], text: Callable[[float], str]) -> None:
-    """As many ticks of a logarithmic ``axis`` as ``values`` have room for."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
-
-    decades = math.log10(max(values) / min(values))
-    fine, coarse = ((1, 1.5, 2, 3, 5, 7), (1, 2, 5)), ((1, 3), (1,))
-    subs = fine[decades >= 0.7] if decades < 2 else coarse[decades >= 4]
-    axis.set_major_locator(LogLocator(10, subs=subs))
-    axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter(FuncFormatter(lambda value, _: text(value)))
+# --------------------------------------------------------------------------------------------------- lines and scales
 
 
 def spread_line(axes: Axes, variant: str, points: Points, label: str, floor: float = 0.0, **look: Any) -> None:
@@ -171,15 +165,16 @@ def spread_line(axes: Axes, variant: str, points: Points, label: str, floor: flo
             axes.errorbar(x, mean, ends, color=look_of(variant)["color"], linewidth=0.9, capsize=2, zorder=2.5)
 
 
-def ends_of(spreads: Iterable[Spread]) -> list[float]:
-    """Where the bars end."""
-    return [spread.mean + sign * spread.sd for spread in spreads if spread.sd is not None for sign in (-1, 1)]
+def scale_errors(axes: Axes, errors: Iterable[float], spreads: Iterable[Spread] = (), floor: float = 0.0) -> None:
+    """The axis of errors (percent) and the bars of ``spreads``, none below ``floor``.
 
-
-def scale_errors(axes: Axes, errors: Sequence[float], ends: Sequence[float] = ()) -> None:
-    """The axis of ``errors`` (percent) and of what bars end at; logarithmic if errors span more than ``WIDE``."""
-    low, high = min(errors), max([*errors, *ends])
-    if low > 0 and max(errors) / low > WIDE:
+    Logarithmic if errors span more than ``WIDE``.
+    """
+    shown = [max(error, floor) for error in errors]
+    bars = [spread.mean + sign * spread.sd for spread in spreads if spread.sd is not None for sign in (-1, 1)]
+    ends = [max(end, floor) for end in bars]
+    low, high = min(shown), max([*shown, *ends])
+    if low > 0 and max(shown) / low > WIDE:
         low = min([low, *(end for end in ends if end > low / 2)])
         axes.set_yscale("log")
         room = (high / low) ** 0.06
@@ -199,9 +194,19 @@ def scale_params(axes: Axes, params: Sequence[float]) -> None:
     log_ticks(axes.xaxis, params, lambda value: f"{value / 1e6:g}")
 
 
-def counted(value: float) -> str:
-    """A count at a tick: 500, 20 k, 5 M."""
-    for factor, unit in ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k")):
-        if value >= factor:
-            return f"{value / factor:g}{unit}"
-    return f"{value:g}"
+def scale_groups(axes: Axes, groups: Iterable[int]) -> None:
+    """The axis of N: a tick for each of ``groups``, equal steps for equal factors."""
+    shown = sorted(groups)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(shown, [str(n) for n in shown])
+    axes.minorticks_off()
+
+
+def log_ticks(axis: Axis, values: Sequence[float], text: Callable[[float], str]) -> None:
+    """As many ticks of a logarithmic ``axis`` as ``values`` have room for."""
+    decades = math.log10(max(values) / min(values))
+    fine, coarse = ((1, 1.5, 2, 3, 5, 7), (1, 2, 5)), ((1, 3), (1,))
+    subs = fine[decades >= 0.7] if decades < 2 else coarse[decades >= 4]
+    axis.set_major_locator(LogLocator(10, subs=subs))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: text(value)))

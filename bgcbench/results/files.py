@@ -29,6 +29,24 @@ def _slug(text: str) -> str:
     return re.sub(r"[^a-z0-9_]+", "-", text.lower()).strip("-")
 
 
+def check_folder(path: Path, option: str) -> None:
+    """Raise OutputError, which names the ``option``, unless a file ``path`` can be written; makes its folder."""
+    try:
+        if path.is_dir():
+            raise OutputError(f"{option} {path} is a folder; name a file in it")
+        if path.parent.exists() and not path.parent.is_dir():
+            raise OutputError(f"{option} {path} cannot be written: {path.parent} is no folder; choose one")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise unwritable(path, option, error) from error
+
+
+def unwritable(path: Path, option: str, error: OSError) -> OutputError:
+    return OutputError(f"{option} {path} cannot be written ({error.strerror or error}); choose another folder")
+
+
 Identity = tuple[int, int, int, int]
 
 
@@ -59,18 +77,7 @@ class ResultWriter:
         Raises OutputError if another run writes here, if the file exists (unless ``replace``), or if its folder cannot
         be written.
         """
-        try:
-            if self.path.is_dir():
-                raise OutputError(f"--out {self.path} is a folder; name a file in it")
-            if self.path.parent.exists() and not self.path.parent.is_dir():
-                raise OutputError(f"--out {self.path} cannot be written: {self.path.parent} is no folder; choose one")
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=self.path.parent):
-                pass
-        except OSError as error:
-            raise OutputError(
-                f"--out {self.path} cannot be written ({error.strerror or error}); choose another folder"
-            ) from error
+        check_folder(self.path, "--out")
         unsure = self._locked()
         self._seen = self._there()
         if self._seen is not None and not replace:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import bring_home, claims, kernels_cuda, networks_cuda, pack, table4_cuda, train_cuda
+from benchmarks import bring_home, claims, networks_cuda, pack, table4_cuda, train_cuda
 from benchmarks.runs import Run
 from bgcbench import results
 from bgcbench.results.document import document_of
@@ -206,7 +206,8 @@ def test_what_was_measured_on_a_device_is_claimed_where_its_file_is_there(root: 
             ("bgc", "triton", 25e-5, 0.0),
         )
     ]  # fmt: skip
-    cell = {"precision": "bf16", "shape": vars(kernels_cuda.Shape(1024, 1024, 7, 3, 1, 4)), "rows": rows}
+    shape = {"n": 1024, "m": 1024, "side": 7, "kernel": 3, "stride": 1, "groups": 4}
+    cell = {"precision": "bf16", "shape": shape, "batch": 128, "rows": rows}
     unfinished = {**cell, "rows": rows[:2]}
     files = {
         table4_cuda.RUNS[0].file: TABLE4,
@@ -247,8 +248,8 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def in_git(monkeypatch: pytest.MonkeyPatch, commit: str | None, dirty: bool | None) -> None:
-    tool = {"version": "0", "git_commit": commit, "git_dirty": dirty}
-    monkeypatch.setattr(results, "new_document", lambda *_: {"tool": tool})
+    tool = {"git_commit": commit, "git_dirty": dirty}
+    monkeypatch.setattr(pack, "git_state", lambda: tool)
 
 
 def test_a_device_without_a_checkout_knows_the_commit_that_was_packed(

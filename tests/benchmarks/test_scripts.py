@@ -12,7 +12,7 @@ import pytest
 import torch
 import torchvision
 
-from benchmarks import bgc_forms, convert_resnet50, kernels_cuda, networks_cuda, runs, table4_cuda, train_cuda
+from benchmarks import bgc_forms, convert_resnet50, files, kernels_cuda, networks_cuda, runs, table4_cuda, train_cuda
 from benchmarks.runs import Run
 from bgcbench.cli import main as bgcbench
 from bgcbench.errors import DeviceError
@@ -33,16 +33,19 @@ def called(monkeypatch: pytest.MonkeyPatch, *words: object) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_the_forms_are_measured_in_the_state_that_a_result_records(
+def test_the_algorithms_are_measured_in_the_state_that_a_result_records(
     device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = []
-    shape = {"in_channels": 8, "out_channels": 8, "kernel": 1, "stride": 1, "height": 2, "width": 2, "networks": {}}
+    shape = files.DistinctLayer(8, 8, kernel=1, stride=1, height=2, width=2, networks={})
 
-    def measured(*_: Any) -> dict[str, Any]:
+    def measured(*_: Any) -> files.AlgorithmCell:
         seen.append((tf32_state(), torch.backends.cudnn.benchmark, torch.get_num_threads()))
-        return {"median_s": {"auto": 1.0, "dense": 1.0, "gc": 1.0, "gc_half": 1.0}, "chosen": "dense",
-                "in_channels": 8, "groups": 2, "layout": "nchw", "phase": "fwd"}  # fmt: skip
+        seconds = {"auto": 1.0, "dense": 1.0, "gc": 1.0, "gc_half": 1.0}
+        return files.AlgorithmCell(
+            in_channels=8, out_channels=8, kernel=1, stride=1, size=(1, 8, 2, 2), groups=2, layout="nchw", phase="fwd",
+            chosen="dense", median_s=seconds, samples={}, seen_by_auto_s={},
+        )  # fmt: skip
 
     monkeypatch.setattr(bgc_forms, "measured", measured)
     monkeypatch.setattr(bgc_forms, "distinct", lambda networks: [shape])
@@ -96,7 +99,10 @@ def test_every_cell_of_a_layer_has_the_standard_convolution_group_convolution_an
     for job in kernels_cuda.layer_jobs(quick=False):
         kinds = {(subject.variant, subject.algorithm == "triton") for subject in job.subjects}
         assert kinds == {("standard", False), ("gc", False), ("bgc", False), ("gc", True), ("bgc", True)}
-        assert {job.shape.spec(s.variant, s.algorithm).groups for s in job.subjects} == {1, job.shape.groups}
+        assert {kernels_cuda.spec_of(job.shape, s.variant, s.algorithm).groups for s in job.subjects} == {
+            1,
+            job.shape.groups,
+        }
 
 
 def test_a_quick_look_is_a_part_of_the_whole_and_compiles_nothing() -> None:

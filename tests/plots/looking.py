@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +18,24 @@ from matplotlib.lines import Line2D
 from matplotlib.text import Text
 
 from bgcbench import plots
+from bgcbench.plots import pictures
 from bgcbench.results.document import document_of
-from tests.example import example_document
 
 Json = dict[str, Any]
 
 
-def new_document(**fields: Any) -> Json:
-    """A document of ``approx`` without rows."""
-    head = {name: example_document()[name] for name in ("schema", "argv", "started_at", "tool", "environment")}
-    settings = {name: value for name, value in example_document()["settings"].items() if name != "phases"}
-    return {**head, "settings": settings, "command": "approx", "complete": True, "exit_reason": "ok", **fields}
+def figure_of(document: Json, picture: str | None = None, *, placed: bool = False) -> Figure:
+    """A figure as :func:`plots.figure` makes it; where data is looked at not ``placed``, which takes the time."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not placed:
+            patch.setattr(pictures, "lay_out", lambda figure: None)
+        return plots.figure(document_of(document, "r.json"), picture)
 
 
-def figure_of(document: Json, picture: str | None = None) -> Figure:
-    return plots.figure(document_of(document, "r.json"), picture)
+@functools.cache
+def shared_figure(make: Callable[..., Json], picture: str | None = None, **options: Any) -> Figure:
+    """The figure of ``make(**options)``, drawn once for all tests that only look at it."""
+    return figure_of(make(**options), picture)
 
 
 def draw(document: Json, path: Path, picture: str | None = None) -> None:

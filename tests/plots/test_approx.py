@@ -1,123 +1,26 @@
 from __future__ import annotations
 
-import copy
-import errno
-import itertools
 import math
-import os
-import stat
-import subprocess
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from bgcbench import plots, results
-from bgcbench.errors import OutputError, UsageError
-from bgcbench.experiments.approx import ApproxConfig, counts_of, plan
+from bgcbench.experiments.approx import ApproxConfig, plan
 from bgcbench.experiments.approx_run import ApproxRun, fits, open_session
-from bgcbench.plots import heatmap, style
+from bgcbench.plots import heatmap, pareto
 from bgcbench.plots.sampled import SMOOTH
 from bgcbench.theory import paper
-from bgcbench.theory.bounds import SCALING_POWER
-from bgcbench.theory.exact import white_error
 from bgcbench.theory.inputs import InputLaw
-from tests.plots.looking import (
-    assert_nothing_is_cut_off_or_lies_on_another,
-    draw,
-    figure_of,
-    legend,
-    lines,
-    new_document,
-    texts,
-)
+from tests.example_approx import network, new_document, row_of, sampled
+from tests.plots.looking import figure_of, legend, lines, shared_figure, texts
 
 pytest.importorskip("matplotlib", reason="figures need matplotlib, the extra 'plot'")
 
-from matplotlib import rcParams
 from matplotlib.colors import to_rgb, to_rgba
 from matplotlib.container import ErrorbarContainer
 
 Json = dict[str, Any]
-ROOT = Path(__file__).resolve().parent.parent.parent
-# How far below the exact value a made-up measurement is, and what the learned groups keep that others do not.
-LOW, LEARNED = 0.99, 0.8
-
-
-def sampled(spread: float = 1e-4, **options: Any) -> Json:
-    """A document of sampled convolutions with made-up errors near the exact ones of white input."""
-    config = ApproxConfig(
-        **{"device": "cpu", "in_channels": 64, "out_channels": 64, "groups": (2, 4, 8, 16), **options}
-    )
-    rows = []
-    for planned in plan(config):
-        variant, groups = planned.variant, planned.groups
-        exact = white_error(variant, groups)
-        share = LEARNED * (1 - 1 / groups) if exact is None else exact
-        unit, energy = 1 / config.in_channels, 7000.0 * planned.law.variance
-        relative = LOW * share * unit
-        power = SCALING_POWER.get(variant)
-        built = {"gc": 1 - 1 / groups, "bgc": (1 - 1 / groups) ** 2}.get(variant)
-        rows.append(
-            {
-                "key": planned.key,
-                "params": planned.params,
-                "status": "ok",
-                "reason": None,
-                "counts": counts_of(config, variant, groups),
-                "error": relative * energy,
-                "error_se": relative * energy * spread,
-                "relative_error": relative,
-                "relative_error_se": relative * spread,
-                "output_relative_error": LOW * share,
-                "scaled_error": relative / (1 - 1 / groups) ** power if power and groups > 1 else None,
-                "exact_relative_error": None if exact is None else exact * unit,
-                "in_sample_factor": LOW,
-                "construction_relative_error": None if built is None else built * unit,
-                "bound_general": None,
-                "bound_zero_mean": None,
-                "null_reasons": {},
-            }
-        )
-    return new_document(results=rows, fits=fits(rows))
-
-
-def network(
-    layers: tuple[str, ...] = ("layer1.0.conv2", "layer1.1.conv2", "layer4.2.conv2"),
-    variants: tuple[str, ...] = ("gc", "bgc"),
-    groups: tuple[int, ...] = (2, 4, 8),
-    **names: Any,
-) -> Json:
-    """A document of a network's layers; N = 8 does not fit the second one."""
-    rows = []
-    for depth, layer in enumerate(layers):
-        for variant, n in itertools.product(variants, groups):
-            fitting = not (depth == 1 and n == 8)
-            error = (white_error(variant, n) or 0.0) * (depth + 1) / len(layers)
-            params = {"model": "resnet50", "weights": "IMAGENET1K_V2", "data": "digits", "calibration_images": 256}
-            params |= {"layer": layer, "variant": variant, "groups": n, "input": "activations", **names}
-            params |= {"kernel": 3, "kernel_width": 3, "stride": 1, "in_channels": 64, "out_channels": 64}
-            errors = {"copy": min(1.0, 2 * error), "white": min(1.0, 1.5 * error), "calibrated": error}
-            rows.append(
-                {
-                    "key": f"{layer}-{variant}-n{n}",
-                    "params": params,
-                    "status": "ok" if fitting else "invalid",
-                    "reason": None if fitting else "64 channels",
-                    "counts": None,
-                    "output_relative_error": errors if fitting else None,
-                    **{"ridge": None, "rows": 1, "held_out_rows": 1, "macs_share": None},
-                }
-            )
-    return new_document(results=rows)
-
-
-def row_of(document: Json, variant: str, groups: int, name: str = "normal") -> Json:
-    wanted = {"variant": variant, "groups": groups, "input": name}
-    return next(row for row in document["results"] if wanted.items() <= row["params"].items())
-
 
 # ------------------------------------------------------------------------------------------------------------ figure 1
 
@@ -139,7 +42,7 @@ def test_figure_1_has_the_documents_errors_and_slopes() -> None:
 
 
 def test_figure_1_says_what_it_leaves_out_and_is_labelled_by_n() -> None:
-    figure = figure_of(sampled(variants=("standard", "gc", "bgc"), samples=1000), "figure1")
+    figure = shared_figure(sampled, "figure1", variants=("standard", "gc", "bgc"), samples=1000)
     assert "Not drawn, because nothing is lost: SC, BGC N = 2." in "\n".join(texts(figure))
     assert "lower by up to 1 %" in "\n".join(texts(figure))
     axes = figure.axes[0]
@@ -173,14 +76,14 @@ def test_on_other_inputs_the_exact_values_of_gc_are_joined() -> None:
 
 
 def test_without_a_closed_form_the_errors_themselves_are_joined() -> None:
-    drawn = lines(figure_of(sampled(variants=("flgc",)), "figure1"))
+    drawn = lines(shared_figure(sampled, "figure1", variants=("flgc",)))
     measured = next(line for label, line in drawn.items() if label.startswith("FLGC"))
     assert drawn["_join flgc, normal"].get_xydata().tolist() == measured.get_xydata().tolist()
     assert not any(label.startswith("_exact") for label in drawn)
 
 
 def test_one_n_is_a_point_without_a_slope() -> None:
-    figure = figure_of(sampled(groups=(4,), inputs=("normal",)), "figure1")
+    figure = shared_figure(sampled, "figure1", groups=(4,), inputs=("normal",))
     assert legend(figure) == ["GC, normal: no slope", "BGC, normal: no slope"]
 
 
@@ -195,7 +98,7 @@ def test_ticks_that_would_touch_are_left_out() -> None:
 
 def test_inputs_and_variants_are_told_apart_without_colour() -> None:
     names = ("normal", "uniform", "relu", "factor:0.5", "normal:1", "factor:0.2")
-    drawn = lines(figure_of(sampled(inputs=names, variants=("gc", "tlgc", "bgc")), "figure1"))
+    drawn = lines(shared_figure(sampled, "figure1", inputs=names, variants=("gc", "tlgc", "bgc")))
     measured = [line for label, line in drawn.items() if not label.startswith("_")]
     assert len({(line.get_marker(), line.get_fillstyle()) for line in measured}) == len(measured) == 18
     exact = [line for label, line in drawn.items() if label.startswith("_exact gc")]
@@ -284,7 +187,7 @@ def test_points_off_the_front_are_open() -> None:
 
 @pytest.mark.parametrize(("value", "text"), [(500, "500"), (1e3, "1 k"), (2e4, "20 k"), (5e6, "5 M"), (1e9, "1 G")])
 def test_costs_at_ticks_are_readable(value: float, text: str) -> None:
-    assert style.counted(value) == text
+    assert pareto.counted(value) == text
 
 
 # ------------------------------------------------------------------------------------------------------------ heat map
@@ -371,11 +274,11 @@ def test_the_heat_map_grows_with_the_layers_and_their_names() -> None:
     ("variants", "panels"), [(("gc", "bgc"), 2), (("tlgc",), 3), (("gc", "tlgc", "bgc"), 4), (("standard", "gc"), 2)]
 )
 def test_without_a_name_everything_that_fits_is_drawn(variants: tuple[str, ...], panels: int) -> None:
-    assert len(figure_of(sampled(variants=variants)).axes) == panels
+    assert len(shared_figure(sampled, variants=variants).axes) == panels
 
 
 def test_a_network_has_its_heat_map_and_nothing_else() -> None:
-    assert len(figure_of(network()).axes) == 2 + 1  # with the scale of colours
+    assert len(shared_figure(network).axes) == 2 + 1  # with the scale of colours
     both = new_document(results=[*sampled()["results"], *network()["results"]], fits=[])
     assert len(figure_of(both).axes) == 2 + 3
 
@@ -405,164 +308,3 @@ def test_a_real_run_can_be_drawn(tmp_path: Path) -> None:
     assert len(figure_of(document).axes) == 4
     slope = next(f["slope_mean"] for f in document["fits"] if (f["variant"], f["input"]) == ("gc", "normal"))
     assert any(text.startswith(f"GC, normal: slope {slope:.2f} (exact 1.00)") for text in legend(figure_of(document)))
-
-
-DOCUMENTS: dict[str, Callable[[], Json]] = {
-    "paper": lambda: sampled(in_channels=256, out_channels=256, groups=(4, 8, 16, 32, 64)),
-    "all": lambda: sampled(
-        variants=("standard", "gc", "shuffle", "lgc", "flgc", "tlgc", "bgc"), inputs=("normal", "relu", "factor:0.5")
-    ),
-    "one": lambda: sampled(variants=("gc",), inputs=("normal",), groups=(4,)),
-    "network": network,
-    "layer": lambda: network(("conv1",), ("bgc",), (4,)),
-    "long": lambda: network(
-        tuple(f"features.{i}.conv.a_long_name_of_a_module.depthwise" for i in range(9)),
-        ("gc", "shuffle", "lgc", "flgc", "tlgc", "bgc"),
-        (2, 4, 8, 16, 32, 64),
-        weights="a_checkpoint_with_a_long_name_" * 5,
-    ),
-}
-
-
-@pytest.mark.parametrize("name", DOCUMENTS)
-def test_no_text_is_cut_off_and_none_lies_on_another(name: str) -> None:
-    assert_nothing_is_cut_off_or_lies_on_another(figure_of(DOCUMENTS[name]()))
-
-
-def test_dollars_in_a_name_are_no_formula(tmp_path: Path) -> None:
-    draw(network(("a$b$_{",), data="$\\frac$ folder"), tmp_path / "p.png")
-
-
-# --------------------------------------------------------------------------------------------------------------- files
-
-
-@pytest.mark.parametrize("suffix", [".png", ".svg", ".pdf", ".PNG"])
-def test_the_same_document_gives_the_same_bytes(tmp_path: Path, suffix: str) -> None:
-    document = sampled(variants=("gc", "tlgc", "bgc"))
-    before = copy.deepcopy(document)
-    for name in ("a", "b"):
-        draw(document, tmp_path / f"{name}{suffix}")
-    content = (tmp_path / f"a{suffix}").read_bytes()
-    assert content == (tmp_path / f"b{suffix}").read_bytes()
-    assert content.startswith({".png": b"\x89PNG", ".svg": b"<?xml", ".pdf": b"%PDF"}[suffix.lower()])
-    assert b"Date" not in content
-    assert document == before
-
-
-@pytest.mark.parametrize("suffix", [".svg", ".pdf"])
-def test_so_it_does_in_another_process_and_under_other_settings(tmp_path: Path, suffix: str) -> None:
-    document, file = network(), tmp_path / "r.json"
-    file.write_text(results.dumps(document), encoding="utf-8")
-    (tmp_path / "matplotlibrc").write_text("font.size: 20\naxes.facecolor: red\nsavefig.bbox: tight\n")
-    code = (
-        "import pathlib, sys; from bgcbench import plots; from bgcbench.results.document import read; "
-        "plots.draw(read(pathlib.Path(sys.argv[1])), pathlib.Path(sys.argv[2])); "
-        "sys.exit(99 if 'torch' in sys.modules or 'matplotlib.pyplot' in sys.modules else 0)"
-    )
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "1", "MATPLOTLIBRC": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", code, str(file), str(tmp_path / f"a{suffix}")], check=False,
-                          capture_output=True, text=True, timeout=120, env=environment)  # fmt: skip
-    assert (done.returncode, done.stderr) == (0, "")
-    draw(document, tmp_path / f"b{suffix}")
-    assert (tmp_path / f"a{suffix}").read_bytes() == (tmp_path / f"b{suffix}").read_bytes()
-
-
-def test_settings_of_the_program_around_it_stay_as_they_are(tmp_path: Path) -> None:
-    def settings() -> Json:
-        return {name: rcParams[name] for name in rcParams if name != "backend"}  # to ask for it is to choose one
-
-    before = settings()
-    draw(sampled(), tmp_path / "p.svg", "figure1")
-    assert settings() == before
-
-
-def test_an_older_figure_survives_a_write_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "p.png"
-    draw(sampled(), path, "figure1")
-    before = path.read_bytes()
-
-    def full(*_: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OutputError, match=r"p.png cannot be written \(No space left on device\); choose another"):
-        draw(network(), path)
-    assert path.read_bytes() == before
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_a_new_figure_has_the_permissions_of_any_file(tmp_path: Path) -> None:
-    plain, ours = tmp_path / "plain", tmp_path / "p.pdf"
-    plain.touch()
-    draw(network(), ours)
-    assert stat.S_IMODE(ours.stat().st_mode) == stat.S_IMODE(plain.stat().st_mode)
-
-
-def test_the_check_refuses_before_anything_is_computed_what_could_not_be_written(tmp_path: Path) -> None:
-    file = tmp_path / "p.png"
-    file.write_text("something of the user's")
-    with pytest.raises(OutputError, match=r"--plot .*p.png exists; use --force"):
-        plots.check_plot(file, replace=False)
-    plots.check_plot(file, replace=True)
-    assert file.read_text() == "something of the user's"
-    for name in ("p.jpg", "p", "png", ".png"):
-        with pytest.raises(UsageError, match=r"the name must end in .png, .svg, .pdf"):
-            plots.check_plot(tmp_path / name, replace=True)
-    (tmp_path / "folder.svg").mkdir()
-    with pytest.raises(OutputError, match="is a folder"):
-        plots.check_plot(tmp_path / "folder.svg", replace=True)
-    with pytest.raises(OutputError, match="is no folder"):
-        plots.check_plot(file / "p.png", replace=False)
-    with pytest.raises(OutputError, match="cannot be written"):
-        plots.check_plot(Path("/dev/null/folder/p.png"), replace=False)
-    plots.check_plot(tmp_path / "new" / "folder" / "p.PDF", replace=False)
-    assert list((tmp_path / "new" / "folder").iterdir()) == []
-
-
-def test_the_check_imports_neither_matplotlib_nor_torch(tmp_path: Path) -> None:
-    code = (
-        "import pathlib, sys; from bgcbench import plots; plots.check_plot(pathlib.Path(sys.argv[1]), replace=False); "
-        "sys.exit(99 if {'torch', 'matplotlib', 'numpy'} & set(sys.modules) else 0)"
-    )
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "p.png")], check=False, timeout=60,
-                          env={**os.environ, "PYTHONPATH": str(ROOT)})  # fmt: skip
-    assert done.returncode == 0
-
-
-def test_matplotlib_that_is_missing_is_named_with_the_way_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    for call in (
-        lambda: figure_of(sampled()),
-        lambda: draw(sampled(), tmp_path / "p.png"),
-    ):
-        with pytest.raises(UsageError) as caught:
-            call()
-        assert str(caught.value) == ("--plot needs matplotlib, which is not installed; pip install 'bgcbench[plot]'")
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize(
-    ("document", "picture", "why"),
-    [
-        (
-            new_document(command="profile"),
-            None,
-            "--plot draws 'approx', 'train' and 'transfer' results, and this is a 'profile' run",
-        ),
-        (new_document(), None, "nothing to draw: the result has no finished row"),
-        (sampled(variants=("standard",)), None, "nothing to draw"),
-        (sampled(variants=("standard",)), "figure1", "figure1 needs rows of sampled convolutions with N > 1"),
-        (sampled(variants=("shuffle",)), "figure2", "figure2 needs rows of gc or bgc"),
-        (sampled(), "heatmap", r"heatmap needs finished rows of a network's layers \(approx --model\)"),
-        (network(), "figure1", "figure1 needs rows of sampled convolutions"),
-        (network(), "figure2", "figure2 needs rows of gc or bgc on sampled convolutions"),
-        (network(), "pareto", "pareto needs finished rows of sampled convolutions"),
-        (sampled(), "figure3", r"unknown picture 'figure3': did you mean 'figure[12]'\? choose from figure1, figure2"),
-    ],
-)
-def test_what_a_document_does_not_have_is_named_in_one_line(document: Json, picture: str | None, why: str) -> None:
-    with pytest.raises(UsageError, match=why) as caught:
-        figure_of(document, picture)
-    assert "\n" not in str(caught.value)

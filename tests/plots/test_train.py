@@ -2,25 +2,14 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from bgcbench.errors import UsageError
-from bgcbench.theory.paper import TABLE5, printed_error
-from tests.example_train import FINAL, params_of, row_of, stop, train_document
-from tests.plots.looking import (
-    all_found,
-    assert_nothing_is_cut_off_or_lies_on_another,
-    draw,
-    figure_of,
-    legend,
-    lines,
-    new_document,
-    texts,
-)
+from bgcbench.theory.paper import TABLE5
+from tests.example_train import FINAL, papers, params_of, row_of, stop, train_document
+from tests.plots.looking import all_found, figure_of, legend, lines, shared_figure, texts
 
 pytest.importorskip("matplotlib", reason="figures need matplotlib, the extra 'plot'")
 
@@ -32,19 +21,11 @@ from matplotlib.patches import Rectangle
 Json = dict[str, Any]
 
 
-def papers(document: Json) -> Json:
-    """The document with what the paper prints of WRN-28-10, for all but LGC."""
-    for row in document["results"]:
-        printed = printed_error("cifar10", "wrn_28_10", row["params"]["variant"], row["params"]["groups"])
-        row["paper"] = None if printed is None else {"error": printed}
-    return document
-
-
 # -------------------------------------------------------------------------------------------------------------- errors
 
 
 def test_means_stand_against_n_and_against_parameters() -> None:
-    figure = figure_of(train_document(), "errors")
+    figure = shared_figure(train_document, "errors")
     by_groups, by_params = figure.axes
     for variant in ("gc", "shuffle", "lgc", "flgc", "tlgc", "bgc"):
         expected = [statistics.mean(FINAL[variant, n]) for n in (2, 4, 8)]
@@ -63,13 +44,13 @@ def test_means_stand_against_n_and_against_parameters() -> None:
 
 
 def test_bgc_at_2n_stands_above_gc_at_n_in_the_panel_of_parameters() -> None:
-    right = figure_of(train_document(variants=("gc", "bgc")), "errors").axes[1]
+    right = shared_figure(train_document, "errors", variants=("gc", "bgc")).axes[1]
     gc, bgc = all_found(right, "_mean gc")[0], all_found(right, "_mean bgc")[0]
     assert list(gc.get_xdata())[1:] == list(bgc.get_xdata())[:2]
 
 
 def test_the_standard_convolution_is_a_line_with_a_band() -> None:
-    for axes in figure_of(train_document(), "errors").axes:
+    for axes in shared_figure(train_document, "errors").axes:
         assert list(all_found(axes, "_standard")[0].get_ydata()) == pytest.approx([1.4, 1.4])
         (band,) = [patch for patch in axes.patches if isinstance(patch, Rectangle)]
         low, high = sorted((band.get_y(), band.get_y() + band.get_height()))
@@ -78,7 +59,7 @@ def test_the_standard_convolution_is_a_line_with_a_band() -> None:
 
 
 def test_bars_are_standard_deviations_and_dots_are_the_seeds() -> None:
-    axes = figure_of(train_document(variants=("standard", "gc"), groups=(4,)), "errors").axes[0]
+    axes = shared_figure(train_document, "errors", variants=("standard", "gc"), groups=(4,)).axes[0]
     bars = [c for c in axes.containers if isinstance(c, ErrorbarContainer)]
     assert len(bars) == 2
     ends = sorted(float(y) for _, y in bars[1].lines[2][0].get_segments()[0])
@@ -90,7 +71,7 @@ def test_bars_are_standard_deviations_and_dots_are_the_seeds() -> None:
 
 
 def test_one_seed_has_neither_bars_nor_dots_nor_a_band() -> None:
-    figure = figure_of(train_document(seeds=(0,)), "errors")
+    figure = shared_figure(train_document, "errors", seeds=(0,))
     for axes in figure.axes:
         assert not axes.containers
         assert not axes.patches
@@ -110,7 +91,7 @@ def test_the_papers_errors_are_hollow() -> None:
             assert {line.get_marker() for line in drawn} == {all_found(axes, f"_mean {variant}")[0].get_marker()}
         assert not all_found(axes, "_paper lgc")
     assert legend(figure)[-1] == "paper"
-    assert "paper" not in legend(figure_of(train_document(), "errors"))
+    assert "paper" not in legend(shared_figure(train_document, "errors"))
 
 
 def test_rows_that_did_not_finish_are_left_out_and_named() -> None:
@@ -200,7 +181,7 @@ def test_a_run_of_which_nothing_finished_still_has_its_curves() -> None:
 
 @pytest.mark.parametrize(("variants", "groups"), [(("gc",), (2, 4)), (("standard",), (2,))])
 def test_curves_need_neither_the_standard_convolution_nor_another(variants: Any, groups: Any) -> None:
-    figure = figure_of(train_document(variants=variants, groups=groups), "curves")
+    figure = shared_figure(train_document, "curves", variants=variants, groups=groups)
     expected = ["N = 1"] if variants == ("standard",) else ["N = 2", "N = 4"]
     assert [axes.get_title() for axes in figure.axes] == expected
 
@@ -230,33 +211,7 @@ def test_without_a_name_both_are_drawn_and_the_title_says_what_ran() -> None:
 
 
 def test_the_title_counts_the_seeds_of_a_standard_convolution_alone() -> None:
-    assert figure_title(figure_of(train_document(variants=("standard",)))).endswith("3 seeds")
-
-
-def failed(document: Json) -> Json:
-    for row in document["results"]:
-        stop(row, "invalid", "N does not divide")
-    return document
-
-
-@pytest.mark.parametrize(
-    ("document", "picture", "why"),
-    [
-        (train_document(dataset="synthetic"), None, "nothing to draw: the result has no test error"),
-        (train_document(dataset="synthetic"), "errors", "errors needs finished trainings on real images"),
-        (train_document(dataset="synthetic"), "curves", "curves needs test errors by epoch"),
-        (failed(train_document()), None, "nothing to draw"),
-        ({**train_document(), "results": []}, None, "nothing to draw"),
-        (train_document(), "pareto", "pareto is no picture of 'train' results; they have errors, curves"),
-        (new_document(), "curves", "'approx' results; they have figure1, figure2, pareto, heatmap"),
-        (train_document(), "curve", "unknown picture 'curve': did you mean 'curves'"),
-        (new_document(command="profile"), "errors", "--plot draws 'approx', 'train' and 'transfer' results"),
-    ],
-)
-def test_what_a_document_does_not_have_is_named_in_one_line(document: Json, picture: str | None, why: str) -> None:
-    with pytest.raises(UsageError, match=why) as caught:
-        figure_of(document, picture)
-    assert "\n" not in str(caught.value)
+    assert figure_title(shared_figure(train_document, variants=("standard",))).endswith("3 seeds")
 
 
 def test_synthetic_images_have_no_error_even_if_the_file_has_one() -> None:
@@ -267,29 +222,8 @@ def test_synthetic_images_have_no_error_even_if_the_file_has_one() -> None:
         figure_of(document)
 
 
-DOCUMENTS: dict[str, Callable[[], Json]] = {
-    "all": train_document,
-    "paper": lambda: papers(train_document(dataset="cifar10")),
-    "one": lambda: train_document(variants=("gc",), groups=(4,), seeds=(1,)),
-    "two": lambda: train_document(variants=("gc", "bgc"), groups=(2,)),
-    "standard": lambda: train_document(variants=("standard",), seeds=(0,)),
-}
-
-
-@pytest.mark.parametrize("name", DOCUMENTS)
-def test_no_text_is_cut_off_and_none_lies_on_another(name: str) -> None:
-    assert_nothing_is_cut_off_or_lies_on_another(figure_of(DOCUMENTS[name]()))
-
-
-@pytest.mark.parametrize("suffix", [".png", ".svg", ".pdf"])
-def test_the_same_document_gives_the_same_bytes(tmp_path: Path, suffix: str) -> None:
-    for name in ("a", "b"):
-        draw(train_document(), tmp_path / f"{name}{suffix}")
-    assert (tmp_path / f"a{suffix}").read_bytes() == (tmp_path / f"b{suffix}").read_bytes()
-
-
 def test_a_variant_looks_the_same_in_both_pictures() -> None:
-    figure = figure_of(train_document())
+    figure = shared_figure(train_document)
     drawn = lines(figure)
     for variant in ("gc", "bgc", "tlgc"):
         mean, curve = drawn[f"_mean {variant}"], drawn[f"_curve {variant}"]

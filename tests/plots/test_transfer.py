@@ -1,16 +1,20 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from bgcbench.errors import UsageError
 from bgcbench.theory.paper import TABLE3
 from tests.example_transfer import AFTER, BEFORE, LAYERS, LOST, UNTOUCHED, params_of, row_of, stop, transfer_document
-from tests.plots.looking import assert_nothing_is_cut_off_or_lies_on_another, draw, figure_of, found, legend, texts
+from tests.plots.looking import (
+    assert_nothing_is_cut_off_or_lies_on_another,
+    figure_of,
+    found,
+    legend,
+    shared_figure,
+    texts,
+)
 
 pytest.importorskip("matplotlib", reason="figures need matplotlib, the extra 'plot'")
 
@@ -31,7 +35,7 @@ def notes(document: Json, picture: str) -> str:
 
 
 def test_errors_stand_against_parameters_initial_and_final_training() -> None:
-    figure = figure_of(transfer_document(epochs=3, control=True), "errors")
+    figure = shared_figure(transfer_document, "errors", epochs=3, control=True)
     (axes,) = figure.axes
     for variant in ("gc", "bgc"):
         before, after = found(axes, f"_initial {variant}"), found(axes, f"_final {variant}")
@@ -51,7 +55,7 @@ def test_errors_stand_against_parameters_initial_and_final_training() -> None:
 
 
 def test_without_training_conversions_are_filled() -> None:
-    figure = figure_of(transfer_document(), "errors")
+    figure = shared_figure(transfer_document, "errors")
     (axes,) = figure.axes
     assert found(axes, "_initial gc").get_markerfacecolor() == found(axes, "_initial gc").get_color()
     assert "_final gc" not in labels(axes)
@@ -61,10 +65,10 @@ def test_without_training_conversions_are_filled() -> None:
 
 def test_a_panel_a_start_and_below_it_the_same_with_batch_norm_estimated_again() -> None:
     inits = ("copy", "white", "calibrated")
-    figure = figure_of(transfer_document(inits=inits), "errors")
+    figure = shared_figure(transfer_document, "errors", inits=inits)
     assert [axes.get_title() for axes in figure.axes] == ["Copied", "White", "Calibrated"]
     assert len({axes.get_ylim() for axes in figure.axes}) == 1
-    figure = figure_of(transfer_document(inits=inits, rebn=(False, True)), "errors")
+    figure = shared_figure(transfer_document, "errors", inits=inits, rebn=(False, True))
     assert [axes.get_title() for axes in figure.axes] == [
         *("Copied", "White", "Calibrated", "Copied + rebn", "White + rebn", "Calibrated + rebn")
     ]
@@ -159,39 +163,6 @@ def test_of_a_deep_network_the_layers_are_numbered(monkeypatch: pytest.MonkeyPat
 
 
 def test_without_a_name_both_are_drawn_where_there_is_a_calibration() -> None:
-    assert len(figure_of(transfer_document(groups=(2, 4))).axes) == 1 + 4
-    assert len(figure_of(transfer_document(inits=("copy",))).axes) == 1
-    assert len(figure_of(transfer_document(dataset="synthetic", groups=(2, 4))).axes) == 4
-
-
-@pytest.mark.parametrize(
-    ("document", "picture", "why"),
-    [
-        (transfer_document(dataset="synthetic"), "errors", "errors needs conversions evaluated on real images"),
-        (transfer_document(inits=("copy",)), "layers", "layers needs calibrated conversions"),
-        ({**transfer_document(), "results": []}, None, "nothing to draw: the result has neither"),
-        (transfer_document(), "curves", "curves is no picture of 'transfer' results; they have errors, layers"),
-    ],
-)
-def test_what_a_document_does_not_have_is_named_in_one_line(document: Json, picture: str | None, why: str) -> None:
-    with pytest.raises(UsageError, match=why) as caught:
-        figure_of(document, picture)
-    assert "\n" not in str(caught.value)
-
-
-DOCUMENTS: dict[str, Callable[[], Json]] = {
-    "all": lambda: transfer_document(("gc", "tlgc", "bgc"), epochs=3, control=True),
-    "starts": lambda: transfer_document(inits=("copy", "white", "calibrated"), rebn=(False, True), epochs=3),
-    "one": lambda: transfer_document(("bgc",), (4,), (1,)),
-}
-
-
-@pytest.mark.parametrize("name", DOCUMENTS)
-def test_no_text_is_cut_off_and_none_lies_on_another(name: str) -> None:
-    assert_nothing_is_cut_off_or_lies_on_another(figure_of(DOCUMENTS[name]()))
-
-
-def test_the_same_document_gives_the_same_bytes(tmp_path: Path) -> None:
-    for name in ("a", "b"):
-        draw(transfer_document(), tmp_path / f"{name}.svg")
-    assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
+    assert len(shared_figure(transfer_document, groups=(2, 4)).axes) == 1 + 4
+    assert len(shared_figure(transfer_document, inits=("copy",)).axes) == 1
+    assert len(shared_figure(transfer_document, dataset="synthetic", groups=(2, 4)).axes) == 4

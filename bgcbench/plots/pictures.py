@@ -1,0 +1,90 @@
+"""Which pictures a command's results have, and a figure of one or of all that fit a document."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from matplotlib.figure import Figure
+from matplotlib.text import Annotation
+
+from bgcbench.errors import UsageError
+from bgcbench.plots import conversions, curves, errors, figure1, figure2, heatmap, layers, pareto
+from bgcbench.plots.style import AROUND, DPI, ROW, WIDTH, NothingToDraw, Part, styled
+from bgcbench.results.document import Document
+from bgcbench.specs import check_choice
+
+# By command, in the order in which they stand in a figure of all.
+PICTURES_OF: dict[str, dict[str, Callable[[Document], Part]]] = {
+    "approx": {"figure1": figure1.part, "figure2": figure2.part, "pareto": pareto.part, "heatmap": heatmap.part},
+    "train": {"errors": errors.part, "curves": curves.part},
+    "transfer": {"errors": conversions.part, "layers": layers.part},
+}
+PICTURES = tuple(dict.fromkeys(picture for pictures in PICTURES_OF.values() for picture in pictures))
+NOTHING = {
+    "approx": "the result has no finished row with an error above 0; run approx first",
+    "train": "the result has no test error, which only finished trainings on real images have",
+    "transfer": "the result has neither the test error of a conversion, which takes real images, nor a calibration",
+}
+
+
+def figure(document: Document, picture: str | None = None) -> Figure:
+    """``picture`` of the document, or all that fit it; raises UsageError where it has none."""
+    if picture is not None:
+        check_choice("picture", picture, PICTURES)
+    pictures = PICTURES_OF.get(document.command)
+    if pictures is None:
+        *others, last = (f"'{name}'" for name in PICTURES_OF)
+        known = f"{', '.join(others)} and {last}"
+        raise UsageError(f"--plot draws {known} results, and this is a '{document.command}' run; give another file")
+    if picture is None:
+        return _composed(_fitting(document))
+    if picture not in pictures:
+        has = ", ".join(pictures)
+        raise UsageError(f"{picture} is no picture of '{document.command}' results; they have {has}")
+    try:
+        return _composed([pictures[picture](document)])
+    except NothingToDraw as missing:
+        raise UsageError(f"nothing to draw: {picture} needs {missing}") from missing
+
+
+def _fitting(document: Document) -> list[Part]:
+    parts = []
+    for name, part_of in PICTURES_OF[document.command].items():
+        with contextlib.suppress(NothingToDraw):
+            parts.append(pareto.short(document) if name == "pareto" else part_of(document))
+    if not parts:
+        raise UsageError(f"nothing to draw: {NOTHING[document.command]}")
+    return parts
+
+
+def _composed(parts: Sequence[Part]) -> Figure:
+    """The pictures, one below the other."""
+    heights = [ROW * part.rows + AROUND for part in parts]
+    with styled():
+        drawn = Figure(figsize=(WIDTH, sum(heights)), dpi=DPI, layout="constrained")
+        panels = drawn.subfigures(len(parts), 1, squeeze=False, height_ratios=heights)
+        for part, panel in zip(parts, panels.flat, strict=True):
+            part.paint(panel)
+        lay_out(drawn)
+    return drawn
+
+
+def lay_out(drawn: Figure) -> None:
+    """Place everything once, to a millionth: the solver adds up in an order that differs from run to run.
+
+    Annotations that would then touch an earlier one are hidden.
+    """
+    layout: Any = drawn.get_layout_engine()
+    layout.execute(drawn)
+    drawn.set_layout_engine("none")
+    for axes in drawn.axes:
+        place = axes.get_position(original=True)
+        place.set_points(place.get_points().round(6))
+        axes.set_position(place)
+        shown: list[Any] = []
+        for text in [text for text in axes.texts if isinstance(text, Annotation)]:
+            box = text.get_window_extent()
+            text.set_visible(not any(box.overlaps(other) for other in shown))
+            shown += [box] if text.get_visible() else []
