@@ -58,7 +58,7 @@ def test_verdicts_follow_from_the_numbers() -> None:
         (1.67, (1.65, 1.69), "1.67x faster than standard (95% CI 1.65-1.69)"),
         (0.5, (0.4, 0.625), "2.0x slower than standard (95% CI 1.6-2.5)"),
         (1.001, (0.996, 1.006), "as fast as standard: no detectable difference (< 0.60 %)"),
-        (1.2, (0.8, 2.0), "not told apart from standard (95% CI of the speed-up 0.80-2.00)"),
+        (1.2, (0.8, 2.0), "not significantly different from standard (95% CI of the speed-up 0.80-2.00)"),
         (3.0, None, "about 3.00x faster than standard (no interval)"),
         (0.5, None, "about 2.00x slower than standard (no interval)"),
     ],

@@ -159,19 +159,19 @@ def test_synthetic_images_have_a_speed_and_no_error() -> None:
 def test_bgc_beside_gc_in_plain_words() -> None:
     found = findings(train_document())
     assert found == [
-        "BGC N=2 beside SC (the same number of parameters): 1.40 % against 1.40 %, apart by 0.00 ± 0.35 points over 3 "
-        "seeds: not told apart",
-        "BGC N=2 beside GC N=2 (188 % of the parameters): 1.40 % against 2.00 %, lower by 0.60 ± 0.20 points over 3 "
-        "seeds: more than the seeds scatter",
+        "BGC N=2 versus SC (the same number of parameters): 1.40 % against 1.40 %, apart by 0.00 ± 0.35 points over 3 "
+        "seeds: not significant",
+        "BGC N=2 versus GC N=2 (188 % of the parameters): 1.40 % against 2.00 %, lower by 0.60 ± 0.20 points over 3 "
+        "seeds: significant",
         # one image of 500, and the same for all seeds
-        "BGC N=4 beside GC N=2 (the same number of parameters): 1.80 % against 2.00 %, lower by 0.20 ± 0.00 points "
-        "over 3 seeds: not told apart",
-        "BGC N=4 beside GC N=4 (178 % of the parameters): 1.80 % against 3.40 %, lower by 1.60 ± 0.20 points over 3 "
-        "seeds: more than the seeds scatter",
-        "BGC N=8 beside GC N=4 (the same number of parameters): 3.00 % against 3.40 %, lower by 0.40 ± 0.20 points "
-        "over 3 seeds: more than the seeds scatter",
-        "BGC N=8 beside GC N=8 (164 % of the parameters): 3.00 % against 6.40 %, lower by 3.40 ± 0.20 points over 3 "
-        "seeds: more than the seeds scatter",
+        "BGC N=4 versus GC N=2 (the same number of parameters): 1.80 % against 2.00 %, lower by 0.20 ± 0.00 points "
+        "over 3 seeds: not significant",
+        "BGC N=4 versus GC N=4 (178 % of the parameters): 1.80 % against 3.40 %, lower by 1.60 ± 0.20 points over 3 "
+        "seeds: significant",
+        "BGC N=8 versus GC N=4 (the same number of parameters): 3.00 % against 3.40 %, lower by 0.40 ± 0.20 points "
+        "over 3 seeds: significant",
+        "BGC N=8 versus GC N=8 (164 % of the parameters): 3.00 % against 6.40 %, lower by 3.40 ± 0.20 points over 3 "
+        "seeds: significant",
     ]
 
 
@@ -179,11 +179,11 @@ def test_bgc_beside_gc_in_plain_words() -> None:
     ("ours", "words"),
     [
         # differences from GC's 3.4, 3.8, 3.0, and twice their standard error
-        ((2.4, 2.8, 2.0), "lower by 1.00 ± 0.00 points over 3 seeds: more than the seeds scatter"),
-        ((2.4, 3.0, 2.8), "lower by 0.67 ± 0.42 points over 3 seeds: more than the seeds scatter"),  # 0.48
-        ((2.4, 3.2, 3.0), "lower by 0.53 ± 0.50 points over 3 seeds: not told apart"),  # 0.58
-        ((4.4, 5.0, 3.8), "higher by 1.00 ± 0.20 points over 3 seeds: more than the seeds scatter"),
-        ((3.2, 3.6, 2.8), "lower by 0.20 ± 0.00 points over 3 seeds: not told apart"),  # one image
+        ((2.4, 2.8, 2.0), "lower by 1.00 ± 0.00 points over 3 seeds: significant"),
+        ((2.4, 3.0, 2.8), "lower by 0.67 ± 0.42 points over 3 seeds: significant"),  # 0.48
+        ((2.4, 3.2, 3.0), "lower by 0.53 ± 0.50 points over 3 seeds: not significant"),  # 0.58
+        ((4.4, 5.0, 3.8), "higher by 1.00 ± 0.20 points over 3 seeds: significant"),
+        ((3.2, 3.6, 2.8), "lower by 0.20 ± 0.00 points over 3 seeds: not significant"),  # one image
     ],
 )
 def test_a_difference_counts_from_two_standard_errors_on(ours: tuple[float, ...], words: str) -> None:

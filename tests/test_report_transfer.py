@@ -114,7 +114,7 @@ def test_bgc_is_compared_with_gc_of_its_n_and_of_its_size() -> None:
     assert (found[2]["initial points"], found[2]["initial lower"]) == ("-4.40 ± 0.40", "BGC")
     assert (found[2]["last points"], found[2]["last lower"]) == ("-0.60 ± 0.20", "BGC")
     assert (found[5]["initial points"], found[5]["initial lower"]) == ("+0.60 ± 0.00", "GC")
-    assert found[0]["initial lower"] == "not told"
+    assert found[0]["initial lower"] == "not significant"
 
 
 def test_sizes_that_are_not_equal_after_all_are_not_called_so() -> None:
@@ -149,7 +149,7 @@ def test_one_seed_tells_conversions_apart_by_the_test_images_and_trainings_not_a
     found = versus(transfer_document(seeds=(0,), groups=(4, 8), epochs=3))
     # 1.6 against 6.0 % of 500: they agree with the untouched network on 98.6 and 94.2 %, so they differ on 7.2 % of the
     # images at most, and twice sqrt((0.072 - 0.044^2) / 500) is 2.4 points; of 0.6 and 1.0 % it is 1.0 points.
-    assert [row["initial lower"] for row in found[:2]] == ["not told", "BGC"]
+    assert [row["initial lower"] for row in found[:2]] == ["not significant", "BGC"]
     assert {row["last lower"] for row in found} == {"too few seeds"}
 
 
@@ -169,7 +169,7 @@ def test_what_chance_in_the_test_images_can_do(theirs: float, agrees: tuple[floa
     for place, (variant, error) in enumerate((("bgc", 5.0), ("gc", theirs))):
         agreement = agrees[place] if agrees else None
         row_of(document, variant, 4).update(error_initial=error, agreement_initial=agreement)
-    assert versus(document)[0]["initial lower"] == ("BGC" if told else "not told")
+    assert versus(document)[0]["initial lower"] == ("BGC" if told else "not significant")
 
 
 def test_seeds_that_all_end_alike_tell_no_more_than_one() -> None:
@@ -178,7 +178,7 @@ def test_seeds_that_all_end_alike_tell_no_more_than_one() -> None:
         row_of(document, "bgc", 4, seed)["error_initial"] = 0.6
         row_of(document, "gc", 4, seed)["error_initial"] = 1.2  # three images more, three times over
     assert versus(document)[0]["initial points"] == "-0.60 ± 0.00"
-    assert versus(document)[0]["initial lower"] == "not told"
+    assert versus(document)[0]["initial lower"] == "not significant"
 
 
 # ---------------------------------------------------------------------------------------------------------------- notes
