@@ -8,10 +8,10 @@ from typing import Any
 from bgcbench.report.approx_network import network_report
 from bgcbench.report.format import label_of, milli, scaled, significant
 from bgcbench.report.notes import failed_rows, notes
-from bgcbench.report.table import Column, Report, Table, flat, label, words
+from bgcbench.report.table import Column, Report, Table, flat, label, row_record, words
 from bgcbench.results.aggregate import at_equal_params, front_of
 from bgcbench.results.document import Document
-from bgcbench.results.rows import Counts, Fit, LayerRow, SampledParams, SampledRow
+from bgcbench.results.rows import Counts, Fit, LayerRow, SampledRow
 from bgcbench.theory import paper
 from bgcbench.theory.bounds import SCALING_POWER
 from bgcbench.theory.fits import EXACT
@@ -189,10 +189,7 @@ def _over(ours: float | None, theirs: float | None, row: SampledRow, decimals: i
 
 def _record(row: SampledRow, marks: Mapping[str, str]) -> dict[str, Any]:
     return {
-        "key": row.key,
-        **flat(row.params, SampledParams),
-        "status": row.status,
-        "reason": row.reason,
+        **row_record(row, row.params),
         **flat(row.counts, Counts),
         **flat(row, SampledRow, without=("params", "counts", "null_reasons")),
         "front": marks.get(row.key, ""),

@@ -9,10 +9,10 @@ from typing import Any
 
 from bgcbench.report.format import label_of, scaled
 from bgcbench.report.notes import notes
-from bgcbench.report.table import Column, Report, Table, flat, label, words
+from bgcbench.report.table import Column, Report, Table, flat, label, row_record, words
 from bgcbench.results.aggregate import at_equal_params
 from bgcbench.results.document import Document
-from bgcbench.results.rows import LayerErrors, LayerParams, LayerRow
+from bgcbench.results.rows import LayerErrors, LayerRow
 from bgcbench.theory.exact import white_error
 
 TOLERATED = (0.05, 0.10, 0.20)  # shares of a layer's output energy
@@ -170,10 +170,7 @@ def _title(document: Document, rows: Sequence[LayerRow]) -> list[str]:
 
 def _record(row: LayerRow) -> dict[str, Any]:
     return {
-        "key": row.key,
-        **flat(row.params, LayerParams),
-        "status": row.status,
-        "reason": row.reason,
+        **row_record(row, row.params),
         "params": row.counts.params if row.counts else None,
         "macs": row.counts.macs if row.counts else None,
         **{f"output_relative_error_{k}": error for k, error in flat(row.output_relative_error, LayerErrors).items()},

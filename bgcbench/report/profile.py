@@ -20,10 +20,10 @@ from bgcbench.report.measured import (
     white_error,
 )
 from bgcbench.report.notes import chosen_algorithms, kept_dense, notes, run_lines
-from bgcbench.report.table import Report, Table, flat
+from bgcbench.report.table import Report, Table, flat, row_record
 from bgcbench.results.aggregate import at_equal_n, at_equal_params
 from bgcbench.results.document import Document
-from bgcbench.results.rows import Counts, Derived, Memory, ProfileParams, ProfileRow, White
+from bgcbench.results.rows import Counts, Derived, Memory, ProfileRow, White
 
 DENSE = "the dense network"
 
@@ -133,8 +133,8 @@ def profile_records(rows: Rows) -> list[dict[str, Any]]:
             references.setdefault(row.params.layer, row)
     records = []
     for row in rows:
-        about = {"key": row.key, **flat(row.params, ProfileParams), "status": row.status, "reason": row.reason}
-        about |= flat(row.counts, Counts) | flat(row.approximability, White) | flat(row.memory, Memory)
+        about = row_record(row, row.params) | flat(row.counts, Counts)
+        about |= flat(row.approximability, White) | flat(row.memory, Memory)
         records += [about | _measured(row, references.get(row.params.layer), phase) for phase in row.phases]
         records += [] if row.phases else [about | {"phase": None}]
     return records

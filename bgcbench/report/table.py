@@ -20,7 +20,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from bgcbench.results.document import Document, dumps, printable
-from bgcbench.results.rows import Data
+from bgcbench.results.rows import Data, Row
 
 NOTES = 5  # lines under a report; show --explain prints all notes
 EXPLAIN = "what the columns mean: bgcbench show FILE --explain"
@@ -179,6 +179,11 @@ def as_markdown(report: Report) -> str:
 def flat(data: Data | None, kind: type[Data], without: Sequence[str] = ()) -> dict[str, Any]:
     """The fields of ``data`` for a record; where there is none, None for each, so that all records have the same."""
     return {name: getattr(data, name, None) for name in kind.__struct_fields__ if name not in without}
+
+
+def row_record(row: Row, params: Data) -> dict[str, Any]:
+    """What a record begins with: which row it is, and how it ended."""
+    return {"key": row.key, **flat(params, type(params)), "status": row.status, "reason": row.reason}
 
 
 def as_csv(report: Report) -> str:
