@@ -55,7 +55,7 @@ def test_one_row_worked_out_by_hand() -> None:
     assert cell(document, "images/s", "gc", 4) == "1014"
 
 
-def test_masked_variants_show_what_they_train_beside_what_is_deployed() -> None:
+def test_masked_variants_show_what_they_train_and_what_is_deployed() -> None:
     document = train_document()
     for variant in MASKED:
         assert cell(document, "params", variant, 4) == "92.0 k"

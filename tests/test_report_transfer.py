@@ -125,7 +125,7 @@ def test_times_are_compared_with_gc_too() -> None:
     assert versus(document)[0]["speed-up fwd"] == "0.69 [0.62, 0.76]"  # (0.95 4) / (1.05 5.8), (1.05 4) / (0.95 5.8)
 
 
-def test_one_seed_tells_conversions_apart_by_the_test_images_and_trainings_not_at_all() -> None:
+def test_one_seed_compares_conversions_by_the_test_images_and_trainings_not_at_all() -> None:
     found = versus(transfer_document(seeds=(0,), groups=(4, 8), epochs=3))
     # 1.6 against 6.0 % of 500: they agree with the untouched network on 98.6 and 94.2 %, so they differ on 7.2 % of the
     # images at most, and twice sqrt((0.072 - 0.044^2) / 500) is 2.4 points; of 0.6 and 1.0 % it is 1.0 points.
@@ -164,7 +164,7 @@ def test_seeds_that_all_end_alike_tell_no_more_than_one() -> None:
 # ---------------------------------------------------------------------------------------------------------------- notes
 
 
-def test_notes_tell_whether_training_and_conversion_can_be_told_apart() -> None:
+def test_notes_say_when_no_training_or_no_control_ran() -> None:
     assert notes(transfer_document(epochs=3))[1].startswith("no control: ")
     assert notes(transfer_document())[0] == "nothing was trained: the errors are those of the conversions"
     for document in (transfer_document(), transfer_document(epochs=3, control=True)):

@@ -84,23 +84,13 @@ SPEED_UP = (
     "Time of the untouched network, or of GC, over the row's, with its 95 % confidence interval; versus GC at least "
     "95 %. A start does not change it."
 )
+WORST = "Largest loss of a layer."
 EXPECTED_LOSS = "Layer loss on white input of a kernel of independent entries."
 LOSS_COLUMNS: list[Column[Conversion]] = [
     Column("expected loss %", lambda cell: cell.expected_loss, EXPECTED_LOSS, loss_text),
     Column("layer loss %", lambda cell: median_of(cell.white_losses.values()), LAYER_LOSS, loss_text, optional=True),
-    Column(
-        "worst %",
-        lambda cell: max(cell.white_losses.values(), default=None),
-        "Largest loss of a layer.",
-        loss_text,
-        optional=True,
-    ),
-    words(
-        "worst layer",
-        lambda cell: max(cell.white_losses, key=cell.white_losses.__getitem__, default=None),
-        "The layer that loses most.",
-        optional=True,
-    ),
+    Column("worst %", lambda cell: max(cell.white_losses.values(), default=None), WORST, loss_text, optional=True),
+    words("worst layer", lambda cell: cell.worst_layer, "The layer that loses most.", optional=True),
     training.PAPER,
 ]
 

@@ -93,23 +93,23 @@ class Cell(Generic[R]):
         """Errors after the last epoch, of the finished trainings."""
         return self.by_seed(lambda row: row.error_final)
 
-    def count(self, value: Callable[[Counts], float | None]) -> float | None:
-        """A count, the mean where seeds differ: ``cell.count(lambda counts: counts.params)``."""
-        known = [found for row in self.rows if row.counts and (found := value(row.counts)) is not None]
+    def _count(self, value: Callable[[Counts], float]) -> float | None:
+        """A count, the mean where seeds differ."""
+        known = [value(row.counts) for row in self.rows if row.counts]
         return statistics.fmean(known) if known else None
 
     @property
     def params(self) -> float | None:
-        return self.count(lambda counts: counts.params)
+        return self._count(lambda counts: counts.params)
 
     @property
     def macs(self) -> float | None:
-        return self.count(lambda counts: counts.macs)
+        return self._count(lambda counts: counts.macs)
 
     @property
     def params_training(self) -> float | None:
         """Parameters of what was trained, which differ from those that are deployed where a form is masked."""
-        return self.count(lambda counts: counts.params_training or counts.params)
+        return self._count(lambda counts: counts.params_training or counts.params)
 
     @property
     def images_per_s(self) -> float | None:
@@ -173,6 +173,11 @@ class Conversion(Cell[TransferRow]):
         """What each layer loses on white input by the closed form."""
         every = [row.white_loss.layers for row in self.rows if row.white_loss]
         return {layer.name: layer.loss for layer in next(filter(None, every), ())}
+
+    @property
+    def worst_layer(self) -> str | None:
+        """The layer that loses most on white input."""
+        return max(self.white_losses, key=self.white_losses.__getitem__, default=None)
 
     @property
     def expected_loss(self) -> float | None:
