@@ -128,6 +128,7 @@ def test_bgc_is_compared_with_gc_of_its_n_and_of_its_size_by_the_n_of_gc() -> No
         *("BGC N=2 versus SC", "BGC N=2 versus GC N=2", "BGC N=4 versus GC N=2", "BGC N=4 versus GC N=4"),
         *("BGC N=8 versus GC N=4", "BGC N=8 versus GC N=8"),
     ]
+    assert any("chance does that in about 18 %" in line for line in notes(train_document()))
 
 
 @pytest.mark.parametrize(
@@ -249,6 +250,7 @@ def test_rows_that_did_not_finish_are_flagged_and_named_with_their_reason() -> N
         f"wrn_10_2-digits-gc-n4-s1: error: the loss is not finite; 3 of 10 epochs, the last test error {error:.2f} %",
         "wrn_10_2-digits-flgc-n4-s2: interrupted: not begun",
         f"{bgc}: invalid: in_channels=6 is not divisible by groups=4",
+        "a quick look: few epochs or images, no claim; run without --quick",
         "warning: busy",
     } < set(found)
     assert any("the mean is of those that did" in line for line in found)

@@ -166,6 +166,8 @@ def test_seeds_that_all_end_alike_tell_no_more_than_one() -> None:
 
 def test_notes_say_when_no_training_or_no_control_ran() -> None:
     assert notes(transfer_document(epochs=3))[1].startswith("no control: ")
+    calibrated = "calibration: 512 training images without labels, 128 of them held out; 9 batch norms"
+    assert note(transfer_document(), "calibration: ").startswith(calibrated)
     assert notes(transfer_document())[0] == "nothing was trained: the errors are those of the conversions"
     for document in (transfer_document(), transfer_document(epochs=3, control=True)):
         assert not any(text.startswith("no control") for text in notes(document))
