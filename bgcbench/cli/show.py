@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -71,9 +71,9 @@ def show(
     from bgcbench import results
 
     check_choice("format", form, FORMATS)
-    shape = {"channels": channels, "in-channels": in_channels, "out-channels": out_channels, "kernel": kernel,
+    shape = {"channels": channels, "in_channels": in_channels, "out_channels": out_channels, "kernel": kernel,
              "size": size, "groups": groups}  # fmt: skip
-    given = [f"--{name}" for name, value in shape.items() if value is not None]
+    given = [f"--{name.replace('_', '-')}" for name, value in shape.items() if value is not None]
     if given and (file is not None or not table1):
         raise UsageError(f"{given[0]} describes a layer for --table1 without FILE; drop it, or use show --table1")
     if file is None and not table1:
@@ -81,39 +81,27 @@ def show(
     if explain and (file is None or table1):
         raise UsageError("--explain is for a result FILE without --table1; see docs/tables.md for all columns")
     document = results.read(file) if file is not None else None
-    _check_plot(plot, picture, force=force, drawable=document is not None and not table1)
+    _check_plot(plot, picture, force=force, drawable=not table1)
     if document is not None and not table1:
         with _consistent(str(file)):
             output.print_document(document, form, explain=explain)
             if plot is not None:
                 output.draw(document, plot, picture)
         return 0
-    if document is not None:
+    if document is None:
+        described = [each for each in options.options_of(ProfileConfig).values() if each.parameter in shape]
+        config = ProfileConfig(**options.given_fields(described, shape))
+    else:
         results.check_command(document["command"], "profile", str(file))
-    if document is not None and "model" in document.get("config", {}):
-        raise UsageError(f"{file} measured a network; --table1 is for one layer, such as --channels 1024")
-    if document is not None:
+        if "model" in document.get("config", {}):
+            raise UsageError(f"{file} measured a network; --table1 is for one layer, such as --channels 1024")
         config = ProfileConfig.from_json(document.get("config", {}))
         measurable = {row["params"]["groups"] for row in document["results"] if row["status"] != "invalid"}
         config = dataclasses.replace(config, groups=tuple(sorted(measurable)))
-    else:
-        layer: dict[str, Any] = {
-            "in_channels": in_channels if in_channels is not None else channels,
-            "out_channels": out_channels if out_channels is not None else channels,
-            "kernel": kernel,
-            "groups": None if groups is None else options.numbers("groups", groups),
-        }
-        if size is not None:
-            layer["height"], layer["width"] = options.size("size", size)
-        config = dataclasses.replace(ProfileConfig(), **{k: v for k, v in layer.items() if v is not None})
     from bgcbench.report import table1_report
 
-    output.emit(
-        table1_report(
-            config.in_channels, config.out_channels, config.kernel, (config.height, config.width), config.groups
-        ),
-        form,
-    )
+    shown = config.in_channels, config.out_channels, config.kernel, (config.height, config.width), config.groups
+    output.emit(table1_report(*shown), form)
     return 0
 
 
@@ -191,10 +179,9 @@ def compare(
         name, old, new = differing[0]
         raise UsageError(f"{name} is {old} in {before} and {new} in {after}; measure alike, or use --force")
 
+    limit = None if fail_on is None else fail_on / 100
     with _consistent(f"{before} or {after}"):
-        report, tripped = compare_report(
-            documents[0], documents[1], (str(before), str(after)), None if fail_on is None else fail_on / 100
-        )
+        report, tripped = compare_report(documents[0], documents[1], (str(before), str(after)), limit)
     output.emit(report, form)
     if tripped:
         output.say(f"regression: at least one row is significantly slower (more than {fail_on:g} %) or missing")

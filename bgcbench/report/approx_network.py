@@ -7,12 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from bgcbench.report.format import label_of, percent, scaled
+from bgcbench.report.format import label_of, scaled
 from bgcbench.report.notes import notes
-from bgcbench.report.table import Column, Report, Table, flat
+from bgcbench.report.table import Column, Report, Table, flat, label, row_record, words
 from bgcbench.results.aggregate import at_equal_params
 from bgcbench.results.document import Document
-from bgcbench.results.rows import LayerErrors, LayerParams, LayerRow
+from bgcbench.results.rows import LayerErrors, LayerRow
 from bgcbench.theory.exact import white_error
 
 TOLERATED = (0.05, 0.10, 0.20)  # shares of a layer's output energy
@@ -42,15 +42,18 @@ def network_report(document: Document, rows: Sequence[LayerRow]) -> Report:
 
 
 def layer_columns(cells: Sequence[tuple[str, int]]) -> list[Column[ByCell]]:
-    columns: list[Column[ByCell]] = [
-        Column("layer", lambda of: _any(of).params.layer, meaning=LAYER, right=False, lead=True),
-        Column("convolution", lambda of: _shape(_any(of)), meaning="Kernel, channels and stride.", right=False),
-        Column("MACs share", lambda of: _any(of).macs_share, percent(2), "Of the convolutions in this table."),
+    def lost(of: ByCell, at: tuple[str, int]) -> str | None:
+        if at not in of:
+            return ""
+        error = _calibrated(of[at])
+        return None if error is None else f"{error:.1%}"
+
+    return [
+        label("layer", lambda of: _any(of).params.layer, LAYER),
+        words("convolution", lambda of: _shape(_any(of)), "Kernel, channels and stride."),
+        Column("MACs share", lambda of: _any(of).macs_share, "Of the convolutions in this table.", "{:.2%}".format),
+        *(Column(_named(at), partial(lost, at=at), LOST, name="VARIANT N=..") for at in cells),
     ]
-    for variant, groups in cells:
-        title = f"{label_of(variant)} N={groups}"
-        columns.append(Column(title, partial(_lost, at=(variant, groups)), meaning=LOST, name="VARIANT N=.."))
-    return columns
 
 
 LAYER = "A convolution; those that lose most on average come first."
@@ -58,38 +61,45 @@ LOST = (
     "Share of the layer's output energy that the variant loses on the network's own inputs, with calibrated weights: "
     "E||Wu - Vu||^2 / E||Wu||^2 on one image in four that is held out. The rest of the network is dense."
 )
-
-
-def weight_columns() -> list[Column[LayerRow]]:
-    def lost(title: str, share: Callable[[LayerErrors], float], meaning: str) -> Column[LayerRow]:
-        return Column(title, lambda row: row.output_relative_error and share(row.output_relative_error), percent(2),
-                      meaning)  # fmt: skip
-
-    return [
-        Column("layer", lambda row: row.params.layer, meaning=LAYER, right=False, lead=True),
-        Column("variant", lambda row: label_of(row.params.variant), meaning="The variant.", right=False, lead=True),
-        Column("N", lambda row: row.params.groups, meaning="Groups.", lead=True),
-        Column("params", lambda row: row.counts and row.counts.params, scaled, "Parameters."),
-        lost("copied", lambda errors: errors.copy, COPIED),
-        lost("white", lambda errors: errors.white, WHITE),
-        lost("calibrated", lambda errors: errors.calibrated, CALIBRATED),
-        Column("ridge", lambda row: row.ridge, "{:g}".format, "Of that least squares, relative."),
-        Column("positions", lambda row: f"{row.rows:,} + {row.held_out_rows:,}", meaning=POSITIONS),
-        Column("why not", lambda row: row.reason or "", meaning="Why a row has no numbers.", right=False),
-    ]
-
-
 COPIED = "Share of the output lost with copied weights, as in the paper."
 WHITE = "Share lost with the closed-form optimum for uncorrelated inputs."
 CALIBRATED = (
     "Share lost with least squares on the activations, pulled towards white by the ridge that serves best on images "
     "held out. TLGC, FLGC and LGC are searches, with one fixed ridge."
 )
-POSITIONS = "Output positions solved on + evaluated on."
+
+
+def weight_columns() -> list[Column[LayerRow]]:
+    def lost(title: str, share: Callable[[LayerErrors], float], meaning: str) -> Column[LayerRow]:
+        def value(row: LayerRow) -> float | None:
+            return share(row.output_relative_error) if row.output_relative_error else None
+
+        return Column(title, value, meaning, "{:.2%}".format)
+
+    return [
+        label("layer", lambda row: row.params.layer, LAYER),
+        label("variant", lambda row: label_of(row.params.variant), "The variant."),
+        Column("N", lambda row: row.params.groups, "Groups.", lead=True),
+        Column("params", lambda row: row.counts and row.counts.params, "Parameters.", scaled),
+        lost("copied", lambda errors: errors.copy, COPIED),
+        lost("white", lambda errors: errors.white, WHITE),
+        lost("calibrated", lambda errors: errors.calibrated, CALIBRATED),
+        Column("ridge", lambda row: row.ridge, "Of that least squares, relative.", "{:g}".format),
+        Column(
+            "positions",
+            lambda row: f"{row.rows:,} + {row.held_out_rows:,}",
+            "Output positions solved on + evaluated on.",
+        ),
+        words("why not", lambda row: row.reason or "", "Why a row has no numbers."),
+    ]
 
 
 def _any(of: ByCell) -> LayerRow:
     return next(iter(of.values()))
+
+
+def _named(at: tuple[str, int]) -> str:
+    return f"{label_of(at[0])} N={at[1]}"
 
 
 def _calibrated(row: LayerRow) -> float | None:
@@ -108,34 +118,26 @@ def _shape(row: LayerRow) -> str:
     return f"{p.kernel}x{p.kernel_width} {p.in_channels}->{p.out_channels}{stride}"
 
 
-def _lost(of: ByCell, at: tuple[str, int]) -> str | None:
-    if at not in of:
-        return ""
-    error = _calibrated(of[at])
-    return None if error is None else f"{error:.1%}"
-
-
 def _tolerant(by_layer: Mapping[str, ByCell], cells: Sequence[tuple[str, int]]) -> list[str]:
     """For each variant and N: how many layers, with which share of the MACs, lose at most 5, 10, 20 %."""
     lines = []
     for at in cells:
-        known = {
-            name: (error, of[at].macs_share or 0.0)
+        known = [
+            (error, of[at].macs_share or 0.0, name)
             for name, of in by_layer.items()
             if at in of and (error := _calibrated(of[at])) is not None
-        }
+        ]
         if not known:
             continue
         parts = []
         for limit in TOLERATED:
-            within = [share for error, share in known.values() if error <= limit]
+            within = [share for error, share, _ in known if error <= limit]
             parts.append(f"{len(within)} at most {limit:.0%} ({sum(within):.0%} of the MACs)")
-        worst = max(known, key=lambda name: known[name][0])
+        most, _, worst = max(known, key=lambda layer: layer[0])
         white = white_error(*at)
-        beside = "" if white is None else f"; white input would lose {white:.1%}"
         lines.append(
-            f"{label_of(at[0])} N={at[1]}, of {len(known)} layers: {', '.join(parts)}; most is lost in {worst} "
-            f"({known[worst][0]:.1%}){beside}"
+            f"{_named(at)}, of {len(known)} layers: {', '.join(parts)}; most is lost in {worst} ({most:.1%})"
+            + ("" if white is None else f"; white input would lose {white:.1%}")
         )
     return lines + _at_equal_size(by_layer, cells)
 
@@ -144,15 +146,12 @@ def _at_equal_size(by_layer: Mapping[str, ByCell], cells: Sequence[tuple[str, in
     """BGC at 2N versus GC at N, which have as many parameters, layer by layer."""
     lines = []
     for bgc, gc in at_equal_params({at: at for at in cells if at[0] != "standard"}):
-        ratios = []
-        for of in by_layer.values():
-            plain, balanced = (_calibrated(of[at]) if at in of else None for at in (gc, bgc))
-            if plain and balanced is not None:
-                ratios.append(balanced / plain)
+        both = [(_calibrated(of[bgc]), _calibrated(of[gc])) for of in by_layer.values() if bgc in of and gc in of]
+        ratios = [balanced / plain for balanced, plain in both if plain and balanced is not None]
         if ratios:
             fewer = sum(ratio < 1 for ratio in ratios)
             lines.append(
-                f"at equal parameters, BGC N={bgc[1]} loses less than GC N={gc[1]} in {fewer} of {len(ratios)} layers "
+                f"at equal parameters, {_named(bgc)} loses less than {_named(gc)} in {fewer} of {len(ratios)} layers "
                 f"(calibrated; median {statistics.median(ratios):.2f} of GC's loss)"
             )
     return lines
@@ -170,12 +169,10 @@ def _title(document: Document, rows: Sequence[LayerRow]) -> list[str]:
 
 
 def _record(row: LayerRow) -> dict[str, Any]:
-    head = {"key": row.key, **flat(row.params, LayerParams), "status": row.status, "reason": row.reason}
-    errors = flat(row.output_relative_error, LayerErrors)
     return {
-        **head,
+        **row_record(row, row.params),
         "params": row.counts.params if row.counts else None,
         "macs": row.counts.macs if row.counts else None,
-        **{f"output_relative_error_{name}": error for name, error in errors.items()},
-        **{"ridge": row.ridge, "rows": row.rows, "held_out_rows": row.held_out_rows, "macs_share": row.macs_share},
+        **{f"output_relative_error_{k}": error for k, error in flat(row.output_relative_error, LayerErrors).items()},
+        **flat(row, LayerRow, without=("key", "params", "status", "reason", "counts", "output_relative_error")),
     }

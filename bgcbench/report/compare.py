@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import msgspec
@@ -12,7 +11,7 @@ import msgspec
 from bgcbench.errors import UsageError
 from bgcbench.measure.statistics import Ratio, Series, ratio_of_medians
 from bgcbench.report.format import bounds_text, ratio_text, significant, time_unit
-from bgcbench.report.table import Column, Report, Table
+from bgcbench.report.table import Column, Report, Table, label, words
 from bgcbench.results.document import Document
 from bgcbench.results.rows import ProfileRow
 
@@ -53,7 +52,7 @@ class Comparison(Ratio):
         apart = "" if self.paired else ", measured apart"
         if not self.is_significant and self._bound > 0.1:
             span = f"{ratio_text(low)}-{ratio_text(high)}"
-            return f"not told apart from {other} (95% CI of the speed-up {span}{apart})"
+            return f"not significantly different from {other} (95% CI of the speed-up {span}{apart})"
         if not self.is_significant:
             return f"as fast as {other}: no detectable difference (< {significant(100 * self._bound, 2)} %{apart})"
         if how == "slower":
@@ -79,6 +78,16 @@ def speed_up(row: ProfileRow | None, other: ProfileRow | None, phase: str) -> Co
     return _ratio(_series(other, phase), _series(row, phase), paired)
 
 
+def ratio_record(compared: Ratio | None, name: str) -> dict[str, float | None]:
+    """For a record: a ratio and its interval."""
+    ends = compared.ci95 if compared else None
+    return {
+        name: compared.value if compared else None,
+        f"{name}_low": ends.low if ends else None,
+        f"{name}_high": ends.high if ends else None,
+    }
+
+
 def _series(row: ProfileRow, phase: str) -> Series:
     measured = row.phases[phase]
     return Series(measured.samples_s, measured.rounds)
@@ -94,18 +103,24 @@ def _ratio(over: Series, under: Series, paired: bool) -> Comparison:
 
 @dataclass(frozen=True)
 class Change:
-    """A phase of a row in two files. change: the time after over the time before."""
+    """A phase of a row in two files. ratio: the time after over the time before."""
 
     key: str
     phase: str
     before_s: float
     after_s: float
-    change: Comparison
+    ratio: Comparison
     slower: bool
 
     @property
     def verdict(self) -> str:
-        return self.change.change + (" (over the limit)" if self.slower else "")
+        return self.ratio.change + (" (over the limit)" if self.slower else "")
+
+    @property
+    def record(self) -> dict[str, object]:
+        times = {"before_s": self.before_s, "after_s": self.after_s}
+        return {"key": self.key, "phase": self.phase, **times, **ratio_record(self.ratio, "ratio"),
+                "verdict": self.verdict}  # fmt: skip
 
 
 def settings_that_differ(before: Document, after: Document) -> list[tuple[str, str, str]]:
@@ -113,11 +128,11 @@ def settings_that_differ(before: Document, after: Document) -> list[tuple[str, s
     names = ("precision", "layout", "mode", "cache", "memory", "input_grad", "tf32", "cudnn_benchmark")
     pairs = [(name, getattr(before.settings, name), getattr(after.settings, name)) for name in names]
     pairs.append(("quality", before.quality, after.quality))
-    return [(name, _json(one), _json(other)) for name, one, other in pairs if one != other]
 
+    def plain(value: object) -> str:
+        return json.dumps(msgspec.to_builtins(value))
 
-def _json(value: object) -> str:
-    return json.dumps(msgspec.to_builtins(value))
+    return [(name, plain(one), plain(other)) for name, one, other in pairs if one != other]
 
 
 def compare_report(
@@ -131,7 +146,12 @@ def compare_report(
         for phase in row.phases
         if key not in new or phase not in new[key].phases
     ]
-    changes = list(_changes(old, after, limit))
+    changes = [
+        _change(old[key], row, phase, limit)
+        for key, row in new.items()
+        for phase in row.phases
+        if key in old and phase in old[key].phases
+    ]
     if not changes:
         raise UsageError(f"{names[0]} and {names[1]} have no measured row in common; compare runs of one workload")
     notes = [f"before: {names[0]}; after: {names[1]}"]
@@ -144,20 +164,15 @@ def compare_report(
     tripped = any(change.slower for change in changes) or (limit is not None and bool(gone))
     sections = {"Measured before and no longer": gone} if gone else {}
     table = Table(["bgcbench compare"], change_columns(changes), changes, {**sections, "Notes": notes})
-    return Report([table], records=list(map(_record, changes))), tripped
+    return Report([table], records=[change.record for change in changes]), tripped
 
 
-def _changes(old: dict[str, ProfileRow], after: Document, limit: float | None) -> Iterable[Change]:
-    for row in after.results:
-        earlier = old.get(row.key)
-        for phase in row.phases if earlier else ():
-            if earlier is None or phase not in earlier.phases:
-                continue
-            # Two files were never measured in one interleaved run, whatever their group numbers say.
-            change = _ratio(_series(row, phase), _series(earlier, phase), False)
-            slower = limit is not None and change.ci95 is not None and change.ci95.low > 1 + limit
-            times = earlier.phases[phase].summary.median_s, row.phases[phase].summary.median_s
-            yield Change(row.key, phase, *times, change, slower)
+def _change(before: ProfileRow, after: ProfileRow, phase: str, limit: float | None) -> Change:
+    # Two files were never measured in one interleaved run, whatever their group numbers say.
+    ratio = _ratio(_series(after, phase), _series(before, phase), False)
+    slower = limit is not None and ratio.ci95 is not None and ratio.ci95.low > 1 + limit
+    times = before.phases[phase].summary.median_s, after.phases[phase].summary.median_s
+    return Change(after.key, phase, *times, ratio, slower)
 
 
 def change_columns(changes: list[Change]) -> list[Column[Change]]:
@@ -167,12 +182,12 @@ def change_columns(changes: list[Change]) -> list[Column[Change]]:
         return significant(seconds * factor, 4)
 
     return [
-        Column("row", lambda c: c.key, meaning="The row's key, the same in both files.", right=False, lead=True),
-        Column("phase", lambda c: PHASE_TITLES[c.phase], meaning="What was timed.", right=False, lead=True),
-        Column(f"before {unit}", lambda c: c.before_s, time, "Median in the first file.", "before"),
-        Column(f"after {unit}", lambda c: c.after_s, time, "Median in the second file.", "after"),
-        Column("difference", lambda c: f"{(c.after_s - c.before_s) * factor:+.3g}", meaning="After less before."),
-        Column("verdict", lambda c: c.verdict, meaning=VERDICT, right=False),
+        label("row", lambda c: c.key, "The row's key, the same in both files."),
+        label("phase", lambda c: PHASE_TITLES[c.phase], "What was timed."),
+        Column(f"before {unit}", lambda c: c.before_s, "Median in the first file.", time, "before"),
+        Column(f"after {unit}", lambda c: c.after_s, "Median in the second file.", time, "after"),
+        Column("difference", lambda c: f"{(c.after_s - c.before_s) * factor:+.3g}", "After less before."),
+        words("verdict", lambda c: c.verdict, VERDICT),
     ]
 
 
@@ -180,17 +195,3 @@ VERDICT = (
     "Time after over time before, with the 95 % confidence interval of the ratio of medians; over the limit: the whole "
     "interval lies above 1 by more than --fail-on."
 )
-
-
-def _record(change: Change) -> dict[str, object]:
-    ends = change.change.ci95
-    return {
-        "key": change.key,
-        "phase": change.phase,
-        "before_s": change.before_s,
-        "after_s": change.after_s,
-        "ratio": change.change.value,
-        "ratio_low": ends.low if ends else None,
-        "ratio_high": ends.high if ends else None,
-        "verdict": change.verdict,
-    }

@@ -49,16 +49,6 @@ def bounds_text(ends: tuple[float, float] | None, form: Callable[[float], str]) 
     return "" if ends is None else f" [{form(ends[0])}, {form(ends[1])}]"
 
 
-def fixed(decimals: int) -> Callable[[float], str]:
-    """The form of a number with so many decimals."""
-    return lambda value: f"{value:.{decimals}f}"
-
-
-def percent(decimals: int) -> Callable[[float], str]:
-    """The form of a share as a percentage with so many decimals."""
-    return lambda value: f"{value:.{decimals}%}"
-
-
 def milli(value: float) -> str:
     """In thousandths, as the column's title says."""
     return f"{value * 1e3:.4f}"

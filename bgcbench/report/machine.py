@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from bgcbench.report.table import Column, Report, Table
+from bgcbench.report.table import Column, Report, Table, label, words
 from bgcbench.results.rows import Environment
 
 Finding = tuple[str, str, str | None]  # what, how it stands, and the advice; None: all is well
@@ -24,9 +24,9 @@ def doctor_report(described: Mapping[str, Any], findings: Sequence[Finding]) -> 
     lines += [(names, " / ".join(version or "-" for version in found), None) for names, found in versions.items()]
     lines += findings
     columns: list[Column[Finding]] = [
-        Column("what", lambda line: line[0], meaning="What was looked at.", right=False, lead=True),
-        Column("how it stands", lambda line: line[1], meaning="What was found.", right=False),
-        Column("advice", lambda line: line[2] or "ok", meaning="What to do, or ok.", right=False),
+        label("what", lambda line: line[0], "What was looked at."),
+        words("how it stands", lambda line: line[1], "What was found."),
+        words("advice", lambda line: line[2] or "ok", "What to do, or ok."),
     ]
     concerns = sum(advice is not None for _, _, advice in lines)
     summary = f"{concerns} thing{'s' if concerns != 1 else ''} could spoil a measurement" if concerns else "all clear"

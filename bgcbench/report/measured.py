@@ -4,48 +4,54 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from functools import partial
 
 from bgcbench.report.compare import PHASE_TITLES, speed_up
-from bgcbench.report.format import bounds_text, fixed, label_of, mebibytes, scaled, significant, time_unit
-from bgcbench.report.table import Column
+from bgcbench.report.format import bounds_text, label_of, mebibytes, scaled, significant, time_unit
+from bgcbench.report.table import Column, label, words
 from bgcbench.results.rows import Phase, ProfileRow
 from bgcbench.theory import paper
 
 Rows = Sequence[ProfileRow]
-
-# -------------------------------------------------------------------------------------------------------------- columns
 
 
 def profile_columns(
     first: str, rows: Rows, phases: Sequence[str], reference: ProfileRow | None
 ) -> list[Column[ProfileRow]]:
     """Of a layer or a network; what only one of them has is left out of the other's table."""
-    columns: list[Column[ProfileRow]] = [
-        Column(first, partial(variant_name, rows=rows), meaning=VARIANT, right=False, lead=True),
-        Column("N", lambda row: row.params.groups, meaning="Groups.", lead=True),
-        Column("replaced", _replaced, meaning="Number of convolutions that are replaced.", optional=True),
-        Column("params", params_of, scaled, "Parameters of the algorithm that ran."),
-        Column("MACs", macs_of, scaled, MACS),
-        Column("white err", white_error, fixed(3), WHITE_ERROR, optional=True),
-    ]
-    for phase in phases:
-        columns += [
-            time_column(rows, phase),
-            Column(f"{PHASE_TITLES[phase]} images/s", partial(network_speed, phase=phase), meaning="Images a second.",
-                   name="images/s", optional=True),
-            Column(f"speed-up {PHASE_TITLES[phase]}", partial(_speed_up, reference=reference, phase=phase),
-                   meaning=SPEED_UP, name="speed-up"),
-        ]  # fmt: skip
+
+    def replaced(row: ProfileRow) -> int | None:
+        return len(row.convert.replaced) if row.convert else None
+
     return [
-        *columns,
-        Column("x+W MiB", lambda row: row.memory and row.memory.paper_bytes, mebibytes, PAPER_BYTES, optional=True),
-        Column("peak MiB", peak, mebibytes, PEAK),
-        Column("roofline", partial(_roofline, phases=phases), meaning=ROOFLINE),
-        Column("paper ms", lambda row: row.paper and row.paper.time_s * 1e3, fixed(3), PAPER_TIME, optional=True),
-        Column("paper MiB", lambda row: row.paper and row.paper.memory_bytes, mebibytes, PAPER_MEMORY, optional=True),
-        Column("paper err %", lambda row: row.paper and row.paper.error, fixed(2), PAPER_ERROR, optional=True),
+        label(first, lambda row: variant_name(row, rows), VARIANT),
+        Column("N", lambda row: row.params.groups, "Groups.", lead=True),
+        Column("replaced", replaced, "Number of convolutions that are replaced.", optional=True),
+        Column("params", params_of, "Parameters of the algorithm that ran.", scaled),
+        Column("MACs", macs_of, MACS, scaled),
+        Column("white err", white_error, WHITE_ERROR, "{:.3f}".format, optional=True),
+        *(column for phase in phases for column in _phase_columns(rows, phase, reference)),
+        Column("x+W MiB", lambda row: row.memory and row.memory.paper_bytes, PAPER_BYTES, mebibytes, optional=True),
+        Column("peak MiB", peak, PEAK, mebibytes),
+        Column("roofline", lambda row: _roofline(row, phases), ROOFLINE),
+        Column(
+            "paper ms", lambda row: row.paper and row.paper.time_s * 1e3, PAPER_TIME, "{:.3f}".format, optional=True
+        ),
+        Column("paper MiB", lambda row: row.paper and row.paper.memory_bytes, PAPER_MEMORY, mebibytes, optional=True),
+        Column("paper err %", lambda row: row.paper and row.paper.error, PAPER_ERROR, "{:.2f}".format, optional=True),
         flags_column(phases),
+    ]
+
+
+def _phase_columns(rows: Rows, phase: str, reference: ProfileRow | None) -> list[Column[ProfileRow]]:
+    def faster(row: ProfileRow) -> str | None:
+        compared = speed_up(row, reference, phase)
+        return "1" if row is reference else compared.text if compared else None
+
+    title, images = PHASE_TITLES[phase], "Images a second."
+    return [
+        time_column(rows, phase),
+        Column(f"{title} images/s", lambda row: network_speed(row, phase), images, name="images/s", optional=True),
+        Column(f"speed-up {title}", faster, SPEED_UP, name="speed-up"),
     ]
 
 
@@ -81,19 +87,19 @@ def time_column(rows: Rows, phase: str) -> Column[ProfileRow]:
 
     def time(measured: Phase) -> str:
         summary = measured.summary
-        digits = max(0, 3 - math.floor(math.log10(summary.median_s * factor)))
+        digits = min(max(0, 3 - math.floor(math.log10(summary.median_s * factor))), 4)
 
         def form(seconds: float) -> str:
-            return f"{seconds * factor:.{min(digits, 4)}f}"
+            return f"{seconds * factor:.{digits}f}"
 
         return form(summary.median_s) + bounds_text(summary.ci95_s, form)
 
     meaning = "Median time of a batch, with its 95 % confidence interval."
-    return Column(f"{PHASE_TITLES[phase]} {unit}", lambda row: row.phases.get(phase), time, meaning, "time")
+    return Column(f"{PHASE_TITLES[phase]} {unit}", lambda row: row.phases.get(phase), meaning, time, "time")
 
 
 def flags_column(phases: Sequence[str]) -> Column[ProfileRow]:
-    return Column("flags", lambda row: ", ".join(flags(row, phases)), meaning=FLAGS, right=False)
+    return words("flags", lambda row: ", ".join(flags(row, phases)), FLAGS)
 
 
 # ---------------------------------------------------------------------------------------------------- what a row holds
@@ -123,15 +129,14 @@ def numbered(row: ProfileRow, rows: Rows) -> str:
 
 def params_of(row: ProfileRow) -> int | None:
     """Parameters of the algorithm that ran: a masked one trains dense kernels."""
-    counts = row.counts
-    trained = counts.params_training if counts and row.params.algorithm == "masked" else None
-    return counts.params if counts and trained is None else trained
+    trained = row.counts.params_training if row.counts and row.params.algorithm == "masked" else None
+    return row.counts.params if row.counts and trained is None else trained
 
 
 def macs_of(row: ProfileRow) -> int | None:
-    counts = row.counts
-    trained = counts.macs_training if counts and row.params.algorithm == "masked" else None
-    return counts.macs if counts and trained is None else trained
+    """MACs of the algorithm that ran."""
+    trained = row.counts.macs_training if row.counts and row.params.algorithm == "masked" else None
+    return row.counts.macs if row.counts and trained is None else trained
 
 
 def white_error(row: ProfileRow) -> float | None:
@@ -146,10 +151,6 @@ def peak(row: ProfileRow) -> int | None:
     return memory.params_bytes + memory.input_bytes + memory.optimizer_bytes + memory.peak_delta_bytes
 
 
-def _replaced(row: ProfileRow) -> int | None:
-    return len(row.convert.replaced) if row.convert else None
-
-
 def network_speed(row: ProfileRow, phase: str) -> str | None:
     """Images a second of a network."""
     if row.params.model is None or phase not in row.phases:
@@ -157,52 +158,46 @@ def network_speed(row: ProfileRow, phase: str) -> str | None:
     return significant(row.phases[phase].derived.images_per_s, 4)
 
 
-def _speed_up(row: ProfileRow, reference: ProfileRow | None, phase: str) -> str | None:
-    if row is reference:
-        return "1"
-    compared = speed_up(row, reference, phase)
-    return compared.text if compared else None
-
-
 def _roofline(row: ProfileRow, phases: Sequence[str]) -> str | None:
-    measured = row.phases.get(phases[-1]) if phases else None
-    if measured is None or measured.derived.roofline_fraction is None:
+    derived = row.phases[phases[-1]].derived if phases and phases[-1] in row.phases else None
+    if derived is None or derived.roofline_fraction is None:
         return None
-    letter = {"compute": "C", "memory": "M"}.get(measured.derived.bound or "", "")
-    return f"{measured.derived.roofline_fraction:.0%} {letter}"
+    letter = {"compute": "C", "memory": "M"}.get(derived.bound or "", "")
+    return f"{derived.roofline_fraction:.0%} {letter}"
 
 
 def flags(row: ProfileRow, phases: Sequence[str]) -> list[str]:
     """What to know before a row's numbers are used."""
     dense = row.convert.indivisible if row.convert else []
-    return _measured_flags(row, phases) + ([f"{len(dense)} kept dense"] if dense else [])
+    found = _failed(row) if row.status != "ok" else _measured_flags(row, phases)
+    return found + ([f"{len(dense)} kept dense"] if dense else [])
+
+
+def _failed(row: ProfileRow) -> list[str]:
+    if all(ending(row, phase) == row.status for phase in row.phases):
+        return [row.status]
+    return [f"{PHASE_TITLES.get(phase, phase)} {failure.status}" for phase, failure in row.failures.items()]
 
 
 def _measured_flags(row: ProfileRow, phases: Sequence[str]) -> list[str]:
-    if row.status != "ok":
-        failed = [f"{PHASE_TITLES.get(phase, phase)} {failure.status}" for phase, failure in row.failures.items()]
-        whole = all(ending(row, phase) == row.status for phase in row.phases)
-        return [row.status] if whole else failed
     by_phase = {PHASE_TITLES[phase]: _phase_flags(row.phases[phase]) for phase in phases if phase in row.phases}
-    shared = list(by_phase.values())
-    if shared and all(found == shared[0] for found in shared):
-        return shared[0]
+    first, *others = by_phase.values() or [[]]
+    if all(found == first for found in others):
+        return first
     return [f"{title} {flag}" for title, found in by_phase.items() for flag in found]
 
 
 def _phase_flags(measured: Phase) -> list[str]:
-    summary = measured.summary
+    summary, derived = measured.summary, measured.derived
     spread = (summary.q3_s - summary.q1_s) / summary.median_s
-    found = []
-    if spread > 0.03:
-        found.append("noisy" if spread > 0.10 else "uneven")
-    if not measured.converged:
-        found.append(f"n={summary.n}")
-    if measured.derived.launch_bound:
-        found.append("launch-bound")
-    if measured.derived.page_faults:
-        found.append("page faults")
-    return found
+    found = {
+        "noisy": spread > 0.10,
+        "uneven": 0.03 < spread <= 0.10,
+        f"n={summary.n}": not measured.converged,
+        "launch-bound": derived.launch_bound,
+        "page faults": derived.page_faults,
+    }
+    return [flag for flag, raised in found.items() if raised]
 
 
 def ending(row: ProfileRow, phase: str) -> str:
@@ -210,9 +205,3 @@ def ending(row: ProfileRow, phase: str) -> str:
     if not row.failures or row.status == "interrupted":
         return row.status
     return row.failures[phase].status if phase in row.failures else "ok"
-
-
-def ending_words(row: ProfileRow, phase: str) -> str:
-    """ " [error]", and nothing where all is well."""
-    how = ending(row, phase)
-    return "" if how == "ok" else f" [{how}]"

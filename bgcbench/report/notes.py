@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import TypeVar
 
 import msgspec
 
 from bgcbench.report.format import listed, scaled
 from bgcbench.results.document import Document
-from bgcbench.results.rows import ProfileRow, Row, TrainRow, TransferRow
+from bgcbench.results.rows import ProfileRow, TrainRow
 from bgcbench.specs import Preprocessing
-
-R = TypeVar("R", ProfileRow, TrainRow, TransferRow)
 
 
 def run_lines(document: Document) -> list[str]:
@@ -41,19 +38,15 @@ def notes(
         lines.append(f"this run is not complete ({document.exit_reason}){why}")
     if document.quality == "quick":
         lines.append(f"a quick look: {quick}, no claim; run without --quick")
-    lines += failed_rows(document.results) if failures is None else failures
+    lines += failed_rows(document) if failures is None else failures
     lines += _warnings(document)
     if document.settings.preprocessing:
-        lines.append(f"images: {_images(document.settings.preprocessing)}")
+        how = Preprocessing.from_json(msgspec.to_builtins(document.settings.preprocessing))
+        lines.append(f"images: {how} ({Preprocessing.SOURCES[how.source]})")
     lines += facts
     if document.settings.memory == "fresh":
         lines.append("memory fresh: each call takes large tensors from the system and clears their pages")
     return lines
-
-
-def _images(stored: object) -> str:
-    how = Preprocessing.from_json(msgspec.to_builtins(stored))
-    return f"{how} ({Preprocessing.SOURCES[how.source]})"
 
 
 def together(reasons: Iterable[tuple[str, str]]) -> list[str]:
@@ -64,36 +57,35 @@ def together(reasons: Iterable[tuple[str, str]]) -> list[str]:
     return [f"{listed(names)}: {reason}" for reason, names in found.items()]
 
 
-def failed_rows(rows: Iterable[Row]) -> list[str]:
-    return together((row.key, f"{row.status}: {row.reason}") for row in rows if row.status in ("oom", "error"))
+def failed_rows(document: Document) -> list[str]:
+    failed = [row for row in document.results if row.status in ("oom", "error")]
+    return together((row.key, f"{row.status}: {row.reason}") for row in failed)
 
 
 def _warnings(document: Document) -> list[str]:
     keys = {row.key for row in document.results}
-    plain, of_rows = [], []
-    for warning in dict.fromkeys((*document.warnings, *document.measurement_warnings)):  # older files hold both
-        key, _, text = warning.partition(": ")
-        if key in keys:
-            of_rows.append((key, text))
-        else:
-            plain.append(warning)
-    return [f"warning: {warning}" for warning in (*plain, *together(of_rows))]
+    warnings = dict.fromkeys((*document.warnings, *document.measurement_warnings))  # older files hold both
+    split = {warning: warning.partition(": ") for warning in warnings}
+    plain = [warning for warning, (key, *_) in split.items() if key not in keys]
+    of_rows = together((key, text) for key, _, text in split.values() if key in keys)
+    return [f"warning: {warning}" for warning in (*plain, *of_rows)]
 
 
-def kept_dense(rows: Iterable[R], name: Callable[[R], str]) -> list[str]:
-    """The convolutions that stay dense because N does not divide their channels."""
-    found = {name(row): row.convert.indivisible for row in rows if row.convert and row.convert.indivisible}
+def kept_dense(indivisible: Iterable[tuple[str, Sequence[str]]]) -> list[str]:
+    """The convolutions that stay dense because N does not divide their channels, by what they belong to."""
+    found = {name: layers for name, layers in indivisible if layers}
     return [f"{name}: N does not divide, kept dense: {', '.join(layers)}" for name, layers in found.items()]
 
 
-def chosen_algorithms(rows: Iterable[R], name: Callable[[R], str]) -> list[str]:
+def chosen_algorithms(rows: Iterable[ProfileRow | TrainRow], name: Callable[[ProfileRow | TrainRow], str]) -> list[str]:
     """One line on the algorithm that 'auto' found fastest in each row, where it had a choice."""
-    told = []
-    for row in rows:
-        phases = []
-        for phase, counts in row.forms.items():
-            chosen = [algorithm if len(counts) == 1 else f"{algorithm} x{n}" for algorithm, n in counts.items()]
-            phases.append(f"{phase} {', '.join(chosen)}")
-        if phases:
-            told.append(f"{name(row)}: {'; '.join(phases)}")
+
+    def chosen(counts: dict[str, int]) -> str:
+        return ", ".join(algorithm if len(counts) == 1 else f"{algorithm} x{n}" for algorithm, n in counts.items())
+
+    told = [
+        f"{name(row)}: {'; '.join(f'{phase} {chosen(counts)}' for phase, counts in row.forms.items())}"
+        for row in rows
+        if row.forms
+    ]
     return ["fastest algorithms, as measured: " + ". ".join(told)] if told else []

@@ -5,12 +5,12 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from bgcbench.report.compare import PHASE_TITLES, speed_up
+from bgcbench.report.compare import PHASE_TITLES, ratio_record, speed_up
 from bgcbench.report.format import scaled, share_words
 from bgcbench.report.layers import layers_table
 from bgcbench.report.measured import (
     Rows,
-    ending_words,
+    ending,
     measured_phases,
     network_speed,
     numbered,
@@ -20,9 +20,10 @@ from bgcbench.report.measured import (
     white_error,
 )
 from bgcbench.report.notes import chosen_algorithms, kept_dense, notes, run_lines
-from bgcbench.report.table import Report, Table, flat
+from bgcbench.report.table import Report, Table, flat, row_record
+from bgcbench.results.aggregate import at_equal_n, at_equal_params
 from bgcbench.results.document import Document
-from bgcbench.results.rows import Counts, Derived, Memory, ProfileParams, ProfileRow, White
+from bgcbench.results.rows import Counts, Derived, Memory, ProfileRow, White
 
 DENSE = "the dense network"
 
@@ -42,12 +43,13 @@ def profile_report(document: Document) -> Report:
         sections |= {"Best": best} if best else {}
     elif phases:
         lines = [line for row in rows if (line := _versus_gc(row, rows, phases[-1]))]
-        sections |= {f"BGC beside GC ({PHASE_TITLES[phases[-1]]})": lines} if lines else {}
+        sections |= {f"BGC versus GC ({PHASE_TITLES[phases[-1]]})": lines} if lines else {}
     columns = profile_columns("network" if network else "variant", rows, phases, reference)
     tables = [Table(_title(document, network), columns, rows, sections)]
     tables += [layers_table(layers, reference)] if layers else []
     name = partial(numbered, rows=rows)
-    facts = kept_dense(rows, name) + chosen_algorithms(rows, name)
+    facts = kept_dense((name(row), row.convert.indivisible) for row in rows if row.convert)
+    facts += chosen_algorithms(rows, name)
     return Report(tables, notes(document, facts), profile_records(document.results))
 
 
@@ -70,6 +72,7 @@ def _title(document: Document, network: bool) -> list[str]:
 def _verdict(row: ProfileRow, reference: ProfileRow | None, phase: str, rows: Rows) -> str:
     """One row in plain words: how much faster than the reference and how large; what it loses, or images a second."""
     name, error, speed = numbered(row, rows), white_error(row), network_speed(row, phase)
+    how = ending(row, phase)
     if row.status != "ok" and phase not in row.phases:
         failure = row.failures.get(phase, row)
         return f"{name}: {failure.status}: {failure.reason}"
@@ -80,22 +83,20 @@ def _verdict(row: ProfileRow, reference: ProfileRow | None, phase: str, rows: Ro
     theirs = params_of(reference)
     size = share_words(ours / theirs) if ours and theirs else "unknown parameters"
     other = DENSE if row.params.model else "standard"
-    return f"{name} is {compared.versus(other)} with {size}{more}{ending_words(row, phase)}"
+    return f"{name} is {compared.versus(other)} with {size}{more}" + ("" if how == "ok" else f" [{how}]")
 
 
 def _versus_gc(row: ProfileRow, rows: Rows, phase: str) -> str | None:
     """BGC at N versus GC at the same N, and versus GC of the same number of parameters (N/2)."""
     if row.params.variant != "bgc" or phase not in row.phases:
         return None
-    gc: dict[float, ProfileRow] = {other.params.groups: other for other in rows if other.params.variant == "gc"}
+    at = {("gc", other.params.groups): other for other in rows if other.params.variant == "gc"}
+    at["bgc", row.params.groups] = row
     parts = []
-    for groups, why in (
-        (row.params.groups, "with twice its parameters"),
-        (row.params.groups / 2, "with as many parameters"),
-    ):
-        compared = speed_up(row, gc.get(int(groups)) if groups % 1 == 0 else None, phase)
-        if compared is not None:
-            parts.append(f"{compared.versus(f'GC N={groups:.0f}')} {why}")
+    for pairs, why in ((at_equal_n(at), "with twice its parameters"), (at_equal_params(at), "with as many parameters")):
+        for _, gc in pairs:
+            if compared := speed_up(row, gc, phase):
+                parts.append(f"{compared.versus(f'GC N={gc.params.groups}')} {why}")
     return f"{numbered(row, rows)} is " + "; ".join(parts) if parts else None
 
 
@@ -104,20 +105,17 @@ def _best(rows: Rows, reference: ProfileRow | None, phase: str) -> str | None:
     there = [row for row in rows if phase in row.phases and row is not reference]
     if not there or any(row.status == "interrupted" for row in rows):
         return None
-    there.sort(key=lambda row: row.phases[phase].summary.median_s)
-    first = there[0]
-    compared = speed_up(first, reference, phase)
+    first, *others = sorted(there, key=lambda row: row.phases[phase].summary.median_s)
+    title, name, compared = PHASE_TITLES[phase], numbered(first, rows), speed_up(first, reference, phase)
     if compared is None:
         return None
-    title = PHASE_TITLES[phase]
     if not compared.faster:
-        return f"{title}: none is surely faster than {DENSE}; the shortest time is {numbered(first, rows)}'s"
-    text = f"{title}: {numbered(first, rows)}, {compared.versus(DENSE)}"
-    if len(there) > 1:
-        ahead = speed_up(first, there[1], phase)
+        return f"{title}: none is significantly faster than {DENSE}; the shortest time is {name}'s"
+    text = f"{title}: {name}, {compared.versus(DENSE)}"
+    if others:
+        ahead, after = speed_up(first, others[0], phase), numbered(others[0], rows)
         alike = ahead is not None and ahead.is_significant is False
-        after = numbered(there[1], rows)
-        text += f"; {after} cannot be told apart from it" if alike else f"; next is {after}"
+        text += f"; {after} is not significantly slower" if alike else f"; next is {after}"
     return text
 
 
@@ -135,19 +133,16 @@ def profile_records(rows: Rows) -> list[dict[str, Any]]:
             references.setdefault(row.params.layer, row)
     records = []
     for row in rows:
-        about = {"key": row.key, **flat(row.params, ProfileParams), "status": row.status, "reason": row.reason}
-        about |= flat(row.counts, Counts) | flat(row.approximability, White) | flat(row.memory, Memory)
-        for phase in row.phases or (None,):
-            records.append(about | _measured_record(row, references.get(row.params.layer), phase))
+        about = row_record(row, row.params) | flat(row.counts, Counts)
+        about |= flat(row.approximability, White) | flat(row.memory, Memory)
+        records += [about | _measured(row, references.get(row.params.layer), phase) for phase in row.phases]
+        records += [] if row.phases else [about | {"phase": None}]
     return records
 
 
-def _measured_record(row: ProfileRow, reference: ProfileRow | None, phase: str | None) -> dict[str, Any]:
-    if phase is None:
-        return {"phase": None}
+def _measured(row: ProfileRow, reference: ProfileRow | None, phase: str) -> dict[str, Any]:
     measured, compared = row.phases[phase], speed_up(row, reference, phase)
     low, high = measured.summary.ci95_s or (None, None)
-    ends = compared.ci95 if compared else None
     return {
         "phase": phase,
         "n": measured.summary.n,
@@ -156,8 +151,6 @@ def _measured_record(row: ProfileRow, reference: ProfileRow | None, phase: str |
         "ci95_high_s": high,
         "converged": measured.converged,
         "minor_faults_per_call": measured.minor_faults_per_call,
-        "speed_up": compared.value if compared else None,
-        "speed_up_low": ends.low if ends else None,
-        "speed_up_high": ends.high if ends else None,
+        **ratio_record(compared, "speed_up"),
         **flat(measured.derived, Derived),
     }

@@ -1,7 +1,6 @@
 """Columns, tables and reports, and how they are rendered: as a rich table, Markdown or CSV.
 
-A command declares each of its columns once, as a :class:`Column`; what a terminal, Markdown and ``show --explain`` show
-of it is derived.
+A command declares each of its columns once; what a terminal, Markdown and ``show --explain`` show of it is derived.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from bgcbench.results.document import Document, dumps, printable
-from bgcbench.results.rows import Data
+from bgcbench.results.rows import Data, Row
 
 NOTES = 5  # lines under a report; show --explain prints all notes
 EXPLAIN = "what the columns mean: bgcbench show FILE --explain"
@@ -30,7 +29,7 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class Column(Generic[R]):
-    """One column: its title, the value of a row (None shows as -), the form of a value, and what it means.
+    """One column: its title, the value of a row (None shows as -), what it means, and the form of a value.
 
     name: under which it is explained, where the title also says a phase, a unit or an N. right: aligned to the right.
     lead: repeated in front of every part of a table that is split because the terminal is narrow. optional: left out
@@ -39,8 +38,8 @@ class Column(Generic[R]):
 
     title: str
     value: Callable[[R], Any]
-    form: Callable[[Any], str] = str
     meaning: str = ""
+    form: Callable[[Any], str] = str
     name: str = ""
     right: bool = True
     lead: bool = False
@@ -49,6 +48,16 @@ class Column(Generic[R]):
     def cell(self, row: R) -> str:
         value = self.value(row)
         return "-" if value is None else self.form(value)
+
+
+def words(title: str, value: Callable[[R], Any], meaning: str, **more: Any) -> Column[R]:
+    """A column of text."""
+    return Column(title, value, meaning, right=False, **more)
+
+
+def label(title: str, value: Callable[[R], Any], meaning: str, **more: Any) -> Column[R]:
+    """A column of text that says which row this is."""
+    return words(title, value, meaning, lead=True, **more)
 
 
 @dataclass(frozen=True)
@@ -112,13 +121,13 @@ class Report:
 
 def explained(report: Report) -> Report:
     """What each column of a report means, and all of its notes."""
-    columns = {column.name or column.title: column for table in report.tables for column in table.columns}
-    shown: list[Column[tuple[str, Column[Any]]]] = [
-        Column("column", lambda named: named[0], right=False, lead=True),
-        Column("meaning", lambda named: named[1].meaning, right=False),
+    columns = {column.name or column.title: column.meaning for table in report.tables for column in table.columns}
+    shown: list[Column[tuple[str, str]]] = [
+        label("column", lambda of: of[0], ""),
+        words("meaning", lambda of: of[1], ""),
     ]
     table = Table(report.tables[0].title, shown, list(columns.items()), {"Notes": report.notes or ["none"]})
-    return Report([table], records=[{"column": name, "meaning": column.meaning} for name, column in columns.items()])
+    return Report([table], records=[{"column": name, "meaning": meaning} for name, meaning in columns.items()])
 
 
 # ------------------------------------------------------------------------------------------------------------ Markdown
@@ -167,9 +176,14 @@ def as_markdown(report: Report) -> str:
 # ----------------------------------------------------------------------------------------------------------------- CSV
 
 
-def flat(data: Data | None, kind: type[Data]) -> dict[str, Any]:
+def flat(data: Data | None, kind: type[Data], without: Sequence[str] = ()) -> dict[str, Any]:
     """The fields of ``data`` for a record; where there is none, None for each, so that all records have the same."""
-    return {name: getattr(data, name, None) for name in kind.__struct_fields__}
+    return {name: getattr(data, name, None) for name in kind.__struct_fields__ if name not in without}
+
+
+def row_record(row: Row, params: Data) -> dict[str, Any]:
+    """What a record begins with: which row it is, and how it ended."""
+    return {"key": row.key, **flat(params, type(params)), "status": row.status, "reason": row.reason}
 
 
 def as_csv(report: Report) -> str:

@@ -8,10 +8,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from bgcbench.measure.counts import Counts, count
-from bgcbench.report.format import fixed, label_of, significant
-from bgcbench.report.table import Column, Report, Table
+from bgcbench.report.format import label_of, significant
+from bgcbench.report.table import Column, Report, Table, label, words
 from bgcbench.specs import VARIANTS, ConvSpec
 from bgcbench.theory.exact import white_error
+
+DEPLOYED = (
+    "per image, forward. LGC and FLGC train dense kernels and deploy Kmn/N parameters; LGC is taken at condensation N, "
+    "FLGC with balanced groups"
+)
 
 
 @dataclass(frozen=True)
@@ -24,13 +29,11 @@ class Line:
 
     @property
     def record(self) -> dict[str, Any]:
-        intergroup, channels, grouping = VARIANTS[self.variant].table1
+        names = ("intergroup", "channels_per_group", "grouping")
         return {
             "variant": self.variant,
             "groups": self.groups,
-            "intergroup": intergroup,
-            "channels_per_group": channels,
-            "grouping": grouping,
+            **dict(zip(names, VARIANTS[self.variant].table1, strict=True)),
             **dataclasses.asdict(self.counts),
             "white_error": white_error(self.variant, self.groups),
         }
@@ -49,43 +52,38 @@ def table1_report(
     for name, number in wanted:
         spec = ConvSpec(name, in_channels, out_channels, kernel, padding=(kernel - 1) // 2, groups=number, bias=False)
         lines.append(Line(name, number, count(spec, *size)))
-    title = [
+    title = (
         f"Table 1 for a {kernel}x{kernel} convolution, {in_channels} -> {out_channels} channels, "
         f"input {size[0]} x {size[1]}"
-    ]
-    table = Table(title, table1_columns(lines[0].counts.paper_ops), lines, {"Notes": [DEPLOYED]})
+    )
+    table = Table([title], table1_columns(lines[0].counts.paper_ops), lines, {"Notes": [DEPLOYED]})
     return Report([table], records=[line.record for line in lines])
 
 
-DEPLOYED = (
-    "per image, forward. LGC and FLGC train dense kernels and deploy Kmn/N parameters; LGC is taken at condensation N, "
-    "FLGC with balanced groups"
-)
-
-
 def table1_columns(dense_ops: int) -> list[Column[Line]]:
-    def thousands(value: int) -> str:
-        return f"{value:,}"
-
+    thousands = "{:,}".format
     return [
-        Column("method", lambda x: label_of(x.variant), meaning="The variant.", right=False, lead=True),
-        Column("N", lambda x: x.groups, meaning="Groups.", lead=True),
-        Column(
-            "intergroup", lambda x: VARIANTS[x.variant].table1[0], meaning="Whether groups exchange data.", right=False
+        label("method", lambda x: label_of(x.variant), "The variant."),
+        Column("N", lambda x: x.groups, "Groups.", lead=True),
+        words("intergroup", lambda x: VARIANTS[x.variant].table1[0], "Whether groups exchange data."),
+        words(
+            "channels", lambda x: VARIANTS[x.variant].table1[1], "Input channels that one output sees directly, of n."
         ),
-        Column("channels", lambda x: VARIANTS[x.variant].table1[1], meaning=CHANNELS, right=False),
-        Column("grouping", lambda x: VARIANTS[x.variant].table1[2], meaning="How the groups are found.", right=False),
-        Column("params (Table 1)", lambda x: x.counts.paper_params, thousands, PAPER_PARAMS),
-        Column("params deployed", lambda x: x.counts.params, thousands, "Parameters after deployment."),
-        Column("MACs deployed", lambda x: x.counts.macs, thousands, "Multiply-accumulate operations of one image."),
-        Column("ops (paper)", lambda x: x.counts.paper_ops, thousands, PAPER_OPS),
-        Column("ops / SC", lambda x: x.counts.paper_ops / dense_ops, significant, "ops (paper) over those of SC."),
-        Column("white err", lambda x: white_error(x.variant, x.groups), fixed(3), WHITE_ERROR),
+        words("grouping", lambda x: VARIANTS[x.variant].table1[2], "How the groups are found."),
+        Column(
+            "params (Table 1)",
+            lambda x: x.counts.paper_params,
+            "The paper's count: LGC's includes its 0/1 mask, FLGC's its assignments.",
+            thousands,
+        ),
+        Column("params deployed", lambda x: x.counts.params, "Parameters after deployment.", thousands),
+        Column("MACs deployed", lambda x: x.counts.macs, "Multiply-accumulate operations of one image.", thousands),
+        Column("ops (paper)", lambda x: x.counts.paper_ops, PAPER_OPS, thousands),
+        Column("ops / SC", lambda x: x.counts.paper_ops / dense_ops, "ops (paper) over those of SC.", significant),
+        Column("white err", lambda x: white_error(x.variant, x.groups), WHITE_ERROR, "{:.3f}".format),
     ]
 
 
-CHANNELS = "Input channels that one output sees directly, of n."
-PAPER_PARAMS = "The paper's count: LGC's includes its 0/1 mask, FLGC's its assignments."
 PAPER_OPS = (
     "Formula (3.14) and section 4 as printed; the set-up terms of LGC and FLGC happen once, not in every forward pass."
 )

@@ -6,10 +6,10 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from bgcbench.report.format import fixed, label_of, scaled, significant
+from bgcbench.report.format import label_of, scaled, significant
 from bgcbench.report.notes import together
-from bgcbench.report.table import Column, flat
-from bgcbench.results.aggregate import NO_IMAGES, SYNTHETIC, Cell, Difference, image_points, spread_of
+from bgcbench.report.table import Column, flat, label, words
+from bgcbench.results.aggregate import NO_IMAGES, SYNTHETIC, BySeed, Cell, Difference, image_points, spread_of
 from bgcbench.results.document import Document
 from bgcbench.results.rows import Counts, TrainParams, TrainRow
 from bgcbench.specs import VARIANTS
@@ -21,8 +21,7 @@ FLATTERS = "where a seed did not finish, the mean is of those that did, which fl
 
 
 def cell_name(cell: Cell[Any]) -> str:
-    label = label_of(cell.variant)
-    return label if cell.dense else f"{label} N={cell.groups}"
+    return label_of(cell.variant) if cell.dense else f"{label_of(cell.variant)} N={cell.groups}"
 
 
 def is_synthetic(rows: Rows) -> bool:
@@ -41,19 +40,22 @@ def error_of(row: TrainRow, value: float | None) -> float | None:
 # -------------------------------------------------------------------------------------------------------------- columns
 
 
-def spread_text(by_seed: dict[int, float]) -> str | None:
+def spread_text(by_seed: BySeed) -> str | None:
     """The mean, with the standard deviation over the seeds from two on."""
     spread = spread_of(by_seed.values())
-    if spread is None:
+    return spread and f"{spread.mean:.2f}" + ("" if spread.sd is None else f" ± {spread.sd:.2f}")
+
+
+def difference_text(difference: Difference | None) -> str | None:
+    """ "+0.40 ± 0.20" """
+    if difference is None:
         return None
-    return f"{spread.mean:.2f}" + ("" if spread.sd is None else f" ± {spread.sd:.2f}")
+    return f"{difference.value:+.2f}" + ("" if difference.sd is None else f" ± {difference.sd:.2f}")
 
 
-def error_column(
-    title: str, by_seed: Callable[[Any], dict[int, float]], meaning: str, optional: bool = False
-) -> Column[Any]:
-    meaning = f"{meaning} Percent, mean ± standard deviation over the seeds."
-    return Column(title, lambda cell: spread_text(by_seed(cell)), meaning=meaning, optional=optional)
+def error_column(title: str, by_seed: Callable[[Any], BySeed], meaning: str, optional: bool = False) -> Column[Any]:
+    meaning += " Percent, mean ± standard deviation over the seeds."
+    return Column(title, lambda cell: spread_text(by_seed(cell)), meaning, optional=optional)
 
 
 SEEDS = "Finished trainings of those that were planned."
@@ -63,10 +65,9 @@ BEST = "Error of the epoch that was best on these same test images, which flatte
 TOP5 = "Top-5 error, after the last epoch where there is one."
 FLAGS = "How seeds ended that are not done (s0: seed 0). kept dense: convolutions whose channels N does not divide."
 VARIANT_COLUMNS: list[Column[Any]] = [
-    Column("variant", lambda cell: label_of(cell.variant), meaning="SC: the standard convolution, or the untouched "
-           "network.", right=False, lead=True),
-    Column("N", lambda cell: cell.groups, meaning="Groups.", lead=True),
-]  # fmt: skip
+    label("variant", lambda cell: label_of(cell.variant), "SC: the standard convolution, or the untouched network."),
+    Column("N", lambda cell: cell.groups, "Groups.", lead=True),
+]
 FINAL_COLUMNS = [
     error_column("error last %", lambda cell: cell.errors, LAST),
     error_column("error best %", lambda cell: cell.by_seed(lambda row: row.error_best), BEST),
@@ -74,46 +75,33 @@ FINAL_COLUMNS = [
 FINAL_TOP5 = error_column("top-5 %", lambda cell: cell.by_seed(lambda row: row.error_final_top5), TOP5, optional=True)
 INITIAL_TOP5 = error_column("top-5 %", lambda cell: cell.known(lambda row: row.error_initial_top5), TOP5, optional=True)
 PAPER: Column[Any] = Column(
-    "paper %", lambda cell: cell.paper_error, fixed(2), "Error that the paper prints, in percent.", optional=True
+    "paper %", lambda cell: cell.paper_error, "Error that the paper prints, in percent.", "{:.2f}".format, optional=True
 )
-SPEED: Column[Any] = Column(
-    "images/s", lambda cell: cell.images_per_s, significant, "Training images a second, the median of the seeds.",
-    optional=True,
-)  # fmt: skip
+IMAGES_A_SECOND = "Training images a second, the median of the seeds."
+SPEED: Column[Any] = Column("images/s", lambda cell: cell.images_per_s, IMAGES_A_SECOND, significant, optional=True)
 
 
 def count_columns(rows: Rows) -> list[Column[Any]]:
     masked = any(row.counts and row.counts.params_training for row in rows)
-
-    def trained(cell: Cell[Any]) -> float | None:
-        return cell.params_training if masked else None
-
-    return [
-        Column("params", lambda cell: cell.params, scaled, "Parameters as deployed; the mean where seeds differ."),
-        Column("MACs", lambda cell: cell.macs, scaled, "Multiply-accumulate operations of one image, as deployed."),
-        Column("trained params", trained, scaled, TRAINED, optional=True),
+    columns: list[Column[Any]] = [
+        Column("params", lambda cell: cell.params, "Parameters as deployed; the mean where seeds differ.", scaled),
+        Column("MACs", lambda cell: cell.macs, "Multiply-accumulate operations of one image, as deployed.", scaled),
+        Column("trained params", lambda cell: cell.params_training, TRAINED, scaled, optional=True),
     ]
+    return columns if masked else columns[:2]
 
 
 def flags_column(ending: Callable[[Any], str] = lambda row: str(row.status)) -> Column[Any]:
-    return Column("flags", lambda cell: ", ".join(flags(cell, ending)), meaning=FLAGS, right=False)
+    def flags(cell: Cell[Any]) -> str:
+        ended: dict[str, list[str]] = {}
+        for row in cell.rows:
+            if row.status != "ok":
+                ended.setdefault(ending(row), []).append(f"s{row.params.seed}")
+        every = len(ended) == 1 and not cell.done
+        found = [how if every else f"{how} ({', '.join(seeds)})" for how, seeds in ended.items()]
+        return ", ".join([*found, *([f"{len(cell.indivisible)} kept dense"] if cell.indivisible else [])])
 
-
-def flags(cell: Cell[Any], ending: Callable[[Any], str]) -> list[str]:
-    ended: dict[str, list[str]] = {}
-    for row in cell.rows:
-        if row.status != "ok":
-            ended.setdefault(ending(row), []).append(f"s{row.params.seed}")
-    every = len(ended) == 1 and not cell.done
-    found = [how if every else f"{how} ({', '.join(seeds)})" for how, seeds in ended.items()]
-    return [*found, *([f"{len(cell.indivisible)} kept dense"] if cell.indivisible else [])]
-
-
-def difference_text(difference: Difference | None) -> str | None:
-    """ "+0.40 ± 0.20" """
-    if difference is None:
-        return None
-    return f"{difference.value:+.2f}" + ("" if difference.sd is None else f" ± {difference.sd:.2f}")
+    return words("flags", flags, FLAGS)
 
 
 # ------------------------------------------------------------------------------------------------------ title and notes
@@ -132,53 +120,43 @@ def title_lines(document: Document, weights: str = "") -> list[str]:
     line += f", {classes} classes" if height and classes else ""
     line += f"; convolutions: {where}" if where else ""
     ran = [(about and about.precision) or asked.precision, (about and about.layout) or asked.layout]
-    ran += ["compiled"] if asked.compile else []
     processes = max((row.world_size for row in rows), default=1)
-    ran += [f"{processes} processes"] if processes > 1 else []
+    ran += ["compiled" if asked.compile else "", f"{processes} processes" if processes > 1 else ""]
     return [line, f"{', '.join(filter(None, ran))}; {document.environment.where}"]
 
 
 def recipe_line(document: Document, rows: Rows) -> str:
     """The recipe and its terms in one line, as they ran; those that are off or unknown are left out."""
     asked, settings, params = document.asked, document.settings, rows[0].params
-    penalised = {name for name, variant in VARIANTS.items() if variant.has_lasso} & {r.params.variant for r in rows}
-    terms = [
-        _term("{} epochs", params.epochs),
-        _term("batch {}", params.batch_size or asked.batch_size),
-        _term("in {} parts", asked.accumulate if asked.accumulate > 1 else None),
-        _term("{} training images", params.subset),
-        _term("SGD at lr {:g}", asked.lr),
-        asked.schedule or "",
-        f"at epochs {', '.join(map(str, asked.milestones))}" if asked.milestones else "",
-        _term("times {:g}", asked.gamma if asked.milestones else None),
-        _term("momentum {:g}", asked.momentum),
-        "Nesterov" if asked.nesterov else "",
-        _term("weight decay {:g}", asked.weight_decay),
-        _term("label smoothing {:g}", asked.label_smoothing),
-        _term("group lasso {:g} (LGC)", asked.group_lasso if penalised else None),
-        _term("crops of images padded by {}", asked.pad if settings.pad is None else settings.pad),
-        "flipped at random" if (asked.flip if settings.flip is None else settings.flip) else "",
-        ", ".join(_algorithms(rows)),
-    ]
-    return f"recipe {params.recipe}: {', '.join(filter(None, terms))}"
-
-
-def _term(text: str, value: float | None) -> str:
-    return text.format(value) if value else ""
-
-
-def _algorithms(rows: Rows) -> list[str]:
-    """Of variants that have more than one exact algorithm; what 'auto' has found stands by itself."""
+    penalised = any(VARIANTS[r.params.variant].has_lasso for r in rows if r.params.variant in VARIANTS)
+    terms = {
+        "{} epochs": params.epochs,
+        "batch {}": params.batch_size or asked.batch_size,
+        "in {} parts": asked.accumulate if asked.accumulate > 1 else None,
+        "{} training images": params.subset,
+        "SGD at lr {:g}": asked.lr,
+        "{}": asked.schedule,
+        "at epochs {}": ", ".join(map(str, asked.milestones)),
+        "times {:g}": asked.gamma if asked.milestones else None,
+        "momentum {:g}": asked.momentum,
+        "Nesterov": asked.nesterov,
+        "weight decay {:g}": asked.weight_decay,
+        "label smoothing {:g}": asked.label_smoothing,
+        "group lasso {:g} (LGC)": asked.group_lasso if penalised else None,
+        "crops of images padded by {}": asked.pad if settings.pad is None else settings.pad,
+        "flipped at random": asked.flip if settings.flip is None else settings.flip,
+    }
+    # Of variants that have more than one exact algorithm; what 'auto' has found stands by itself.
     chosen = [row.params for row in rows if row.params.algorithm not in (None, "stock", "masked", "auto")]
-    return list(dict.fromkeys(f"{label_of(params.variant)} as {params.algorithm}" for params in chosen))
+    algorithms = dict.fromkeys(f"{label_of(params.variant)} as {params.algorithm}" for params in chosen)
+    told = [text.format(value) for text, value in terms.items() if value]
+    return f"recipe {params.recipe}: {', '.join([*told, *algorithms])}"
 
 
 def image_note(rows: Rows) -> list[str]:
     image = image_points(rows)
-    if not image:
-        return []
-    data = rows[0].params.dataset
-    return [f"{data}: {100 / image:.0f} test images, so one image is {significant(image, 2)} points"]
+    about = f"test images, so one image is {significant(image, 2)} points"
+    return [f"{rows[0].params.dataset}: {100 / image:.0f} {about}"] if image else []
 
 
 def endings(cells: Iterable[Cell[Any]]) -> list[str]:
@@ -199,12 +177,6 @@ def some_unfinished(cells: Iterable[Cell[Any]]) -> list[str]:
     return [FLATTERS] if any(cell.done and len(cell.done) < len(cell.rows) for cell in cells) else []
 
 
-def dense_notes(cells: Iterable[Cell[Any]]) -> list[str]:
-    """What stayed dense because N does not divide it."""
-    found = {cell_name(cell): cell.indivisible for cell in cells if cell.indivisible}
-    return [f"{name}: N does not divide, kept dense: {', '.join(layers)}" for name, layers in found.items()]
-
-
 def mean_percent(shares: Sequence[float]) -> str:
     return f"{significant(100 * statistics.fmean(shares), 2)} %"
 
@@ -212,9 +184,12 @@ def mean_percent(shares: Sequence[float]) -> str:
 # -------------------------------------------------------------------------------------------------------------- records
 
 
+NESTED = ("params", "counts", "epochs", "paper", "convert", "forms", "time", "white_loss", "judged")
+
+
 def training_record(row: TrainRow, kind: type[TrainRow]) -> dict[str, Any]:
     """What a row of ``kind`` says of itself, flat; no errors of images whose labels mean nothing."""
-    known = {name: value for name, value in flat(row, kind).items() if name not in NESTED}
+    known = flat(row, kind, without=NESTED)
     if is_synthetic([row]):
         known |= {name: None for name in known if name.startswith(("error", "loss", "agreement"))}
     return {
@@ -226,6 +201,3 @@ def training_record(row: TrainRow, kind: type[TrainRow]) -> dict[str, Any]:
         "paper_error": row.paper.error if row.paper else None,
         "replaced": len(row.convert.replaced) if row.convert else None,
     }
-
-
-NESTED = ("params", "counts", "epochs", "paper", "convert", "forms", "time", "white_loss", "judged")

@@ -81,44 +81,45 @@ class Cell(Generic[R]):
 
     def known(self, value: Callable[[R], float | None]) -> BySeed:
         """``value`` of all rows that have it, however they ended; nothing where labels mean nothing."""
-        return _by_seed(self.rows, value)
+        real = [row for row in self.rows if row.params.dataset != SYNTHETIC]
+        return {row.params.seed: found for row in real if (found := value(row)) is not None}
 
     def by_seed(self, value: Callable[[R], float | None]) -> BySeed:
         """``value`` of the finished rows that have it; nothing where labels mean nothing."""
-        return _by_seed(self.done, value)
+        return Cell(self.variant, self.groups, self.start, tuple(self.done)).known(value)
 
     @property
     def errors(self) -> BySeed:
         """Errors after the last epoch, of the finished trainings."""
         return self.by_seed(lambda row: row.error_final)
 
-    def count(self, value: Callable[[Counts], float | None]) -> float | None:
-        """A count, the mean where seeds differ: ``cell.count(lambda counts: counts.params)``."""
-        known = [found for row in self.rows if row.counts and (found := value(row.counts)) is not None]
+    def _count(self, value: Callable[[Counts], float]) -> float | None:
+        """A count, the mean where seeds differ."""
+        known = [value(row.counts) for row in self.rows if row.counts]
         return statistics.fmean(known) if known else None
 
     @property
     def params(self) -> float | None:
-        return self.count(lambda counts: counts.params)
+        return self._count(lambda counts: counts.params)
 
     @property
     def macs(self) -> float | None:
-        return self.count(lambda counts: counts.macs)
+        return self._count(lambda counts: counts.macs)
 
     @property
     def params_training(self) -> float | None:
         """Parameters of what was trained, which differ from those that are deployed where a form is masked."""
-        return self.count(lambda counts: counts.params_training or counts.params)
+        return self._count(lambda counts: counts.params_training or counts.params)
 
     @property
     def images_per_s(self) -> float | None:
         """Median over the seeds."""
-        return _median(row.images_per_s for row in self.rows)
+        return median_of(row.images_per_s for row in self.rows)
 
     @property
     def matmul_fraction(self) -> float | None:
         """Median over the seeds."""
-        return _median(row.matmul_fraction for row in self.rows)
+        return median_of(row.matmul_fraction for row in self.rows)
 
     @property
     def paper_error(self) -> float | None:
@@ -131,18 +132,19 @@ class Cell(Generic[R]):
         return next((row.convert.indivisible for row in self.rows if row.convert), [])
 
 
-def _by_seed(rows: Iterable[R], value: Callable[[R], float | None]) -> BySeed:
-    real = [row for row in rows if row.params.dataset != SYNTHETIC]
-    return {row.params.seed: found for row in real if (found := value(row)) is not None}
-
-
-def _median(values: Iterable[float | None]) -> float | None:
+def median_of(values: Iterable[float | None]) -> float | None:
+    """The median of what is known."""
     known = [value for value in values if value is not None]
     return statistics.median(known) if known else None
 
 
 class Conversion(Cell[TransferRow]):
     """A cell of ``transfer``; the untouched network is one too."""
+
+    @property
+    def untrained(self) -> bool:
+        """Whether this is the untouched network and no control, which has no seeds."""
+        return self.dense and not any(row.params.epochs for row in self.rows)
 
     def errors_at(self, moment: Moment) -> BySeed:
         """Initial errors of all conversions that were evaluated, or final ones of all trainings that have ended."""
@@ -164,13 +166,18 @@ class Conversion(Cell[TransferRow]):
 
     def lost(self, weights: Callable[[CalibratedLayer], float | None]) -> float | None:
         """Median over the layers of the share of their output that is lost with those ``weights``."""
-        return _median(map(weights, self.layers))
+        return median_of(map(weights, self.layers))
 
     @property
     def white_losses(self) -> dict[str, float]:
         """What each layer loses on white input by the closed form."""
         every = [row.white_loss.layers for row in self.rows if row.white_loss]
         return {layer.name: layer.loss for layer in next(filter(None, every), ())}
+
+    @property
+    def worst_layer(self) -> str | None:
+        """The layer that loses most on white input."""
+        return max(self.white_losses, key=self.white_losses.__getitem__, default=None)
 
     @property
     def expected_loss(self) -> float | None:
@@ -280,22 +287,13 @@ def difference_of(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Dif
     return Difference(statistics.fmean(ours.values()), statistics.fmean(theirs.values()), len(common), sd)
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """Two conversions' errors at one moment. too_few: seeds, so that nothing can be significant."""
+class Verdict(NamedTuple):
+    """Two conversions' errors at one moment. lower: the one with the lower error, None where the difference is not
+    significant; too_few: seeds, so that nothing can be."""
 
-    one: Conversion
-    other: Conversion
     difference: Difference
-    significant: bool
+    lower: Conversion | None
     too_few: bool
-
-    @property
-    def lower(self) -> Conversion | None:
-        """The conversion with the lower error; None where the difference is not significant."""
-        if not self.significant:
-            return None
-        return self.one if self.difference.value < 0 else self.other
 
 
 # --------------------------------------------------------------------------------------------------- a run of transfer
@@ -381,9 +379,10 @@ class Conversions:
             return None
         image = image_points(self.rows)
         scatter = found.seeds >= MIN_SEEDS and any(len({*errors.values()}) > 1 for errors in (ours, theirs))
-        if moment == "final" or scatter:
-            return Verdict(one, other, found, found.significant(image), found.seeds < MIN_SEEDS)
-        return Verdict(one, other, found, _beyond_chance(found, image, _apart(one) + _apart(other)), too_few=False)
+        by_seed = moment == "final" or scatter
+        significant = found.significant(image) if by_seed else _beyond_chance(found, image, _apart(one) + _apart(other))
+        lower = one if found.value < 0 else other
+        return Verdict(found, lower if significant else None, by_seed and found.seeds < MIN_SEEDS)
 
     def speed_up(self, one: Conversion, other: Conversion, phase: str) -> Ratio | None:
         """Time of ``other`` over time of ``one``. The interval reaches from end to end of theirs: at least 95 %."""
@@ -401,11 +400,6 @@ class Conversions:
         """The cell of this variant and N that was timed, whatever its start."""
         alike = [found for found in self.cells if (found.variant, found.groups) == (cell.variant, cell.groups)]
         return next((found for found in alike if any(map(found.time, self.phases))), cell)
-
-
-def mean_errors(cells: Iterable[Conversion], moment: Moment) -> dict[Conversion, float]:
-    """Mean errors (percent) over the seeds, of the cells that have one."""
-    return {cell: statistics.fmean(errors.values()) for cell in cells if (errors := cell.errors_at(moment))}
 
 
 def _apart(cell: Conversion) -> float:

@@ -17,7 +17,6 @@ from bgcbench.results.aggregate import (
     difference_of,
     front_of,
     lost_se,
-    mean_errors,
     planned_seeds,
     spread_of,
     training_cells,
@@ -66,14 +65,18 @@ def converted(variant: str, groups: int, seed: int, start: Start, initial: float
     return TransferRow(**fields)
 
 
-def run_of(*rows: TransferRow) -> Conversions:
+def document_of(*rows: TrainRow) -> Document:
     found = msgspec.convert(
-        {"command": "transfer", "argv": [], "started_at": "", "tool": {"version": "0", "git_commit": None,
-         "git_dirty": None}, "environment": ENVIRONMENT, "settings": SETTINGS},
+        {"command": "train", "argv": [], "started_at": "", "environment": ENVIRONMENT, "settings": SETTINGS,
+         "tool": {"version": "0", "git_commit": None, "git_dirty": None}},
         Document,
     )  # fmt: skip
     found.results = rows
-    return Conversions.of(found)
+    return found
+
+
+def run_of(*rows: TransferRow) -> Conversions:
+    return Conversions.of(document_of(*rows))
 
 
 ENVIRONMENT: dict[str, Any] = {
@@ -127,12 +130,7 @@ def test_synthetic_images_have_no_errors() -> None:
 
 
 def test_seeds_that_were_planned() -> None:
-    document = msgspec.convert(
-        {"command": "train", "argv": [], "started_at": "", "environment": ENVIRONMENT, "settings": SETTINGS,
-         "tool": {"version": "0", "git_commit": None, "git_dirty": None}},
-        Document,
-    )  # fmt: skip
-    document.results = (row_of("gc", 2, 0, 1.0), row_of("gc", 2, 1, 1.0))
+    document = document_of(row_of("gc", 2, 0, 1.0), row_of("gc", 2, 1, 1.0))
     assert planned_seeds(document) == 2
     document.config = {"seeds": [0, 1, 2]}
     assert planned_seeds(document) == 3
@@ -194,7 +192,6 @@ def test_a_training_is_compared_over_seeds_and_a_conversion_over_images() -> Non
     assert initial.difference.value == 20.0
     assert initial.lower is bgc
     assert run.untouched == 1.0
-    assert mean_errors(run.converted, "initial") == {gc: 30.0, bgc: 10.0}
 
 
 def test_images_that_conversions_may_err_on_apart_hide_a_small_difference() -> None:
