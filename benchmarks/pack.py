@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from bgcbench import results
+from bgcbench.results.document import git_state
 
 ROOT = Path(__file__).resolve().parent.parent
 PACK = ROOT / ".pack"
@@ -38,9 +38,9 @@ def digest() -> str:
 
 def source() -> dict[str, Any]:
     """Commit of the files here and whether they were changed since, from the checkout or from .pack/source.json."""
-    tool = results.new_document("profile", [], {}, {}, {}, "full")["tool"]
+    tool = git_state()
     if tool["git_commit"] is not None or not SOURCE.exists():
-        return {name: tool[name] for name in ("git_commit", "git_dirty")}
+        return tool
     packed = json.loads(SOURCE.read_text(encoding="utf-8"))
     return {"git_commit": packed["git_commit"], "git_dirty": packed["git_dirty"] or packed["digest"] != digest()}
 

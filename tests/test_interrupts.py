@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from bgcbench import results
+from tests.stored import stored
 
 ROOT = Path(__file__).resolve().parent.parent
 ARGUMENTS = ["profile", "--channels", "32", "--batch", "8", "--size", "7", "--groups", "2", "--device", "cpu",
@@ -49,7 +49,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     process = start(folder, *ARGUMENTS, "--max-time", "0.05")
     assert process.wait(timeout=180) == 0
     process.communicate()
-    return [row["key"] for row in results.read(folder / "r.json")["results"]]
+    return [row["key"] for row in stored(folder / "r.json")["results"]]
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -62,7 +62,7 @@ def test_an_interrupted_run_leaves_a_valid_file_and_resumes_to_the_same_rows(
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
     assert process.returncode == code
-    document = results.read(path)
+    document = stored(path)
     assert document["exit_reason"] == "interrupted"
     assert {row["status"] for row in document["results"]} == {"interrupted"}
     assert all(row["phases"] for row in document["results"])
@@ -73,7 +73,7 @@ def test_an_interrupted_run_leaves_a_valid_file_and_resumes_to_the_same_rows(
     again = start(tmp_path, "profile", "--resume", "r.json")
     _, err = again.communicate(timeout=180)
     assert again.returncode == 0, err
-    document = results.read(path)
+    document = stored(path)
     assert [row["key"] for row in document["results"]] == whole
     assert {row["status"] for row in document["results"]} == {"ok"}
     assert document["exit_reason"] == "ok"
@@ -96,7 +96,7 @@ def test_a_second_ctrl_c_leaves_at_once_with_a_valid_file(tmp_path: Path) -> Non
     assert process.returncode == 130
     assert time.monotonic() - began < 1.0
     if path.exists():
-        results.read(path)
+        stored(path)
     assert [p for p in tmp_path.iterdir() if p != path] == []
 
 
@@ -106,13 +106,13 @@ def test_a_killed_run_leaves_a_valid_resumable_file(tmp_path: Path, whole: list[
     wait_for_round(path, 2, process)
     process.kill()
     process.communicate()
-    document = results.read(path)
+    document = stored(path)
     assert document["exit_reason"] == "running"
     assert {row["status"] for row in document["results"]} == {"interrupted"}
     again = start(tmp_path, "profile", "--resume", "r.json", "--quiet")
     _, err = again.communicate(timeout=180)
     assert again.returncode == 0, err
-    assert [row["key"] for row in results.read(path)["results"]] == whole
+    assert [row["key"] for row in stored(path)["results"]] == whole
 
 
 def test_ctrl_c_before_anything_is_measured_writes_nothing(tmp_path: Path) -> None:

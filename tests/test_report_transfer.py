@@ -55,7 +55,7 @@ def layers_of(document: Json, variant: str, groups: int) -> list[Json]:
 
 
 def test_the_example_is_a_result_file() -> None:
-    results.check_document(transfer_document(**ALL, epochs=3, control=True, time=True), "the example")
+    results.document_of(transfer_document(**ALL, epochs=3, control=True, time=True), "the example")
 
 
 def test_conversions_without_training_stand_by_n_with_gc_and_bgc_of_a_start_side_by_side() -> None:

@@ -89,12 +89,12 @@ def show(
                 output.draw(document, plot, picture)
         return 0
     if document is not None:
-        results.check_command(document["command"], "profile", str(file))
-    if document is not None and "model" in document.get("config", {}):
+        results.check_command(document, "profile", str(file))
+    if document is not None and "model" in document.config:
         raise UsageError(f"{file} measured a network; --table1 is for one layer, such as --channels 1024")
     if document is not None:
-        config = ProfileConfig.from_json(document.get("config", {}))
-        measurable = {row["params"]["groups"] for row in document["results"] if row["status"] != "invalid"}
+        config = ProfileConfig.from_json(document.config)
+        measurable = {row.params.groups for row in document.results if row.status != "invalid"}
         config = dataclasses.replace(config, groups=tuple(sorted(measurable)))
     else:
         layer: dict[str, Any] = {
@@ -176,14 +176,14 @@ def compare(
 
     [bold]bgcbench compare before.json after.json --fail-on 3[/bold]
     """
-    from bgcbench.results import document as results
+    from bgcbench import results
 
     check_choice("format", form, FORMATS)
     if fail_on is not None and not 0 <= fail_on < float("inf"):
         raise UsageError(f"--fail-on {fail_on} must be 0 or a positive number of percent")
     documents = [results.read(path) for path in (before, after)]
     for path, document in zip((before, after), documents, strict=True):
-        results.check_command(document.command, "profile", str(path))
+        results.check_command(document, "profile", str(path))
     from bgcbench.report import compare_report, settings_that_differ
 
     differing = settings_that_differ(*documents)
