@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -157,14 +157,14 @@ def run_command(command: Command, context: typer.Context, parsed: Mapping[str, A
         with command.joined(session) as world:
             if not world.is_main:
                 output = dataclasses.replace(output, path=None, to_stdout=True, quiet=True, plot=None)
-            begun = _begun(command, config, stored, output, session, world, interrupts)
+            begun = _Execution.begin(command, config, stored, output, session, world, interrupts)
             if not begun.output.quiet:
                 lines = command.plan_lines(begun.run, full=asked.dry_run)
                 for line in (*begun.run.warnings, *lines, begun.output.destination):
                     say(line)
             if asked.dry_run:
                 return 0 if asked.quiet else command.estimate(begun.run, interrupts, quiet=begun.output.quiet)
-            document, code = _carried_out(command, context, begun, stored, session, world, interrupts)
+            document, code = begun.carry_out(stored, context.obj or [])
         if output.plot is not None and any(map(command.is_drawable, document.results)):
             draw(document, output.plot, command.picture(preset))
             if not output.quiet:
@@ -288,127 +288,118 @@ def _check_same_run(command: Command, stored: Document, wanted: Any, name: str) 
 
 
 @dataclasses.dataclass(frozen=True)
-class _Begun:
-    """A run that is ready: where it goes, and its document, of which ``earlier`` is what it goes on with."""
+class _Execution:
+    """A run that is ready, and all that carrying it out takes; earlier: the document that it goes on with."""
 
+    command: Command
     run: Any
     output: Output
     earlier: Document | None
+    session: Session
+    world: World
+    interrupts: Interrupts
 
-
-def _begun(
-    command: Command,
-    config: Any,
-    stored: Document | None,
-    output: Output,
-    session: Session,
-    world: World,
-    interrupts: Interrupts,
-) -> _Begun:
-    with only_first_speaks():
-        prepared = command.prepare(config, session, world)
-        if stored is not None and all(row.status == "error" for row in stored.results):
-            # Nothing to be mixed with.
-            stored = msgspec.structs.replace(
-                stored, settings=session.conditions, environment=session.environment, warnings=()
-            )
-        elif stored is not None:
-            results.check_resumable(stored, session.conditions, session.environment, str(output.path))
-    output = output.named(command.name, config.what, session.environment.device)
-    beginning = Beginning(
-        world.share(stored),
-        world.share(_checkpoints_of(output.path)),
-        afresh=not output.resumes,
-        replace=output.replace,
-        stop=interrupts.requested,
-    )
-    return _Begun(command.start(prepared, session, world, beginning), output, stored)
-
-
-def _carried_out(
-    command: Command,
-    context: typer.Context,
-    begun: _Begun,
-    stored: Document | None,
-    session: Session,
-    world: World,
-    interrupts: Interrupts,
-) -> tuple[Document, int]:
-    """Carry the run out into the result file, whatever happens; returns the document and the exit code."""
-    run, output = begun.run, begun.output
-    with contextlib.ExitStack() as claim:
-        writers: list[results.ResultWriter | None] = []
+    @classmethod
+    def begin(
+        cls,
+        command: Command,
+        config: Any,
+        stored: Document | None,
+        output: Output,
+        session: Session,
+        world: World,
+        interrupts: Interrupts,
+    ) -> _Execution:
         with only_first_speaks():
-            world.once(lambda: writers.append(claim.enter_context(output.claimed(stored, interrupts))))
-            run.make_room()
-        if not command.empty_file and interrupts.requested():
-            say("interrupted before anything was measured; nothing was written")
-            raise typer.Exit(interrupts.exit_code)
-        writer = writers[0] if writers else None
-        document = _document(command, context, run.config, session, begun.earlier)
-        planned = len({*run.keys, *(row.key for row in document.results)})  # a file may hold rows beyond the plan
-        failed: str | None = None
+            prepared = command.prepare(config, session, world)
+            if stored is not None and all(row.status == "error" for row in stored.results):
+                # Nothing to be mixed with.
+                stored = msgspec.structs.replace(
+                    stored, settings=session.conditions, environment=session.environment, warnings=()
+                )
+            elif stored is not None:
+                results.check_resumable(stored, session.conditions, session.environment, str(output.path))
+        output = output.named(command.name, config.what, session.environment.device)
+        beginning = Beginning(
+            world.share(stored),
+            world.share(_checkpoints_of(output.path)),
+            afresh=not output.resumes,
+            replace=output.replace,
+            stop=interrupts.requested,
+        )
+        run = command.start(prepared, session, world, beginning)
+        return cls(command, run, output, stored, session, world, interrupts)
+
+    def carry_out(self, stored: Document | None, argv: Sequence[str]) -> tuple[Document, int]:
+        """Carry the run out into the result file, whatever happens; returns the document and the exit code.
+
+        stored: what that file held when the run began.
+        """
+        run, output, interrupts = self.run, self.output, self.interrupts
+        with contextlib.ExitStack() as claim:
+            writers: list[results.ResultWriter | None] = []
+            with only_first_speaks():
+                self.world.once(lambda: writers.append(claim.enter_context(output.claimed(stored, interrupts))))
+                run.make_room()
+            if not self.command.empty_file and interrupts.requested():
+                say("interrupted before anything was measured; nothing was written")
+                raise typer.Exit(interrupts.exit_code)
+            writer = writers[0] if writers else None
+            document = self._document(argv)
+            planned = len({*run.keys, *(row.key for row in document.results)})  # a file may hold rows beyond the plan
+            failed: str | None = None
+            try:
+                # A run that is killed in its first epoch has checkpoints to go on from, and needs the file for that.
+                if writer is not None and issubclass(self.command.asked, AskedOfTraining):
+                    writer.write(document)
+                with_progress(self._saved(document, writer), quiet=output.quiet)
+            except Exception as error:
+                failed = f"{type(error).__name__}: {error}"
+                raise
+            finally:
+                run.take_into(document)
+                document.finish(planned, interrupted=interrupts.requested(), failed=failed)
+                if writer is not None:
+                    writer.write(document)
+                if failed is not None and document.results and self.world.is_main:
+                    print_document(document, output.form)  # what there is; the error follows
+            done = len(document.done)
+            if not self.world.is_main:
+                return document, interrupts.exit_code if interrupts.requested() else int(done < planned)
+            self._show(document, writer)
+            return document, closing(writer, interrupts, done, planned, quiet=output.quiet)
+
+    def _document(self, argv: Sequence[str]) -> Document:
+        """The document that the run fills: a new one, or what it goes on with."""
+        config, session = self.run.config, self.session
+        if self.earlier is not None:
+            return results.reopened(self.earlier, config.to_json())
+        return results.new_document(
+            self.command.name, argv, config.to_json(), session.environment, session.conditions, quick=config.quick
+        )
+
+    def _saved(self, document: Document, writer: results.ResultWriter | None) -> Iterator[Said]:
+        """What is to be shown of the run; each update that is worth it is already in the document and on the disk."""
+        told = len(self.run.warnings)
+        for update in self.run.run():
+            if update.save:
+                self.run.take_into(document)
+                if writer is not None:
+                    writer.write(document)
+            said = self.command.said(update, self.run)
+            yield dataclasses.replace(said, warnings=tuple(self.run.warnings[told:]))
+            told = len(self.run.warnings)
+
+    def _show(self, document: Document, writer: results.ResultWriter | None) -> None:
+        """Print the document; raises OutputError that says where the result is instead."""
+        if not document.results and self.output.form != "json":  # a run that was stopped at once has nothing to show
+            return
         try:
-            # A run that is killed in its first epoch has checkpoints to go on from, and needs the file for that.
-            if writer is not None and issubclass(command.asked, AskedOfTraining):
-                writer.write(document)
-            with_progress(_saved(command, run, document, writer), quiet=output.quiet)
-        except Exception as error:
-            failed = f"{type(error).__name__}: {error}"
-            raise
-        finally:
-            run.take_into(document)
-            document.finish(planned, interrupted=interrupts.requested(), failed=failed)
-            if writer is not None:
-                writer.write(document)
-            if failed is not None and document.results and world.is_main:
-                print_document(document, output.form)  # what there is; the error follows
-        done = len(document.done)
-        if not world.is_main:
-            return document, interrupts.exit_code if interrupts.requested() else int(done < planned)
-        _show(document, output, writer)
-        return document, closing(writer, interrupts, done, planned, quiet=output.quiet)
-
-
-def _document(
-    command: Command, context: typer.Context, config: Any, session: Session, stored: Document | None
-) -> Document:
-    """The document that a run of ``config`` fills: a new one, or ``stored``, which it goes on with."""
-    if stored is not None:
-        return results.reopened(stored, config.to_json())
-    return results.new_document(
-        command.name,
-        context.obj or [],
-        config.to_json(),
-        session.environment,
-        session.conditions,
-        quick=config.quick,
-    )
-
-
-def _saved(command: Command, run: Any, document: Document, writer: results.ResultWriter | None) -> Iterator[Said]:
-    """What is to be shown of the run; each update that is worth it is already in the document and on the disk."""
-    told = len(run.warnings)
-    for update in run.run():
-        if update.save:
-            run.take_into(document)
-            if writer is not None:
-                writer.write(document)
-        said = command.said(update, run)
-        yield dataclasses.replace(said, warnings=tuple(run.warnings[told:]))
-        told = len(run.warnings)
-
-
-def _show(document: Document, output: Output, writer: results.ResultWriter | None) -> None:
-    """Print the document; raises OutputError that says where the result is instead."""
-    if not document.results and output.form != "json":  # a run that was stopped at once has nothing to show
-        return
-    try:
-        print_document(document, output.form)
-    except OutputError as error:
-        path = writer.path if writer is not None else results.rescue(document, f"{document.command}.json")
-        kept = f"the result is in {path}" if path else "the result is lost"
-        raise OutputError(f"{error}; {kept}") from error
+            print_document(document, self.output.form)
+        except OutputError as error:
+            path = writer.path if writer is not None else results.rescue(document, f"{document.command}.json")
+            kept = f"the result is in {path}" if path else "the result is lost"
+            raise OutputError(f"{error}; {kept}") from error
 
 
 def _checkpoints_of(path: Path | None) -> Path | None:
