@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from bgcbench.results import stage_of
+from bgcbench.results.document import stage_of
 from tests.example import example_document
 from tests.example_train import params_of
 

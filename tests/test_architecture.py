@@ -64,7 +64,6 @@ MONOPOLIES = {
     "PIL": {"data"},
     "sklearn": {"data"},
     "psutil": {"measure"},
-    "jsonschema": {"results"},
     "safetensors": {"models"},
 }
 

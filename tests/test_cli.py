@@ -26,6 +26,7 @@ from bgcbench.experiments.profile_run import ProfileRun, Update
 from bgcbench.results import files
 from tests.conftest import ROOT
 from tests.example import example_document
+from tests.stored import stored
 
 Cli = Callable[..., subprocess.CompletedProcess[str]]
 SMALL = ["profile", "--channels", "16", "--batch", "4", "--size", "5", "--groups", "2", "--device", "cpu",
@@ -136,7 +137,7 @@ class TestProfile:
         out, err = capsys.readouterr()
         (path,) = (here / "results").iterdir()
         assert re.fullmatch(r"profile-conv16x16k3-fp32-nchw-cpu-\d{8}T\d{6}Z\.json", path.name)
-        document = results.read(path)
+        document = stored(path)
         jsonschema.validate(document, results.schema())
         assert document["complete"]
         assert document["exit_reason"] == "ok"
@@ -178,7 +179,7 @@ class TestProfile:
         assert "exists; use --force" in capsys.readouterr().err
         assert (here / "r.json").read_text() == "mine"
         assert main([*LIGHT, "--out", "r.json", "--force"]) == 0
-        assert results.read(here / "r.json")["complete"]
+        assert stored(here / "r.json")["complete"]
 
     @pytest.mark.parametrize("out", ["/dev/null/r.json", "file/r.json", "."])
     def test_an_unwritable_place_is_exit_4_before_anything_runs(self, out: str, here: Path, capsys) -> None:
@@ -194,19 +195,19 @@ class TestProfile:
 
         monkeypatch.setattr(GroupConv2d, "forward", greedy)
         assert main([*LIGHT, "--out", "r.json"]) == 1
-        document = results.read(here / "r.json")
+        document = stored(here / "r.json")
         assert [row["status"] for row in document["results"]] == ["ok", "oom", "ok"]
         assert document["exit_reason"] == "partial"
         assert "saved 2/3" in capsys.readouterr().err
 
     def test_a_batch_no_machine_can_hold_is_a_row_and_not_a_crash(self, here: Path, capsys) -> None:
         assert main([*LIGHT, "--batch", "1000000000", "--out", "r.json"]) == 1
-        assert {row["status"] for row in results.read(here / "r.json")["results"]} == {"oom"}
+        assert {row["status"] for row in stored(here / "r.json")["results"]} == {"oom"}
         assert "use a smaller --batch" in capsys.readouterr().out
 
     def test_skipped_groups_are_invalid_rows_and_exit_0(self, here: Path) -> None:
         assert main([*LIGHT, "--groups", "2,3", "--skip-invalid", "--out", "r.json", "--quiet"]) == 0
-        document = results.read(here / "r.json")
+        document = stored(here / "r.json")
         assert [row["status"] for row in document["results"]] == ["ok", "ok", "ok", "invalid", "invalid"]
         assert document["exit_reason"] == "ok"
 
@@ -223,7 +224,7 @@ class TestProfile:
         assert main([*LIGHT, "--out", "r.json"]) == 4
         out, err = capsys.readouterr()
         (rescued,) = here.glob("bgcbench-rescued-*")
-        assert results.read(rescued)["complete"]
+        assert stored(rescued)["complete"]
         assert f"r.json could not be written (No space left on device); the result was rescued to {rescued.name}" in err
         assert "| BGC | 2 |" in out
 
@@ -237,12 +238,12 @@ class TestProfile:
             patched.setattr("bgcbench.experiments.profile_run.ProfileRun._settle", broken)
             with pytest.raises(ZeroDivisionError):
                 main([*LIGHT, "--out", "r.json", "--quiet"])
-        document = results.read(here / "r.json")
+        document = stored(here / "r.json")
         assert (document["exit_reason"], document["failure"]) == ("error", "ZeroDivisionError: a bug")
         assert main(["show", "r.json"]) == 0
         assert "not complete (error): it broke off with ZeroDivisionError: a bug" in capsys.readouterr().out
         assert main(["profile", "--resume", "r.json", "--quiet"]) == 0
-        whole = results.read(here / "r.json")
+        whole = stored(here / "r.json")
         assert (whole["exit_reason"], whole["failure"], whole["complete"]) == ("ok", None, True)
         assert "broke off" not in capsys.readouterr().out
 
@@ -280,15 +281,15 @@ class TestProfile:
         message = f"(another program has written it meanwhile); the result was rescued to {rescued.name}"
         assert message in capsys.readouterr().err
         assert (here / "r.json").read_text() == "theirs"
-        assert results.read(rescued)["complete"]
+        assert stored(rescued)["complete"]
 
     def test_resume_needs_no_other_option_and_measures_only_what_is_missing(self, here: Path, capsys) -> None:
         assert main([*LIGHT, "--out", "r.json", "--quiet"]) == 0
-        document = results.read(here / "r.json")
+        document = stored(here / "r.json")
         document["results"][1] |= {"status": "interrupted", "reason": "cut short"}
         results.ResultWriter(here / "r.json").write(document)
         assert main(["profile", "--resume", "r.json"]) == 0
-        again = results.read(here / "r.json")
+        again = stored(here / "r.json")
         assert [row["key"] for row in again["results"]] == [row["key"] for row in document["results"]]
         assert again["results"][0] == document["results"][0]
         assert again["results"][1]["status"] == "ok"
@@ -309,10 +310,10 @@ class TestProfile:
             assert "cannot be resumed" in capsys.readouterr().err
         assert (here / "r.json").read_text() == before
         assert main(["profile", "--resume", "r.json", "--groups", "2,4", "--quiet"]) == 0
-        grown = results.read(here / "r.json")
+        grown = stored(here / "r.json")
         assert len(grown["results"]) == 5
         assert main(["profile", "--resume", "r.json", "--groups", "2", "--quiet"]) == 0
-        assert results.read(here / "r.json")["results"] == grown["results"]  # a smaller grid takes nothing away
+        assert stored(here / "r.json")["results"] == grown["results"]  # a smaller grid takes nothing away
 
     def test_a_truncated_or_foreign_file_is_not_resumed_and_not_touched(self, example: Path, capsys) -> None:
         whole = example.read_text()
@@ -415,18 +416,18 @@ class TestProcess:
         assert done.returncode == 4
         (line,) = done.stderr.splitlines()
         assert line == "bgcbench: stdout cannot be written (No space left on device); the result is in r.json"
-        assert results.read(tmp_path / "r.json")["complete"]
+        assert stored(tmp_path / "r.json")["complete"]
         done = in_shell([*LIGHT, "--out", "-", "--quiet"], "> /dev/full", tmp_path)
         assert done.returncode == 4
         (rescued,) = tmp_path.glob("bgcbench-rescued-*")
         assert f"the result is in {rescued.name}" in done.stderr
-        assert results.read(rescued)["complete"]
+        assert stored(rescued)["complete"]
 
     def test_a_stdout_that_is_closed_is_told_and_no_file_takes_its_place(self, tmp_path: Path) -> None:
         done = in_shell([*LIGHT, "--out", "r.json", "--quiet"], ">&-", tmp_path)
         assert done.returncode == 4
         assert "stdout cannot be written" in done.stderr
-        assert results.read(tmp_path / "r.json")["complete"]
+        assert stored(tmp_path / "r.json")["complete"]
 
     def test_a_stderr_that_cannot_be_written_ends_nothing(self, tmp_path: Path) -> None:
         for closed in ("2> /dev/full", "2>&-"):

@@ -22,6 +22,7 @@ from PIL import Image
 from bgcbench import plots, results
 from bgcbench.cli import main
 from bgcbench.models import build_model
+from tests.stored import stored
 
 SMALL = ["approx", "--channels", "16", "--groups", "2,4", "--length", "8", "--samples", "60", "--device", "cpu"]
 NETWORK = ["approx", "--model", "wrn_10_1", "--weights", "none", "--groups", "2,4", "--calibration-images", "8",
@@ -152,7 +153,7 @@ class TestSampled:
         out, err = capsys.readouterr()
         (path,) = (here / "results").iterdir()
         assert re.fullmatch(r"approx-conv1d-16x16k3-fp64-cpu-\d{8}T\d{6}Z\.json", path.name)
-        document = results.read(path)
+        document = stored(path)
         jsonschema.validate(document, results.schema())
         assert (document["complete"], document["exit_reason"]) == (True, "ok")
         assert document["argv"] == [*SMALL, "--variants", "all"]
@@ -212,11 +213,11 @@ class TestSampled:
         err = capsys.readouterr().err
         assert "only 2.0 data an unknown for BGC N=2" in err
         assert "low by a factor of about 0.50" in err
-        assert any("only 2.0 data" in warning for warning in results.read(here / "r.json")["warnings"])
+        assert any("only 2.0 data" in warning for warning in stored(here / "r.json")["warnings"])
 
     def test_an_n_that_does_not_divide_is_a_row_where_it_is_to_be_skipped(self, here: Path, capsys) -> None:
         assert main([*SMALL, "--groups", "3,4", "--skip-invalid", "--out", "r.json"]) == 0
-        document = results.read(here / "r.json")
+        document = stored(here / "r.json")
         assert [row["status"] for row in document["results"]] == ["invalid", "invalid", "ok", "ok"] * 2
         assert "not divisible by groups=3" in capsys.readouterr().out
 
@@ -230,14 +231,14 @@ class TestSampled:
 
     def test_a_resumed_run_keeps_its_rows_and_adds_what_is_asked_for(self, here: Path, capsys) -> None:
         assert main([*SMALL, "--input", "normal", "--groups", "4", "--out", "r.json"]) == 0
-        before = results.read(here / "r.json")
+        before = stored(here / "r.json")
         assert main(["approx", "--resume", "r.json", "--groups", "2", "--input", "relu"]) == 0
-        after = results.read(here / "r.json")
+        after = stored(here / "r.json")
         assert len(after["results"]) == 2 * 2 * 2
         kept = {row["key"]: row for row in after["results"]}
         assert all(kept[row["key"]] == row for row in before["results"])
         assert main([*SMALL, "--input", "normal,relu", "--groups", "2,4", "--out", "whole.json"]) == 0
-        assert results.read(here / "whole.json")["results"] == after["results"]
+        assert stored(here / "whole.json")["results"] == after["results"]
         capsys.readouterr()
         assert main(["approx", "--resume", "r.json", "--samples", "61"]) == 2
         assert "its samples is 60 and 61 is asked for" in capsys.readouterr().err
@@ -248,7 +249,7 @@ class TestSampled:
         errors = []
         for threads in ("1", "2"):
             assert main([*SMALL, "--threads", threads, "--out", f"{threads}.json", "--quiet"]) == 0
-            errors.append([row["relative_error"] for row in results.read(here / f"{threads}.json")["results"]])
+            errors.append([row["relative_error"] for row in stored(here / f"{threads}.json")["results"]])
         assert errors[0] == pytest.approx(errors[1], rel=1e-12, abs=1e-20)
 
     def test_table1_and_compare_are_for_profile_files(self, here: Path, capsys) -> None:
@@ -266,7 +267,7 @@ class TestNetwork:
         out, err = capsys.readouterr()
         (path,) = (here / "results").iterdir()
         assert re.fullmatch(r"approx-wrn_10_1-digits-cpu-\d{8}T\d{6}Z\.json", path.name)
-        document = results.read(path)
+        document = stored(path)
         jsonschema.validate(document, results.schema())
         assert document["network"]["weights"] == "none"
         assert {kept["reason"] for kept in document["network"]["kept"]} == {"the first convolution", "a shortcut"}
@@ -296,7 +297,7 @@ class TestNetwork:
                      "--where", "none", "--include", "stages.1.0.conv2", "--groups", "4", "--device", "cpu",
                      "--variants", "gc,tlgc,flgc,lgc,shuffle", "--out", "r.json"]  # fmt: skip
         assert main(arguments) == 0
-        document = results.read(here / "r.json")
+        document = stored(here / "r.json")
         assert {row["params"]["layer"] for row in document["results"]} == {"stages.1.0.conv2"}
         assert [row["params"]["variant"] for row in document["results"]] == ["gc", "tlgc", "flgc", "lgc", "shuffle"]
         assert {row["params"]["weights"] for row in document["results"]} == {"mine.pth"}
@@ -324,7 +325,7 @@ class TestNetwork:
 
     def test_a_resumed_run_computes_only_the_layers_that_are_missing(self, here: Path, monkeypatch, capsys) -> None:
         assert main([*NETWORK, "--data", "digits", "--out", "r.json"]) == 0
-        document = results.read(here / "r.json")
+        document = stored(here / "r.json")
         whole = document["results"]
         document["results"] = whole[:9]
         results.ResultWriter(here / "r.json").write(document)
@@ -334,7 +335,7 @@ class TestNetwork:
         judge = Judge.judge
         monkeypatch.setattr(Judge, "judge", lambda self, *cell: judged.append(self.layer.name) or judge(self, *cell))
         assert main(["approx", "--resume", "r.json"]) == 0
-        assert results.read(here / "r.json")["results"] == whole
+        assert stored(here / "r.json")["results"] == whole
         assert len(judged) == len(whole) - 9
 
     def test_a_resumed_run_refuses_other_weights(self, here: Path, capsys) -> None:
@@ -354,12 +355,12 @@ class TestNetwork:
 
     def test_batches_and_memory_may_change_on_resume_and_change_no_row(self, here: Path, capsys) -> None:
         assert main([*NETWORK, "--data", "digits", "--out", "r.json"]) == 0
-        document = results.read(here / "r.json")
+        document = stored(here / "r.json")
         whole = document["results"]
         document["results"] = whole[:3]
         results.ResultWriter(here / "r.json").write(document)
         assert main(["approx", "--resume", "r.json", "--batch", "5", "--memory", "0.1"]) == 0
-        again = results.read(here / "r.json")["results"]
+        again = stored(here / "r.json")["results"]
         for before, after in zip(whole, again, strict=True):
             errors = after["output_relative_error"]
             assert errors == pytest.approx(before["output_relative_error"], rel=1e-6, abs=1e-9)
@@ -376,7 +377,7 @@ class TestNetwork:
 
         monkeypatch.setattr(Judge, "judge", failing)
         assert main([*NETWORK, "--data", "digits", "--out", "r.json"]) == 1
-        document = results.read(here / "r.json")
+        document = stored(here / "r.json")
         failed = [row for row in document["results"] if row["status"] == "error"]
         assert [row["params"]["layer"] for row in failed] == ["stages.1.0.conv1"] * 2
         assert {row["reason"] for row in failed} == {"_LinAlgError: the matrix is singular"}
@@ -387,7 +388,7 @@ class TestNetwork:
         monkeypatch.undo()
         monkeypatch.chdir(here)
         assert main(["approx", "--resume", "r.json"]) == 0
-        assert results.read(here / "r.json")["exit_reason"] == "ok"
+        assert stored(here / "r.json")["exit_reason"] == "ok"
 
     def test_weights_that_are_no_numbers_end_the_rows_of_the_layers_that_they_reach(self, here: Path, capsys) -> None:
         model = build_model("wrn_10_1")
@@ -396,7 +397,7 @@ class TestNetwork:
         torch.save(model.state_dict(), here / "nan.pth")
         arguments = [*NETWORK, "--weights", "nan.pth", "--data", "digits", "--out", "r.json"]
         assert main(arguments) == 1
-        rows = results.read(here / "r.json")["results"]
+        rows = stored(here / "r.json")["results"]
         reasons = {row["params"]["layer"]: row["reason"] for row in rows if row["status"] == "error"}
         assert list(reasons) == ["stages.1.0.conv1", "stages.1.0.conv2", "stages.2.0.conv1", "stages.2.0.conv2"]
         assert reasons["stages.1.0.conv1"].startswith("the weights of stages.1.0.conv1 are not finite")
@@ -432,7 +433,7 @@ class TestNetwork:
         process.send_signal(number)
         _, err = process.communicate(timeout=60)
         assert process.returncode == 128 + number
-        document = results.read(here / "r.json")
+        document = stored(here / "r.json")
         assert document["exit_reason"] == "interrupted"
         assert 0 < len(document["results"]) < 12 * 8
         assert "resume with --resume r.json" in err
@@ -458,7 +459,7 @@ def test_a_large_mean_costs_no_digits_of_the_standard_error(here: Path) -> None:
         assert main([*SMALL, "--channels", "32", "--samples", "200", "--input", law, "--out", "r.json", "--force",
                      "--quiet"]) == 0  # fmt: skip
         errors[law] = {
-            (row["params"]["variant"], row["params"]["groups"]): row for row in results.read(here / "r.json")["results"]
+            (row["params"]["variant"], row["params"]["groups"]): row for row in stored(here / "r.json")["results"]
         }
     # BGC does not see what the channels share, so its error and its spread are those of the same inputs without a mean.
     plain, shifted = errors["normal"]["bgc", 4], errors["normal:1000"]["bgc", 4]
@@ -495,7 +496,7 @@ class TestPlot:
         out, err = capsys.readouterr()
         assert "| BGC | 4 |" in out.replace("normal | ", "")
         assert "pip install 'bgcbench[plot]'" in err.splitlines()[-1]
-        assert results.read(here / "r.json")["complete"]
+        assert stored(here / "r.json")["complete"]
         assert not (here / "x.png").exists()
 
     @pytest.mark.parametrize(
@@ -522,5 +523,5 @@ class TestPlot:
             assert main(["approx", "--preset", name, "--samples", "16", "--device", "cpu", "--quiet",
                          "--out", f"{name}.json", "--plot", f"{name}.png"]) == 0  # fmt: skip
         assert drawn == ["figure1", "figure2"]
-        document = results.read(here / "figure1.json")
+        document = stored(here / "figure1.json")
         assert (document["config"]["in_channels"], document["config"]["groups"]) == (256, [4, 8, 16, 32, 64])

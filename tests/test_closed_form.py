@@ -28,6 +28,7 @@ from bgcbench.models.preprocessing import published
 from bgcbench.specs import NetSpec
 from bgcbench.theory import paper
 from tests.models.test_weights import hashed, trained, written
+from tests.stored import stored
 from tests.test_cli_train import pictures
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -65,7 +66,7 @@ def publish(here: Path, monkeypatch: pytest.MonkeyPatch, name: str = NET) -> tor
 
 
 def rows_of(path: str) -> list[Json]:
-    found = results.read(Path(path))
+    found = stored(Path(path))
     jsonschema.validate(found, results.schema())
     return found["results"]
 
@@ -148,7 +149,7 @@ def test_a_run_without_weights_goes_on_when_they_are_there(
     assert {r["reason"] for r in rows_of("r.json")} == {"the weights are missing"}
     publish(here, monkeypatch)
     assert main(["transfer", "--resume", "r.json", "--quiet"]) == 0
-    found = results.read(Path("r.json"))
+    found = stored(Path("r.json"))
     assert (found["complete"], found["warnings"]) == (True, [])
     assert found["settings"]["weights_sha256"] is not None
     assert {r["status"] for r in found["results"]} == {"ok"}

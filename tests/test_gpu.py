@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from bgcbench import results
 from bgcbench.cli import main
 from bgcbench.conversion.convert import convert, load_converted, save_converted
 from bgcbench.convs import CONVS
@@ -27,6 +26,7 @@ from bgcbench.specs import POINTWISE_ALGORITHMS, VARIANTS
 from bgcbench.training.checkpoint import Checkpoints
 from bgcbench.training.distributed import World
 from bgcbench.training.loop import Training
+from tests.stored import stored
 from tests.training.example import tiny_data, tiny_network, tiny_recipe
 
 pytestmark = pytest.mark.gpu
@@ -175,7 +175,7 @@ def test_running_out_of_memory_is_a_row_and_the_device_lives_on(device, tmp_path
     monkeypatch.chdir(tmp_path)
     arguments = ["profile", "--channels", "64", "--size", "7", "--groups", "2", "--device", "cuda", "--quick"]
     assert main([*arguments, "--batch", "100000000", "--out", "r.json", "--quiet"]) == 1
-    assert {row["status"] for row in results.read(tmp_path / "r.json")["results"]} == {"oom"}
+    assert {row["status"] for row in stored(tmp_path / "r.json")["results"]} == {"oom"}
     assert device_answers(device)
 
 
@@ -248,7 +248,7 @@ def test_a_network_trains_and_says_how_near_the_peak_it_comes(
     arguments = ["train", "wrn_10_2", "--data", "synthetic", "--recipe", recipe, "--epochs", "2", "--variants", "all",
                  "--groups", "4", "--device", "cuda", "--quiet", "--out", "r.json"]  # fmt: skip
     assert main(arguments) == 0
-    found = results.read(tmp_path / "r.json")
+    found = stored(tmp_path / "r.json")
     assert len(found["results"]) == 7
     for row in found["results"]:
         assert row["images_per_s"] > 0
@@ -260,4 +260,4 @@ def test_digits_are_learnt_on_the_device(tmp_path: Path, monkeypatch: pytest.Mon
     arguments = ["train", "wrn_10_2", "--data", "digits", "--groups", "4", "--variants", "bgc", "--device", "cuda",
                  "--quiet", "--out", "r.json"]  # fmt: skip
     assert main(arguments) == 0
-    assert all(row["error_final"] < 4 for row in results.read(tmp_path / "r.json")["results"])
+    assert all(row["error_final"] < 4 for row in stored(tmp_path / "r.json")["results"])

@@ -23,6 +23,7 @@ from bgcbench.specs import NetSpec, Preprocessing
 from bgcbench.training.distributed import World
 from tests.data.test_folder import picture
 from tests.models.test_weights import trained, written
+from tests.stored import stored
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -67,7 +68,7 @@ def test_a_network_is_judged_with_the_preprocessing_that_its_library_states(
 ) -> None:
     assert transferred(judged, tmp_path / "r.json") == 0
     printed = capsys.readouterr()
-    found = results.read(tmp_path / "r.json")
+    found = stored(tmp_path / "r.json")
     assert found["results"][0]["error_initial"] == 0
     expected = stated(NET)
     assert expected is not None
@@ -78,7 +79,7 @@ def test_a_network_is_judged_with_the_preprocessing_that_its_library_states(
     assert line in printed.out
     # ImageNet's, which every network was judged with before, is another one.
     assert transferred(judged, tmp_path / "other.json", *IMAGENET, "--quiet") == 0
-    other = results.read(tmp_path / "other.json")
+    other = stored(tmp_path / "other.json")
     assert other["results"][0]["error_initial"] > 5
     assert other["settings"]["preprocessing"]["mean"] == [0.485, 0.456, 0.406]
     # Numbers of another preprocessing are not mixed with these.
@@ -92,7 +93,7 @@ def test_a_network_is_judged_with_the_preprocessing_that_its_library_states(
 
 def test_a_file_from_before_still_shows(judged: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert transferred(judged, tmp_path / "r.json", "--quiet") == 0
-    found = results.read(tmp_path / "r.json")
+    found = stored(tmp_path / "r.json")
     del found["settings"]["preprocessing"], found["settings"]["weights_key"]
     (tmp_path / "r.json").write_text(results.dumps(found))
     capsys.readouterr()
@@ -128,11 +129,11 @@ def test_a_networks_layers_are_asked_with_the_images_that_its_weights_want(
     found = []
     for name, more in (("r", []), ("same", ["--mean", "0.5", "--std", "0.5"]), ("other", IMAGENET)):
         assert main([*common, *more, "--out", str(tmp_path / f"{name}.json")]) == 0
-        document = results.read(tmp_path / f"{name}.json")
+        document = stored(tmp_path / f"{name}.json")
         found.append([row["output_relative_error"]["white"] for row in document["results"]])
     assert found[0] == found[1]
     assert found[0] != pytest.approx(found[2], rel=1e-3)
-    assert results.read(tmp_path / "r.json")["settings"]["preprocessing"]["mean"] == [0.5, 0.5, 0.5]
+    assert stored(tmp_path / "r.json")["settings"]["preprocessing"]["mean"] == [0.5, 0.5, 0.5]
     assert main(["approx", "--resume", str(tmp_path / "r.json"), "--mean", "0.4"]) == 2
     assert "its mean is None and [0.4, 0.4, 0.4] is asked for" in capsys.readouterr().err
 
@@ -226,7 +227,7 @@ def test_a_checkpoint_of_a_training_is_judged_with_what_it_was_trained_with(
         train = ["train", "wrn_10_1", "--data", "digits", "--size", "8", "--variants", "gc", "--groups", "2",
                  "--epochs", "1", "--subset", "64", "--device", "cpu", "--quiet", "--out", "t.json"]  # fmt: skip
         assert main(train) == 0
-    found = results.read(Path("t.json"))
+    found = stored(Path("t.json"))
     assert found["settings"]["preprocessing"]["mean"] == [0.25, 0.25, 0.25]
     (dense,) = Path("t.checkpoints/wrn_10_1-digits-standard-n1-s0").glob("final-*.pt")
     transfer = ["transfer", "--data", "digits", "--groups", "2", "--variants", "gc", "--epochs", "0", "--device", "cpu",
@@ -236,7 +237,7 @@ def test_a_checkpoint_of_a_training_is_judged_with_what_it_was_trained_with(
         capsys.readouterr().err
     )
     assert main([*transfer, "wrn_10_1", "--weights", str(dense), "--size", "8", "--quiet", "--out", "s.json"]) == 0
-    errors = [results.read(Path(name))["results"][0]["error_initial"] for name in ("r.json", "s.json")]
+    errors = [stored(Path(name))["results"][0]["error_initial"] for name in ("r.json", "s.json")]
     assert errors == [found["results"][0]["epochs"][-1]["test_error"]] * 2
 
 

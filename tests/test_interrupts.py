@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from bgcbench import results
 from bgcbench.cli import main
 from bgcbench.measure import ceilings
 from tests.conftest import ROOT
+from tests.stored import stored
 
 ARGUMENTS = ["profile", "--channels", "32", "--batch", "8", "--size", "7", "--groups", "2", "--device", "cpu",
              "--phases", "fwd", "--out", "r.json"]  # fmt: skip
@@ -60,7 +60,7 @@ def whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(ceilings, "measure_ceilings", lambda *_, **__: ceilings.Ceilings(1e11, 1e10, (1,), 1))
     monkeypatch.chdir(tmp_path)
     assert main([*ARGUMENTS, "--max-time", "0.01", "--out", "whole.json"]) == 0
-    return [row["key"] for row in results.read(tmp_path / "whole.json")["results"]]
+    return [row["key"] for row in stored(tmp_path / "whole.json")["results"]]
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -73,7 +73,7 @@ def test_an_interrupted_run_leaves_a_valid_file_and_resumes_to_the_same_rows(
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
     assert process.returncode == code
-    document = results.read(path)
+    document = stored(path)
     assert document["exit_reason"] == "interrupted"
     assert {row["status"] for row in document["results"]} == {"interrupted"}
     assert all(row["phases"] for row in document["results"])
@@ -82,7 +82,7 @@ def test_an_interrupted_run_leaves_a_valid_file_and_resumes_to_the_same_rows(
     assert "this run is not complete" in out
 
     assert main(["profile", "--resume", "r.json"]) == 0
-    document = results.read(path)
+    document = stored(path)
     assert [row["key"] for row in document["results"]] == whole
     assert {row["status"] for row in document["results"]} == {"ok"}
     assert document["exit_reason"] == "ok"
@@ -105,7 +105,7 @@ def test_a_second_ctrl_c_leaves_at_once_with_a_valid_file(tmp_path: Path) -> Non
     assert process.returncode == 130
     assert time.monotonic() - began < 1.0
     if path.exists():
-        results.read(path)
+        stored(path)
     assert [p for p in tmp_path.iterdir() if p != path] == []
 
 
@@ -115,11 +115,11 @@ def test_a_killed_run_leaves_a_valid_resumable_file(tmp_path: Path, whole: list[
     wait_for_round(path, 2, process)
     process.kill()
     process.communicate()
-    document = results.read(path)
+    document = stored(path)
     assert document["exit_reason"] == "running"
     assert {row["status"] for row in document["results"]} == {"interrupted"}
     assert main(["profile", "--resume", "r.json", "--quiet"]) == 0
-    assert [row["key"] for row in results.read(path)["results"]] == whole
+    assert [row["key"] for row in stored(path)["results"]] == whole
 
 
 def test_ctrl_c_before_anything_is_measured_writes_nothing(tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ from bgcbench.report import as_markdown
 from bgcbench.specs import VARIANTS
 from tests.example import _phase
 from tests.reporting import report_of
+from tests.stored import stored
 
 SMALL = NetworkConfig(model="wrn_10_1", batch=2, height=16, groups=(2, 4), device="cpu", max_time_s=0.05)
 
@@ -268,7 +269,7 @@ class TestRun:
                      "--variants", "gc", "--device", "cpu", "--quick", "--out", str(tmp_path / "r.json")]  # fmt: skip
         assert main([*arguments, "--batch", "1"]) == 1
         printed = capsys.readouterr().out
-        found = results.read(tmp_path / "r.json")
+        found = stored(tmp_path / "r.json")
         for row in found["results"]:
             assert (row["status"], set(row["phases"]), set(row["failures"])) == ("error", {"fwd"}, {"train_step"})
             assert row["phases"]["fwd"]["samples_s"]
@@ -284,7 +285,7 @@ class TestRun:
         assert "[error]" not in printed
         assert "Verdict (train step)" not in printed
         assert main([*arguments, "--batch", "2", "--force", "--quiet"]) == 0
-        assert all("failures" not in row for row in results.read(tmp_path / "r.json")["results"])
+        assert all("failures" not in row for row in stored(tmp_path / "r.json")["results"])
 
     @pytest.mark.parametrize("begins", ["in the first look", "in a round"])
     def test_a_phase_fails_by_itself_whenever_it_does(self, begins: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -338,7 +339,7 @@ class TestCommand:
         out = capsys.readouterr().out
         (path,) = (tmp_path / "results").iterdir()
         assert path.name.startswith("profile-wrn_10_1-fp32-nchw-cpu-")
-        document = results.read(path)
+        document = stored(path)
         jsonschema.validate(document, results.schema())
         assert document["complete"]
         for heading in ("Verdict (fwd):", "Verdict (train step):", "Best:", "Convolutions by themselves", "Notes:"):
@@ -351,9 +352,9 @@ class TestCommand:
     def test_a_file_is_continued_with_more_groups_and_with_layers(self, tmp_path: Path, capsys) -> None:
         path = tmp_path / "net.json"
         assert main([*QUICK, "--out", str(path)]) == 0
-        before = results.read(path)["results"]
+        before = stored(path)["results"]
         assert main(["profile", "--resume", str(path), "--groups", "4"]) == 0
-        after = results.read(path)
+        after = stored(path)
         assert after["results"][:3] == before
         assert [row["params"]["groups"] for row in after["results"]] == [1, 2, 2, 4, 4]
         assert main(["profile", "--resume", str(path), "--model", "wrn_16_1"]) == 2

@@ -13,7 +13,6 @@ import msgspec
 import pytest
 import torch
 
-from bgcbench import results
 from bgcbench.convs.gc import GroupConv2d
 from bgcbench.errors import ResultFileError, ShapeError, UsageError
 from bgcbench.experiments import profile_run
@@ -31,6 +30,7 @@ from bgcbench.report import flags
 from bgcbench.results.rows import ProfileRow
 from bgcbench.specs import VARIANTS
 from tests.measure.test_allocator import GLIBC
+from tests.stored import stored
 
 SMALL = ProfileConfig(
     in_channels=16, out_channels=16, batch=4, height=5, width=5, groups=(2, 4), device="cpu", max_time_s=0.05
@@ -298,7 +298,7 @@ def test_kept_memory_has_no_faults_and_fresh_memory_one_for_every_page(cli: Call
     for given, state, least in (([], "kept", 0), (["--memory", "fresh"], "fresh", 196)):
         done = cli(*arguments, *given, "--out", f"{state}.json")
         assert done.returncode == 0, done.stderr
-        document = results.read(tmp_path / f"{state}.json")
+        document = stored(tmp_path / f"{state}.json")
         assert document["settings"]["memory"] == state
         measured = [row["phases"]["fwd"] for row in document["results"]]
         faults = [phase["minor_faults_per_call"] for phase in measured]

@@ -55,7 +55,7 @@ def layers_of(document: Json, variant: str, groups: int) -> list[Json]:
 
 
 def test_the_example_is_a_result_file() -> None:
-    results.check_document(transfer_document(**ALL, epochs=3, control=True, time=True), "the example")
+    results.document_of(transfer_document(**ALL, epochs=3, control=True, time=True), "the example")
 
 
 def test_whether_batch_norm_was_estimated_again_has_a_column_only_where_it_differs() -> None:

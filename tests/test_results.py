@@ -12,14 +12,24 @@ from pathlib import Path
 
 import jsonschema
 import pytest
+from msgspec.structs import replace
 
 from bgcbench import results
 from bgcbench.cli.output import Output
 from bgcbench.errors import OutputError, ResultFileError
 from bgcbench.interrupts import Interrupts
+from bgcbench.results import Document, document_of
 from tests.conftest import ROOT
 from tests.example import example_document
 from tests.example_transfer import transfer_document
+
+
+def example() -> Document:
+    return document_of(example_document(), "the example")
+
+
+def with_warning(text: str) -> Document:
+    return replace(example(), warnings=(text,))
 
 
 def test_the_schema_is_a_schema_and_the_example_satisfies_it() -> None:
@@ -28,33 +38,35 @@ def test_the_schema_is_a_schema_and_the_example_satisfies_it() -> None:
 
 
 def test_what_is_written_is_read_back_to_the_last_bit(tmp_path: Path) -> None:
-    document, path = example_document(), tmp_path / "r.json"
+    document, path = example(), tmp_path / "r.json"
     results.ResultWriter(path).write(document)
     assert results.read(path) == document
     assert list(tmp_path.iterdir()) == [path]
 
 
 def test_samples_stand_on_one_line_and_strings_are_untouched() -> None:
-    document = {"reason": "a list [\n 1,\n 2\n] in text", "samples_s": [0.1, 2e-05, 3.0], "empty": []}
+    document = replace(
+        with_warning("a list [\n 1,\n 2\n] in text"), config={"samples_s": [0.1, 2e-05, 3.0], "empty": []}
+    )
     text = results.dumps(document)
     assert '"samples_s": [0.1, 2e-05, 3.0]' in text
-    assert json.loads(text) == document
+    assert document_of(json.loads(text), "text") == document
 
 
 def test_not_a_number_is_never_written() -> None:
     with pytest.raises(ValueError, match="not JSON compliant"):
-        results.dumps({"median_s": math.nan})
+        results.dumps(replace(example(), config={"median_s": math.nan}))
 
 
 def test_a_new_file_has_the_permissions_of_any_file(tmp_path: Path) -> None:
     plain, ours = tmp_path / "plain", tmp_path / "ours.json"
     plain.touch()
-    results.ResultWriter(ours).write(example_document())
+    results.ResultWriter(ours).write(example())
     assert stat.S_IMODE(ours.stat().st_mode) == stat.S_IMODE(plain.stat().st_mode)
 
 
 def test_an_older_file_survives_a_write_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path, document = tmp_path / "r.json", example_document()
+    path, document = tmp_path / "r.json", example()
     writer = results.ResultWriter(path)
     writer.write(document)
 
@@ -62,7 +74,7 @@ def test_an_older_file_survives_a_write_that_fails(tmp_path: Path, monkeypatch: 
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    writer.write({**document, "warnings": ["newer"]})
+    writer.write(with_warning("newer"))
     monkeypatch.undo()
     assert results.read(path) == document
     assert list(tmp_path.iterdir()) == [path]
@@ -77,9 +89,9 @@ def test_a_file_that_can_no_longer_be_written_is_rescued(tmp_path: Path, monkeyp
     monkeypatch.setattr("tempfile.tempdir", str(rescue))
     writer = results.ResultWriter(target / "r.json")
     target.rmdir()
-    writer.write(example_document())
+    writer.write(example())
     assert writer.rescued_to is not None
-    assert results.read(writer.rescued_to) == example_document()
+    assert results.read(writer.rescued_to) == example()
     assert list(rescue.iterdir()) == [writer.rescued_to]
 
 
@@ -186,45 +198,45 @@ def test_where_nothing_can_be_locked_the_run_is_told_and_goes_on(
     monkeypatch.setattr("bgcbench.locks._lock", no_locks)
     writer = results.ResultWriter(tmp_path / "r.json")
     assert "cannot lock files (No locks available): see to it" in str(writer.claim(replace=False))
-    writer.write(example_document())
+    writer.write(example())
     assert writer.problem is None
 
 
 def test_a_file_of_somebody_else_is_never_replaced(tmp_path: Path) -> None:
-    path, document = tmp_path / "r.json", example_document()
+    path, document = tmp_path / "r.json", example()
     writer = results.ResultWriter(path)
     writer.claim(replace=False)
     writer.write(document)
     writer.write(document)  # its own file, again
     theirs = results.dumps(document)
     path.write_text(theirs, encoding="utf-8")  # the same bytes, and not by us
-    writer.write({**document, "warnings": ["newer"]})
-    writer.write({**document, "warnings": ["newest"]})
+    writer.write(with_warning("newer"))
+    writer.write(with_warning("newest"))
     writer.release()
     assert path.read_text(encoding="utf-8") == theirs
     assert writer.problem == "another program has written it meanwhile"
     assert writer.rescued_to is not None
-    assert results.read(writer.rescued_to)["warnings"] == ["newest"]
+    assert results.read(writer.rescued_to) == with_warning("newest")
     assert sorted(tmp_path.iterdir()) == sorted([path, writer.rescued_to])
 
 
 def test_a_file_that_was_removed_meanwhile_is_written_again(tmp_path: Path) -> None:
     writer = results.ResultWriter(tmp_path / "r.json")
-    writer.write(example_document())
+    writer.write(example())
     writer.path.unlink()
-    writer.write(example_document())
-    assert results.read(writer.path) == example_document()
+    writer.write(example())
+    assert results.read(writer.path) == example()
     assert writer.problem is None
 
 
 def test_a_file_that_changed_since_it_was_read_is_not_gone_on_with(tmp_path: Path) -> None:
     writer = results.ResultWriter(tmp_path / "r.json")
-    writer.write(example_document())
+    writer.write(example())
     stored = results.read(writer.path)
     resumed = Output(writer.path, to_stdout=False, replace=True, form="auto", quiet=True, resumes=True)
     with resumed.claimed(stored, Interrupts()) as claimed:
         assert claimed is not None
-    results.ResultWriter(writer.path).write({**example_document(), "warnings": ["another run's"]})
+    results.ResultWriter(writer.path).write(with_warning("another run's"))
     with (
         pytest.raises(OutputError, match="written by another run while this one began"),
         resumed.claimed(stored, Interrupts()),
@@ -240,7 +252,7 @@ def broken(path: Path, text: str) -> Path:
 
 
 def test_files_that_are_no_results_are_refused_in_one_line(tmp_path: Path) -> None:
-    path, text = tmp_path / "r.json", results.dumps(example_document())
+    path, text = tmp_path / "r.json", results.dumps(example())
     cases = {
         text[: len(text) // 2]: "not complete JSON",
         "": "not complete JSON",
@@ -265,23 +277,21 @@ def test_files_that_are_no_results_are_refused_in_one_line(tmp_path: Path) -> No
 
 
 def test_what_other_programs_do_to_text_files_is_known(tmp_path: Path) -> None:
-    path, text = tmp_path / "r.json", results.dumps(example_document())
+    path, text = tmp_path / "r.json", results.dumps(example())
     path.write_text(text, encoding="utf-8-sig")  # an editor on Windows
-    assert results.read(path) == example_document()
+    assert results.read(path) == example()
     for encoding in ("utf-16", "utf-16-be"):
         path.write_bytes(("\ufeff" if encoding.endswith("be") else "").encode(encoding) + text.encode(encoding))
         with pytest.raises(ResultFileError, match=r"is UTF-16, as PowerShell's > writes.*--out FILE"):
             results.read(path)
 
 
-def test_keys_of_a_later_minor_version_are_ignored(tmp_path: Path) -> None:
-    document = {**example_document(), "news": {"any": "thing"}}
-    document["schema"] = {"name": "bgcbench.result", "version": "1.7"}
-    path = broken(tmp_path / "r.json", results.dumps(document))
-    assert results.read(path)["news"] == {"any": "thing"}
+def test_keys_of_a_later_minor_version_are_ignored() -> None:
+    later = {**example_document(), "news": {"any": "thing"}, "schema": {"name": "bgcbench.result", "version": "1.7"}}
+    assert document_of(later, "later").results == example().results
 
 
-def test_what_older_files_say_in_words_only_gets_its_code(tmp_path: Path) -> None:
+def test_what_older_files_say_in_words_only_gets_its_code() -> None:
     document = transfer_document(groups=(2,), epochs=3)
     for row in document["results"]:
         row.pop("stage", None)
@@ -291,29 +301,27 @@ def test_what_older_files_say_in_words_only_gets_its_code(tmp_path: Path) -> Non
     untrained |= {"status": "interrupted", "reason": "whatever", "epochs": []}
     judged = next(row for row in document["results"] if not row["params"]["epochs"])
     document["warnings"] = ["GC N=2: N=2 does not divide, kept dense: a", "something else"]
-    path = tmp_path / "old.json"
-    path.write_text(json.dumps(document))
-    found = results.read(path)
-    assert [kept["code"] for kept in found["results"][0]["convert"]["kept"]] == ["indivisible", ""]
-    stages = {row["key"]: row["stage"] for row in found["results"]}
+    found = document_of(document, "old.json")
+    assert [kept.code for kept in found.results[0].convert.kept] == ["indivisible", ""]
+    stages = {row.key: row.stage for row in found.results}
     assert [stages[row["key"]] for row in (done, untrained, judged)] == ["trained", "evaluated", "evaluated"]
-    assert found["warnings"] == ["something else"]
+    assert found.warnings == ("something else",)
 
 
 def test_only_a_like_run_on_the_same_device_may_continue_a_file() -> None:
-    document = example_document()
-    settings, environment = document["settings"], document["environment"]
-    results.check_resumable(document, "profile", settings, environment, "r.json")
+    document = example()
+    settings, environment = document.settings, document.environment
+    with pytest.raises(ResultFileError, match="holds a 'profile' run"):
+        results.check_command(document, "train", "r.json")
     changes = [
-        ("train", settings, environment, "holds a 'profile' run"),
-        ("profile", {**settings, "seed": 7}, environment, "its seed was 0 and is 7"),
-        ("profile", settings, {**environment, "torch": "9.9"}, "its torch was"),
-        ("profile", settings, {**environment, "device": {"type": "cuda"}}, "its device was"),
+        (replace(settings, seed=7), environment, "its seed was 0 and is 7"),
+        (settings, replace(environment, torch="9.9"), "its torch was"),
+        (settings, replace(environment, device=replace(environment.device, name="another")), "its device was"),
     ]
-    for command, new_settings, new_environment, message in changes:
+    for new_settings, new_environment, message in changes:
         with pytest.raises(ResultFileError, match=message):
-            results.check_resumable(document, command, new_settings, new_environment, "r.json")
-    results.check_resumable(document, "profile", settings, {**environment, "os": "upgraded"}, "r.json")
+            results.check_resumable(document, new_settings, new_environment, "r.json")
+    results.check_resumable(document, settings, replace(environment, os="upgraded"), "r.json")
 
 
 @pytest.mark.parametrize(
@@ -327,17 +335,18 @@ def test_only_a_like_run_on_the_same_device_may_continue_a_file() -> None:
     ],
 )
 def test_how_a_run_ended_is_in_the_file(statuses, planned, interrupted, failed, expected) -> None:
-    document = {**example_document(), "results": [{"status": status} for status in statuses], "warnings": []}
-    results.finish(document, planned, interrupted=interrupted, failed=failed)
-    assert (document["exit_reason"], document["complete"]) == expected
-    assert document["finished_at"] is not None
-    assert document["failure"] == failed
+    document = example()
+    some = document.results[0]
+    document.results = tuple(replace(some, key=str(n), status=status) for n, status in enumerate(statuses))
+    document.finish(planned, interrupted=interrupted, failed=failed)
+    assert (document.exit_reason, document.complete, document.failure) == (*expected, failed)
+    assert document.finished_at is not None
 
 
 def test_a_run_that_goes_on_with_a_file_says_nothing_of_how_the_last_one_ended() -> None:
-    document = example_document()
-    results.finish(document, len(document["results"]) + 1, failed="ZeroDivisionError: a bug")
+    document = example()
+    document.finish(len(document.results) + 1, failed="ZeroDivisionError: a bug")
     again = results.reopened(document, {"groups": [2]})
-    ended = ("complete", "finished_at", "exit_reason", "failure", "config")
-    assert [again[name] for name in ended] == [False, None, "running", None, {"groups": [2]}]
-    assert again["results"] == document["results"]
+    ended = (again.complete, again.finished_at, again.exit_reason, again.failure, again.config)
+    assert ended == (False, None, "running", None, {"groups": [2]})
+    assert again.results == document.results

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from bgcbench import results
 from bgcbench.cli import main
 from bgcbench.models import build_model
 from bgcbench.specs import NetSpec
+from tests.stored import stored
 
 pytestmark = pytest.mark.usefixtures("brisk", "one_thread")
 
@@ -35,9 +35,9 @@ def test_a_larger_grid_keeps_what_is_done_and_measures_the_rest(
     torch.save(build_model(NetSpec("wrn_10_1", 10, 8)).state_dict(), "mine.pt")
     command, *_ = name.split()
     assert main([command, *COMMANDS[name], *SHARED, "--groups", "2", "--out", "r.json"]) == 0
-    first = results.read(Path("r.json"))
+    first = stored(Path("r.json"))
     assert main([command, "--resume", "r.json", "--groups", "2,4", "--quiet"]) == 0
-    second = results.read(Path("r.json"))
+    second = stored(Path("r.json"))
     kept = {row["key"]: row for row in second["results"]}
     assert {row["key"]: kept[row["key"]] for row in first["results"]} == {row["key"]: row for row in first["results"]}
     assert len(second["results"]) > len(first["results"])
@@ -53,8 +53,8 @@ def test_a_file_that_is_whole_is_left_as_it_is(
     torch.save(build_model(NetSpec("wrn_10_1", 10, 8)).state_dict(), "mine.pt")
     command, *_ = name.split()
     assert main([command, *COMMANDS[name], *SHARED, "--groups", "2", "--out", "r.json"]) == 0
-    first: dict[str, Any] = results.read(Path("r.json"))
+    first: dict[str, Any] = stored(Path("r.json"))
     table = capsys.readouterr().out
     assert main([command, "--resume", "r.json", "--quiet"]) == 0
-    assert results.read(Path("r.json"))["results"] == first["results"]
+    assert stored(Path("r.json"))["results"] == first["results"]
     assert capsys.readouterr().out == table

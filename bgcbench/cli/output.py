@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from bgcbench.experiments.options import Asked
     from bgcbench.interrupts import Interrupts
     from bgcbench.report import Report
-    from bgcbench.results import ResultWriter
+    from bgcbench.results import Document, ResultWriter
+    from bgcbench.results.rows import Device
 
 
 class _PlainHelp(TyperGroup):
@@ -114,7 +115,7 @@ class Output:
             writer.release()  # it is claimed for the run once that is ready
 
     @contextlib.contextmanager
-    def claimed(self, stored: dict[str, Any] | None, interrupts: Interrupts) -> Iterator[ResultWriter | None]:
+    def claimed(self, stored: Document | None, interrupts: Interrupts) -> Iterator[ResultWriter | None]:
         """The writer of the result file, where no other run writes meanwhile; None for stdout.
 
         stored: what the run goes on with. Raises OutputError for a file that cannot be written, or is not to be.
@@ -141,27 +142,25 @@ class Output:
         """Where the result goes, in words."""
         return f"result file: {self.path}" if self.path else "result: stdout"
 
-    def named(self, command: str, what: str, environment: Mapping[str, Any]) -> Output:
+    def named(self, command: str, what: str, device: Device) -> Output:
         """This with a path of our own making where none was given; it needs the device's name."""
         from bgcbench.results import default_path
 
         if self.path is not None or self.to_stdout:
             return self
-        device = environment["device"]
-        name = "cpu" if device["type"] == "cpu" else device["name"]
+        name = "cpu" if device.type == "cpu" else device.name
         return dataclasses.replace(self, path=default_path(command, what, name))
 
 
-def print_document(document: dict[str, Any], form: str, *, explain: bool = False) -> None:
+def print_document(document: Document, form: str, *, explain: bool = False) -> None:
     """Print a result document on stdout, or what the columns of its tables mean."""
     from bgcbench.report import document_report, explained
-    from bgcbench.results import typed
 
-    report = document_report(typed(document, "the result"))
+    report = document_report(document)
     emit(explained(report) if explain else report, form, None if explain else document)
 
 
-def emit(report: Report, form: str, document: dict[str, Any] | None = None) -> None:
+def emit(report: Report, form: str, document: Document | None = None) -> None:
     """Print a report on stdout; ``document`` is what JSON prints in its place."""
     from bgcbench.report import emit as emit_report
 
@@ -187,12 +186,11 @@ def say(message: str) -> None:
         sys.stderr.flush()
 
 
-def draw(document: dict[str, Any], path: Path, picture: str | None) -> None:
+def draw(document: Document, path: Path, picture: str | None) -> None:
     """Draw a result document; raises UsageError without matplotlib, OutputError where the file cannot be written."""
     from bgcbench.plots import draw as draw_plot
-    from bgcbench.results import typed
 
-    draw_plot(typed(document, str(path)), path, picture)
+    draw_plot(document, path, picture)
 
 
 def with_progress(updates: Iterator[Said], *, quiet: bool) -> None:

@@ -8,10 +8,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import msgspec
 import typer
 
 from bgcbench import results
@@ -30,13 +31,14 @@ from bgcbench.experiments.options import (
 )
 from bgcbench.experiments.profile import check_same_fields, check_same_workload
 from bgcbench.interrupts import Interrupts
+from bgcbench.results import Document, Json
+from bgcbench.results.document import Command as CommandName
+from bgcbench.results.rows import AnyRow
 from bgcbench.training.launcher import own_rank, processes
 
 if TYPE_CHECKING:
     from bgcbench.experiments.session import Session
     from bgcbench.training.distributed import World
-
-Json = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,15 +49,15 @@ class Beginning:
     file was named to go on with. replace: whether files may be replaced. stop: whether it is asked to end.
     """
 
-    stored: Json | None
+    stored: Document | None
     folder: Path | None
     afresh: bool
     replace: bool
     stop: Any
 
     @property
-    def kept(self) -> dict[str, Json]:
-        return {row["key"]: row for row in (self.stored or {}).get("results", ())}
+    def kept(self) -> dict[str, AnyRow]:
+        return {row.key: row for row in self.stored.results} if self.stored else {}
 
     @property
     def of_training(self) -> Json:
@@ -72,7 +74,7 @@ class Command(ABC):
     before its first row leaves a file to go on with.
     """
 
-    name: ClassVar[str]
+    name: ClassVar[CommandName]
     summary: ClassVar[str]
     kinds: ClassVar[tuple[type[RunConfig], ...]]
     asked: ClassVar[type[Asked]] = Asked
@@ -131,7 +133,7 @@ class Command(ABC):
     def said(self, update: Any, run: Any) -> Said:
         """What is shown of an update of the run."""
 
-    def is_drawable(self, row: Json) -> bool:
+    def is_drawable(self, row: AnyRow) -> bool:
         """Whether there is anything in a row that a picture shows."""
         return True
 
@@ -155,15 +157,15 @@ def run_command(command: Command, context: typer.Context, parsed: Mapping[str, A
         with command.joined(session) as world:
             if not world.is_main:
                 output = dataclasses.replace(output, path=None, to_stdout=True, quiet=True, plot=None)
-            begun = _begun(command, config, stored, output, session, world, interrupts)
+            begun = _Execution.begin(command, config, stored, output, session, world, interrupts)
             if not begun.output.quiet:
                 lines = command.plan_lines(begun.run, full=asked.dry_run)
                 for line in (*begun.run.warnings, *lines, begun.output.destination):
                     say(line)
             if asked.dry_run:
                 return 0 if asked.quiet else command.estimate(begun.run, interrupts, quiet=begun.output.quiet)
-            document, code = _carried_out(command, context, begun, stored, session, world, interrupts)
-        if output.plot is not None and any(map(command.is_drawable, document["results"])):
+            document, code = begun.carry_out(stored, context.obj or [])
+        if output.plot is not None and any(map(command.is_drawable, document.results)):
             draw(document, output.plot, command.picture(preset))
             if not output.quiet:
                 say(f"drawn to {output.plot}")
@@ -184,7 +186,7 @@ def only_first_speaks() -> Iterator[None]:
 # ------------------------------------------------------------------------------------------------- resolve or resume
 
 
-def settled(command: Command, given: Json, asked: Asked) -> tuple[Any, Json | None, Output]:
+def settled(command: Command, given: Json, asked: Asked) -> tuple[Any, Document | None, Output]:
     """The configuration, the document that is gone on with (None for a new run) and where it goes: all checked.
 
     Nothing here needs torch. Raises UsageError, ResultFileError and OutputError.
@@ -202,7 +204,7 @@ def settled(command: Command, given: Json, asked: Asked) -> tuple[Any, Json | No
     return config, stored, output
 
 
-def resolve_config(command: Command, given: Json, stored: Json | None, name: str) -> Any:
+def resolve_config(command: Command, given: Json, stored: Document | None, name: str) -> Any:
     """What to do: as asked, or what file ``name`` holds with the grid that is asked for added to it."""
     layer, network = command.kinds[0], command.kinds[-1]
     if stored is not None:
@@ -220,12 +222,11 @@ def resolve_config(command: Command, given: Json, stored: Json | None, name: str
     return kind(**given)
 
 
-def _resumed(command: Command, given: Json, stored: Json, name: str) -> Any:
+def _resumed(command: Command, given: Json, stored: Document, name: str) -> Any:
     """The configuration that continues ``stored``, from file ``name``: its own, with a grid that may have grown."""
-    results.check_command(stored["command"], command.name, name)
-    of_network = "model" in stored.get("config", {})
-    kind = command.kinds[-1 if of_network else 0]
-    base = kind.from_json(stored.get("config", {}))
+    results.check_command(stored, command.name, name)
+    kind = command.kinds[-1 if "model" in stored.config else 0]
+    base = kind.from_json(stored.config)
     if unknown := given.keys() - {field.name for field in dataclasses.fields(kind)}:
         raise UsageError(f"{command.option(min(unknown))} has no meaning for what {name} measures; leave it out")
     grown: Json = {
@@ -233,13 +234,13 @@ def _resumed(command: Command, given: Json, stored: Json, name: str) -> Any:
         for grid in ("groups", "variants", "inputs", "seeds", "inits")
         if grid in given
     }
-    check_same_fields(stored["config"], {**given, **grown}, base.FREE, name)  # before they are checked together
+    check_same_fields(stored.config, {**given, **grown}, base.FREE, name)  # before they are checked together
     config = dataclasses.replace(base, **{**given, **grown})
-    check_same_workload(stored["config"], config, name)
+    check_same_workload(stored.config, config, name)
     return config
 
 
-def _file_to_resume(command: Command, asked: Asked, given: Json) -> tuple[Path | None, Json | None]:
+def _file_to_resume(command: Command, asked: Asked, given: Json) -> tuple[Path | None, Document | None]:
     """The result file to continue and what is in it; (None, None) for a new run."""
     resume, out = asked.resume, asked.out
     if resume is None:
@@ -262,23 +263,23 @@ def _file_to_resume(command: Command, asked: Asked, given: Json) -> tuple[Path |
     for path in sorted(files, key=lambda path: path.stat().st_mtime, reverse=True):
         with contextlib.suppress(ResultFileError):  # of another run, or damaged
             stored = results.read(path)
-            if not stored["complete"]:
+            if not stored.complete:
                 _check_same_run(command, stored, wanted, str(path))
                 return path, stored
     return None, None
 
 
-def _check_same_run(command: Command, stored: Json, wanted: Any, name: str) -> None:
+def _check_same_run(command: Command, stored: Document, wanted: Any, name: str) -> None:
     """Raise ResultFileError unless ``stored`` is a run of these very settings, those that were not typed included."""
-    results.check_command(stored["command"], command.name, name)
+    results.check_command(stored, command.name, name)
     # None is what is seen only in the data and the weights.
     late = ("num_classes", "height", "width")
     fields = {name: value for name, value in wanted.to_json().items() if value is not None or name not in late}
-    check_same_fields(stored["config"], fields, wanted.FREE, name)
+    check_same_fields(stored.config, fields, wanted.FREE, name)
     for grid in wanted.GRIDS:
-        if stored["config"].get(grid) != fields[grid]:
+        if stored.config.get(grid) != fields[grid]:
             raise ResultFileError(
-                f"{name} cannot be resumed: its {grid} are {stored['config'].get(grid)} and {fields[grid]} are asked "
+                f"{name} cannot be resumed: its {grid} are {stored.config.get(grid)} and {fields[grid]} are asked "
                 f"for; say --resume {name} to add to them, or start a new file with --out"
             )
 
@@ -287,119 +288,118 @@ def _check_same_run(command: Command, stored: Json, wanted: Any, name: str) -> N
 
 
 @dataclasses.dataclass(frozen=True)
-class _Begun:
-    """A run that is ready: where it goes, and its document, of which ``earlier`` is what it goes on with."""
+class _Execution:
+    """A run that is ready, and all that carrying it out takes; earlier: the document that it goes on with."""
 
+    command: Command
     run: Any
     output: Output
-    earlier: Json | None
+    earlier: Document | None
+    session: Session
+    world: World
+    interrupts: Interrupts
 
-
-def _begun(
-    command: Command,
-    config: Any,
-    stored: Json | None,
-    output: Output,
-    session: Session,
-    world: World,
-    interrupts: Interrupts,
-) -> _Begun:
-    with only_first_speaks():
-        prepared = command.prepare(config, session, world)
-        if stored is not None and all(row["status"] == "error" for row in stored["results"]):
-            # Nothing to be mixed with.
-            stored = {**stored, "settings": session.settings, "environment": session.environment, "warnings": []}
-        elif stored is not None:
-            results.check_resumable(stored, command.name, session.settings, session.environment, str(output.path))
-    output = output.named(command.name, config.what, session.environment)
-    beginning = Beginning(
-        world.share(stored),
-        world.share(_checkpoints_of(output.path)),
-        afresh=not output.resumes,
-        replace=output.replace,
-        stop=interrupts.requested,
-    )
-    return _Begun(command.start(prepared, session, world, beginning), output, stored)
-
-
-def _carried_out(
-    command: Command,
-    context: typer.Context,
-    begun: _Begun,
-    stored: Json | None,
-    session: Session,
-    world: World,
-    interrupts: Interrupts,
-) -> tuple[Json, int]:
-    """Carry the run out into the result file, whatever happens; returns the document and the exit code."""
-    run, output = begun.run, begun.output
-    with contextlib.ExitStack() as claim:
-        writers: list[results.ResultWriter | None] = []
+    @classmethod
+    def begin(
+        cls,
+        command: Command,
+        config: Any,
+        stored: Document | None,
+        output: Output,
+        session: Session,
+        world: World,
+        interrupts: Interrupts,
+    ) -> _Execution:
         with only_first_speaks():
-            world.once(lambda: writers.append(claim.enter_context(output.claimed(stored, interrupts))))
-            run.make_room()
-        if not command.empty_file and interrupts.requested():
-            say("interrupted before anything was measured; nothing was written")
-            raise typer.Exit(interrupts.exit_code)
-        writer = writers[0] if writers else None
-        document = _document(command, context, run.config, session, begun.earlier)
-        planned = len({*run.keys, *(row["key"] for row in document["results"])})  # a file may hold rows beyond the plan
-        failed: str | None = None
+            prepared = command.prepare(config, session, world)
+            if stored is not None and all(row.status == "error" for row in stored.results):
+                # Nothing to be mixed with.
+                stored = msgspec.structs.replace(
+                    stored, settings=session.conditions, environment=session.environment, warnings=()
+                )
+            elif stored is not None:
+                results.check_resumable(stored, session.conditions, session.environment, str(output.path))
+        output = output.named(command.name, config.what, session.environment.device)
+        beginning = Beginning(
+            world.share(stored),
+            world.share(_checkpoints_of(output.path)),
+            afresh=not output.resumes,
+            replace=output.replace,
+            stop=interrupts.requested,
+        )
+        run = command.start(prepared, session, world, beginning)
+        return cls(command, run, output, stored, session, world, interrupts)
+
+    def carry_out(self, stored: Document | None, argv: Sequence[str]) -> tuple[Document, int]:
+        """Carry the run out into the result file, whatever happens; returns the document and the exit code.
+
+        stored: what that file held when the run began.
+        """
+        run, output, interrupts = self.run, self.output, self.interrupts
+        with contextlib.ExitStack() as claim:
+            writers: list[results.ResultWriter | None] = []
+            with only_first_speaks():
+                self.world.once(lambda: writers.append(claim.enter_context(output.claimed(stored, interrupts))))
+                run.make_room()
+            if not self.command.empty_file and interrupts.requested():
+                say("interrupted before anything was measured; nothing was written")
+                raise typer.Exit(interrupts.exit_code)
+            writer = writers[0] if writers else None
+            document = self._document(argv)
+            planned = len({*run.keys, *(row.key for row in document.results)})  # a file may hold rows beyond the plan
+            failed: str | None = None
+            try:
+                # A run that is killed in its first epoch has checkpoints to go on from, and needs the file for that.
+                if writer is not None and issubclass(self.command.asked, AskedOfTraining):
+                    writer.write(document)
+                with_progress(self._saved(document, writer), quiet=output.quiet)
+            except Exception as error:
+                failed = f"{type(error).__name__}: {error}"
+                raise
+            finally:
+                run.take_into(document)
+                document.finish(planned, interrupted=interrupts.requested(), failed=failed)
+                if writer is not None:
+                    writer.write(document)
+                if failed is not None and document.results and self.world.is_main:
+                    print_document(document, output.form)  # what there is; the error follows
+            done = len(document.done)
+            if not self.world.is_main:
+                return document, interrupts.exit_code if interrupts.requested() else int(done < planned)
+            self._show(document, writer)
+            return document, closing(writer, interrupts, done, planned, quiet=output.quiet)
+
+    def _document(self, argv: Sequence[str]) -> Document:
+        """The document that the run fills: a new one, or what it goes on with."""
+        config, session = self.run.config, self.session
+        if self.earlier is not None:
+            return results.reopened(self.earlier, config.to_json())
+        return results.new_document(
+            self.command.name, argv, config.to_json(), session.environment, session.conditions, quick=config.quick
+        )
+
+    def _saved(self, document: Document, writer: results.ResultWriter | None) -> Iterator[Said]:
+        """What is to be shown of the run; each update that is worth it is already in the document and on the disk."""
+        told = len(self.run.warnings)
+        for update in self.run.run():
+            if update.save:
+                self.run.take_into(document)
+                if writer is not None:
+                    writer.write(document)
+            said = self.command.said(update, self.run)
+            yield dataclasses.replace(said, warnings=tuple(self.run.warnings[told:]))
+            told = len(self.run.warnings)
+
+    def _show(self, document: Document, writer: results.ResultWriter | None) -> None:
+        """Print the document; raises OutputError that says where the result is instead."""
+        if not document.results and self.output.form != "json":  # a run that was stopped at once has nothing to show
+            return
         try:
-            # A run that is killed in its first epoch has checkpoints to go on from, and needs the file for that.
-            if writer is not None and issubclass(command.asked, AskedOfTraining):
-                writer.write(document)
-            with_progress(_saved(command, run, document, writer), quiet=output.quiet)
-        except Exception as error:
-            failed = f"{type(error).__name__}: {error}"
-            raise
-        finally:
-            run.take_into(document)
-            results.finish(document, planned, interrupted=interrupts.requested(), failed=failed)
-            if writer is not None:
-                writer.write(document)
-            if failed is not None and document["results"] and world.is_main:
-                print_document(document, output.form)  # what there is; the error follows
-        done = sum(row["status"] in results.DONE for row in document["results"])
-        if not world.is_main:
-            return document, interrupts.exit_code if interrupts.requested() else int(done < planned)
-        _show(document, output, writer)
-        return document, closing(writer, interrupts, done, planned, quiet=output.quiet)
-
-
-def _document(command: Command, context: typer.Context, config: Any, session: Session, stored: Json | None) -> Json:
-    """The document that a run of ``config`` fills: a new one, or ``stored``, which it goes on with."""
-    if stored is not None:
-        return results.reopened(stored, config.to_json())
-    quality = "quick" if config.quick else "full"
-    return results.new_document(
-        command.name, context.obj or [], config.to_json(), session.environment, session.settings, quality
-    )
-
-
-def _saved(command: Command, run: Any, document: Json, writer: results.ResultWriter | None) -> Iterator[Said]:
-    """What is to be shown of the run; each update that is worth it is already in the document and on the disk."""
-    told = len(run.warnings)
-    for update in run.run():
-        if update.save:
-            run.take_into(document)
-            if writer is not None:
-                writer.write(document)
-        said = command.said(update, run)
-        yield dataclasses.replace(said, warnings=tuple(run.warnings[told:]))
-        told = len(run.warnings)
-
-
-def _show(document: Json, output: Output, writer: results.ResultWriter | None) -> None:
-    """Print the document; raises OutputError that says where the result is instead."""
-    if not document["results"] and output.form != "json":  # a run that was stopped at once has nothing to show
-        return
-    try:
-        print_document(document, output.form)
-    except OutputError as error:
-        path = writer.path if writer is not None else results.rescue(document, f"{document['command']}.json")
-        kept = f"the result is in {path}" if path else "the result is lost"
-        raise OutputError(f"{error}; {kept}") from error
+            print_document(document, self.output.form)
+        except OutputError as error:
+            path = writer.path if writer is not None else results.rescue(document, f"{document.command}.json")
+            kept = f"the result is in {path}" if path else "the result is lost"
+            raise OutputError(f"{error}; {kept}") from error
 
 
 def _checkpoints_of(path: Path | None) -> Path | None:

@@ -92,11 +92,11 @@ def show(
         described = [each for each in options.options_of(ProfileConfig).values() if each.parameter in shape]
         config = ProfileConfig(**options.given_fields(described, shape))
     else:
-        results.check_command(document["command"], "profile", str(file))
-        if "model" in document.get("config", {}):
+        results.check_command(document, "profile", str(file))
+        if "model" in document.config:
             raise UsageError(f"{file} measured a network; --table1 is for one layer, such as --channels 1024")
-        config = ProfileConfig.from_json(document.get("config", {}))
-        measurable = {row["params"]["groups"] for row in document["results"] if row["status"] != "invalid"}
+        config = ProfileConfig.from_json(document.config)
+        measurable = {row.params.groups for row in document.results if row.status != "invalid"}
         config = dataclasses.replace(config, groups=tuple(sorted(measurable)))
     from bgcbench.report import table1_report
 
@@ -164,14 +164,14 @@ def compare(
 
     [bold]bgcbench compare before.json after.json --fail-on 3[/bold]
     """
-    from bgcbench.results import document as results
+    from bgcbench import results
 
     check_choice("format", form, FORMATS)
     if fail_on is not None and not 0 <= fail_on < float("inf"):
         raise UsageError(f"--fail-on {fail_on} must be 0 or a positive number of percent")
     documents = [results.read(path) for path in (before, after)]
     for path, document in zip((before, after), documents, strict=True):
-        results.check_command(document.command, "profile", str(path))
+        results.check_command(document, "profile", str(path))
     from bgcbench.report import compare_report, settings_that_differ
 
     differing = settings_that_differ(*documents)

@@ -3,45 +3,60 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from dataclasses import asdict
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, Generic, Protocol, TypeVar
+
+import msgspec
 
 from bgcbench.experiments.config import RunConfig
-from bgcbench.measure.ceilings import Ceilings
-from bgcbench.results import Json
+from bgcbench.measure import ceilings
+from bgcbench.results import Document
+from bgcbench.results.rows import Ceilings, Row
 
 
-class Run(ABC):
+class Planned(Protocol):
+    """A row of the plan; its key is that of the result."""
+
+    @property
+    def key(self) -> str: ...
+
+
+RowT = TypeVar("RowT", bound=Row)
+
+
+class Run(ABC, Generic[RowT]):
     """One run of an experiment; iterate ``run()`` for its updates, each of which has ``save``: whether rows are new.
 
-    config: as it ran. warnings: what the user should know so far. ceilings: the device's, where they are measured.
+    config: as it ran. planned: the rows of the plan, in order. known: what is known of any row, by key, rows of a
+    resumed file included. warnings: what the user should know so far. ceilings: the device's, where they are measured.
     """
 
     config: RunConfig
+    planned: Sequence[Planned]
+    known: dict[str, RowT]
     warnings: list[str]
-    ceilings: Ceilings | None = None
+    ceilings: ceilings.Ceilings | None = None
 
     @property
-    @abstractmethod
     def keys(self) -> list[str]:
         """Of the rows of the plan."""
+        return [row.key for row in self.planned]
 
     @property
-    @abstractmethod
-    def results(self) -> list[Json]:
-        """The rows so far: those of the plan in its order, and any others of a resumed file."""
+    def results(self) -> list[RowT]:
+        """The rows so far: those of the plan in its order, then any others of a resumed file."""
+        return [self.known[key] for key in dict.fromkeys((*self.keys, *self.known)) if key in self.known]
 
     @abstractmethod
     def run(self) -> Iterator[Any]:
         """Do what is left, and say how it goes."""
 
-    def make_room(self) -> None:  # noqa: B027 - most leave nothing behind
+    def make_room(self) -> None:
         """See that nothing of an earlier run is in the way; raises OutputError."""
 
-    def take_into(self, document: Json) -> None:
+    def take_into(self, document: Document) -> None:
         """Put what is known so far into the result document."""
-        document["results"] = self.results
-        document["warnings"] = list(dict.fromkeys((*document["warnings"], *self.warnings)))
+        document.results = tuple(self.results)
+        document.warnings = tuple(dict.fromkeys((*document.warnings, *self.warnings)))
         if self.ceilings is not None:
-            document["ceilings"] = {**asdict(self.ceilings), "matmul_sizes": list(self.ceilings.matmul_sizes)}
+            document.ceilings = msgspec.convert(self.ceilings, Ceilings, from_attributes=True)

@@ -5,22 +5,32 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
 import torch
 
 from bgcbench.experiments.config import RunConfig
 from bgcbench.measure.device import backend_state, check_combination, resolve_device, tf32_state
 from bgcbench.measure.environment import describe_environment
 from bgcbench.results import Json
+from bgcbench.results.rows import Environment, Settings
 
 
 @dataclass
 class Session:
-    """The device at hand, the ``environment`` and ``settings`` of the result file, and what the user should know."""
+    """The device at hand, its ``environment`` for the result file, and what the user should know.
+
+    settings: what the run sets on purpose, to which opening the data adds.
+    """
 
     device: torch.device
-    environment: Json
+    environment: Environment
     settings: Json
     warnings: list[str] = field(default_factory=list)
+
+    @property
+    def conditions(self) -> Settings:
+        """The settings as the result file has them."""
+        return msgspec.convert(self.settings, Settings)
 
 
 def open_device(config: RunConfig, name: str, *, mode: str = "eager", layout: str = "nchw", **settings: Any) -> Session:
@@ -38,4 +48,5 @@ def open_device(config: RunConfig, name: str, *, mode: str = "eager", layout: st
             "tf32": tf32_state(),
             "cudnn_benchmark": True,
         }
-        return Session(device, describe_environment(device), {**shared, **settings}, [warning] if warning else [])
+        environment = msgspec.convert(describe_environment(device), Environment)
+        return Session(device, environment, {**shared, **settings}, [warning] if warning else [])

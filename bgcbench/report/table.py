@@ -256,7 +256,7 @@ def split_columns(table: Table, width: int) -> list[list[int]]:
     return parts or [lead]
 
 
-def emit(report: Report, form: str, console: Console, document: Document | Mapping[str, Any] | None = None) -> None:
+def emit(report: Report, form: str, console: Console, document: Document | None = None) -> None:
     """Print ``report`` on ``console`` in ``form``; 'auto' is a table on a terminal and Markdown elsewhere."""
     if form == "auto":
         form = "table" if console.is_terminal else "markdown"

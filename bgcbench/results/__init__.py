@@ -2,30 +2,22 @@
 
 from bgcbench.results.document import (
     SCHEMA_NAME,
+    SCHEMA_VERSION,
     Document,
     Json,
     check_command,
+    check_resumable,
     document_of,
     dumps,
+    new_document,
     printable,
-    stage_of,
-    typed,
+    read,
+    reopened,
     utc_now,
 )
 from bgcbench.results.files import ResultWriter, default_path, rescue, write_atomically
+from bgcbench.results.json_schema import schema
 from bgcbench.results.rows import DONE
-from bgcbench.results.untyped import (
-    SCHEMA_VERSION,
-    check_document,
-    check_resumable,
-    finish,
-    measurement_warnings,
-    new_document,
-    read,
-    reopened,
-    schema,
-    upgraded,
-)
 
 __all__ = [
     "DONE",
@@ -35,22 +27,16 @@ __all__ = [
     "Json",
     "ResultWriter",
     "check_command",
-    "check_document",
     "check_resumable",
     "default_path",
     "document_of",
     "dumps",
-    "finish",
-    "measurement_warnings",
     "new_document",
     "printable",
     "read",
     "reopened",
     "rescue",
     "schema",
-    "stage_of",
-    "typed",
-    "upgraded",
     "utc_now",
     "write_atomically",
 ]

@@ -14,12 +14,13 @@ import datetime
 import json
 import re
 import subprocess
-from collections.abc import Iterable, Iterator, Mapping, Sized
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
 
+import bgcbench
 from bgcbench.errors import ResultFileError
 from bgcbench.results.rows import (
     AnyRow,
@@ -40,6 +41,7 @@ from bgcbench.results.rows import (
     TransferRow,
     upgraded_record,
 )
+from bgcbench.specs import FINGERPRINT_FIELDS
 
 SCHEMA_NAME, SCHEMA_VERSION = "bgcbench.result", "1.1"
 
@@ -104,6 +106,13 @@ class Document(msgspec.Struct, kw_only=True):
         """The part of ``config`` that is told beside the results."""
         return msgspec.convert(self.config, Config)
 
+    def finish(self, planned: int, *, interrupted: bool = False, failed: str | None = None) -> None:
+        """Set the closing fields from the rows: ok, partial (a row failed), interrupted, or error (``failed``)."""
+        self.finished_at, self.failure = utc_now(), failed
+        self.complete = len(self.done) == planned and not failed
+        ended: Literal["ok", "partial"] = "ok" if self.complete else "partial"
+        self.exit_reason = "error" if failed else "interrupted" if interrupted else ended
+
     @property
     def measurement_warnings(self) -> list[str]:
         """What the groups and memory passes of a profile say against its numbers; of rows measured again, the last."""
@@ -125,6 +134,29 @@ class Document(msgspec.Struct, kw_only=True):
 def utc_now() -> str:
     """The time as in every result file: 2026-01-01T00:00:00Z."""
     return datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def new_document(
+    command: Command, argv: Sequence[str], config: Json, environment: Environment, settings: Settings, *, quick: bool
+) -> Document:
+    """A document with nothing measured yet."""
+    return Document(
+        command=command,
+        argv=tuple(argv),
+        started_at=utc_now(),
+        quality="quick" if quick else "full",
+        tool=Tool(version=bgcbench.__version__, **git_state()),
+        environment=environment,
+        settings=settings,
+        config=config,
+    )
+
+
+def reopened(stored: Document, config: Json) -> Document:
+    """``stored`` as a run that goes on with it begins, which has not ended in any way."""
+    return msgspec.structs.replace(
+        stored, config=config, finished_at=None, complete=False, exit_reason="running", failure=None
+    )
 
 
 def git_state() -> Json:
@@ -151,10 +183,9 @@ def printable(text: str) -> str:
     return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape", "surrogatepass").decode(), text)
 
 
-def dumps(document: Document | Mapping[str, Any]) -> str:
+def dumps(document: Document) -> str:
     """The document as JSON text, arrays of numbers on one line. NaN and infinity raise ValueError."""
-    plain = msgspec.to_builtins(document) if isinstance(document, Document) else document
-    text = json.dumps(plain, indent=1, allow_nan=False, ensure_ascii=False)
+    text = json.dumps(msgspec.to_builtins(document), indent=1, allow_nan=False, ensure_ascii=False)
     # JSON escapes control characters below 0x20 and leaves the others to us.
     text = _BEYOND_ASCII.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
     return _NUMBER_ARRAY.sub(lambda match: "[" + re.sub(r",\n\s*", ", ", match[1]) + "]", text) + "\n"
@@ -290,7 +321,31 @@ def _numbers(document: object) -> Iterator[tuple[tuple[str | int, ...], float]]:
             yield path, value
 
 
-def check_command(found: str, command: str, name: str) -> None:
-    """Raise ResultFileError unless the run in file ``name``, which is of command ``found``, is one of ``command``."""
-    if found != command:
-        raise ResultFileError(f"{name} holds a '{found}' run, not '{command}'; give another file")
+# ---------------------------------------------------------------------------------------------------------- resuming
+
+
+def check_command(document: Document, command: str, name: str) -> None:
+    """Raise ResultFileError unless ``document``, from file ``name``, is a run of ``command``."""
+    if document.command != command:
+        raise ResultFileError(f"{name} holds a '{document.command}' run, not '{command}'; give another file")
+
+
+def check_resumable(document: Document, settings: Settings, environment: Environment, name: str) -> None:
+    """Raise ResultFileError unless a run with these settings on this device may continue ``document``."""
+    compared: list[tuple[Any, Any, Iterable[str]]] = [
+        (document.settings, settings, settings.__struct_fields__),
+        (document.environment, environment, FINGERPRINT_FIELDS),
+    ]
+    for old, new, fields in compared:
+        for field in fields:
+            was, now = (msgspec.to_builtins(getattr(one, field)) for one in (old, new))
+            if was != now:
+                raise ResultFileError(
+                    f"{name} cannot be resumed: its {field} was {_short(was)} and is {_short(now)} now; start a new "
+                    "file with --out"
+                )
+
+
+def _short(value: object) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 120 else text[:117] + "..."

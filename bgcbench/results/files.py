@@ -7,9 +7,7 @@ import datetime
 import os
 import re
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from bgcbench.errors import OutputError
 from bgcbench.locks import FileLock
@@ -113,7 +111,7 @@ class ResultWriter:
         except OSError:
             return None
 
-    def write(self, document: Document | Mapping[str, Any]) -> None:
+    def write(self, document: Document) -> None:
         """Write now. Never raises for a file system that refuses: measuring must not end for that."""
         if self.problem is None:
             if self._there() in (None, self._seen):
@@ -128,9 +126,7 @@ class ResultWriter:
         self.rescued_to = rescue(document, self.path.name, self.path.parent, self.rescued_to)
 
 
-def rescue(
-    document: Document | Mapping[str, Any], name: str, folder: Path = Path(), earlier: Path | None = None
-) -> Path | None:
+def rescue(document: Document, name: str, folder: Path = Path(), earlier: Path | None = None) -> Path | None:
     """Write a document that cannot go where it should to ``earlier``, else into ``folder``, else where temporary files
     go; returns where it is, None where it could not be written at all."""
     stem = f"bgcbench-rescued-{_stamp()}-{os.getpid()}-{name}"

@@ -14,10 +14,10 @@ import pytest
 
 from benchmarks import bring_home, claims, networks_cuda, pack, table4_cuda, train_cuda
 from benchmarks.runs import Run
-from bgcbench import results
 from bgcbench.results.document import document_of
 from bgcbench.theory.paper import WORKLOAD
 from tests.conftest import ROOT
+from tests.stored import stored
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 H100 = {"type": "cuda", "name": "NVIDIA H100 80GB HBM3", "capability": "9.0", "sm_count": 132, "l2_bytes": 52428800,
@@ -28,7 +28,7 @@ KERNELS = {"command": "python -m benchmarks.kernels_cuda --quick", "environment"
 
 def measured(source: str, run: Run) -> dict[str, Any]:
     """A committed file of a CPU as if ``run`` had made it on a CUDA device without a checkout."""
-    document = results.read(ROOT / "results" / source)
+    document = stored(ROOT / "results" / source)
     document["environment"]["device"] = H100
     document["argv"] = [*run.words(device="cuda"), "--out", "/somewhere/else/r.json", "--force"]
     document["tool"] |= {"git_commit": None, "git_dirty": None}
@@ -80,7 +80,7 @@ def test_whole_files_are_put_under_the_names_of_their_conditions(bring: Any, roo
     assert bring(files) == 0
     names = ["kernels-cuda.json", networks_cuda.RUNS[0].file, table4_cuda.RUNS[0].file]
     assert kept(root) == names
-    found = results.read(root / "results" / names[-1])
+    found = stored(root / "results" / names[-1])
     assert found["tool"] == {**TABLE4["tool"], **source}
     assert found["argv"][-2:] == [f"results/{names[-1]}", "--force"]
     assert found["results"] == TABLE4["results"]
@@ -93,7 +93,7 @@ def test_whole_files_are_put_under_the_names_of_their_conditions(bring: Any, roo
 def test_a_commit_that_the_file_knows_is_kept(bring: Any, root: Path) -> None:
     tool = {**TABLE4["tool"], "git_commit": "f" * 40, "git_dirty": False}
     assert bring({"source.json": {"git_commit": COMMIT, "git_dirty": True}, "a.json": {**TABLE4, "tool": tool}}) == 0
-    assert results.read(root / "results" / table4_cuda.RUNS[0].file)["tool"] == tool
+    assert stored(root / "results" / table4_cuda.RUNS[0].file)["tool"] == tool
 
 
 def changed(**changes: Any) -> dict[str, Any]:
@@ -114,7 +114,7 @@ LAYER = {**TABLE4["config"], "in_channels": 64}
         (changed(results="none"), "is damaged: results"),
         (changed(warnings=["the file is in /home/me/results"]), "it names a place on a machine"),
         (changed(config=LAYER), "has no name here"),
-        (results.read(ROOT / "results" / "approx-figures-cpu.json"), "has no name here"),
+        (stored(ROOT / "results" / "approx-figures-cpu.json"), "has no name here"),
         (changed(config={}), "it has no 'precision'"),
         ('{"schema": {"name": ', "not complete JSON"),
         ({**KERNELS, "rehearsal": True}, "a rehearsal"),
@@ -138,7 +138,7 @@ def test_a_file_that_is_there_is_replaced_only_when_that_is_asked_for(bring: Any
     assert bring({"a.json": TABLE4}) == 1
     assert path.read_text() == "older"
     assert bring({"a.json": TABLE4}, "--force") == 0
-    assert results.read(path)["environment"]["device"] == H100
+    assert stored(path)["environment"]["device"] == H100
 
 
 def test_a_dry_run_writes_nothing(bring: Any, root: Path, capsys: Any) -> None:
