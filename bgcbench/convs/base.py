@@ -188,19 +188,8 @@ class VariantConv2d(nn.Module, ABC):
             )
         fit = None if second_moment is None else Fit(second_moment, cross_moment, ridge)
         out_channels, in_channels, height, width = weight.shape
-        layer = cls(
-            in_channels,
-            out_channels,
-            (height, width),
-            stride,
-            padding,
-            dilation,
-            groups,
-            bias is not None,
-            device=weight.device,
-            dtype=weight.dtype,
-            **options,
-        )
+        shape = in_channels, out_channels, (height, width), stride, padding, dilation, groups, bias is not None
+        layer = cls(*shape, device=weight.device, dtype=weight.dtype, **options)
         with torch.no_grad():
             layer.load_projected(cls.project(weight.detach().double(), groups, projection, fit))
             if bias is not None and layer.bias is not None:
@@ -210,18 +199,8 @@ class VariantConv2d(nn.Module, ABC):
     @classmethod
     def of(cls, spec: ConvSpec, **options: Any) -> Self:
         """The layer that ``spec`` describes; ``options`` (device, dtype, padding_mode) go to the constructor."""
-        return cls(
-            spec.in_channels,
-            spec.out_channels,
-            spec.kernel_size,
-            spec.stride,
-            spec.padding,
-            spec.dilation,
-            spec.groups,
-            spec.bias,
-            algorithm=spec.algorithm,
-            **options,
-        )
+        arguments = {name: value for name, value in vars(spec).items() if name != "variant"}
+        return cls(**arguments, **options)
 
     def folded(self) -> nn.Conv2d:
         """PyTorch's standard convolution that computes what this layer does now, with the kernel ``dense_weight()``.
@@ -315,9 +294,10 @@ class VariantConv2d(nn.Module, ABC):
         return like_layout_of(x, padded), (0, 0)
 
     def extra_repr(self) -> str:
-        text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"
-        text += f", padding={self.padding}, dilation={self.dilation}, groups={self.groups}"
-        text += f", bias={self.bias is not None}"
+        text = (
+            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, "
+            f"padding={self.padding}, dilation={self.dilation}, groups={self.groups}, bias={self.bias is not None}"
+        )
         if self.padding_mode != "zeros":
             text += f", padding_mode={self.padding_mode}"
         if len(VARIANTS[self.variant].algorithms) > 1:

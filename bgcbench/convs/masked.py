@@ -35,12 +35,17 @@ class MaskedConv2d(VariantConv2d):
     @property
     def kernel_name(self) -> str:  # type: ignore[override]
         """A masked kernel is dense, in the order of inputs and outputs; a deployed one is packed by groups."""
-        return "weight_packed" if self.is_deployed and self.groups > 1 else "weight"
+        return "weight_packed" if self.is_packed else "weight"
 
     @property
     def is_deployed(self) -> bool:
         """Whether this layer is the deployed one."""
         return self.algorithm == "deployed"
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether this layer holds packed blocks instead of a dense kernel: deployed, with more than one group."""
+        return self.is_deployed and self.groups > 1
 
     @abstractmethod
     def mask(self) -> Tensor:
