@@ -360,15 +360,8 @@ class ConvSpec:
 
     def axes(self, height: int, width: int) -> list[tuple[int, int, int, int, int]]:
         """(length, kernel, stride, padding, dilation) of the rows and of the columns."""
-        sides = zip(
-            (height, width),
-            as_pair("kernel_size", self.kernel_size),
-            as_pair("stride", self.stride),
-            as_pair("padding", self.padding, 0),
-            as_pair("dilation", self.dilation),
-            strict=True,
-        )
-        return list(sides)
+        pairs: Any = self.kernel_size, self.stride, self.padding, self.dilation
+        return list(zip((height, width), *pairs, strict=True))
 
     def output_size(self, height: int, width: int) -> Pair:
         """(height, width) of the output for an input of ``height`` x ``width``; raises where none is left."""

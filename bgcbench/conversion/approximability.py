@@ -19,6 +19,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from msgspec import structs
 from torch import Tensor, nn
 
 from bgcbench.conversion.convert import candidates
@@ -33,13 +34,14 @@ from bgcbench.conversion.layer_moments import (
     patch_length,
     watching,
 )
+from bgcbench.conversion.record import spec_of
 from bgcbench.conversion.solve import best_of, is_scarce
 from bgcbench.errors import ShapeError, UsageError
 from bgcbench.measure.batches import Forward, Passing, count_images, device_of, first_image
 from bgcbench.measure.counts import Counts, count
 from bgcbench.measure.undisturbed import first_not_finite, random_state_kept, undisturbed
 from bgcbench.results.rows import Replaced
-from bgcbench.specs import VARIANTS, ConvSpec, check_choice, check_positive, load_layer, unfit
+from bgcbench.specs import VARIANTS, check_choice, check_positive, load_layer, unfit
 from bgcbench.theory.moments import PatchMoments
 
 DEFAULT_IMAGES = 256
@@ -167,9 +169,7 @@ def _counts(layer: Replaced, variant: str, groups: int) -> Counts | None:
     """None where the size of its input is not known."""
     if layer.height is None or layer.width is None:
         return None
-    geometry = layer.kernel, layer.stride, layer.padding, layer.dilation
-    spec = ConvSpec(variant, layer.in_channels, layer.out_channels, *geometry, groups, layer.bias)
-    return count(spec, layer.height, layer.width)
+    return count(spec_of(structs.replace(layer, variant=variant, groups=groups)), layer.height, layer.width)
 
 
 # --------------------------------------------------------------------------------------------------------- collecting

@@ -59,9 +59,6 @@ class BalancedGroupConv2d(AutotunedConv2d):
         super()._create_weights(device, dtype)
         self.weight_mean = nn.Parameter(torch.empty_like(self.weight_group)) if self.groups > 1 else None
 
-    def _weights(self) -> list[nn.Parameter]:
-        return [self.weight_group] if self.weight_mean is None else [self.weight_group, self.weight_mean]
-
     def forward(self, input: Tensor) -> Tensor:
         a, b = self.weight_group, self.weight_mean
         if b is None:

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from bgcbench.convs.layouts import is_channels_last
+from bgcbench.convs.layouts import like_layout_of
 from bgcbench.convs.lgc import contributions
 from bgcbench.convs.masked import MaskedConv2d, gather_channels
 from bgcbench.measure.counts import Counts, count
@@ -94,26 +94,20 @@ class FullyLearnableGroupConv2d(MaskedConv2d):
         bias = None if self.bias is None else self.bias.index_select(0, self.order_out)
         if len(set(self._blocks)) == 1:
             m_g, n_g = self._blocks[0]
-            kernel = self.kernel.reshape(self.groups * m_g, n_g, *self.kernel_size)
-            if is_channels_last(input):
-                kernel = kernel.contiguous(memory_format=torch.channels_last)
+            kernel = like_layout_of(input, self.kernel.reshape(self.groups * m_g, n_g, *self.kernel_size))
             return gather_channels(self._convolve(used, kernel, bias, self.groups), self.place_out)
         pieces: list[Tensor | None] = []
         first_in, first_out = 0, 0
         for (m_g, n_g), block in zip(self._blocks, self._kernels(), strict=True):
             own = None if bias is None else bias[first_out : first_out + m_g]
             if m_g and n_g:
-                part = used.narrow(-3, first_in, n_g)
-                kernel = block
-                if is_channels_last(input):
-                    part = part.contiguous(memory_format=torch.channels_last)
-                    kernel = block.contiguous(memory_format=torch.channels_last)
-                pieces.append(self._convolve(part, kernel, own, groups=1))
+                part = like_layout_of(input, used.narrow(-3, first_in, n_g))
+                pieces.append(self._convolve(part, like_layout_of(input, block), own, groups=1))
             elif m_g:
                 pieces.append(None)
             first_in, first_out = first_in + n_g, first_out + m_g
         y = gather_channels(torch.cat(self._with_dead_outputs(pieces, used, bias), -3), self.place_out)
-        return y.contiguous(memory_format=torch.channels_last) if is_channels_last(input) else y
+        return like_layout_of(input, y)
 
     def _with_dead_outputs(self, pieces: list[Tensor | None], x: Tensor, bias: Tensor | None) -> list[Tensor]:
         """``pieces`` with the outputs of groups without inputs (None) filled in: the bias, or 0."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from bgcbench.convs.base import VariantConv2d
-from bgcbench.convs.layouts import is_channels_last
+from bgcbench.convs.layouts import is_channels_last, like_layout_of
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -107,10 +107,8 @@ class MaskedConv2d(VariantConv2d):
         return layer.train(self.training)
 
     def _convolve_masked(self, x: Tensor) -> Tensor:
-        kernel = self.masked_kernel()
-        if is_channels_last(x):  # the convolution follows its kernel's layout where the two differ
-            kernel = kernel.contiguous(memory_format=torch.channels_last)
-        return self._convolve(x, kernel, self.bias, groups=1)
+        # The convolution follows its kernel's layout where that is another one than x's.
+        return self._convolve(x, like_layout_of(x, self.masked_kernel()), self.bias, groups=1)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
         """Follow the structure that is loaded before the tensors are copied."""

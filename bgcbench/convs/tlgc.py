@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from bgcbench.convs.base import VariantConv2d
 from bgcbench.convs.blocks import block_diagonal, diagonal_blocks, row_blocks
-from bgcbench.convs.layouts import is_channels_last
+from bgcbench.convs.layouts import like_layout_of
 from bgcbench.theory.leastsquares import Fit, shrunk
 from bgcbench.theory.residual import explained
 
@@ -58,17 +58,12 @@ class TwoLevelGroupConv2d(VariantConv2d):
             shape = (self.out_channels, self.groups, 1, 1)
             self.weight_coarse = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
 
-    def _weights(self) -> list[nn.Parameter]:
-        return [w for w in (self.weight_group, self.weight_coarse_in, self.weight_coarse) if w is not None]
-
     def forward(self, input: Tensor) -> Tensor:
         own = self._convolve(input, self.weight_group, self.bias, self.groups)
         if self.weight_coarse_in is None or self.weight_coarse is None:
             return own
         representatives = self._convolve(input, self.weight_coarse_in, None, self.groups)  # (B, N, H', W')
-        coarse = F.conv2d(representatives, self.weight_coarse)  # (B, m, H', W')
-        total = own + coarse
-        return total.contiguous(memory_format=torch.channels_last) if is_channels_last(own) else total
+        return like_layout_of(own, own + F.conv2d(representatives, self.weight_coarse))  # (B, m, H', W')
 
     def _scale_outputs(self, scale: Tensor) -> None:
         for kernel in (self.weight_group, self.weight_coarse):

@@ -47,11 +47,13 @@ def brute_force(variant: str, channels: int, groups: int, size: tuple[int, int],
     return error / weights / (channels * size[0] * size[1] * (variance + mean**2))
 
 
-@pytest.mark.parametrize("name", LAWS)
-@pytest.mark.parametrize(("channels", "size", "shape"), GEOMETRIES)
-def test_the_closed_forms_are_the_least_errors_that_pseudo_inverses_give(
-    channels: int, size: tuple[int, int], shape: dict[str, Any], name: str
-) -> None:
+@pytest.mark.parametrize(
+    ("geometry", "name"),
+    # Half of all pairs: every geometry with half of the laws, every law with half of the geometries.
+    [(g, name) for place, g in enumerate(GEOMETRIES) for at, name in enumerate(LAWS) if (place + at) % 2 == 0],
+)
+def test_the_closed_forms_are_the_least_errors_that_pseudo_inverses_give(geometry: tuple[Any, ...], name: str) -> None:
+    channels, size, shape = geometry
     law = InputLaw.parse(name)
     for variant, groups in itertools.product(("gc", "bgc"), divisors(channels)[1:]):
         found = exact_relative_error(spec_of(variant, channels, groups, shape), size, law)
@@ -113,15 +115,11 @@ def counted(length: int, kernel: int, stride: int, padding: int, dilation: int) 
     return found
 
 
-@pytest.mark.parametrize("dilation", [1, 2])
-@pytest.mark.parametrize("padding", [0, 1, 2])
-@pytest.mark.parametrize("stride", [1, 2, 3])
 @pytest.mark.parametrize(("length", "kernel"), [(7, 3), (6, 2), (5, 1), (8, 4)])
-def test_coverage_is_what_counting_windows_gives(
-    length: int, kernel: int, stride: int, padding: int, dilation: int
-) -> None:
-    found = axis_coverage(length, kernel, stride, padding, dilation)
-    assert found.tolist() == counted(length, kernel, stride, padding, dilation)
+def test_coverage_is_what_counting_windows_gives(length: int, kernel: int) -> None:
+    for stride, padding, dilation in itertools.product((1, 2, 3), (0, 1, 2), (1, 2)):
+        found = axis_coverage(length, kernel, stride, padding, dilation)
+        assert found.tolist() == counted(length, kernel, stride, padding, dilation)
 
 
 @pytest.mark.parametrize(
