@@ -129,7 +129,12 @@ def convert(
     _check_options(variant, groups, where, init, on_indivisible, algorithm)
     check_wrapper(model)
     passing = Passing(forward_fn)
-    images = _calibration(model, init, calibration, passing, calibration_images, rebn, memory_bytes, seed, stop)
+    _check_calibration(calibration is not None, init, calibration_images, rebn)
+    images = None
+    if calibration is not None:
+        used = calibration_images or DEFAULT_IMAGES
+        options: dict[str, Any] = {"rebn": rebn is not False, "memory_bytes": memory_bytes, "seed": seed, "stop": stop}
+        images = Calibrator(model, calibration, passing=passing, images=used, **options)
     example = example_input if forward_fn is not None else checked_example(example_input)
     if example is None and images is not None:
         example = images.example
@@ -221,39 +226,15 @@ def candidates(
     return Candidates(chosen, kept_of(convs), tuple(notes))
 
 
-def _calibration(
-    model: nn.Module,
-    init: str,
-    batches: Iterable[Any] | None,
-    passing: Passing,
-    images: int | None,
-    rebn: bool | None,
-    memory_bytes: int,
-    seed: int,
-    stop: Callable[[], bool],
-) -> Calibrator | None:
-    """The images to calibrate with; None where none are needed. Raises UsageError where they are missing or no use."""
-    needed = init == CALIBRATED or bool(rebn)
-    if batches is None:
-        if needed:
-            what = "init='calibrated'" if init == CALIBRATED else "rebn=True"
-            raise UsageError(f"{what} needs images: pass batches of them as calibration=loader (no labels are needed)")
-        if images is not None:
-            raise UsageError("calibration_images says how many of calibration=loader are used, and there is none")
-        return None
-    rebn = True if rebn is None else rebn
-    if not rebn and init != CALIBRATED:
+def _check_calibration(given: bool, init: str, images: int | None, rebn: bool | None) -> None:
+    """Raise UsageError where images to calibrate with are missing, or ``given`` and of no use."""
+    if given and rebn is False and init != CALIBRATED:
         raise UsageError(f"calibration images are of no use with init='{init}' and rebn=False; leave them out")
-    return Calibrator(
-        model,
-        batches,
-        passing=passing,
-        images=images or DEFAULT_IMAGES,
-        rebn=rebn,
-        memory_bytes=memory_bytes,
-        seed=seed,
-        stop=stop,
-    )
+    if not given and (init == CALIBRATED or rebn):
+        what = "init='calibrated'" if init == CALIBRATED else "rebn=True"
+        raise UsageError(f"{what} needs images: pass batches of them as calibration=loader (no labels are needed)")
+    if not given and images is not None:
+        raise UsageError("calibration_images says how many of calibration=loader are used, and there is none")
 
 
 def _check_options(variant: str, groups: int, where: str, init: str, on_indivisible: str, algorithm: str) -> None:
