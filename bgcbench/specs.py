@@ -90,7 +90,8 @@ class Variant:
     them is the fastest; otherwise it is the first. uneven: whether groups may differ in size, so that N need not divide
     the channels. has_lasso: whether its layers offer a group lasso to the training's loss.
     solver: how ``bgcbench approx`` finds the least error: 'schur' solves a linear space of kernels for all convolutions
-    at once (:mod:`bgcbench.theory.residual`), any other name calls ``from_dense`` for each convolution.
+    at once (:mod:`bgcbench.theory.residual`), any other name calls ``from_dense`` for each convolution. sees_mean: of
+    'schur', whether a group's outputs see the mean over the groups besides their own inputs.
     unknowns: free numbers in the least squares of one output, given p = K n/N and N.
     look: colour, matplotlib's marker and the marker's size in points.
     """
@@ -106,6 +107,7 @@ class Variant:
     uneven: bool = False
     has_lasso: bool = False
     solver: str = "from_dense"
+    sees_mean: bool = False
     unknowns: Callable[[int, int], int] = lambda p, groups: p
     look: tuple[str, str, float] = ("#666666", "X", 6.0)
 
@@ -119,8 +121,8 @@ CUDA_ALGORITHMS = ("triton",)  # kernels of our own; elsewhere the operator runs
 # The algorithms of a layer that is trained as one thing and run as another.
 TRAINED_AND_DEPLOYED = ("masked", "deployed")
 # The one registration of the variants. A new layer is its file in convs/ and its entry here.
-# Looks: Okabe and Ito's colours, which all kinds of colour vision tell apart. Where two variants lose the same, the
-# smaller marker stands inside the larger.
+# Looks: Okabe and Ito's colours, distinct in all kinds of colour vision. Where two variants lose the same, the smaller
+# marker stands inside the larger.
 VARIANTS: dict[str, Variant] = {
     variant.name: variant
     for variant in (
@@ -198,6 +200,7 @@ VARIANTS: dict[str, Variant] = {
             algorithms=("two_conv", "concat", "dense", "split", "matmul", "triton"),
             measured=True,
             solver="schur",
+            sees_mean=True,
             unknowns=lambda p, groups: 2 * p,
             look=("#0072B2", "o", 6.0),
         ),
@@ -213,7 +216,7 @@ LAYOUTS: tuple[str, ...] = ("nchw", "nhwc")
 WHERE: tuple[str, ...] = ("auto", "3x3", "1x1", "all", "none")  # which convolutions of a network
 # Variants that are linear spaces of kernels, but the standard one.
 LINEAR: tuple[str, ...] = tuple(name for name, variant in VARIANTS.items() if variant.solver == "schur")
-HELD_OUT = 4  # of so many calibration images one is held out to judge by; fewer images are too few
+HELD_OUT = 4  # of so many calibration images one is held out to evaluate on; fewer images are too few
 DATA_SETS: tuple[str, ...] = ("digits",)  # by name; anything else is a folder
 TRAINING_SETS: tuple[str, ...] = ("digits", "cifar10", "imagenet", "folder", "synthetic")
 DIGITS_PX = 16  # a side of the digits for networks that are made for small images
@@ -350,20 +353,12 @@ class ConvSpec:
     @property
     def kernel_positions(self) -> int:
         """K, the number of kernel positions (taps) between one input and one output channel."""
-        height, width = as_pair("kernel_size", self.kernel_size)
-        return height * width
+        return math.prod(as_pair("kernel_size", self.kernel_size))
 
     def axes(self, height: int, width: int) -> list[tuple[int, int, int, int, int]]:
         """(length, kernel, stride, padding, dilation) of the rows and of the columns."""
-        sides = zip(
-            (height, width),
-            as_pair("kernel_size", self.kernel_size),
-            as_pair("stride", self.stride),
-            as_pair("padding", self.padding, 0),
-            as_pair("dilation", self.dilation),
-            strict=True,
-        )
-        return list(sides)
+        pairs: Any = self.kernel_size, self.stride, self.padding, self.dilation
+        return list(zip((height, width), *pairs, strict=True))
 
     def output_size(self, height: int, width: int) -> Pair:
         """(height, width) of the output for an input of ``height`` x ``width``; raises where none is left."""

@@ -15,30 +15,33 @@ import itertools
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
+from msgspec import structs
 from torch import Tensor, nn
 
 from bgcbench.conversion.convert import candidates
 from bgcbench.conversion.layer_moments import (
     Part,
     Sampler,
+    Visit,
     check_enough,
     first_of,
     moments_device,
     parts_of,
     patch_length,
+    watching,
 )
-from bgcbench.conversion.solve import RIDGES, SEARCH_RIDGE
+from bgcbench.conversion.record import spec_of
+from bgcbench.conversion.solve import best_of, is_scarce
 from bgcbench.errors import ShapeError, UsageError
 from bgcbench.measure.batches import Forward, Passing, count_images, device_of, first_image
-from bgcbench.measure.counts import count
-from bgcbench.measure.undisturbed import first_not_finite, random_state_kept, seed_everything, undisturbed
+from bgcbench.measure.counts import Counts, count
+from bgcbench.measure.undisturbed import first_not_finite, random_state_kept, undisturbed
 from bgcbench.results.rows import Replaced
-from bgcbench.specs import LINEAR, VARIANTS, ConvSpec, check_choice, check_positive, load_layer, unfit
-from bgcbench.theory.fits import EXACT
-from bgcbench.theory.leastsquares import best_ridge
+from bgcbench.specs import VARIANTS, check_choice, check_positive, load_layer, unfit
 from bgcbench.theory.moments import PatchMoments
 
 DEFAULT_IMAGES = 256
@@ -48,7 +51,7 @@ MOMENT_BYTES = 8  # float64
 
 @dataclass(frozen=True)
 class LayerMoments:
-    """Patch moments at one convolution: ``fit`` for solving, ``held_out`` for judging; ``problem``: why of no use."""
+    """Patch moments at a convolution: ``fit`` to solve with, ``held_out`` to evaluate on; problem: why of no use."""
 
     fit: PatchMoments
     held_out: PatchMoments
@@ -63,7 +66,7 @@ class LayerError:
     least squares on the activations (never worse than white on the images held out: where it would be, ``ridge`` is
     None and white is taken). All None, with a ``reason``, where N does not fit the channels.
     ridge: its pull towards white, chosen on the images held out. rows: positions that it was solved on; scarce: fewer
-    than ten of them for each number an output has. params, macs: of this layer in this form; share: of its standard
+    than ten of them for each number an output has. params, macs: of this layer as that variant; share: of its standard
     convolution in the multiply-adds of all that would be replaced.
     """
 
@@ -71,16 +74,16 @@ class LayerError:
     layer: Replaced
     variant: str
     groups: int
-    copied: float | None
-    white: float | None
-    calibrated: float | None
-    ridge: float | None
     rows: int
     held_out_rows: int
-    scarce: bool
-    params: int | None
-    macs: int | None
     share: float | None
+    copied: float | None = None
+    white: float | None = None
+    calibrated: float | None = None
+    ridge: float | None = None
+    scarce: bool = False
+    params: int | None = None
+    macs: int | None = None
     reason: str | None = None
 
 
@@ -135,8 +138,8 @@ def approximability(
         errors: list[LayerError] = []
         options: dict[str, Any] = {"images": images, "memory_bytes": memory_bytes, "seed": seed, "passing": passing}
         for layer, moments in stream(model, found.chosen, batches, **options):
-            judge = Judge(layer, kernel_of(model, layer), moments, share_of.get(layer.name))
-            errors += [judge.judge(variant, n) for n in groups for variant in variants if variant != "standard"]
+            evaluator = Evaluator(layer, kernel_of(model, layer), moments, share_of.get(layer.name))
+            errors += [evaluator.evaluate(variant, n) for n in groups for variant in variants if variant != "standard"]
     return errors
 
 
@@ -156,20 +159,17 @@ def kernel_of(model: nn.Module, layer: Replaced) -> Tensor:
 
 def shares(layers: Sequence[Replaced]) -> dict[str, float]:
     """Each layer's share of the multiply-adds of all of them."""
-    macs = {layer.name: (_macs(layer) or 0) * (layer.calls or 1) for layer in layers}
+    counts = {layer.name: _counts(layer, "standard", 1) for layer in layers}
+    macs = {layer.name: found.macs * (layer.calls or 1) if (found := counts[layer.name]) else 0 for layer in layers}
     total = sum(macs.values())
     return {name: value / total for name, value in macs.items()} if total else {}
 
 
-def _macs(layer: Replaced) -> int | None:
+def _counts(layer: Replaced, variant: str, groups: int) -> Counts | None:
+    """None where the size of its input is not known."""
     if layer.height is None or layer.width is None:
         return None
-    return count(_spec(layer, "standard", 1), layer.height, layer.width).macs
-
-
-def _spec(layer: Replaced, variant: str, groups: int) -> ConvSpec:
-    geometry = layer.kernel, layer.stride, layer.padding, layer.dilation
-    return ConvSpec(variant, layer.in_channels, layer.out_channels, *geometry, groups, layer.bias)
+    return count(spec_of(structs.replace(layer, variant=variant, groups=groups)), layer.height, layer.width)
 
 
 # --------------------------------------------------------------------------------------------------------- collecting
@@ -247,26 +247,22 @@ def _collect(
 
     The images held out go through by themselves, so that nothing has to be known of how the network stacks them.
     """
-    moments = {layer.name: LayerMoments(_fresh(layer, model), _fresh(layer, model)) for layer in layers}
-    watchers = [_Watcher(layer, moments[layer.name], images, seed) for layer in layers]
-    handles = [
-        model.get_submodule(watcher.layer.name).register_forward_pre_hook(watcher, with_kwargs=True)
-        for watcher in watchers
-    ]
+    device = moments_device(device_of(model))
+
+    def empty(layer: Replaced) -> PatchMoments:
+        return PatchMoments(layer.in_channels, layer.kernel, device=device)
+
+    moments = {layer.name: LayerMoments(empty(layer), empty(layer)) for layer in layers}
+    adders = {
+        model.get_submodule(layer.name): _adder(Sampler(layer, images, seed), moments[layer.name]) for layer in layers
+    }
     seen = 0
-    try:
-        with undisturbed(model):
-            for part in parts_of(batches, images, passing, model):
-                for watcher in watchers:
-                    watcher.expect(part)
-                seed_everything(part.seed)
-                passing(model, part.batch)
-                seen += len(part.numbers)
-                if stop():
-                    return None
-    finally:
-        for handle in handles:
-            handle.remove()
+    with undisturbed(model), watching(model, passing, inputs=adders) as run:
+        for part in parts_of(batches, images, passing, model):
+            run(part)
+            seen += len(part.numbers)
+            if stop():
+                return None
     check_enough(seen)
     for layer in layers:
         if not moments[layer.name].fit.positions or not moments[layer.name].held_out.positions:
@@ -282,37 +278,21 @@ def _collect(
     return moments
 
 
-class _Watcher:
-    """A hook that adds what comes to one convolution to its moments."""
+def _adder(sampler: Sampler, moments: LayerMoments) -> Visit:
+    """What adds the input of a convolution to its moments."""
 
-    def __init__(self, layer: Replaced, moments: LayerMoments, images: int, seed: int) -> None:
-        self.layer, self.moments = layer, moments
-        self.sampler = Sampler(layer, images, seed)
-        self.part: Part | None = None
-        self.call = 0
-
-    def expect(self, part: Part) -> None:
-        """The images of ``part`` are about to be run."""
-        self.part, self.call = part, 0
-
-    def __call__(self, module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
-        if self.part is None:
-            return
-        x = (arguments[0] if arguments else options["input"]).detach()
-        into = self.moments.held_out if self.part.held_out else self.moments.fit
-        for patches in self.sampler.patches(x, self.part, self.call):
+    def add(part: Part, call: int, x: Tensor) -> None:
+        into = moments.held_out if part.held_out else moments.fit
+        for patches in sampler.patches(x, part, call):
             into.count(patches)
-        self.call += 1
+
+    return add
 
 
-def _fresh(layer: Replaced, model: nn.Module) -> PatchMoments:
-    return PatchMoments(layer.in_channels, layer.kernel, device=moments_device(device_of(model)))
+# ---------------------------------------------------------------------------------------------------------- evaluating
 
 
-# ------------------------------------------------------------------------------------------------------------- judging
-
-
-class Judge:
+class Evaluator:
     """Errors of one layer's projections on the images held out. weight: its kernel (m, n, kh, kw)."""
 
     def __init__(self, layer: Replaced, weight: Tensor, moments: LayerMoments, share: float | None = None) -> None:
@@ -326,66 +306,32 @@ class Judge:
             self._problem = f"the weights of {layer.name} are not finite; check the file they come from"
         self._whole = self._energy(self.weight)
 
-    def judge(self, variant: str, groups: int) -> LayerError:
+    def evaluate(self, variant: str, groups: int) -> LayerError:
         """What the layer loses as ``variant`` with N = ``groups``; raises UsageError for damaged inputs or weights."""
         if self._problem is not None:
             raise UsageError(self._problem)
-        devices = [self.weight.device] if self.weight.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices):  # a layer is initialised before it takes the projection
-            return self._judged(variant, groups)
-
-    def unknown(self, variant: str, groups: int, reason: str) -> LayerError:
-        """The same without numbers, and why."""
-        return LayerError(
-            name=self.layer.name,
-            layer=self.layer,
-            variant=variant,
-            groups=groups,
-            copied=None,
-            white=None,
-            calibrated=None,
-            ridge=None,
-            rows=self.rows,
-            held_out_rows=self.held_out_rows,
-            scarce=False,
-            params=None,
-            macs=None,
-            share=self.share,
-            reason=reason,
-        )
-
-    def _judged(self, variant: str, groups: int) -> LayerError:
         layer = self.layer
-        reason = unfit(variant, layer.in_channels, layer.out_channels, groups)
-        if reason is not None:
+        if reason := unfit(variant, layer.in_channels, layer.out_channels, groups):
             return self.unknown(variant, groups, reason)
-        copied, white = (self._error(variant, groups, projection) for projection in ("copy", "white"))
-        calibrated, ridge = self._calibrate(variant, groups, white)
-        found = self.unknown(variant, groups, "")
-        known = layer.height is not None and layer.width is not None
-        counts = count(_spec(layer, variant, groups), layer.height or 0, layer.width or 0) if known else None
-        free = VARIANTS[variant].unknowns(patch_length(layer) // groups, groups)
+        devices = [self.weight.device] if self.weight.is_cuda else []
+        with torch.random.fork_rng(devices=devices):  # a layer is initialised before it takes the projection
+            losses = best_of(variant, partial(self._lost, variant, groups))
+        counts = _counts(layer, variant, groups)
         return replace(
-            found,
-            copied=copied,
-            white=white,
-            calibrated=calibrated,
-            ridge=ridge,
-            scarce=self.rows < 10 * free,
+            self.unknown(variant, groups),
+            **vars(losses),
+            scarce=is_scarce(variant, patch_length(layer), groups, self.rows),
             params=None if counts is None else counts.params,
             macs=None if counts is None else counts.macs,
-            reason=None,
         )
 
-    def _calibrate(self, variant: str, groups: int, white: float) -> tuple[float, float | None]:
-        """The error with calibrated weights and their ridge: from the middle of RIDGES as far as it falls."""
-        if white <= EXACT:
-            return white, None
-        ridges = RIDGES if variant in LINEAR else (SEARCH_RIDGE,)
-        return best_ridge(ridges, lambda ridge: self._error(variant, groups, "least_squares", ridge), white)
+    def unknown(self, variant: str, groups: int, reason: str | None = None) -> LayerError:
+        """The same without numbers, and why."""
+        known = self.rows, self.held_out_rows, self.share
+        return LayerError(self.layer.name, self.layer, variant, groups, *known, reason=reason)
 
     @torch.no_grad()
-    def _error(self, variant: str, groups: int, projection: str, ridge: float = 0.0) -> float:
+    def _lost(self, variant: str, groups: int, projection: str, ridge: float) -> float:
         options: dict[str, Any] = {}
         if projection == "least_squares":
             options = {"second_moment": self._fit, "ridge": ridge}

@@ -18,29 +18,31 @@ layers that are not solved yet compute what they did in the original, shows it.
 
 from __future__ import annotations
 
-import functools
 import math
 import time
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from bgcbench.conversion.layer_moments import (
     Part,
     Sampler,
+    Visit,
     check_enough,
     first_of,
     moments_device,
     parts_of,
     patch_length,
     positions_an_image,
+    watching,
 )
 from bgcbench.conversion.lockstep import Stop, Stopped, run_in_step
 from bgcbench.conversion.norms import NormMoments
-from bgcbench.conversion.solve import Solution, solve_layer
+from bgcbench.conversion.solve import solve_layer
 from bgcbench.conversion.survey import Survey, is_norm, survey
 from bgcbench.conversion.trial import Kernel, standing_in
 from bgcbench.convs.base import VariantConv2d
@@ -59,6 +61,8 @@ BATCH = 32  # images that go through the network together, at most
 WORKING = 6  # matrices as large as a layer's moment that are held while it is solved
 DOUBLE = 8  # bytes
 
+Come = list[tuple[int, Tensor]]  # what waits at a module: the number of a part, and the module's input
+
 
 class Wanted:
     """What the original network puts out at each layer to be replaced, on the images and positions that are used.
@@ -67,13 +71,10 @@ class Wanted:
     norms: moments of the inputs of each norm.
     """
 
-    def __init__(self, looked: Survey, kernels: dict[str, Kernel]) -> None:
-        self.survey, self.kernels = looked, kernels
-        self.outputs: dict[str, dict[int, list[Tensor]]] = {name: {} for name in kernels}
+    def __init__(self, surveyed: Survey, kernels: dict[str, Kernel]) -> None:
+        self.survey, self.kernels = surveyed, kernels
+        self.outputs: dict[str, dict[Part, list[Tensor]]] = {name: defaultdict(list) for name in kernels}
         self.norms: dict[str, NormMoments] = {}
-
-
-Visit = Callable[[int, int, Tensor], None]  # number of a part, call in it, what comes to the module then
 
 
 class Calibrator:
@@ -112,9 +113,15 @@ class Calibrator:
         """How many images there are."""
         return sum(len(part.numbers) for part in self.parts)
 
-    def _run(self, model: nn.Module, part: Part) -> None:
-        seed_everything(part.seed)
-        self.passing(model, part.batch)
+    def run(
+        self, model: nn.Module, inputs: Mapping[nn.Module, Visit], outputs: Mapping[nn.Module, Visit] | None = None
+    ) -> None:
+        """Run ``model`` over the images and visit what modules take and put out. Raises Stopped."""
+        with watching(model, self.passing, inputs=inputs, outputs=outputs) as run:
+            for part in self.parts:
+                if self.stop():
+                    raise Stopped
+                run(part)
 
     # ------------------------------------------------------------------------------------------- the original network
 
@@ -125,34 +132,36 @@ class Calibrator:
         """
         kernels = {layer.name: _kernel(model, layer.name) for layer in layers}
         with undisturbed(model):
-            self._fit_into_memory(layers, looked := self._survey(model, kernels))
-            wanted = Wanted(looked, kernels)
-            watchers: list[_Watcher] = [_LayerWatcher(layer, self, wanted) for layer in layers]
-            watchers += [
-                _NormWatcher(name, self, wanted)
-                for name, module in (model.named_modules() if self.rebn else ())
-                if is_norm(module)
-            ]
-            handles = [watcher.attach(model.get_submodule(watcher.name)) for watcher in watchers]
-            try:
-                for number, part in enumerate(self.parts):
-                    if self.stop():
-                        raise Stopped
-                    for watcher in watchers:
-                        watcher.expect(number, part)
-                    self._run(model, part)
-            finally:
-                for handle in handles:
-                    handle.remove()
+            wanted = self.survey(model, layers, kernels)
+            norms = {name: module for name, module in model.named_modules() if self.rebn and is_norm(module)}
+            self.run(
+                model,
+                {module: partial(_add_to_norm, wanted, name) for name, module in norms.items()},
+                {(conv := model.get_submodule(layer.name)): self._keeper(wanted, layer, conv) for layer in layers},
+            )
         return wanted
 
-    def _survey(self, model: nn.Module, convs: Collection[str]) -> Survey:
-        return survey(model, convs, lambda: self.passing(model, self.example))
+    def survey(self, model: nn.Module, layers: Sequence[Replaced], kernels: dict[str, Kernel]) -> Wanted:
+        """See how ``layers`` hang together, and leave out images until what is held at a time fits the memory."""
+        surveyed = survey(model, kernels, lambda: self.passing(model, self.example))
+        self._fit_into_memory(layers, surveyed)
+        return Wanted(surveyed, kernels)
 
-    def _fit_into_memory(self, layers: Sequence[Replaced], looked: Survey) -> None:
+    def _keeper(self, wanted: Wanted, layer: Replaced, conv: nn.Module) -> Visit:
+        """What keeps the output of a layer, without its bias, at the positions that are used."""
+        sampler, outputs = self.sampler(layer), wanted.outputs[layer.name]
+
+        def keep(part: Part, call: int, y: Tensor) -> None:
+            if isinstance(bias := getattr(conv, "bias", None), Tensor):
+                y = y - bias[:, None, None]
+            outputs[part].append(sampler.outputs(y, part, call))
+
+        return keep
+
+    def _fit_into_memory(self, layers: Sequence[Replaced], surveyed: Survey) -> None:
         """Leave out images until what is held at a time fits, and say so."""
         asked = images = self.images
-        each = looked.live_bytes + input_bytes(self.example)
+        each = surveyed.live_bytes + input_bytes(self.example)
         solving = max((_solving_bytes(layer) for layer in layers), default=0)
         while True:
             outputs = sum(_outputs_bytes(layer, images, self.item) for layer in layers)
@@ -186,157 +195,118 @@ class Calibrator:
 
         Returns what was done. Raises UsageError for inputs that are not finite, and Stopped.
         """
-        solved: dict[str, Solution] = {}
-        estimated: list[str] = []
-        modules = dict(network.named_modules())
-        changed = [modules[layer.name] for layer in record.layers]
-
-        def pass_again(module: nn.Module, visit: Visit) -> None:
-            """Visit everything that comes to ``module`` in a pass as the network is now."""
-            unsolved = {_variant(modules[name]): own for name, own in wanted.kernels.items() if name not in solved}
-            with standing_in(unsolved):
-                self._pass(network, module, visit)
-
+        settling = _Settling(self, network, wanted)
+        solvable = [layer for layer in record.layers if layer.name in wanted.kernels]
         with undisturbed(network):
-            stops = self._layer_stops(modules, record, wanted, solved, pass_again) if wanted.kernels else []
-            stops += self._norm_stops(modules, estimated, wanted.norms, wanted.survey, pass_again) if self.rebn else []
-            if stops:
-                run_in_step(self._runs(network), stops, device=self.device, changed=changed, asked_to_stop=self.stop)
-        missed = [layer.name for layer in record.layers if layer.name in wanted.kernels and layer.name not in solved]
-        if missed:
+            stops = settling.layer_stops(solvable)
+            stops += settling.norm_stops(only_changed=True) if self.rebn else []
+            settling.run_in_step(stops, [settling.modules[layer.name] for layer in record.layers])
+        if missed := [layer.name for layer in solvable if layer.name not in settling.solved]:
             self.notes.append(f"never reached by the calibration images: {', '.join(missed)}; white weights are taken")
             for name in missed:
-                layer = _variant(modules[name])
+                layer = settling.modules[name]
                 layer.load_projected(layer.project(wanted.kernels[name][0].double(), layer.groups, "white", None))
         return Calibration(
             images=self.images,
             held_out=sum(len(part.numbers) for part in self.parts if part.held_out),
             seed=self.seed,
             rebn=self.rebn,
-            norms=len(estimated),
+            norms=settling.norms,
             seconds=time.perf_counter() - self.begun,
             moment_bytes=self.moment_bytes,
             in_flight_bytes=self.in_flight_bytes,
-            layers=tuple(_told(layer, solved[layer.name]) for layer in record.layers if layer.name in solved),
+            layers=tuple(settling.solved[layer.name] for layer in record.layers if layer.name in settling.solved),
         )
-
-    def _runs(self, network: nn.Module) -> list[tuple[Callable[[], object], RandomState]]:
-        return [
-            (functools.partial(self.passing, network, part.batch), RandomState.seeded(network, part.seed))
-            for part in self.parts
-        ]
-
-    def _pass(self, network: nn.Module, module: nn.Module, visit: Visit) -> None:
-        """Run the network on every part and visit what comes to ``module`` at each of its calls."""
-        at = [0, 0]
-
-        def hook(_: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
-            visit(at[0], at[1], (arguments[0] if arguments else options["input"]).detach())
-            at[1] += 1
-
-        handle = module.register_forward_pre_hook(hook, with_kwargs=True)
-        try:
-            for number, part in enumerate(self.parts):
-                if self.stop():
-                    raise Stopped
-                at[:] = number, 0
-                self._run(network, part)
-        finally:
-            handle.remove()
-
-    def _layer_stops(
-        self,
-        modules: dict[str, nn.Module],
-        record: Record,
-        wanted: Wanted,
-        solved: dict[str, Solution],
-        pass_again: Callable[[nn.Module, Visit], None],
-    ) -> list[Stop]:
-        """A stop at each replaced layer, where it is solved and gets its weights."""
-        stops = []
-        for replaced in record.layers:
-            layer, name = _variant(modules[replaced.name]), replaced.name
-            norm = modules[wanted.survey.norms[name]] if name in wanted.survey.norms else None
-            absorbed = name in wanted.survey.absorbed if self.rebn else norm is not None
-
-            def settle(
-                come: list[tuple[int, Tensor]],
-                layer: VariantConv2d = layer,
-                replaced: Replaced = replaced,
-                norm: nn.Module | None = norm,
-                absorbed: bool = absorbed,
-            ) -> None:
-                moments = _Moments(self, replaced, wanted.outputs.pop(replaced.name))
-                if wanted.survey.calls[replaced.name] > 1:
-                    pass_again(layer, moments.visit)
-                else:
-                    for number, x in come:
-                        moments.visit(number, 0, x)
-                if not moments.fit.positions:
-                    return
-                if not (moments.fit.is_finite and moments.held_out.is_finite):
-                    raise UsageError(self._not_finite(modules[""], f"the inputs or outputs of {replaced.name}"))
-                found = solve_layer(
-                    layer,
-                    wanted.kernels[replaced.name][0],
-                    moments.fit,
-                    moments.held_out,
-                    centred=layer.bias is not None or absorbed,
-                )
-                layer.load_projected(found.values)
-                solved[replaced.name] = found
-                if not found.centred:
-                    return
-                if layer.bias is not None:
-                    layer.bias.add_(found.shift.to(layer.bias))
-                elif norm is not None and not self.rebn and isinstance(norm.running_mean, Tensor):
-                    norm.running_mean.sub_(found.shift.to(norm.running_mean))
-
-            stops.append(Stop(layer, settle))
-        return stops
-
-    def _not_finite(self, network: nn.Module, what: str) -> str:
-        where = first_not_finite(network, lambda: self._run(network, self.parts[0]))
-        return (
-            f"{what} are not finite{f': {where}' if where else ''}; check the network's weights and the images, or "
-            "exclude what comes after the damage"
-        )
-
-    def _norm_stops(
-        self,
-        modules: dict[str, nn.Module],
-        estimated: list[str],
-        before: dict[str, NormMoments],
-        looked: Survey,
-        pass_again: Callable[[nn.Module, Visit], None],
-    ) -> list[Stop]:
-        """A stop at each norm, where it gets its statistics from everything that has come to it.
-
-        before: what came to the norms of the original network, where that is known.
-        """
-        stops = []
-        for name, module in modules.items():
-            if not is_norm(module):
-                continue
-
-            def settle(come: list[tuple[int, Tensor]], name: str = name, module: nn.Module = module) -> None:
-                moments = NormMoments(come[0][1].shape[1], moments_device(self.device))
-                if looked.calls[name] > 1:
-                    pass_again(module, lambda number, call, x: moments.add(x.to(moments.mean.device)))
-                else:
-                    for _, x in come:
-                        moments.add(x.to(moments.mean.device))
-                if not bool(torch.isfinite(moments.mean).all()):
-                    raise UsageError(self._not_finite(modules[""], f"the inputs of {name}"))
-                moments.put_into(module, before.get(name))
-                estimated.append(name)
-
-            stops.append(Stop(module, settle, only_changed=True))
-        return stops
 
     def sampler(self, layer: Replaced) -> Sampler:
         """Where ``layer`` is looked at."""
         return Sampler(layer, self.images, self.seed)
+
+
+class _Settling:
+    """A converted ``network`` whose layers are solved and whose norms are estimated, each where a pass comes to it.
+
+    solved: the layers so far, with what they lose. norms: how many norms have been estimated.
+    """
+
+    def __init__(self, images: Calibrator, network: nn.Module, wanted: Wanted) -> None:
+        self.images, self.network, self.wanted = images, network, wanted
+        self.modules: dict[str, Any] = dict(network.named_modules())
+        self.solved: dict[str, CalibratedLayer] = {}
+        self.norms = 0
+
+    def run_in_step(self, stops: Sequence[Stop], changed: Sequence[nn.Module] = ()) -> None:
+        """One pass over all images that waits at every one of ``stops``."""
+        if not stops:
+            return
+        runs = [
+            (partial(self.images.passing, self.network, part.batch), RandomState.seeded(self.network, part.seed))
+            for part in self.images.parts
+        ]
+        run_in_step(runs, stops, device=self.images.device, changed=changed, asked_to_stop=self.images.stop)
+
+    def layer_stops(self, layers: Sequence[Replaced]) -> list[Stop]:
+        """A stop at each of the replaced ``layers``, where it is solved and gets its weights."""
+        return [Stop(self.modules[layer.name], partial(self._solve, layer)) for layer in layers]
+
+    def norm_stops(self, *, only_changed: bool) -> list[Stop]:
+        """A stop at each norm, where it gets its statistics from everything that has come to it."""
+        norms = {name: module for name, module in self.modules.items() if is_norm(module)}
+        return [Stop(module, partial(self._estimate, name), only_changed) for name, module in norms.items()]
+
+    def _visit(self, name: str, come: Come, visit: Visit) -> None:
+        """Visit what comes to a module in all of its calls, as the network is now; ``come``: at the first one."""
+        if self.wanted.survey.calls[name] <= 1:
+            for number, x in come:
+                visit(self.images.parts[number], 0, x)
+            return
+        unsolved = {self.modules[own]: it for own, it in self.wanted.kernels.items() if own not in self.solved}
+        with standing_in(unsolved):
+            self.images.run(self.network, {self.modules[name]: visit})
+
+    def _solve(self, replaced: Replaced, come: Come) -> None:
+        name, surveyed = replaced.name, self.wanted.survey
+        layer: VariantConv2d = self.modules[name]
+        norm = self.modules[surveyed.norms[name]] if name in surveyed.norms else None
+        absorbed = name in surveyed.absorbed if self.images.rebn else norm is not None
+        moments = _Moments(self.images, replaced, self.wanted.outputs.pop(name))
+        self._visit(name, come, moments.visit)
+        if not moments.fit.positions:
+            return
+        if not (moments.fit.is_finite and moments.held_out.is_finite):
+            raise UsageError(self._not_finite(f"the inputs or outputs of {name}"))
+        centred = layer.bias is not None or absorbed
+        kernel = self.wanted.kernels[name][0]
+        found = solve_layer(name, layer, kernel, moments.fit, moments.held_out, centred=centred)
+        layer.load_projected(found.values)
+        self.solved[name] = found.told
+        if not centred:
+            return
+        if layer.bias is not None:
+            layer.bias.add_(found.shift.to(layer.bias))
+        elif norm is not None and not self.images.rebn:
+            norm.running_mean.sub_(found.shift.to(norm.running_mean))
+
+    def _estimate(self, name: str, come: Come) -> None:
+        moments = NormMoments(come[0][1].shape[1], moments_device(self.images.device))
+        self._visit(name, come, lambda part, call, x: moments.add(x.to(moments.mean.device)))
+        if not bool(torch.isfinite(moments.mean).all()):
+            raise UsageError(self._not_finite(f"the inputs of {name}"))
+        moments.put_into(self.modules[name], self.wanted.norms.get(name))
+        self.norms += 1
+
+    def _not_finite(self, what: str) -> str:
+        first, images = self.images.parts[0], self.images
+
+        def run() -> None:
+            seed_everything(first.seed)
+            images.passing(self.network, first.batch)
+
+        where = first_not_finite(self.network, run)
+        return (
+            f"{what} are not finite{f': {where}' if where else ''}; check the network's weights and the images, or "
+            "exclude what comes after the damage"
+        )
 
 
 class _Moments:
@@ -345,16 +315,15 @@ class _Moments:
     outputs: by part and call, (m, positions).
     """
 
-    def __init__(self, owner: Calibrator, layer: Replaced, outputs: dict[int, list[Tensor]]) -> None:
-        self.owner, self.sampler, self.outputs = owner, owner.sampler(layer), outputs
-        self.device = moments_device(owner.device)
+    def __init__(self, images: Calibrator, layer: Replaced, outputs: dict[Part, list[Tensor]]) -> None:
+        self.sampler, self.outputs = images.sampler(layer), outputs
+        self.device = moments_device(images.device)
         nothing = torch.zeros(0, dtype=torch.float64, device=self.device)
         self.fit, self.held_out = (RegressionMoments(nothing, nothing) for _ in range(2))
 
-    def visit(self, number: int, call: int, x: Tensor) -> None:
+    def visit(self, part: Part, call: int, x: Tensor) -> None:
         """Count in what has come to the layer in that call; nothing where the original network had no such call."""
-        part, outputs = self.owner.parts[number], self.outputs.get(number, [])
-        if call >= len(outputs):
+        if call >= len(outputs := self.outputs.get(part, [])):
             return
         end = 0
         for patches in self.sampler.patches(x, part, call):
@@ -366,50 +335,10 @@ class _Moments:
             (self.held_out if part.held_out else self.fit).add(u, y)
 
 
-class _Watcher:
-    """A hook on a module of the original network, told which part is run."""
-
-    def __init__(self, name: str, owner: Calibrator, wanted: Wanted) -> None:
-        self.name, self.owner, self.wanted = name, owner, wanted
-        self.number, self.part = 0, owner.parts[0]
-
-    def expect(self, number: int, part: Part) -> None:
-        """Part ``number`` is about to be run."""
-        self.number, self.part = number, part
-
-    def attach(self, module: nn.Module) -> RemovableHandle:
-        raise NotImplementedError
-
-
-class _LayerWatcher(_Watcher):
-    """Keeps what a layer puts out at the positions that are used, of each call."""
-
-    def __init__(self, layer: Replaced, owner: Calibrator, wanted: Wanted) -> None:
-        super().__init__(layer.name, owner, wanted)
-        self.sampler = owner.sampler(layer)
-
-    def attach(self, module: nn.Module) -> RemovableHandle:
-        return module.register_forward_hook(self._left, prepend=True)
-
-    def _left(self, module: nn.Module, arguments: Any, output: Tensor) -> None:
-        calls = self.wanted.outputs[self.name].setdefault(self.number, [])
-        y = output.detach()
-        if isinstance(bias := getattr(module, "bias", None), Tensor):
-            y = y - bias[:, None, None]
-        calls.append(self.sampler.outputs(y, self.part, len(calls)))
-
-
-class _NormWatcher(_Watcher):
-    """Adds what comes to a norm to its moments."""
-
-    def attach(self, module: nn.Module) -> RemovableHandle:
-        return module.register_forward_pre_hook(self._entered, with_kwargs=True)
-
-    def _entered(self, module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
-        x = (arguments[0] if arguments else options["input"]).detach()
-        device = moments_device(x.device)
-        moments = self.wanted.norms.setdefault(self.name, NormMoments(x.shape[1], device))
-        moments.add(x.to(device))
+def _add_to_norm(wanted: Wanted, name: str, part: Part, call: int, x: Tensor) -> None:
+    """Add what comes to a norm of the original network to its moments."""
+    device = moments_device(x.device)
+    wanted.norms.setdefault(name, NormMoments(x.shape[1], device)).add(x.to(device))
 
 
 def reestimate_norms(
@@ -430,27 +359,16 @@ def reestimate_norms(
     found = Calibrator(
         model, calibration, passing=Passing(forward_fn), images=images, memory_bytes=memory_bytes, stop=stop
     )
-    estimated: list[str] = []
     with undisturbed(model):
-        found._fit_into_memory((), looked := found._survey(model, ()))
-        again = functools.partial(found._pass, model)
-        stops = found._norm_stops(dict(model.named_modules()), estimated, {}, looked, again)
-        for each in stops:
-            each.only_changed = False
-        run_in_step(found._runs(model), stops, device=found.device, asked_to_stop=stop)
-    return len(estimated)
+        settling = _Settling(found, model, found.survey(model, (), {}))
+        settling.run_in_step(settling.norm_stops(only_changed=False))
+    return settling.norms
 
 
 def _kernel(model: nn.Module, name: str) -> Kernel:
     """Weight and bias of a convolution, kept whatever becomes of it."""
     conv: Any = model.get_submodule(name)
     return conv.weight.detach().clone(), None if conv.bias is None else conv.bias.detach().clone()
-
-
-def _variant(module: nn.Module) -> VariantConv2d:
-    if not isinstance(module, VariantConv2d):
-        raise TypeError(f"{type(module).__name__} is no variant")
-    return module
 
 
 def _solving_bytes(layer: Replaced) -> int:
@@ -466,19 +384,3 @@ def _outputs_bytes(layer: Replaced, images: int, item: int) -> int:
         sides = zip((layer.height, layer.width), layer.kernel, layer.stride, layer.padding, layer.dilation, strict=True)
         positions = min(positions, math.prod(output_length(*side) for side in sides))
     return images * positions * layer.out_channels * item * (layer.calls or 1)
-
-
-def _told(layer: Replaced, found: Solution) -> CalibratedLayer:
-    return CalibratedLayer(
-        name=layer.name,
-        groups=layer.groups,
-        copied=found.copied,
-        before=found.before,
-        after=found.after,
-        rows=found.rows,
-        held_out_rows=found.held_out_rows,
-        condition=found.condition,
-        ridge=found.ridge,
-        centred=found.centred,
-        scarce=found.scarce,
-    )

@@ -84,11 +84,10 @@ def convert(
 
     where:
         'auto'  every convolution with groups=1, except the first one executed and what else reads the image, those
-                with 1x1 pixels of input (squeeze-and-excitation), shortcuts and downsampling, a convolution that
-                serves as classifier (1x1, nothing but resizing after it) or writes the image (3 channels at most), and
-                what a forward pass does not reach. In the networks that the paper names
-                this is what it replaces; two of its families take a rule more: of a ResNet's bottlenecks only the
-                3x3, and of MobileNetV2 and EfficientNet not the last convolution, which stands outside of the blocks
+                with 1x1 pixels of input (squeeze-and-excitation), shortcuts and downsampling, a classifier (1x1,
+                nothing but resizing after it), one that writes the image (3 channels at most), and what a forward
+                pass does not reach. The paper's networks follow its rules: of a ResNet's bottlenecks only the 3x3; of
+                MobileNetV2 and EfficientNet not the last convolution, which stands outside of the blocks
         '3x3'   those of them (without the two rules) that have a 3x3 kernel
         '1x1'   the same with 1x1 kernels
         'all'   the same and shortcuts, whatever the kernel
@@ -100,10 +99,11 @@ def convert(
         :mod:`bgcbench.conversion.calibration`), 'scratch' (He initialisation).
     on_indivisible: what to do where N does not divide the channels: 'raise' a ShapeError that names each of them,
         'skip' (keep it dense) or 'gcd' (the largest N that does).
-    algorithm: the form of the layers that have a choice, such as 'deployed'.
-    example_input: what to run the network on to find order, shapes, shortcuts and functional convolutions, and whether
-        it computes the same with other layers in it: (channels, height, width), a tensor, a tuple of its arguments, a
-        dict of its keywords, a list of images. By default a size that works, or the first image of ``calibration``.
+    algorithm: that of the layers, where they have a choice, such as 'deployed'.
+    example_input: what to run the network on, to find order, shapes, shortcuts and functional convolutions, and to see
+        that it computes the same with other layers in it: (channels, height, width), a tensor, a tuple of its
+        arguments, a dict of its keywords, a list of images. By default a size that works, or the first image of
+        ``calibration``.
     calibration: anything that yields batches; no labels are needed. A tensor is the network's input, the elements of a
         tuple or list are its arguments, as many as its forward requires, a dict holds its keywords, a list of images
         (C, H, W) is one argument. forward_fn: called as forward_fn(model, batch) instead, for any other batch (and
@@ -111,18 +111,16 @@ def convert(
         be taken apart into images count as one each.
     rebn: re-estimate the statistics of batch norm on these images, from the first replaced convolution on; by default
         where there are images. memory_bytes: what calibration may hold at a time; where more images are given than fit,
-        fewer are used, and a note says so. seed: which positions of an image are looked at. stop: asked now and then
+        fewer are used, and a note says so. seed: which positions of an image are sampled. stop: asked now and then
         whether to end early, which raises :class:`bgcbench.conversion.lockstep.Stopped`; a network that was to be
         converted in place is then half done.
 
-    Replaced are ``torch.nn.Conv2d`` with groups=1. Kept with a reason: subclasses with a forward of their own,
-    parametrised or tied weights, convolutions with tensors or tensor hooks of their own, those that something outside
-    of the module tree refers to (a list of layers), those whose type, groups or weight's shape the network asks for,
-    grouped ones, everything the selection names (see :class:`bgcbench.conversion.selection.Reason`). A module used
-    twice is converted once; layers of earlier conversions stay, and the record holds them too. Training mode, device,
-    dtype, memory format, module hooks, attributes and requires_grad are taken over; the global random states are left
-    alone unless ``init='scratch'``. ``model`` is untouched unless ``inplace``. The record's ``calibration`` says of
-    each layer what it lost before and after. N = 1 is the standard convolution: nothing is replaced.
+    Only ``torch.nn.Conv2d`` with groups=1 are replaced. The record names each other convolution with the reason why it
+    is kept (:class:`bgcbench.conversion.selection.Reason`). A module used twice is converted once; layers of earlier
+    conversions stay, and the record holds them too. Training mode, device, dtype, memory format, module hooks,
+    attributes and requires_grad are taken over; the global random states are left alone unless ``init='scratch'``.
+    ``model`` is untouched unless ``inplace``. The record's ``calibration`` has what each layer lost before and after.
+    N = 1 is the standard convolution: nothing is replaced.
 
     Returns the network and the record. Raises UsageError for an unknown option, where nothing can be replaced, and for
     images that are missing, too few, not finite or not what the network takes; ShapeError for an N that does not
@@ -131,7 +129,12 @@ def convert(
     _check_options(variant, groups, where, init, on_indivisible, algorithm)
     check_wrapper(model)
     passing = Passing(forward_fn)
-    images = _calibration(model, init, calibration, passing, calibration_images, rebn, memory_bytes, seed, stop)
+    _check_calibration(calibration is not None, init, calibration_images, rebn)
+    images = None
+    if calibration is not None:
+        used = calibration_images or DEFAULT_IMAGES
+        options: dict[str, Any] = {"rebn": rebn is not False, "memory_bytes": memory_bytes, "seed": seed, "stop": stop}
+        images = Calibrator(model, calibration, passing=passing, images=used, **options)
     example = example_input if forward_fn is not None else checked_example(example_input)
     if example is None and images is not None:
         example = images.example
@@ -154,6 +157,7 @@ def convert(
     own: dict[str, Any] = {"variant": variant, "algorithm": algorithm, "init": init}
     origins = {conv.name: origin for conv in convs if (origin := origin_of(conv.module)) is not None}
     layers = tuple(replace(describe(conv), **own) for conv in chosen)
+    functional = () if found is None else found.functional
     record = Record(
         variant=variant,
         groups=groups,
@@ -168,9 +172,7 @@ def convert(
         replaced=tuple(layer.name for layer in layers),
         layers=layers,
         kept=kept_of(convs),
-        functional=tuple(f"in {call.owner or 'the network'}: {call_shape(call)}" for call in found.functional)
-        if found
-        else (),
+        functional=tuple(f"in {call.owner or 'the network'}: {call_shape(call)}" for call in functional),
         notes=tuple(notes),
         earlier=tuple(replace(layer, name=name) for name, (layer, _) in origins.items()),
     )
@@ -218,45 +220,21 @@ def candidates(
             conv.groups = next(iter(divisors(math.gcd(*channels(conv.module)))[1:]), 1)
     if found is not None:
         notes += keep_what_cannot_be_exchanged(model, convs, found, example, passing, "gc", fits=True)
-    chosen = [conv for conv in convs if conv.reason is None]
+    chosen = tuple(replace(describe(conv), groups=1) for conv in convs if conv.reason is None)
     if not chosen:
         raise UsageError(nothing_to_replace(convs, where))
-    return Candidates(tuple(replace(describe(conv), groups=1) for conv in chosen), kept_of(convs), tuple(notes))
+    return Candidates(chosen, kept_of(convs), tuple(notes))
 
 
-def _calibration(
-    model: nn.Module,
-    init: str,
-    batches: Iterable[Any] | None,
-    passing: Passing,
-    images: int | None,
-    rebn: bool | None,
-    memory_bytes: int,
-    seed: int,
-    stop: Callable[[], bool],
-) -> Calibrator | None:
-    """The images to calibrate with; None where none are needed. Raises UsageError where they are missing or no use."""
-    needed = init == CALIBRATED or bool(rebn)
-    if batches is None:
-        if needed:
-            what = "init='calibrated'" if init == CALIBRATED else "rebn=True"
-            raise UsageError(f"{what} needs images: pass batches of them as calibration=loader (no labels are needed)")
-        if images is not None:
-            raise UsageError("calibration_images says how many of calibration=loader are used, and there is none")
-        return None
-    rebn = True if rebn is None else rebn
-    if not rebn and init != CALIBRATED:
+def _check_calibration(given: bool, init: str, images: int | None, rebn: bool | None) -> None:
+    """Raise UsageError where images to calibrate with are missing, or ``given`` and of no use."""
+    if given and rebn is False and init != CALIBRATED:
         raise UsageError(f"calibration images are of no use with init='{init}' and rebn=False; leave them out")
-    return Calibrator(
-        model,
-        batches,
-        passing=passing,
-        images=images or DEFAULT_IMAGES,
-        rebn=rebn,
-        memory_bytes=memory_bytes,
-        seed=seed,
-        stop=stop,
-    )
+    if not given and (init == CALIBRATED or rebn):
+        what = "init='calibrated'" if init == CALIBRATED else "rebn=True"
+        raise UsageError(f"{what} needs images: pass batches of them as calibration=loader (no labels are needed)")
+    if not given and images is not None:
+        raise UsageError("calibration_images says how many of calibration=loader are used, and there is none")
 
 
 def _check_options(variant: str, groups: int, where: str, init: str, on_indivisible: str, algorithm: str) -> None:

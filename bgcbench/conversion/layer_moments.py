@@ -1,6 +1,6 @@
 """What comes to the layers of a network on calibration images: which images, and which positions of each.
 
-Under both :mod:`bgcbench.conversion.calibration` and :mod:`bgcbench.conversion.approximability`.
+The engine under both :mod:`bgcbench.conversion.calibration` and :mod:`bgcbench.conversion.approximability`.
 """
 
 from __future__ import annotations
@@ -8,22 +8,27 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
 
 from bgcbench.errors import UsageError
 from bgcbench.measure.batches import Passing, count_images, take
+from bgcbench.measure.undisturbed import seed_everything
 from bgcbench.results.rows import Replaced
 from bgcbench.specs import HELD_OUT
 from bgcbench.theory.moments import CHUNK_NUMBERS, Patches, some_positions
 
-ROWS_AN_ENTRY = 20  # positions that are enough for a moment, for each entry of the patch vector
-LEAST_ROWS = 2**14  # positions that are taken in any case, where there are as many
+ROWS_AN_ENTRY = 20  # positions sampled for each entry of the patch vector
+LEAST_ROWS = 2**14  # and at least so many, where there are as many
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,8 +76,9 @@ def parts_of(
         places = range(min(count, images - seen))
         for held_out in (False, True):
             chosen = [place for place in places if _is_held_out(seen + place) is held_out]
-            for begin in range(0, len(chosen), at_most or max(1, len(chosen))):
-                some = chosen[begin : begin + at_most] if at_most else chosen
+            step = at_most or max(1, count)
+            for begin in range(0, len(chosen), step):
+                some = chosen[begin : begin + step]
                 yield Part(take(given, some), [seen + place for place in some], held_out)
         seen += len(places)
 
@@ -95,6 +101,51 @@ def first_of(batches: Iterable[Any]) -> tuple[Any, Iterable[Any]]:
     except StopIteration:
         raise UsageError("there are no calibration images; pass batches of them") from None
     return head, itertools.chain([head], iterator) if iterator is batches else batches
+
+
+def on_input(module: nn.Module, visit: Callable[[Tensor], None]) -> RemovableHandle:
+    """Call ``visit`` with the input of ``module`` before each of its calls."""
+
+    def hook(_: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+        visit(arguments[0] if arguments else options["input"])
+
+    return module.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+Visit = Callable[[Part, int, Tensor], None]  # the images, which call of the module on them, what it takes or puts out
+
+
+@contextmanager
+def watching(
+    model: nn.Module,
+    passing: Passing,
+    *,
+    inputs: Mapping[nn.Module, Visit],
+    outputs: Mapping[nn.Module, Visit] | None = None,
+) -> Iterator[Callable[[Part], None]]:
+    """Yield a function that runs ``model`` on a part and visits what modules take (``inputs``) and put out."""
+    part: Part | None = None
+    calls: Counter[Visit] = Counter()
+
+    def see(visit: Visit, x: Tensor) -> None:
+        if part is not None:
+            visit(part, calls[visit], x.detach())
+            calls[visit] += 1
+
+    def run(next_part: Part) -> None:
+        nonlocal part
+        part = next_part
+        calls.clear()
+        seed_everything(part.seed)
+        passing(model, part.batch)
+
+    with ExitStack() as hooks:
+        for module, visit in inputs.items():
+            hooks.enter_context(on_input(module, partial(see, visit)))
+        for module, visit in (outputs or {}).items():
+            hook = module.register_forward_hook(lambda _, __, y, visit=visit: see(visit, y), prepend=True)
+            hooks.enter_context(hook)
+        yield run
 
 
 def patch_length(layer: Replaced) -> int:

@@ -13,11 +13,14 @@ import contextlib
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
+from bgcbench.conversion.layer_moments import on_input
 from bgcbench.measure.undisturbed import RandomState
 
 
@@ -112,7 +115,7 @@ def run_in_step(
     which on a pass concerns the stops with ``only_changed``. A batch that never comes to a stop (a network may decide
     by its input) is not waited for. Raises what the network raises, and Stopped.
     """
-    handles = [stop.module.register_forward_pre_hook(_waiting(stop), with_kwargs=True) for stop in stops]
+    handles: list[RemovableHandle] = [on_input(stop.module, partial(_wait_at, stop)) for stop in stops]
     # After those that wait: a layer that is changed is not yet behind itself.
     handles += [module.register_forward_hook(_passed, prepend=True) for module in changed]
     runners = [_Runner(number, run, device, random) for number, (run, random) in enumerate(runs)]
@@ -141,13 +144,10 @@ def run_in_step(
             handle.remove()
 
 
-def _waiting(stop: Stop) -> Callable[..., None]:
-    def hook(module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
-        runner = threading.current_thread()
-        if isinstance(runner, _Runner) and not stop.settled and (runner.changed or not stop.only_changed):
-            runner.wait(stop, (arguments[0] if arguments else options["input"]).detach())
-
-    return hook
+def _wait_at(stop: Stop, x: Tensor) -> None:
+    runner = threading.current_thread()
+    if isinstance(runner, _Runner) and not stop.settled and (runner.changed or not stop.only_changed):
+        runner.wait(stop, x.detach())
 
 
 def _passed(*_: Any) -> None:

@@ -21,7 +21,7 @@ from bgcbench.convs.layouts import is_channels_last
 from bgcbench.errors import BgcbenchError, ResultFileError
 from bgcbench.measure.trace import without_numbers
 from bgcbench.results.rows import Record, Replaced
-from bgcbench.specs import load_layer
+from bgcbench.specs import ConvSpec, load_layer
 
 SCRATCH, CALIBRATED = "scratch", "calibrated"  # initialisations that are no projection
 
@@ -30,8 +30,7 @@ _HOOKS = (
     "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks", "_is_full_backward_hook",
     "_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_post_hooks",
 )  # fmt: skip
-
-
+_TAKEN_OVER = ("stride", "padding", "dilation", "padding_mode", "algorithm")
 _OWN_ATTRIBUTES = set(vars(nn.Conv2d(1, 1, 1, device="meta")))
 
 
@@ -92,6 +91,12 @@ def exchanged(model: nn.Module, fresh: Mapping[int, nn.Module]) -> nn.Module:
     return model
 
 
+def spec_of(layer: Replaced) -> ConvSpec:
+    """The layer that takes the place of the convolution."""
+    geometry = layer.kernel, layer.stride, layer.padding, layer.dilation, layer.groups, layer.bias
+    return ConvSpec(layer.variant, layer.in_channels, layer.out_channels, *geometry, layer.algorithm)
+
+
 def origin_of(module: nn.Module | None) -> tuple[Replaced, nn.Conv2d] | None:
     """What a layer that a conversion made has replaced: the record and the convolution, without numbers."""
     return getattr(module, "_bgcbench_origin", None)
@@ -107,28 +112,21 @@ def reverted(model: nn.Module) -> nn.Module:
 def _layer(old: nn.Conv2d, layer: Replaced, *, weights: bool) -> VariantConv2d:
     """The layer that takes the place of ``old``, with everything that was set on it."""
     kind: type[VariantConv2d] = load_layer(layer.variant)
-    options: dict[str, Any] = {"padding_mode": layer.padding_mode, "algorithm": layer.algorithm}
-    options |= {"stride": layer.stride, "padding": layer.padding, "dilation": layer.dilation}
     init = layer.init if weights else SCRATCH
     # Initialisation that is overwritten must not be seen in the random state.
     unseen = torch.random.fork_rng([old.weight.device] if old.weight.is_cuda else [])
     if init in (SCRATCH, CALIBRATED) or old.weight.is_meta:
         with contextlib.nullcontext() if init == SCRATCH and weights else unseen:
-            new = kind(
-                layer.in_channels,
-                layer.out_channels,
-                layer.kernel,
-                groups=layer.groups,
-                bias=layer.bias,
-                device=old.weight.device,
-                dtype=old.weight.dtype,
-                **options,
-            )
+            options: dict[str, Any] = {"device": old.weight.device, "dtype": old.weight.dtype}
+            new = kind.of(spec_of(layer), padding_mode=layer.padding_mode, **options)
             if init == CALIBRATED and new.bias is not None and old.bias is not None:
                 with torch.no_grad():  # the weights come later, and what is added to the bias with them
                     new.bias.copy_(old.bias)
     else:
         with unseen:
+            options = {
+                name: getattr(layer, name) for name in ("stride", "padding", "dilation", "padding_mode", "algorithm")
+            }
             new = kind.from_dense(old.weight.detach(), layer.groups, bias=old.bias, projection=init, **options)
     for name, parameter in new.named_parameters():
         like = old.bias if name == "bias" and old.bias is not None else old.weight

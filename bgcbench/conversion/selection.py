@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from bgcbench.convs.base import VariantConv2d
 from bgcbench.errors import ShapeError, UsageError
 from bgcbench.measure.batches import Images, Passing
-from bgcbench.measure.trace import SHORTCUT_NAME, Call, Size, Trace, trace
+from bgcbench.measure.trace import SHORTCUT_NAME, Call, Trace, trace
 from bgcbench.results.rows import Kept, Replaced
 from bgcbench.specs import as_pair, unfit
 
@@ -106,23 +106,21 @@ def checked_example(example: Any) -> Any:
     )
 
 
-def traced(model: nn.Module, example: Any, passing: Passing | None = None, size: Size | None = None) -> Trace:
-    if isinstance(example, tuple) and all(isinstance(side, int) for side in example):
-        return trace(model, size=example)
-    return trace(model, size=size) if example is None else trace(model, example=example, passing=passing)
+def _is_size(example: Any) -> bool:
+    return isinstance(example, tuple) and all(isinstance(side, int) for side in example)
 
 
-def look(model: nn.Module, example: Any, passing: Passing | None = None) -> tuple[Trace | None, list[str]]:
+def look(model: nn.Module, example: Any, passing: Passing) -> tuple[Trace | None, list[str]]:
     """Run the network once; where it cannot be run, None and a note that says so."""
     try:
-        return traced(model, example, passing), []
+        if example is None or _is_size(example):
+            return trace(model, size=example), []
+        return trace(model, example=example, passing=passing), []
     except Exception as problem:
         if example is not None:
             if isinstance(problem, UsageError):
                 raise
-            raise UsageError(
-                f"the network does not run on its input (in eval mode): {first_line(problem)}"
-            ) from problem
+            raise does_not_run(problem) from problem
         first = first_line(problem)
         return None, [
             "the network could not be run, so shapes are unknown and shortcuts are told by their names only: "
@@ -132,9 +130,14 @@ def look(model: nn.Module, example: Any, passing: Passing | None = None) -> tupl
 
 def what_to_run(found: Trace, example: Any, passing: Passing) -> tuple[Any, Passing]:
     """What the network can be run on, and how: ``example``, or random numbers of the size that it was traced with."""
-    if example is not None and not (isinstance(example, tuple) and all(isinstance(side, int) for side in example)):
+    if example is not None and not _is_size(example):
         return example, passing
     return (torch.randn(1, *found.size, generator=torch.Generator().manual_seed(0)),), Passing()
+
+
+def does_not_run(problem: Exception) -> UsageError:
+    """What to raise where a network does not run on the input that the user gave."""
+    return UsageError(f"the network does not run on its input (in eval mode): {first_line(problem)}")
 
 
 def first_line(problem: BaseException) -> str:
@@ -184,7 +187,7 @@ def decide(
                 owners.setdefault(_identity(parameter), []).append(name)
     selected = _kept_by_selection(model, convs, found, where)
     for conv in convs:
-        hard = _cannot(conv, owners, found)
+        hard = next(_obstacles(conv, owners, found), None)
         if _matches(conv, exclude):
             conv.reason = hard or Reason("excluded", "excluded")
         elif _matches(conv, include):
@@ -201,11 +204,6 @@ def _identity(parameter: Tensor) -> Any:
     if parameter.is_meta or isinstance(parameter, nn.parameter.UninitializedParameter) or not parameter.numel():
         return id(parameter)
     return parameter.device, parameter.data_ptr()
-
-
-def _cannot(conv: Conv, owners: Mapping[Any, Sequence[str]], found: Trace | None) -> Reason | None:
-    """Why this convolution cannot be replaced, whatever is asked for; None if it can."""
-    return next(_obstacles(conv, owners, found), None)
 
 
 def _obstacles(conv: Conv, owners: Mapping[Any, Sequence[str]], found: Trace | None) -> Iterator[Reason]:
@@ -280,7 +278,8 @@ def _kept_by_selection(model: nn.Module, convs: Sequence[Conv], found: Trace | N
     for conv in usable:
         name = conv.name
         is_first = Reason("first", "the first convolution") if name == first else None
-        reason = is_first or _role(conv, found, shortcuts=where == "all") or families.get(name)
+        role = next(_roles(conv, found, shortcuts=where == "all"), None)
+        reason = is_first or role or families.get(name)
         if reason is None and kernel is not None and conv.module.kernel_size != kernel:
             reason = _other_kernel(conv, kernel)
         if reason is not None:
@@ -317,12 +316,8 @@ def _families(model: nn.Module, convs: Sequence[Conv], found: Trace | None) -> d
     return reasons
 
 
-def _role(conv: Conv, found: Trace | None, *, shortcuts: bool) -> Reason | None:
-    """What this convolution is in its network that speaks for keeping it; ``shortcuts``: those do not count."""
-    return next(_roles(conv, found, shortcuts=shortcuts), None)
-
-
 def _roles(conv: Conv, found: Trace | None, *, shortcuts: bool) -> Iterator[Reason]:
+    """What this convolution is in its network that speaks for keeping it; ``shortcuts``: those do not count."""
     if found is None:
         if SHORTCUT_NAME.search(conv.name) and not shortcuts:
             yield Reason("shortcut", "a shortcut")

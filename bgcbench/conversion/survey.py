@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
+from bgcbench.conversion.layer_moments import on_input
 from bgcbench.measure.batches import tensors_of
 
 Norm = nn.modules.batchnorm._BatchNorm
@@ -49,7 +51,7 @@ def survey(model: nn.Module, convs: Collection[str], run: Callable[[], Any]) -> 
         if name in convs:
             handles.append(module.register_forward_hook(watch.begins(name), prepend=True))
         if is_norm(module):
-            handles.append(module.register_forward_pre_hook(watch.enters(name), with_kwargs=True))
+            handles.append(on_input(module, partial(watch.enters, name)))
             handles.append(module.register_forward_hook(watch.leaves))
         if next(module.parameters(recurse=False), None) is not None:
             handles.append(module.register_forward_pre_hook(watch.weighs))
@@ -94,12 +96,9 @@ class _Watch(TorchDispatchMode):
 
         return hook
 
-    def enters(self, name: str) -> Any:
-        def hook(module: nn.Module, arguments: Any, options: Any) -> None:
-            self.calls[name] += 1
-            self.norm = name, arguments[0] if arguments else options["input"]
-
-        return hook
+    def enters(self, name: str, x: Tensor) -> None:
+        self.calls[name] += 1
+        self.norm = name, x
 
     def leaves(self, *_: Any) -> None:
         self.norm = None

@@ -17,7 +17,7 @@ from msgspec.structs import replace
 from torch import Tensor, nn
 
 from bgcbench.conversion.record import put_in
-from bgcbench.conversion.selection import Conv, Reason, describe, first_line, what_to_run
+from bgcbench.conversion.selection import Conv, Reason, describe, does_not_run, first_line, what_to_run
 from bgcbench.convs.base import VariantConv2d
 from bgcbench.errors import UsageError
 from bgcbench.measure.batches import Passing
@@ -77,9 +77,7 @@ def keep_what_cannot_be_exchanged(
         trial = _Trial(model, given, passing, fits=fits)
     except Exception as problem:
         if given is example and not isinstance(problem, _NotCopied):
-            raise UsageError(
-                f"the network does not run on its input (in eval mode): {first_line(problem)}"
-            ) from problem
+            raise does_not_run(problem) from problem
         return [f"whether the network computes the same with other layers could not be tried: {first_line(problem)}"]
     while chosen := [conv for conv in convs if conv.reason is None]:
         reasons = trial.differences([replace(describe(conv), variant=variant) for conv in chosen])
@@ -137,10 +135,8 @@ class _Trial:
     def differences(self, layers: Sequence[Replaced]) -> dict[str, Reason]:
         """Which of ``layers`` must stay, and why; empty where all of them can be exchanged together."""
         bypassed, problem = self._exchange(layers)
-        if bypassed:
+        if bypassed or problem is None:
             return dict.fromkeys(bypassed, BYPASSED)
-        if problem is None:
-            return {}
         alone: dict[str, str | None] = {layers[0].name: problem}
         if len(layers) > 1:
             alone = {layer.name: self._exchange([layer])[1] for layer in layers}

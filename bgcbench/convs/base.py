@@ -17,7 +17,7 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, cast
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -94,8 +94,8 @@ class VariantConv2d(nn.Module, ABC):
         return kernel
 
     def _weights(self) -> list[nn.Parameter]:
-        """The kernels, each initialised with its own fan."""
-        return [self.kernel]
+        """The kernels, each initialised with its own fan: the parameters whose names begin with "weight"."""
+        return [own for name, own in self.named_parameters(recurse=False) if name.startswith("weight")]
 
     def reset_parameters(self) -> None:
         """He initialisation: every kernel normal with variance 2 / fan_in, the bias zero (He et al., 2015).
@@ -188,19 +188,8 @@ class VariantConv2d(nn.Module, ABC):
             )
         fit = None if second_moment is None else Fit(second_moment, cross_moment, ridge)
         out_channels, in_channels, height, width = weight.shape
-        layer = cls(
-            in_channels,
-            out_channels,
-            (height, width),
-            stride,
-            padding,
-            dilation,
-            groups,
-            bias is not None,
-            device=weight.device,
-            dtype=weight.dtype,
-            **options,
-        )
+        shape = in_channels, out_channels, (height, width), stride, padding, dilation, groups, bias is not None
+        layer = cls(*shape, device=weight.device, dtype=weight.dtype, **options)
         with torch.no_grad():
             layer.load_projected(cls.project(weight.detach().double(), groups, projection, fit))
             if bias is not None and layer.bias is not None:
@@ -210,18 +199,8 @@ class VariantConv2d(nn.Module, ABC):
     @classmethod
     def of(cls, spec: ConvSpec, **options: Any) -> Self:
         """The layer that ``spec`` describes; ``options`` (device, dtype, padding_mode) go to the constructor."""
-        return cls(
-            spec.in_channels,
-            spec.out_channels,
-            spec.kernel_size,
-            spec.stride,
-            spec.padding,
-            spec.dilation,
-            spec.groups,
-            spec.bias,
-            algorithm=spec.algorithm,
-            **options,
-        )
+        arguments = {name: value for name, value in vars(spec).items() if name != "variant"}
+        return cls(**arguments, **options)
 
     def folded(self) -> nn.Conv2d:
         """PyTorch's standard convolution that computes what this layer does now, with the kernel ``dense_weight()``.
@@ -229,18 +208,10 @@ class VariantConv2d(nn.Module, ABC):
         For inference where that is faster (BGC at N = 2, narrow layers): the kernel is made once instead of at each
         call. It holds K m n weights and follows no later change of this layer.
         """
-        conv = nn.Conv2d(
-            self.in_channels,
-            self.out_channels,
-            self.kernel_size,
-            self.stride,
-            self.padding,
-            self.dilation,
-            bias=self.bias is not None,
-            padding_mode=cast("Any", self.padding_mode),
-            device=self.kernel.device,
-            dtype=self.kernel.dtype,
-        )
+        geometry: Any = self.kernel_size, self.stride, self.padding, self.dilation
+        options: dict[str, Any] = {"device": self.kernel.device, "dtype": self.kernel.dtype}
+        options |= {"bias": self.bias is not None, "padding_mode": self.padding_mode}
+        conv = nn.Conv2d(self.in_channels, self.out_channels, *geometry, **options)
         with torch.no_grad():
             conv.weight.copy_(self.dense_weight())
             if conv.bias is not None and self.bias is not None:
@@ -315,9 +286,10 @@ class VariantConv2d(nn.Module, ABC):
         return like_layout_of(x, padded), (0, 0)
 
     def extra_repr(self) -> str:
-        text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"
-        text += f", padding={self.padding}, dilation={self.dilation}, groups={self.groups}"
-        text += f", bias={self.bias is not None}"
+        text = (
+            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, "
+            f"padding={self.padding}, dilation={self.dilation}, groups={self.groups}, bias={self.bias is not None}"
+        )
         if self.padding_mode != "zeros":
             text += f", padding_mode={self.padding_mode}"
         if len(VARIANTS[self.variant].algorithms) > 1:

@@ -21,7 +21,7 @@ from bgcbench.convs.autotune import AutotunedConv2d, computed_in
 from bgcbench.convs.bgc_algorithms import Geometry, dense_kernel, strided
 from bgcbench.convs.blocks import diagonal_blocks, row_blocks
 from bgcbench.convs.followed import is_followed, is_symbolic, is_transformed
-from bgcbench.convs.gc import group_cross_moments
+from bgcbench.convs.gc import group_moments
 from bgcbench.convs.layouts import like_layout_of
 from bgcbench.theory.leastsquares import Fit, solve_normal
 
@@ -58,9 +58,6 @@ class BalancedGroupConv2d(AutotunedConv2d):
     def _create_weights(self, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
         super()._create_weights(device, dtype)
         self.weight_mean = nn.Parameter(torch.empty_like(self.weight_group)) if self.groups > 1 else None
-
-    def _weights(self) -> list[nn.Parameter]:
-        return [self.weight_group] if self.weight_mean is None else [self.weight_group, self.weight_mean]
 
     def forward(self, input: Tensor) -> Tensor:
         a, b = self.weight_group, self.weight_mean
@@ -117,7 +114,7 @@ class BalancedGroupConv2d(AutotunedConv2d):
         if groups == 1:
             return {"weight_group": weight}
         if fit is not None:
-            a, b = least_squares(weight, groups, fit.second_moment, fit.ridge, fit.cross_moment)
+            a, b = least_squares(weight, groups, fit)
         else:
             a, b = copy_blocks(weight, groups) if projection == "copy" else white_optimum(weight, groups)
         return {"weight_group": a, "weight_mean": b}
@@ -166,22 +163,19 @@ def regressor_moments(moment: Tensor) -> Iterator[Tensor]:
         yield torch.cat([upper, torch.cat([with_mean[k].T, mean_mean], dim=1)])
 
 
-def least_squares(
-    weight: Tensor, groups: int, second_moment: Tensor, ridge: float = 0.0, cross_moment: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """The (A, B) that minimise E||Wu - D u||^2 for inputs with C = E[u u^T] = ``second_moment``.
+def least_squares(weight: Tensor, groups: int, fit: Fit) -> tuple[Tensor, Tensor]:
+    """The (A, B) that minimise E||Wu - D u||^2 for the inputs of ``fit``, or E||y - D u||^2 for its outputs y.
 
-    With z_k = [u^k ; ubar] = T_k u:  [A^k B^k] = W^{k,:} C T_k^T (T_k C T_k^T)^+ ; ``ridge`` pulls it towards the
-    white optimum. With ``cross_moment`` K = E[y u^T] in the place of W C it is E||y - D u||^2. weight: (m, n, kh, kw);
-    second_moment: (nK, nK), u in unfold order; N >= 2; returns A, B: (m, n/N, kh, kw).
+    With z_k = [u^k ; ubar] = T_k u:  [A^k B^k] = W^{k,:} C T_k^T (T_k C T_k^T)^+ , with E[y u^T] in the place of W C;
+    a ridge pulls it towards the white optimum. weight: (m, n, kh, kw); N >= 2; returns A, B: (m, n/N, kh, kw).
     """
-    moment, cross = group_cross_moments(weight, groups, second_moment, cross_moment)  # (N, p, N, p), (N, m/N, N, p)
+    moment, cross = group_moments(weight, groups, fit)  # (N, p, N, p), (N, m/N, N, p)
     prior = torch.cat([part.flatten(1) for part in white_optimum(weight, groups)], dim=1)  # (m, 2p)
     prior = prior.to(moment.dtype).unflatten(0, (groups, -1))  # (N, m/N, 2p)
     solved = []
     for k, gram in enumerate(regressor_moments(moment)):
         target = torch.cat([cross[k, :, k], cross[k].mean(1)], dim=1)  # W^{k,:} C T_k^T: (m/N, 2p)
-        solved.append(solve_normal(gram, target, ridge=ridge, prior=prior[k]))
+        solved.append(solve_normal(gram, target, ridge=fit.ridge, prior=prior[k]))
     shape: tuple[Any, ...] = (weight.shape[0], weight.shape[1] // groups, *weight.shape[2:])
     a, b = torch.cat(solved).chunk(2, dim=1)  # (m, p) each
     return a.reshape(shape), b.reshape(shape)

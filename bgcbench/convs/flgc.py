@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from bgcbench.convs.layouts import is_channels_last
+from bgcbench.convs.layouts import like_layout_of
 from bgcbench.convs.lgc import contributions
 from bgcbench.convs.masked import MaskedConv2d, gather_channels
 from bgcbench.measure.counts import Counts, count
@@ -73,7 +73,7 @@ class FullyLearnableGroupConv2d(MaskedConv2d):
     def reset_parameters(self) -> None:
         """He initialisation with the fan that an output really sums over; the logits get their noise anew."""
         with torch.no_grad():
-            if self.groups > 1 and self.is_deployed:
+            if self.is_packed:
                 for block in self._kernels():
                     if block.numel():
                         nn.init.kaiming_normal_(block, mode="fan_in", nonlinearity="relu")
@@ -88,32 +88,26 @@ class FullyLearnableGroupConv2d(MaskedConv2d):
                 self.bias.zero_()
 
     def forward(self, input: Tensor) -> Tensor:
-        if self.groups == 1 or not self.is_deployed:
+        if not self.is_packed:
             return self._convolve_masked(input)
         used = gather_channels(input, self.order_in)
         bias = None if self.bias is None else self.bias.index_select(0, self.order_out)
         if len(set(self._blocks)) == 1:
             m_g, n_g = self._blocks[0]
-            kernel = self.kernel.reshape(self.groups * m_g, n_g, *self.kernel_size)
-            if is_channels_last(input):
-                kernel = kernel.contiguous(memory_format=torch.channels_last)
+            kernel = like_layout_of(input, self.kernel.reshape(self.groups * m_g, n_g, *self.kernel_size))
             return gather_channels(self._convolve(used, kernel, bias, self.groups), self.place_out)
         pieces: list[Tensor | None] = []
         first_in, first_out = 0, 0
         for (m_g, n_g), block in zip(self._blocks, self._kernels(), strict=True):
             own = None if bias is None else bias[first_out : first_out + m_g]
             if m_g and n_g:
-                part = used.narrow(-3, first_in, n_g)
-                kernel = block
-                if is_channels_last(input):
-                    part = part.contiguous(memory_format=torch.channels_last)
-                    kernel = block.contiguous(memory_format=torch.channels_last)
-                pieces.append(self._convolve(part, kernel, own, groups=1))
+                part = like_layout_of(input, used.narrow(-3, first_in, n_g))
+                pieces.append(self._convolve(part, like_layout_of(input, block), own, groups=1))
             elif m_g:
                 pieces.append(None)
             first_in, first_out = first_in + n_g, first_out + m_g
         y = gather_channels(torch.cat(self._with_dead_outputs(pieces, used, bias), -3), self.place_out)
-        return y.contiguous(memory_format=torch.channels_last) if is_channels_last(input) else y
+        return like_layout_of(input, y)
 
     def _with_dead_outputs(self, pieces: list[Tensor | None], x: Tensor, bias: Tensor | None) -> list[Tensor]:
         """``pieces`` with the outputs of groups without inputs (None) filled in: the bias, or 0."""
@@ -132,7 +126,7 @@ class FullyLearnableGroupConv2d(MaskedConv2d):
         return filled
 
     def dense_weight(self) -> Tensor:
-        if self.groups == 1 or not self.is_deployed:
+        if not self.is_packed:
             return self.masked_kernel()
         dense = self.kernel.new_zeros(self.out_channels, self.in_channels, *self.kernel_size)
         for group, block in enumerate(self._kernels()):
@@ -141,7 +135,7 @@ class FullyLearnableGroupConv2d(MaskedConv2d):
         return dense
 
     def _scale_outputs(self, scale: Tensor) -> None:
-        if self.groups == 1 or not self.is_deployed:
+        if not self.is_packed:
             super()._scale_outputs(scale)
             return
         rows = scale[self.order_out].split([m_g for m_g, _ in self._blocks])
@@ -190,7 +184,7 @@ class FullyLearnableGroupConv2d(MaskedConv2d):
         return {"weight": self.kernel, "logits_in": self.logits_in, "logits_out": self.logits_out}
 
     def load_projected(self, values: Mapping[str, Tensor]) -> None:
-        if self.groups > 1 and self.is_deployed:
+        if self.is_packed:
             group_in, group_out = (values[name].argmax(1) for name in self.exempt_from_decay)
             self._set_partition(group_in, group_out, self.kernel.device)
             weight = values["weight"]
@@ -239,9 +233,7 @@ class FullyLearnableGroupConv2d(MaskedConv2d):
         if groups == 1:
             return {"weight": weight}
         if fit is not None:
-            weight, moment, _ = shrunk(weight, fit.second_moment, fit.cross_moment, fit.ridge)
-            outputs, inputs = search_partition(contributions(weight, moment), groups)
-            weight = solve_blocks(weight, moment, outputs.to(weight.device), inputs.to(weight.device), groups)
+            weight, outputs, inputs = least_squares(weight, groups, fit)
         else:
             outputs, inputs = search_partition(weight.square().flatten(2).sum(2), groups)
         one_hot = [nn.functional.one_hot(part, groups).to(weight) for part in (inputs, outputs)]
@@ -258,11 +250,15 @@ def straight_through(logits: Tensor) -> Tensor:
     return hard + (soft - soft.detach())
 
 
-def solve_blocks(weight: Tensor, moment: Tensor, outputs: Tensor, inputs: Tensor, groups: int) -> Tensor:
-    """``weight`` (m, n, kh, kw) with the weights inside the groups replaced by the best ones for the moment (nK, nK).
+def least_squares(weight: Tensor, groups: int, fit: Fit) -> tuple[Tensor, Tensor, Tensor]:
+    """Groups that keep much of the energy by the moments of ``fit``, and the best weights inside them.
 
-    W_gg = W_{g,:} C E_g^T (E_g C E_g^T)^+ , E_g selecting the inputs of group g. outputs: (m,); inputs: (n,).
+    W_gg = W_{g,:} C E_g^T (E_g C E_g^T)^+ , E_g selecting the inputs of group g; C and W as :func:`shrunk` has them.
+    weight: (m, n, kh, kw); returns it with these weights in the groups, and the group of each output (m,) and of each
+    input (n,).
     """
+    weight, moment, _ = shrunk(weight, fit)
+    outputs, inputs = (part.to(weight.device) for part in search_partition(contributions(weight, moment), groups))
     taps = weight[0, 0].numel()
     flat = weight.flatten(1).to(moment.dtype)
     solved = flat.clone()
@@ -270,4 +266,4 @@ def solve_blocks(weight: Tensor, moment: Tensor, outputs: Tensor, inputs: Tensor
         rows = torch.where(outputs == group)[0]
         at = torch.where((inputs == group).repeat_interleave(taps))[0]
         solved[rows[:, None], at] = solve_normal(moment[at][:, at], flat[rows] @ moment[:, at])
-    return solved.reshape(weight.shape)
+    return solved.reshape(weight.shape), outputs, inputs

@@ -43,37 +43,31 @@ class GroupConv2d(VariantConv2d):
     def project(cls, weight: Tensor, groups: int, projection: str, fit: Fit | None) -> Mapping[str, Tensor]:
         """Diagonal blocks ('copy', which is the white optimum too: error 1 - 1/N), or least squares."""
         if fit is not None:
-            return {"weight": least_squares(weight, groups, fit.second_moment, fit.ridge, fit.cross_moment)}
+            return {"weight": least_squares(weight, groups, fit)}
         return {"weight": diagonal_blocks(weight, groups)}
 
 
-def group_cross_moments(
-    weight: Tensor, groups: int, second_moment: Tensor, cross_moment: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """C as group blocks, and every output's cross moments E[y u^T], by output group and input group.
+def group_moments(weight: Tensor, groups: int, fit: Fit) -> tuple[Tensor, Tensor]:
+    """C and E[y u^T] of ``fit`` for the kernel ``weight`` (m, n, kh, kw) as group blocks.
 
-    weight: (m, n, kh, kw); second_moment C: (nK, nK); cross_moment: (m, nK), None for W C. Returns (N, p, N, p) and
-    (N, m/N, N, p), p = K n/N.
+    Returns (N, p, N, p) and (N, m/N, N, p), p = K n/N.
     """
-    moment = check_second_moment(second_moment, weight)
-    per_group = moment.shape[0] // groups
-    cross = check_cross_moment(cross_moment, weight, moment)
-    rows = weight.shape[0] // groups
-    return moment.reshape(groups, per_group, groups, per_group), cross.reshape(groups, rows, groups, per_group)
+    moment = check_second_moment(fit.second_moment, weight)
+    cross = check_cross_moment(fit.cross_moment, weight, moment)
+    size = len(moment) // groups
+    return moment.reshape(groups, size, groups, size), cross.reshape(groups, -1, groups, size)
 
 
-def least_squares(
-    weight: Tensor, groups: int, second_moment: Tensor, ridge: float = 0.0, cross_moment: Tensor | None = None
-) -> Tensor:
-    """The grouped kernel that minimises E||Wu - Vu||^2 for inputs with E[u u^T] = ``second_moment``.
+def least_squares(weight: Tensor, groups: int, fit: Fit) -> Tensor:
+    """The grouped kernel that minimises E||Wu - Vu||^2 for the inputs of ``fit``, or E||y - Vu||^2 for its outputs y.
 
-    A^k = W^{k,:} C E_k^T (E_k C E_k^T)^+ , E_k selecting group k of the patch vector; with ``ridge`` pulled towards
-    the diagonal blocks (see :func:`bgcbench.theory.leastsquares.solve_normal`). With ``cross_moment`` E[y u^T] in the
-    place of W C it is E||y - Vu||^2. weight: (m, n, kh, kw); returns (m, n/N, kh, kw).
+    A^k = W^{k,:} C E_k^T (E_k C E_k^T)^+ , E_k selecting group k of the patch vector, and E[y u^T] in the place of W C;
+    a ridge pulls it towards the diagonal blocks (see :func:`bgcbench.theory.leastsquares.solve_normal`).
+    weight: (m, n, kh, kw); returns (m, n/N, kh, kw).
     """
-    moment, cross = group_cross_moments(weight, groups, second_moment, cross_moment)
+    moment, cross = group_moments(weight, groups, fit)
     prior = row_blocks(weight, groups).flatten(3)  # (N, m/N, N, p)
     solved = torch.stack(
-        [solve_normal(moment[k, :, k], cross[k, :, k], ridge=ridge, prior=prior[k, :, k]) for k in range(groups)]
+        [solve_normal(moment[k, :, k], cross[k, :, k], ridge=fit.ridge, prior=prior[k, :, k]) for k in range(groups)]
     )  # (N, m/N, p)
     return solved.reshape(weight.shape[0], weight.shape[1] // groups, *weight.shape[2:])

@@ -53,14 +53,14 @@ class LearnedGroupConv2d(MaskedConv2d):
             self.register_buffer("kept", torch.ones(groups, n, dtype=torch.bool, device=device))
 
     def forward(self, input: Tensor) -> Tensor:
-        if self.groups == 1 or not self.is_deployed:
+        if not self.is_packed:
             return self._convolve_masked(input)
         bias = None if self.bias is None else before_shuffle(self.bias, self.groups)
         y = self._convolve(gather_channels(input, self.columns), self.kernel, bias, self.groups)
         return shuffle_channels(y, self.groups)
 
     def dense_weight(self) -> Tensor:
-        if self.groups == 1 or not self.is_deployed:
+        if not self.is_packed:
             return self.masked_kernel()
         m, n, groups = self.out_channels, self.in_channels, self.groups
         dense = self.kernel.new_zeros(groups, m // groups, n, *self.kernel_size)
@@ -162,11 +162,10 @@ class LearnedGroupConv2d(MaskedConv2d):
         """
         if groups == 1:
             return {"weight": weight}
-        per_group = weight.shape[1] // groups
         if fit is not None:
-            return least_squares(weight, groups, fit.second_moment, fit.ridge, fit.cross_moment)
+            return least_squares(weight, groups, fit)
         scores = column_scores(weight, groups) if projection == "copy" else column_scores(weight.square(), groups)
-        return {"weight": weight, "kept": top_columns(scores, per_group)}
+        return {"weight": weight, "kept": top_columns(scores, weight.shape[1] // groups)}
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, drops={self.stage}/{self.stages}"
@@ -196,16 +195,14 @@ def pack(weight: Tensor, kept: Tensor) -> Tensor:
     return torch.cat([rows[group][:, kept[group]] for group in range(groups)])
 
 
-def least_squares(
-    weight: Tensor, groups: int, second_moment: Tensor, ridge: float = 0.0, cross_moment: Tensor | None = None
-) -> dict[str, Tensor]:
+def least_squares(weight: Tensor, groups: int, fit: Fit) -> dict[str, Tensor]:
     """Inputs chosen by the energy of what they contribute, W_gj C_jj W_gj^T, and the best weights on them.
 
-    weight: (m, n, kh, kw); second_moment: (nK, nK). Returns 'weight' (m, n, kh, kw), the solution in the kept columns
-    and 0 elsewhere, and 'kept' (N, n). ``ridge`` shrinks the moment towards its white part. With ``cross_moment``
-    E[y u^T] W gives way to the best dense kernel for these outputs (see ``shrunk``).
+    weight: (m, n, kh, kw). Returns 'weight' (m, n, kh, kw), the solution in the kept columns and 0 elsewhere, and
+    'kept' (N, n). A ridge shrinks C towards its white part; where outputs are wanted W gives way to the best dense
+    kernel for them (see ``shrunk``).
     """
-    weight, moment, whole = shrunk(weight, second_moment, cross_moment, ridge)
+    weight, moment, whole = shrunk(weight, fit)
     m, n, height, width = weight.shape
     taps = height * width
     kept = top_columns(column_scores(contributions(weight, moment)[:, :, None, None], groups), n // groups)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from bgcbench.convs.base import VariantConv2d
-from bgcbench.convs.layouts import is_channels_last
+from bgcbench.convs.layouts import is_channels_last, like_layout_of
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -35,12 +35,17 @@ class MaskedConv2d(VariantConv2d):
     @property
     def kernel_name(self) -> str:  # type: ignore[override]
         """A masked kernel is dense, in the order of inputs and outputs; a deployed one is packed by groups."""
-        return "weight_packed" if self.is_deployed and self.groups > 1 else "weight"
+        return "weight_packed" if self.is_packed else "weight"
 
     @property
     def is_deployed(self) -> bool:
         """Whether this layer is the deployed one."""
         return self.algorithm == "deployed"
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether this layer holds packed blocks instead of a dense kernel: deployed, with more than one group."""
+        return self.is_deployed and self.groups > 1
 
     @abstractmethod
     def mask(self) -> Tensor:
@@ -102,10 +107,8 @@ class MaskedConv2d(VariantConv2d):
         return layer.train(self.training)
 
     def _convolve_masked(self, x: Tensor) -> Tensor:
-        kernel = self.masked_kernel()
-        if is_channels_last(x):  # the convolution follows its kernel's layout where the two differ
-            kernel = kernel.contiguous(memory_format=torch.channels_last)
-        return self._convolve(x, kernel, self.bias, groups=1)
+        # The convolution follows its kernel's layout where that is another one than x's.
+        return self._convolve(x, like_layout_of(x, self.masked_kernel()), self.bias, groups=1)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
         """Follow the structure that is loaded before the tensors are copied."""

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from bgcbench.convs.base import VariantConv2d
 from bgcbench.convs.blocks import block_diagonal, diagonal_blocks, row_blocks
-from bgcbench.convs.layouts import is_channels_last
+from bgcbench.convs.layouts import like_layout_of
 from bgcbench.theory.leastsquares import Fit, shrunk
 from bgcbench.theory.residual import explained
 
@@ -58,17 +58,12 @@ class TwoLevelGroupConv2d(VariantConv2d):
             shape = (self.out_channels, self.groups, 1, 1)
             self.weight_coarse = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
 
-    def _weights(self) -> list[nn.Parameter]:
-        return [w for w in (self.weight_group, self.weight_coarse_in, self.weight_coarse) if w is not None]
-
     def forward(self, input: Tensor) -> Tensor:
         own = self._convolve(input, self.weight_group, self.bias, self.groups)
         if self.weight_coarse_in is None or self.weight_coarse is None:
             return own
         representatives = self._convolve(input, self.weight_coarse_in, None, self.groups)  # (B, N, H', W')
-        coarse = F.conv2d(representatives, self.weight_coarse)  # (B, m, H', W')
-        total = own + coarse
-        return total.contiguous(memory_format=torch.channels_last) if is_channels_last(own) else total
+        return like_layout_of(own, own + F.conv2d(representatives, self.weight_coarse))  # (B, m, H', W')
 
     def _scale_outputs(self, scale: Tensor) -> None:
         for kernel in (self.weight_group, self.weight_coarse):
@@ -86,7 +81,7 @@ class TwoLevelGroupConv2d(VariantConv2d):
         if groups == 1:
             return {"weight_group": weight}
         if fit is not None:
-            a, r, p = least_squares(weight, groups, fit.second_moment, fit.ridge, fit.cross_moment, fit.settled)
+            a, r, p = least_squares(weight, groups, fit)
         else:
             a, r, p = white_optimum(weight, groups)
         return {"weight_group": a, "weight_coarse_in": r, "weight_coarse": p}
@@ -119,25 +114,17 @@ def white_optimum(weight: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
     return diagonal_blocks(weight, groups), r.reshape(groups, n // groups, height, width), p.reshape(m, groups, 1, 1)
 
 
-def least_squares(
-    weight: Tensor,
-    groups: int,
-    second_moment: Tensor,
-    ridge: float = 0.0,
-    cross_moment: Tensor | None = None,
-    settled: float = 1e-8,
-) -> tuple[Tensor, Tensor, Tensor]:
+def least_squares(weight: Tensor, groups: int, fit: Fit) -> tuple[Tensor, Tensor, Tensor]:
     """(A, r, p) minimising E||Wu - Du||^2 for inputs with C = E[u u^T], by alternating least squares.
 
     A is eliminated: given the coarse level, A^k is the regression on u^k, so what is left to the coarse level in the
     rows of group k is weighted by S_k = C - C_{.k} C_kk^+ C_{k.} . Then p (given r) and r (given p) are linear
-    problems, solved in turn from the white optimum until the error falls by less than ``settled`` of itself: a local
-    minimum. ``ridge`` shrinks
-    C towards its white part, so that a large one gives the white optimum. With ``cross_moment`` K = E[y u^T] W gives
-    way to the best dense kernel for these outputs (see ``shrunk``). weight: (m, n, kh, kw); second_moment:
-    (nK, nK), u in unfold order; shapes of the result as in :func:`white_optimum`.
+    problems, solved in turn from the white optimum until the error falls by less than ``fit.settled`` of itself: a
+    local minimum. A ridge shrinks C towards its white part, so that a large one gives the white optimum. Where outputs
+    are wanted W gives way to the best dense kernel for them (see ``shrunk``). weight: (m, n, kh, kw); shapes of the
+    result as in :func:`white_optimum`.
     """
-    weight, moment, _ = shrunk(weight, second_moment, cross_moment, ridge)
+    weight, moment, _ = shrunk(weight, fit)
     problem = _CoarseLevel(weight, groups, moment)
     _, start, _ = white_optimum(weight, groups)
     r = last = best = start.flatten(1)  # (N, p)
@@ -148,10 +135,10 @@ def least_squares(
         if previous is not None and error > previous and momentum:
             r, momentum = best, 0  # went too far: back to the last solution, without extrapolating
             continue
-        if previous is not None and previous - error <= settled * abs(previous):
+        if previous is not None and previous - error <= fit.settled * abs(previous):
             break
         previous = error
-        best = problem.best_inputs(p, r, settled)
+        best = problem.best_inputs(p, r, fit.settled)
         # Nesterov's extrapolation: plain alternation crawls along narrow valleys.
         momentum += 1
         r = best + (momentum - 1) / (momentum + 2) * (best - last)

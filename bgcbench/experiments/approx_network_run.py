@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bgcbench.conversion.approximability import (
-    Judge,
+    Evaluator,
     LayerError,
     check_divisible,
     kernel_of,
@@ -184,7 +184,7 @@ class ApproxNetworkRun(Run):
             )
             scarce: list[LayerError] = []
             for number, (layer, moments) in enumerate(source):
-                judge = Judge(layer, kernel_of(model, layer), moments, share_of.get(layer.name))
+                evaluator = Evaluator(layer, kernel_of(model, layer), moments, share_of.get(layer.name))
                 for variant, groups in config.cells:
                     key = self._key(layer.name, variant, groups)
                     if key in self.done:
@@ -193,10 +193,10 @@ class ApproxNetworkRun(Run):
                         return
                     yield Step(f"{layer.name}: {variant} N={groups}", number / len(todo))
                     try:
-                        found = judge.judge(variant, groups)
+                        found = evaluator.evaluate(variant, groups)
                     except Exception as problem:  # noqa: BLE001 - whatever it is, the other rows are worth having
                         failure = describe_failure(problem, self.session.device)
-                        found = judge.unknown(variant, groups, failure.reason)
+                        found = evaluator.unknown(variant, groups, failure.reason)
                         self.done[key] = self._record(key, layer, found, count, failure.status)
                         continue
                     scarce += [found] if found.scarce and found.reason is None else []

@@ -23,7 +23,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bgcbench.specs import ConvSpec, Pair, output_length
+from bgcbench.specs import LINEAR, VARIANTS, ConvSpec, Pair, output_length
 from bgcbench.theory.inputs import InputLaw
 
 
@@ -44,14 +44,10 @@ def coverage(spec: ConvSpec, height: int, width: int) -> Tensor:
 def border_factor(spec: ConvSpec, height: int, width: int) -> float:
     """sum c / (K D_in): 1 without padding and stride; (3D - 2) / (3D) for three taps on a padded row of D.
 
-    A stride s makes it about 1/s^2, because there are fewer outputs than inputs.
+    A stride s makes it about 1/s^2, because there are fewer outputs than inputs. Over n it is the sharp constant of
+    Lemma 3.4, E||Wx||^2 / (E||W||_par^2 E||x||^2) for white x, where the lemma has K/n.
     """
     return float(coverage(spec, height, width).diagonal().mean()) / (height * width)
-
-
-def white_ratio(spec: ConvSpec, size: Pair) -> float:
-    """rho = border / n: E||Wx||^2 / (E||W||_par^2 E||x||^2) for white x (Lemma 3.4 has K/n)."""
-    return border_factor(spec, *size) / spec.in_channels
 
 
 def exact_relative_error(spec: ConvSpec, size: Pair, law: InputLaw) -> float | None:
@@ -59,13 +55,13 @@ def exact_relative_error(spec: ConvSpec, size: Pair, law: InputLaw) -> float | N
     groups, n = spec.groups, spec.in_channels
     if groups == 1:
         return 0.0
-    if spec.variant not in ("gc", "shuffle", "bgc"):
+    if spec.variant not in LINEAR:
         return None
     both = coverage(spec, *size)
     count = both.diagonal()
     own = torch.diag(law.variance * (1 - law.correlation) * count)
     shared = torch.diag(law.variance * law.correlation * count) + law.mean**2 * both
-    if spec.variant == "bgc":
+    if VARIANTS[spec.variant].sees_mean:
         lost = (1 - 2 / groups) * float(own.trace())
     else:
         estimate = shared @ torch.linalg.pinv(own * (groups / n) + shared, hermitian=True) @ shared

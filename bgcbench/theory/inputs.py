@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from bgcbench.errors import UsageError
 
-LARGEST_MEAN = 1000  # its square stands beside 1 in a second moment
+LARGEST_MEAN = 1000  # its square is added to 1 in a second moment
 NAMES = ("normal", "uniform", "normal:MU", "relu", "factor:RHO")
 
 

@@ -64,7 +64,7 @@ def check_second_moment(second_moment: Tensor, weight: Tensor) -> Tensor:
 
 
 def check_cross_moment(cross_moment: Tensor | None, weight: Tensor, moment: Tensor) -> Tensor:
-    """E[y u^T] (m, nK) in float64 beside ``moment``: as given, or W C for the outputs y = W u.
+    """E[y u^T] (m, nK) in float64 where ``moment`` is: as given, or W C for the outputs y = W u.
 
     Raises ShapeError unless what is given is (m, nK).
     """
@@ -78,22 +78,20 @@ def check_cross_moment(cross_moment: Tensor | None, weight: Tensor, moment: Tens
     return cross_moment.to(moment)
 
 
-def shrunk(
-    weight: Tensor, second_moment: Tensor, cross_moment: Tensor | None, ridge: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(W', C', K') of the problem with white noise added to the inputs (see :func:`shrink_to_white`), all float64.
+def shrunk(weight: Tensor, fit: Fit) -> tuple[Tensor, Tensor, Tensor]:
+    """(W', C', K') of ``fit`` with white noise added to the inputs (see :func:`shrink_to_white`), all float64.
 
     C' = C + r I and K' = K + r W, r = ridge tr(C)/dim. W' (m, n, kh, kw) is the best dense kernel for it, K' C'^+, so
     that E|y - V u|^2 = tr((W' - V) C' (W' - V)^T) + a constant for every V: what searches for a structure looks at. It
-    is W where ``cross_moment`` is not given.
+    is W where there is no cross moment.
     """
-    plain = check_second_moment(second_moment, weight)
-    moment = shrink_to_white(plain, ridge)
+    plain = check_second_moment(fit.second_moment, weight)
+    moment = shrink_to_white(plain, fit.ridge)
     own = weight.to(moment.dtype)
-    if cross_moment is None:
+    if fit.cross_moment is None:
         return own, moment, own.flatten(1) @ moment
-    cross = check_cross_moment(cross_moment, weight, moment)
-    cross = cross + ridge * plain.diagonal().mean() * own.flatten(1)
+    cross = check_cross_moment(fit.cross_moment, weight, moment)
+    cross = cross + fit.ridge * plain.diagonal().mean() * own.flatten(1)
     return solve_normal(moment, cross).reshape(own.shape), moment, cross
 
 

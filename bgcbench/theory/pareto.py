@@ -20,8 +20,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from bgcbench.theory.fits import EXACT
 
@@ -56,11 +55,3 @@ def uncertainty(error: float, relative_se: float, input_values: int) -> float:
     standard error of sqrt(2 / (S n D)), as a share. What two errors from the same inputs differ by scatters less.
     """
     return error * math.hypot(relative_se, math.sqrt(2 / input_values))
-
-
-def uncertainty_of(row: Mapping[str, Any]) -> float:
-    """:func:`uncertainty` of the share of the output that a row of sampled convolutions loses."""
-    params, relative = row["params"], row["relative_error"]
-    share = (row["relative_error_se"] or 0.0) / relative if relative else 0.0
-    values = params["samples"] * params["in_channels"] * params["length"] ** params["dims"]
-    return uncertainty(row["output_relative_error"], share, values)

@@ -23,7 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-SEES_MEAN = {"gc": False, "shuffle": False, "bgc": True}
+from bgcbench.specs import LINEAR, VARIANTS
+
+SEES_MEAN = {name: VARIANTS[name].sees_mean for name in LINEAR}
 
 # A Gram matrix whose pivots' squares spread further than this is not trusted to Cholesky.
 _SINGULAR = {torch.float64: 1e-12, torch.float32: 1e-5}

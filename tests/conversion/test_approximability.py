@@ -12,8 +12,9 @@ from torch.nn import functional as F
 
 import bgcbench
 from bgcbench.conversion import layer_moments
-from bgcbench.conversion.approximability import RIDGES, approximability, check_divisible, moment_bytes, passes, stream
+from bgcbench.conversion.approximability import approximability, check_divisible, moment_bytes, passes, stream
 from bgcbench.conversion.convert import candidates
+from bgcbench.conversion.solve import RIDGES
 from bgcbench.convs import CONVS
 from bgcbench.errors import ShapeError, UsageError
 from bgcbench.models import build_model
@@ -94,15 +95,15 @@ def test_calibrated_weights_are_the_least_squares_of_the_images_that_are_not_hel
     x = inputs_of(net, "second", data).double()
     held = torch.arange(32) % HELD_OUT == HELD_OUT - 1
     weight = net.second.weight.detach().double().flatten(1)  # (32, 16)
-    fit, judge = (x[part].transpose(0, 1).flatten(1) for part in (~held, held))  # (16, positions)
-    y = weight @ judge
+    fit, held_out = (x[part].transpose(0, 1).flatten(1) for part in (~held, held))  # (16, positions)
+    y = weight @ held_out
     for groups in (2, 4):
         lost = torch.zeros(())
         for k in range(groups):
             rows = slice(k * 32 // groups, (k + 1) * 32 // groups)
             seen = slice(k * 16 // groups, (k + 1) * 16 // groups)
             solved = torch.linalg.lstsq(fit[seen].T, (weight[rows] @ fit).T).solution.T
-            lost = lost + (y[rows] - solved @ judge[seen]).square().sum()
+            lost = lost + (y[rows] - solved @ held_out[seen]).square().sum()
         plain = float(lost / y.square().sum())
         reported = found["gc", groups]
         assert reported.calibrated is not None
@@ -238,7 +239,7 @@ def test_an_n_that_does_not_fit_a_layer_says_so_there_and_nowhere_else(net: Net)
         check_divisible(candidates(net, example_input=(3, 8, 8)).chosen, ["gc"], [2, 32])
 
 
-def test_a_layer_that_runs_twice_is_judged_on_both_inputs() -> None:
+def test_a_layer_that_runs_twice_is_evaluated_on_both_inputs() -> None:
     class Twice(nn.Module):
         def __init__(self) -> None:
             super().__init__()

@@ -177,7 +177,7 @@ def test_bgc_of_two_groups_is_the_network_itself_and_leaves_its_norms_alone() ->
 
 
 @pytest.mark.parametrize("variant", [name for name in CONVS if name != "standard"])
-def test_every_variant_loses_less_than_its_white_form_on_images_held_out(variant: str) -> None:
+def test_every_variant_loses_less_than_its_white_optimum_on_images_held_out(variant: str) -> None:
     model = network()
     converted = convert(model, variant, 4, init="calibrated", calibration=[images()])
     layers = converted.record.calibration.layers

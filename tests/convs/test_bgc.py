@@ -9,6 +9,7 @@ from bgcbench.convs.bgc import BalancedGroupConv2d, copy_blocks, least_squares, 
 from bgcbench.convs.bgc_algorithms import append_to_groups, dense_kernel, group_mean
 from bgcbench.convs.gc import GroupConv2d
 from bgcbench.convs.gc import least_squares as gc_least_squares
+from bgcbench.theory.leastsquares import Fit
 
 
 def randn(*shape: int) -> Tensor:
@@ -118,8 +119,8 @@ def test_least_squares_equals_lstsq_on_the_explicit_design_matrix(groups: int) -
     mixing = randn(n, n) + 1.0
     u = randn(samples, n) @ mixing  # correlated, with a common factor
     moment = u.T @ u / samples
-    a, b = least_squares(weight, groups, moment)
-    gc = gc_least_squares(weight, groups, moment)
+    a, b = least_squares(weight, groups, Fit(moment))
+    gc = gc_least_squares(weight, groups, Fit(moment))
     per, rows = n // groups, m // groups
     mean = u.unflatten(1, (groups, per)).mean(1)
     for k in range(groups):
@@ -140,7 +141,7 @@ def test_least_squares_equals_the_white_optimum_for_exchangeable_groups(groups: 
     shared = root @ root.T  # C_kl for k != l; the diagonal blocks are larger by another positive matrix
     own = randn(per, per)
     moment = shared.repeat(groups, groups) + torch.block_diag(*[own @ own.T + torch.eye(per)] * groups)
-    a, b = least_squares(weight, groups, moment)
+    a, b = least_squares(weight, groups, Fit(moment))
     torch.testing.assert_close(
         dense_kernel(a, b, groups), dense_kernel(*white_optimum(weight, groups), groups), rtol=1e-7, atol=1e-7
     )
@@ -149,10 +150,10 @@ def test_least_squares_equals_the_white_optimum_for_exchangeable_groups(groups: 
 def test_a_strong_ridge_gives_the_white_optimum_and_a_weak_one_least_squares() -> None:
     weight, root = randn(8, 8, 3, 3), randn(72, 72)
     moment = root @ root.T
-    white, exact = white_optimum(weight, 4), least_squares(weight, 4, moment)
-    for strong, limit in zip(least_squares(weight, 4, moment, ridge=1e9), white, strict=True):
+    white, exact = white_optimum(weight, 4), least_squares(weight, 4, Fit(moment))
+    for strong, limit in zip(least_squares(weight, 4, Fit(moment, ridge=1e9)), white, strict=True):
         torch.testing.assert_close(strong, limit, rtol=1e-6, atol=1e-6)
-    for weak, limit in zip(least_squares(weight, 4, moment, ridge=1e-12), exact, strict=True):
+    for weak, limit in zip(least_squares(weight, 4, Fit(moment, ridge=1e-12)), exact, strict=True):
         torch.testing.assert_close(weak, limit, rtol=1e-4, atol=1e-5)
 
 

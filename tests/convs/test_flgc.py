@@ -81,7 +81,7 @@ def test_starts_differ_from_layer_to_layer_and_repeat_with_the_seed() -> None:
 )
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_the_deployed_form_equals_the_masked_one(inputs, outputs, groups, dead, bias, layout) -> None:
+def test_the_deployed_layer_equals_the_masked_one(inputs, outputs, groups, dead, bias, layout) -> None:
     layer = with_groups(inputs, outputs, groups, bias=bias, stride=2)
     deployed = layer.deploy().to(memory_format=layout)
     x = torch.randn(2, len(inputs), 7, 6, dtype=torch.float64).to(memory_format=layout)

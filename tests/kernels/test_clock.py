@@ -72,7 +72,7 @@ def test_what_the_host_needs_is_not_in_the_time(kernel_s: float, simulated: Call
     assert tiles._time(lambda _: [device.launch(kernel_s)], tile) == pytest.approx(kernel_s)
 
 
-def test_what_the_host_needs_is_told_apart(simulated: Callable[..., Device], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_host_is_timed_by_itself(simulated: Callable[..., Device], monkeypatch: pytest.MonkeyPatch) -> None:
     device = simulated()
     monkeypatch.setattr(clock.time, "perf_counter", lambda: device.now)
     busy, host = clock.device_and_host_seconds(lambda: device.launch(5e-6), 10)

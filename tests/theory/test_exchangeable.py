@@ -9,7 +9,7 @@ import torch
 
 from bgcbench.experiments.approx_run import draw_inputs
 from bgcbench.specs import ConvSpec, as_pair, divisors
-from bgcbench.theory.exchangeable import axis_coverage, border_factor, coverage, exact_relative_error, white_ratio
+from bgcbench.theory.exchangeable import axis_coverage, border_factor, coverage, exact_relative_error
 from bgcbench.theory.inputs import InputLaw
 from tests.theory.explicit import LAWS, moment_of_patches, residual_forms
 
@@ -47,11 +47,13 @@ def brute_force(variant: str, channels: int, groups: int, size: tuple[int, int],
     return error / weights / (channels * size[0] * size[1] * (variance + mean**2))
 
 
-@pytest.mark.parametrize("name", LAWS)
-@pytest.mark.parametrize(("channels", "size", "shape"), GEOMETRIES)
-def test_the_closed_forms_are_the_least_errors_that_pseudo_inverses_give(
-    channels: int, size: tuple[int, int], shape: dict[str, Any], name: str
-) -> None:
+@pytest.mark.parametrize(
+    ("geometry", "name"),
+    # Half of all pairs: every geometry with half of the laws, every law with half of the geometries.
+    [(g, name) for place, g in enumerate(GEOMETRIES) for at, name in enumerate(LAWS) if (place + at) % 2 == 0],
+)
+def test_the_closed_forms_are_the_least_errors_that_pseudo_inverses_give(geometry: tuple[Any, ...], name: str) -> None:
+    channels, size, shape = geometry
     law = InputLaw.parse(name)
     for variant, groups in itertools.product(("gc", "bgc"), divisors(channels)[1:]):
         found = exact_relative_error(spec_of(variant, channels, groups, shape), size, law)
@@ -83,7 +85,7 @@ def test_what_is_no_linear_space_has_no_closed_form(variant: str) -> None:
 @pytest.mark.parametrize("groups", [2, 4, 8])
 def test_on_white_input_groups_keep_one_and_balanced_groups_two_of_n_parts(name: str, groups: int) -> None:
     shape = {"kernel_size": (1, 3), "padding": (0, 1)}
-    law, rho = InputLaw.parse(name), white_ratio(spec_of("gc", 8, 2, shape), (1, 5))
+    law, rho = InputLaw.parse(name), border_factor(spec_of("gc", 8, 2, shape), 1, 5) / 8
     for variant, kept in (("gc", 1), ("bgc", 2)):
         found = exact_relative_error(spec_of(variant, 8, groups, shape), (1, 5), law)
         assert found == pytest.approx(rho * (1 - kept / groups), rel=1e-12, abs=1e-15)
@@ -113,15 +115,11 @@ def counted(length: int, kernel: int, stride: int, padding: int, dilation: int) 
     return found
 
 
-@pytest.mark.parametrize("dilation", [1, 2])
-@pytest.mark.parametrize("padding", [0, 1, 2])
-@pytest.mark.parametrize("stride", [1, 2, 3])
 @pytest.mark.parametrize(("length", "kernel"), [(7, 3), (6, 2), (5, 1), (8, 4)])
-def test_coverage_is_what_counting_windows_gives(
-    length: int, kernel: int, stride: int, padding: int, dilation: int
-) -> None:
-    found = axis_coverage(length, kernel, stride, padding, dilation)
-    assert found.tolist() == counted(length, kernel, stride, padding, dilation)
+def test_coverage_is_what_counting_windows_gives(length: int, kernel: int) -> None:
+    for stride, padding, dilation in itertools.product((1, 2, 3), (0, 1, 2), (1, 2)):
+        found = axis_coverage(length, kernel, stride, padding, dilation)
+        assert found.tolist() == counted(length, kernel, stride, padding, dilation)
 
 
 @pytest.mark.parametrize(
@@ -142,18 +140,17 @@ def test_coverage_of_an_image_counts_the_two_axes_together(shape: dict[str, Any]
     assert both.tolist() == expected
     share = sum(expected[i][i] for i in range(len(taps))) / (len(taps) * height * width)
     assert border_factor(spec, height, width) == pytest.approx(share, rel=1e-14)
-    assert white_ratio(spec, (height, width)) == pytest.approx(share / 4, rel=1e-14)
 
 
 @pytest.mark.parametrize("length", [3, 5, 32, 100])
 def test_three_taps_on_a_padded_row_miss_the_image_twice(length: int) -> None:
     spec = ConvSpec("gc", 12, 12, (1, 3), padding=(0, 1), groups=4)
-    assert white_ratio(spec, (1, length)) == pytest.approx((3 * length - 2) / (3 * length) / 12, rel=1e-14)
+    assert border_factor(spec, 1, length) == pytest.approx((3 * length - 2) / (3 * length), rel=1e-14)
 
 
 def test_the_papers_shape_has_the_ceiling_that_its_figure_shows() -> None:
     spec = ConvSpec("gc", 256, 256, (1, 3), padding=(0, 1), groups=4)
-    assert white_ratio(spec, (1, 32)) == pytest.approx(3.825e-3, rel=5e-5)
+    assert border_factor(spec, 1, 32) / 256 == pytest.approx(3.825e-3, rel=5e-5)
 
 
 def test_without_a_border_every_tap_meets_the_image_at_every_output() -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bgcbench.errors import UsageError
-from bgcbench.theory.leastsquares import shrink_to_white, solve_normal
+from bgcbench.theory.leastsquares import Fit, shrink_to_white, shrunk, solve_normal
 
 
 def test_dependent_regressors_give_the_solution_of_least_norm() -> None:
@@ -37,3 +37,15 @@ def test_shrinking_adds_white_noise_of_that_share_of_the_mean_power() -> None:
     assert torch.equal(shrink_to_white(moment, 0.0), moment)
     with pytest.raises(UsageError, match="ridge=-1"):
         shrink_to_white(moment, -1)
+
+
+def test_the_dense_kernel_of_a_shrunk_problem_is_pulled_towards_the_weights() -> None:
+    weight, u, y = (torch.randn(*shape, dtype=torch.float64) for shape in ((3, 4, 1, 1), (4, 50), (3, 50)))
+    moment, cross = u @ u.T / 50, y @ u.T / 50
+    pull = 0.3 * float(moment.trace()) / 4
+    # E|y - V u|^2 + pull |W - V|^2 as one least squares problem.
+    design = torch.cat([u, (50 * pull) ** 0.5 * torch.eye(4, dtype=torch.float64)], 1)
+    target = torch.cat([y, (50 * pull) ** 0.5 * weight.flatten(1)], 1)
+    expected = torch.linalg.lstsq(design.T, target.T).solution.T
+    found, _, _ = shrunk(weight, Fit(moment, cross, ridge=0.3))
+    torch.testing.assert_close(found.flatten(1), expected)

@@ -16,7 +16,7 @@ from bgcbench.experiments.approx_run import ApproxRun, draw_inputs, open_session
 from bgcbench.results import Json
 from bgcbench.specs import ConvSpec
 from bgcbench.theory.bounds import bounds
-from bgcbench.theory.exchangeable import white_ratio
+from bgcbench.theory.exchangeable import border_factor
 from bgcbench.theory.inputs import InputLaw
 from bgcbench.theory.moments import PatchMoments
 from bgcbench.theory.residual import centred, explained, inner_product, outside
@@ -93,7 +93,7 @@ def test_lemma_3_4_holds_and_its_sharp_constant_is_the_borders_share_of_one_nth(
     mean, variance, _ = LAWS[name]
     scale = (m * n * taps) * (n * size[0] * size[1] * (variance + mean**2))  # E||W||^2 E||x||^2
     found, error = float(energy.mean()) / scale, float(energy.std()) / scale / math.sqrt(samples)
-    sharp = white_ratio(ConvSpec("gc", n, m, **shape), size)
+    sharp = border_factor(ConvSpec("gc", n, m, **shape), *size) / n
     assert abs(found - sharp) < 5 * error
     assert error < 0.02 * sharp  # or the line above would say nothing
     assert sharp <= taps / n
