@@ -281,8 +281,8 @@ def test_dry_run_names_every_convolution_and_writes_nothing(
     captured = capsys.readouterr()
     assert captured.out == ""
     for text in ("replaced: stages.0.0.conv1", "kept: stem (the first convolution)", "16 images to calibrate with",
-                 "weights: dense.pt", "dense: ", " to judge", "GC N=2: ", " an epoch, ",
-                 "for 2 trainings and 1 networks to judge; conversions come on top"):  # fmt: skip
+                 "weights: dense.pt", "dense: ", " to evaluate", "GC N=2: ", " an epoch, ",
+                 "for 2 trainings and 1 networks to evaluate; conversions come on top"):  # fmt: skip
         assert text in captured.err
     assert list(here.iterdir()) == []
 

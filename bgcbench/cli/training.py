@@ -18,6 +18,8 @@ from bgcbench.experiments import train, transfer
 from bgcbench.experiments.options import Asked, AskedOfTraining, AskedOfTransfer
 from bgcbench.experiments.train import IN_FILES, TrainConfig, as_folder
 from bgcbench.experiments.transfer import NO_IMAGES, TransferConfig, room_to_save, with_images
+from bgcbench.results.document import Command as CommandName
+from bgcbench.results.rows import AnyRow, Epoch, TrainRow, TransferRow
 from bgcbench.specs import TIMM_PREFIX, WEIGHTS, NetSpec
 
 if TYPE_CHECKING:
@@ -48,7 +50,7 @@ class Train(Command):
     [bold]torchrun --nproc-per-node 8 -m bgcbench train resnet50 --data imagenet --data-dir DIR --resume auto[/bold]
     """
 
-    name = "train"
+    name: ClassVar[CommandName] = "train"
     summary = "Train a network with each variant, and compare errors."
     kinds = (TrainConfig,)
     asked = AskedOfTraining
@@ -89,7 +91,7 @@ class Train(Command):
         session.settings |= prepared.settings
         return prepared
 
-    def start(self, prepared: Any, session: Session, world: World, beginning: Beginning) -> TrainRun:
+    def start(self, prepared: Any, session: Session, world: World, beginning: Beginning) -> TrainRun[Any]:
         from bgcbench.experiments.train_run import TrainRun
 
         return TrainRun(prepared, session, world, **beginning.of_training)
@@ -104,8 +106,8 @@ class Train(Command):
         processes_text = f", {run.world.size} processes" if run.world.size > 1 else ""
         lines = [
             f"plan: {config.model} on {data.name} ({images} images to train with, {len(data.test_labels)} to test "
-            f"with, {data.size[0]}x{data.size[1]} px), {len(run.todo)} of {len(run.rows)} rows to {self.what_is_done}, "
-            f"on {run.session.environment['device']['name']}{processes_text}"
+            f"with, {data.size[0]}x{data.size[1]} px), {len(run.todo)} of {len(run.planned)} rows to "
+            f"{self.what_is_done}, on {run.session.environment.device.name}{processes_text}"
         ]
         recipe = config.hyper
         if recipe.epochs:
@@ -121,17 +123,18 @@ class Train(Command):
 
         seconds: dict[tuple[str, int], float] = {}
         for row, epoch_s, all_s in run.estimates():
-            seconds[row.cell] = all_s
+            seconds[row.params.cell] = all_s
             if not quiet:
                 trained = f"{duration(epoch_s)} an epoch, {duration(all_s)} a training"
-                say(f"  {network_label(*row.cell)}: {trained if row.epochs else f'{duration(all_s)} to judge'}")
+                takes = trained if row.params.epochs else f"{duration(all_s)} to evaluate"
+                say(f"  {network_label(*row.params.cell)}: {takes}")
         if interrupts.requested():
             return interrupts.exit_code
         todo = run.todo
-        total = sum(seconds[row.cell] for row in todo)
-        trainings = sum(bool(row.epochs) for row in todo)
+        total = sum(seconds[row.params.cell] for row in todo)
+        trainings = sum(bool(row.params.epochs) for row in todo)
         parts = [f"{trainings} trainings"] * bool(trainings)
-        parts += [f"{len(todo) - trainings} networks to judge"] * (len(todo) > trainings)
+        parts += [f"{len(todo) - trainings} networks to evaluate"] * (len(todo) > trainings)
         if not quiet:
             of_what = f"{' and '.join(parts)}{self.on_top}" if parts else "nothing"
             say(f"time in total: about {duration(total)} for {of_what}")
@@ -142,10 +145,10 @@ class Train(Command):
 
     def line(self, update: Update, run: Any) -> str | None:
         """What a log says of ``update``; None for nothing."""
-        return None if update.record is None else _epoch_line(update, run)
+        return None if update.record is None else _epoch_line(update, update.record, run)
 
-    def is_drawable(self, row: Json) -> bool:
-        return bool(row["epochs"])
+    def is_drawable(self, row: AnyRow) -> bool:
+        return isinstance(row, TrainRow) and bool(row.epochs)
 
 
 class Transfer(Train):
@@ -195,7 +198,7 @@ class Transfer(Train):
         if weights not in WEIGHTS and not os.path.exists(weights):
             raise UsageError(f"--weights {weights}: there is no such file; choose a file, {' or '.join(WEIGHTS)}")
         if config.save is not None:
-            keys = [row.key for row in transfer.plan(config) if not row.is_dense]
+            keys = [row.key for row in transfer.plan(config) if not row.params.is_dense]
             room_to_save(Path(config.save), keys, replace=replace or not fresh)
 
     def prepare(self, config: TransferConfig, session: Session, world: World) -> Any:
@@ -218,8 +221,8 @@ class Transfer(Train):
             _, reasons = with_images({"data_dirs": config.data_dirs}, config.num_classes or 0, typed=False)
             return [
                 *([f"no images: {'; '.join(reasons)}"] if reasons else []),
-                f"plan: {config.model} without images, {len(run.todo)} of {len(run.rows)} rows by the closed form "
-                f"(init {', '.join(config.inits)}), on {run.session.environment['device']['name']}; --data-dir DIR "
+                f"plan: {config.model} without images, {len(run.todo)} of {len(run.planned)} rows by the closed form "
+                f"(init {', '.join(config.inits)}), on {run.session.environment.device.name}; --data-dir DIR "
                 "(train/ and val/, or val/ alone) adds errors and calibrated weights",
             ]
         lines = super().own_lines(run)
@@ -242,14 +245,16 @@ class Transfer(Train):
     def estimate(self, run: TransferRun, interrupts: Interrupts, *, quiet: bool) -> int:
         return 0 if run.config.data == NO_IMAGES else super().estimate(run, interrupts, quiet=quiet)
 
-    def is_drawable(self, row: dict[str, Any]) -> bool:
-        calibration = row["convert"].get("calibration") or {"layers": []}
-        return row["error_initial"] is not None or bool(calibration["layers"])
+    def is_drawable(self, row: AnyRow) -> bool:
+        calibration = row.convert.calibration if isinstance(row, TransferRow) and row.convert else None
+        return isinstance(row, TransferRow) and (
+            row.error_initial is not None or bool(calibration and calibration.layers)
+        )
 
     def line(self, update: Update, run: TransferRun) -> str | None:
         if update.doing == "converted":
             return _converted_line(run.known[update.row.key]) if run.prepared.loaded else None
-        return _judged_line(update, run) if update.doing == "judged" else super().line(update, run)
+        return _evaluated_line(run.known[update.row.key]) if update.doing == "evaluated" else super().line(update, run)
 
     def _from_checkpoint(self, given: dict[str, Any], asked: Asked) -> dict[str, Any]:
         """``given`` with the network and the weights of the checkpoint that MODEL names.
@@ -301,26 +306,26 @@ def _is_path(model: str) -> bool:
     return bool(os.path.dirname(model)) and not model.startswith(TIMM_PREFIX)
 
 
-def _network_lines(run: TrainRun, *, full: bool) -> list[str]:
+def _network_lines(run: TrainRun[Any], *, full: bool) -> list[str]:
     """The networks of the plan; ``full``: with every convolution that is replaced or kept."""
     from bgcbench.experiments.network_run import network_label
 
     lines: list[str] = []
     for cell, known in run.prepared.cells.items():
-        counts, convert = known.counts, known.convert
+        counts, record = known.counts, known.convert
         lines.append(
-            f"  {network_label(*cell)}: {counts['params']:,} parameters, {counts['macs'] / 1e6:,.1f} M MACs an "
-            f"image, {len(convert['replaced'])} convolutions replaced, {len(convert['kept'])} kept"
+            f"  {network_label(*cell)}: {counts.params:,} parameters, {counts.macs / 1e6:,.1f} M MACs an image, "
+            f"{len(record.replaced)} convolutions replaced, {len(record.kept)} kept"
         )
-    told: list[dict[str, Any]] = []
+    told: list[tuple[Any, ...]] = []
     for cell, known in run.prepared.cells.items() if full else ():
-        choice = {name: known.convert[name] for name in ("replaced", "kept")}
-        if known.record is None or choice in told:  # the same convolutions, unless N does not divide some
+        choice = known.convert.replaced, known.convert.kept
+        if cell[0] == "standard" or choice in told:  # the same convolutions, unless N does not divide some
             continue
         told.append(choice)
         lines.append(f"{network_label(*cell)}:" if len(told) > 1 else "convolutions:")
-        lines += [f"  replaced: {name}" for name in choice["replaced"]]
-        lines += [f"  kept: {kept['name']} ({kept['reason']})" for kept in choice["kept"]]
+        lines += [f"  replaced: {name}" for name in known.convert.replaced]
+        lines += [f"  kept: {kept.name} ({kept.reason})" for kept in known.convert.kept]
     return lines
 
 
@@ -336,22 +341,21 @@ def duration(seconds: float) -> str:
     return f"{minutes}:{rest:02d} min" if minutes < 60 else f"{minutes // 60}:{minutes % 60:02d} h"
 
 
-def _epoch_line(update: Update, run: TrainRun) -> str:
+def _epoch_line(update: Update, epoch: Epoch, run: TrainRun[Any]) -> str:
     """One epoch, for a log."""
-    record = update.record or {}
-    error, best = record["test_error"], run.known[update.row.key]["error_best"]
-    judged = "" if error is None else f", test error {error:.2f} %"
-    judged += "" if best is None else f" (best {best:.2f} %)"
-    speed = "" if record["images_per_s"] is None else f", {record['images_per_s']:.0f} images/s"
+    error, best = epoch.test_error, run.known[update.row.key].error_best
+    errors = "" if error is None else f", test error {error:.2f} %"
+    errors += "" if best is None else f" (best {best:.2f} %)"
+    speed = "" if epoch.images_per_s is None else f", {epoch.images_per_s:.0f} images/s"
     left = "" if update.left_s is None else f", {duration(update.left_s)} left"
-    learnt = "".join(f", {name} {value:.1%}" for name, value in (record["learnt"] or {}).items())
+    learnt = "".join(f", {name} {value:.1%}" for name, value in (epoch.learnt or {}).items())
     return (
-        f"{update.row.key} epoch {record['epoch']}/{run.config.epochs}: lr {record['lr']:.3g}, loss "
-        f"{record['train_loss']:.4f}{judged}{learnt}{speed}{left}"
+        f"{update.row.key} epoch {epoch.epoch}/{run.config.epochs}: lr {epoch.lr:.3g}, loss "
+        f"{epoch.train_loss:.4f}{errors}{learnt}{speed}{left}"
     )
 
 
-def _bar_text(update: Update, run: TrainRun) -> str:
+def _bar_text(update: Update, run: TrainRun[Any]) -> str:
     """What the bar shows: the row, its epoch, loss and error, images a second and the time left of the run."""
     text = f"{update.number + 1}/{update.count} {run.title(update.row)}"
     if update.doing:
@@ -369,26 +373,22 @@ def _bar_text(update: Update, run: TrainRun) -> str:
     return text if update.left_s is None else f"{text}  {duration(update.left_s)} left"
 
 
-def _converted_line(row: dict[str, Any]) -> str:
+def _converted_line(row: TransferRow) -> str:
     """One network that was converted by the closed form, for a log."""
-    if row["status"] != "ok":
-        return f"{row['key']}: {row['status']}: {row['reason']}"
-    losses = [layer["loss"] for layer in (row["white_loss"] or {}).get("layers") or ()]
+    if row.status != "ok":
+        return f"{row.key}: {row.status}: {row.reason}"
+    losses = [layer.loss for layer in (row.white_loss and row.white_loss.layers) or ()]
     lost = f"its layers lose {statistics.median(losses):.1%} of their output (median)" if losses else "as it is"
-    return f"{row['key']}: {lost}"
+    return f"{row.key}: {lost}"
 
 
-def _judged_line(update: Update, run: TransferRun) -> str:
+def _evaluated_line(row: TransferRow) -> str:
     """One network before any training, for a log."""
-    row = run.known[update.row.key]
-    if row["status"] not in ("ok", "interrupted"):
-        return f"{row['key']}: {row['status']}: {row['reason']}"
-    error, agreement, took = row["error_initial"], row["agreement_initial"], row["convert_seconds"]
-    parts = [] if took is None else [f"converted in {duration(took)}"]
-    parts += (
-        []
-        if error is None
-        else [f"test error {error:.2f} %{' before any training' if row['params']['epochs'] else ''}"]
-    )
-    parts += [] if agreement is None else [f"agrees with the untouched network on {agreement:.2f} %"]
-    return f"{row['key']}: {', '.join(parts) or 'judged'}"
+    if row.status not in ("ok", "interrupted"):
+        return f"{row.key}: {row.status}: {row.reason}"
+    parts = [] if row.convert_seconds is None else [f"converted in {duration(row.convert_seconds)}"]
+    if row.error_initial is not None:
+        parts.append(f"test error {row.error_initial:.2f} %{' before any training' * bool(row.params.epochs)}")
+    if row.agreement_initial is not None:
+        parts.append(f"agrees with the untouched network on {row.agreement_initial:.2f} %")
+    return f"{row.key}: {', '.join(parts) or 'evaluated'}"

@@ -10,7 +10,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from bgcbench.errors import UsageError
 from bgcbench.experiments.config import NetworkChoice, RunConfig
@@ -29,6 +29,7 @@ from bgcbench.experiments.options import (
     shorthand,
 )
 from bgcbench.results import Json
+from bgcbench.results.rows import PaperError, TrainParams, TrainRow
 from bgcbench.specs import (
     DIGITS_PX,
     LAYOUTS,
@@ -48,6 +49,8 @@ IN_FILES = ("cifar10", "imagenet", "folder")  # data sets that are looked for in
 READ_BY_WORKERS = ("imagenet", "folder")
 SIDES_PX = {"digits": DIGITS_PX, "cifar10": 32}
 QUICK_EPOCHS, QUICK_IMAGES = 2, 512
+
+RowT = TypeVar("RowT", bound=TrainRow)
 
 # Data set and printed cells of Tables 5 and 6; a run trains one of their networks.
 PRESETS = {"table5": ("cifar10", paper.TABLE5), "table6": ("imagenet", paper.TABLE6)}
@@ -285,74 +288,57 @@ class TrainConfig(NetworkChoice, RunConfig):
         return f"{self.model.replace('/', '-')}-{self.data}"
 
 
-@dataclass(frozen=True)
-class TrainRow:
-    """One training: its stable key and its parameters."""
-
-    key: str
-    params: Json
-
-    @property
-    def cell(self) -> tuple[str, int]:
-        """(variant, N)."""
-        return self.params["variant"], self.params["groups"]
-
-    @property
-    def seed(self) -> int:
-        return int(self.params["seed"])
-
-    @property
-    def init(self) -> str:
-        """How its weights are found; 'none' for a network that is taken as it is."""
-        return str(self.params["init"])
-
-    @property
-    def is_dense(self) -> bool:
-        return bool(self.params["variant"] == "standard")
-
-    @property
-    def epochs(self) -> int:
-        """How many it is to be trained for; 0 where it is only judged."""
-        return int(self.params["epochs"])
-
-
 def plan(config: TrainConfig) -> list[TrainRow]:
-    """The rows of ``config``: seed by seed, so that a run cut short has compared all variants once."""
-    return [_row(config, variant, groups, seed) for seed in config.seeds for variant, groups in config.cells]
+    """The rows of ``config``, undone: seed by seed, so that a run cut short has compared all variants once."""
+    return [
+        planned(
+            TrainRow,
+            f"{config.what}-{variant}-n{groups}-s{seed}",
+            params_of(config, variant, groups, seed, weights="none", init="scratch", epochs=config.epochs),
+            paper.printed_error(config.data, config.model, variant, groups),
+        )
+        for seed in config.seeds
+        for variant, groups in config.cells
+    ]
 
 
-def _row(config: TrainConfig, variant: str, groups: int, seed: int) -> TrainRow:
-    params: Json = {
-        **conditions(config),
-        "weights": "none",
-        "variant": variant,
-        "groups": groups,
-        "algorithm": VARIANTS[variant].settled(config.form_of(variant)),
-        "init": "scratch",
-        "rebn": False,
-        "distill": False,
-        "epochs": config.epochs,
-        "seed": seed,
-    }
-    return TrainRow(f"{config.what}-{variant}-n{groups}-s{seed}", params)
-
-
-def conditions(config: TrainConfig) -> Json:
-    """What the parameters of every row of a run have in common."""
-    names = ("where", "recipe", "batch_size", "precision", "layout", "height", "width", "subset")
-    return {
-        "model": config.model,
-        "dataset": config.data,
+def params_of(config: TrainConfig, variant: str, groups: int, seed: int, **others: Any) -> TrainParams:
+    """The parameters of a row; others: those that ``config`` does not say."""
+    names = ("model", "where", "recipe", "batch_size", "precision", "layout", "height", "width", "subset")
+    return TrainParams(
         **{name: getattr(config, name) for name in names},
-        "classes": config.num_classes,
-    }
+        dataset=config.data,
+        classes=config.num_classes,
+        variant=variant,
+        groups=groups,
+        algorithm=VARIANTS[variant].settled(config.form_of(variant)),
+        seed=seed,
+        **{"rebn": False, "distill": False, **others},
+    )
 
 
-def identity(config: TrainConfig, row: TrainRow) -> Json:
-    """What a checkpoint of ``row`` must agree on: all that its training depends on but the data's contents."""
+def planned(kind: type[RowT], key: str, params: TrainParams, printed: float | None) -> RowT:
+    """A row of which nothing is done; printed: the paper's error."""
+    return kind(
+        key=key,
+        params=params,
+        status="interrupted",
+        reason=None,
+        counts=None,
+        epochs=(),
+        error_initial=None,
+        error_final=None,
+        error_best=None,
+        paper=None if printed is None else PaperError(printed),
+        convert=None,
+    )
+
+
+def identity(config: TrainConfig, params: TrainParams) -> Json:
+    """What a checkpoint of a row must agree on: all that its training depends on but the data's contents."""
     left_out = {*config.FREE, *config.GRIDS, "reference", "skip_invalid", "device", "quick"}
-    shared: Mapping[str, Any] = {name: v for name, v in config.to_json().items() if name not in left_out}
-    return {**shared, "variant": row.cell[0], "groups": row.cell[1], "seed": row.seed}
+    shared = {name: value for name, value in config.to_json().items() if name not in left_out}
+    return {**shared, "variant": params.variant, "groups": params.groups, "seed": params.seed}
 
 
 def as_folder(given: Mapping[str, Any]) -> dict[str, Any]:

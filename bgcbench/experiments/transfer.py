@@ -18,9 +18,10 @@ from bgcbench.experiments import train
 from bgcbench.experiments.config import ImageChoice, NetworkChoice
 from bgcbench.experiments.network import NetworkConfig
 from bgcbench.experiments.options import CONVERSION, GRID, RECIPE, WORKLOAD, Option, option
-from bgcbench.experiments.train import CLASSES, READ_BY_WORKERS, TrainConfig, TrainRow, conditions
+from bgcbench.experiments.train import CLASSES, READ_BY_WORKERS, TrainConfig, params_of, planned
 from bgcbench.results import Json
-from bgcbench.specs import HELD_OUT, OWN, TIMM_PREFIX, VARIANTS, check_choice
+from bgcbench.results.rows import TrainParams, TransferRow
+from bgcbench.specs import HELD_OUT, OWN, TIMM_PREFIX, check_choice
 from bgcbench.theory import paper
 from bgcbench.training.launcher import processes
 from bgcbench.training.recipes import TRANSFER_RECIPES, Recipe, make_transfer_recipe
@@ -233,47 +234,45 @@ class TransferConfig(ImageChoice, TrainConfig):
         )
 
 
-def plan(config: TransferConfig, weights: str = "", images: int | None = None) -> list[TrainRow]:
+def plan(config: TransferConfig, weights: str = "", images: int | None = None) -> list[TransferRow]:
     """The rows of ``config``: seed by seed the untouched network, then by N each variant with each initialisation.
 
     weights: their name, and images: how many there are to calibrate with; both are known when they have been opened.
     """
     return [
-        _row(config, (variant, groups, init, seed), weights, images or config.images)
+        _row(config, (variant, groups), init, seed, weights, images or config.images)
         for seed in config.seeds
         for variant, groups in config.cells
         for init in (("none",) if variant == "standard" else config.inits)
     ]
 
 
-def _row(config: TransferConfig, which: tuple[str, int, str, int], weights: str, images: int) -> TrainRow:
-    variant, groups, init, seed = which
+def _row(config: TransferConfig, cell: tuple[str, int], init: str, seed: int, weights: str, images: int) -> TransferRow:
     converted = init != "none"
     rebn = converted and config.rebn
     trains = converted or config.control
-    params: Json = {
-        **conditions(config),
-        "weights": weights,
-        "variant": variant,
-        "groups": groups,
-        "algorithm": VARIANTS[variant].settled(config.form_of(variant)),
-        "init": init,
-        "rebn": rebn,
-        "distill": config.distill and trains,
-        "epochs": config.epochs if trains else 0,
-        "seed": seed,
-        "calibration_images": images if rebn or init == "calibrated" else None,
-    }
-    key = f"{config.what}-{variant}-n{groups}"
-    if converted:
-        return TrainRow(f"{key}-{init}-s{seed}{'' if rebn else '-norebn'}", params)
-    return TrainRow(f"{key}-s{seed}", params)
+    params = params_of(
+        config,
+        *cell,
+        seed,
+        weights=weights,
+        init=init,
+        rebn=rebn,
+        distill=config.distill and trains,
+        epochs=config.epochs if trains else 0,
+        calibration_images=images if rebn or init == "calibrated" else None,
+    )
+    # Without images, conversions of a network for ImageNet's classes are compared with the paper's errors on it.
+    of_imagenet = config.data == NO_IMAGES and config.num_classes == CLASSES["imagenet"]
+    printed = paper.transferred_error(paper.TABLE3_DATA if of_imagenet else config.data, config.model, *cell)
+    how = f"-{init}-s{seed}{'' if rebn else '-norebn'}" if converted else f"-s{seed}"
+    return planned(TransferRow, f"{config.what}-{cell[0]}-n{cell[1]}{how}", params, printed)
 
 
-def identity(config: TransferConfig, row: TrainRow, weights_sha256: str | None) -> Json:
-    """What a checkpoint of ``row`` must agree on, as in training, and where the weights came from."""
-    shared = {name: value for name, value in train.identity(config, row).items() if name != "save"}
-    return {**shared, "init": row.init, "weights_sha256": weights_sha256}
+def identity(config: TransferConfig, params: TrainParams, weights_sha256: str | None) -> Json:
+    """What a checkpoint of a row must agree on, as in training, and where the weights came from."""
+    shared = {name: value for name, value in train.identity(config, params).items() if name != "save"}
+    return {**shared, "init": params.init, "weights_sha256": weights_sha256}
 
 
 def preset(name: str, given: Mapping[str, Any]) -> dict[str, Any]:

@@ -445,7 +445,7 @@ class NetworkFacts(Data, frozen=True, kw_only=True):
 # ------------------------------------------------------------------------------------------------- train and transfer
 
 
-class Epoch(Data, frozen=True, kw_only=True):
+class Epoch(Data, frozen=True, kw_only=True, omit_defaults=False):
     """Errors in percent. learnt: what a learnt structure says of itself, by name."""
 
     epoch: Whole
@@ -461,7 +461,7 @@ class Epoch(Data, frozen=True, kw_only=True):
     world_size: Whole | None = None
 
 
-class TrainParams(Data, frozen=True, kw_only=True):
+class TrainParams(Data, frozen=True, kw_only=True, omit_defaults=False):
     variant: str
     groups: Whole
     model: str
@@ -484,6 +484,15 @@ class TrainParams(Data, frozen=True, kw_only=True):
     calibration_images: Count | None = None
     seed: Count
 
+    @property
+    def cell(self) -> tuple[str, int]:
+        """(variant, N), which all seeds share."""
+        return self.variant, self.groups
+
+    @property
+    def is_dense(self) -> bool:
+        return self.variant == "standard"
+
 
 class PaperError(Data, frozen=True):
     """What Table 3, 5 or 6 prints."""
@@ -501,7 +510,7 @@ class Ratio(Data, frozen=True):
     ratio_ci95: Ends | None
 
 
-class NetworkTime(Data, frozen=True):
+class NetworkTime(Data, frozen=True, omit_defaults=False):
     """What a converted network costs (--time)."""
 
     phase: dict[str, Ratio]
@@ -524,7 +533,7 @@ class WhiteLoss(Data, frozen=True):
     layers: tuple[LayerLoss, ...] | None
 
 
-class TrainRow(Row, frozen=True, kw_only=True):
+class TrainRow(Row, frozen=True, kw_only=True, omit_defaults=False):
     """A network with one variant, trained from one seed. Errors in percent; None where the labels mean nothing.
 
     stage: how far it came. matmul_fraction: arithmetic over what the device's best matrix product does in that time.

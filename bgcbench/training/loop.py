@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
 
+import msgspec
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -31,6 +32,7 @@ from bgcbench.measure.device import DTYPES
 from bgcbench.measure.undisturbed import first_not_finite
 from bgcbench.measure.workload import class_scores
 from bgcbench.results import Json, write_atomically
+from bgcbench.results.rows import Epoch, Record
 from bgcbench.training.checkpoint import DIAGNOSIS, Checkpoints, Stored
 from bgcbench.training.distributed import World
 from bgcbench.training.recipes import Recipe, check_parts
@@ -105,7 +107,7 @@ class State:
     initial: float | None = None  # error in percent before any training
     best: float | None = None
     best_epoch: int | None = None
-    history: list[Json] = field(default_factory=list)
+    history: list[Epoch] = field(default_factory=list)
 
 
 class Prepared(nn.Module):
@@ -159,7 +161,7 @@ class Training:
         *,
         seed: int,
         identity: Json | None = None,
-        record: Json | None = None,
+        record: Record | None = None,
         options: Options | None = None,
         checkpoints: Checkpoints | None = None,
         teacher: nn.Module | None = None,
@@ -388,19 +390,19 @@ class Training:
         error = self._judged(scores)
         images = self.steps * self.recipe.batch_size
         state.history.append(
-            {
-                "epoch": state.epoch + 1,
-                "lr": self.recipe.lr_at((state.epoch + 1) * self.steps - 1, self.steps),
-                "train_loss": float(self.losses.double().mean()),
-                "test_loss": scores.loss if self.data.meaningful else None,
-                "test_error": error,
-                "test_error_top5": scores.top5 if self.data.meaningful else None,
-                "seconds": state.seconds,
-                "test_seconds": time.perf_counter() - begin,
-                "images_per_s": images / state.seconds if state.seconds > 0 else None,
-                "learnt": self._learnt(),
-                "world_size": self.world.size,
-            }
+            Epoch(
+                epoch=state.epoch + 1,
+                lr=self.recipe.lr_at((state.epoch + 1) * self.steps - 1, self.steps),
+                train_loss=float(self.losses.double().mean()),
+                test_loss=scores.loss if self.data.meaningful else None,
+                test_error=error,
+                test_error_top5=scores.top5 if self.data.meaningful else None,
+                seconds=state.seconds,
+                test_seconds=time.perf_counter() - begin,
+                images_per_s=images / state.seconds if state.seconds > 0 else None,
+                learnt=self._learnt(),
+                world_size=self.world.size,
+            )
         )
         speed = self.steps / state.seconds if state.seconds > 0 else None
         state.epoch, state.step, state.seconds = state.epoch + 1, 0, 0.0
@@ -418,7 +420,7 @@ class Training:
             self._warn_of_problem()
         return progress
 
-    def _learnt(self) -> Json | None:
+    def _learnt(self) -> dict[str, float] | None:
         """What the layers say of their structure, each by the share of its outputs."""
         sums: dict[str, list[float]] = {}
         for layer, start in zip(self.layers, self.starts, strict=True):
@@ -440,7 +442,7 @@ class Training:
             epochs=self.recipe.epochs,
             done=steps / (self.recipe.epochs * self.steps),
             loss=float(self.losses[state.step - 1]) if state.step else None,
-            error=state.history[-1]["test_error"] if state.history else state.initial,
+            error=state.history[-1].test_error if state.history else state.initial,
             images_per_s=steps_per_s and steps_per_s * self.recipe.batch_size,
         )
 
@@ -637,7 +639,7 @@ class Training:
         }
         meta = {
             "identity": self.identity,
-            "state": vars(self.state),
+            "state": msgspec.to_builtins(self.state),
             "scaler": self.scaler.state_dict(),
             "forms": self._forms(),
             "choices": autotune.remembered(),
@@ -646,7 +648,8 @@ class Training:
         }
         extra |= {f"start.{number}": start for number, start in enumerate(self.starts) if start is not None}
         state = {name: value.detach() for name, value in self.network.state_dict().items()}
-        return Stored(state, {**extra, "losses": self.losses}, meta, self.record)
+        record = None if self.record is None else self.record.to_json()
+        return Stored(state, {**extra, "losses": self.losses}, meta, record)
 
     def _forms(self) -> dict[str, str]:
         """The form that each layer was asked to run in; what 'auto' has found stands beside it."""
@@ -662,7 +665,7 @@ class Training:
             return False
         where = self.checkpoints.folder
         check_identity(stored.meta["identity"], self.identity, str(where))
-        self.state = State(**stored.meta["state"])
+        self.state = msgspec.convert(stored.meta["state"], State)
         try:
             self.network.load_state_dict(stored.model)
         except RuntimeError as problem:
