@@ -15,7 +15,7 @@ from bgcbench.experiments.approx import plan as approx_plan
 from bgcbench.experiments.approx_network import ApproxNetworkConfig
 from bgcbench.experiments.network import NetworkConfig
 from bgcbench.experiments.options import Asked, AskedOfPicture
-from bgcbench.experiments.profile import ProfileConfig, estimated_seconds, plan
+from bgcbench.experiments.profile import ProfileConfig, plan
 from bgcbench.specs import DATA_SETS, WEIGHTS, check_choice
 
 if TYPE_CHECKING:
@@ -70,35 +70,28 @@ class Profile(Command):
         return open_session(config)
 
     def prepare(self, config: Any, session: Session, world: World) -> Any:
-        from bgcbench.experiments.network_run import NetworkPlan, plan_network
-        from bgcbench.experiments.profile_run import layer_subjects
+        from bgcbench.experiments.network_run import plan_network
 
-        if isinstance(config, NetworkConfig):
-            return plan_network(config)
-        rows = plan(config)
-        return NetworkPlan(config, rows, layer_subjects(config, rows), [])
+        if not isinstance(config, NetworkConfig):
+            return config
+        planned = plan_network(config)
+        session.warnings.extend(planned.notes)
+        return planned
 
-    def start(self, prepared: Any, session: Any, world: World, beginning: Beginning) -> ProfileRun:
+    def start(self, prepared: Any, session: Session, world: World, beginning: Beginning) -> ProfileRun:
         from bgcbench.experiments.profile_run import ProfileRun
 
-        session.warnings.extend(prepared.notes)
-        return ProfileRun(
-            prepared.config,
-            session,
-            prepared.rows,
-            subjects=prepared.subjects,
-            kept=beginning.kept,
-            interleaved=(beginning.stored or {}).get("interleaved", ()),
-            stop=beginning.stop,
-        )
+        interleaved = beginning.stored.interleaved if beginning.stored else ()
+        shared: Json = {"kept": beginning.kept, "interleaved": interleaved, "stop": beginning.stop}
+        if isinstance(prepared, ProfileConfig):
+            return ProfileRun(prepared, session, plan(prepared), **shared)
+        return ProfileRun(prepared.config, session, prepared.rows, subjects=prepared.subjects, **shared)
 
     def plan_lines(self, run: ProfileRun, *, full: bool) -> list[str]:
-        config, environment = run.config, run.session.environment
-        flops = [[subject.work(phase).flops for phase in subject.phases] for subject in run.subjects.values()]
-        seconds = estimated_seconds(config, flops, run.session.device.type, environment["cpu"]["threads"])
+        config, device = run.config, run.session.environment.device
         lines = [
-            f"plan: {len(run.subjects)} rows x {', '.join(config.phases)} on {environment['device']['name']}, "
-            f"{config.precision}, {config.layout}, {config.mode}; roughly {seconds / 60:.1f} min"
+            f"plan: {len(run.subjects)} rows x {', '.join(config.phases)} on {device.name}, "
+            f"{config.precision}, {config.layout}, {config.mode}; roughly {run.estimated_s() / 60:.1f} min"
         ]
         return lines + [f"  {row.key}" + (f"  invalid: {row.invalid}" if row.invalid else "") for row in run.planned]
 
