@@ -18,8 +18,9 @@ from bgcbench.experiments import train, transfer
 from bgcbench.experiments.options import Asked, AskedOfTraining, AskedOfTransfer
 from bgcbench.experiments.train import IN_FILES, TrainConfig, as_folder
 from bgcbench.experiments.transfer import NO_IMAGES, TransferConfig, room_to_save, with_images
+from bgcbench.results import Json
 from bgcbench.results.document import Command as CommandName
-from bgcbench.results.rows import AnyRow, Epoch, TrainRow, TransferRow
+from bgcbench.results.rows import Epoch, TransferRow
 from bgcbench.specs import TIMM_PREFIX, WEIGHTS, NetSpec
 
 if TYPE_CHECKING:
@@ -28,8 +29,6 @@ if TYPE_CHECKING:
     from bgcbench.experiments.transfer_run import TransferRun
     from bgcbench.interrupts import Interrupts
     from bgcbench.training.distributed import World
-
-Json = dict[str, Any]
 
 CHECKPOINTS = (".pt", ".pth")
 STAND_IN = "resnet18"  # takes the place of a network whose name stands in a file that needs torch to be read
@@ -56,16 +55,16 @@ class Train(Command):
     asked = AskedOfTraining
     preset = "table5 (CIFAR-10) or table6 (ImageNet): the paper's grid."
     missing = "name a MODEL to train, such as wrn_10_2, or a file to go on with: --resume FILE"
+    experiment: ClassVar[Any] = train  # the module that knows the presets
     what_is_done: ClassVar[str] = "train"  # to a row, for people
     on_top: ClassVar[str] = ""  # what the estimate of a dry run leaves out
 
     def given(self, given: Json, preset: str | None, asked: Asked, context: typer.Context) -> Json:
         check_reference(given)
-        return self.with_preset(_one_seed(given, context), preset)
-
-    def with_preset(self, given: Json, preset: str | None) -> Json:
-        """``given`` with what the preset fixes."""
-        return as_folder(given) if preset is None else train.preset(preset, given)
+        seed, seeds = context.params.get("seed"), context.params.get("seeds")
+        if seed is not None and seeds is not None:
+            raise UsageError(f"--seed {seed} is the same as --seeds {seed}; leave one of them out")
+        return as_folder(given) if preset is None else self.experiment.preset(preset, given)
 
     def check(self, config: Any, *, fresh: bool, replace: bool) -> None:
         if config.data in IN_FILES and not config.download and not any(map(os.path.exists, config.data_dirs)):
@@ -147,8 +146,8 @@ class Train(Command):
         """What a log says of ``update``; None for nothing."""
         return None if update.record is None else _epoch_line(update, update.record, run)
 
-    def is_drawable(self, row: AnyRow) -> bool:
-        return isinstance(row, TrainRow) and bool(row.epochs)
+    def is_drawable(self, row: Any) -> bool:
+        return bool(row.epochs)
 
 
 class Transfer(Train):
@@ -176,21 +175,22 @@ class Transfer(Train):
     missing = (
         "name a MODEL, such as resnet50, the checkpoint of a bgcbench train run, or a file to go on with: --resume FILE"
     )
+    experiment: ClassVar[Any] = transfer
     what_is_done = "do"
     on_top = "; conversions come on top, and so does --time"
 
     def given(self, given: Json, preset: str | None, asked: Asked, context: typer.Context) -> Json:
-        given = self.with_preset(_one_seed(given, context), preset)
+        given = super().given(given, preset, asked, context)
         source = context.get_parameter_source("data_dir")
         typed = "data_dirs" in given and source is not None and source.name == "COMMANDLINE"
         if _is_path(given.get("model", "")):
             given = self._from_checkpoint(given, asked)
         if (asked.resume is None or asked.is_auto) and "model" in given:
-            given = _with_images(given, asked, typed=typed)
+            classes = NetSpec(given["model"], given.get("num_classes")).classes
+            given, _ = with_images(given, classes, typed=typed)
+            if given["data"] == NO_IMAGES and asked.plot is not None:
+                raise UsageError("--plot draws errors and calibrated layers, which need images: give --data-dir DIR")
         return given
-
-    def with_preset(self, given: Json, preset: str | None) -> Json:
-        return as_folder(given) if preset is None else transfer.preset(preset, given)
 
     def check(self, config: TransferConfig, *, fresh: bool, replace: bool) -> None:
         super().check(config, fresh=fresh, replace=replace)
@@ -245,18 +245,16 @@ class Transfer(Train):
     def estimate(self, run: TransferRun, interrupts: Interrupts, *, quiet: bool) -> int:
         return 0 if run.config.data == NO_IMAGES else super().estimate(run, interrupts, quiet=quiet)
 
-    def is_drawable(self, row: AnyRow) -> bool:
-        calibration = row.convert.calibration if isinstance(row, TransferRow) and row.convert else None
-        return isinstance(row, TransferRow) and (
-            row.error_initial is not None or bool(calibration and calibration.layers)
-        )
+    def is_drawable(self, row: Any) -> bool:
+        calibration = row.convert and row.convert.calibration
+        return row.error_initial is not None or bool(calibration and calibration.layers)
 
     def line(self, update: Update, run: TransferRun) -> str | None:
-        if update.doing == "converted":
-            return _converted_line(run.known[update.row.key]) if run.prepared.loaded else None
-        return _evaluated_line(run.known[update.row.key]) if update.doing == "evaluated" else super().line(update, run)
+        if update.doing not in ("converted", "evaluated"):
+            return super().line(update, run)
+        return _untrained_line(run.known[update.row.key]) if run.prepared.loaded else None
 
-    def _from_checkpoint(self, given: dict[str, Any], asked: Asked) -> dict[str, Any]:
+    def _from_checkpoint(self, given: Json, asked: Asked) -> Json:
         """``given`` with the network and the weights of the checkpoint that MODEL names.
 
         Everything else that can be wrong is said before torch is imported to read it. Raises UsageError.
@@ -272,60 +270,39 @@ class Transfer(Train):
             )
         if asked.resume is None:
             stand_in = {name: value for name, value in given.items() if name != "stem_stride"}
-            images = (
-                {} if "data" in given else {"data": "folder", "data_dirs": (".",)}
-            )  # they are looked for afterwards
-            settled(self, {**stand_in, **images, "model": STAND_IN, "weights": path}, asked)
+            images = {"data": "folder", "data_dirs": (".",)}  # they are looked for afterwards
+            settled(self, {**images, **stand_in, "model": STAND_IN, "weights": path}, asked)
         from bgcbench.training.checkpoint import network_in  # torch
 
         found = {name: value for name, value in network_in(Path(path)).items() if value is not None}
         return {**found, **given, "model": found["model"], "weights": path}
 
 
-def _one_seed(given: Json, context: typer.Context) -> Json:
-    """``given``, where --seed and --seeds have not both filled one field; raises UsageError."""
-    seed, seeds = context.params.get("seed"), context.params.get("seeds")
-    if seed is not None and seeds is not None:
-        raise UsageError(f"--seed {seed} is the same as --seeds {seed}; leave one of them out")
-    return given
-
-
-def _with_images(given: dict[str, Any], asked: Asked, *, typed: bool) -> dict[str, Any]:
-    """``given`` with the images that are there, or for doing without; typed: whether --data-dir was."""
-    classes = NetSpec(given["model"], given.get("num_classes")).classes
-    found, _ = with_images(given, classes, typed=typed)
-    if found["data"] == NO_IMAGES and asked.plot is not None:
-        raise UsageError("--plot draws errors and calibrated layers, which need images: give --data-dir DIR")
-    return found
-
-
 def _is_path(model: str) -> bool:
     """Whether MODEL names a file, and not a network."""
-    if model.endswith(CHECKPOINTS) or os.path.isfile(model):
-        return True
-    return bool(os.path.dirname(model)) and not model.startswith(TIMM_PREFIX)
+    is_below = bool(os.path.dirname(model)) and not model.startswith(TIMM_PREFIX)
+    return is_below or model.endswith(CHECKPOINTS) or os.path.isfile(model)
 
 
 def _network_lines(run: TrainRun[Any], *, full: bool) -> list[str]:
     """The networks of the plan; ``full``: with every convolution that is replaced or kept."""
     from bgcbench.experiments.network_run import network_label
 
-    lines: list[str] = []
-    for cell, known in run.prepared.cells.items():
-        counts, record = known.counts, known.convert
-        lines.append(
-            f"  {network_label(*cell)}: {counts.params:,} parameters, {counts.macs / 1e6:,.1f} M MACs an image, "
-            f"{len(record.replaced)} convolutions replaced, {len(record.kept)} kept"
-        )
-    told: list[tuple[Any, ...]] = []
-    for cell, known in run.prepared.cells.items() if full else ():
-        choice = known.convert.replaced, known.convert.kept
-        if cell[0] == "standard" or choice in told:  # the same convolutions, unless N does not divide some
+    cells = {network_label(*row.params.cell): row for row in run.planned}
+    lines = [
+        f"  {label}: {row.counts.params:,} parameters, {row.counts.macs / 1e6:,.1f} M MACs an image, "
+        f"{len(row.convert.replaced)} convolutions replaced, {len(row.convert.kept)} kept"
+        for label, row in cells.items()
+    ]
+    choices: list[tuple[Any, Any]] = []
+    for label, row in cells.items() if full else ():
+        choice = row.convert.replaced, row.convert.kept
+        if row.params.is_dense or choice in choices:  # the same convolutions, unless N does not divide some
             continue
-        told.append(choice)
-        lines.append(f"{network_label(*cell)}:" if len(told) > 1 else "convolutions:")
-        lines += [f"  replaced: {name}" for name in known.convert.replaced]
-        lines += [f"  kept: {kept.name} ({kept.reason})" for kept in known.convert.kept]
+        lines.append(f"{label}:" if choices else "convolutions:")
+        lines += [f"  replaced: {name}" for name in row.convert.replaced]
+        lines += [f"  kept: {kept.name} ({kept.reason})" for kept in row.convert.kept]
+        choices.append(choice)
     return lines
 
 
@@ -357,38 +334,35 @@ def _epoch_line(update: Update, epoch: Epoch, run: TrainRun[Any]) -> str:
 
 def _bar_text(update: Update, run: TrainRun[Any]) -> str:
     """What the bar shows: the row, its epoch, loss and error, images a second and the time left of the run."""
-    text = f"{update.number + 1}/{update.count} {run.title(update.row)}"
-    if update.doing:
-        return f"{text}  {update.doing}"
+    parts = [f"{update.number + 1}/{update.count} {run.title(update.row)}"]
     progress = update.progress
-    if progress is None:
-        return text
-    text += f"  epoch {progress.epoch}/{progress.epochs}"
-    if progress.loss is not None:
-        text += f"  loss {progress.loss:.3f}"
-    if progress.error is not None:
-        text += f"  error {progress.error:.2f} %"
-    if progress.images_per_s is not None:
-        text += f"  {progress.images_per_s:.0f} images/s"
-    return text if update.left_s is None else f"{text}  {duration(update.left_s)} left"
+    if update.doing:
+        parts.append(update.doing)
+    elif progress is not None:
+        left = None if update.left_s is None else duration(update.left_s)
+        shown = (
+            ("epoch {}", f"{progress.epoch}/{progress.epochs}"),
+            ("loss {:.3f}", progress.loss),
+            ("error {:.2f} %", progress.error),
+            ("{:.0f} images/s", progress.images_per_s),
+            ("{} left", left),
+        )
+        parts += [text.format(value) for text, value in shown if value is not None]
+    return "  ".join(parts)
 
 
-def _converted_line(row: TransferRow) -> str:
-    """One network that was converted by the closed form, for a log."""
-    if row.status != "ok":
-        return f"{row.key}: {row.status}: {row.reason}"
-    losses = [layer.loss for layer in (row.white_loss and row.white_loss.layers) or ()]
-    lost = f"its layers lose {statistics.median(losses):.1%} of their output (median)" if losses else "as it is"
-    return f"{row.key}: {lost}"
-
-
-def _evaluated_line(row: TransferRow) -> str:
+def _untrained_line(row: TransferRow) -> str:
     """One network before any training, for a log."""
     if row.status not in ("ok", "interrupted"):
         return f"{row.key}: {row.status}: {row.reason}"
-    parts = [] if row.convert_seconds is None else [f"converted in {duration(row.convert_seconds)}"]
+    parts = []
+    if row.white_loss is not None and row.white_loss.layers:
+        lost = statistics.median(layer.loss for layer in row.white_loss.layers)
+        parts.append(f"its layers lose {lost:.1%} of their output (median)")
+    elif row.convert_seconds is not None:
+        parts.append(f"converted in {duration(row.convert_seconds)}")
     if row.error_initial is not None:
         parts.append(f"test error {row.error_initial:.2f} %{' before any training' * bool(row.params.epochs)}")
     if row.agreement_initial is not None:
         parts.append(f"agrees with the untouched network on {row.agreement_initial:.2f} %")
-    return f"{row.key}: {', '.join(parts) or 'evaluated'}"
+    return f"{row.key}: {', '.join(parts) or row.stage or 'as it is'}"

@@ -8,20 +8,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-import torch
 from torch import nn
 
 from bgcbench.conversion.record import Converted
 from bgcbench.errors import BgcbenchError
 from bgcbench.experiments.images import sized
-from bgcbench.experiments.profile import row_seed
-from bgcbench.experiments.train_run import CellFacts, Update, try_conversions, with_facts
+from bgcbench.experiments.train_run import Update, try_conversions
 from bgcbench.experiments.transfer import TransferConfig, plan
-from bgcbench.experiments.transfer_run import TransferRun
+from bgcbench.experiments.transfer_run import TransferRun, untouched, untrained
 from bgcbench.measure.device import describe_failure, free_memory
-from bgcbench.models import build_model
 from bgcbench.models.weights import Loaded, Weights, WeightsNotFound
 from bgcbench.results import Json
 from bgcbench.results.rows import LayerLoss, TransferRow, WhiteLoss
@@ -36,10 +33,9 @@ class ClosedFormPrepared:
 
     config: TransferConfig
     rows: list[TransferRow]
-    cells: dict[tuple[str, int], CellFacts]
     network: nn.Module
     loaded: Loaded | None
-    warnings: list[str] = field(default_factory=list)
+    warnings: list[str]
 
     @property
     def settings(self) -> Json:
@@ -55,20 +51,15 @@ def prepare(config: TransferConfig) -> ClosedFormPrepared:
     """
     weights = Weights(config.model, config.weights or "default", config.weights_key)
     config = sized(config, weights)
-    cells, warnings = try_conversions(config)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(row_seed(config.seed, "network"))
-        network = build_model(config.spec).eval()
-    loaded = None
+    rows, _, warnings = try_conversions(config, plan(config, weights.name))
+    network, loaded = untouched(config), None
     try:
         loaded = weights.load_into(network, config.spec)
         warnings += loaded.notes
     except WeightsNotFound as problem:
         warnings.append(str(problem))
-    if config.weights == "none":
-        warnings.append("--weights none: the network is untrained, and what a conversion loses of it says nothing")
-    rows = with_facts(plan(config, weights.name), cells)
-    return ClosedFormPrepared(config, rows, cells, network, loaded, list(dict.fromkeys(warnings)))
+    warnings += untrained(config)
+    return ClosedFormPrepared(config, rows, network, loaded, list(dict.fromkeys(warnings)))
 
 
 def layer_losses(dense: nn.Module, converted: Converted) -> tuple[LayerLoss, ...]:

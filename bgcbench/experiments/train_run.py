@@ -7,12 +7,11 @@ import dataclasses
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-import msgspec
 import torch
 from msgspec.structs import replace
 from torch import nn
@@ -70,28 +69,20 @@ def open_session(config: TrainConfig) -> Session:
     return session
 
 
-@dataclass(frozen=True)
-class CellFacts:
-    """What all seeds of a variant and N share: what a forward pass does and costs, and what the conversion did."""
-
-    found: Trace
-    counts: Counts
-    convert: Record
-
-
 @dataclass(kw_only=True)
 class Prepared(Generic[RowT]):
     """The data and the networks of a run, without numbers: everything that can be wrong is known.
 
-    config: with the number of classes that the data has.
+    config: with the number of classes that the data has. rows: with what their networks cost and keep, undone.
+    traces: what a forward pass of each variant and N does.
     """
 
     config: TrainConfig
     data: LabelledData
     rows: list[RowT]
-    cells: dict[tuple[str, int], CellFacts]
+    traces: dict[tuple[str, int], Trace]
     options: Options
-    warnings: list[str] = field(default_factory=list)
+    warnings: list[str]
 
     @property
     def settings(self) -> Json:
@@ -108,32 +99,14 @@ def prepare(config: TrainConfig, world: World) -> Prepared[TrainRow]:
     """
     config, data = open_data(sized(config), world)
     options = options_of(config, data, world)
-    cells, warnings = try_conversions(config)
-    rows = with_facts(plan(config), cells, data, options)
-    return Prepared(
-        config=config, data=data, rows=rows, cells=cells, options=options,
-        warnings=list(dict.fromkeys((*data.notes, *warnings))),
-    )  # fmt: skip
+    rows, traces, warnings = try_conversions(config, plan(config), **image_counts(data, options))
+    return Prepared(config=config, data=data, rows=rows, traces=traces, options=options,
+                    warnings=list(dict.fromkeys((*data.notes, *warnings))))  # fmt: skip
 
 
-def with_facts(
-    rows: Iterable[RowT],
-    cells: Mapping[tuple[str, int], CellFacts],
-    data: LabelledData | None = None,
-    options: Options | None = None,
-) -> list[RowT]:
-    """Planned rows with what their conversions cost and how many images there are."""
-    images: Json = {}
-    if data is not None:
-        subset = None if options is None else options.subset
-        images = {"train_images": subset or len(data.train_labels), "test_images": len(data.test_labels)}
-
-    def completed(row: RowT) -> RowT:
-        facts = cells[row.params.cell]
-        init = "none" if row.params.is_dense else row.params.init
-        return replace(row, counts=facts.counts, convert=replace(facts.convert, init=init), **images)
-
-    return [completed(row) for row in rows]
+def image_counts(data: LabelledData, options: Options) -> dict[str, int]:
+    """The fields of every row that say how many images there are."""
+    return {"train_images": options.subset or len(data.train_labels), "test_images": len(data.test_labels)}
 
 
 Config = TypeVar("Config", bound=TrainConfig)
@@ -165,8 +138,11 @@ def options_of(config: TrainConfig, data: LabelledData, world: World) -> Options
     return options
 
 
-def try_conversions(config: TrainConfig) -> tuple[dict[tuple[str, int], CellFacts], list[str]]:
-    """Each variant and N of ``config``, converted without numbers, and what the user should know of it.
+def try_conversions(
+    config: TrainConfig, rows: list[RowT], **facts: Any
+) -> tuple[list[RowT], dict[tuple[str, int], Trace], list[str]]:
+    """Convert each variant and N of ``config`` without numbers: ``rows`` with what they cost and keep, what a forward
+    pass of each does, and what the user should know. facts: other fields of all rows.
 
     Raises ShapeError naming every convolution that some N does not divide, unless skip_invalid, and UsageError where
     there is nothing to replace.
@@ -174,27 +150,34 @@ def try_conversions(config: TrainConfig) -> tuple[dict[tuple[str, int], CellFact
     spec = config.spec
     dense = build_empty(spec)
     as_it_is = traced(dense, spec)
-    warnings: list[str] = []
+    traces: dict[tuple[str, int], Trace] = {}
+    cells: dict[tuple[str, int], tuple[Counts, Record]] = {}
     problems: list[str] = []
-    cells: dict[tuple[str, int], CellFacts] = {}
     for variant, groups in config.cells:
-        if variant == "standard":
-            cells[variant, groups] = CellFacts(as_it_is, counts_of(dense, as_it_is, config), _all_kept(dense, config))
-            continue
-        try:
-            converted = converted_as_chosen(config, dense, variant, groups, config.form_of(variant))
-        except ShapeError as problem:
-            problems.append(str(problem))
-            continue
-        warnings += converted.record.notes
-        found = trace(converted.model, spec.size)
-        cells[variant, groups] = CellFacts(found, counts_of(converted.model, found, config), converted.record)
+        model, record, found = dense, _all_kept(config, dense), as_it_is
+        if variant != "standard":
+            try:
+                converted = converted_as_chosen(config, dense, variant, groups, config.form_of(variant))
+            except ShapeError as problem:
+                problems.append(str(problem))
+                continue
+            model, record = converted.model, converted.record
+            found = trace(model, spec.size)
+        traces[variant, groups] = found
+        cells[variant, groups] = counts_of(config, model, found), record
     refuse_indivisible(problems)
-    return cells, warnings
+
+    def completed(row: RowT) -> RowT:
+        counts, record = cells[row.params.cell]
+        init = record.init if row.params.is_dense else row.params.init
+        return replace(row, counts=counts, convert=replace(record, init=init), **facts)
+
+    notes = [note for _, record in cells.values() for note in record.notes]
+    return [completed(row) for row in rows], traces, notes
 
 
-def _all_kept(dense: nn.Module, config: TrainConfig) -> Record:
-    """Of the dense network: what a conversion would look at."""
+def _all_kept(config: TrainConfig, dense: nn.Module) -> Record:
+    """The record of the dense network: what a conversion would look at stays."""
     found = candidates(
         dense, where=config.where, include=config.include, exclude=config.exclude, example_input=config.spec.size
     )
@@ -202,10 +185,9 @@ def _all_kept(dense: nn.Module, config: TrainConfig) -> Record:
     return Record(replaced=(), kept=(*kept, *found.kept))
 
 
-def counts_of(model: nn.Module, found: Trace, config: TrainConfig, *, learnt: bool = False) -> Counts:
+def counts_of(config: TrainConfig, model: nn.Module, found: Trace, *, learnt: bool = False) -> Counts:
     """What ``model`` costs, as it was built or, with ``learnt``, as its structure is now."""
-    counts = network_counts(model, found, config.batch_size or 1, PRECISIONS[config.precision], learnt=learnt)
-    return msgspec.convert(counts, Counts, from_attributes=True)
+    return network_counts(model, found, config.batch_size or 1, PRECISIONS[config.precision], learnt=learnt)
 
 
 def _opened(config: TrainConfig, world: World) -> LabelledData:
@@ -425,8 +407,7 @@ class TrainRun(Run[RowT]):
         self._note(row, "ok", None, **found)
 
     def _learnt_counts(self, row: RowT, training: Training) -> Counts:
-        found = self.prepared.cells[row.params.cell].found
-        return counts_of(training.network, found, self.config, learnt=True)
+        return counts_of(self.config, training.network, self.prepared.traces[row.params.cell], learnt=True)
 
     def _found(self, row: RowT, training: Training, counts: Counts | None = None) -> Json:
         """What a training has found so far, as fields of its row."""
@@ -461,9 +442,9 @@ class TrainRun(Run[RowT]):
         # What is not replaced starts alike in every row of a seed.
         torch.manual_seed(row_seed(row.params.seed, "network"))
         model = build_model(self.config.spec)
-        if not row.params.is_dense:
+        if row.convert is not None and row.convert.replaced:
             torch.manual_seed(row_seed(row.params.seed, row.key))
-            model = replay(model, self.prepared.cells[row.params.cell].convert)
+            model = replay(model, row.convert)
         return model
 
     def _placed(self, model: nn.Module) -> nn.Module:

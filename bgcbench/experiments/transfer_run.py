@@ -40,10 +40,10 @@ from bgcbench.experiments.train_run import (
     Prepared,
     TrainRun,
     Update,
+    image_counts,
     open_data,
     options_of,
     try_conversions,
-    with_facts,
 )
 from bgcbench.experiments.transfer import TransferConfig, identity, plan, room_to_save, saved_name
 from bgcbench.measure.device import Failure, describe_failure, free_memory
@@ -88,15 +88,16 @@ def prepare(config: TransferConfig, world: World) -> TransferPrepared:
     config.check_weights(data.num_classes)
     data = prepared_for(config, data, weights)
     options = options_of(config, data, world)
-    cells, warnings = try_conversions(config)
     images = data.calibration()
+    count = min(config.images, len(images))
+    rows = plan(config, weights.name, count)
+    rows, traces, warnings = try_conversions(config, rows, **image_counts(data, options))
     if config.calibrates and len(images) < HELD_OUT:
         raise UsageError(f"--data {config.data} has {len(images)} training images; {HELD_OUT} are needed to calibrate")
-    network, loaded = _loaded(config, world, weights)
-    count = min(config.images, len(images))
-    warnings += [*loaded.notes, *warned(data.preprocessing, weights, config.model)]
-    if config.weights == "none":
-        warnings.append("--weights none: the network is untrained, and what a conversion loses of it says nothing")
+    found: list[tuple[nn.Module, Loaded]] = []
+    world.once(lambda: found.append(_loaded(config, weights)))  # so that a download is made once
+    network, loaded = found[0] if found else _loaded(config, weights)
+    warnings += [*loaded.notes, *warned(data.preprocessing, weights, config.model), *untrained(config)]
     if config.calibrates and count < config.images and not config.quick:
         warnings.append(
             f"{data.name} has {count} training images, fewer than the {config.images} to calibrate with; all are used"
@@ -104,8 +105,8 @@ def prepare(config: TransferConfig, world: World) -> TransferPrepared:
     return TransferPrepared(
         config=config,
         data=data,
-        rows=with_facts(plan(config, loaded.name, count), cells, data, options),
-        cells=cells,
+        rows=rows,
+        traces=traces,
         options=options,
         warnings=list(dict.fromkeys((*data.notes, *warnings))),
         network=network,
@@ -115,19 +116,23 @@ def prepare(config: TransferConfig, world: World) -> TransferPrepared:
     )
 
 
-def _loaded(config: TransferConfig, world: World, weights: Weights) -> tuple[nn.Module, Loaded]:
-    """The network with its weights. The main process loads them first, so that a download is made once."""
-    spec = config.spec
+def _loaded(config: TransferConfig, weights: Weights) -> tuple[nn.Module, Loaded]:
+    network = untouched(config)
+    return network, weights.load_into(network, config.spec)
 
-    def load() -> tuple[nn.Module, Loaded]:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(row_seed(config.seed, "network"))
-            network = build_model(spec)
-        return network.eval(), weights.load_into(network, spec)
 
-    found: list[tuple[nn.Module, Loaded]] = []
-    world.once(lambda: found.append(load()))
-    return found[0] if found else load()
+def untouched(config: TransferConfig) -> nn.Module:
+    """The network that is to get its weights."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(row_seed(config.seed, "network"))
+        return build_model(config.spec).eval()
+
+
+def untrained(config: TransferConfig) -> list[str]:
+    """A warning where the network has no weights of a training."""
+    if config.weights != "none":
+        return []
+    return ["--weights none: the network is untrained, and what a conversion loses of it says nothing"]
 
 
 class TransferRun(TrainRun[TransferRow]):
