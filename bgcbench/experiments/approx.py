@@ -16,7 +16,7 @@ from bgcbench.errors import ShapeError, UsageError
 from bgcbench.experiments.config import RunConfig
 from bgcbench.experiments.options import CHANNELS, WORKLOAD, Option, option, positive
 from bgcbench.results.rows import SampledParams
-from bgcbench.specs import LINEAR, VARIANTS, ConvSpec, Pair, output_length, unfit
+from bgcbench.specs import LINEAR, VARIANTS, ConvSpec, Pair, unfit
 from bgcbench.theory import paper
 from bgcbench.theory.inputs import InputLaw
 
@@ -97,31 +97,29 @@ class ApproxConfig(RunConfig):
         """The input laws."""
         return tuple(InputLaw.parse(name) for name in self.inputs)
 
+    def _pair(self, along: int, across: int = 1) -> Pair:
+        """(height, width): a row of values is an image one pixel high."""
+        return (across if self.dims == 1 else along), along
+
     @property
     def size(self) -> Pair:
-        """(height, width) of an input; a row of values is an image one pixel high."""
-        return (1 if self.dims == 1 else self.length), self.length
+        """(height, width) of an input."""
+        return self._pair(self.length)
 
     def spec(self, variant: str, groups: int) -> ConvSpec:
         """The layer of a row, a 1-D kernel being (1, k). Raises ShapeError for an N that does not divide."""
-        pad = (self.kernel - 1) // 2
-        kernel, stride, padding = (
-            ((1, self.kernel), (1, self.stride), (0, pad))
-            if self.dims == 1
-            else ((self.kernel,) * 2, (self.stride,) * 2, (pad, pad))
-        )
-        return ConvSpec(
-            variant, self.in_channels, self.out_channels, kernel, stride, padding, groups=groups, bias=False
-        )
+        geometry = self._pair(self.kernel), self._pair(self.stride), self._pair(self._pad, 0)
+        return ConvSpec(variant, self.in_channels, self.out_channels, *geometry, groups=groups, bias=False)
+
+    @property
+    def _pad(self) -> int:
+        return (self.kernel - 1) // 2
 
     @property
     def taps_used(self) -> int:
         """Kernel positions that ever meet the input; the others only see padding and fit nothing."""
-        pad = (self.kernel - 1) // 2
-        outputs = output_length(self.length, self.kernel, self.stride, pad, 1)
-        used = sum(
-            any(0 <= d * self.stride + tap - pad < self.length for d in range(outputs)) for tap in range(self.kernel)
-        )
+        starts = range(-self._pad, self.length + self._pad - self.kernel + 1, self.stride)
+        used = sum(any(0 <= start + tap < self.length for start in starts) for tap in range(self.kernel))
         return int(used**self.dims)
 
     @property
