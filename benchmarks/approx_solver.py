@@ -24,7 +24,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-import msgspec
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -34,7 +33,6 @@ from bgcbench.experiments.approx import ApproxConfig, plan
 from bgcbench.experiments.approx_run import ApproxRun, draw_inputs, open_session
 from bgcbench.experiments.profile import row_seed
 from bgcbench.experiments.session import Session
-from bgcbench.results.rows import SampledRow
 from bgcbench.theory.sampled import he_rows
 
 LIMIT = 1e-9
@@ -48,8 +46,7 @@ def ours(config: ApproxConfig, session: Session) -> dict[tuple[str, int], float]
     run = ApproxRun(config, session, plan(config))
     for _ in run.run():
         pass
-    rows = msgspec.convert(run.results, list[SampledRow])
-    return {(row.params.variant, row.params.groups): row.error for row in rows if row.error is not None}
+    return {(row.params.variant, row.params.groups): row.error for row in run.results if row.error is not None}
 
 
 def sampled(config: ApproxConfig) -> tuple[Tensor, Tensor]:

@@ -174,8 +174,8 @@ class Approx(Command):
             return ApproxRun(prepared, session, approx_plan(prepared), kept=beginning.kept, stop=beginning.stop)
         return ApproxNetworkRun(prepared, session, kept=beginning.kept, stop=beginning.stop)
 
-    def plan_lines(self, run: Any, *, full: bool) -> list[str]:
-        return network_lines(run) if isinstance(run.config, ApproxNetworkConfig) else sampled_lines(run)
+    def plan_lines(self, run: ApproxRun | ApproxNetworkRun, *, full: bool) -> list[str]:
+        return run.plan_lines
 
     def said(self, update: Step, run: Any) -> Said:
         return Said(update.doing, update.done)
@@ -193,25 +193,3 @@ def check_reference(given: Json) -> None:
 def _is_missing(path: str) -> bool:
     """Whether ``path`` is clearly one, and nothing is there."""
     return bool(os.path.dirname(path)) and not os.path.exists(path)
-
-
-def sampled_lines(run: ApproxRun) -> list[str]:
-    """The plan of sampled convolutions in words."""
-    config = run.config
-    lines = [f"plan: {len(run.rows)} rows, {config.samples} convolutions and inputs ({config.rows_of_data} positions)"]
-    return lines + [f"  {row.key}" + (f"  invalid: {row.invalid}" if row.invalid else "") for row in run.rows]
-
-
-def network_lines(run: ApproxNetworkRun) -> list[str]:
-    """The plan of a network's convolutions in words."""
-    config, prepared = run.config, run.prepared
-    layers = prepared.layers.chosen
-    return [
-        f"plan: {len(layers)} convolutions of {config.model} (weights: {prepared.loaded.name}) x {len(config.cells)}, "
-        f"{min(config.images, len(prepared.images))} images of {prepared.images.name}; moments of up to "
-        f"{prepared.moment_bytes / 2**30:.2g} GiB at once, {prepared.portions} run"
-        f"{'s' * (prepared.portions > 1)} over the images",
-        *prepared.told,
-        *(f"  {layer.name}: {layer.in_channels} -> {layer.out_channels}" for layer in layers),
-        *(f"  kept: {kept.name} ({kept.reason})" for kept in prepared.layers.kept),
-    ]

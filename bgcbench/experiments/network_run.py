@@ -55,16 +55,10 @@ class NetworkPlan:
 
     def add_network(self, wanted: Wanted, subject: NetworkSubject) -> None:
         """The network as ``wanted``."""
-        config = self.config
-        row = unmeasured(
-            config,
-            wanted,
-            f"{config.model}-{wanted.variant}-n{wanted.groups}-{config.where}",
-            {"model": config.model, "where": config.where},
-            counts=subject.counts,
-            memory=subject.memory,
-            convert=subject.record,
-        )
+        model, where = self.config.model, self.config.where
+        what = f"{model}-{wanted.variant}-n{wanted.groups}-{where}"
+        facts = {"counts": subject.counts, "memory": subject.memory, "convert": subject.record}
+        row = unmeasured(self.config, wanted, what, {"model": model, "where": where}, **facts)
         self.rows.append(PlannedRow(row, network_label(*wanted[:2]), group="network"))
         self.subjects[row.key] = subject
 
@@ -74,7 +68,8 @@ class NetworkPlan:
         records = [row.row.convert for row in self.rows if row.row.convert]
         replaced = {layer.name for record in records for layer in record.layers}
         for number, (call, layer) in enumerate(distinct_convolutions(found, replaced)):
-            shape, own = _layer_config(config, call), _spec(call)
+            shape = _layer_config(config, call)
+            own = ConvSpec("gc" if call.groups > 1 else "standard", *(getattr(call, name) for name in _SHAPE))
             params: Json = {"model": model, "layer": number}
             if call.kernel[0] != call.kernel[1]:
                 params["kernel_width"] = call.kernel[1]
@@ -148,7 +143,9 @@ class Choice(Protocol):
     def skip_invalid(self) -> bool: ...
 
 
-def converted_as_chosen(config: Choice, dense: nn.Module, variant: str, groups: int, form: str = "auto") -> Converted:
+def converted_as_chosen(
+    config: Choice, dense: nn.Module, variant: str, groups: int, algorithm: str = "auto"
+) -> Converted:
     """``dense`` with the convolutions that ``config`` chooses replaced, freshly initialised.
 
     Raises ShapeError where N does not divide some of them, unless ``skip_invalid``, which keeps those dense.
@@ -163,7 +160,7 @@ def converted_as_chosen(config: Choice, dense: nn.Module, variant: str, groups: 
             exclude=config.exclude,
             init="scratch",
             on_indivisible="skip" if config.skip_invalid else "raise",
-            algorithm=form,
+            algorithm=algorithm,
             example_input=config.spec.size,
         )
     except Indivisible as problem:
@@ -196,7 +193,7 @@ class NetworkSubject(Subject):
         self.item = PRECISIONS[config.precision]
         self.found = trace(empty, config.spec.size)
         self.counts = network_counts(empty, self.found, self.batch, self.item)
-        # What the form that runs stores and multiplies: a masked one its dense kernels.
+        # What the algorithm that runs stores and multiplies: a masked one its dense kernels.
         masked = record is not None and record.algorithm == "masked"
         self.params = (self.counts.params_training if masked else None) or self.counts.params
         self.macs = (self.counts.macs_training if masked else None) or self.counts.macs
@@ -281,6 +278,9 @@ def network_counts(model: nn.Module, found: Trace, batch: int, item: int, *, lea
 # ------------------------------------------------------------------------------------------- the network's layers
 
 
+_SHAPE = ("in_channels", "out_channels", "kernel", "stride", "padding", "dilation", "groups", "bias")
+
+
 def distinct_convolutions(found: Trace, replaced: set[str]) -> list[tuple[Call, DistinctLayer]]:
     """The convolutions of a network that differ in shape or input, in the order of execution; each with its first call.
 
@@ -289,22 +289,21 @@ def distinct_convolutions(found: Trace, replaced: set[str]) -> list[tuple[Call, 
     shapes: dict[tuple[Any, ...], list[Call]] = {}
     for call in found.convs:
         if call.module is not None:
-            key = (call.in_channels, call.out_channels, call.kernel, call.stride, call.padding, call.dilation,
-                   call.groups, call.bias, call.size, call.reads_image)  # fmt: skip
+            key = tuple(getattr(call, name) for name in (*_SHAPE, "size", "reads_image"))
             shapes.setdefault(key, []).append(call)
     return [
         (
-            calls[0],
+            first := calls[0],
             DistinctLayer(
-                label=_label(calls[0]),
+                label=_label(first),
                 count=len(calls),
                 names=tuple(dict.fromkeys(call.module or "" for call in calls)),
                 replaced=any(call.module in replaced for call in calls),
-                kernel=calls[0].kernel,
-                stride=calls[0].stride,
-                padding=calls[0].padding,
-                dilation=calls[0].dilation,
-                groups=calls[0].groups,
+                kernel=first.kernel,
+                stride=first.stride,
+                padding=first.padding,
+                dilation=first.dilation,
+                groups=first.groups,
             ),
         )
         for calls in shapes.values()
@@ -320,34 +319,18 @@ def _label(call: Call) -> str:
     return f"{call.in_channels} -> {call.out_channels} {kernel}{stride}{grouped} at {height}x{width}"
 
 
-def _spec(call: Call) -> ConvSpec:
-    """The network's own convolution, which may be grouped."""
-    return ConvSpec(
-        "gc" if call.groups > 1 else "standard",
-        call.in_channels,
-        call.out_channels,
-        call.kernel,
-        call.stride,
-        call.padding,
-        call.dilation,
-        call.groups,
-        call.bias,
-    )
-
-
 def _layer_config(config: NetworkConfig, call: Call) -> ProfileConfig:
     """The network's convolution as one layer to measure."""
-    height, width = call.size or (1, 1)
-    phases = tuple({"fwd": "fwd", "train_step": "fwd_bwd"}[phase] for phase in config.phases)
     shared = {field.name: getattr(config, field.name) for field in dataclasses.fields(MeasureConfig)}
-    own: Json = {
-        "in_channels": call.in_channels,
-        "out_channels": call.out_channels,
-        "kernel": call.kernel[0],
-        "stride": call.stride[0],
-        "height": height,
-        "width": width,
-        "phases": phases,
-        "input_grad": not call.reads_image or phases == ("fwd",),
-    }
-    return ProfileConfig(**{**shared, **own})
+    phases = tuple({"fwd": "fwd", "train_step": "fwd_bwd"}[phase] for phase in config.phases)
+    shared |= {"phases": phases, "input_grad": not call.reads_image or phases == ("fwd",)}
+    (kernel, _), (stride, _), (height, width) = call.kernel, call.stride, call.size or (1, 1)
+    return ProfileConfig(
+        in_channels=call.in_channels,
+        out_channels=call.out_channels,
+        kernel=kernel,
+        stride=stride,
+        height=height,
+        width=width,
+        **shared,
+    )

@@ -70,7 +70,7 @@ class MeasureConfig(RunConfig):
     )
     algorithm: str = option(
         "auto",
-        "Form to run in: BGC two_conv, concat, dense, split, matmul (1x1), triton (CUDA), or auto, the fastest; GC "
+        "Algorithm to run: BGC two_conv, concat, dense, split, matmul (1x1), triton (CUDA), or auto, the fastest; GC "
         "triton; LGC, FLGC masked, deployed; all measures each.",
         panel=GRID,
         check=one_of(("auto", "all", *ALGORITHMS)),
@@ -307,15 +307,12 @@ def planned_layer(
     spec = dataclasses.replace(own, algorithm=algorithm, **asked)
     size, item = (config.height, config.width), PRECISIONS[config.precision]
     counts = count(spec, *size, batch=config.batch, precision=config.precision)
-    row = unmeasured(
-        config,
-        wanted,
-        what,
-        params,
-        counts=msgspec.convert(counts, Counts, from_attributes=True),
-        approximability=White(white_error=white_error(variant, spec.groups)),
-        layer=layer,
-    )
+    facts = {
+        "counts": msgspec.convert(counts, Counts, from_attributes=True),
+        "approximability": White(white_error=white_error(variant, spec.groups)),
+        "layer": layer,
+    }
+    row = unmeasured(config, wanted, what, params, **facts)
     memory = Memory(
         paper_bytes=paper_bytes(spec, *size, config.batch, config.precision),
         params_bytes=counts.executed(row.params.algorithm).params * item,

@@ -155,17 +155,17 @@ class LayerSubject(Subject):
 
 
 def is_measured(module: nn.Module) -> TypeGuard[VariantConv2d]:
-    """Whether it is a layer that finds its form by measuring."""
+    """Whether it is a layer that finds its algorithm by measuring."""
     return isinstance(module, VariantConv2d) and module.algorithm == "auto"
 
 
 def measured_forms(module: nn.Module) -> Forms:
-    """How many layers run in which form, {"inference": {form: layers}, "training": ...}, where 'auto' has chosen it."""
+    """How many layers run which algorithm, {"inference": {algorithm: layers}, ...}, where 'auto' has chosen it."""
     found: dict[str, Counter[str]] = {}
     for layer in module.modules():
         if is_measured(layer):
-            for phase, form in layer.chosen.items():
-                found.setdefault(phase, Counter())[form] += 1
+            for phase, algorithm in layer.chosen.items():
+                found.setdefault(phase, Counter())[algorithm] += 1
     return {phase: dict(sorted(counted.items())) for phase, counted in sorted(found.items())}
 
 
@@ -198,10 +198,6 @@ class _Row:
     reason: str | None = "not measured yet"
 
     @property
-    def label(self) -> str:
-        return self.planned.label
-
-    @property
     def alive(self) -> list[str]:
         """The phases that have not failed."""
         return [phase for phase in self.subject.phases if phase not in self.failures]
@@ -232,14 +228,8 @@ class _Row:
         """The row with what has been measured so far."""
         memory = self.planned.row.memory
         if self.peak is not None and memory is not None:
-            memory = msgspec.structs.replace(
-                memory,
-                baseline_bytes=self.peak.baseline_bytes,
-                peak_bytes=self.peak.peak_bytes,
-                peak_delta_bytes=self.peak.delta_bytes,
-                method=self.peak.method,
-                agreed=self.peak.agreed,
-            )
+            measured = {**vars(self.peak), "peak_delta_bytes": self.peak.delta_bytes}
+            memory = msgspec.structs.replace(memory, **measured)
         return msgspec.structs.replace(
             self.planned.row,
             status=self.status,
@@ -353,7 +343,7 @@ class ProfileRun(Run[ProfileRow]):
                 return
             if row.status != "interrupted":  # the device was lost on an earlier one
                 continue
-            yield self._update(f"first call and memory of {row.label} ({number} of {len(self.rows)})")
+            yield self._update(f"first call and memory of {row.planned.label} ({number} of {len(self.rows)})")
             there = environment.available_bytes(self.session.device)
             for phase in row.alive:
                 if (needed := row.subject.needed_bytes(phase)) > there:
@@ -386,7 +376,7 @@ class ProfileRun(Run[ProfileRow]):
     def _first_call(self, row: _Row, workload: Workload, phase: str, stopwatch: DeviceStopwatch, *, peak: bool) -> None:
         """How long the first call of ``phase`` takes, on the host too; with its ``peak`` where that is asked for."""
         if any(is_measured(layer) for layer in workload.plain.modules()):
-            # Finding the fastest form takes many calls, and more memory than a step: neither is the row's.
+            # Finding the fastest algorithm takes many calls, and more memory than a step: neither is the row's.
             cell = workload.cell(phase)
             cell.once()
             cell.release()
@@ -422,16 +412,13 @@ class ProfileRun(Run[ProfileRow]):
                 row.fail(found)
 
     def _workload(self, row: _Row) -> Workload:
-        return row.subject.workload(self.session, self._input(row.subject), row.like)
-
-    def _input(self, subject: Subject) -> torch.Tensor:
-        """The input; rows of the same shape share one tensor."""
-        shape, config = subject.input_shape, self.config
-        if (shape, subject.input_grad) not in self._inputs:
+        """The cells of ``row`` on its input; rows of the same shape share one tensor."""
+        config, shape, gradient = self.config, row.subject.input_shape, row.subject.input_grad
+        if (shape, gradient) not in self._inputs:
             seed = row_seed(config.seed, f"input-{shape}")
             x = random_input(shape, self.session.device, DTYPES[config.precision], config.layout, seed)
-            self._inputs[shape, subject.input_grad] = x.requires_grad_(subject.input_grad)
-        return self._inputs[shape, subject.input_grad]
+            self._inputs[shape, gradient] = x.requires_grad_(gradient)
+        return row.subject.workload(self.session, self._inputs[shape, gradient], row.like)
 
     def _groups(self, rows: list[_Row]) -> list[list[_Row]]:
         """The plan's groups, each in one piece, or, if what it holds does not fit together, row by row."""
@@ -502,7 +489,7 @@ class ProfileRun(Run[ProfileRow]):
                 self._fail(row, failure, phase)
                 continue
             expected_s = row.first_call_s[phase] if plain else math.nan
-            row.tracks[phase] = timing.Track(row.planned.key, cell, expected_s, f"{row.label} {phase}")
+            row.tracks[phase] = timing.Track(row.planned.key, cell, expected_s, f"{row.planned.label} {phase}")
 
     def _settle(self, rows: list[_Row], group: timing.Group[Cell], *, finished: bool) -> None:
         """Bring the rows' statuses and the group's record up to date."""

@@ -56,9 +56,9 @@ class Counts(Data, frozen=True, omit_defaults=False):
 
     params: Count
     macs: Count
-    adds: Count = 0
+    adds: Count | None = None
     paper_ops: Count | None = None
-    bytes_min: Count = 0
+    bytes_min: Count | None = None
     params_training: Count | None = None
     macs_training: Count | None = None
 
@@ -359,7 +359,7 @@ class SampledParams(Data, frozen=True):
     precision: Literal["fp64", "fp32"]
 
 
-class SampledRow(Row, frozen=True):
+class SampledRow(Row, frozen=True, omit_defaults=False):
     """The least error of a variant for sampled convolutions (eq. 5.1), and relative to other things; *_se: standard
     errors. scaled: relative_error / (1 - 1/N)^p. construction: with the weights of Theorem 3.6's proof. bound_*: the
     right-hand sides of Theorems 3.5 and 3.6. null_reasons: why a number is None.
@@ -368,19 +368,19 @@ class SampledRow(Row, frozen=True):
     """
 
     params: SampledParams
-    counts: Counts | None
-    error: float | None
-    error_se: Nonnegative | None
-    relative_error: float | None
-    relative_error_se: Nonnegative | None
-    output_relative_error: float | None
-    scaled_error: float | None
-    exact_relative_error: float | None
-    in_sample_factor: float | None
-    construction_relative_error: float | None
-    bound_general: Nonnegative | None
-    bound_zero_mean: Nonnegative | None
-    null_reasons: dict[str, str]
+    counts: Counts | None = None
+    error: float | None = None
+    error_se: Nonnegative | None = None
+    relative_error: float | None = None
+    relative_error_se: Nonnegative | None = None
+    output_relative_error: float | None = None
+    scaled_error: float | None = None
+    exact_relative_error: float | None = None
+    in_sample_factor: float | None = None
+    construction_relative_error: float | None = None
+    bound_general: Nonnegative | None = None
+    bound_zero_mean: Nonnegative | None = None
+    null_reasons: dict[str, str] = {}
 
 
 class LayerParams(Data, frozen=True):

@@ -12,14 +12,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from bgcbench import plots, results
 from bgcbench.errors import OutputError, UsageError
-from bgcbench.experiments.approx import ApproxConfig, counts_of, plan
+from bgcbench.experiments.approx import ApproxConfig, plan
 from bgcbench.experiments.approx_run import ApproxRun, fits, open_session
+from bgcbench.measure.counts import count
 from bgcbench.plots import heatmap, style
 from bgcbench.plots.sampled import SMOOTH
+from bgcbench.results.rows import Counts, SampledRow
 from bgcbench.theory import paper
 from bgcbench.theory.bounds import SCALING_POWER
 from bgcbench.theory.exact import white_error
@@ -53,7 +56,7 @@ def sampled(spread: float = 1e-4, **options: Any) -> Json:
     )
     rows = []
     for planned in plan(config):
-        variant, groups = planned.variant, planned.groups
+        variant, groups = planned.params.variant, planned.params.groups
         exact = white_error(variant, groups)
         share = LEARNED * (1 - 1 / groups) if exact is None else exact
         unit, energy = 1 / config.in_channels, 7000.0 * planned.law.variance
@@ -61,27 +64,24 @@ def sampled(spread: float = 1e-4, **options: Any) -> Json:
         power = SCALING_POWER.get(variant)
         built = {"gc": 1 - 1 / groups, "bgc": (1 - 1 / groups) ** 2}.get(variant)
         rows.append(
-            {
-                "key": planned.key,
-                "params": planned.params,
-                "status": "ok",
-                "reason": None,
-                "counts": counts_of(config, variant, groups),
-                "error": relative * energy,
-                "error_se": relative * energy * spread,
-                "relative_error": relative,
-                "relative_error_se": relative * spread,
-                "output_relative_error": LOW * share,
-                "scaled_error": relative / (1 - 1 / groups) ** power if power and groups > 1 else None,
-                "exact_relative_error": None if exact is None else exact * unit,
-                "in_sample_factor": LOW,
-                "construction_relative_error": None if built is None else built * unit,
-                "bound_general": None,
-                "bound_zero_mean": None,
-                "null_reasons": {},
-            }
+            SampledRow(
+                planned.key,
+                "ok",
+                None,
+                planned.params,
+                counts=msgspec.convert(count(config.spec(variant, groups), *config.size), Counts, from_attributes=True),
+                error=relative * energy,
+                error_se=relative * energy * spread,
+                relative_error=relative,
+                relative_error_se=relative * spread,
+                output_relative_error=LOW * share,
+                scaled_error=relative / (1 - 1 / groups) ** power if power and groups > 1 else None,
+                exact_relative_error=None if exact is None else exact * unit,
+                in_sample_factor=LOW,
+                construction_relative_error=None if built is None else built * unit,
+            )
         )
-    return new_document(results=rows, fits=fits(rows))
+    return new_document(results=[row.to_json() for row in rows], fits=[fit.to_json() for fit in fits(rows)])
 
 
 def network(
@@ -401,7 +401,9 @@ def test_a_real_run_can_be_drawn(tmp_path: Path) -> None:
     run = ApproxRun(config, open_session(config), plan(config))
     for _ in run.run():
         pass
-    document = new_document(results=run.results, fits=fits(run.results))
+    document = new_document(
+        results=[row.to_json() for row in run.results], fits=[fit.to_json() for fit in fits(run.results)]
+    )
     assert len(figure_of(document).axes) == 4
     slope = next(f["slope_mean"] for f in document["fits"] if (f["variant"], f["input"]) == ("gc", "normal"))
     assert any(text.startswith(f"GC, normal: slope {slope:.2f} (exact 1.00)") for text in legend(figure_of(document)))
