@@ -310,7 +310,7 @@ class Training:
                 images = torch.zeros(shape, dtype=torch.uint8, device=self.world.device)
                 self.train_model.train()
                 self._loss(images, torch.zeros(len(images), dtype=torch.int64, device=self.world.device))
-            self._classify([torch.arange(min(share, len(self.data.test_labels)))])
+            self._score([torch.arange(min(share, len(self.data.test_labels)))])
         for buffer, value in zip(self.plain.buffers(), before, strict=True):
             buffer.copy_(value)
 
@@ -468,9 +468,9 @@ class Training:
         batch = max(1, self.recipe.batch_size // self.world.size)
         tests = len(self.data.test_labels)
         shown = torch.arange(min(tests, batch))
-        self._classify([shown])
+        self._score([shown])
         start = time.perf_counter()
-        self._classify([shown])
+        self._score([shown])
         return steps_s + (time.perf_counter() - start) * -(-tests // self.world.size) / len(shown)
 
     def _step_time(self, budget_s: float) -> float:
@@ -509,13 +509,13 @@ class Training:
         mine = torch.arange(world.rank, len(labels), world.size)
         # Several processes cannot leave one by one.
         stop = self.stop if world.size == 1 else None
-        counted, self.guesses = self._classify(mine.split(max(1, self.recipe.batch_size // world.size)), stop)
+        counted, self.guesses = self._score(mine.split(max(1, self.recipe.batch_size // world.size)), stop)
         images, wrong, missed, loss = world.total(counted)
         if int(images) != len(labels):
             raise BgcbenchError(f"{int(images)} test images were evaluated, and there are {len(labels)}")
         return Scores(loss / images, 100 * wrong / images, 100 * missed / images if five else None, int(images))
 
-    def _classify(self, batches: Sequence[Tensor], stop: Callable[[], bool] | None = None) -> tuple[list[float], Tensor]:
+    def _score(self, batches: Sequence[Tensor], stop: Callable[[], bool] | None = None) -> tuple[list[float], Tensor]:
         """Of the test images numbered in ``batches``: how many they are, how many are wrong in the first and in five
         guesses, and the sum of their losses; and the first guesses, one an image, on the CPU.
 
