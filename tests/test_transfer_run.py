@@ -333,7 +333,7 @@ def test_a_network_that_is_only_judged_waits_in_a_checkpoint_until_it_is(
         patched.setattr(Training, "begin", lambda self: None if is_converted(self) else judge(self))
         known = done(make(**given))
     found = row(known, "gc", "calibrated")
-    assert (found.status, found.reason) == ("interrupted", "converted, not judged yet")
+    assert (found.status, found.reason) == ("interrupted", "converted, not evaluated yet")
     assert found.convert.calibration.layers
     assert len(list(tmp_path.rglob("*.pt"))) == 1
     monkeypatch.setattr(transfer_run, "convert", None)  # it is not converted again

@@ -153,7 +153,7 @@ class Train(Command):
 class Transfer(Train):
     """Convert a trained network to each variant, say what that costs in accuracy, and train it on to win it back.
 
-    First the untouched network is judged, then every conversion, then each is trained (--epochs 0: none is). With
+    First the untouched network is evaluated, then every conversion, then each is trained (--epochs 0: none is). With
     calibrated weights most of the loss is won back without any training. Without images conversions are by the closed
     form, and the table says what each layer loses. A run that was stopped goes on with --resume and converts nothing
     twice.
@@ -239,7 +239,7 @@ class Transfer(Train):
         extras = ["the untouched network is trained too"] * config.control
         extras += ["its outputs are targets beside the labels"] * config.distill
         if extras or not config.epochs:
-            lines.append("; ".join(extras) or "--epochs 0: conversions are judged, and nothing is trained")
+            lines.append("; ".join(extras) or "--epochs 0: conversions are evaluated, and nothing is trained")
         return lines
 
     def estimate(self, run: TransferRun, interrupts: Interrupts, *, quiet: bool) -> int:

@@ -32,7 +32,6 @@ from bgcbench.results import Json
 from bgcbench.results.rows import PaperError, TrainParams, TrainRow
 from bgcbench.specs import (
     DIGITS_PX,
-    LAYOUTS,
     TRAINING_ALGORITHMS,
     TRAINING_SETS,
     VARIANTS,
@@ -42,7 +41,7 @@ from bgcbench.specs import (
 )
 from bgcbench.theory import paper
 from bgcbench.training.launcher import processes
-from bgcbench.training.recipes import HYPER, RECIPES, Recipe, check_parts, default_recipe, make_recipe
+from bgcbench.training.recipes import HYPER, Recipe, check_parts, default_recipe, make_recipe
 
 CLASSES = {"digits": 10, "cifar10": 10, "imagenet": 1000}
 IN_FILES = ("cifar10", "imagenet", "folder")  # data sets that are looked for in --data-dir
@@ -157,21 +156,15 @@ class TrainConfig(NetworkChoice, RunConfig):
     FREE: ClassVar[tuple[str, ...]] = ("data_dirs", "download", "threads", "workers", "save_every_s", "seed")
     # What --resume may add to or change, and --resume auto must find as it is.
     GRIDS: ClassVar[tuple[str, ...]] = ("variants", "groups", "seeds")
-    RECIPES: ClassVar[tuple[str, ...]] = RECIPES
 
     def __post_init__(self) -> None:
         self._check_data()
-        if self.recipe is None:
-            object.__setattr__(self, "recipe", self._default_recipe())
-        check_choice("recipe", self.recipe or "", self.RECIPES)
-        if self.algorithm is None:
-            object.__setattr__(self, "algorithm", "auto" if self.recipe == "fast" else "fixed")
+        self._settle("recipe", self._default_recipe())
+        self._settle("algorithm", "auto" if self.recipe == "fast" else "fixed")
         check_choice("algorithm", self.algorithm or "", TRAINING_ALGORITHMS)
-        if self.layout:
-            check_choice("layout", self.layout, LAYOUTS)
-        for name, value in (("epochs", QUICK_EPOCHS), ("subset", QUICK_IMAGES)) if self.quick else ():
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, value)
+        if self.quick:
+            self._settle("epochs", QUICK_EPOCHS)
+            self._settle("subset", QUICK_IMAGES)
         # How many classes a folder has is known when it is opened.
         unknown = self.num_classes is None and self.data == "folder"
         self._resolve_network()
@@ -185,6 +178,11 @@ class TrainConfig(NetworkChoice, RunConfig):
         object.__setattr__(self, "seed", self.seeds[0])
         super().__post_init__()
         self._check_rows()
+
+    def _settle(self, name: str, value: Any) -> None:
+        """Give a field that nothing was asked for its value."""
+        if getattr(self, name) is None:
+            object.__setattr__(self, name, value)
 
     def _check_rows(self) -> None:
         if not self.cells:

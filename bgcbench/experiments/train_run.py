@@ -402,22 +402,20 @@ class TrainRun(Run[RowT]):
 
     def _end(self, row: RowT, training: Training) -> None:
         """Write down a training that has come to its end."""
-        counts = self._learnt_counts(row, training)
-        found = self._found(row, training, counts) | {"counts": counts, "stage": "trained"}
-        self._note(row, "ok", None, **found)
+        self._note(row, "ok", None, **self._found(row, training, learnt=True) | {"stage": "trained"})
 
-    def _learnt_counts(self, row: RowT, training: Training) -> Counts:
-        return counts_of(self.config, training.network, self.prepared.traces[row.params.cell], learnt=True)
-
-    def _found(self, row: RowT, training: Training, counts: Counts | None = None) -> Json:
-        """What a training has found so far, as fields of its row."""
+    def _found(self, row: RowT, training: Training, *, learnt: bool = False) -> Json:
+        """What a training has found so far, as fields of its row; learnt: with the structure that it has come to."""
         state, known = training.state, self._known(row)
+        found = self.prepared.traces[row.params.cell]
+        counts = counts_of(self.config, training.network, found, learnt=True) if learnt else known.counts
         initial = known.error_initial if state.initial is None else state.initial
         last = state.history[-1] if state.history else None
         speeds = [epoch.images_per_s for epoch in state.history if epoch.images_per_s]
         speed = statistics.median(speeds) if speeds else None
         evaluated = bool(state.history) or initial is not None
         return {
+            "counts": counts,
             "epochs": tuple(state.history),
             "error_initial": initial,
             "error_final": last and last.test_error,
@@ -425,7 +423,7 @@ class TrainRun(Run[RowT]):
             "epoch_best": state.best_epoch,
             "error_final_top5": last and last.test_error_top5,
             "images_per_s": speed,
-            "matmul_fraction": speed and self._of_peak(counts or known.counts, speed),
+            "matmul_fraction": speed and self._of_peak(counts, speed),
             "train_seconds": sum(epoch.seconds for epoch in state.history),
             "forms": measured_forms(training.network) or known.forms,
             "stage": "evaluated" if evaluated else known.stage,

@@ -1,4 +1,4 @@
-"""``bgcbench transfer``: a network that has been trained, converted, judged, and trained on for little (Table 3).
+"""``bgcbench transfer``: a trained network, converted, evaluated, and trained on for little (Table 3).
 
 The configuration is pure Python; :mod:`bgcbench.experiments.transfer_run` converts and trains.
 """
@@ -17,14 +17,14 @@ from bgcbench.errors import OutputError, UsageError
 from bgcbench.experiments import train
 from bgcbench.experiments.config import ImageChoice, NetworkChoice
 from bgcbench.experiments.network import NetworkConfig
-from bgcbench.experiments.options import CONVERSION, GRID, RECIPE, WORKLOAD, Option, option
+from bgcbench.experiments.options import CONVERSION, GRID, RECIPE, WORKLOAD, Option, one_of, option
 from bgcbench.experiments.train import CLASSES, READ_BY_WORKERS, TrainConfig, params_of, planned
 from bgcbench.results import Json
 from bgcbench.results.rows import TrainParams, TransferRow
 from bgcbench.specs import HELD_OUT, OWN, TIMM_PREFIX, check_choice
 from bgcbench.theory import paper
 from bgcbench.training.launcher import processes
-from bgcbench.training.recipes import TRANSFER_RECIPES, Recipe, make_transfer_recipe
+from bgcbench.training.recipes import Recipe, make_transfer_recipe
 
 INITS = ("copy", "white", "calibrated", "scratch")
 CALIBRATION_IMAGES, QUICK_CALIBRATION = 512, 64
@@ -32,7 +32,7 @@ IMAGENET_VAL = 50_000  # images: fewer are a part of ImageNet, whose errors are 
 CPU_BATCH = 32  # images that --time measures with at most on a CPU
 
 PRESETS = ("table3",)
-NO_IMAGES = "none"  # as --data: conversions by the closed form, nothing is judged
+NO_IMAGES = "none"  # as --data: conversions by the closed form, nothing is evaluated
 KEPT_IN = ("data", "imagenet")  # where images are looked for, in the current folder, unless --data-dir says where
 
 
@@ -43,9 +43,9 @@ class TransferConfig(ImageChoice, TrainConfig):
     weights: a file, 'default' (torchvision's published ones) or 'none' (untrained); None stands for the default. inits:
     how the converted weights are found (see :func:`bgcbench.convert`). rebn: whether batch norm's statistics are
     estimated anew; without images (data NO_IMAGES) only white and copied weights can be, and nothing is estimated,
-    judged or trained. calibration_images: of the training data, for the two. epochs: 0 judges the conversions and
-    trains nothing. distill: the original network's outputs are targets too. control: the untouched network is trained
-    as well. time: what each network costs is measured. save: a folder for the converted networks. Everything else is
+    evaluated or trained. calibration_images: of the training data, for the two. epochs: 0 evaluates the conversions
+    and trains nothing. distill: the original network's outputs are targets too. control: the untouched network is
+    trained as well. time: what each network costs is measured. save: a folder for the converted networks. The rest is
     as in ``bgcbench train``. Raises UsageError or ShapeError.
     """
 
@@ -61,7 +61,7 @@ class TransferConfig(ImageChoice, TrainConfig):
     data: str = option(
         "",
         "imagenet, folder, digits (extra: digits), cifar10, synthetic (speed only), the path of a folder with train/ "
-        "and val/, or none: conversions by the closed form, of which nothing is judged.",
+        "and val/, or none: conversions by the closed form, of which nothing is evaluated.",
         shown="imagenet or folder in --data-dir, ./data or ./imagenet, with train/ and val/ or val/ alone; else none",
     )
     recipe: str | None = option(
@@ -70,7 +70,7 @@ class TransferConfig(ImageChoice, TrainConfig):
         everyday=False,
         shown="paper",
     )
-    epochs: int | None = option(None, "0 judges the conversions only.", shown="30")
+    epochs: int | None = option(None, "0 evaluates the conversions only.", shown="30")
     batch_size: int | None = option(None, shown="128")
     lr: float | None = option(None, shown="0.01")
     schedule: str | None = option(None, shown="constant")
@@ -94,13 +94,14 @@ class TransferConfig(ImageChoice, TrainConfig):
         name="init",
         panel=CONVERSION,
         everyday=True,
+        check=one_of(INITS, "init"),
     )
     rebn: bool = option(
         True, "Estimate batch norm's statistics anew.", panel=CONVERSION, shown="on", flag="--rebn/--no-rebn"
     )
     calibration_images: int | None = option(
         None,
-        "Training images for both, without labels; one in four is held out to judge.",
+        "Training images for both, without labels; one in four is held out to evaluate.",
         panel=CONVERSION,
         shown="512",
     )
@@ -121,13 +122,10 @@ class TransferConfig(ImageChoice, TrainConfig):
     # Beside training's: what changes no number that is there already.
     FREE: ClassVar[tuple[str, ...]] = (*TrainConfig.FREE, "weights", "inits", "control", "time")
     GRIDS: ClassVar[tuple[str, ...]] = (*TrainConfig.GRIDS, "inits", "weights", "control")
-    RECIPES: ClassVar[tuple[str, ...]] = TRANSFER_RECIPES
 
     def __post_init__(self) -> None:
-        if self.weights is None:
-            object.__setattr__(self, "weights", "default")
-        if self.calibration_images is None:
-            object.__setattr__(self, "calibration_images", QUICK_CALIBRATION if self.quick else CALIBRATION_IMAGES)
+        self._settle("weights", "default")
+        self._settle("calibration_images", QUICK_CALIBRATION if self.quick else CALIBRATION_IMAGES)
         self._check_images(self.weights or "default", in_memory=self.data not in (*READ_BY_WORKERS, NO_IMAGES))
         super().__post_init__()
         known = CLASSES.get(self.data) or (self.num_classes if self.data in ("synthetic", NO_IMAGES) else None)
@@ -139,10 +137,6 @@ class TransferConfig(ImageChoice, TrainConfig):
             super()._check_data()
 
     def _check_rows(self) -> None:
-        if not self.inits:
-            raise UsageError("--init is empty; name at least one")
-        for init in self.inits:
-            check_choice("init", init, INITS)
         if self.data == NO_IMAGES:
             self._check_without_images()
         if self.val_alone and self.epochs:

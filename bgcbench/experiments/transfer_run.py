@@ -56,7 +56,7 @@ from bgcbench.training.distributed import World
 from bgcbench.training.loop import NotFinite, Scores, Training
 from bgcbench.training.recipes import Recipe
 
-NOT_EVALUATED, NOT_TRAINED, UNTOUCHED = "converted, not judged yet", "converted, not trained yet", "not trained yet"
+NOT_EVALUATED, NOT_TRAINED, UNTOUCHED = "converted, not evaluated yet", "converted, not trained yet", "not trained yet"
 BATCH = 64  # calibration images that are read at a time
 
 
@@ -343,9 +343,7 @@ class TransferRun(TrainRun[TransferRow]):
         dense = row.params.is_dense
         scores = untouched if dense else _scores(training)
         training.state.initial = self._meaningful(scores.error)
-        counts = self._learnt_counts(row, training)
-        found = self._found(row, training, counts) | {
-            "counts": counts,
+        found = self._found(row, training, learnt=True) | {
             "error_initial_top5": self._meaningful(scores.top5),
             "loss_initial": self._meaningful(scores.loss),
             "stage": "evaluated",
@@ -355,10 +353,8 @@ class TransferRun(TrainRun[TransferRow]):
             agreed = float((training.guesses == guesses).sum())
             same, count = self.world.total([agreed, len(guesses)])
             found["agreement_initial"] = self._meaningful(100 * same / count)
-        if row.params.epochs:
-            self._note(row, "interrupted", UNTOUCHED if dense else NOT_TRAINED, **found)
-        else:
-            self._note(row, "ok", None, **found)
+        waits = UNTOUCHED if dense else NOT_TRAINED
+        self._note(row, *(("interrupted", waits) if row.params.epochs else ("ok", None)), **found)
         if dense:
             return
         if not row.params.epochs:
