@@ -115,8 +115,7 @@ Config = TypeVar("Config", bound=TrainConfig)
 def open_data(config: Config, world: World) -> tuple[Config, LabelledData]:
     """The data, and ``config`` with what is known only now: how many classes it has.
 
-    The main process opens it first, so that a download is made once. Raises UsageError for what is not there or does
-    not fit.
+    Raises UsageError for what is not there or does not fit.
     """
     data = _opened(config, world)
     if config.num_classes is None:
@@ -191,18 +190,19 @@ def counts_of(config: TrainConfig, model: nn.Module, found: Trace, *, learnt: bo
 
 
 def _opened(config: TrainConfig, world: World) -> LabelledData:
-    size = (config.height or 0, config.width or 0)
-    folders = [Path(folder) for folder in config.data_dirs]
+    def opened() -> LabelledData:
+        return open_labelled(
+            config.data,
+            (config.height or 0, config.width or 0),
+            [Path(folder) for folder in config.data_dirs],
+            download=config.download and world.is_main,
+            classes=config.num_classes if config.data == "synthetic" else None,
+            val_alone=config.val_alone,
+        )
 
-    def opened(*, download: bool) -> LabelledData:
-        classes = config.num_classes if config.data == "synthetic" else None
-        return open_labelled(config.data, size, folders, download=download, classes=classes, val_alone=config.val_alone)
-
-    found: list[LabelledData] = []
-    world.once(lambda: found.append(opened(download=config.download)))
-    data = found[0] if found else opened(download=False)
-    changed: dict[str, Any] = {"pad": config.pad, "flip": config.flip}
-    changed = {name: value for name, value in changed.items() if value is not None}
+    data = world.first(opened)
+    given = {"pad": config.pad, "flip": config.flip}
+    changed: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     if not changed:
         return data
     if not isinstance(data, ResidentData):

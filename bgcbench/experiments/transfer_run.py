@@ -94,9 +94,7 @@ def prepare(config: TransferConfig, world: World) -> TransferPrepared:
     rows, traces, warnings = try_conversions(config, rows, **image_counts(data, options))
     if config.calibrates and len(images) < HELD_OUT:
         raise UsageError(f"--data {config.data} has {len(images)} training images; {HELD_OUT} are needed to calibrate")
-    found: list[tuple[nn.Module, Loaded]] = []
-    world.once(lambda: found.append(_loaded(config, weights)))  # so that a download is made once
-    network, loaded = found[0] if found else _loaded(config, weights)
+    network, loaded = world.first(lambda: _loaded(config, weights))
     warnings += [*loaded.notes, *warned(data.preprocessing, weights, config.model), *untrained(config)]
     if config.calibrates and count < config.images and not config.quick:
         warnings.append(
