@@ -42,7 +42,7 @@ class ApproxNetworkConfig(ImageChoice, NetworkChoice, RunConfig):
     )
     data: str = option("", "Images to run through it: digits, or a folder of images.", panel=NETWORK, everyday=True)
     calibration_images: int = option(
-        None, "How many of them; one in four is held out to judge.", panel=NETWORK, shown="256"
+        None, "How many of them; one in four is held out to evaluate.", panel=NETWORK, shown="256"
     )
     batch: int = option(32, "Images at a time.", panel=NETWORK, check=positive)
     memory_gib: float = option(
