@@ -72,9 +72,9 @@ class Sample:
         size = (1 if config.dims == 1 else config.length, config.length)
         kernel = (1 if config.dims == 1 else config.kernel, config.kernel)
         generator = torch.Generator().manual_seed(seeds(f"inputs:{name}"))
-        x = draw_inputs(InputLaw.parse(name), (config.number, config.in_channels, *size), generator)
+        x = draw_inputs(InputLaw.parse(name), (config.samples, config.in_channels, *size), generator)
         length = config.in_channels * math.prod(kernel)
-        rows = [he_rows(row, config.number, length, seeds, torch.float64) for row in range(config.out_channels)]
+        rows = [he_rows(row, config.samples, length, seeds, torch.float64) for row in range(config.out_channels)]
         weight = torch.stack(rows, 1)
         return cls(config, x, weight.reshape(*weight.shape[:2], config.in_channels, *kernel))
 
@@ -102,21 +102,21 @@ class Sample:
     @functools.cached_property
     def moment(self) -> Tensor:
         design = self.design(self.x)
-        return design.T @ design / self.config.number
+        return design.T @ design / self.config.samples
 
     @property
     def input_energy(self) -> float:
-        return float(self.x.square().sum()) / self.config.number
+        return float(self.x.square().sum()) / self.config.samples
 
     @property
     def weight_energy(self) -> float:
-        return float(self.weight.square().sum()) / self.config.number
+        return float(self.weight.square().sum()) / self.config.samples
 
     @functools.cached_property
     def output_energy(self) -> float:
         """E||Wx||^2 over convolutions and inputs."""
-        energies = [float(self.targets(which).square().sum()) for which in range(self.config.number)]
-        return sum(energies) / self.config.number**2
+        energies = [float(self.targets(which).square().sum()) for which in range(self.config.samples)]
+        return sum(energies) / self.config.samples**2
 
     def least_errors(self, variant: str, groups: int, convolutions: int | None = None) -> list[float]:
         """(1/S) sum over inputs of the least ||Wx - Vx||^2, convolution by convolution, group by group."""
@@ -132,12 +132,12 @@ class Sample:
                 parts.append(self.design(sum(self.x.chunk(groups, 1)) / groups))
             designs.append((torch.cat(parts, 1), [row for row in range(m) if of_group[row] == group]))
         found = []
-        for which in range(convolutions or self.config.number):
+        for which in range(convolutions or self.config.samples):
             y, error = self.targets(which), 0.0
             for design, rows in designs:
                 solution = torch.linalg.lstsq(design, y[:, rows], driver="gelsd").solution
                 error += float((y[:, rows] - design @ solution).square().sum())
-            found.append(error / self.config.number)
+            found.append(error / self.config.samples)
         return found
 
     def constructed_errors(self, variant: str, groups: int) -> float:
@@ -153,7 +153,7 @@ class Sample:
                     others = rows.unflatten(1, (groups, n)).sum(1) - rows[:, own]
                     built = built + self.convolve(mean, others)
                 lost += float((self.convolve(x, rows) - built).square().sum())
-        return lost / self.config.number**2
+        return lost / self.config.samples**2
 
 
 SHAPES: list[dict[str, Any]] = [
@@ -184,7 +184,7 @@ def test_a_run_gives_what_separate_least_squares_problems_give(shape: dict[str, 
             expected = 0.0
             if groups > 1:
                 errors = sample.least_errors(variant, groups)
-                assert len(errors) == row.params.convolutions == config.number
+                assert len(errors) == row.params.convolutions == config.samples
                 expected = sum(errors) / len(errors)
             where = (variant, groups, name)
             assert row.error == pytest.approx(expected, rel=1e-9, abs=floor), where
@@ -238,7 +238,7 @@ def test_a_shuffle_constructs_the_blocks_of_its_own_order() -> None:
                 kept[p, own] = weight[p, own]
             lost += float(sample.convolve(sample.x, weight - kept).square().sum())
         row = by_row(computed(config))["shuffle", groups, "relu"]
-        expected = lost / config.number**2 / (sample.weight_energy * sample.input_energy)
+        expected = lost / config.samples**2 / (sample.weight_energy * sample.input_energy)
         assert row.construction_relative_error == pytest.approx(expected, rel=1e-10)
 
 
@@ -317,7 +317,7 @@ def test_each_searched_convolution_loses_what_its_own_kernel_loses(
         sample = Sample.of(config, name)
 
         def energy(kernel: Tensor, sample: Sample = sample) -> float:
-            return float(sample.convolve(sample.x, kernel).square().sum()) / config.number
+            return float(sample.convolve(sample.x, kernel).square().sum()) / config.samples
 
         errors, outputs, weights = [], [], []
         for which, (weight, n, options, kernel) in enumerate(solved[3 * number : 3 * number + 3]):

@@ -56,8 +56,9 @@ class ApproxConfig(RunConfig):
         name="input",
         panel=WORKLOAD,
         everyday=True,
+        check=lambda field, name: InputLaw.parse(name),
     )
-    samples: int | None = option(None, "S: convolutions, and inputs.", panel=WORKLOAD, shown="1000")
+    samples: int = option(None, "S: convolutions, and inputs.", panel=WORKLOAD, shown="1000")
     search_samples: int = option(
         4,
         "Of the convolutions, how many tlgc, flgc and lgc are solved for, each by itself.",
@@ -74,23 +75,15 @@ class ApproxConfig(RunConfig):
         super().__post_init__()
         if self.dims not in (1, 2):
             raise UsageError(f"--dims {self.dims} must be 1 or 2")
-        if not self.inputs:
-            raise UsageError("--input is empty; name at least one")
         # Under their canonical names, so that normal:0.50 and normal:0.5 are one row.
         object.__setattr__(self, "inputs", tuple(dict.fromkeys(law.name for law in self.laws)))
-        far = [law.name for law in self.laws if self.precision == "fp32" and abs(law.mean) > FP32_MEAN]
-        if far:
-            raise UsageError(
-                f"input '{far[0]}' has too large a mean for --precision fp32: use fp64, or at most {FP32_MEAN}"
-            )
-        if self.number < 1:
+        for law in self.laws if self.precision == "fp32" else ():
+            if abs(law.mean) > FP32_MEAN:
+                rule = f"use fp64, or at most {FP32_MEAN}"
+                raise UsageError(f"input '{law.name}' has too large a mean for --precision fp32: {rule}")
+        if self.samples < 1:
             raise UsageError(f"--samples {self.samples} must be a whole number of at least 1")
         self.spec("standard", 1).output_size(*self.size)
-
-    @property
-    def number(self) -> int:
-        """S, resolved."""
-        return self.samples or 0
 
     @property
     def laws(self) -> tuple[InputLaw, ...]:
@@ -126,7 +119,7 @@ class ApproxConfig(RunConfig):
     def rows_of_data(self) -> int:
         """S D: positions that each least-squares problem sees."""
         height, width = self.spec("standard", 1).output_size(*self.size)
-        return self.number * height * width
+        return self.samples * height * width
 
     @property
     def what(self) -> str:
@@ -170,9 +163,9 @@ def plan(config: ApproxConfig) -> list[ApproxRow]:
     if worst is None:
         raise UsageError("nothing to compute: --groups and --variants leave no valid row")
     if config.rows_of_data < worst.unknowns:
-        least = -(-worst.unknowns * config.number // config.rows_of_data)
+        least = -(-worst.unknowns * config.samples // config.rows_of_data)
         raise UsageError(
-            f"--samples {config.number} gives {config.rows_of_data} positions for {worst.unknowns} unknowns an output "
+            f"--samples {config.samples} gives {config.rows_of_data} positions for {worst.unknowns} unknowns an output "
             f"of {worst.label}: fewer than one, so any error could be fitted away; use at least {least}, or "
             f"{10 * least} for an error that is low by less than a tenth, or larger N"
         )
@@ -197,7 +190,7 @@ def _worst(rows: list[ApproxRow]) -> ApproxRow | None:
 
 
 def _row(config: ApproxConfig, law: InputLaw, variant: str, groups: int) -> ApproxRow:
-    solved = config.number if variant in ("standard", *LINEAR) else min(config.search_samples, config.number)
+    solved = config.samples if variant in ("standard", *LINEAR) else min(config.search_samples, config.samples)
     own = {"variant": variant, "groups": groups, "input": law.name, "convolutions": solved}
     params = msgspec.convert(vars(config) | own | {"solver": VARIANTS[variant].solver}, SampledParams)
     shape = f"{config.in_channels}x{config.out_channels}-k{config.kernel}-d{config.dims}-l{config.length}"

@@ -102,7 +102,7 @@ class Prepared:
     @property
     def image_count(self) -> int:
         """How many images are run."""
-        return min(self.config.images, len(self.images))
+        return min(self.config.calibration_images, len(self.images))
 
     @property
     def rows(self) -> list[PlannedLayer]:
@@ -159,10 +159,8 @@ def prepare(config: ApproxNetworkConfig) -> Prepared:
     warnings = [*found.notes, *loaded.notes, *warned(images.preprocessing, weights, config.model)]
     if config.weights is None and not published:
         warnings.append(f"{config.model}: {UNTRAINED}")
-    if len(images) < config.images:
-        warnings.append(
-            f"{images.name} has {len(images)} images, fewer than the {config.images} asked for; all are used"
-        )
+    if (there := len(images)) < (asked := config.calibration_images):
+        warnings.append(f"{images.name} has {there} images, fewer than the {asked} asked for; all are used")
     said = told(images.preprocessing, weights)
     return Prepared(config, model, loaded, images, found, len(portions), held, said, warnings)
 

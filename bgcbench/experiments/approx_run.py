@@ -161,17 +161,17 @@ class ApproxRun(Run[SampledRow]):
         shape = (config.in_channels, *config.size)
         at_once = max(1, CHUNK_NUMBERS // math.prod(shape))
         generator = torch.Generator(device="cpu").manual_seed(self._seeds(f"inputs:{law.name}"))
-        for start in range(0, config.number, at_once):
+        for start in range(0, config.samples, at_once):
             if self.stop():
                 break
-            x = draw_inputs(law, (min(at_once, config.number - start), *shape), generator)
+            x = draw_inputs(law, (min(at_once, config.samples - start), *shape), generator)
             energy += float(x.square().sum())
             moments.add(x)
-        return _Inputs(moments.total / config.number, energy / config.number)
+        return _Inputs(moments.total / config.samples, energy / config.samples)
 
     def _rows_of(self, row: int) -> Tensor:
         """Output channel ``row`` of all convolutions: (S, nK)."""
-        return he_rows(row, self.config.number, self._fan_in, self._seeds, self._dtype).to(self.session.device)
+        return he_rows(row, self.config.samples, self._fan_in, self._seeds, self._dtype).to(self.session.device)
 
     @property
     def _fan_in(self) -> int:
@@ -198,7 +198,7 @@ class ApproxRun(Run[SampledRow]):
         for share, complete in group_moments(self._rows_of, {n: assigned(m, n) for n in at_hand}, m):
             for found in complete:
                 self._add_group(found, at_hand[found.groups], sums, centred_moments)
-            yield Step(f"{self.config.number} convolutions{', shuffled' if shuffled else ''}", share)
+            yield Step(f"{self.config.samples} convolutions{', shuffled' if shuffled else ''}", share)
             if self.stop():
                 return
         for row in rows:
@@ -245,7 +245,7 @@ class ApproxRun(Run[SampledRow]):
                 total.construction += outside(centred_moments[key], found.matrix, found.group, found.groups)
 
     def _linear_row(self, row: ApproxRow, total: _Sums) -> SampledRow:
-        number, m, size = self.config.number, self.config.out_channels, self._fan_in
+        number, m, size = self.config.samples, self.config.out_channels, self._fan_in
         energy = self._inputs[row.law.name].energy
         error, weights = total.error / number, total.weights / number
         # w S w^T of a Gaussian row w ~ N(0, s^2 I) has variance 2 s^4 tr S^2, so a convolution's error has variance

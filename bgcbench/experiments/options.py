@@ -105,7 +105,7 @@ def _declared(field: str, hint: Any, default: Any, about: dict[str, Any]) -> Opt
     kinds = [each for each in get_args(hint) if each is not type(None)]
     kind = kinds[0] if get_origin(hint) in (Union, types.UnionType) else hint
     if kind is bool and default is not None and "flag" not in about:
-        made |= {"flag": f"--{name}", "on": not default}
+        made["on"] = not default
     if get_origin(kind) is tuple:
         made["read"] = numbers if get_args(kind)[0] is int else names
         kind = str
