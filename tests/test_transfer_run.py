@@ -143,7 +143,7 @@ def test_the_preset_is_the_papers_table_3() -> None:
     assert (config.inits, config.rebn, config.epochs) == (("copy",), False, paper.TABLE3_EPOCHS)
     assert (config.recipe, config.lr, config.spec.size) == ("paper", 0.01, (3, 224, 224))
     fast = TransferConfig(**preset("table3", {"data_dirs": ("d",), "recipe": "fast", "quick": True, "weights": "w"}))
-    assert (fast.recipe, fast.epochs, fast.weights, fast.images) == ("fast", 2, "w", 64)
+    assert (fast.recipe, fast.epochs, fast.weights, fast.calibration_images) == ("fast", 2, "w", 64)
 
 
 def test_a_checkpoint_agrees_on_the_recipe_the_conversion_and_the_weights(weights: str) -> None:

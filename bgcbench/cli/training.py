@@ -194,9 +194,10 @@ class Transfer(Train):
 
     def check(self, config: TransferConfig, *, fresh: bool, replace: bool) -> None:
         super().check(config, fresh=fresh, replace=replace)
-        weights = config.weights or ""
-        if weights not in WEIGHTS and not os.path.exists(weights):
-            raise UsageError(f"--weights {weights}: there is no such file; choose a file, {' or '.join(WEIGHTS)}")
+        if config.weights not in WEIGHTS and not os.path.exists(config.weights):
+            raise UsageError(
+                f"--weights {config.weights}: there is no such file; choose a file, {' or '.join(WEIGHTS)}"
+            )
         if config.save is not None:
             keys = [row.key for row in transfer.plan(config) if not row.params.is_dense]
             room_to_save(Path(config.save), keys, replace=replace or not fresh)
@@ -228,9 +229,8 @@ class Transfer(Train):
         lines = super().own_lines(run)
         if config.data_dirs:
             lines.append(f"looked for images in {', '.join(config.data_dirs)}")
-        calibrated = (
-            f"{min(config.images, len(prepared.images))} images to calibrate with, " if config.calibrates else ""
-        )
+        count = min(config.calibration_images, len(prepared.images))
+        calibrated = f"{count} images to calibrate with, " if config.calibrates else ""
         lines.append(
             f"weights: {prepared.loaded.name}; {calibrated}init {', '.join(config.inits)}, batch norm "
             f"{'re-estimated' if config.rebn else 'as it is'}"

@@ -49,7 +49,7 @@ def prepare(config: TransferConfig) -> ClosedFormPrepared:
 
     Raises UsageError for what does not fit, ShapeError where N does not divide (unless skip_invalid).
     """
-    weights = Weights(config.model, config.weights or "default", config.weights_key)
+    weights = Weights(config.model, config.weights, config.weights_key)
     config = sized(config, weights)
     rows, _, warnings = try_conversions(config, plan(config, weights.name))
     network, loaded = untouched(config), None

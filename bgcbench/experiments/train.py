@@ -91,36 +91,34 @@ class TrainConfig(NetworkChoice, RunConfig):
         read=listed, envvar="BGCBENCH_DATA_DIR",
     )  # fmt: skip
     download: bool = option(False, "Download CIFAR-10 into --data-dir first.", panel=WORKLOAD)
-    recipe: str | None = option(
+    recipe: str = option(
         None,
         "digits (20 epochs, one cycle), paper (section 5.2), fast (that in bf16, channels_last, compiled).",
         panel=RECIPE,
         everyday=True,
         shown="digits for digits, else paper",
     )
-    epochs: int | None = option(None, panel=RECIPE, everyday=True, shown="20; paper 200, ImageNet 90")
-    batch_size: int | None = option(None, "Images a step, over all processes.", panel=RECIPE, shown="64; paper 128")
-    lr: float | None = option(None, "Learning rate.", panel=RECIPE, shown="0.1")
-    schedule: str | None = option(
+    epochs: int = option(None, panel=RECIPE, everyday=True, shown="20; paper 200, ImageNet 90")
+    batch_size: int = option(None, "Images a step, over all processes.", panel=RECIPE, shown="64; paper 128")
+    lr: float = option(None, "Learning rate.", panel=RECIPE, shown="0.1")
+    schedule: str = option(
         None, "multistep, onecycle, cosine or constant.", panel=RECIPE, shown="onecycle; paper multistep"
     )
-    milestones: tuple[int, ...] | None = option(
+    milestones: tuple[int, ...] = option(
         None,
         "Epochs after which the learning rate drops; scaled with --epochs where not given.",
         panel=RECIPE,
         shown="60,120,160; ImageNet 30,60",
     )
-    gamma: float | None = option(None, "Factor of each drop.", panel=RECIPE, shown="0.1")
-    momentum: float | None = option(None, panel=RECIPE, shown="0.9")
-    nesterov: bool | None = option(None, panel=RECIPE, shown="on", flag="--nesterov/--no-nesterov")
-    weight_decay: float | None = option(None, panel=RECIPE, shown="5e-4; ImageNet 1e-4")
-    label_smoothing: float | None = option(None, panel=RECIPE, shown="0")
-    group_lasso: float | None = option(None, "Strength of LGC's group lasso.", panel=RECIPE, shown="0")
+    gamma: float = option(None, "Factor of each drop.", panel=RECIPE, shown="0.1")
+    momentum: float = option(None, panel=RECIPE, shown="0.9")
+    nesterov: bool = option(None, panel=RECIPE, shown="on", flag="--nesterov/--no-nesterov")
+    weight_decay: float = option(None, panel=RECIPE, shown="5e-4; ImageNet 1e-4")
+    label_smoothing: float = option(None, panel=RECIPE, shown="0")
+    group_lasso: float = option(None, "Strength of LGC's group lasso.", panel=RECIPE, shown="0")
     layout: str = option("", "nchw, or nhwc (channels_last).", panel=RECIPE, shown="nchw; fast nhwc")
-    compile: bool | None = option(
-        None, "torch.compile.", panel=RECIPE, shown="fast only", flag="--compile/--no-compile"
-    )
-    algorithm: str | None = option(
+    compile: bool = option(None, "torch.compile.", panel=RECIPE, shown="fast only", flag="--compile/--no-compile")
+    algorithm: str = option(
         None,
         "Exact form that layers run in: fixed (the first, BGC two_conv: the same bits in every run), auto (the fastest "
         "here, which each process measures), or BGC concat, dense, split, matmul (1x1), triton.",
@@ -161,7 +159,7 @@ class TrainConfig(NetworkChoice, RunConfig):
         self._check_data()
         self._settle("recipe", self._default_recipe())
         self._settle("algorithm", "auto" if self.recipe == "fast" else "fixed")
-        check_choice("algorithm", self.algorithm or "", TRAINING_ALGORITHMS)
+        check_choice("algorithm", self.algorithm, TRAINING_ALGORITHMS)
         if self.quick:
             self._settle("epochs", QUICK_EPOCHS)
             self._settle("subset", QUICK_IMAGES)
@@ -247,7 +245,7 @@ class TrainConfig(NetworkChoice, RunConfig):
         return default_recipe(self.data)
 
     def _made(self) -> Recipe:
-        return make_recipe(self.recipe or "", max(self.spec.size[1:]), self._hyper_given())
+        return make_recipe(self.recipe, max(self.spec.size[1:]), self._hyper_given())
 
     def _hyper_given(self) -> Json:
         """The hyper-parameters that were asked for."""
@@ -257,7 +255,7 @@ class TrainConfig(NetworkChoice, RunConfig):
     @property
     def hyper(self) -> Recipe:
         """The recipe with every hyper-parameter as it was asked for."""
-        return Recipe(self.recipe or "", **{name: getattr(self, name) for name in HYPER})
+        return Recipe(self.recipe, **{name: getattr(self, name) for name in HYPER})
 
     def form_of(self, variant: str) -> str:
         """The algorithm that layers of ``variant`` are built with: a form, or 'auto'."""

@@ -186,7 +186,7 @@ def _all_kept(config: TrainConfig, dense: nn.Module) -> Record:
 
 def counts_of(config: TrainConfig, model: nn.Module, found: Trace, *, learnt: bool = False) -> Counts:
     """What ``model`` costs, as it was built or, with ``learnt``, as its structure is now."""
-    return network_counts(model, found, config.batch_size or 1, PRECISIONS[config.precision], learnt=learnt)
+    return network_counts(model, found, config.batch_size, PRECISIONS[config.precision], learnt=learnt)
 
 
 def _opened(config: TrainConfig, world: World) -> LabelledData:

@@ -64,23 +64,23 @@ class TransferConfig(ImageChoice, TrainConfig):
         "and val/, or none: conversions by the closed form, of which nothing is evaluated.",
         shown="imagenet or folder in --data-dir, ./data or ./imagenet, with train/ and val/ or val/ alone; else none",
     )
-    recipe: str | None = option(
+    recipe: str = option(
         None,
         "paper (30 epochs at a constant rate), fast (that in bf16, channels_last, compiled).",
         everyday=False,
         shown="paper",
     )
-    epochs: int | None = option(None, "0 evaluates the conversions only.", shown="30")
-    batch_size: int | None = option(None, shown="128")
-    lr: float | None = option(None, shown="0.01")
-    schedule: str | None = option(None, shown="constant")
-    milestones: tuple[int, ...] | None = option(
+    epochs: int = option(None, "0 evaluates the conversions only.", shown="30")
+    batch_size: int = option(None, shown="128")
+    lr: float = option(None, shown="0.01")
+    schedule: str = option(None, shown="constant")
+    milestones: tuple[int, ...] = option(
         None, "Epochs after which the learning rate drops.", shown="30, 60 and 80 % of multistep"
     )
-    weight_decay: float | None = option(None, shown="1e-4")
+    weight_decay: float = option(None, shown="1e-4")
     seeds: tuple[int, ...] = option((0,), everyday=False)
     reference: bool = option(True, hidden=True)
-    weights: str | None = option(
+    weights: str = option(
         None,
         "default (torchvision's published ones), a file, or none (untrained, to try things out).",
         panel=WORKLOAD,
@@ -99,7 +99,7 @@ class TransferConfig(ImageChoice, TrainConfig):
     rebn: bool = option(
         True, "Estimate batch norm's statistics anew.", panel=CONVERSION, shown="on", flag="--rebn/--no-rebn"
     )
-    calibration_images: int | None = option(
+    calibration_images: int = option(
         None,
         "Training images for both, without labels; one in four is held out to evaluate.",
         panel=CONVERSION,
@@ -126,7 +126,7 @@ class TransferConfig(ImageChoice, TrainConfig):
     def __post_init__(self) -> None:
         self._settle("weights", "default")
         self._settle("calibration_images", QUICK_CALIBRATION if self.quick else CALIBRATION_IMAGES)
-        self._check_images(self.weights or "default", in_memory=self.data not in (*READ_BY_WORKERS, NO_IMAGES))
+        self._check_images(self.weights, in_memory=self.data not in (*READ_BY_WORKERS, NO_IMAGES))
         super().__post_init__()
         known = CLASSES.get(self.data) or (self.num_classes if self.data in ("synthetic", NO_IMAGES) else None)
         if known is not None:
@@ -144,10 +144,9 @@ class TransferConfig(ImageChoice, TrainConfig):
                 f"--epochs {self.epochs} needs images to train with, and {self.data_dirs[0]} has no train/; add it, or "
                 "say --epochs 0"
             )
-        if self.images < HELD_OUT:
-            raise UsageError(
-                f"--calibration-images {self.images} must be at least {HELD_OUT}: one in {HELD_OUT} is held out"
-            )
+        if self.calibration_images < HELD_OUT:
+            given = f"--calibration-images {self.calibration_images}"
+            raise UsageError(f"{given} must be at least {HELD_OUT}: one in {HELD_OUT} is held out")
         if len(self.cells) < 2:
             raise UsageError("nothing to convert: --variants and --groups leave the standard convolution (N = 1) alone")
         for name in ("distill", "control") if not self.epochs else ():
@@ -197,12 +196,7 @@ class TransferConfig(ImageChoice, TrainConfig):
         return "paper"
 
     def _made(self) -> Recipe:
-        return make_transfer_recipe(self.recipe or "", self._hyper_given())
-
-    @property
-    def images(self) -> int:
-        """calibration_images, resolved."""
-        return self.calibration_images or 0
+        return make_transfer_recipe(self.recipe, self._hyper_given())
 
     @property
     def what(self) -> str:
@@ -217,7 +211,7 @@ class TransferConfig(ImageChoice, TrainConfig):
         """What to measure on ``device`` for --time: the networks, in small batches on a CPU, in the fastest form unless
         another one is asked for by name."""
         shared = ("variants", "groups", "precision", "threads", "seed", "quick", "skip_invalid", "layout")
-        batch = self.batch_size or 1
+        batch = self.batch_size
         return NetworkConfig(
             **{name: getattr(self, name) for name in shared},
             **{field.name: getattr(self, field.name) for field in dataclasses.fields(NetworkChoice)},
@@ -234,7 +228,7 @@ def plan(config: TransferConfig, weights: str = "", images: int | None = None) -
     weights: their name, and images: how many there are to calibrate with; both are known when they have been opened.
     """
     return [
-        _row(config, (variant, groups), init, seed, weights, images or config.images)
+        _row(config, (variant, groups), init, seed, weights, images or config.calibration_images)
         for seed in config.seeds
         for variant, groups in config.cells
         for init in (("none",) if variant == "standard" else config.inits)

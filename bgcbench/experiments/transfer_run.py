@@ -83,22 +83,22 @@ def prepare(config: TransferConfig, world: World) -> TransferPrepared:
 
     Raises UsageError for what is not there or does not fit, ShapeError where N does not divide (unless skip_invalid).
     """
-    weights = Weights(config.model, config.weights or "default", config.weights_key)
+    weights = Weights(config.model, config.weights, config.weights_key)
     config, data = open_data(sized(config, weights), world)
     config.check_weights(data.num_classes)
     data = prepared_for(config, data, weights)
     options = options_of(config, data, world)
     images = data.calibration()
-    count = min(config.images, len(images))
+    wanted, count = config.calibration_images, min(config.calibration_images, len(images))
     rows = plan(config, weights.name, count)
     rows, traces, warnings = try_conversions(config, rows, **image_counts(data, options))
     if config.calibrates and len(images) < HELD_OUT:
         raise UsageError(f"--data {config.data} has {len(images)} training images; {HELD_OUT} are needed to calibrate")
     network, loaded = world.first(lambda: _loaded(config, weights))
     warnings += [*loaded.notes, *warned(data.preprocessing, weights, config.model), *untrained(config)]
-    if config.calibrates and count < config.images and not config.quick:
+    if config.calibrates and count < wanted and not config.quick:
         warnings.append(
-            f"{data.name} has {count} training images, fewer than the {config.images} to calibrate with; all are used"
+            f"{data.name} has {count} training images, fewer than the {wanted} to calibrate with; all are used"
         )
     return TransferPrepared(
         config=config,
