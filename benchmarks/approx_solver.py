@@ -24,7 +24,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-import msgspec
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -34,7 +33,6 @@ from bgcbench.experiments.approx import ApproxConfig, plan
 from bgcbench.experiments.approx_run import ApproxRun, draw_inputs, open_session
 from bgcbench.experiments.profile import row_seed
 from bgcbench.experiments.session import Session
-from bgcbench.results.rows import SampledRow
 from bgcbench.theory.sampled import he_rows
 
 LIMIT = 1e-9
@@ -48,8 +46,7 @@ def ours(config: ApproxConfig, session: Session) -> dict[tuple[str, int], float]
     run = ApproxRun(config, session, plan(config))
     for _ in run.run():
         pass
-    rows = msgspec.convert(run.results, list[SampledRow])
-    return {(row.params.variant, row.params.groups): row.error for row in rows if row.error is not None}
+    return {(row.params.variant, row.params.groups): row.error for row in run.results if row.error is not None}
 
 
 def sampled(config: ApproxConfig) -> tuple[Tensor, Tensor]:
@@ -57,11 +54,11 @@ def sampled(config: ApproxConfig) -> tuple[Tensor, Tensor]:
     seeds = functools.partial(row_seed, config.seed)
     (law,) = config.laws
     generator = torch.Generator().manual_seed(seeds(f"inputs:{law.name}"))
-    x = draw_inputs(law, (config.number, config.in_channels, *config.size), generator)
+    x = draw_inputs(law, (config.samples, config.in_channels, *config.size), generator)
     spec: Any = config.spec("standard", 1)
     patches = F.unfold(x, spec.kernel_size, padding=spec.padding, stride=spec.stride)  # (S, nK, D)
     size = patches.shape[1]
-    rows = [he_rows(row, config.number, size, seeds, torch.float64) for row in range(config.out_channels)]
+    rows = [he_rows(row, config.samples, size, seeds, torch.float64) for row in range(config.out_channels)]
     return patches.transpose(1, 2).flatten(0, 1), torch.stack(rows, 1)
 
 
@@ -90,7 +87,7 @@ def conventional(config: ApproxConfig, patches: Tensor, weights: Tensor, at_hand
                     solution = torch.linalg.lstsq(design, y).solution
                     error[variant] += float((y - design @ solution).square().sum())
             for variant, value in error.items():
-                found[variant, groups].append(value / config.number)
+                found[variant, groups].append(value / config.samples)
     return {key: torch.tensor(errors, dtype=torch.float64) for key, errors in found.items()}
 
 
@@ -101,14 +98,14 @@ def shared(config: ApproxConfig) -> Errors:
     energies = outputs.square().sum(0).reshape(config.out_channels, -1)  # (m, S)
     found = {}
     for groups in config.groups:
-        left = {variant: torch.zeros(config.number, dtype=torch.float64) for variant in VARIANTS}
+        left = {variant: torch.zeros(config.samples, dtype=torch.float64) for variant in VARIANTS}
         for both, y, energy in zip(
             designs(patches, groups), outputs.chunk(groups, 1), energies.chunk(groups), strict=True
         ):
             for variant, design in (("gc", both[:, : both.shape[1] // 2]), ("bgc", both)):
                 seen = (torch.linalg.qr(design).Q.T @ y).square_().sum(0)
                 left[variant] += (energy - seen.reshape(energy.shape)).sum(0)
-        found.update({(variant, groups): errors / config.number for variant, errors in left.items()})
+        found.update({(variant, groups): errors / config.samples for variant, errors in left.items()})
     return found
 
 
@@ -130,7 +127,7 @@ def main() -> int:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     config = ApproxConfig(variants=VARIANTS, inputs=("normal",), samples=options.samples, device="cpu")
-    some = min(options.convolutions, config.number)
+    some = min(options.convolutions, config.samples)
     session = open_session(config)
 
     times: dict[str, list[float]] = {"ours": [], "shared": []}
@@ -146,8 +143,10 @@ def main() -> int:
             print(f"round {number + 1}: {name:10} {seconds:.2f} s", flush=True)
     setup_s, (patches, weights, at_hand) = timed(lambda: prepared(config))
     solve_s, alone = timed(lambda: conventional(config, patches, weights[:some], at_hand))
-    scaled_s = setup_s + solve_s * config.number / some
-    print(f"conventional: {solve_s:.2f} s for {some} convolutions, so {scaled_s:.1f} s for {config.number}", flush=True)
+    scaled_s = setup_s + solve_s * config.samples / some
+    print(
+        f"conventional: {solve_s:.2f} s for {some} convolutions, so {scaled_s:.1f} s for {config.samples}", flush=True
+    )
 
     difference = max(
         *(abs(together[key] / float(each.mean()) - 1) for key, each in errors.items()),
@@ -161,7 +160,7 @@ def main() -> int:
         " ".join(["python -m benchmarks.approx_solver", *sys.argv[1:]]),
         {
             "config": config.to_json(),
-            "samples": config.number,
+            "samples": config.samples,
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
             "times_s": times,
@@ -172,8 +171,8 @@ def main() -> int:
                 "setup_s": setup_s,
                 "solve_s": solve_s,
                 "scaled_s": scaled_s,
-                "note": f"solved for {some} of {config.number} convolutions; scaled_s is setup_s (sampling and "
-                f"designs, once) + solve_s x {config.number}/{some}",
+                "note": f"solved for {some} of {config.samples} convolutions; scaled_s is setup_s (sampling and "
+                f"designs, once) + solve_s x {config.samples}/{some}",
             },
             "ratios": {"conventional": conventional, "shared": one_factor},
             "largest_relative_difference": difference,

@@ -5,10 +5,8 @@ from __future__ import annotations
 import random
 from typing import Any
 
-from bgcbench.experiments.profile import ProfileConfig, invalid_record, plan, printed_figures
-from bgcbench.measure.counts import count, paper_bytes
+from bgcbench.experiments.profile import ProfileConfig, plan
 from bgcbench.measure.statistics import summarise
-from bgcbench.theory.exact import white_error
 
 MEDIANS = {"standard-1": 8.0e-3, "gc-2": 4.0e-3, "bgc-2": 8.0e-3, "gc-4": 2.0e-3, "bgc-4": 4.4e-3}
 ROUNDS = [r for r in range(1, 11) for _ in range(4)]
@@ -43,35 +41,18 @@ def example_document() -> dict[str, Any]:
     config = ProfileConfig(groups=(2, 3, 4), skip_invalid=True, device="cpu")
     rows = []
     for seed, planned in enumerate(plan(config)):
-        if planned.spec is None:
-            rows.append(invalid_record(planned))
-            continue
-        params = planned.params
-        median = MEDIANS[f"{params['variant']}-{params['groups']}"]
-        counts = count(planned.spec, 7, 7, batch=128)
-        rows.append(
-            {
-                "key": planned.key,
-                "params": params,
+        row = planned.row.to_json()
+        if planned.spec is not None:
+            median = MEDIANS[f"{planned.params.variant}-{planned.params.groups}"]
+            peak = {"baseline_bytes": 100 * 2**20, "peak_bytes": 200 * 2**20, "peak_delta_bytes": 100 * 2**20}
+            row |= {
                 "status": "ok",
                 "reason": None,
-                "counts": {n: getattr(counts, n) for n in ("params", "macs", "adds", "paper_ops", "bytes_min")},
-                "approximability": {"white_error": white_error(params["variant"], params["groups"])},
-                "memory": {
-                    "paper_bytes": paper_bytes(planned.spec, 7, 7, 128),
-                    "params_bytes": 4 * counts.params,
-                    "input_bytes": 4 * 128 * 1024 * 49,
-                    "output_bytes": 4 * 128 * 1024 * 49,
-                    "baseline_bytes": 100 * 2**20,
-                    "peak_bytes": 200 * 2**20,
-                    "peak_delta_bytes": 100 * 2**20,
-                    "method": "rss_sampled",
-                },
+                "memory": row["memory"] | peak | {"method": "rss_sampled"},
                 "phases": {"fwd": _phase(median / 3, seed), "fwd_bwd": _phase(median, 100 + seed)},
-                "paper": printed_figures(params),
                 "interleaved": 1,
             }
-        )
+        rows.append(row)
     return {
         "schema": {"name": "bgcbench.result", "version": "1.0"},
         "command": "profile",

@@ -5,8 +5,12 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
-from bgcbench.experiments.approx import ApproxConfig, counts_of, plan
+import msgspec
+
+from bgcbench.experiments.approx import ApproxConfig, plan
 from bgcbench.experiments.approx_run import fits
+from bgcbench.measure.counts import count
+from bgcbench.results.rows import Counts, SampledRow
 from bgcbench.theory.bounds import SCALING_POWER
 from bgcbench.theory.exact import white_error
 from tests.example import example_document
@@ -30,35 +34,33 @@ def sampled(spread: float = 1e-4, **options: Any) -> Json:
     )
     rows = []
     for planned in plan(config):
-        variant, groups = planned.variant, planned.groups
+        variant, groups = planned.params.variant, planned.params.groups
         exact = white_error(variant, groups)
         share = LEARNED * (1 - 1 / groups) if exact is None else exact
         unit, energy = 1 / config.in_channels, 7000.0 * planned.law.variance
         relative = LOW * share * unit
         power = SCALING_POWER.get(variant)
         built = {"gc": 1 - 1 / groups, "bgc": (1 - 1 / groups) ** 2}.get(variant)
+        layer = count(config.spec(variant, groups), *config.size)
         rows.append(
-            {
-                "key": planned.key,
-                "params": planned.params,
-                "status": "ok",
-                "reason": None,
-                "counts": counts_of(config, variant, groups),
-                "error": relative * energy,
-                "error_se": relative * energy * spread,
-                "relative_error": relative,
-                "relative_error_se": relative * spread,
-                "output_relative_error": LOW * share,
-                "scaled_error": relative / (1 - 1 / groups) ** power if power and groups > 1 else None,
-                "exact_relative_error": None if exact is None else exact * unit,
-                "in_sample_factor": LOW,
-                "construction_relative_error": None if built is None else built * unit,
-                "bound_general": None,
-                "bound_zero_mean": None,
-                "null_reasons": {},
-            }
+            SampledRow(
+                planned.key,
+                "ok",
+                None,
+                planned.params,
+                counts=msgspec.convert(layer, Counts, from_attributes=True),
+                error=relative * energy,
+                error_se=relative * energy * spread,
+                relative_error=relative,
+                relative_error_se=relative * spread,
+                output_relative_error=LOW * share,
+                scaled_error=relative / (1 - 1 / groups) ** power if power and groups > 1 else None,
+                exact_relative_error=None if exact is None else exact * unit,
+                in_sample_factor=LOW,
+                construction_relative_error=None if built is None else built * unit,
+            )
         )
-    return new_document(results=rows, fits=fits(rows))
+    return new_document(results=[row.to_json() for row in rows], fits=[fit.to_json() for fit in fits(rows)])
 
 
 def network(

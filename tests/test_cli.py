@@ -252,8 +252,8 @@ class TestProfile:
         seen: list[tuple[object, ...]] = []
         write = results.ResultWriter.write
 
-        def watched(self: results.ResultWriter, document: dict[str, object]) -> None:
-            seen.append((document["exit_reason"], document["complete"], document["finished_at"] is None))
+        def watched(self: results.ResultWriter, document: results.Document) -> None:
+            seen.append((document.exit_reason, document.complete, document.finished_at is None))
             write(self, document)
 
         monkeypatch.setattr(results.ResultWriter, "write", watched)

@@ -24,6 +24,7 @@ from bgcbench import results
 from bgcbench.cli import main
 from bgcbench.data import cifar10, imagefolder
 from bgcbench.experiments.train_run import TrainRun, Update
+from bgcbench.results.rows import TrainRow
 from bgcbench.theory import paper
 from tests.conftest import ROOT
 from tests.data.test_cifar10 import fabricate
@@ -185,14 +186,6 @@ def test_the_file_is_complete_and_valid(run: Path) -> None:
     assert (found["settings"]["pad"], found["settings"]["flip"]) == (2, False)
 
 
-def test_the_schema_refuses_a_broken_row(run: Path) -> None:
-    for change in ({"epochs": []}, {"counts": None}, {"error_final": "low"}, {"convert": None}):
-        found = document(run / "r.json")
-        found["results"][0].update(change)
-        with pytest.raises(jsonschema.ValidationError):
-            jsonschema.validate(found, results.schema())
-
-
 def test_what_was_replaced_and_counted_is_in_the_row(run: Path) -> None:
     rows = {(row["params"]["variant"], row["params"]["seed"]): row for row in document(run / "r.json")["results"]}
     dense, gc = rows["standard", 0], rows["gc", 0]
@@ -348,7 +341,7 @@ def test_a_checkpoint_agrees_on_every_hyper_parameter() -> None:
 
     config = TrainConfig(model="wrn_10_1", data="digits", seeds=(3, 4), groups=(2,), variants=("bgc",))
     row = plan(config)[-1]
-    found = identity(config, row)
+    found = identity(config, row.params)
     assert {*HYPER, "recipe", "pad", "flip", "accumulate", "sync_bn", "subset", "model", "data", "height"} <= set(found)
     assert (found["variant"], found["groups"], found["seed"]) == ("bgc", 2, 4)
     assert not {"variants", "seeds", "data_dirs", "workers", "threads", "device"} & set(found)
@@ -524,10 +517,10 @@ def test_uneven_groups_are_counted_as_they_are() -> None:
                 logits[:, 0] = 100.0  # all channels in one group: the dense convolution
     uneven = network_counts(converted, trace(converted, size), 1, 4, learnt=True)
     found = trace(dense, size)
-    assert uneven["params"] == sum(p.numel() for p in dense.parameters())
-    assert (uneven["macs"], uneven["macs_training"]) == (found.macs, found.macs)
-    assert balanced["macs"] < uneven["macs"]
-    assert balanced["macs_training"] == found.macs
+    assert uneven.params == sum(p.numel() for p in dense.parameters())
+    assert (uneven.macs, uneven.macs_training) == (found.macs, found.macs)
+    assert balanced.macs < uneven.macs
+    assert balanced.macs_training == found.macs
 
 
 @pytest.mark.parametrize("variants", ["standard,gc", "all", None])
@@ -560,7 +553,7 @@ def test_a_second_run_with_force_touches_neither_the_file_nor_the_checkpoints_of
     second: list[subprocess.CompletedProcess[str]] = []
     work, checkpoints = TrainRun._work, Path("r.checkpoints")
 
-    def working(self: TrainRun) -> Iterator[Update]:
+    def working(self: TrainRun[TrainRow]) -> Iterator[Update]:
         yield from work(self)
         before = sorted(checkpoints.rglob("*.pt"))
         second.append(cli(*arguments, "--force", "--lr", "0.5"))
@@ -709,7 +702,7 @@ def test_the_algorithm_is_fixed_unless_another_is_asked_for(asked: list[str], al
         model="wrn_10_1", data="digits", variants=("standard", "gc", "lgc", "bgc"), groups=(2,), **options
     )
     assert config.algorithm == algorithm
-    found = {row.params["variant"]: row.params["algorithm"] for row in plan(config)}
+    found = {row.params.variant: row.params.algorithm for row in plan(config)}
     assert found == {"standard": "stock", "gc": "stock", "lgc": "masked", "bgc": form}
 
 
@@ -724,7 +717,7 @@ def test_what_auto_has_found_stands_in_the_row_and_under_the_table(
     jsonschema.validate(document("auto.json"), results.schema())
     assert main([*arguments, "split", "--out", "split.json"]) == 0
     (row,) = document("split.json")["results"]
-    assert (row["params"]["algorithm"], "forms" in row) == ("split", False)
+    assert (row["params"]["algorithm"], row["forms"]) == ("split", {})
     assert "BGC as split" in capsys.readouterr().out
     (checkpoint,) = Path("split.checkpoints").rglob("final-*.pt")
     layers = [m for m in bgcbench.load_converted(checkpoint).modules() if isinstance(m, bgcbench.BalancedGroupConv2d)]

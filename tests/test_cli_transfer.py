@@ -218,18 +218,6 @@ def test_the_file_is_complete_and_valid(folder: Path) -> None:
     )
 
 
-def test_the_schema_refuses_a_broken_row(folder: Path) -> None:
-    for change in ({"counts": None}, {"judged": "yes"}, {"agreement_initial": "much"}, {"time": {}}, {"saved": 1}):
-        found = document(folder / "r.json")
-        found["results"][1].update(change)
-        with pytest.raises(jsonschema.ValidationError):
-            jsonschema.validate(found, results.schema())
-    found = document(folder / "r.json")
-    del found["results"][1]["convert_seconds"]
-    with pytest.raises(jsonschema.ValidationError):
-        jsonschema.validate(found, results.schema())
-
-
 def test_a_saved_network_computes_what_its_checkpoint_does(folder: Path) -> None:
     data = open_labelled("digits", (8, 8), [])
     for row in document(folder / "r.json")["results"][1:]:
@@ -281,8 +269,8 @@ def test_dry_run_names_every_convolution_and_writes_nothing(
     captured = capsys.readouterr()
     assert captured.out == ""
     for text in ("replaced: stages.0.0.conv1", "kept: stem (the first convolution)", "16 images to calibrate with",
-                 "weights: dense.pt", "dense: ", " to judge", "GC N=2: ", " an epoch, ",
-                 "for 2 trainings and 1 networks to judge; conversions come on top"):  # fmt: skip
+                 "weights: dense.pt", "dense: ", " to evaluate", "GC N=2: ", " an epoch, ",
+                 "for 2 trainings and 1 networks to evaluate; conversions come on top"):  # fmt: skip
         assert text in captured.err
     assert list(here.iterdir()) == []
 
@@ -375,7 +363,7 @@ def test_two_processes_convert_alike_and_judge_every_image_once(folder: Path, tm
         assert row["loss_initial"] == pytest.approx(other["loss_initial"])
         assert (other["test_images"], other["world_size"], other["status"]) == (500, 2, "ok")
         for part in (row["convert"], other["convert"]):
-            part.get("calibration", {}).pop("seconds", None)
+            (part["calibration"] or {}).pop("seconds", None)
         assert row["convert"] == other["convert"]
     assert len(list((tmp_path / "nets").glob("*.pt"))) == 2
 

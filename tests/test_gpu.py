@@ -91,12 +91,12 @@ def test_a_run_in_every_mode_and_precision(mode: str, precision: str) -> None:
     config = replace(SMALL, mode=mode, precision=precision, layout="nhwc", phases=("fwd", "bwd", "fwd_bwd"))
     done = ProfileRun(config, open_session(config), plan(config))
     assert list(done.run())
-    assert {row["status"] for row in done.results} == {"ok"}, [row["reason"] for row in done.results]
+    assert {row.status for row in done.results} == {"ok"}, [row.reason for row in done.results]
     for row in done.results:
-        assert row["memory"]["method"] == "cuda_allocator"
-        for measured in row["phases"].values():
-            assert measured["host_s"] > 0
-            assert len(set(measured["rounds"])) >= 10
+        assert row.memory.method == "cuda_allocator"
+        for measured in row.phases.values():
+            assert measured.host_s > 0
+            assert len(set(measured.rounds)) >= 10
 
 
 def test_a_graph_computes_what_the_eager_call_does(device: torch.device) -> None:
@@ -139,8 +139,8 @@ def test_networks_in_every_mode(mode: str, precision: str) -> None:
     planned = plan_network(config)
     done = ProfileRun(config, open_session(config), planned.rows, subjects=planned.subjects)
     assert list(done.run())
-    assert {row["status"] for row in done.results} == {"ok"}, [row["reason"] for row in done.results]
-    assert {phase for row in done.results for phase in row["phases"]} == {"fwd", "train_step"}
+    assert {row.status for row in done.results} == {"ok"}, [row.reason for row in done.results]
+    assert {phase for row in done.results for phase in row.phases} == {"fwd", "train_step"}
 
 
 def test_a_captured_training_step_computes_the_gradients_of_an_eager_one(device: torch.device) -> None:
@@ -189,8 +189,8 @@ def test_a_real_allocation_failure_in_one_row_leaves_the_others(device, monkeypa
     monkeypatch.setattr(CONVS["gc"], "forward", greedy)
     done = ProfileRun(SMALL, open_session(SMALL), plan(SMALL))
     assert list(done.run())
-    assert [row["status"] for row in done.results] == ["ok", "oom", "ok", "oom", "ok"]
-    assert all(str(2**50) in row["reason"] for row in done.results if row["status"] == "oom")
+    assert [row.status for row in done.results] == ["ok", "oom", "ok", "oom", "ok"]
+    assert all(str(2**50) in row.reason for row in done.results if row.status == "oom")
 
 
 def test_the_environment_and_the_doctor_know_the_device(device: torch.device) -> None:

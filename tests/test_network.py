@@ -69,7 +69,7 @@ class TestPlan:
 
     def test_the_plan_has_that_size_and_its_file_says_so(self) -> None:
         planned = plan_network(NetworkConfig(model="inception_v3", variants=("gc",), groups=(2,), skip_invalid=True))
-        assert {(row.params["height"], row.params["width"]) for row in planned.rows} == {(299, 299)}
+        assert {(row.params.height, row.params.width) for row in planned.rows} == {(299, 299)}
         assert planned.config.to_json()["height"] == 299
         assert {subject.input_shape for subject in planned.subjects.values()} == {(32, 3, 299, 299)}
 
@@ -81,14 +81,14 @@ class TestPlan:
 
     def test_the_rows_are_the_dense_network_and_each_variant_by_n(self) -> None:
         rows = plan_network(replace(SMALL, variants=("gc", "flgc", "bgc"))).rows
-        assert [(r.params["variant"], r.params["groups"], r.params["algorithm"]) for r in rows] == [
+        assert [(r.params.variant, r.params.groups, r.params.algorithm) for r in rows] == [
             ("standard", 1, "stock"),
             ("gc", 2, "stock"), ("flgc", 2, "masked"), ("flgc", 2, "deployed"), ("bgc", 2, "auto"),
             ("gc", 4, "stock"), ("flgc", 4, "masked"), ("flgc", 4, "deployed"), ("bgc", 4, "auto"),
         ]  # fmt: skip
         assert len({row.key for row in rows}) == len(rows)
-        assert set(rows[0].params) == {"model", "variant", "groups", "where", "batch", "height", "width", "precision",
-                                       "layout", "mode", "algorithm"}  # fmt: skip
+        assert set(rows[0].params.to_json()) == {"model", "variant", "groups", "where", "batch", "height", "width",
+                                                 "precision", "layout", "mode", "algorithm"}  # fmt: skip
 
     def test_efficientnet_b0_at_n_16_is_refused_and_with_skip_invalid_says_what_stays_dense(self) -> None:
         config = NetworkConfig(model="efficientnet_b0", groups=(8, 16), device="cpu")
@@ -144,17 +144,17 @@ class TestCounts:
             with FlopCounterMode(display=False) as counter, torch.no_grad():
                 model(torch.randn(1, *config.spec.size))
             executed = counter.get_total_flops() // 2
-            masked = row.params["algorithm"] == "masked"
+            masked = row.params.algorithm == "masked"
             if masked and variant == "flgc":  # t s^T, once a call for each layer
                 layers = [m for m in model.modules() if getattr(m, "variant", "") == "flgc"]
                 executed -= sum(m.out_channels * m.in_channels * m.groups for m in layers)
             counts = subject.counts
-            assert stored == counts["params_training" if masked else "params"]
-            assert executed == counts["macs_training" if masked else "macs"]
+            assert stored == (counts.params_training if masked else counts.params)
+            assert executed == (counts.macs_training if masked else counts.macs)
             # BGC's mean: one addition for each input value of each replaced convolution.
             replaced = [call for call in trace(model, config.spec.size).convs if call.module in
                         {layer.name for layer in subject.record.layers}]  # fmt: skip
-            assert counts["adds"] == (sum(call.values_in for call in replaced) if variant == "bgc" else 0)
+            assert counts.adds == (sum(call.values_in for call in replaced) if variant == "bgc" else 0)
 
     def test_work_of_a_training_step_is_three_passes(self) -> None:
         subject = plan_network(SMALL).subjects["wrn_10_1-standard-n1-auto-b2-16x16-fp32-nchw-eager"]
@@ -164,8 +164,8 @@ class TestCounts:
 
     def test_distinct_convolutions_cover_every_call_once(self) -> None:
         found = trace(build_model("wrn_16_1"), (3, 32, 32))
-        shapes = distinct_convolutions(found, {"stages.0.0.conv1"})
-        assert sum(shape.calls for shape in shapes) == len(found.convs)
+        shapes = [shape for _, shape in distinct_convolutions(found, {"stages.0.0.conv1"})]
+        assert sum(shape.count for shape in shapes) == len(found.convs)
         assert sorted(name for shape in shapes for name in shape.names) == sorted(c.module for c in found.convs)
         (same,) = [shape for shape in shapes if "stages.0.0.conv1" in shape.names]
         assert same.names == ("stages.0.0.conv1", "stages.0.0.conv2", "stages.0.1.conv1", "stages.0.1.conv2")
@@ -219,17 +219,17 @@ class TestTrainStep:
 class TestRun:
     def test_every_variant_is_measured_interleaved_with_the_dense_network(self) -> None:
         done = run(replace(SMALL, variants=tuple(VARIANTS), groups=(4,)))
-        assert [(row["status"], row["reason"]) for row in done.results] == [("ok", None)] * 9
-        assert {row["interleaved"] for row in done.results} == {1}
+        assert [(row.status, row.reason) for row in done.results] == [("ok", None)] * 9
+        assert {row.interleaved for row in done.results} == {1}
         dense = done.results[0]
-        assert dense["convert"] is None
+        assert dense.convert is None
         for row in done.results:
-            assert set(row["phases"]) == {"fwd", "train_step"}
-            for measured in row["phases"].values():
-                assert measured["derived"]["images_per_s"] == pytest.approx(2 / measured["summary"]["median_s"])
+            assert set(row.phases) == {"fwd", "train_step"}
+            for measured in row.phases.values():
+                assert measured.derived.images_per_s == pytest.approx(2 / measured.summary.median_s)
             if row is not dense:
-                assert row["convert"]["replaced"] == [f"stages.{s}.0.conv{c}" for s in range(3) for c in (1, 2)]
-                assert {kept["name"] for kept in row["convert"]["kept"]} >= {"stem", "stages.1.0.shortcut"}
+                assert list(row.convert.replaced) == [f"stages.{s}.0.conv{c}" for s in range(3) for c in (1, 2)]
+                assert {kept.name for kept in row.convert.kept} >= {"stem", "stages.1.0.shortcut"}
 
     def test_what_is_not_replaced_has_the_same_weights_in_every_row(self) -> None:
         planned, session = plan_network(SMALL), open_session(SMALL)
@@ -239,16 +239,16 @@ class TestRun:
 
     def test_layers_are_measured_each_beside_its_variants(self) -> None:
         done = run(replace(SMALL, layers=True, groups=(4,), phases=("fwd",)))
-        layers = [row for row in done.results if "layer" in row["params"]]
-        assert {row["status"] for row in layers} == {"ok"}
+        layers = [row for row in done.results if row.layer is not None]
+        assert {row.status for row in layers} == {"ok"}
         groups: dict[int, set[str]] = {}
         for row in layers:
-            groups.setdefault(row["interleaved"], set()).add(row["params"]["variant"])
+            groups.setdefault(row.interleaved, set()).add(row.params.variant)
         replaced = [found for found in groups.values() if len(found) > 1]
         assert replaced == [{"standard", "gc", "bgc"}] * 5
-        kept = [row["layer"]["label"] for row in layers if not row["layer"]["replaced"]]
+        kept = [row.layer.label for row in layers if not row.layer.replaced]
         assert "3 -> 16 3x3 at 16x16" in kept
-        assert sum(row["layer"]["count"] for row in layers if row["params"]["variant"] == "standard") == 9
+        assert sum(row.layer.count for row in layers if row.params.variant == "standard") == 9
 
     def test_a_network_that_fails_is_a_row_and_the_others_go_on(self, monkeypatch: pytest.MonkeyPatch) -> None:
         def broken(self: GroupConv2d, x: torch.Tensor) -> torch.Tensor:
@@ -258,7 +258,7 @@ class TestRun:
         monkeypatch.setattr(GroupConv2d, "forward", broken)
         done = ProfileRun(SMALL, open_session(SMALL), planned.rows, subjects=planned.subjects)
         assert list(done.run())
-        assert [(row["params"]["variant"], row["status"]) for row in done.results] == [
+        assert [(row.params.variant, row.status) for row in done.results] == [
             ("standard", "ok"), ("gc", "error"), ("bgc", "ok"), ("gc", "error"), ("bgc", "ok")]  # fmt: skip
 
     def test_a_training_step_that_fails_leaves_inference_and_says_the_way_out(
@@ -285,7 +285,7 @@ class TestRun:
         assert "[error]" not in printed
         assert "Verdict (train step)" not in printed
         assert main([*arguments, "--batch", "2", "--force", "--quiet"]) == 0
-        assert all("failures" not in row for row in stored(tmp_path / "r.json")["results"])
+        assert all(not row["failures"] for row in stored(tmp_path / "r.json")["results"])
 
     @pytest.mark.parametrize("begins", ["in the first look", "in a round"])
     def test_a_phase_fails_by_itself_whenever_it_does(self, begins: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -303,11 +303,11 @@ class TestRun:
         for update in done.run():
             flag["up"] |= update.progress is not None and update.progress.round == 2
         dense, gc = done.results
-        assert (dense["status"], set(dense["phases"]), "failures" in dense) == ("ok", {"fwd", "train_step"}, False)
-        assert (gc["status"], set(gc["failures"])) == ("oom", {"train_step"})
-        assert gc["reason"].startswith("train_step: out of memory: ")
-        assert set(gc["phases"]["fwd"]["rounds"]) == set(dense["phases"]["fwd"]["rounds"])
-        assert ("train_step" in gc["phases"]) is (begins == "in a round")  # what there is of it stays
+        assert (dense.status, set(dense.phases), dense.failures) == ("ok", {"fwd", "train_step"}, {})
+        assert (gc.status, set(gc.failures)) == ("oom", {"train_step"})
+        assert gc.reason.startswith("train_step: out of memory: ")
+        assert set(gc.phases["fwd"].rounds) == set(dense.phases["fwd"].rounds)
+        assert ("train_step" in gc.phases) is (begins == "in a round")  # what there is of it stays
 
     def test_what_does_not_fit_into_memory_leaves_what_does(self, monkeypatch: pytest.MonkeyPatch) -> None:
         config = replace(SMALL, groups=(2,), variants=("gc",))
@@ -315,8 +315,8 @@ class TestRun:
         monkeypatch.setattr(environment, "available_bytes", lambda device: needed("train_step") - 1)
         dense, gc = run(config).results
         assert needed("fwd") < needed("train_step")
-        assert (dense["status"], set(dense["phases"]), set(dense["failures"])) == ("oom", {"fwd"}, {"train_step"})
-        assert (gc["status"], set(gc["phases"])) == ("ok", {"fwd", "train_step"})
+        assert (dense.status, set(dense.phases), set(dense.failures)) == ("oom", {"fwd"}, {"train_step"})
+        assert (gc.status, set(gc.phases)) == ("ok", {"fwd", "train_step"})
 
     @pytest.mark.parametrize(("precision", "layout"), [("bf16", "nhwc"), ("fp64", "nchw")])
     def test_precision_and_layout_are_those_asked_for(self, precision: str, layout: str) -> None:
@@ -325,7 +325,7 @@ class TestRun:
         weight = model.stem.weight
         assert weight.dtype == {"bf16": torch.bfloat16, "fp64": torch.float64}[precision]
         assert weight.is_contiguous(memory_format=torch.channels_last) == (layout == "nhwc")
-        assert {row["status"] for row in run(config).results} == {"ok"}
+        assert {row.status for row in run(config).results} == {"ok"}
 
 
 QUICK = ["profile", "--model", "wrn_10_1", "--size", "16", "--batch", "2", "--groups", "2", "--device", "cpu",
@@ -405,19 +405,19 @@ def network_document(**options: Any) -> dict[str, Any]:
     config = replace(SMALL, **options)
     planned = plan_network(config)
     rows = []
-    for seed, row in enumerate(planned.rows):
-        variant, groups, layer = row.params["variant"], row.params["groups"], row.params.get("layer")
-        times = TIMES[f"{variant}-{groups}"]
-        names = ("fwd", "train_step") if layer is None else ("fwd", "fwd_bwd")
-        scale = 1.0 if layer is None else 0.1
-        facts = planned.subjects[row.key].facts(row.params)
-        measured = {"baseline_bytes": 1, "peak_bytes": 2**20, "peak_delta_bytes": 2**20, "method": "rss_sampled"}
-        facts["memory"] |= measured
-        phases = {
-            name: _phase(scale * time, 10 * seed + i) for i, (name, time) in enumerate(zip(names, times, strict=True))
-        }
-        rows.append({"key": row.key, "params": row.params, "status": "ok", "reason": None, **facts, "phases": phases,
-                     "interleaved": 1 if layer is None else 2 + layer})  # fmt: skip
+    for seed, each in enumerate(planned.rows):
+        params, row = each.params, each.row.to_json()
+        names = ("fwd", "train_step") if params.layer is None else ("fwd", "fwd_bwd")
+        scale = 1.0 if params.layer is None else 0.1
+        times = zip(names, TIMES[f"{params.variant}-{params.groups}"], strict=True)
+        peak = {"baseline_bytes": 1, "peak_bytes": 2**20, "peak_delta_bytes": 2**20, "method": "rss_sampled"}
+        rows.append(row | {
+            "status": "ok",
+            "reason": None,
+            "memory": row["memory"] | peak,
+            "phases": {name: _phase(scale * time, 10 * seed + i) for i, (name, time) in enumerate(times)},
+            "interleaved": 1 if params.layer is None else 2 + params.layer,
+        })  # fmt: skip
     from tests.example import example_document
 
     document = example_document()

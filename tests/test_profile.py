@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import pytest
 import torch
 
@@ -19,15 +18,13 @@ from bgcbench.experiments import profile_run
 from bgcbench.experiments.profile import (
     ProfileConfig,
     check_same_workload,
-    estimated_bytes,
     plan,
     row_seed,
 )
-from bgcbench.experiments.profile_run import ProfileRun, Update, open_session
+from bgcbench.experiments.profile_run import ProfileRun, Update, layer_subjects, open_session
 from bgcbench.measure import environment
 from bgcbench.measure.device import CpuStopwatch
 from bgcbench.report import flags
-from bgcbench.results.rows import ProfileRow
 from bgcbench.specs import VARIANTS
 from tests.measure.test_allocator import GLIBC
 from tests.stored import stored
@@ -38,7 +35,12 @@ SMALL = ProfileConfig(
 
 
 def labels(config: ProfileConfig) -> list[tuple[str, int, str]]:
-    return [(r.params["variant"], r.params["groups"], r.params["algorithm"]) for r in plan(config)]
+    return [(r.params.variant, r.params.groups, r.params.algorithm) for r in plan(config)]
+
+
+def needed_bytes(config: ProfileConfig, phase: str) -> int:
+    """Of the standard convolution."""
+    return next(iter(layer_subjects(config, plan(config)).values())).needed_bytes(phase)
 
 
 pytestmark = pytest.mark.usefixtures("brisk")
@@ -96,7 +98,7 @@ class TestPlan:
         with pytest.raises(ShapeError, match=r"groups=3.*groups=5.*--skip-invalid"):
             plan(config)
         rows = plan(replace(config, skip_invalid=True))
-        assert [row.params["groups"] for row in rows if row.invalid] == [3, 3, 5, 5]
+        assert [row.params.groups for row in rows if row.invalid] == [3, 3, 5, 5]
 
     def test_a_plan_without_a_valid_row_is_refused(self) -> None:
         with pytest.raises(UsageError, match="nothing to measure"):
@@ -143,26 +145,25 @@ class TestPlan:
                 check_same_workload(stored, replace(SMALL, **change), "r.json")
 
     def test_least_memory_by_hand(self) -> None:
-        spec = plan(SMALL)[0].spec
         x = y = 4 * 16 * 5 * 5
         weights = 16 * 16 * 9
-        assert estimated_bytes(SMALL, spec, "fwd_bwd") == 4 * (2 * x + 2 * y + 2 * weights)
-        assert estimated_bytes(SMALL, spec, "fwd") == 4 * (x + y + weights)
-        assert estimated_bytes(replace(SMALL, input_grad=False), spec, "fwd_bwd") == 4 * (x + 2 * y + 2 * weights)
+        assert needed_bytes(SMALL, "fwd_bwd") == 4 * (2 * x + 2 * y + 2 * weights)
+        assert needed_bytes(SMALL, "fwd") == 4 * (x + y + weights)
+        assert needed_bytes(replace(SMALL, input_grad=False), "fwd_bwd") == 4 * (x + 2 * y + 2 * weights)
 
 
 class TestRun:
     def test_every_row_is_measured_interleaved_and_complete(self) -> None:
         done = run(replace(SMALL, phases=("fwd", "bwd", "fwd_bwd"), variants=tuple(VARIANTS)))
-        assert [row["status"] for row in done.results] == ["ok"] * len(done.results)
-        assert {row["interleaved"] for row in done.results} == {1}
+        assert [row.status for row in done.results] == ["ok"] * len(done.results)
+        assert {row.interleaved for row in done.results} == {1}
         for row in done.results:
-            assert set(row["phases"]) == {"fwd", "bwd", "fwd_bwd"}
-            for measured in row["phases"].values():
-                assert set(measured["rounds"]) == set(range(1, done.interleaved[0]["rounds"] + 1))
-                assert len(measured["samples_s"]) == measured["summary"]["n"]
-                assert measured["first_call_s"] > 0
-            assert row["memory"]["peak_bytes"] >= row["memory"]["baseline_bytes"]
+            assert set(row.phases) == {"fwd", "bwd", "fwd_bwd"}
+            for measured in row.phases.values():
+                assert set(measured.rounds) == set(range(1, done.interleaved[0].rounds + 1))
+                assert len(measured.samples_s) == measured.summary.n
+                assert measured.first_call_s > 0
+            assert row.memory.peak_bytes >= row.memory.baseline_bytes
         assert done.ceilings is not None
         assert done.ceilings.flops_per_s > 0
 
@@ -181,12 +182,12 @@ class TestRun:
         config = replace(SMALL, precision=precision, layout="nhwc", algorithm="concat", groups=(2,), quick=True)
         done = run(config)
         assert set(seen) == {(True, {"fp64": torch.float64, "bf16": torch.bfloat16}[precision])}
-        assert done.results[2]["params"]["algorithm"] == "concat"
+        assert done.results[2].params.algorithm == "concat"
 
     def test_threads_are_set_for_the_run_only(self) -> None:
         before = torch.get_num_threads()
         config = replace(SMALL, threads=1, quick=True)
-        assert open_session(config).environment["cpu"]["threads"] == 1
+        assert open_session(config).environment.cpu.threads == 1
         run(config)
         assert torch.get_num_threads() == before
 
@@ -196,9 +197,9 @@ class TestRun:
 
         monkeypatch.setattr(GroupConv2d, "forward", greedy)
         done = run(SMALL)
-        status = {(row["params"]["variant"], row["status"]) for row in done.results}
+        status = {(row.params.variant, row.status) for row in done.results}
         assert status == {("standard", "ok"), ("gc", "oom"), ("bgc", "ok")}
-        assert all(str(20 * 2**30) in row["reason"] for row in done.results if row["status"] == "oom")
+        assert all(str(20 * 2**30) in row.reason for row in done.results if row.status == "oom")
 
     def test_a_row_that_breaks_in_the_middle_of_the_rounds_keeps_its_samples(self, monkeypatch) -> None:
         flag, forward = {"up": False}, GroupConv2d.forward
@@ -211,22 +212,22 @@ class TestRun:
         monkeypatch.setattr(GroupConv2d, "forward", brittle)
         done = run(replace(SMALL, groups=(2,)), in_round(3, flag))
         broken = done.results[1]
-        assert (broken["status"], broken["reason"]) == ("error", "RuntimeError: it broke")
-        assert broken["phases"]["fwd"]["samples_s"]
-        assert [row["status"] for row in done.results] == ["ok", "error", "ok"]
+        assert (broken.status, broken.reason) == ("error", "RuntimeError: it broke")
+        assert broken.phases["fwd"].samples_s
+        assert [row.status for row in done.results] == ["ok", "error", "ok"]
 
     def test_what_cannot_fit_is_not_tried(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(environment, "available_bytes", lambda device: 10)
         done = run(SMALL)
-        assert {row["status"] for row in done.results} == {"oom"}
-        assert all("10 there" in row["reason"] for row in done.results)
+        assert {row.status for row in done.results} == {"oom"}
+        assert all("10 there" in row.reason for row in done.results)
 
     def test_rows_that_do_not_fit_together_are_measured_one_after_the_other(self, monkeypatch) -> None:
-        room = estimated_bytes(SMALL, plan(SMALL)[0].spec, "fwd_bwd")
+        room = needed_bytes(SMALL, "fwd_bwd")
         monkeypatch.setattr(environment, "available_bytes", lambda device: room)
         done = run(SMALL)
-        assert [row["interleaved"] for row in done.results] == [1, 2, 3, 4, 5]
-        assert [group["alone"] for group in done.interleaved] == [True] * 5
+        assert [row.interleaved for row in done.results] == [1, 2, 3, 4, 5]
+        assert [group.alone for group in done.interleaved] == [True] * 5
 
     @pytest.mark.parametrize("begins", ["in the first look", "in a round"])
     def test_a_lost_device_ends_the_rows_and_leaves_a_valid_file(self, begins: str, monkeypatch) -> None:
@@ -257,32 +258,32 @@ class TestRun:
         monkeypatch.setattr(profile_run, "make_stopwatch", dead_make)
         monkeypatch.setattr("bgcbench.measure.device.device_answers", lambda device: not lost.get("now"))
         done = run(SMALL, in_round(2, lost))
-        reasons = [(row["status"], row["reason"]) for row in done.results]
+        reasons = [(row.status, row.reason) for row in done.results]
         assert reasons == [("error", "device lost")] * len(done.results)
         if begins == "in a round":
-            assert all(row["phases"] for row in done.results)
+            assert all(row.phases for row in done.results)
 
     def test_a_stop_marks_the_rows_and_a_resumed_run_ends_with_the_same_ones(self) -> None:
         flag = {"up": False}
         cut = run(SMALL, in_round(3, flag), stop=lambda: flag["up"])
-        assert {row["status"] for row in cut.results} == {"interrupted"}
-        assert all(set(row["phases"]["fwd"]["rounds"]) >= {1, 2} for row in cut.results)
-        resumed = run(SMALL, kept={row["key"]: row for row in cut.results})
-        assert [row["key"] for row in resumed.results] == [row.key for row in plan(SMALL)]
-        assert {row["status"] for row in resumed.results} == {"ok"}
+        assert {row.status for row in cut.results} == {"interrupted"}
+        assert all(set(row.phases["fwd"].rounds) >= {1, 2} for row in cut.results)
+        resumed = run(SMALL, kept={row.key: row for row in cut.results})
+        assert [row.key for row in resumed.results] == [row.key for row in plan(SMALL)]
+        assert {row.status for row in resumed.results} == {"ok"}
 
     def test_a_resumed_run_keeps_finished_rows_and_measures_the_rest_in_a_group_of_their_own(self) -> None:
         first = run(SMALL)
         wider = replace(SMALL, groups=(2, 4, 8))
-        again = run(wider, kept={row["key"]: row for row in first.results}, interleaved=first.interleaved)
-        old = [row for row in again.results if row["params"]["groups"] != 8]
+        again = run(wider, kept={row.key: row for row in first.results}, interleaved=first.interleaved)
+        old = [row for row in again.results if row.params.groups != 8]
         assert old == first.results
-        assert {row["interleaved"] for row in again.results if row["params"]["groups"] == 8} == {2}
+        assert {row.interleaved for row in again.results if row.params.groups == 8} == {2}
 
     def test_the_weights_of_a_row_do_not_depend_on_the_others(self, monkeypatch: pytest.MonkeyPatch) -> None:
         def weights(config: ProfileConfig) -> dict[str, torch.Tensor]:
             one = ProfileRun(config, open_session(config), plan(config))
-            return {row.planned.key: one._module(row).kernel.detach().clone() for row in one.rows}
+            return {row.planned.key: row.subject.module(one.session).kernel.detach().clone() for row in one.rows}
 
         few, many = weights(replace(SMALL, groups=(4,))), weights(SMALL)
         assert all(torch.equal(many[key], weight) for key, weight in few.items())
@@ -314,8 +315,8 @@ def test_memory_that_is_not_kept_after_all_is_flagged(monkeypatch: pytest.Monkey
     monkeypatch.setattr("bgcbench.experiments.profile_run.resolve_memory", lambda asked, device_type: asked)
     for memory, flagged in (("kept", True), (None, False)):
         for row in run(replace(SMALL, memory=memory, phases=("fwd",))).results:
-            assert row["phases"]["fwd"]["minor_faults_per_call"] == 5000
-            assert ("page faults" in flags(msgspec.convert(row, ProfileRow), ["fwd"])) is flagged
+            assert row.phases["fwd"].minor_faults_per_call == 5000
+            assert ("page faults" in flags(row, ["fwd"])) is flagged
 
 
 def test_compile_mode_measures_a_compiled_layer(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -328,5 +329,5 @@ def test_compile_mode_measures_a_compiled_layer(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(torch, "compile", spy)
     done = run(replace(SMALL, mode="compile", groups=(2,), quick=True))
-    assert {row["status"] for row in done.results} == {"ok"}
+    assert {row.status for row in done.results} == {"ok"}
     assert len(compiled) == 6  # each of 3 rows for its first look and for its group

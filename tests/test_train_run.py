@@ -6,17 +6,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from msgspec.structs import replace
 
 from bgcbench.experiments import train_run
 from bgcbench.experiments.train import TrainConfig, plan
 from bgcbench.experiments.train_run import TrainRun, open_session, prepare
 from bgcbench.measure.ceilings import Ceilings
+from bgcbench.results.rows import Counts, TrainRow
 from bgcbench.training.distributed import World
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def run_of(**given: object) -> TrainRun:
+def run_of(**given: object) -> TrainRun[TrainRow]:
     values: dict[str, object] = {
         "model": "wrn_10_1", "data": "digits", "groups": (2,), "variants": ("gc", "flgc"), "device": "cpu",
         "seeds": (0, 1), "epochs": 2, "subset": 128, **given,
@@ -27,15 +29,18 @@ def run_of(**given: object) -> TrainRun:
 
 def test_all_variants_of_a_seed_see_the_same_images_in_the_same_order() -> None:
     run = run_of()
-    seeds = {row.key: run.training(row).seed for row in run.rows}
-    by_seed = {row.seed: {seeds[other.key] for other in run.rows if other.seed == row.seed} for row in run.rows}
+    seeds = {row.key: run.training(row).seed for row in run.planned}
+    by_seed = {
+        row.params.seed: {seeds[other.key] for other in run.planned if other.params.seed == row.params.seed}
+        for row in run.planned
+    }
     assert [len(found) for found in by_seed.values()] == [1, 1]
     assert by_seed[0] != by_seed[1]
 
 
 def test_rows_are_trained_seed_by_seed() -> None:
     config = TrainConfig(model="wrn_10_1", data="digits", groups=(2, 4), variants=("bgc",), seeds=(3, 1))
-    found = [(row.seed, *row.cell) for row in plan(config)]
+    found = [(row.params.seed, *row.params.cell) for row in plan(config)]
     grid = [("standard", 1), ("bgc", 2), ("bgc", 4)]
     assert found == [(seed, *cell) for seed in (3, 1) for cell in grid]
 
@@ -47,7 +52,7 @@ def test_the_global_random_state_and_threads_are_put_back() -> None:
         pass
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.get_num_threads() == threads
-    assert [row["status"] for row in run.results] == ["ok", "ok"]
+    assert [row.status for row in run.results] == ["ok", "ok"]
 
 
 def test_the_time_left_is_that_of_what_this_run_does(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,13 +65,13 @@ def test_the_time_left_is_that_of_what_this_run_does(monkeypatch: pytest.MonkeyP
 
 
 def test_the_share_of_the_peak_counts_three_passes_on_every_device() -> None:
-    run = run_of()
-    assert run._of_peak({"macs": 100}, 1000.0) is None
+    run, counts = run_of(), Counts(params=1, macs=100)
+    assert run._of_peak(counts, 1000.0) is None
     run.ceilings = Ceilings(6e6, 1.0, (1,), 1)
-    assert run._of_peak({"macs": 100}, 1000.0) == pytest.approx(2 * 3 * 100 * 1000 / 6e6)
-    assert run._of_peak({"macs": 100, "macs_training": 400}, 1000.0) == pytest.approx(0.4)
+    assert run._of_peak(counts, 1000.0) == pytest.approx(2 * 3 * 100 * 1000 / 6e6)
+    assert run._of_peak(replace(counts, macs_training=400), 1000.0) == pytest.approx(0.4)
     run.world = World(size=2)
-    assert run._of_peak({"macs": 100}, 1000.0) == pytest.approx(0.05)
+    assert run._of_peak(counts, 1000.0) == pytest.approx(0.05)
 
 
 def test_an_estimate_that_runs_out_of_memory_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from bgcbench.experiments.approx import plan as approx_plan
 from bgcbench.experiments.approx_network import ApproxNetworkConfig
 from bgcbench.experiments.network import NetworkConfig
 from bgcbench.experiments.options import Asked, AskedOfPicture
-from bgcbench.experiments.profile import ProfileConfig, estimated_seconds, plan
+from bgcbench.experiments.profile import ProfileConfig, plan
 from bgcbench.specs import DATA_SETS, WEIGHTS, check_choice
 
 if TYPE_CHECKING:
@@ -70,35 +70,28 @@ class Profile(Command):
         return open_session(config)
 
     def prepare(self, config: Any, session: Session, world: World) -> Any:
-        from bgcbench.experiments.network_run import NetworkPlan, plan_network
-        from bgcbench.experiments.profile_run import layer_subjects
+        from bgcbench.experiments.network_run import plan_network
 
-        if isinstance(config, NetworkConfig):
-            return plan_network(config)
-        rows = plan(config)
-        return NetworkPlan(config, rows, layer_subjects(config, rows), [])
+        if not isinstance(config, NetworkConfig):
+            return config
+        planned = plan_network(config)
+        session.warnings.extend(planned.notes)
+        return planned
 
-    def start(self, prepared: Any, session: Any, world: World, beginning: Beginning) -> ProfileRun:
+    def start(self, prepared: Any, session: Session, world: World, beginning: Beginning) -> ProfileRun:
         from bgcbench.experiments.profile_run import ProfileRun
 
-        session.warnings.extend(prepared.notes)
-        return ProfileRun(
-            prepared.config,
-            session,
-            prepared.rows,
-            subjects=prepared.subjects,
-            kept=beginning.kept,
-            interleaved=(beginning.stored or {}).get("interleaved", ()),
-            stop=beginning.stop,
-        )
+        interleaved = beginning.stored.interleaved if beginning.stored else ()
+        shared: Json = {"kept": beginning.kept, "interleaved": interleaved, "stop": beginning.stop}
+        if isinstance(prepared, ProfileConfig):
+            return ProfileRun(prepared, session, plan(prepared), **shared)
+        return ProfileRun(prepared.config, session, prepared.rows, subjects=prepared.subjects, **shared)
 
     def plan_lines(self, run: ProfileRun, *, full: bool) -> list[str]:
-        config, environment = run.config, run.session.environment
-        flops = [[subject.work(phase).flops for phase in subject.phases] for subject in run.subjects.values()]
-        seconds = estimated_seconds(config, flops, run.session.device.type, environment["cpu"]["threads"])
+        config, device = run.config, run.session.environment.device
         lines = [
-            f"plan: {len(run.subjects)} rows x {', '.join(config.phases)} on {environment['device']['name']}, "
-            f"{config.precision}, {config.layout}, {config.mode}; roughly {seconds / 60:.1f} min"
+            f"plan: {len(run.subjects)} rows x {', '.join(config.phases)} on {device.name}, "
+            f"{config.precision}, {config.layout}, {config.mode}; roughly {run.estimated_s() / 60:.1f} min"
         ]
         return lines + [f"  {row.key}" + (f"  invalid: {row.invalid}" if row.invalid else "") for row in run.planned]
 
@@ -181,8 +174,8 @@ class Approx(Command):
             return ApproxRun(prepared, session, approx_plan(prepared), kept=beginning.kept, stop=beginning.stop)
         return ApproxNetworkRun(prepared, session, kept=beginning.kept, stop=beginning.stop)
 
-    def plan_lines(self, run: Any, *, full: bool) -> list[str]:
-        return network_lines(run) if isinstance(run.config, ApproxNetworkConfig) else sampled_lines(run)
+    def plan_lines(self, run: ApproxRun | ApproxNetworkRun, *, full: bool) -> list[str]:
+        return run.plan_lines
 
     def said(self, update: Step, run: Any) -> Said:
         return Said(update.doing, update.done)
@@ -200,25 +193,3 @@ def check_reference(given: Json) -> None:
 def _is_missing(path: str) -> bool:
     """Whether ``path`` is clearly one, and nothing is there."""
     return bool(os.path.dirname(path)) and not os.path.exists(path)
-
-
-def sampled_lines(run: ApproxRun) -> list[str]:
-    """The plan of sampled convolutions in words."""
-    config = run.config
-    lines = [f"plan: {len(run.rows)} rows, {config.samples} convolutions and inputs ({config.rows_of_data} positions)"]
-    return lines + [f"  {row.key}" + (f"  invalid: {row.invalid}" if row.invalid else "") for row in run.rows]
-
-
-def network_lines(run: ApproxNetworkRun) -> list[str]:
-    """The plan of a network's convolutions in words."""
-    config, prepared = run.config, run.prepared
-    layers = prepared.layers.chosen
-    return [
-        f"plan: {len(layers)} convolutions of {config.model} (weights: {prepared.loaded.name}) x {len(config.cells)}, "
-        f"{min(config.images, len(prepared.images))} images of {prepared.images.name}; moments of up to "
-        f"{prepared.moment_bytes / 2**30:.2g} GiB at once, {prepared.portions} run"
-        f"{'s' * (prepared.portions > 1)} over the images",
-        *prepared.told,
-        *(f"  {layer.name}: {layer.in_channels} -> {layer.out_channels}" for layer in layers),
-        *(f"  kept: {kept.name} ({kept.reason})" for kept in prepared.layers.kept),
-    ]

@@ -56,7 +56,7 @@ class Beginning:
     stop: Any
 
     @property
-    def kept(self) -> dict[str, AnyRow]:
+    def kept(self) -> dict[str, Any]:
         return {row.key: row for row in self.stored.results} if self.stored else {}
 
     @property

@@ -18,6 +18,9 @@ from bgcbench.experiments import train, transfer
 from bgcbench.experiments.options import Asked, AskedOfTraining, AskedOfTransfer
 from bgcbench.experiments.train import IN_FILES, TrainConfig, as_folder
 from bgcbench.experiments.transfer import NO_IMAGES, TransferConfig, room_to_save, with_images
+from bgcbench.results import Json
+from bgcbench.results.document import Command as CommandName
+from bgcbench.results.rows import Epoch, TransferRow
 from bgcbench.specs import TIMM_PREFIX, WEIGHTS, NetSpec
 
 if TYPE_CHECKING:
@@ -26,8 +29,6 @@ if TYPE_CHECKING:
     from bgcbench.experiments.transfer_run import TransferRun
     from bgcbench.interrupts import Interrupts
     from bgcbench.training.distributed import World
-
-Json = dict[str, Any]
 
 CHECKPOINTS = (".pt", ".pth")
 STAND_IN = "resnet18"  # takes the place of a network whose name stands in a file that needs torch to be read
@@ -48,22 +49,22 @@ class Train(Command):
     [bold]torchrun --nproc-per-node 8 -m bgcbench train resnet50 --data imagenet --data-dir DIR --resume auto[/bold]
     """
 
-    name = "train"
+    name: ClassVar[CommandName] = "train"
     summary = "Train a network with each variant, and compare errors."
     kinds = (TrainConfig,)
     asked = AskedOfTraining
     preset = "table5 (CIFAR-10) or table6 (ImageNet): the paper's grid."
     missing = "name a MODEL to train, such as wrn_10_2, or a file to go on with: --resume FILE"
+    experiment: ClassVar[Any] = train  # the module that knows the presets
     what_is_done: ClassVar[str] = "train"  # to a row, for people
     on_top: ClassVar[str] = ""  # what the estimate of a dry run leaves out
 
     def given(self, given: Json, preset: str | None, asked: Asked, context: typer.Context) -> Json:
         check_reference(given)
-        return self.with_preset(_one_seed(given, context), preset)
-
-    def with_preset(self, given: Json, preset: str | None) -> Json:
-        """``given`` with what the preset fixes."""
-        return as_folder(given) if preset is None else train.preset(preset, given)
+        seed, seeds = context.params.get("seed"), context.params.get("seeds")
+        if seed is not None and seeds is not None:
+            raise UsageError(f"--seed {seed} is the same as --seeds {seed}; leave one of them out")
+        return as_folder(given) if preset is None else self.experiment.preset(preset, given)
 
     def check(self, config: Any, *, fresh: bool, replace: bool) -> None:
         if config.data in IN_FILES and not config.download and not any(map(os.path.exists, config.data_dirs)):
@@ -89,7 +90,7 @@ class Train(Command):
         session.settings |= prepared.settings
         return prepared
 
-    def start(self, prepared: Any, session: Session, world: World, beginning: Beginning) -> TrainRun:
+    def start(self, prepared: Any, session: Session, world: World, beginning: Beginning) -> TrainRun[Any]:
         from bgcbench.experiments.train_run import TrainRun
 
         return TrainRun(prepared, session, world, **beginning.of_training)
@@ -104,8 +105,8 @@ class Train(Command):
         processes_text = f", {run.world.size} processes" if run.world.size > 1 else ""
         lines = [
             f"plan: {config.model} on {data.name} ({images} images to train with, {len(data.test_labels)} to test "
-            f"with, {data.size[0]}x{data.size[1]} px), {len(run.todo)} of {len(run.rows)} rows to {self.what_is_done}, "
-            f"on {run.session.environment['device']['name']}{processes_text}"
+            f"with, {data.size[0]}x{data.size[1]} px), {len(run.todo)} of {len(run.planned)} rows to "
+            f"{self.what_is_done}, on {run.session.environment.device.name}{processes_text}"
         ]
         recipe = config.hyper
         if recipe.epochs:
@@ -121,17 +122,18 @@ class Train(Command):
 
         seconds: dict[tuple[str, int], float] = {}
         for row, epoch_s, all_s in run.estimates():
-            seconds[row.cell] = all_s
+            seconds[row.params.cell] = all_s
             if not quiet:
                 trained = f"{duration(epoch_s)} an epoch, {duration(all_s)} a training"
-                say(f"  {network_label(*row.cell)}: {trained if row.epochs else f'{duration(all_s)} to judge'}")
+                takes = trained if row.params.epochs else f"{duration(all_s)} to evaluate"
+                say(f"  {network_label(*row.params.cell)}: {takes}")
         if interrupts.requested():
             return interrupts.exit_code
         todo = run.todo
-        total = sum(seconds[row.cell] for row in todo)
-        trainings = sum(bool(row.epochs) for row in todo)
+        total = sum(seconds[row.params.cell] for row in todo)
+        trainings = sum(bool(row.params.epochs) for row in todo)
         parts = [f"{trainings} trainings"] * bool(trainings)
-        parts += [f"{len(todo) - trainings} networks to judge"] * (len(todo) > trainings)
+        parts += [f"{len(todo) - trainings} networks to evaluate"] * (len(todo) > trainings)
         if not quiet:
             of_what = f"{' and '.join(parts)}{self.on_top}" if parts else "nothing"
             say(f"time in total: about {duration(total)} for {of_what}")
@@ -142,16 +144,16 @@ class Train(Command):
 
     def line(self, update: Update, run: Any) -> str | None:
         """What a log says of ``update``; None for nothing."""
-        return None if update.record is None else _epoch_line(update, run)
+        return None if update.record is None else _epoch_line(update, update.record, run)
 
-    def is_drawable(self, row: Json) -> bool:
-        return bool(row["epochs"])
+    def is_drawable(self, row: Any) -> bool:
+        return bool(row.epochs)
 
 
 class Transfer(Train):
     """Convert a trained network to each variant, say what that costs in accuracy, and train it on to win it back.
 
-    First the untouched network is judged, then every conversion, then each is trained (--epochs 0: none is). With
+    First the untouched network is evaluated, then every conversion, then each is trained (--epochs 0: none is). With
     calibrated weights most of the loss is won back without any training. Without images conversions are by the closed
     form, and the table says what each layer loses. A run that was stopped goes on with --resume and converts nothing
     twice.
@@ -173,29 +175,31 @@ class Transfer(Train):
     missing = (
         "name a MODEL, such as resnet50, the checkpoint of a bgcbench train run, or a file to go on with: --resume FILE"
     )
+    experiment: ClassVar[Any] = transfer
     what_is_done = "do"
     on_top = "; conversions come on top, and so does --time"
 
     def given(self, given: Json, preset: str | None, asked: Asked, context: typer.Context) -> Json:
-        given = self.with_preset(_one_seed(given, context), preset)
+        given = super().given(given, preset, asked, context)
         source = context.get_parameter_source("data_dir")
         typed = "data_dirs" in given and source is not None and source.name == "COMMANDLINE"
         if _is_path(given.get("model", "")):
             given = self._from_checkpoint(given, asked)
         if (asked.resume is None or asked.is_auto) and "model" in given:
-            given = _with_images(given, asked, typed=typed)
+            classes = NetSpec(given["model"], given.get("num_classes")).classes
+            given, _ = with_images(given, classes, typed=typed)
+            if given["data"] == NO_IMAGES and asked.plot is not None:
+                raise UsageError("--plot draws errors and calibrated layers, which need images: give --data-dir DIR")
         return given
-
-    def with_preset(self, given: Json, preset: str | None) -> Json:
-        return as_folder(given) if preset is None else transfer.preset(preset, given)
 
     def check(self, config: TransferConfig, *, fresh: bool, replace: bool) -> None:
         super().check(config, fresh=fresh, replace=replace)
-        weights = config.weights or ""
-        if weights not in WEIGHTS and not os.path.exists(weights):
-            raise UsageError(f"--weights {weights}: there is no such file; choose a file, {' or '.join(WEIGHTS)}")
+        if config.weights not in WEIGHTS and not os.path.exists(config.weights):
+            raise UsageError(
+                f"--weights {config.weights}: there is no such file; choose a file, {' or '.join(WEIGHTS)}"
+            )
         if config.save is not None:
-            keys = [row.key for row in transfer.plan(config) if not row.is_dense]
+            keys = [row.key for row in transfer.plan(config) if not row.params.is_dense]
             room_to_save(Path(config.save), keys, replace=replace or not fresh)
 
     def prepare(self, config: TransferConfig, session: Session, world: World) -> Any:
@@ -218,16 +222,15 @@ class Transfer(Train):
             _, reasons = with_images({"data_dirs": config.data_dirs}, config.num_classes or 0, typed=False)
             return [
                 *([f"no images: {'; '.join(reasons)}"] if reasons else []),
-                f"plan: {config.model} without images, {len(run.todo)} of {len(run.rows)} rows by the closed form "
-                f"(init {', '.join(config.inits)}), on {run.session.environment['device']['name']}; --data-dir DIR "
+                f"plan: {config.model} without images, {len(run.todo)} of {len(run.planned)} rows by the closed form "
+                f"(init {', '.join(config.inits)}), on {run.session.environment.device.name}; --data-dir DIR "
                 "(train/ and val/, or val/ alone) adds errors and calibrated weights",
             ]
         lines = super().own_lines(run)
         if config.data_dirs:
             lines.append(f"looked for images in {', '.join(config.data_dirs)}")
-        calibrated = (
-            f"{min(config.images, len(prepared.images))} images to calibrate with, " if config.calibrates else ""
-        )
+        count = min(config.calibration_images, len(prepared.images))
+        calibrated = f"{count} images to calibrate with, " if config.calibrates else ""
         lines.append(
             f"weights: {prepared.loaded.name}; {calibrated}init {', '.join(config.inits)}, batch norm "
             f"{'re-estimated' if config.rebn else 'as it is'}"
@@ -236,22 +239,22 @@ class Transfer(Train):
         extras = ["the untouched network is trained too"] * config.control
         extras += ["its outputs are targets beside the labels"] * config.distill
         if extras or not config.epochs:
-            lines.append("; ".join(extras) or "--epochs 0: conversions are judged, and nothing is trained")
+            lines.append("; ".join(extras) or "--epochs 0: conversions are evaluated, and nothing is trained")
         return lines
 
     def estimate(self, run: TransferRun, interrupts: Interrupts, *, quiet: bool) -> int:
         return 0 if run.config.data == NO_IMAGES else super().estimate(run, interrupts, quiet=quiet)
 
-    def is_drawable(self, row: dict[str, Any]) -> bool:
-        calibration = row["convert"].get("calibration") or {"layers": []}
-        return row["error_initial"] is not None or bool(calibration["layers"])
+    def is_drawable(self, row: Any) -> bool:
+        calibration = row.convert and row.convert.calibration
+        return row.error_initial is not None or bool(calibration and calibration.layers)
 
     def line(self, update: Update, run: TransferRun) -> str | None:
-        if update.doing == "converted":
-            return _converted_line(run.known[update.row.key]) if run.prepared.loaded else None
-        return _judged_line(update, run) if update.doing == "judged" else super().line(update, run)
+        if update.doing not in ("converted", "evaluated"):
+            return super().line(update, run)
+        return _untrained_line(run.known[update.row.key]) if run.prepared.loaded else None
 
-    def _from_checkpoint(self, given: dict[str, Any], asked: Asked) -> dict[str, Any]:
+    def _from_checkpoint(self, given: Json, asked: Asked) -> Json:
         """``given`` with the network and the weights of the checkpoint that MODEL names.
 
         Everything else that can be wrong is said before torch is imported to read it. Raises UsageError.
@@ -267,60 +270,39 @@ class Transfer(Train):
             )
         if asked.resume is None:
             stand_in = {name: value for name, value in given.items() if name != "stem_stride"}
-            images = (
-                {} if "data" in given else {"data": "folder", "data_dirs": (".",)}
-            )  # they are looked for afterwards
-            settled(self, {**stand_in, **images, "model": STAND_IN, "weights": path}, asked)
+            images = {"data": "folder", "data_dirs": (".",)}  # they are looked for afterwards
+            settled(self, {**images, **stand_in, "model": STAND_IN, "weights": path}, asked)
         from bgcbench.training.checkpoint import network_in  # torch
 
         found = {name: value for name, value in network_in(Path(path)).items() if value is not None}
         return {**found, **given, "model": found["model"], "weights": path}
 
 
-def _one_seed(given: Json, context: typer.Context) -> Json:
-    """``given``, where --seed and --seeds have not both filled one field; raises UsageError."""
-    seed, seeds = context.params.get("seed"), context.params.get("seeds")
-    if seed is not None and seeds is not None:
-        raise UsageError(f"--seed {seed} is the same as --seeds {seed}; leave one of them out")
-    return given
-
-
-def _with_images(given: dict[str, Any], asked: Asked, *, typed: bool) -> dict[str, Any]:
-    """``given`` with the images that are there, or for doing without; typed: whether --data-dir was."""
-    classes = NetSpec(given["model"], given.get("num_classes")).classes
-    found, _ = with_images(given, classes, typed=typed)
-    if found["data"] == NO_IMAGES and asked.plot is not None:
-        raise UsageError("--plot draws errors and calibrated layers, which need images: give --data-dir DIR")
-    return found
-
-
 def _is_path(model: str) -> bool:
     """Whether MODEL names a file, and not a network."""
-    if model.endswith(CHECKPOINTS) or os.path.isfile(model):
-        return True
-    return bool(os.path.dirname(model)) and not model.startswith(TIMM_PREFIX)
+    is_below = bool(os.path.dirname(model)) and not model.startswith(TIMM_PREFIX)
+    return is_below or model.endswith(CHECKPOINTS) or os.path.isfile(model)
 
 
-def _network_lines(run: TrainRun, *, full: bool) -> list[str]:
+def _network_lines(run: TrainRun[Any], *, full: bool) -> list[str]:
     """The networks of the plan; ``full``: with every convolution that is replaced or kept."""
     from bgcbench.experiments.network_run import network_label
 
-    lines: list[str] = []
-    for cell, known in run.prepared.cells.items():
-        counts, convert = known.counts, known.convert
-        lines.append(
-            f"  {network_label(*cell)}: {counts['params']:,} parameters, {counts['macs'] / 1e6:,.1f} M MACs an "
-            f"image, {len(convert['replaced'])} convolutions replaced, {len(convert['kept'])} kept"
-        )
-    told: list[dict[str, Any]] = []
-    for cell, known in run.prepared.cells.items() if full else ():
-        choice = {name: known.convert[name] for name in ("replaced", "kept")}
-        if known.record is None or choice in told:  # the same convolutions, unless N does not divide some
+    cells = {network_label(*row.params.cell): row for row in run.planned}
+    lines = [
+        f"  {label}: {row.counts.params:,} parameters, {row.counts.macs / 1e6:,.1f} M MACs an image, "
+        f"{len(row.convert.replaced)} convolutions replaced, {len(row.convert.kept)} kept"
+        for label, row in cells.items()
+    ]
+    choices: list[tuple[Any, Any]] = []
+    for label, row in cells.items() if full else ():
+        choice = row.convert.replaced, row.convert.kept
+        if row.params.is_dense or choice in choices:  # the same convolutions, unless N does not divide some
             continue
-        told.append(choice)
-        lines.append(f"{network_label(*cell)}:" if len(told) > 1 else "convolutions:")
-        lines += [f"  replaced: {name}" for name in choice["replaced"]]
-        lines += [f"  kept: {kept['name']} ({kept['reason']})" for kept in choice["kept"]]
+        lines.append(f"{label}:" if choices else "convolutions:")
+        lines += [f"  replaced: {name}" for name in row.convert.replaced]
+        lines += [f"  kept: {kept.name} ({kept.reason})" for kept in row.convert.kept]
+        choices.append(choice)
     return lines
 
 
@@ -336,59 +318,51 @@ def duration(seconds: float) -> str:
     return f"{minutes}:{rest:02d} min" if minutes < 60 else f"{minutes // 60}:{minutes % 60:02d} h"
 
 
-def _epoch_line(update: Update, run: TrainRun) -> str:
+def _epoch_line(update: Update, epoch: Epoch, run: TrainRun[Any]) -> str:
     """One epoch, for a log."""
-    record = update.record or {}
-    error, best = record["test_error"], run.known[update.row.key]["error_best"]
-    judged = "" if error is None else f", test error {error:.2f} %"
-    judged += "" if best is None else f" (best {best:.2f} %)"
-    speed = "" if record["images_per_s"] is None else f", {record['images_per_s']:.0f} images/s"
+    error, best = epoch.test_error, run.known[update.row.key].error_best
+    errors = "" if error is None else f", test error {error:.2f} %"
+    errors += "" if best is None else f" (best {best:.2f} %)"
+    speed = "" if epoch.images_per_s is None else f", {epoch.images_per_s:.0f} images/s"
     left = "" if update.left_s is None else f", {duration(update.left_s)} left"
-    learnt = "".join(f", {name} {value:.1%}" for name, value in (record["learnt"] or {}).items())
+    learnt = "".join(f", {name} {value:.1%}" for name, value in (epoch.learnt or {}).items())
     return (
-        f"{update.row.key} epoch {record['epoch']}/{run.config.epochs}: lr {record['lr']:.3g}, loss "
-        f"{record['train_loss']:.4f}{judged}{learnt}{speed}{left}"
+        f"{update.row.key} epoch {epoch.epoch}/{run.config.epochs}: lr {epoch.lr:.3g}, loss "
+        f"{epoch.train_loss:.4f}{errors}{learnt}{speed}{left}"
     )
 
 
-def _bar_text(update: Update, run: TrainRun) -> str:
+def _bar_text(update: Update, run: TrainRun[Any]) -> str:
     """What the bar shows: the row, its epoch, loss and error, images a second and the time left of the run."""
-    text = f"{update.number + 1}/{update.count} {run.title(update.row)}"
-    if update.doing:
-        return f"{text}  {update.doing}"
+    parts = [f"{update.number + 1}/{update.count} {run.title(update.row)}"]
     progress = update.progress
-    if progress is None:
-        return text
-    text += f"  epoch {progress.epoch}/{progress.epochs}"
-    if progress.loss is not None:
-        text += f"  loss {progress.loss:.3f}"
-    if progress.error is not None:
-        text += f"  error {progress.error:.2f} %"
-    if progress.images_per_s is not None:
-        text += f"  {progress.images_per_s:.0f} images/s"
-    return text if update.left_s is None else f"{text}  {duration(update.left_s)} left"
+    if update.doing:
+        parts.append(update.doing)
+    elif progress is not None:
+        left = None if update.left_s is None else duration(update.left_s)
+        shown = (
+            ("epoch {}", f"{progress.epoch}/{progress.epochs}"),
+            ("loss {:.3f}", progress.loss),
+            ("error {:.2f} %", progress.error),
+            ("{:.0f} images/s", progress.images_per_s),
+            ("{} left", left),
+        )
+        parts += [text.format(value) for text, value in shown if value is not None]
+    return "  ".join(parts)
 
 
-def _converted_line(row: dict[str, Any]) -> str:
-    """One network that was converted by the closed form, for a log."""
-    if row["status"] != "ok":
-        return f"{row['key']}: {row['status']}: {row['reason']}"
-    losses = [layer["loss"] for layer in (row["white_loss"] or {}).get("layers") or ()]
-    lost = f"its layers lose {statistics.median(losses):.1%} of their output (median)" if losses else "as it is"
-    return f"{row['key']}: {lost}"
-
-
-def _judged_line(update: Update, run: TransferRun) -> str:
+def _untrained_line(row: TransferRow) -> str:
     """One network before any training, for a log."""
-    row = run.known[update.row.key]
-    if row["status"] not in ("ok", "interrupted"):
-        return f"{row['key']}: {row['status']}: {row['reason']}"
-    error, agreement, took = row["error_initial"], row["agreement_initial"], row["convert_seconds"]
-    parts = [] if took is None else [f"converted in {duration(took)}"]
-    parts += (
-        []
-        if error is None
-        else [f"test error {error:.2f} %{' before any training' if row['params']['epochs'] else ''}"]
-    )
-    parts += [] if agreement is None else [f"agrees with the untouched network on {agreement:.2f} %"]
-    return f"{row['key']}: {', '.join(parts) or 'judged'}"
+    if row.status not in ("ok", "interrupted"):
+        return f"{row.key}: {row.status}: {row.reason}"
+    parts = []
+    if row.white_loss is not None and row.white_loss.layers:
+        lost = statistics.median(layer.loss for layer in row.white_loss.layers)
+        parts.append(f"its layers lose {lost:.1%} of their output (median)")
+    elif row.convert_seconds is not None:
+        parts.append(f"converted in {duration(row.convert_seconds)}")
+    if row.error_initial is not None:
+        parts.append(f"test error {row.error_initial:.2f} %{' before any training' * bool(row.params.epochs)}")
+    if row.agreement_initial is not None:
+        parts.append(f"agrees with the untouched network on {row.agreement_initial:.2f} %")
+    return f"{row.key}: {', '.join(parts) or row.stage or 'as it is'}"

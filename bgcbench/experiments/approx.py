@@ -7,16 +7,16 @@ asked of a real network is :mod:`bgcbench.experiments.approx_network`.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
+
+import msgspec
 
 from bgcbench.errors import ShapeError, UsageError
 from bgcbench.experiments.config import RunConfig
 from bgcbench.experiments.options import CHANNELS, WORKLOAD, Option, option, positive
-from bgcbench.measure.counts import count
-from bgcbench.results import Json
-from bgcbench.specs import LINEAR, VARIANTS, ConvSpec, Pair, output_length, unfit
+from bgcbench.results.rows import SampledParams
+from bgcbench.specs import LINEAR, VARIANTS, ConvSpec, Pair, unfit
 from bgcbench.theory import paper
 from bgcbench.theory.inputs import InputLaw
 
@@ -56,8 +56,9 @@ class ApproxConfig(RunConfig):
         name="input",
         panel=WORKLOAD,
         everyday=True,
+        check=lambda field, name: InputLaw.parse(name),
     )
-    samples: int | None = option(None, "S: convolutions, and inputs.", panel=WORKLOAD, shown="1000")
+    samples: int = option(None, "S: convolutions, and inputs.", panel=WORKLOAD, shown="1000")
     search_samples: int = option(
         4,
         "Of the convolutions, how many tlgc, flgc and lgc are solved for, each by itself.",
@@ -74,61 +75,51 @@ class ApproxConfig(RunConfig):
         super().__post_init__()
         if self.dims not in (1, 2):
             raise UsageError(f"--dims {self.dims} must be 1 or 2")
-        if not self.inputs:
-            raise UsageError("--input is empty; name at least one")
         # Under their canonical names, so that normal:0.50 and normal:0.5 are one row.
         object.__setattr__(self, "inputs", tuple(dict.fromkeys(law.name for law in self.laws)))
-        far = [law.name for law in self.laws if self.precision == "fp32" and abs(law.mean) > FP32_MEAN]
-        if far:
-            raise UsageError(
-                f"input '{far[0]}' has too large a mean for --precision fp32: use fp64, or at most {FP32_MEAN}"
-            )
-        if self.number < 1:
+        for law in self.laws if self.precision == "fp32" else ():
+            if abs(law.mean) > FP32_MEAN:
+                rule = f"use fp64, or at most {FP32_MEAN}"
+                raise UsageError(f"input '{law.name}' has too large a mean for --precision fp32: {rule}")
+        if self.samples < 1:
             raise UsageError(f"--samples {self.samples} must be a whole number of at least 1")
         self.spec("standard", 1).output_size(*self.size)
-
-    @property
-    def number(self) -> int:
-        """S, resolved."""
-        return self.samples or 0
 
     @property
     def laws(self) -> tuple[InputLaw, ...]:
         """The input laws."""
         return tuple(InputLaw.parse(name) for name in self.inputs)
 
+    def _pair(self, along: int, across: int = 1) -> Pair:
+        """(height, width): a row of values is an image one pixel high."""
+        return (across if self.dims == 1 else along), along
+
     @property
     def size(self) -> Pair:
-        """(height, width) of an input; a row of values is an image one pixel high."""
-        return (1 if self.dims == 1 else self.length), self.length
+        """(height, width) of an input."""
+        return self._pair(self.length)
 
     def spec(self, variant: str, groups: int) -> ConvSpec:
         """The layer of a row, a 1-D kernel being (1, k). Raises ShapeError for an N that does not divide."""
-        pad = (self.kernel - 1) // 2
-        kernel, stride, padding = (
-            ((1, self.kernel), (1, self.stride), (0, pad))
-            if self.dims == 1
-            else ((self.kernel,) * 2, (self.stride,) * 2, (pad, pad))
-        )
-        return ConvSpec(
-            variant, self.in_channels, self.out_channels, kernel, stride, padding, groups=groups, bias=False
-        )
+        geometry = self._pair(self.kernel), self._pair(self.stride), self._pair(self._pad, 0)
+        return ConvSpec(variant, self.in_channels, self.out_channels, *geometry, groups=groups, bias=False)
+
+    @property
+    def _pad(self) -> int:
+        return (self.kernel - 1) // 2
 
     @property
     def taps_used(self) -> int:
         """Kernel positions that ever meet the input; the others only see padding and fit nothing."""
-        pad = (self.kernel - 1) // 2
-        outputs = output_length(self.length, self.kernel, self.stride, pad, 1)
-        used = sum(
-            any(0 <= d * self.stride + tap - pad < self.length for d in range(outputs)) for tap in range(self.kernel)
-        )
+        starts = range(-self._pad, self.length + self._pad - self.kernel + 1, self.stride)
+        used = sum(any(0 <= start + tap < self.length for start in starts) for tap in range(self.kernel))
         return int(used**self.dims)
 
     @property
     def rows_of_data(self) -> int:
         """S D: positions that each least-squares problem sees."""
         height, width = self.spec("standard", 1).output_size(*self.size)
-        return self.number * height * width
+        return self.samples * height * width
 
     @property
     def what(self) -> str:
@@ -138,20 +129,21 @@ class ApproxConfig(RunConfig):
 
 @dataclass(frozen=True)
 class ApproxRow:
-    """One row to compute: its stable key, its parameters, and why it cannot be."""
+    """One row to compute: its stable key, its parameters, and why it cannot be.
+
+    unknowns: p, the free numbers that one output's least squares fits. They make the error within the sample low by
+    the factor 1 - p / (S D).
+    """
 
     key: str
-    params: Json
+    params: SampledParams
     law: InputLaw
+    unknowns: int
     invalid: str | None = None
 
     @property
-    def variant(self) -> str:
-        return str(self.params["variant"])
-
-    @property
-    def groups(self) -> int:
-        return int(self.params["groups"])
+    def label(self) -> str:
+        return f"{VARIANTS[self.params.variant].label} N={self.params.groups}"
 
 
 def plan(config: ApproxConfig) -> list[ApproxRow]:
@@ -160,78 +152,51 @@ def plan(config: ApproxConfig) -> list[ApproxRow]:
     N = 1 of any variant is the standard convolution and is one row. Raises ShapeError naming every N that does not
     divide the channels unless ``skip_invalid``, UsageError where there are fewer data than unknowns.
     """
-    rows = [_row(config, law, variant, groups) for law in config.laws for variant, groups in wanted(config)]
+    cells = [("standard", 1)] if "standard" in config.variants or 1 in config.groups else []
+    for groups in sorted(set(config.groups) - {1}):
+        cells += [(name, groups) for name in VARIANTS if name in config.variants and name != "standard"]
+    rows = [_row(config, law, variant, groups) for law in config.laws for variant, groups in cells]
     offenders = list(dict.fromkeys(row.invalid for row in rows if row.invalid))
     if offenders and not config.skip_invalid:
         raise ShapeError("; ".join(offenders) + "; drop these groups or use --skip-invalid")
-    valid = [row for row in rows if not row.invalid]
-    if not valid:
+    worst = _worst(rows)
+    if worst is None:
         raise UsageError("nothing to compute: --groups and --variants leave no valid row")
-    worst = max(valid, key=lambda row: unknowns(config, row.variant, row.groups))
-    needed = unknowns(config, worst.variant, worst.groups)
-    if config.rows_of_data < needed:
-        least = -(-needed * config.number // config.rows_of_data)
+    if config.rows_of_data < worst.unknowns:
+        least = -(-worst.unknowns * config.samples // config.rows_of_data)
         raise UsageError(
-            f"--samples {config.number} gives {config.rows_of_data} positions for {needed} unknowns an output of "
-            f"{VARIANTS[worst.variant].label} N={worst.groups}: fewer than one, so any error could be fitted away; use "
-            f"at least {least}, or {10 * least} for an error that is low by less than a tenth, or larger N"
+            f"--samples {config.samples} gives {config.rows_of_data} positions for {worst.unknowns} unknowns an output "
+            f"of {worst.label}: fewer than one, so any error could be fitted away; use at least {least}, or "
+            f"{10 * least} for an error that is low by less than a tenth, or larger N"
         )
     return rows
 
 
-def wanted(config: ApproxConfig) -> Iterator[tuple[str, int]]:
-    """(variant, N) of every row of one input."""
-    if "standard" in config.variants or 1 in config.groups:
-        yield "standard", 1
-    for groups in sorted(set(config.groups) - {1}):
-        yield from ((name, groups) for name in VARIANTS if name in config.variants and name != "standard")
-
-
-def unknowns(config: ApproxConfig, variant: str, groups: int) -> int:
-    """p: free numbers that one output's least squares fits, what the in-sample error is low by: 1 - p / (S D)."""
-    return VARIANTS[variant].unknowns(config.taps_used * config.in_channels // groups, groups)
-
-
 def few_rows(config: ApproxConfig, rows: list[ApproxRow]) -> list[str]:
     """A warning where some row has fewer than ten data an unknown."""
-    scarce = [
-        (config.rows_of_data / p, row)
-        for row in rows
-        if not row.invalid and (p := unknowns(config, row.variant, row.groups)) > config.rows_of_data / FEW_ROWS
-    ]
-    if not scarce:
+    worst = _worst(rows)
+    if worst is None or worst.unknowns <= config.rows_of_data / FEW_ROWS:
         return []
-    share, row = min(scarce, key=lambda pair: pair[0])
+    share = config.rows_of_data / worst.unknowns
     return [
-        f"only {share:.1f} data an unknown for {VARIANTS[row.variant].label} N={row.groups}: its error within the "
-        f"sample is low by a factor of about {1 - 1 / share:.2f}, and others by less; use more --samples"
+        f"only {share:.1f} data an unknown for {worst.label}: its error within the sample is low by a factor of about "
+        f"{1 - 1 / share:.2f}, and others by less; use more --samples"
     ]
+
+
+def _worst(rows: list[ApproxRow]) -> ApproxRow | None:
+    """The first of the rows with the most unknowns."""
+    return max((row for row in rows if not row.invalid), key=lambda row: row.unknowns, default=None)
 
 
 def _row(config: ApproxConfig, law: InputLaw, variant: str, groups: int) -> ApproxRow:
-    params: Json = {
-        "variant": variant,
-        "groups": groups,
-        **{
-            name: getattr(config, name)
-            for name in ("in_channels", "out_channels", "kernel", "dims", "length", "stride")
-        },
-        "input": law.name,
-        "samples": config.samples,
-        "convolutions": config.samples
-        if variant in ("standard", *LINEAR)
-        else min(config.search_samples, config.number),
-        "solver": VARIANTS[variant].solver,
-        "precision": config.precision,
-    }
+    solved = config.samples if variant in ("standard", *LINEAR) else min(config.search_samples, config.samples)
+    own = {"variant": variant, "groups": groups, "input": law.name, "convolutions": solved}
+    params = msgspec.convert(vars(config) | own | {"solver": VARIANTS[variant].solver}, SampledParams)
     shape = f"{config.in_channels}x{config.out_channels}-k{config.kernel}-d{config.dims}-l{config.length}"
     key = f"{variant}-n{groups}-{shape}-s{config.stride}-{law.name}-S{config.samples}-{config.precision}"
-    return ApproxRow(key, params, law, unfit(variant, config.in_channels, config.out_channels, groups))
-
-
-def counts_of(config: ApproxConfig, variant: str, groups: int) -> Json:
-    """Parameters and multiply-adds of a row's layer, as in ``profile``."""
-    return count(config.spec(variant, groups), *config.size).to_json()
+    unknowns = VARIANTS[variant].unknowns(config.taps_used * config.in_channels // groups, groups)
+    return ApproxRow(key, params, law, unknowns, unfit(variant, config.in_channels, config.out_channels, groups))
 
 
 # Both are section 5.1 as the defaults have it; they differ in the picture that is drawn.

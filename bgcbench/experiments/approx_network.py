@@ -41,8 +41,8 @@ class ApproxNetworkConfig(ImageChoice, NetworkChoice, RunConfig):
         shown="default where there are any",
     )
     data: str = option("", "Images to run through it: digits, or a folder of images.", panel=NETWORK, everyday=True)
-    calibration_images: int | None = option(
-        None, "How many of them; one in four is held out to judge.", panel=NETWORK, shown="256"
+    calibration_images: int = option(
+        None, "How many of them; one in four is held out to evaluate.", panel=NETWORK, shown="256"
     )
     batch: int = option(32, "Images at a time.", panel=NETWORK, check=positive)
     memory_gib: float = option(
@@ -70,7 +70,7 @@ class ApproxNetworkConfig(ImageChoice, NetworkChoice, RunConfig):
         super().__post_init__()
         if not self.data:
             raise UsageError("--model needs images to run: --data digits, or --data FOLDER of images")
-        if self.images < HELD_OUT:
+        if self.calibration_images < HELD_OUT:
             raise UsageError(
                 f"--calibration-images {self.calibration_images} must be at least {HELD_OUT}: one in four is held out"
             )
@@ -80,11 +80,6 @@ class ApproxNetworkConfig(ImageChoice, NetworkChoice, RunConfig):
             raise UsageError("a standard convolution (N = 1) loses nothing; name another variant and N of 2 or more")
         self._check_images(self.weights or "default", in_memory=self.data in DATA_SETS)
         self._resolve_network()
-
-    @property
-    def images(self) -> int:
-        """calibration_images, resolved."""
-        return self.calibration_images or 0
 
     @property
     def spec(self) -> NetSpec:

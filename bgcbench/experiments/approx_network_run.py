@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
+import msgspec
 import torch
 from torch import Tensor, nn
 
@@ -31,8 +31,8 @@ from bgcbench.experiments.session import Session
 from bgcbench.measure.device import backend_state, describe_failure
 from bgcbench.models import build_model
 from bgcbench.models.weights import Loaded, Weights, has_default
-from bgcbench.results import DONE, Json
-from bgcbench.results.rows import Replaced
+from bgcbench.results import Document, Json
+from bgcbench.results.rows import Counts, LayerErrors, LayerParams, LayerRow, Moments, NetworkFacts, Replaced, Status
 from bgcbench.specs import HELD_OUT, unfit
 
 UNTRAINED = "no published weights: the network is untrained, and so are its activations; give --weights FILE"
@@ -49,6 +49,15 @@ class _Batches:
 
     def __iter__(self) -> Iterator[Tensor]:
         return self.images.batches(self.count, self.batch, self.seed)
+
+
+@dataclass(frozen=True)
+class PlannedLayer:
+    """One row to compute: a layer with its variant and N."""
+
+    key: str
+    params: LayerParams
+    layer: Replaced
 
 
 @dataclass
@@ -80,15 +89,44 @@ class Prepared:
         }
 
     @property
-    def facts(self) -> Json:
+    def facts(self) -> NetworkFacts:
         """What a result file says of the network as a whole."""
-        return {
-            "weights": self.loaded.name,
-            "weights_sha256": self.loaded.sha256,
-            "data_sha256": self.images.fingerprint,
-            "kept": [kept.to_json() for kept in self.layers.kept],
-            "moments": {"bytes": self.moment_bytes, "passes": self.portions},
-        }
+        return NetworkFacts(
+            weights=self.loaded.name,
+            weights_sha256=self.loaded.sha256,
+            data_sha256=self.images.fingerprint,
+            kept=self.layers.kept,
+            moments=Moments(bytes=self.moment_bytes, passes=self.portions),
+        )
+
+    @property
+    def image_count(self) -> int:
+        """How many images are run."""
+        return min(self.config.calibration_images, len(self.images))
+
+    @property
+    def rows(self) -> list[PlannedLayer]:
+        """Of every layer its (variant, N)."""
+        return [self._row(layer, *cell) for layer in self.layers.chosen for cell in self.config.cells]
+
+    def _row(self, layer: Replaced, variant: str, groups: int) -> PlannedLayer:
+        model, weights, data = self.config.model, self.loaded.name, self.images.name
+        params = LayerParams(
+            variant=variant,
+            groups=groups,
+            model=model,
+            weights=weights,
+            layer=layer.name,
+            kernel=layer.kernel[0],
+            kernel_width=layer.kernel[1],
+            stride=layer.stride[0],
+            in_channels=layer.in_channels,
+            out_channels=layer.out_channels,
+            input="activations",
+            data=data,
+            calibration_images=self.image_count,
+        )
+        return PlannedLayer(f"{model}-{layer.name}-{variant}-n{groups}-{weights}-{data}", params, layer)
 
 
 def prepare(config: ApproxNetworkConfig) -> Prepared:
@@ -121,128 +159,112 @@ def prepare(config: ApproxNetworkConfig) -> Prepared:
     warnings = [*found.notes, *loaded.notes, *warned(images.preprocessing, weights, config.model)]
     if config.weights is None and not published:
         warnings.append(f"{config.model}: {UNTRAINED}")
-    if len(images) < config.images:
-        warnings.append(
-            f"{images.name} has {len(images)} images, fewer than the {config.images} asked for; all are used"
-        )
+    if (there := len(images)) < (asked := config.calibration_images):
+        warnings.append(f"{images.name} has {there} images, fewer than the {asked} asked for; all are used")
     said = told(images.preprocessing, weights)
     return Prepared(config, model, loaded, images, found, len(portions), held, said, warnings)
 
 
-class ApproxNetworkRun(Run):
+class ApproxNetworkRun(Run[LayerRow]):
     """One run over the layers of a prepared network."""
 
     config: ApproxNetworkConfig
+    planned: list[PlannedLayer]
 
     def __init__(
         self,
         prepared: Prepared,
         session: Session,
         *,
-        kept: Mapping[str, Json] | None = None,
+        kept: Mapping[str, LayerRow] | None = None,
         stop: Callable[[], bool] = lambda: False,
     ) -> None:
         self.config, self.session, self.prepared, self.stop = prepared.config, session, prepared, stop
-        self.done: dict[str, Json] = {key: row for key, row in (kept or {}).items() if row["status"] in DONE}
+        self.planned = prepared.rows
+        self.known = {key: row for key, row in (kept or {}).items() if row.is_done}
         self.warnings = list(prepared.warnings)
 
     @property
-    def keys(self) -> list[str]:
-        return [self._key(layer.name, *cell) for layer in self.prepared.layers.chosen for cell in self.config.cells]
+    def plan_lines(self) -> list[str]:
+        """The plan in words."""
+        config, prepared = self.config, self.prepared
+        layers = prepared.layers.chosen
+        return [
+            f"plan: {len(layers)} convolutions of {config.model} (weights: {prepared.loaded.name}) x "
+            f"{len(config.cells)}, {prepared.image_count} images of {prepared.images.name}; moments of up to "
+            f"{prepared.moment_bytes / 2**30:.2g} GiB at once, {prepared.portions} run{'s' * (prepared.portions > 1)} "
+            "over the images",
+            *prepared.told,
+            *(f"  {layer.name}: {layer.in_channels} -> {layer.out_channels}" for layer in layers),
+            *(f"  kept: {kept.name} ({kept.reason})" for kept in prepared.layers.kept),
+        ]
 
-    @property
-    def results(self) -> list[Json]:
-        return [self.done[key] for key in dict.fromkeys((*self.keys, *self.done)) if key in self.done]
-
-    def take_into(self, document: Json) -> None:
+    def take_into(self, document: Document) -> None:
         super().take_into(document)
-        document["network"] = self.prepared.facts
+        document.network = self.prepared.facts
 
     def run(self) -> Iterator[Step]:
         """Compute, and say after every step what is new."""
         config, prepared = self.config, self.prepared
-        chosen = prepared.layers.chosen
-        todo = [
-            layer for layer in chosen if any(self._key(layer.name, *cell) not in self.done for cell in config.cells)
-        ]
-        if not todo:
+        left = [row for row in self.planned if row.key not in self.known]
+        layers = list(dict.fromkeys(row.layer for row in left))
+        if not layers:
             return
-        share_of = shares(chosen)
-        count = min(config.images, len(prepared.images))
+        share_of = shares(prepared.layers.chosen)
+        count = prepared.image_count
         batches = _Batches(prepared.images, count, config.batch, config.seed)
         with backend_state("fp32", config.threads):
             model = prepared.model.to(self.session.device)
             yield Step(f"{count} images through {config.model}")
             source = stream(
                 model,
-                todo,
+                layers,
                 batches,
                 images=count,
                 memory_bytes=round(config.memory_gib * 2**30),
                 seed=row_seed(config.seed, "positions"),
                 stop=self.stop,
             )
-            scarce: list[LayerError] = []
+            scarce: list[str] = []
             for number, (layer, moments) in enumerate(source):
                 evaluator = Evaluator(layer, kernel_of(model, layer), moments, share_of.get(layer.name))
-                for variant, groups in config.cells:
-                    key = self._key(layer.name, variant, groups)
-                    if key in self.done:
-                        continue
+                for row in (row for row in left if row.layer == layer):
                     if self.stop():
                         return
-                    yield Step(f"{layer.name}: {variant} N={groups}", number / len(todo))
+                    variant, groups = row.params.variant, row.params.groups
+                    yield Step(f"{layer.name}: {variant} N={groups}", number / len(layers))
+                    status: Status = "invalid"
                     try:
                         found = evaluator.evaluate(variant, groups)
                     except Exception as problem:  # noqa: BLE001 - whatever it is, the other rows are worth having
                         failure = describe_failure(problem, self.session.device)
-                        found = evaluator.unknown(variant, groups, failure.reason)
-                        self.done[key] = self._record(key, layer, found, count, failure.status)
-                        continue
-                    scarce += [found] if found.scarce and found.reason is None else []
-                    self.done[key] = self._record(key, layer, found, count)
-                yield Step(layer.name, (number + 1) / len(todo), save=True)
+                        status, found = failure.status, evaluator.unknown(variant, groups, failure.reason)
+                    scarce += [layer.name] * found.scarce
+                    self.known[row.key] = _finished(row, found, status)
+                yield Step(layer.name, (number + 1) / len(layers), save=True)
             if scarce:
                 self.warnings.append(_scarce(scarce))
 
-    def _key(self, layer: str, variant: str, groups: int) -> str:
-        config = self.config
-        return f"{config.model}-{layer}-{variant}-n{groups}-{self.prepared.loaded.name}-{self.prepared.images.name}"
 
-    def _record(self, key: str, layer: Replaced, found: LayerError, images: int, failed: str = "invalid") -> Json:
-        params: Json = {
-            "model": self.config.model,
-            "weights": self.prepared.loaded.name,
-            "layer": layer.name,
-            "variant": found.variant,
-            "groups": found.groups,
-            "kernel": layer.kernel[0],
-            "kernel_width": layer.kernel[1],
-            "stride": layer.stride[0],
-            "in_channels": layer.in_channels,
-            "out_channels": layer.out_channels,
-            "input": "activations",
-            "data": self.prepared.images.name,
-            "calibration_images": images,
-        }
-        errors: Any = {"copy": found.copied, "white": found.white, "calibrated": found.calibrated}
-        counts = None if found.params is None else {"params": found.params, "macs": found.macs}
-        return {
-            "key": key,
-            "params": params,
-            "status": "ok" if found.reason is None else failed,
-            "reason": found.reason,
-            "counts": counts,
-            "output_relative_error": errors if found.reason is None else None,
-            "ridge": found.ridge,
-            "rows": found.rows,
-            "held_out_rows": found.held_out_rows,
-            "macs_share": found.share,
-        }
+def _finished(row: PlannedLayer, found: LayerError, failed: Status) -> LayerRow:
+    errors = {"copy": found.copied, "white": found.white, "calibrated": found.calibrated}
+    counts = {"params": found.params, "macs": found.macs}
+    return LayerRow(
+        row.key,
+        "ok" if found.reason is None else failed,
+        found.reason,
+        row.params,
+        counts=None if found.params is None else msgspec.convert(counts, Counts),
+        output_relative_error=msgspec.convert(errors, LayerErrors) if found.reason is None else None,
+        ridge=found.ridge,
+        rows=found.rows,
+        held_out_rows=found.held_out_rows,
+        macs_share=found.share,
+    )
 
 
-def _scarce(found: list[LayerError]) -> str:
-    names = list(dict.fromkeys(error.name for error in found))
+def _scarce(layers: list[str]) -> str:
+    names = list(dict.fromkeys(layers))
     shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
     return (
         f"fewer than ten positions for each number that is solved for in {shown} (small N): calibrated weights gain "

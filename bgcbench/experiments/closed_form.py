@@ -8,25 +8,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-import torch
 from torch import nn
 
 from bgcbench.conversion.record import Converted
 from bgcbench.errors import BgcbenchError
 from bgcbench.experiments.images import sized
-from bgcbench.experiments.profile import row_seed
-from bgcbench.experiments.train import TrainRow
-from bgcbench.experiments.train_run import Cell, Update, try_conversions
+from bgcbench.experiments.train_run import Update, try_conversions
 from bgcbench.experiments.transfer import TransferConfig, plan
-from bgcbench.experiments.transfer_run import INITIAL, TransferRun
+from bgcbench.experiments.transfer_run import TransferRun, untouched, untrained
 from bgcbench.measure.device import describe_failure, free_memory
-from bgcbench.models import build_model
 from bgcbench.models.weights import Loaded, Weights, WeightsNotFound
 from bgcbench.results import Json
-from bgcbench.specs import NetSpec
-from bgcbench.theory import paper
+from bgcbench.results.rows import LayerLoss, TransferRow, WhiteLoss
 from bgcbench.theory.exact import white_error
 
 CONVERTED = "converted"  # what an update says when a row has ended
@@ -37,11 +32,10 @@ class ClosedFormPrepared:
     """The network (on the CPU), and what its weights are; None where they are missing."""
 
     config: TransferConfig
-    rows: list[TrainRow]
-    cells: dict[tuple[str, int], Cell]
+    rows: list[TransferRow]
     network: nn.Module
     loaded: Loaded | None
-    warnings: list[str] = field(default_factory=list)
+    warnings: list[str]
 
     @property
     def settings(self) -> Json:
@@ -55,34 +49,29 @@ def prepare(config: TransferConfig) -> ClosedFormPrepared:
 
     Raises UsageError for what does not fit, ShapeError where N does not divide (unless skip_invalid).
     """
-    weights = Weights(config.model, config.weights or "default", config.weights_key)
+    weights = Weights(config.model, config.weights, config.weights_key)
     config = sized(config, weights)
-    cells, warnings = try_conversions(config)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(row_seed(config.seed, "network"))
-        network = build_model(config.spec).eval()
-    loaded = None
+    rows, _, warnings = try_conversions(config, plan(config, weights.name))
+    network, loaded = untouched(config), None
     try:
         loaded = weights.load_into(network, config.spec)
         warnings += loaded.notes
     except WeightsNotFound as problem:
         warnings.append(str(problem))
-    if config.weights == "none":
-        warnings.append("--weights none: the network is untrained, and what a conversion loses of it says nothing")
-    rows = plan(config, weights.name)
-    return ClosedFormPrepared(config, rows, cells, network, loaded, list(dict.fromkeys(warnings)))
+    warnings += untrained(config)
+    return ClosedFormPrepared(config, rows, network, loaded, list(dict.fromkeys(warnings)))
 
 
-def layer_losses(dense: nn.Module, converted: Converted) -> list[Json]:
-    """||W - D||^2 / ||W||^2 of every replaced convolution, in the order of execution: {name, loss}."""
+def layer_losses(dense: nn.Module, converted: Converted) -> tuple[LayerLoss, ...]:
+    """||W - D||^2 / ||W||^2 of every replaced convolution, in the order of execution."""
     found = []
     for layer in converted.record.layers:
         own, other = (net.get_submodule(layer.name) for net in (dense, converted.model))
         kernel = own.weight.detach().double()  # type: ignore[operator]
         lost = (kernel - other.dense_weight().detach().double()).square().sum()  # type: ignore[operator]
         energy = float(kernel.square().sum())
-        found.append({"name": layer.name, "loss": float(lost) / energy if energy else 0.0})
-    return found
+        found.append(LayerLoss(layer.name, float(lost) / energy if energy else 0.0))
+    return tuple(found)
 
 
 class ClosedFormRun(TransferRun):
@@ -100,54 +89,30 @@ class ClosedFormRun(TransferRun):
             free_memory(self.session.device)
             yield Update(row, number, len(todo), None, (number + 1) / len(todo), save=True, doing=CONVERTED)
         if self.config.time:
-            yield from self._measure_all()
+            yield from self._time_all()
 
-    def _convert_row(self, row: TrainRow) -> None:
+    def _convert_row(self, row: TransferRow) -> None:
         """Convert the network of ``row``, and write down what it costs and loses."""
-        expected = white_error(*row.cell) if row.init == "white" else None
-        found: Json = {"white_loss": None if row.is_dense else {"expected": expected, "layers": None}}
+        expected = white_error(*row.params.cell) if row.params.init == "white" else None
+        loss = None if row.params.is_dense else WhiteLoss(expected, None)
         if self.prepared.loaded is None:
-            self._note(row, "error", "the weights are missing", found)
+            self._note(row, "error", "the weights are missing", white_loss=loss)
             return
-        if row.is_dense:
-            self._note(row, "ok", None, found)
+        if row.params.is_dense:
+            self._note(row, "ok", None)
             return
         begin = time.perf_counter()
         try:
             converted = self._convert(row, None)
-            found["white_loss"]["layers"] = layer_losses(self.original, converted)
+            loss = WhiteLoss(expected, layer_losses(self.original, converted))
+        except BgcbenchError as problem:
+            self._note(row, "error", str(problem), white_loss=loss)
+            return
         except Exception as problem:  # noqa: BLE001 - the other rows are worth having
             failure = describe_failure(problem, self.session.device, "use --device cpu")
-            own = isinstance(problem, BgcbenchError)
-            self._note(row, "error" if own else failure.status, str(problem) if own else failure.reason, found)
+            self._note(row, failure.status, failure.reason, white_loss=loss)
             return
-        record = converted.record.to_json()
-        self._note(row, "ok", None, {**found, "convert": record, "convert_seconds": time.perf_counter() - begin})
-        self.warnings += [note for note in record["notes"] if note not in self.warnings]
-        self._save(row, converted.model, record)
-
-    def _note(self, row: TrainRow, status: str, reason: str | None, found: Json) -> None:
-        cell = self.prepared.cells[row.cell]
-        printed = self._printed(row)
-        unknown = ("error_final", "error_best", "epoch_best", "error_final_top5", "error_initial", "images_per_s",
-                   "train_images", "test_images", "matmul_fraction", "checkpoints", *INITIAL)  # fmt: skip
-        self.known[row.key] = {
-            **dict.fromkeys(unknown),
-            "key": row.key,
-            "params": row.params,
-            "status": status,
-            "reason": reason,
-            "counts": cell.counts,
-            "epochs": [],
-            "train_seconds": 0.0,
-            "world_size": 1,
-            "judged": False,
-            "paper": None if printed is None else {"error": printed},
-            "convert": {**cell.convert, "init": row.init},
-            **found,
-        }
-
-    def _printed(self, row: TrainRow) -> float | None:
-        """The error that the paper prints for this conversion of ImageNet's classes, after its 30 epochs."""
-        of_imagenet = self.config.num_classes == NetSpec(paper.TABLE3_MODEL).classes
-        return paper.transferred_error(paper.TABLE3_DATA, self.config.model, *row.cell) if of_imagenet else None
+        record, seconds = converted.record, time.perf_counter() - begin
+        self._note(row, "ok", None, white_loss=loss, convert=record, convert_seconds=seconds, stage="converted")
+        self.warnings += [note for note in record.notes if note not in self.warnings]
+        self._save(row, converted.model)

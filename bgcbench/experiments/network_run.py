@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,20 +22,21 @@ from bgcbench.experiments.profile import (
     MeasureConfig,
     PlannedRow,
     ProfileConfig,
-    conditions,
-    row_key,
+    Wanted,
+    planned_layer,
     row_seed,
+    unmeasured,
     wanted_rows,
 )
-from bgcbench.experiments.profile_run import LayerSubject, Subject, on_device
+from bgcbench.experiments.profile_run import Subject, layer_subjects, on_device
 from bgcbench.experiments.session import Session
 from bgcbench.measure.counts import CallWork, count
 from bgcbench.measure.trace import Call, Trace, trace
 from bgcbench.measure.workload import Like, NetworkWorkload, Workload
 from bgcbench.models import build_empty, build_model
 from bgcbench.results import Json
-from bgcbench.results.rows import Record
-from bgcbench.specs import PRECISIONS, VARIANTS, ConvSpec, NetSpec, unfit
+from bgcbench.results.rows import Counts, DistinctLayer, Memory, Record
+from bgcbench.specs import PRECISIONS, VARIANTS, ConvSpec, NetSpec
 
 PASSES = {"fwd": 1, "train_step": 3}  # convolution-sized passes: y; and dx and dW
 
@@ -46,10 +48,49 @@ class NetworkPlan:
     config: with the network's own size.
     """
 
-    config: MeasureConfig
+    config: NetworkConfig
     rows: list[PlannedRow]
     subjects: dict[str, Subject]
     notes: list[str]
+
+    def add_network(self, wanted: Wanted, subject: NetworkSubject) -> None:
+        """The network as ``wanted``."""
+        model, where = self.config.model, self.config.where
+        what = f"{model}-{wanted.variant}-n{wanted.groups}-{where}"
+        facts = {"counts": subject.counts, "memory": subject.memory, "convert": subject.record}
+        row = unmeasured(self.config, wanted, what, {"model": model, "where": where}, **facts)
+        self.rows.append(PlannedRow(row, network_label(*wanted[:2]), group="network"))
+        self.subjects[row.key] = subject
+
+    def add_layers(self, found: Trace) -> None:
+        """The network's own convolution of each shape, and where the conversion replaces it each variant beside it."""
+        config, model = self.config, self.config.model
+        records = [row.row.convert for row in self.rows if row.row.convert]
+        replaced = {layer.name for record in records for layer in record.layers}
+        for number, (call, layer) in enumerate(distinct_convolutions(found, replaced)):
+            shape = _layer_config(config, call)
+            own = ConvSpec("gc" if call.groups > 1 else "standard", *(getattr(call, name) for name in _SHAPE))
+            params: Json = {"model": model, "layer": number}
+            if call.kernel[0] != call.kernel[1]:
+                params["kernel_width"] = call.kernel[1]
+            wanted = wanted_rows(config) if layer.replaced else []
+            if not config.reference or not wanted:
+                wanted = [Wanted("standard", 1, "auto"), *wanted]
+            rows = [
+                planned_layer(
+                    shape,
+                    each,
+                    own,
+                    f"{model}-layer{number}-{each.variant}-n{each.groups}",
+                    f"{network_label(*each[:2])} of {layer.label}",
+                    f"layer {number}",
+                    layer,
+                    params,
+                )
+                for each in wanted
+            ]
+            self.rows.extend(rows)
+            self.subjects.update(layer_subjects(shape, rows))
 
 
 def plan_network(config: NetworkConfig) -> NetworkPlan:
@@ -60,39 +101,31 @@ def plan_network(config: NetworkConfig) -> NetworkPlan:
     then kept dense), and UsageError for an unknown network or one without a convolution to replace.
     """
     config = sized(config)
-    spec = config.spec
-    dense = build_empty(spec)
-    found = traced(dense, spec)
-    rows: list[PlannedRow] = []
-    subjects: dict[str, Subject] = {}
+    dense = build_empty(config.spec)
+    found = traced(dense, config.spec)
+    planned = NetworkPlan(config, [], {}, [])
     problems: list[str] = []
-    records: list[Record] = []
-    notes: list[str] = []
-    for variant, groups, form in wanted_rows(config):
-        row = _row(config, variant, groups, form)
-        record, model = None, dense
-        if variant != "standard":
-            try:
-                converted = converted_as_chosen(config, dense, variant, groups, form)
-            except ShapeError as problem:
-                problems.append(str(problem))
-                continue
-            record, model = converted.record, converted.model
-            records.append(record)
-        rows.append(row)
-        subjects[row.key] = NetworkSubject(config, record, model, network_label(variant, groups))
+    for wanted in wanted_rows(config):
+        if wanted.variant == "standard":
+            planned.add_network(wanted, NetworkSubject(config, None, dense))
+            continue
+        try:
+            converted = converted_as_chosen(config, dense, *wanted)
+        except ShapeError as problem:
+            problems.append(str(problem))
+        else:
+            planned.add_network(wanted, NetworkSubject(config, converted.record, converted.model))
     refuse_indivisible(problems)
     if found.uncounted:
         names = ", ".join(f"{name} ({times}x)" for name, times in found.uncounted.items())
-        notes.append(f"MACs and roofline leave out what is neither a convolution nor a fully connected layer: {names}")
+        planned.notes.append(
+            f"MACs and roofline leave out what is neither a convolution nor a fully connected layer: {names}"
+        )
     if config.layers:
-        for row, subject in _layer_rows(config, found, records):
-            rows.append(row)
-            if subject is not None:
-                subjects[row.key] = subject
-    if not subjects:
+        planned.add_layers(found)
+    if not planned.subjects:
         raise UsageError("nothing to measure: --groups and --variants leave no row")
-    return NetworkPlan(config, rows, subjects, list(dict.fromkeys(notes)))
+    return planned
 
 
 class Choice(Protocol):
@@ -110,7 +143,9 @@ class Choice(Protocol):
     def skip_invalid(self) -> bool: ...
 
 
-def converted_as_chosen(config: Choice, dense: nn.Module, variant: str, groups: int, form: str = "auto") -> Converted:
+def converted_as_chosen(
+    config: Choice, dense: nn.Module, variant: str, groups: int, algorithm: str = "auto"
+) -> Converted:
     """``dense`` with the convolutions that ``config`` chooses replaced, freshly initialised.
 
     Raises ShapeError where N does not divide some of them, unless ``skip_invalid``, which keeps those dense.
@@ -125,7 +160,7 @@ def converted_as_chosen(config: Choice, dense: nn.Module, variant: str, groups: 
             exclude=config.exclude,
             init="scratch",
             on_indivisible="skip" if config.skip_invalid else "raise",
-            algorithm=form,
+            algorithm=algorithm,
             example_input=config.spec.size,
         )
     except Indivisible as problem:
@@ -143,38 +178,34 @@ def network_label(variant: str, groups: int) -> str:
     return "dense" if variant == "standard" else f"{VARIANTS[variant].label} N={groups}"
 
 
-def _row(config: NetworkConfig, variant: str, groups: int, form: str) -> PlannedRow:
-    params: Json = {
-        "model": config.model,
-        "variant": variant,
-        "groups": groups,
-        "where": config.where,
-        **conditions(config, variant, form),
-    }
-    key = row_key(config, f"{config.model}-{variant}-n{groups}-{config.where}", form)
-    return PlannedRow(key, params, None, group="network")
-
-
 class NetworkSubject(Subject):
-    """A network, dense or converted.
+    """A network, dense or converted (``record``).
 
     empty: the network that will be measured, without numbers; from it come the counts.
     """
 
     quick_share = 5.0
 
-    def __init__(self, config: NetworkConfig, record: Record | None, empty: nn.Module, label: str) -> None:
-        self.config, self.record, self.label = config, record, label
+    def __init__(self, config: NetworkConfig, record: Record | None, empty: nn.Module) -> None:
+        self.config, self.record = config, record
         self.phases, self.batch, self.input_grad = config.phases, config.batch, False
         self.input_shape = (config.batch, *config.spec.size)
         self.item = PRECISIONS[config.precision]
         self.found = trace(empty, config.spec.size)
         self.counts = network_counts(empty, self.found, self.batch, self.item)
-        # What the form that runs stores and multiplies: a masked one its dense kernels.
+        # What the algorithm that runs stores and multiplies: a masked one its dense kernels.
         masked = record is not None and record.algorithm == "masked"
-        self.params = int(self.counts["params_training" if masked else "params"])
-        self.macs = int(self.counts["macs_training" if masked else "macs"])
-        self.buffers_bytes = sum(b.numel() * b.element_size() for b in empty.buffers())
+        self.params = (self.counts.params_training if masked else None) or self.counts.params
+        self.macs = (self.counts.macs_training if masked else None) or self.counts.macs
+        trains = "train_step" in config.phases
+        self.held_bytes = (3 if trains else 1) * self.params * self.item
+        self.memory = Memory(
+            paper_bytes=None,
+            params_bytes=self.params * self.item + sum(b.numel() * b.element_size() for b in empty.buffers()),
+            optimizer_bytes=self.params * self.item if trains else 0,  # momentum
+            input_bytes=math.prod(self.input_shape) * self.item,
+            output_bytes=self.batch * config.spec.classes * self.item,
+        )
 
     def module(self, session: Session) -> nn.Module:
         # The same seed in every row: what was not replaced starts from the same weights.
@@ -192,12 +223,8 @@ class NetworkSubject(Subject):
 
     def work(self, phase: str) -> CallWork:
         moved = self.found.values_moved * self.batch + self.params
-        operations = 2 * self.macs + self.counts["adds"]
+        operations = 2 * self.macs + self.counts.adds
         return CallWork(PASSES[phase] * operations * self.batch, PASSES[phase] * moved * self.item)
-
-    @property
-    def _trains(self) -> bool:
-        return "train_step" in self.phases
 
     def needed_bytes(self, phase: str) -> int:
         """Weights and the largest layer's input and output; to train, gradients, momentum and all outputs."""
@@ -212,27 +239,8 @@ class NetworkSubject(Subject):
         larger = "use a larger --batch (batch norm needs more than one value a channel), or " if self.batch == 1 else ""
         return f"; {larger}leave it out with --phases fwd"
 
-    @property
-    def held_bytes(self) -> int:
-        return (3 if self._trains else 1) * self.params * self.item
 
-    def facts(self, params: Json) -> Json:
-        return {
-            "counts": self.counts,
-            "approximability": None,
-            "memory": {
-                "paper_bytes": None,
-                "params_bytes": self.params * self.item + self.buffers_bytes,
-                "optimizer_bytes": self.params * self.item if self._trains else 0,  # momentum
-                "input_bytes": math.prod(self.input_shape) * self.item,
-                "output_bytes": self.batch * self.config.spec.classes * self.item,
-            },
-            "paper": None,
-            "convert": None if self.record is None else self.record.to_json(),
-        }
-
-
-def network_counts(model: nn.Module, found: Trace, batch: int, item: int, *, learnt: bool = False) -> Json:
+def network_counts(model: nn.Module, found: Trace, batch: int, item: int, *, learnt: bool = False) -> Counts:
     """counts of a network's row: deployed parameters and multiply-adds an image, BGC's additions, and what trains.
 
     MACs are those of convolutions and fully connected layers; bytes_min is what these read and write, and this image's
@@ -256,166 +264,73 @@ def network_counts(model: nn.Module, found: Trace, batch: int, item: int, *, lea
         if call.module not in seen:
             seen.add(call.module)
             params += counts.params - sum(p.numel() for p in module.parameters())
-    counts_json: Json = {
-        "params": params,
-        "macs": macs,
-        "adds": adds,
-        "paper_ops": None,
-        "bytes_min": found.values_moved * item + -(-stored * item // batch),
-    }
-    if stored != params:
-        counts_json |= {"params_training": stored, "macs_training": trained}
-    return counts_json
+    masked = stored != params
+    return Counts(
+        params=params,
+        macs=macs,
+        adds=adds,
+        bytes_min=found.values_moved * item + -(-stored * item // batch),
+        params_training=stored if masked else None,
+        macs_training=trained if masked else None,
+    )
 
 
 # ------------------------------------------------------------------------------------------- the network's layers
 
 
-@dataclass(frozen=True)
-class Distinct:
-    """One distinct convolution of a network: its shape, and which modules have it."""
-
-    call: Call
-    names: tuple[str, ...]
-    calls: int
-    replaced: bool
-
-    @property
-    def label(self) -> str:
-        """ "64 -> 64 3x3 /2 at 56x56"."""
-        call, (height, width) = self.call, self.call.size or (0, 0)
-        stride = f" /{call.stride[0]}" if call.stride != (1, 1) else ""
-        grouped = f" groups={call.groups}" if call.groups > 1 else ""
-        kernel = "x".join(str(side) for side in call.kernel)
-        return f"{call.in_channels} -> {call.out_channels} {kernel}{stride}{grouped} at {height}x{width}"
-
-    def spec(self, variant: str, groups: int, algorithm: str) -> ConvSpec:
-        """This convolution as ``variant``; the network's own is 'standard', which may itself be grouped."""
-        call = self.call
-        if variant == "standard" and call.groups > 1:
-            variant, groups = "gc", call.groups
-        return ConvSpec(
-            variant,
-            call.in_channels,
-            call.out_channels,
-            call.kernel,
-            call.stride,
-            call.padding,
-            call.dilation,
-            groups,
-            call.bias,
-            algorithm,
-        )
+_SHAPE = ("in_channels", "out_channels", "kernel", "stride", "padding", "dilation", "groups", "bias")
 
 
-def distinct_convolutions(found: Trace, replaced: set[str]) -> list[Distinct]:
-    """The convolutions of a network that differ in shape or input, in the order of execution.
+def distinct_convolutions(found: Trace, replaced: set[str]) -> list[tuple[Call, DistinctLayer]]:
+    """The convolutions of a network that differ in shape or input, in the order of execution; each with its first call.
 
     ``replaced``: names of those that a conversion replaces.
     """
     shapes: dict[tuple[Any, ...], list[Call]] = {}
     for call in found.convs:
         if call.module is not None:
-            key = (call.in_channels, call.out_channels, call.kernel, call.stride, call.padding, call.dilation,
-                   call.groups, call.bias, call.size, call.reads_image)  # fmt: skip
+            key = tuple(getattr(call, name) for name in (*_SHAPE, "size", "reads_image"))
             shapes.setdefault(key, []).append(call)
     return [
-        Distinct(
-            calls[0],
-            tuple(dict.fromkeys(call.module or "" for call in calls)),
-            len(calls),
-            any(call.module in replaced for call in calls),
+        (
+            first := calls[0],
+            DistinctLayer(
+                label=_label(first),
+                count=len(calls),
+                names=tuple(dict.fromkeys(call.module or "" for call in calls)),
+                replaced=any(call.module in replaced for call in calls),
+                kernel=first.kernel,
+                stride=first.stride,
+                padding=first.padding,
+                dilation=first.dilation,
+                groups=first.groups,
+            ),
         )
         for calls in shapes.values()
     ]
 
 
-class NetworkLayerSubject(LayerSubject):
-    """One distinct convolution of a network, its own or a variant in its place."""
-
-    def __init__(
-        self, config: ProfileConfig, planned: PlannedRow, spec: ConvSpec, distinct: Distinct, label: str
-    ) -> None:
-        super().__init__(config, planned, spec, label)
-        self.distinct = distinct
-
-    def facts(self, params: Json) -> Json:
-        return super().facts(params) | {"layer": layer_facts(self.distinct)}
+def _label(call: Call) -> str:
+    """ "64 -> 64 3x3 /2 at 56x56"."""
+    height, width = call.size or (0, 0)
+    stride = f" /{call.stride[0]}" if call.stride != (1, 1) else ""
+    grouped = f" groups={call.groups}" if call.groups > 1 else ""
+    kernel = "x".join(str(side) for side in call.kernel)
+    return f"{call.in_channels} -> {call.out_channels} {kernel}{stride}{grouped} at {height}x{width}"
 
 
-def layer_facts(distinct: Distinct) -> Json:
-    """The ``layer`` entry of a row: where this convolution stands in the network."""
-    call = distinct.call
-    return {
-        "label": distinct.label,
-        "count": distinct.calls,
-        "names": list(distinct.names),
-        "replaced": distinct.replaced,
-        "kernel": list(call.kernel),
-        "stride": list(call.stride),
-        "padding": list(call.padding),
-        "dilation": list(call.dilation),
-        "groups": call.groups,
-    }
-
-
-def _layer_rows(
-    config: NetworkConfig, found: Trace, records: list[Record]
-) -> list[tuple[PlannedRow, NetworkLayerSubject | None]]:
-    """The network's own convolution of each shape, and where the conversion replaces it each variant beside it."""
-    replaced = {layer.name for record in records for layer in record.layers}
+def _layer_config(config: NetworkConfig, call: Call) -> ProfileConfig:
+    """The network's convolution as one layer to measure."""
+    shared = {field.name: getattr(config, field.name) for field in dataclasses.fields(MeasureConfig)}
     phases = tuple({"fwd": "fwd", "train_step": "fwd_bwd"}[phase] for phase in config.phases)
-    names = ("batch", "precision", "layout", "mode", "cache", "device", "threads", "seed", "max_time_s", "quick")
-    shared = {name: getattr(config, name) for name in names}
-    planned: list[tuple[PlannedRow, NetworkLayerSubject | None]] = []
-    for number, distinct in enumerate(distinct_convolutions(found, replaced)):
-        call = distinct.call
-        height, width = call.size or (1, 1)
-        layer = ProfileConfig(
-            in_channels=call.in_channels,
-            out_channels=call.out_channels,
-            kernel=call.kernel[0],
-            stride=call.stride[0],
-            height=height,
-            width=width,
-            phases=phases,
-            input_grad=not call.reads_image or phases == ("fwd",),
-            **shared,
-        )
-        rows = wanted_rows(config) if distinct.replaced else []
-        if not config.reference or not rows:
-            rows = [("standard", 1, "auto"), *rows]
-        for variant, groups, form in rows:
-            row = _layer_row(config, layer, distinct, number, (variant, groups, form))
-            subject = None
-            if row.spec is not None:
-                label = f"{network_label(variant, groups)} of {distinct.label}"
-                subject = NetworkLayerSubject(layer, row, row.spec, distinct, label)
-            planned.append((row, subject))
-    return planned
-
-
-def _layer_row(
-    config: NetworkConfig, layer: ProfileConfig, distinct: Distinct, number: int, wanted: tuple[str, int, str]
-) -> PlannedRow:
-    variant, groups, form = wanted
-    call = distinct.call
-    params: Json = {
-        "model": config.model,
-        "layer": number,
-        "variant": variant,
-        "groups": groups,
-        "in_channels": call.in_channels,
-        "out_channels": call.out_channels,
-        "kernel": layer.kernel,
-        "stride": layer.stride,
-        **conditions(layer, variant, form),
-    }
-    if call.kernel[0] != call.kernel[1]:
-        params["kernel_width"] = call.kernel[1]
-    key = row_key(layer, f"{config.model}-layer{number}-{variant}-n{groups}", form)
-    group = f"layer {number}"
-    why = unfit(variant, call.in_channels, call.out_channels, groups) if variant != "standard" else None
-    if why:
-        return PlannedRow(key, params, None, why, group)
-    return PlannedRow(key, params, distinct.spec(variant, groups, form), None, group)
+    shared |= {"phases": phases, "input_grad": not call.reads_image or phases == ("fwd",)}
+    (kernel, _), (stride, _), (height, width) = call.kernel, call.stride, call.size or (1, 1)
+    return ProfileConfig(
+        in_channels=call.in_channels,
+        out_channels=call.out_channels,
+        kernel=kernel,
+        stride=stride,
+        height=height,
+        width=width,
+        **shared,
+    )

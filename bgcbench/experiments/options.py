@@ -45,8 +45,8 @@ class Option:
 
     name: str
     fills: tuple[str, ...]
-    kind: Any = str
     help: str = ""
+    kind: Any = str
     panel: str = OUTPUT
     shown: str | None = None
     flag: str = ""
@@ -80,9 +80,7 @@ def option(default: Any = None, help: str = "", **about: Any) -> Any:
     return dataclasses.field(default=default, metadata={"is_option": True, **about})
 
 
-def shorthand(name: str, fills: tuple[str, ...], help: str = "", **about: Any) -> Option:
-    """An option without a field of its own: it fills several, or one that has another option."""
-    return Option(name, fills, help=help, **about)
+shorthand = Option  # one without a field of its own: it fills several, or one that has another option
 
 
 def options_of(kind: type[Any]) -> dict[str, Option]:
@@ -107,7 +105,7 @@ def _declared(field: str, hint: Any, default: Any, about: dict[str, Any]) -> Opt
     kinds = [each for each in get_args(hint) if each is not type(None)]
     kind = kinds[0] if get_origin(hint) in (Union, types.UnionType) else hint
     if kind is bool and default is not None and "flag" not in about:
-        made |= {"flag": f"--{name}", "on": not default}
+        made["on"] = not default
     if get_origin(kind) is tuple:
         made["read"] = numbers if get_args(kind)[0] is int else names
         kind = str
@@ -125,14 +123,17 @@ def _in_words(default: Any) -> str | None:
 def check_options(config: Any) -> None:
     """Call the check of every option of ``config`` that has a value; raises UsageError or ShapeError.
 
-    Of an option that has a check and takes several values there must be one at least.
+    Each of several values is checked, and there must be one at least.
     """
     for each in options_of(type(config)).values():
-        value = getattr(config, each.fills[0], None) if each.check else None
-        if each.check and value == ():
+        if each.check is None:
+            continue
+        value = getattr(config, each.fills[0])
+        if value == ():
             raise UsageError(f"--{each.name} is empty; name at least one")
-        if each.check and value is not None:
-            each.check(each.fills[0], value)
+        for one in value if isinstance(value, tuple) else (value,):
+            if one is not None:
+                each.check(each.fills[0], one)
 
 
 def given_fields(options: Iterable[Option], parsed: Mapping[str, Any]) -> dict[str, Any]:
@@ -149,32 +150,27 @@ def given_fields(options: Iterable[Option], parsed: Mapping[str, Any]) -> dict[s
 # ------------------------------------------------------------------------------------------------- what a check may be
 
 
+positive: Check = check_positive
+
+
 def one_of(choices: Iterable[str], what: str = "") -> Check:
-    """A check: the value, or each of several, is one of ``choices``."""
-
-    def check(field: str, value: Any) -> None:
-        for each in value if isinstance(value, tuple) else (value,):
-            check_choice(what or field, each, choices)
-
-    return check
-
-
-def positive(field: str, value: Any) -> None:
-    """A check: a whole number of at least 1, or each of several."""
-    for each in value if isinstance(value, tuple) else (value,):
-        check_positive(field, each)
+    """A check: the value is one of ``choices``."""
+    return lambda field, value: check_choice(what or field, value, choices)
 
 
 # ---------------------------------------------------------------------------------------------- what is read from text
 
 
+def _split(kind: Callable[[str], Any], name: str, text: str, rule: str) -> tuple[Any, ...]:
+    try:
+        return tuple(kind(part) for part in text.split(","))
+    except ValueError:
+        raise UsageError(f"--{name} {text} must be {rule}") from None
+
+
 def numbers(name: str, text: str) -> tuple[int, ...]:
     """'2,4,8' as numbers, each once; raises UsageError for anything else."""
-    try:
-        values = tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise UsageError(f"--{name} {text} must be whole numbers separated by commas, such as 2,4,8") from None
-    return tuple(dict.fromkeys(values))
+    return tuple(dict.fromkeys(_split(int, name, text, "whole numbers separated by commas, such as 2,4,8")))
 
 
 def names(name: str, text: str) -> tuple[str, ...]:
@@ -197,10 +193,7 @@ def size(name: str, text: str) -> tuple[int, int]:
 
 def three(name: str, text: str) -> tuple[float, ...]:
     """'0.5' or '0.4,0.5,0.6' as three numbers; raises UsageError for anything else."""
-    try:
-        values = tuple(float(part) for part in text.split(","))
-    except ValueError:
-        raise UsageError(f"--{name} {text} must be one number or three separated by commas") from None
+    values = _split(float, name, text, "one number or three separated by commas")
     return 3 * values if len(values) == 1 else values
 
 
@@ -233,19 +226,17 @@ CHANNELS = shorthand(
 class Asked:
     """Where a run begins and ends, and what is shown of it, as it was typed."""
 
-    dry_run: bool = option(False, "Check everything, print the plan and stop.", panel=OUTPUT, everyday=True)
+    dry_run: bool = option(False, "Check everything, print the plan and stop.", everyday=True)
     out: str | None = option(
         None,
         "Result file; - is stdout (JSON).",
         shown="results/COMMAND-WHAT-DEVICE-TIME.json",
-        panel=OUTPUT,
         everyday=True,
     )
-    force: bool = option(False, "Replace an existing --out file.", panel=OUTPUT)
+    force: bool = option(False, "Replace an existing --out file.")
     resume: str | None = option(
         None,
         "Continue this result file: keep what it holds, do the rest. Its settings are used.",
-        panel=OUTPUT,
         everyday=True,
     )
     form: str = option(
@@ -254,9 +245,8 @@ class Asked:
         name="format",
         shown=None,
         check=one_of(FORMATS, "format"),
-        panel=OUTPUT,
     )
-    quiet: bool = option(False, "No progress and no notes on stderr.", panel=OUTPUT)
+    quiet: bool = option(False, "No progress and no notes on stderr.")
     plot: Path | None = None
 
     @property
@@ -270,7 +260,7 @@ class AskedOfPicture(Asked):
     """The same of a run that can be drawn."""
 
     force: bool = option(False, "Replace existing --out and --plot files.")
-    plot: Path | None = option(None, "Draw the result: a .png, .svg or .pdf file (extra: plot).", panel=OUTPUT)
+    plot: Path | None = option(None, "Draw the result: a .png, .svg or .pdf file (extra: plot).")
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Collection, Mapping, Sequence
+import math
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
+
+import msgspec
 
 from bgcbench.errors import ResultFileError, ShapeError, UsageError
 from bgcbench.experiments.config import RunConfig
@@ -25,9 +28,9 @@ from bgcbench.experiments.options import (
     option,
     positive,
 )
-from bgcbench.measure.counts import count
-from bgcbench.measure.timing import Rules
+from bgcbench.measure.counts import count, paper_bytes
 from bgcbench.results import Json
+from bgcbench.results.rows import Counts, DistinctLayer, Memory, PaperRow, ProfileParams, ProfileRow, White
 from bgcbench.specs import (
     ALGORITHMS,
     CUDA_ALGORITHMS,
@@ -44,6 +47,7 @@ from bgcbench.specs import (
     unfit,
 )
 from bgcbench.theory import paper
+from bgcbench.theory.exact import white_error
 
 # Fields that only say which rows there are: a resumed run may add to them.
 GRID_FIELDS = ("variants", "groups", "algorithm", "reference", "skip_invalid", "layers", "inputs", "seeds")
@@ -66,7 +70,7 @@ class MeasureConfig(RunConfig):
     )
     algorithm: str = option(
         "auto",
-        "Form to run in: BGC two_conv, concat, dense, split, matmul (1x1), triton (CUDA), or auto, the fastest; GC "
+        "Algorithm to run: BGC two_conv, concat, dense, split, matmul (1x1), triton (CUDA), or auto, the fastest; GC "
         "triton; LGC, FLGC masked, deployed; all measures each.",
         panel=GRID,
         check=one_of(("auto", "all", *ALGORITHMS)),
@@ -177,16 +181,41 @@ def check_same_fields(stored: Mapping[str, Any], wanted: Mapping[str, Any], free
 
 @dataclass(frozen=True)
 class PlannedRow:
-    """One row to measure: its stable key, its parameters, and its layer or the reason why there is none.
+    """One row to measure: what is known of it before, 'interrupted', or 'invalid' with the reason.
 
-    group: rows of one group are interleaved with one another. A row of a whole network has no spec.
+    label: for people. spec: its layer; None where there is none, and of a whole network. group: rows of one group are
+    interleaved with one another.
     """
 
-    key: str
-    params: Json
-    spec: ConvSpec | None
-    invalid: str | None = None
+    row: ProfileRow
+    label: str
+    spec: ConvSpec | None = None
     group: str = ""
+
+    @property
+    def key(self) -> str:
+        return self.row.key
+
+    @property
+    def params(self) -> ProfileParams:
+        return self.row.params
+
+    @property
+    def invalid(self) -> str | None:
+        """Why there is nothing to measure."""
+        return self.row.reason if self.row.status == "invalid" else None
+
+
+class Wanted(NamedTuple):
+    """What a row is asked to be."""
+
+    variant: str
+    groups: int
+    algorithm: str
+
+    @property
+    def label(self) -> str:
+        return f"{VARIANTS[self.variant].label} N={self.groups}"
 
 
 def plan(config: ProfileConfig) -> list[PlannedRow]:
@@ -194,7 +223,13 @@ def plan(config: ProfileConfig) -> list[PlannedRow]:
 
     Raises ShapeError naming every N that does not divide the channels, unless ``skip_invalid``.
     """
-    rows = [_planned(config, variant, groups, form) for variant, groups, form in wanted_rows(config)]
+    channels, kernel = (config.in_channels, config.out_channels), config.kernel
+    own = ConvSpec("standard", *channels, kernel, config.stride, (kernel - 1) // 2, bias=False)
+    shape = f"{config.in_channels}x{config.out_channels}-k{kernel}-s{config.stride}"
+    rows = [
+        planned_layer(config, wanted, own, f"{wanted.variant}-n{wanted.groups}-{shape}", wanted.label)
+        for wanted in wanted_rows(config)
+    ]
     offenders = list(dict.fromkeys(row.invalid for row in rows if row.invalid))
     if offenders and not config.skip_invalid:
         raise ShapeError("; ".join(offenders) + "; drop these groups or use --skip-invalid")
@@ -203,8 +238,8 @@ def plan(config: ProfileConfig) -> list[PlannedRow]:
     return rows
 
 
-def wanted_rows(config: MeasureConfig) -> list[tuple[str, int, str]]:
-    """(variant, N, algorithm) of every row that is asked for, by N, the standard convolution first.
+def wanted_rows(config: MeasureConfig) -> list[Wanted]:
+    """Every row that is asked for, by N, the standard convolution first.
 
     Raises UsageError for an algorithm that none of them has.
     """
@@ -215,11 +250,11 @@ def wanted_rows(config: MeasureConfig) -> list[tuple[str, int, str]]:
         config.algorithm in VARIANTS[name].algorithms for name, _ in wanted
     ):
         raise UsageError(f"--algorithm {config.algorithm}: no variant asked for has it; add bgc, or leave it out")
-    return [(name, groups, form) for name, groups in wanted for form in _forms(name, config)]
+    return [Wanted(name, groups, each) for name, groups in wanted for each in _algorithms(name, config)]
 
 
-def _forms(variant: str, config: MeasureConfig) -> tuple[str, ...]:
-    """The algorithms to measure a variant in; variants without a choice have their one form.
+def _algorithms(variant: str, config: MeasureConfig) -> tuple[str, ...]:
+    """The algorithms to measure a variant in; variants without a choice have their one.
 
     What a masked variant costs in training and when deployed are two answers, and both are given.
     """
@@ -227,118 +262,78 @@ def _forms(variant: str, config: MeasureConfig) -> tuple[str, ...]:
     if algorithm == "all":
         on_cuda = config.device.startswith("cuda")  # what 'auto' will be is not known yet
         unfit = (() if on_cuda else CUDA_ALGORITHMS) + (() if config.is_pointwise else POINTWISE_ALGORITHMS)
-        offered = tuple(form for form in offered if form not in unfit)
+        offered = tuple(each for each in offered if each not in unfit)
     if algorithm == "all" or (algorithm == "auto" and offered == TRAINED_AND_DEPLOYED):
         return offered if len(offered) > 1 else ("auto",)
     return (algorithm if algorithm in offered else "auto",)
 
 
-def conditions(config: Any, variant: str, algorithm: str) -> Json:
-    """The end of every row's parameters: the input's size, how it runs, and the form that runs.
+def unmeasured(config: Any, wanted: Wanted, what: str, params: Json, **facts: Any) -> ProfileRow:
+    """The row of ``what`` before it is measured, under the conditions of ``config``.
 
-    config: a ProfileConfig or a NetworkConfig.
+    config: a ProfileConfig or a NetworkConfig. params, facts: fields of the row's own.
     """
-    names = ("batch", "height", "width", "precision", "layout", "mode")
-    form = VARIANTS[variant].settled(algorithm)
-    return {**{name: getattr(config, name) for name in names}, "algorithm": form}
-
-
-def row_key(config: Any, what: str, algorithm: str) -> str:
-    """A row's key: ``what`` it is, under which conditions, and the form where one was asked for."""
-    size = f"b{config.batch}-{config.height}x{config.width}"
-    key = f"{what}-{size}-{config.precision}-{config.layout}-{config.mode}"
-    return key if algorithm == "auto" else f"{key}-{algorithm}"
-
-
-def _planned(config: ProfileConfig, variant: str, groups: int, algorithm: str) -> PlannedRow:
-    params: Json = {
-        "variant": variant,
-        "groups": groups,
-        "in_channels": config.in_channels,
-        "out_channels": config.out_channels,
-        "kernel": config.kernel,
-        "stride": config.stride,
-        **conditions(config, variant, algorithm),
-    }
-    shape = f"{config.in_channels}x{config.out_channels}-k{config.kernel}-s{config.stride}"
-    key = row_key(config, f"{variant}-n{groups}-{shape}", algorithm)
-    reason = unfit(variant, config.in_channels, config.out_channels, groups)
-    if reason:
-        return PlannedRow(key, params, None, reason)
-    spec = ConvSpec(
-        variant,
-        config.in_channels,
-        config.out_channels,
-        config.kernel,
-        config.stride,
-        (config.kernel - 1) // 2,
-        groups=groups,
-        bias=False,
-        algorithm=algorithm,
+    conditions = {name: getattr(config, name) for name in ("batch", "height", "width", "precision", "layout", "mode")}
+    key = f"{what}-b{config.batch}-{config.height}x{config.width}-{config.precision}-{config.layout}-{config.mode}"
+    algorithm = VARIANTS[wanted.variant].settled(wanted.algorithm)
+    return ProfileRow(
+        key=key if wanted.algorithm == "auto" else f"{key}-{wanted.algorithm}",
+        params=ProfileParams(variant=wanted.variant, groups=wanted.groups, algorithm=algorithm, **conditions, **params),
+        **{"status": "interrupted", "reason": "not measured yet", **facts},
     )
-    spec.output_size(config.height, config.width)
-    return PlannedRow(key, params, spec)
 
 
-def estimated_bytes(config: ProfileConfig, spec: ConvSpec, phase: str) -> int:
-    """Least memory that ``phase`` of ``spec`` takes: input, weights and output, and their gradients where taken."""
-    item = PRECISIONS[config.precision]
-    counts = count(spec, config.height, config.width)
-    out_height, out_width = spec.output_size(config.height, config.width)
-    x = config.batch * config.in_channels * config.height * config.width
-    y = config.batch * config.out_channels * out_height * out_width
-    if phase == "fwd":
-        return (x + y + counts.params) * item
-    return ((2 if config.input_grad else 1) * x + 2 * y + 2 * counts.params) * item
+def planned_layer(
+    config: ProfileConfig,
+    wanted: Wanted,
+    own: ConvSpec,
+    what: str,
+    label: str,
+    group: str = "",
+    layer: DistinctLayer | None = None,
+    params: Json | None = None,
+) -> PlannedRow:
+    """The row of a convolution as ``wanted``; own: the standard one, or the network's own, which may be grouped.
 
-
-def estimated_seconds(
-    config: MeasureConfig, calls_flops: Sequence[Sequence[int]], device_type: str, threads: int
-) -> float:
-    """A rough guess of the run's length, before anything is timed.
-
-    calls_flops: for each row the operations of one call in each phase. The guess takes 30 GFLOP/s a CPU thread or
-    10 TFLOP/s on CUDA; each cell is called for its first look, its memory passes, its warm-up and its floor of rounds,
-    and the group samples for at most its time a row.
+    what: of its key. layer: where it stands in a network. params: further ones.
     """
-    rules = Rules.for_device(device_type, quick=config.quick, max_time_s=config.max_time_s)
-    rate = 1e13 if device_type == "cuda" else 3e10 * threads
-    calls = [flops / rate for row in calls_flops for flops in row]
-    looks = (2 if config.quick else 3) * sum(calls)
-    warm_up = sum(0.0 if call > rules.warmup_max_s else rules.warmup_max_s for call in calls)
-    sampling = max(rules.min_rounds * sum(calls), len(calls_flops) * rules.max_time_s)
-    return 5.0 + looks + warm_up + sampling
+    variant, groups, algorithm = wanted
+    shape = {name: getattr(config, name) for name in ("in_channels", "out_channels", "kernel", "stride")}
+    params = {**shape, **(params or {})}
+    if reason := unfit(variant, config.in_channels, config.out_channels, groups):
+        row = unmeasured(config, wanted, what, params, status="invalid", reason=reason)
+        return PlannedRow(row, label, group=group)
+    asked: Json = {} if variant == "standard" else {"variant": variant, "groups": groups}
+    spec = dataclasses.replace(own, algorithm=algorithm, **asked)
+    size, item = (config.height, config.width), PRECISIONS[config.precision]
+    counts = count(spec, *size, batch=config.batch, precision=config.precision)
+    facts = {
+        "counts": msgspec.convert(counts, Counts, from_attributes=True),
+        "approximability": White(white_error=white_error(variant, spec.groups)),
+        "layer": layer,
+    }
+    row = unmeasured(config, wanted, what, params, **facts)
+    memory = Memory(
+        paper_bytes=paper_bytes(spec, *size, config.batch, config.precision),
+        params_bytes=counts.executed(row.params.algorithm).params * item,
+        input_bytes=config.batch * config.in_channels * math.prod(size) * item,
+        output_bytes=config.batch * config.out_channels * math.prod(spec.output_size(*size)) * item,
+    )
+    return PlannedRow(msgspec.structs.replace(row, memory=memory, paper=_printed(row.params)), label, spec, group)
+
+
+def _printed(params: ProfileParams) -> PaperRow | None:
+    """What the paper prints for this row (Table 4), or None.
+
+    Its memory column is in 4-byte numbers, so rows in other precisions are not its rows.
+    """
+    printed = paper.TABLE4.get((params.variant, params.groups))
+    is_its_layer = all(getattr(params, name) == value for name, value in paper.WORKLOAD.items())
+    if printed is None or not is_its_layer or params.precision not in ("fp32", "tf32"):
+        return None
+    return msgspec.convert(printed, PaperRow, from_attributes=True)
 
 
 def row_seed(seed: int, key: str) -> int:
     """A row's own seed, so that adding rows never changes others."""
     return int.from_bytes(hashlib.sha256(f"{seed}:{key}".encode()).digest()[:6], "big")
-
-
-def invalid_record(planned: PlannedRow) -> Json:
-    """The row of a layer that does not exist: its parameters and the reason."""
-    return {
-        "key": planned.key,
-        "params": planned.params,
-        "status": "invalid",
-        "reason": planned.invalid,
-        "counts": None,
-        "approximability": None,
-        "memory": None,
-        "phases": {},
-        "paper": None,
-        "interleaved": None,
-    }
-
-
-def printed_figures(params: Mapping[str, Any]) -> Json | None:
-    """What the paper prints for this row (Table 4), or None.
-
-    Its memory column is in 4-byte numbers, so rows in other precisions are not its rows.
-    """
-    if params["precision"] not in ("fp32", "tf32"):
-        return None
-    if any(params[name] != value for name, value in paper.WORKLOAD.items()):
-        return None
-    printed = paper.TABLE4.get((params["variant"], params["groups"]))
-    return None if printed is None else dataclasses.asdict(printed)

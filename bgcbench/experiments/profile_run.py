@@ -14,24 +14,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeGuard
 
+import msgspec
 import torch
 from torch import nn
 
 from bgcbench.convs import VariantConv2d, build_conv
 from bgcbench.experiments.base import Run
-from bgcbench.experiments.profile import (
-    MeasureConfig,
-    PlannedRow,
-    ProfileConfig,
-    estimated_bytes,
-    invalid_record,
-    printed_figures,
-    row_seed,
-)
+from bgcbench.experiments.profile import MeasureConfig, PlannedRow, ProfileConfig, row_seed
 from bgcbench.experiments.session import Session, open_device
-from bgcbench.measure import ceilings, environment
+from bgcbench.measure import ceilings, environment, timing
 from bgcbench.measure.allocator import FAULT_S, memory_state, resolve_memory
-from bgcbench.measure.counts import CallWork, call_work, count, paper_bytes
+from bgcbench.measure.counts import CallWork, call_work, count
 from bgcbench.measure.device import (
     DEVICE_LOST,
     DTYPES,
@@ -47,18 +40,26 @@ from bgcbench.measure.device import (
     random_input,
 )
 from bgcbench.measure.memory import Peak, measure_peak
-from bgcbench.measure.timing import PROTOCOL, Group, Progress, Rules, Track
 from bgcbench.measure.workload import Cell, Like, Workload
-from bgcbench.results import DONE, Json
-from bgcbench.specs import NETWORK_PHASES, PHASES, PRECISIONS, VARIANTS, ConvSpec
-from bgcbench.theory.exact import white_error
+from bgcbench.results import Document, rows
+from bgcbench.results.rows import (
+    Canary,
+    Derived,
+    Discarded,
+    Forms,
+    Group,
+    Phase,
+    ProfileRow,
+    Summary,
+)
+from bgcbench.specs import NETWORK_PHASES, PHASES, PRECISIONS, ConvSpec
 
 
 @dataclass(frozen=True)
 class TimingProtocol:
     """How times are taken. cold: the cache is overwritten before every call. memory: of bgcbench.specs.MEMORY."""
 
-    rules: Rules
+    rules: timing.Rules
     cold: bool
     memory: str | None
 
@@ -66,7 +67,7 @@ class TimingProtocol:
     def of(cls, config: MeasureConfig, device: torch.device) -> TimingProtocol:
         """As ``config`` asks for it, or as it is fit for ``device``."""
         return cls(
-            Rules.for_device(device.type, quick=config.quick, max_time_s=config.max_time_s),
+            timing.Rules.for_device(device.type, quick=config.quick, max_time_s=config.max_time_s),
             cold=config.cache == "cold" if config.cache else device.type == "cuda",
             memory=resolve_memory(config.memory, device.type),
         )
@@ -83,7 +84,7 @@ def open_session(config: MeasureConfig) -> Session:
         "memory": protocol.memory,
         "phases": list(config.phases),
         "input_grad": config.input_grad,
-        "timing": {"protocol": PROTOCOL, **dataclasses.asdict(protocol.rules)},
+        "timing": {"protocol": timing.PROTOCOL, **dataclasses.asdict(protocol.rules)},
     }
     return session
 
@@ -92,11 +93,11 @@ class Subject(ABC):
     """What one row measures: how it is built and run on a device, and what it must cost."""
 
     phases: tuple[str, ...]
-    label: str  # the row for people: "BGC N=4"
     batch: int
     input_shape: tuple[int, ...]
     input_grad: bool
     quick_share: float = 1.0  # of a quick look's time a row; a network's calls are long
+    held_bytes: int  # what stays in memory between calls
 
     @abstractmethod
     def module(self, session: Session) -> nn.Module:
@@ -118,26 +119,17 @@ class Subject(ABC):
         """What to try where ``phase`` raises an error, to follow the reason."""
         return ""
 
-    @property
-    @abstractmethod
-    def held_bytes(self) -> int:
-        """What stays in memory between calls."""
-
-    @abstractmethod
-    def facts(self, params: Json) -> Json:
-        """counts, approximability, memory (without the measured part), paper, and whatever else the row holds."""
-
 
 class LayerSubject(Subject):
     """One convolution of the plan."""
 
-    def __init__(self, config: ProfileConfig, planned: PlannedRow, spec: ConvSpec, label: str | None = None) -> None:
-        self.config, self.key, self.spec = config, planned.key, spec
+    def __init__(self, config: ProfileConfig, row: ProfileRow, spec: ConvSpec) -> None:
+        self.config, self.key, self.spec = config, row.key, spec
         self.phases, self.batch, self.input_grad = config.phases, config.batch, config.input_grad
         self.input_shape = (config.batch, spec.in_channels, config.height, config.width)
-        self.label = label or f"{VARIANTS[spec.variant].label} N={spec.groups}"
-        counts = count(spec, config.height, config.width, batch=config.batch, precision=config.precision)
-        self.counts, self.executed = counts, counts.executed(str(planned.params["algorithm"]))
+        self.counts = count(spec, config.height, config.width, batch=config.batch, precision=config.precision)
+        self.executed = self.counts.executed(row.params.algorithm)
+        self.held_bytes = 2 * self.executed.params * PRECISIONS[config.precision]
 
     def module(self, session: Session) -> nn.Module:
         with torch.random.fork_rng(devices=[]):
@@ -152,42 +144,28 @@ class LayerSubject(Subject):
         return call_work(self.executed, self.batch, phase, input_grad=self.input_grad)
 
     def needed_bytes(self, phase: str) -> int:
-        return estimated_bytes(self.config, self.spec, phase)
-
-    @property
-    def held_bytes(self) -> int:
-        return 2 * self.executed.params * PRECISIONS[self.config.precision]
-
-    def facts(self, params: Json) -> Json:
-        config, spec = self.config, self.spec
-        item = PRECISIONS[config.precision]
-        out_height, out_width = spec.output_size(config.height, config.width)
-        memory: Json = {
-            "paper_bytes": paper_bytes(spec, config.height, config.width, config.batch, config.precision),
-            "params_bytes": self.executed.params * item,
-            "input_bytes": math.prod(self.input_shape) * item,
-            "output_bytes": config.batch * config.out_channels * out_height * out_width * item,
-        }
-        return {
-            "counts": self.counts.to_json(),
-            "approximability": {"white_error": white_error(str(params["variant"]), spec.groups)},
-            "memory": memory,
-            "paper": printed_figures(params),
-        }
+        """Input, weights and output, and their gradients where taken."""
+        out_height, out_width = self.spec.output_size(self.config.height, self.config.width)
+        x = math.prod(self.input_shape)
+        y = self.batch * self.spec.out_channels * out_height * out_width
+        values = x + y + self.counts.params
+        if phase != "fwd":
+            values = 2 * values - (0 if self.input_grad else x)
+        return values * PRECISIONS[self.config.precision]
 
 
 def is_measured(module: nn.Module) -> TypeGuard[VariantConv2d]:
-    """Whether it is a layer that finds its form by measuring."""
+    """Whether it is a layer that finds its algorithm by measuring."""
     return isinstance(module, VariantConv2d) and module.algorithm == "auto"
 
 
-def measured_forms(module: nn.Module) -> Json:
-    """How many layers run in which form, {"inference": {form: layers}, "training": ...}, where 'auto' has chosen it."""
+def measured_forms(module: nn.Module) -> Forms:
+    """How many layers run which algorithm, {"inference": {algorithm: layers}, ...}, where 'auto' has chosen it."""
     found: dict[str, Counter[str]] = {}
     for layer in module.modules():
         if is_measured(layer):
-            for phase, form in layer.chosen.items():
-                found.setdefault(phase, Counter())[form] += 1
+            for phase, algorithm in layer.chosen.items():
+                found.setdefault(phase, Counter())[algorithm] += 1
     return {phase: dict(sorted(counted.items())) for phase, counted in sorted(found.items())}
 
 
@@ -210,18 +188,14 @@ class _Row:
     host_s: dict[str, float | None] = field(default_factory=dict)
     peak: Peak | None = None
     like: Like | None = None
-    forms: Json | None = None
-    tracks: dict[str, Track[Cell]] = field(default_factory=dict)
-    phases: dict[str, Json] = field(default_factory=dict)
+    forms: Forms = field(default_factory=dict)
+    tracks: dict[str, timing.Track[Cell]] = field(default_factory=dict)
+    phases: dict[str, Phase] = field(default_factory=dict)
     failures: dict[str, Failure] = field(default_factory=dict)
     interleaved: int | None = None
     alone: bool = False  # measured by itself because the group does not fit into memory together
     status: str = "interrupted"
     reason: str | None = "not measured yet"
-
-    @property
-    def label(self) -> str:
-        return self.subject.label
 
     @property
     def alive(self) -> list[str]:
@@ -250,69 +224,92 @@ class _Row:
             texts = (f"{phase}: {failure.reason}" for phase, failure in self.failures.items())
             self.status, self.reason = found[0].status, "; ".join(texts)
 
+    def result(self) -> ProfileRow:
+        """The row with what has been measured so far."""
+        memory = self.planned.row.memory
+        if self.peak is not None and memory is not None:
+            measured = {**vars(self.peak), "peak_delta_bytes": self.peak.delta_bytes}
+            memory = msgspec.structs.replace(memory, **measured)
+        return msgspec.structs.replace(
+            self.planned.row,
+            status=self.status,
+            reason=self.reason,
+            memory=memory,
+            phases=dict(self.phases),
+            failures=msgspec.convert(self.failures, dict[str, rows.Failure], from_attributes=True),
+            forms=self.forms,
+            interleaved=self.interleaved,
+        )
+
 
 @dataclass(frozen=True)
 class Update:
     """What is happening; save: whether ``results`` are new."""
 
     doing: str
-    progress: Progress | None
+    progress: timing.Progress | None
     save: bool
 
 
-def layer_subjects(config: MeasureConfig, rows: Sequence[PlannedRow]) -> dict[str, Subject]:
+def layer_subjects(config: ProfileConfig, planned: Sequence[PlannedRow]) -> dict[str, Subject]:
     """The layers of a plan of ``config``, by key."""
-    if not isinstance(config, ProfileConfig):
-        raise TypeError(f"a {type(config).__name__} describes no layer")
-    return {row.key: LayerSubject(config, row, row.spec) for row in rows if row.spec is not None}
+    return {each.key: LayerSubject(config, each.row, each.spec) for each in planned if each.spec is not None}
 
 
-class ProfileRun(Run):
+class ProfileRun(Run[ProfileRow]):
     """One run of ``profile`` on an open session; iterate ``run()`` for its updates.
 
     subjects: what the rows measure, by key; by default the layers of their specs. kept: the rows of a resumed file by
-    key; those that are done are not measured again, and those that are not in the plan stay as they are. stop() is
-    asked between batches of samples.
+    key; those that are done are not measured again, and those that are not in the plan stay as they are. interleaved:
+    its groups. stop() is asked between batches of samples.
     """
 
     config: MeasureConfig
+    planned: Sequence[PlannedRow]
 
     def __init__(
         self,
         config: MeasureConfig,
         session: Session,
-        rows: Sequence[PlannedRow],
+        planned: Sequence[PlannedRow],
         *,
         subjects: Mapping[str, Subject] | None = None,
-        kept: Mapping[str, Json] | None = None,
-        interleaved: Sequence[Json] = (),
+        kept: Mapping[str, Any] | None = None,
+        interleaved: Sequence[Group] = (),
         stop: Callable[[], bool] = lambda: False,
     ) -> None:
-        self.config, self.session, self.planned, self.stop = config, session, rows, stop
+        self.config, self.session, self.planned, self.stop = config, session, planned, stop
         self.protocol = TimingProtocol.of(config, session.device)
-        self.stored = dict(kept or {})
-        self.kept = {key: row for key, row in self.stored.items() if row["status"] in DONE}
+        self.known = {each.key: each.row for each in planned if each.invalid} | dict(kept or {})
         self.interleaved = list(interleaved)
         self.warnings = list(session.warnings)
-        self._results = list(self.stored.values())
-        if subjects is None:
-            subjects = layer_subjects(config, rows)
-        self.subjects = subjects
-        self.rows = [_Row(row, subjects[row.key]) for row in rows if row.key in subjects and row.key not in self.kept]
+        if subjects is None and isinstance(config, ProfileConfig):
+            subjects = layer_subjects(config, planned)
+        self.subjects = subjects or {}
+        done = {key for key, row in self.known.items() if row.is_done}
+        self.rows = [
+            _Row(row, self.subjects[row.key]) for row in planned if row.key in self.subjects and row.key not in done
+        ]
         self._inputs: dict[tuple[tuple[int, ...], bool], torch.Tensor] = {}
 
-    @property
-    def keys(self) -> list[str]:
-        return [row.key for row in self.planned]
-
-    @property
-    def results(self) -> list[Json]:
-        """The rows as of the last update that was worth saving."""
-        return self._results
-
-    def take_into(self, document: Json) -> None:
+    def take_into(self, document: Document) -> None:
         super().take_into(document)
-        document["interleaved"] = self.interleaved
+        document.interleaved = tuple(self.interleaved)
+
+    def estimated_s(self) -> float:
+        """A rough guess of the run's length, before anything is timed: at 30 GFLOP/s a CPU thread, 10 TFLOP/s on CUDA.
+
+        Each cell is called for its first look, its memory passes, its warm-up and its floor of rounds, and the group
+        samples for at most its time a row.
+        """
+        rules, on_cuda = self.protocol.rules, self.session.device.type == "cuda"
+        rate = 1e13 if on_cuda else 3e10 * self.session.environment.cpu.threads
+        subjects = self.subjects.values()
+        calls = [subject.work(phase).flops / rate for subject in subjects for phase in subject.phases]
+        looks = (2 if self.config.quick else 3) * sum(calls)
+        warm_up = sum(0.0 if call > rules.warmup_max_s else rules.warmup_max_s for call in calls)
+        sampling = max(rules.min_rounds * sum(calls), len(subjects) * rules.max_time_s)
+        return 5.0 + looks + warm_up + sampling
 
     def run(self) -> Iterator[Update]:
         """Measure every row; the last update holds the finished rows."""
@@ -346,7 +343,7 @@ class ProfileRun(Run):
                 return
             if row.status != "interrupted":  # the device was lost on an earlier one
                 continue
-            yield self._update(f"first call and memory of {row.label} ({number} of {len(self.rows)})")
+            yield self._update(f"first call and memory of {row.planned.label} ({number} of {len(self.rows)})")
             there = environment.available_bytes(self.session.device)
             for phase in row.alive:
                 if (needed := row.subject.needed_bytes(phase)) > there:
@@ -379,7 +376,7 @@ class ProfileRun(Run):
     def _first_call(self, row: _Row, workload: Workload, phase: str, stopwatch: DeviceStopwatch, *, peak: bool) -> None:
         """How long the first call of ``phase`` takes, on the host too; with its ``peak`` where that is asked for."""
         if any(is_measured(layer) for layer in workload.plain.modules()):
-            # Finding the fastest form takes many calls, and more memory than a step: neither is the row's.
+            # Finding the fastest algorithm takes many calls, and more memory than a step: neither is the row's.
             cell = workload.cell(phase)
             cell.once()
             cell.release()
@@ -415,19 +412,13 @@ class ProfileRun(Run):
                 row.fail(found)
 
     def _workload(self, row: _Row) -> Workload:
-        return row.subject.workload(self.session, self._input(row.subject), row.like)
-
-    def _module(self, row: _Row) -> nn.Module:
-        return row.subject.module(self.session)
-
-    def _input(self, subject: Subject) -> torch.Tensor:
-        """The input; rows of the same shape share one tensor."""
-        shape, config = subject.input_shape, self.config
-        if (shape, subject.input_grad) not in self._inputs:
+        """The cells of ``row`` on its input; rows of the same shape share one tensor."""
+        config, shape, gradient = self.config, row.subject.input_shape, row.subject.input_grad
+        if (shape, gradient) not in self._inputs:
             seed = row_seed(config.seed, f"input-{shape}")
             x = random_input(shape, self.session.device, DTYPES[config.precision], config.layout, seed)
-            self._inputs[shape, subject.input_grad] = x.requires_grad_(subject.input_grad)
-        return self._inputs[shape, subject.input_grad]
+            self._inputs[shape, gradient] = x.requires_grad_(gradient)
+        return row.subject.workload(self.session, self._inputs[shape, gradient], row.like)
 
     def _groups(self, rows: list[_Row]) -> list[list[_Row]]:
         """The plan's groups, each in one piece, or, if what it holds does not fit together, row by row."""
@@ -452,63 +443,66 @@ class ProfileRun(Run):
     def _measure(self, rows: list[_Row], stopwatch: DeviceStopwatch) -> Iterator[Update]:
         """One interleaved group, from building its layers to the summary of its rows."""
         config, device = self.config, self.session.device
-        identity = 1 + max((entry["id"] for entry in self.interleaved), default=0)
-        tracks: list[Track[Cell]] = []
+        identity = 1 + max((entry.id for entry in self.interleaved), default=0)
         for row in rows:
-            try:
-                workload = self._workload(row)
-            except Exception as failure:  # noqa: BLE001 - see _look_at_each
-                self._fail(row, failure)
-                continue
-            # On a CPU a first call tells how long the next will take; elsewhere it has tuned or compiled.
-            plain = device.type == "cpu" and config.mode == "eager"
-            for phase in row.alive:
-                try:
-                    cell = workload.cell(phase)
-                    if not plain:  # a module built anew compiles anew; no warm-up should have to wait for that
-                        cell.once()
-                        cell.release()
-                except Exception as failure:  # noqa: BLE001 - see _first_look
-                    self._fail(row, failure, phase)
-                    continue
-                expected_s = row.first_call_s[phase] if plain else math.nan
-                row.tracks[phase] = Track(row.planned.key, cell, expected_s, f"{row.label} {phase}")
-            row.interleaved = identity
-            tracks += row.tracks.values()
-        order = random.Random(row_seed(config.seed, f"order-{identity}"))
+            self._build(row, identity)
         rules = self.protocol.rules
         if config.quick and config.max_time_s is None:
             share = max(row.subject.quick_share for row in rows)
             rules = dataclasses.replace(rules, max_time_s=rules.max_time_s * share)
-        group = Group(tracks, stopwatch, rules, order, self.stop)
-        entry: Json = {"id": identity, "max_time_s": rules.max_time_s, "alone": any(row.alone for row in rows)}
-        self.interleaved.append(entry)
+        order = random.Random(row_seed(config.seed, f"order-{identity}"))
+        tracks = [track for row in rows for track in row.tracks.values()]
+        group = timing.Group(tracks, stopwatch, rules, order, self.stop)
+        alone = any(row.alone for row in rows)
+        self.interleaved.append(Group(id=identity, max_time_s=rules.max_time_s, alone=alone, rows=len(rows)))
         for progress in group.run():
             if progress.track is not None and progress.track.failure is not None:
                 free_memory(device)
             if progress.round_done:
-                self._settle(rows, group, entry, finished=False)
+                self._settle(rows, group, finished=False)
             doing = "warming up" if progress.round == 0 else f"round {progress.round}"
             yield self._update(doing, progress, save=progress.round_done)
-        self._settle(rows, group, entry, finished=not group.interrupted)
+        self._settle(rows, group, finished=not group.interrupted)
         for row in rows:
             row.tracks.clear()  # and with them the layers
         self._inputs.clear()
         free_memory(device)
         yield self._update("group done", save=True)
 
-    def _settle(self, rows: list[_Row], group: Group[Cell], entry: Json, *, finished: bool) -> None:
+    def _build(self, row: _Row, identity: int) -> None:
+        """A track, in group ``identity``, for each phase of ``row`` that is alive."""
+        try:
+            workload = self._workload(row)
+        except Exception as failure:  # noqa: BLE001 - see _look_at_each
+            self._fail(row, failure)
+            return
+        row.interleaved = identity
+        # On a CPU a first call tells how long the next will take; elsewhere it has tuned or compiled.
+        plain = self.session.device.type == "cpu" and self.config.mode == "eager"
+        for phase in row.alive:
+            try:
+                cell = workload.cell(phase)
+                if not plain:  # a module built anew compiles anew; no warm-up should have to wait for that
+                    cell.once()
+                    cell.release()
+            except Exception as failure:  # noqa: BLE001 - see _first_look
+                self._fail(row, failure, phase)
+                continue
+            expected_s = row.first_call_s[phase] if plain else math.nan
+            row.tracks[phase] = timing.Track(row.planned.key, cell, expected_s, f"{row.planned.label} {phase}")
+
+    def _settle(self, rows: list[_Row], group: timing.Group[Cell], *, finished: bool) -> None:
         """Bring the rows' statuses and the group's record up to date."""
         canary = group.canary
-        entry.update(
-            rows=len(rows),
+        self.interleaved[-1] = msgspec.structs.replace(
+            self.interleaved[-1],
             rounds=group.rounds,
-            canary={
-                "baseline_s": canary.baseline_s if canary.readings_s else None,
-                "readings_s": list(canary.readings_s),
-                "slow_rounds": list(canary.slow_rounds),
-                "redone": canary.redone,
-            },
+            canary=Canary(
+                baseline_s=canary.baseline_s if canary.readings_s else None,
+                readings_s=tuple(canary.readings_s),
+                slow_rounds=tuple(canary.slow_rounds),
+                redone=canary.redone,
+            ),
         )
         for row in rows:
             if row.status != "interrupted":
@@ -524,79 +518,38 @@ class ProfileRun(Run):
             else:
                 row.reason = f"stopped in round {group.rounds}; --resume measures its group again"
 
-    def _update(self, doing: str, progress: Progress | None = None, *, save: bool = False) -> Update:
+    def _update(self, doing: str, progress: timing.Progress | None = None, *, save: bool = False) -> Update:
         if save:
-            self._results = self._records()
+            self.known |= {row.planned.key: row.result() for row in self.rows}
         return Update(doing, progress, save)
 
-    def _records(self) -> list[Json]:
-        """Every row as the file holds it, in the plan's order; rows not begun yet are interrupted ones."""
-        measured = {row.planned.key: row for row in self.rows}
-        planned_keys = {planned.key for planned in self.planned}
-        records = [row for key, row in self.stored.items() if key not in planned_keys]
-        for planned in self.planned:
-            if planned.key in self.kept:
-                records.append(self.kept[planned.key])
-            elif planned.key in measured:
-                records.append(self._record(measured[planned.key]))
-            else:
-                records.append(invalid_record(planned))
-        return records
-
-    def _record(self, row: _Row) -> Json:
-        facts = row.subject.facts(row.planned.params)
-        peak = row.peak
-        failures = {phase: dataclasses.asdict(found) for phase, found in row.failures.items()}
-        facts["memory"] |= {
-            "baseline_bytes": peak.baseline_bytes if peak else None,
-            "peak_bytes": peak.peak_bytes if peak else None,
-            "peak_delta_bytes": peak.delta_bytes if peak else None,
-            "method": peak.method if peak else "formula",
-            "agreed": peak.agreed if peak else None,
-        }
-        return {
-            "key": row.planned.key,
-            "params": row.planned.params,
-            "status": row.status,
-            "reason": row.reason,
-            **facts,
-            **({"forms": row.forms} if row.forms else {}),
-            **({"failures": failures} if failures else {}),
-            "phases": row.phases,
-            "interleaved": row.interleaved,
-        }
-
-    def _phase(self, row: _Row, phase: str, track: Track[Any]) -> Json:
-        summary = track.summary()
-        work = row.subject.work(phase)
-        host = row.host_s.get(phase)
-        median = summary.median_s
+    def _phase(self, row: _Row, phase: str, track: timing.Track[Cell]) -> Phase:
+        summary, work = track.summary(), row.subject.work(phase)
+        host, median = row.host_s.get(phase), summary.median_s
         faults = statistics.median(track.faults) if track.faults else None
-        return {
-            "samples_s": list(track.samples),
-            "rounds": list(track.rounds),
-            "discarded": {"samples_s": list(track.discarded), "rounds": list(track.discarded_rounds)},
-            "first_call_s": row.first_call_s.get(phase),
-            "host_s": host,
-            "minor_faults_per_call": faults,
-            "converged": track.converged,
-            "stop_reason": track.stop_reason,
-            "summary": {
-                **dataclasses.asdict(summary),
-                "ci95_s": [summary.ci95_s.low, summary.ci95_s.high] if summary.ci95_s else None,
-            },
-            "derived": {
-                "images_per_s": row.subject.batch / median,
-                "tflops": work.flops / median / 1e12,
-                "gbytes_per_s": work.bytes / median / 1e9,
-                "roofline_fraction": self.ceilings.roofline_fraction(work, median) if self.ceilings else None,
-                "bound": self.ceilings.bound(work) if self.ceilings else None,
+        ends = (summary.ci95_s.low, summary.ci95_s.high) if summary.ci95_s else None
+        return Phase(
+            samples_s=tuple(track.samples),
+            rounds=tuple(track.rounds),
+            discarded=Discarded(samples_s=tuple(track.discarded), rounds=tuple(track.discarded_rounds)),
+            first_call_s=row.first_call_s.get(phase),
+            host_s=host,
+            minor_faults_per_call=faults,
+            converged=track.converged,
+            stop_reason=track.stop_reason,
+            summary=Summary(**{**vars(summary), "ci95_s": ends}),
+            derived=Derived(
+                images_per_s=row.subject.batch / median,
+                tflops=work.flops / median / 1e12,
+                gbytes_per_s=work.bytes / median / 1e9,
+                roofline_fraction=self.ceilings.roofline_fraction(work, median) if self.ceilings else None,
+                bound=self.ceilings.bound(work) if self.ceilings else None,
                 # Without launch gaps in the way (a graph) the host is not what limits; in eager mode the two times
                 # meet where it does.
-                "launch_bound": None if host is None or self.config.mode == "graph" else host >= 0.9 * median,
+                launch_bound=None if host is None or self.config.mode == "graph" else host >= 0.9 * median,
                 # Memory that is to be kept and comes from the system all the same: another allocator, or not room.
-                "page_faults": None
+                page_faults=None
                 if faults is None or self.protocol.memory != "kept"
                 else faults * FAULT_S > 0.01 * median,
-            },
-        }
+            ),
+        )

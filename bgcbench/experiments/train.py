@@ -10,7 +10,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from bgcbench.errors import UsageError
 from bgcbench.experiments.config import NetworkChoice, RunConfig
@@ -29,9 +29,9 @@ from bgcbench.experiments.options import (
     shorthand,
 )
 from bgcbench.results import Json
+from bgcbench.results.rows import PaperError, TrainParams, TrainRow
 from bgcbench.specs import (
     DIGITS_PX,
-    LAYOUTS,
     TRAINING_ALGORITHMS,
     TRAINING_SETS,
     VARIANTS,
@@ -41,13 +41,15 @@ from bgcbench.specs import (
 )
 from bgcbench.theory import paper
 from bgcbench.training.launcher import processes
-from bgcbench.training.recipes import HYPER, RECIPES, Recipe, check_parts, default_recipe, make_recipe
+from bgcbench.training.recipes import HYPER, Recipe, check_parts, default_recipe, make_recipe
 
 CLASSES = {"digits": 10, "cifar10": 10, "imagenet": 1000}
 IN_FILES = ("cifar10", "imagenet", "folder")  # data sets that are looked for in --data-dir
 READ_BY_WORKERS = ("imagenet", "folder")
 SIDES_PX = {"digits": DIGITS_PX, "cifar10": 32}
 QUICK_EPOCHS, QUICK_IMAGES = 2, 512
+
+RowT = TypeVar("RowT", bound=TrainRow)
 
 # Data set and printed cells of Tables 5 and 6; a run trains one of their networks.
 PRESETS = {"table5": ("cifar10", paper.TABLE5), "table6": ("imagenet", paper.TABLE6)}
@@ -89,36 +91,34 @@ class TrainConfig(NetworkChoice, RunConfig):
         read=listed, envvar="BGCBENCH_DATA_DIR",
     )  # fmt: skip
     download: bool = option(False, "Download CIFAR-10 into --data-dir first.", panel=WORKLOAD)
-    recipe: str | None = option(
+    recipe: str = option(
         None,
         "digits (20 epochs, one cycle), paper (section 5.2), fast (that in bf16, channels_last, compiled).",
         panel=RECIPE,
         everyday=True,
         shown="digits for digits, else paper",
     )
-    epochs: int | None = option(None, panel=RECIPE, everyday=True, shown="20; paper 200, ImageNet 90")
-    batch_size: int | None = option(None, "Images a step, over all processes.", panel=RECIPE, shown="64; paper 128")
-    lr: float | None = option(None, "Learning rate.", panel=RECIPE, shown="0.1")
-    schedule: str | None = option(
+    epochs: int = option(None, panel=RECIPE, everyday=True, shown="20; paper 200, ImageNet 90")
+    batch_size: int = option(None, "Images a step, over all processes.", panel=RECIPE, shown="64; paper 128")
+    lr: float = option(None, "Learning rate.", panel=RECIPE, shown="0.1")
+    schedule: str = option(
         None, "multistep, onecycle, cosine or constant.", panel=RECIPE, shown="onecycle; paper multistep"
     )
-    milestones: tuple[int, ...] | None = option(
+    milestones: tuple[int, ...] = option(
         None,
         "Epochs after which the learning rate drops; scaled with --epochs where not given.",
         panel=RECIPE,
         shown="60,120,160; ImageNet 30,60",
     )
-    gamma: float | None = option(None, "Factor of each drop.", panel=RECIPE, shown="0.1")
-    momentum: float | None = option(None, panel=RECIPE, shown="0.9")
-    nesterov: bool | None = option(None, panel=RECIPE, shown="on", flag="--nesterov/--no-nesterov")
-    weight_decay: float | None = option(None, panel=RECIPE, shown="5e-4; ImageNet 1e-4")
-    label_smoothing: float | None = option(None, panel=RECIPE, shown="0")
-    group_lasso: float | None = option(None, "Strength of LGC's group lasso.", panel=RECIPE, shown="0")
+    gamma: float = option(None, "Factor of each drop.", panel=RECIPE, shown="0.1")
+    momentum: float = option(None, panel=RECIPE, shown="0.9")
+    nesterov: bool = option(None, panel=RECIPE, shown="on", flag="--nesterov/--no-nesterov")
+    weight_decay: float = option(None, panel=RECIPE, shown="5e-4; ImageNet 1e-4")
+    label_smoothing: float = option(None, panel=RECIPE, shown="0")
+    group_lasso: float = option(None, "Strength of LGC's group lasso.", panel=RECIPE, shown="0")
     layout: str = option("", "nchw, or nhwc (channels_last).", panel=RECIPE, shown="nchw; fast nhwc")
-    compile: bool | None = option(
-        None, "torch.compile.", panel=RECIPE, shown="fast only", flag="--compile/--no-compile"
-    )
-    algorithm: str | None = option(
+    compile: bool = option(None, "torch.compile.", panel=RECIPE, shown="fast only", flag="--compile/--no-compile")
+    algorithm: str = option(
         None,
         "Exact form that layers run in: fixed (the first, BGC two_conv: the same bits in every run), auto (the fastest "
         "here, which each process measures), or BGC concat, dense, split, matmul (1x1), triton.",
@@ -154,21 +154,15 @@ class TrainConfig(NetworkChoice, RunConfig):
     FREE: ClassVar[tuple[str, ...]] = ("data_dirs", "download", "threads", "workers", "save_every_s", "seed")
     # What --resume may add to or change, and --resume auto must find as it is.
     GRIDS: ClassVar[tuple[str, ...]] = ("variants", "groups", "seeds")
-    RECIPES: ClassVar[tuple[str, ...]] = RECIPES
 
     def __post_init__(self) -> None:
         self._check_data()
-        if self.recipe is None:
-            object.__setattr__(self, "recipe", self._default_recipe())
-        check_choice("recipe", self.recipe or "", self.RECIPES)
-        if self.algorithm is None:
-            object.__setattr__(self, "algorithm", "auto" if self.recipe == "fast" else "fixed")
-        check_choice("algorithm", self.algorithm or "", TRAINING_ALGORITHMS)
-        if self.layout:
-            check_choice("layout", self.layout, LAYOUTS)
-        for name, value in (("epochs", QUICK_EPOCHS), ("subset", QUICK_IMAGES)) if self.quick else ():
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, value)
+        self._settle("recipe", self._default_recipe())
+        self._settle("algorithm", "auto" if self.recipe == "fast" else "fixed")
+        check_choice("algorithm", self.algorithm, TRAINING_ALGORITHMS)
+        if self.quick:
+            self._settle("epochs", QUICK_EPOCHS)
+            self._settle("subset", QUICK_IMAGES)
         # How many classes a folder has is known when it is opened.
         unknown = self.num_classes is None and self.data == "folder"
         self._resolve_network()
@@ -182,6 +176,11 @@ class TrainConfig(NetworkChoice, RunConfig):
         object.__setattr__(self, "seed", self.seeds[0])
         super().__post_init__()
         self._check_rows()
+
+    def _settle(self, name: str, value: Any) -> None:
+        """Give a field that nothing was asked for its value."""
+        if getattr(self, name) is None:
+            object.__setattr__(self, name, value)
 
     def _check_rows(self) -> None:
         if not self.cells:
@@ -246,7 +245,7 @@ class TrainConfig(NetworkChoice, RunConfig):
         return default_recipe(self.data)
 
     def _made(self) -> Recipe:
-        return make_recipe(self.recipe or "", max(self.spec.size[1:]), self._hyper_given())
+        return make_recipe(self.recipe, max(self.spec.size[1:]), self._hyper_given())
 
     def _hyper_given(self) -> Json:
         """The hyper-parameters that were asked for."""
@@ -256,7 +255,7 @@ class TrainConfig(NetworkChoice, RunConfig):
     @property
     def hyper(self) -> Recipe:
         """The recipe with every hyper-parameter as it was asked for."""
-        return Recipe(self.recipe or "", **{name: getattr(self, name) for name in HYPER})
+        return Recipe(self.recipe, **{name: getattr(self, name) for name in HYPER})
 
     def form_of(self, variant: str) -> str:
         """The algorithm that layers of ``variant`` are built with: a form, or 'auto'."""
@@ -285,74 +284,57 @@ class TrainConfig(NetworkChoice, RunConfig):
         return f"{self.model.replace('/', '-')}-{self.data}"
 
 
-@dataclass(frozen=True)
-class TrainRow:
-    """One training: its stable key and its parameters."""
-
-    key: str
-    params: Json
-
-    @property
-    def cell(self) -> tuple[str, int]:
-        """(variant, N)."""
-        return self.params["variant"], self.params["groups"]
-
-    @property
-    def seed(self) -> int:
-        return int(self.params["seed"])
-
-    @property
-    def init(self) -> str:
-        """How its weights are found; 'none' for a network that is taken as it is."""
-        return str(self.params["init"])
-
-    @property
-    def is_dense(self) -> bool:
-        return bool(self.params["variant"] == "standard")
-
-    @property
-    def epochs(self) -> int:
-        """How many it is to be trained for; 0 where it is only judged."""
-        return int(self.params["epochs"])
-
-
 def plan(config: TrainConfig) -> list[TrainRow]:
-    """The rows of ``config``: seed by seed, so that a run cut short has compared all variants once."""
-    return [_row(config, variant, groups, seed) for seed in config.seeds for variant, groups in config.cells]
+    """The rows of ``config``, undone: seed by seed, so that a run cut short has compared all variants once."""
+    return [
+        planned(
+            TrainRow,
+            f"{config.what}-{variant}-n{groups}-s{seed}",
+            params_of(config, variant, groups, seed, weights="none", init="scratch", epochs=config.epochs),
+            paper.printed_error(config.data, config.model, variant, groups),
+        )
+        for seed in config.seeds
+        for variant, groups in config.cells
+    ]
 
 
-def _row(config: TrainConfig, variant: str, groups: int, seed: int) -> TrainRow:
-    params: Json = {
-        **conditions(config),
-        "weights": "none",
-        "variant": variant,
-        "groups": groups,
-        "algorithm": VARIANTS[variant].settled(config.form_of(variant)),
-        "init": "scratch",
-        "rebn": False,
-        "distill": False,
-        "epochs": config.epochs,
-        "seed": seed,
-    }
-    return TrainRow(f"{config.what}-{variant}-n{groups}-s{seed}", params)
-
-
-def conditions(config: TrainConfig) -> Json:
-    """What the parameters of every row of a run have in common."""
-    names = ("where", "recipe", "batch_size", "precision", "layout", "height", "width", "subset")
-    return {
-        "model": config.model,
-        "dataset": config.data,
+def params_of(config: TrainConfig, variant: str, groups: int, seed: int, **others: Any) -> TrainParams:
+    """The parameters of a row; others: those that ``config`` does not say."""
+    names = ("model", "where", "recipe", "batch_size", "precision", "layout", "height", "width", "subset")
+    return TrainParams(
         **{name: getattr(config, name) for name in names},
-        "classes": config.num_classes,
-    }
+        dataset=config.data,
+        classes=config.num_classes,
+        variant=variant,
+        groups=groups,
+        algorithm=VARIANTS[variant].settled(config.form_of(variant)),
+        seed=seed,
+        **{"rebn": False, "distill": False, **others},
+    )
 
 
-def identity(config: TrainConfig, row: TrainRow) -> Json:
-    """What a checkpoint of ``row`` must agree on: all that its training depends on but the data's contents."""
+def planned(kind: type[RowT], key: str, params: TrainParams, printed: float | None) -> RowT:
+    """A row of which nothing is done; printed: the paper's error."""
+    return kind(
+        key=key,
+        params=params,
+        status="interrupted",
+        reason=None,
+        counts=None,
+        epochs=(),
+        error_initial=None,
+        error_final=None,
+        error_best=None,
+        paper=None if printed is None else PaperError(printed),
+        convert=None,
+    )
+
+
+def identity(config: TrainConfig, params: TrainParams) -> Json:
+    """What a checkpoint of a row must agree on: all that its training depends on but the data's contents."""
     left_out = {*config.FREE, *config.GRIDS, "reference", "skip_invalid", "device", "quick"}
-    shared: Mapping[str, Any] = {name: v for name, v in config.to_json().items() if name not in left_out}
-    return {**shared, "variant": row.cell[0], "groups": row.cell[1], "seed": row.seed}
+    shared = {name: value for name, value in config.to_json().items() if name not in left_out}
+    return {**shared, "variant": params.variant, "groups": params.groups, "seed": params.seed}
 
 
 def as_folder(given: Mapping[str, Any]) -> dict[str, Any]:

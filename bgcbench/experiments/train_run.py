@@ -8,14 +8,16 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
+from msgspec.structs import replace
 from torch import nn
 
 from bgcbench.conversion.convert import candidates
+from bgcbench.conversion.lockstep import Stopped
 from bgcbench.conversion.record import replay
 from bgcbench.data import open_labelled
 from bgcbench.data.labelled import LabelledData, ResidentData
@@ -31,7 +33,7 @@ from bgcbench.experiments.network_run import (
 from bgcbench.experiments.profile import row_seed
 from bgcbench.experiments.profile_run import measured_forms
 from bgcbench.experiments.session import Session, open_device
-from bgcbench.experiments.train import TrainConfig, TrainRow, identity, plan
+from bgcbench.experiments.train import RowT, TrainConfig, identity, plan
 from bgcbench.measure.ceilings import measure_ceilings
 from bgcbench.measure.device import (
     DTYPES,
@@ -44,13 +46,12 @@ from bgcbench.measure.device import (
 )
 from bgcbench.measure.trace import Trace, trace
 from bgcbench.models import build_empty, build_model
-from bgcbench.results import DONE, Json, stage_of
-from bgcbench.results.rows import Record
+from bgcbench.results import Json
+from bgcbench.results.rows import Counts, Epoch, Kept, Record, TrainRow
 from bgcbench.specs import PRECISIONS
-from bgcbench.theory import paper
 from bgcbench.training.checkpoint import Checkpoints
 from bgcbench.training.distributed import World, own_device
-from bgcbench.training.loop import NotFinite, Options, Progress, State, Training, check_batch, subset_of
+from bgcbench.training.loop import NotFinite, Options, Progress, Training, check_batch, subset_of
 from bgcbench.training.recipes import Recipe
 
 OUT_OF_MEMORY = "use --accumulate 2 or more (the same batch in smaller parts), or a smaller --batch-size"
@@ -68,29 +69,20 @@ def open_session(config: TrainConfig) -> Session:
     return session
 
 
-@dataclass(frozen=True)
-class Cell:
-    """What all seeds of a variant and N share. record: None for the dense network; kept: its convolutions that stay."""
-
-    record: Record | None
-    found: Trace
-    counts: Json
-    convert: Json
-
-
-@dataclass
-class Prepared:
+@dataclass(kw_only=True)
+class Prepared(Generic[RowT]):
     """The data and the networks of a run, without numbers: everything that can be wrong is known.
 
-    config: with the number of classes that the data has.
+    config: with the number of classes that the data has. rows: with what their networks cost and keep, undone.
+    traces: what a forward pass of each variant and N does.
     """
 
     config: TrainConfig
     data: LabelledData
-    rows: list[TrainRow]
-    cells: dict[tuple[str, int], Cell]
+    rows: list[RowT]
+    traces: dict[tuple[str, int], Trace]
     options: Options
-    warnings: list[str] = field(default_factory=list)
+    warnings: list[str]
 
     @property
     def settings(self) -> Json:
@@ -100,15 +92,21 @@ class Prepared:
         return {"data_sha256": data.fingerprint, "preprocessing": data.preprocessing.to_json(), **crops}
 
 
-def prepare(config: TrainConfig, world: World) -> Prepared:
+def prepare(config: TrainConfig, world: World) -> Prepared[TrainRow]:
     """Open and verify the data, try every conversion and check every size, before anything is trained.
 
     Raises UsageError for what is not there or does not fit, ShapeError where N does not divide (unless skip_invalid).
     """
     config, data = open_data(sized(config), world)
     options = options_of(config, data, world)
-    cells, warnings = try_conversions(config)
-    return Prepared(config, data, plan(config), cells, options, list(dict.fromkeys((*data.notes, *warnings))))
+    rows, traces, warnings = try_conversions(config, plan(config), **image_counts(data, options))
+    return Prepared(config=config, data=data, rows=rows, traces=traces, options=options,
+                    warnings=list(dict.fromkeys((*data.notes, *warnings))))  # fmt: skip
+
+
+def image_counts(data: LabelledData, options: Options) -> dict[str, int]:
+    """The fields of every row that say how many images there are."""
+    return {"train_images": options.subset or len(data.train_labels), "test_images": len(data.test_labels)}
 
 
 Config = TypeVar("Config", bound=TrainConfig)
@@ -117,8 +115,7 @@ Config = TypeVar("Config", bound=TrainConfig)
 def open_data(config: Config, world: World) -> tuple[Config, LabelledData]:
     """The data, and ``config`` with what is known only now: how many classes it has.
 
-    The main process opens it first, so that a download is made once. Raises UsageError for what is not there or does
-    not fit.
+    Raises UsageError for what is not there or does not fit.
     """
     data = _opened(config, world)
     if config.num_classes is None:
@@ -140,8 +137,11 @@ def options_of(config: TrainConfig, data: LabelledData, world: World) -> Options
     return options
 
 
-def try_conversions(config: TrainConfig) -> tuple[dict[tuple[str, int], Cell], list[str]]:
-    """Each variant and N of ``config``, converted without numbers, and what the user should know of it.
+def try_conversions(
+    config: TrainConfig, rows: list[RowT], **facts: Any
+) -> tuple[list[RowT], dict[tuple[str, int], Trace], list[str]]:
+    """Convert each variant and N of ``config`` without numbers: ``rows`` with what they cost and keep, what a forward
+    pass of each does, and what the user should know. facts: other fields of all rows.
 
     Raises ShapeError naming every convolution that some N does not divide, unless skip_invalid, and UsageError where
     there is nothing to replace.
@@ -149,39 +149,60 @@ def try_conversions(config: TrainConfig) -> tuple[dict[tuple[str, int], Cell], l
     spec = config.spec
     dense = build_empty(spec)
     as_it_is = traced(dense, spec)
-    warnings: list[str] = []
+    traces: dict[tuple[str, int], Trace] = {}
+    cells: dict[tuple[str, int], tuple[Counts, Record]] = {}
     problems: list[str] = []
-    cells: dict[tuple[str, int], Cell] = {}
     for variant, groups in config.cells:
-        record, model = None, dense
+        model, record, found = dense, _all_kept(config, dense), as_it_is
         if variant != "standard":
             try:
                 converted = converted_as_chosen(config, dense, variant, groups, config.form_of(variant))
             except ShapeError as problem:
                 problems.append(str(problem))
                 continue
-            record, model = converted.record, converted.model
-            warnings += record.notes
-        found = as_it_is if record is None else trace(model, spec.size)
-        counts = network_counts(model, found, config.batch_size or 1, PRECISIONS[config.precision])
-        cells[variant, groups] = Cell(record, found, counts, _converted(record, dense, config))
+            model, record = converted.model, converted.record
+            found = trace(model, spec.size)
+        traces[variant, groups] = found
+        cells[variant, groups] = counts_of(config, model, found), record
     refuse_indivisible(problems)
-    return cells, warnings
+
+    def completed(row: RowT) -> RowT:
+        counts, record = cells[row.params.cell]
+        init = record.init if row.params.is_dense else row.params.init
+        return replace(row, counts=counts, convert=replace(record, init=init), **facts)
+
+    notes = [note for _, record in cells.values() for note in record.notes]
+    return [completed(row) for row in rows], traces, notes
+
+
+def _all_kept(config: TrainConfig, dense: nn.Module) -> Record:
+    """The record of the dense network: what a conversion would look at stays."""
+    found = candidates(
+        dense, where=config.where, include=config.include, exclude=config.exclude, example_input=config.spec.size
+    )
+    kept = (Kept(layer.name, "the dense network", "standard") for layer in found.chosen)
+    return Record(replaced=(), kept=(*kept, *found.kept))
+
+
+def counts_of(config: TrainConfig, model: nn.Module, found: Trace, *, learnt: bool = False) -> Counts:
+    """What ``model`` costs, as it was built or, with ``learnt``, as its structure is now."""
+    return network_counts(model, found, config.batch_size, PRECISIONS[config.precision], learnt=learnt)
 
 
 def _opened(config: TrainConfig, world: World) -> LabelledData:
-    size = (config.height or 0, config.width or 0)
-    folders = [Path(folder) for folder in config.data_dirs]
+    def opened() -> LabelledData:
+        return open_labelled(
+            config.data,
+            (config.height or 0, config.width or 0),
+            [Path(folder) for folder in config.data_dirs],
+            download=config.download and world.is_main,
+            classes=config.num_classes if config.data == "synthetic" else None,
+            val_alone=config.val_alone,
+        )
 
-    def opened(*, download: bool) -> LabelledData:
-        classes = config.num_classes if config.data == "synthetic" else None
-        return open_labelled(config.data, size, folders, download=download, classes=classes, val_alone=config.val_alone)
-
-    found: list[LabelledData] = []
-    world.once(lambda: found.append(opened(download=config.download)))
-    data = found[0] if found else opened(download=False)
-    changed: dict[str, Any] = {"pad": config.pad, "flip": config.flip}
-    changed = {name: value for name, value in changed.items() if value is not None}
+    data = world.first(opened)
+    given = {"pad": config.pad, "flip": config.flip}
+    changed: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     if not changed:
         return data
     if not isinstance(data, ResidentData):
@@ -200,17 +221,6 @@ def _workers(config: TrainConfig) -> int:
     return max(1, min(WORKERS, (os.cpu_count() or 1) // max(1, beside)))
 
 
-def _converted(record: Record | None, dense: nn.Module, config: TrainConfig) -> Json:
-    """The ``convert`` entry of a row; of the dense network it is what a conversion would look at."""
-    if record is not None:
-        return record.to_json()
-    found = candidates(
-        dense, where=config.where, include=config.include, exclude=config.exclude, example_input=config.spec.size
-    )
-    kept = [{"name": layer.name, "reason": "the dense network", "code": "standard"} for layer in found.chosen]
-    return {"replaced": [], "kept": kept + [one.to_json() for one in found.kept]}
-
-
 @dataclass(frozen=True)
 class Update:
     """What a run is at: the row, ``number`` (from 0) of ``count``, its progress (None before the first step), and the
@@ -227,11 +237,11 @@ class Update:
     done: float
     left_s: float | None = None
     save: bool = False
-    record: Json | None = None
+    record: Epoch | None = None
     doing: str = ""
 
 
-class TrainRun(Run):
+class TrainRun(Run[RowT]):
     """One run over the rows of ``prepared``; ``results`` are what is known of them at any time.
 
     kept: rows of an earlier file by key; those that are done are not trained again. folder: where checkpoints are kept,
@@ -240,25 +250,25 @@ class TrainRun(Run):
     """
 
     config: TrainConfig
+    planned: Sequence[RowT]
 
     def __init__(
         self,
-        prepared: Prepared,
+        prepared: Prepared[RowT],
         session: Session,
         world: World,
         *,
-        kept: Mapping[str, Json] | None = None,
+        kept: Mapping[str, RowT] | None = None,
         folder: Path | None = None,
         afresh: bool = True,
         replace: bool = False,
         stop: Callable[[], bool] = lambda: False,
     ) -> None:
         self.prepared, self.session, self.world, self.stop = prepared, session, world, stop
-        self.config = prepared.config
+        self.config, self.planned = prepared.config, prepared.rows
         self.folder = folder
-        self.known: dict[str, Json] = dict(kept or {})
+        self.known = dict(kept or {})
         self.warnings = [*session.warnings, *prepared.warnings]
-        self.rows = prepared.rows
         self._begun: float | None = None
         self._credit = 0.0  # rows' worth of what earlier runs have done
         self._afresh, self._replace = afresh, replace
@@ -269,8 +279,10 @@ class TrainRun(Run):
             self.world.once(self._make_room)
 
     def _make_room(self) -> None:
-        for row in self.rows if self.folder is not None else ():
-            earlier = Checkpoints(Path(self.folder or "") / row.key)
+        for row in self.planned:
+            earlier = self._checkpoints(row)
+            if earlier is None:
+                return
             if earlier.names and not self._replace:
                 raise OutputError(
                     f"{earlier.folder} holds checkpoints of an earlier run; --force removes them, --resume goes on "
@@ -279,46 +291,54 @@ class TrainRun(Run):
             earlier.clear()
 
     def title(self, row: TrainRow) -> str:
-        """A row for people, as far as the run's rows differ: "BGC N=4", "BGC N=4 seed 1"."""
-        label = network_label(*row.cell)
-        return f"{label} seed {row.seed}" if len(self.config.seeds) > 1 else label
+        """A row for people, as far as the run's rows differ: "BGC N=4", "BGC N=4 seed 1", "BGC N=4 white"."""
+        inits = {planned.params.init for planned in self.planned if not planned.params.is_dense}
+        words = [network_label(*row.params.cell)]
+        words += [f"seed {row.params.seed}"] * (len(self.config.seeds) > 1)
+        words += [row.params.init] * (len(inits) > 1 and not row.params.is_dense)
+        return " ".join(words)
 
     @property
-    def keys(self) -> list[str]:
-        return [row.key for row in self.rows]
-
-    @property
-    def results(self) -> list[Json]:
-        order = dict.fromkeys((*(row.key for row in self.rows), *self.known))
-        return [{**self.known[key], "stage": stage_of(self.known[key])} for key in order if key in self.known]
-
-    @property
-    def todo(self) -> list[TrainRow]:
+    def todo(self) -> list[RowT]:
         """The rows that are not done."""
-        return [row for row in self.rows if self.known.get(row.key, {}).get("status") not in DONE]
+        return [row for row in self.planned if not self._is_done(row)]
+
+    def _is_done(self, row: RowT) -> bool:
+        known = self._known(row)
+        # A file that was made without --control has the untouched network's row, and not its training.
+        return known.is_done and known.params.epochs == row.params.epochs
+
+    def _known(self, row: RowT) -> RowT:
+        """What is known of ``row``; itself where nothing is."""
+        return self.known.get(row.key, row)
+
+    def _note(self, row: RowT, status: str, reason: str | None, **found: Any) -> None:
+        """Write down how far ``row`` has come, and what was ``found`` of it; the rest stays as it is known."""
+        folder = self.folder if row.params.epochs else None
+        self.known[row.key] = replace(
+            self._known(row), params=row.params, status=status, reason=reason, world_size=self.world.size,
+            checkpoints=None if folder is None else f"{folder.name}/{row.key}", **found,
+        )  # fmt: skip
+
+    @contextlib.contextmanager
+    def _failing(self, note: Callable[[str, str], None]) -> Iterator[None]:
+        """What fails in this block is noted as (status, reason) of its row, and the other rows go on."""
+        try:
+            yield
+        except NotFinite as problem:  # found by all processes alike
+            note("error", str(problem))
+        except (BgcbenchError, Stopped):
+            raise  # a file that cannot be read, a checkpoint of something else: other rows would meet it too
+        except Exception as problem:
+            failure = describe_failure(problem, self.session.device, OUT_OF_MEMORY)
+            note(failure.status, failure.reason)
+            if self.world.size > 1:
+                raise  # the other processes wait for this one
 
     def run(self) -> Iterator[Update]:
         """Do what is left, and say how it goes. The global random state is put back afterwards."""
         with self._state():
             yield from self._work()
-
-    def _work(self) -> Iterator[Update]:
-        yield from self._train(self.todo)
-
-    def _train(self, todo: Sequence[TrainRow]) -> Iterator[Update]:
-        if todo and self.session.device.type == "cuda":
-            stopwatch = make_stopwatch(self.session.device, cold=False)
-            self.ceilings = measure_ceilings(stopwatch, DTYPES[self.config.precision])
-        self._begun = time.perf_counter()
-        for number, row in enumerate(todo):
-            if self.world.any(self.stop()):
-                return
-            yield from self._trained(row, number, len(todo))
-            free_memory(self.session.device)
-            if self.config.compile:
-                torch._dynamo.reset()
-            if self.known[row.key]["status"] == "interrupted":
-                return
 
     @contextlib.contextmanager
     def _state(self) -> Iterator[None]:
@@ -332,13 +352,36 @@ class TrainRun(Run):
         ):
             yield
 
-    def _trained(self, row: TrainRow, number: int, count: int) -> Iterator[Update]:
+    def _work(self) -> Iterator[Update]:
+        yield from self._train(self.todo)
+
+    # --------------------------------------------------------------------------------------------------------- training
+
+    def _train(self, todo: Sequence[RowT]) -> Iterator[Update]:
+        if todo and self.session.device.type == "cuda":
+            stopwatch = make_stopwatch(self.session.device, cold=False)
+            self.ceilings = measure_ceilings(stopwatch, DTYPES[self.config.precision])
+        self._begun = time.perf_counter()
+        for number, row in enumerate(todo):
+            if self.world.any(self.stop()):
+                return
+            yield from self._trained(row, number, len(todo))
+            free_memory(self.session.device)
+            if self.config.compile:
+                torch._dynamo.reset()
+            if self.known[row.key].status == "interrupted":
+                return
+
+    def _trained(self, row: RowT, number: int, count: int) -> Iterator[Update]:
         yield Update(row, number, count, None, number / count)
         training: Training | None = None
-        credited = False
-        try:
+
+        def note(status: str, reason: str | None) -> None:
+            self._note(row, status, reason, **({} if training is None else self._found(row, training)))
+
+        with self._failing(note):
             training = self.training(row)
-            lost = bool(self.known.get(row.key, {}).get("epochs"))
+            lost, credited = bool(self._known(row).epochs), False
             for progress in training.run():
                 if not credited:
                     credited = True
@@ -346,41 +389,60 @@ class TrainRun(Run):
                     if lost and not training.resumed:
                         self.warnings.append(f"{row.key}: no checkpoint is there, so it is trained from the start")
                 if progress.ended:
-                    self._take(
-                        row, training, "interrupted", f"epoch {progress.epoch} of {progress.epochs} was the last"
-                    )
+                    note("interrupted", f"epoch {progress.epoch} of {progress.epochs} was the last")
                 done = (number + progress.done) / count
                 record = training.state.history[-1] if progress.ended else None
                 left = self._left(done, self._credit / count)
                 yield Update(row, number, count, progress, done, left, progress.ended, record)
             if training.stopped:
-                self._take(row, training, "interrupted", f"stopped in epoch {training.state.epoch + 1}")
+                note("interrupted", f"stopped in epoch {training.state.epoch + 1}")
             else:
-                self._take(row, training, "ok", None)
-        except NotFinite as problem:
-            self._take(row, training, "error", str(problem))
-        except BgcbenchError:
-            raise  # a file that cannot be read, a checkpoint of something else: other rows would meet it too
-        except Exception as problem:
-            failure = describe_failure(problem, self.session.device, OUT_OF_MEMORY)
-            self._take(row, training, failure.status, failure.reason)
-            if self.world.size > 1:
-                raise  # the other processes wait for this one
+                self._end(row, training)
         yield Update(row, number, count, None, (number + 1) / count, save=True)
 
-    def training(self, row: TrainRow, *, checkpoints: bool = True) -> Training:
-        """The training of ``row``, with its network on the device."""
-        return self._training(row, self._placed(self._network(row)), checkpoints=checkpoints)
+    def _end(self, row: RowT, training: Training) -> None:
+        """Write down a training that has come to its end."""
+        self._note(row, "ok", None, **self._found(row, training, learnt=True) | {"stage": "trained"})
 
-    def _network(self, row: TrainRow) -> nn.Module:
+    def _found(self, row: RowT, training: Training, *, learnt: bool = False) -> Json:
+        """What a training has found so far, as fields of its row; learnt: with the structure that it has come to."""
+        state, known = training.state, self._known(row)
+        found = self.prepared.traces[row.params.cell]
+        counts = counts_of(self.config, training.network, found, learnt=True) if learnt else known.counts
+        initial = known.error_initial if state.initial is None else state.initial
+        last = state.history[-1] if state.history else None
+        speeds = [epoch.images_per_s for epoch in state.history if epoch.images_per_s]
+        speed = statistics.median(speeds) if speeds else None
+        evaluated = bool(state.history) or initial is not None
+        return {
+            "counts": counts,
+            "epochs": tuple(state.history),
+            "error_initial": initial,
+            "error_final": last and last.test_error,
+            "error_best": state.best,
+            "epoch_best": state.best_epoch,
+            "error_final_top5": last and last.test_error_top5,
+            "images_per_s": speed,
+            "matmul_fraction": speed and self._of_peak(counts, speed),
+            "train_seconds": sum(epoch.seconds for epoch in state.history),
+            "forms": measured_forms(training.network) or known.forms,
+            "stage": "evaluated" if evaluated else known.stage,
+        }
+
+    def training(self, row: RowT, *, checkpoints: bool = True) -> Training:
+        """The training of ``row``, with its network on the device."""
+        training = self._training(row, self._placed(self._network(row)), checkpoints=checkpoints)
+        training.state.initial = self._known(row).error_initial
+        return training
+
+    def _network(self, row: RowT) -> nn.Module:
         """The network that the training of ``row`` starts with."""
-        record = self.prepared.cells[row.cell].record
         # What is not replaced starts alike in every row of a seed.
-        torch.manual_seed(row_seed(row.seed, "network"))
+        torch.manual_seed(row_seed(row.params.seed, "network"))
         model = build_model(self.config.spec)
-        if record is not None:
-            torch.manual_seed(row_seed(row.seed, row.key))
-            model = replay(model, record)
+        if row.convert is not None and row.convert.replaced:
+            torch.manual_seed(row_seed(row.params.seed, row.key))
+            model = replay(model, row.convert)
         return model
 
     def _placed(self, model: nn.Module) -> nn.Module:
@@ -389,24 +451,38 @@ class TrainRun(Run):
         model = model.to(self.session.device, torch.float64 if config.precision == "fp64" else None)
         return model.to(memory_format=torch.channels_last) if config.layout == "nhwc" else model
 
-    def _training(self, row: TrainRow, model: nn.Module, *, checkpoints: bool = True, **options: Any) -> Training:
-        """The training of ``row`` with ``model``, which is placed; options: others of Training's than a training's."""
-        where = Checkpoints(self.folder / row.key) if checkpoints and self.folder is not None else None
-        record = self.prepared.cells[row.cell].record
-        recipe = options.pop("recipe", None) or self._recipe(row)
-        shared = {
-            "seed": row_seed(row.seed, "training"),
-            "identity": identity(self.config, row),
-            "record": None if record is None else record.to_json(),
-            "options": self.prepared.options,
-            "checkpoints": where,
-            "stop": self.stop,
-            "warn": self.warnings.append,
-        }
-        return Training(model, self.prepared.data, recipe, self.world, **{**shared, **options})
+    def _training(
+        self,
+        row: RowT,
+        model: nn.Module,
+        *,
+        checkpoints: bool = True,
+        recipe: Recipe | None = None,
+        record: Record | None = None,
+        teacher: nn.Module | None = None,
+    ) -> Training:
+        """The training of ``row`` with ``model``, which is placed, and what ``record`` says was done to it."""
+        return Training(
+            model,
+            self.prepared.data,
+            recipe or self.config.hyper,
+            self.world,
+            seed=row_seed(row.params.seed, "training"),
+            identity=self._identity(row),
+            record=None if row.params.is_dense else record or self._known(row).convert,
+            options=self.prepared.options,
+            checkpoints=self._checkpoints(row) if checkpoints else None,
+            teacher=teacher,
+            stop=self.stop,
+            warn=self.warnings.append,
+        )
 
-    def _recipe(self, row: TrainRow) -> Recipe:
-        return self.config.hyper
+    def _identity(self, row: RowT) -> Json:
+        """What the checkpoints of ``row`` must agree on."""
+        return identity(self.config, row.params)
+
+    def _checkpoints(self, row: RowT) -> Checkpoints | None:
+        return None if self.folder is None else Checkpoints(self.folder / row.key)
 
     def _left(self, done: float, before: float) -> float | None:
         """Seconds left of the run, as fast as it has been so far; the share ``before`` was done by an earlier one."""
@@ -415,88 +491,38 @@ class TrainRun(Run):
         elapsed = time.perf_counter() - self._begun
         return elapsed * (1 - done) / (done - before)
 
-    def _take(self, row: TrainRow, training: Training | None, status: str, reason: str | None) -> None:
-        """Write down what is known of a row; without a training that is what was known before."""
-        cell = self.prepared.cells[row.cell]
-        earlier = self.known.get(row.key, {})
-        state = State(history=earlier.get("epochs", []), initial=earlier.get("error_initial"),
-                      best=earlier.get("error_best"), best_epoch=earlier.get("epoch_best"))  # fmt: skip
-        state = state if training is None else training.state
-        history = list(state.history)
-        last = history[-1] if history else {}
-        counts = cell.counts
-        if training is not None and status == "ok" and cell.record is not None:
-            counts = network_counts(
-                training.network,
-                cell.found,
-                self.config.batch_size or 1,
-                PRECISIONS[self.config.precision],
-                learnt=True,
-            )
-        forms = {} if training is None else measured_forms(training.network)
-        forms = forms or earlier.get("forms", {})
-        printed = self._printed(row)
-        speeds = [epoch["images_per_s"] for epoch in history if epoch["images_per_s"]]
-        self.known[row.key] = {
-            "key": row.key,
-            "params": row.params,
-            "status": status,
-            "reason": reason,
-            "counts": counts,
-            "epochs": history,
-            "error_initial": state.initial,
-            "error_final": last.get("test_error"),
-            "error_best": state.best,
-            "epoch_best": state.best_epoch,
-            "error_final_top5": last.get("test_error_top5"),
-            "train_images": self.prepared.options.subset or len(self.prepared.data.train_labels),
-            "test_images": len(self.prepared.data.test_labels),
-            "images_per_s": statistics.median(speeds) if speeds else None,
-            "matmul_fraction": self._of_peak(counts, statistics.median(speeds)) if speeds else None,
-            "train_seconds": sum(epoch["seconds"] for epoch in history),
-            "world_size": self.world.size,
-            "paper": None if printed is None else {"error": printed},
-            "convert": cell.convert,
-            **({"forms": forms} if forms else {}),
-            "checkpoints": None if self.folder is None else f"{self.folder.name}/{row.key}",
-        }
-
-    def _printed(self, row: TrainRow) -> float | None:
-        """The error that the paper prints for ``row``."""
-        return paper.printed_error(row.params["dataset"], row.params["model"], *row.cell)
-
-    def _of_peak(self, counts: Json, images_per_s: float) -> float | None:
+    def _of_peak(self, counts: Counts | None, images_per_s: float) -> float | None:
         """Achieved FLOP/s of each device over those of its best matrix product; None where that was not measured.
 
         A training step is counted as three forward passes: y, dx and dW.
         """
-        if self.ceilings is None:
+        if self.ceilings is None or counts is None:
             return None
-        macs = float(counts.get("macs_training") or counts["macs"])
+        macs = counts.macs_training or counts.macs
         return 3 * 2 * macs * images_per_s / self.world.size / self.ceilings.flops_per_s
 
     # --------------------------------------------------------------------------------------------------- the dry run
 
-    def estimates(self) -> Iterator[tuple[TrainRow, float, float]]:
+    def estimates(self) -> Iterator[tuple[RowT, float, float]]:
         """(row, seconds an epoch, seconds in all) of one row of each variant and N, by training a few steps of it.
 
-        Of a row that is not trained, what judging it takes. Raises BgcbenchError where a network cannot be trained, as
-        out of memory.
+        Of a row that is not trained, what evaluating it takes. Raises BgcbenchError where a network cannot be trained,
+        as out of memory.
         """
         seen: set[tuple[str, int]] = set()
         with self._state():
             for row in self.todo:
-                if row.cell in seen:
+                if row.params.cell in seen:
                     continue
                 if self.world.any(self.stop()):
                     return
-                seen.add(row.cell)
+                seen.add(row.params.cell)
                 try:
                     epoch_s = self.training(row, checkpoints=False).estimate()
                 except BgcbenchError:
                     raise
                 except Exception as problem:
                     failure = describe_failure(problem, self.session.device, OUT_OF_MEMORY)
-                    raise BgcbenchError(f"{network_label(*row.cell)}: {failure.reason}") from problem
-                yield row, epoch_s, epoch_s * max(1, row.epochs)
+                    raise BgcbenchError(f"{network_label(*row.params.cell)}: {failure.reason}") from problem
+                yield row, epoch_s, epoch_s * max(1, row.params.epochs)
                 free_memory(self.session.device)

@@ -1,4 +1,4 @@
-"""``bgcbench transfer``: a network that has been trained, converted, judged, and trained on for little (Table 3).
+"""``bgcbench transfer``: a trained network, converted, evaluated, and trained on for little (Table 3).
 
 The configuration is pure Python; :mod:`bgcbench.experiments.transfer_run` converts and trains.
 """
@@ -17,13 +17,14 @@ from bgcbench.errors import OutputError, UsageError
 from bgcbench.experiments import train
 from bgcbench.experiments.config import ImageChoice, NetworkChoice
 from bgcbench.experiments.network import NetworkConfig
-from bgcbench.experiments.options import CONVERSION, GRID, RECIPE, WORKLOAD, Option, option
-from bgcbench.experiments.train import CLASSES, READ_BY_WORKERS, TrainConfig, TrainRow, conditions
+from bgcbench.experiments.options import CONVERSION, GRID, RECIPE, WORKLOAD, Option, one_of, option
+from bgcbench.experiments.train import CLASSES, READ_BY_WORKERS, TrainConfig, params_of, planned
 from bgcbench.results import Json
-from bgcbench.specs import HELD_OUT, OWN, TIMM_PREFIX, VARIANTS, check_choice
+from bgcbench.results.rows import TrainParams, TransferRow
+from bgcbench.specs import HELD_OUT, OWN, TIMM_PREFIX, check_choice
 from bgcbench.theory import paper
 from bgcbench.training.launcher import processes
-from bgcbench.training.recipes import TRANSFER_RECIPES, Recipe, make_transfer_recipe
+from bgcbench.training.recipes import Recipe, make_transfer_recipe
 
 INITS = ("copy", "white", "calibrated", "scratch")
 CALIBRATION_IMAGES, QUICK_CALIBRATION = 512, 64
@@ -31,7 +32,7 @@ IMAGENET_VAL = 50_000  # images: fewer are a part of ImageNet, whose errors are 
 CPU_BATCH = 32  # images that --time measures with at most on a CPU
 
 PRESETS = ("table3",)
-NO_IMAGES = "none"  # as --data: conversions by the closed form, nothing is judged
+NO_IMAGES = "none"  # as --data: conversions by the closed form, nothing is evaluated
 KEPT_IN = ("data", "imagenet")  # where images are looked for, in the current folder, unless --data-dir says where
 
 
@@ -42,9 +43,9 @@ class TransferConfig(ImageChoice, TrainConfig):
     weights: a file, 'default' (torchvision's published ones) or 'none' (untrained); None stands for the default. inits:
     how the converted weights are found (see :func:`bgcbench.convert`). rebn: whether batch norm's statistics are
     estimated anew; without images (data NO_IMAGES) only white and copied weights can be, and nothing is estimated,
-    judged or trained. calibration_images: of the training data, for the two. epochs: 0 judges the conversions and
-    trains nothing. distill: the original network's outputs are targets too. control: the untouched network is trained
-    as well. time: what each network costs is measured. save: a folder for the converted networks. Everything else is
+    evaluated or trained. calibration_images: of the training data, for the two. epochs: 0 evaluates the conversions
+    and trains nothing. distill: the original network's outputs are targets too. control: the untouched network is
+    trained as well. time: what each network costs is measured. save: a folder for the converted networks. The rest is
     as in ``bgcbench train``. Raises UsageError or ShapeError.
     """
 
@@ -60,26 +61,26 @@ class TransferConfig(ImageChoice, TrainConfig):
     data: str = option(
         "",
         "imagenet, folder, digits (extra: digits), cifar10, synthetic (speed only), the path of a folder with train/ "
-        "and val/, or none: conversions by the closed form, of which nothing is judged.",
+        "and val/, or none: conversions by the closed form, of which nothing is evaluated.",
         shown="imagenet or folder in --data-dir, ./data or ./imagenet, with train/ and val/ or val/ alone; else none",
     )
-    recipe: str | None = option(
+    recipe: str = option(
         None,
         "paper (30 epochs at a constant rate), fast (that in bf16, channels_last, compiled).",
         everyday=False,
         shown="paper",
     )
-    epochs: int | None = option(None, "0 judges the conversions only.", shown="30")
-    batch_size: int | None = option(None, shown="128")
-    lr: float | None = option(None, shown="0.01")
-    schedule: str | None = option(None, shown="constant")
-    milestones: tuple[int, ...] | None = option(
+    epochs: int = option(None, "0 evaluates the conversions only.", shown="30")
+    batch_size: int = option(None, shown="128")
+    lr: float = option(None, shown="0.01")
+    schedule: str = option(None, shown="constant")
+    milestones: tuple[int, ...] = option(
         None, "Epochs after which the learning rate drops.", shown="30, 60 and 80 % of multistep"
     )
-    weight_decay: float | None = option(None, shown="1e-4")
+    weight_decay: float = option(None, shown="1e-4")
     seeds: tuple[int, ...] = option((0,), everyday=False)
     reference: bool = option(True, hidden=True)
-    weights: str | None = option(
+    weights: str = option(
         None,
         "default (torchvision's published ones), a file, or none (untrained, to try things out).",
         panel=WORKLOAD,
@@ -93,13 +94,14 @@ class TransferConfig(ImageChoice, TrainConfig):
         name="init",
         panel=CONVERSION,
         everyday=True,
+        check=one_of(INITS, "init"),
     )
     rebn: bool = option(
         True, "Estimate batch norm's statistics anew.", panel=CONVERSION, shown="on", flag="--rebn/--no-rebn"
     )
-    calibration_images: int | None = option(
+    calibration_images: int = option(
         None,
-        "Training images for both, without labels; one in four is held out to judge.",
+        "Training images for both, without labels; one in four is held out to evaluate.",
         panel=CONVERSION,
         shown="512",
     )
@@ -120,14 +122,11 @@ class TransferConfig(ImageChoice, TrainConfig):
     # Beside training's: what changes no number that is there already.
     FREE: ClassVar[tuple[str, ...]] = (*TrainConfig.FREE, "weights", "inits", "control", "time")
     GRIDS: ClassVar[tuple[str, ...]] = (*TrainConfig.GRIDS, "inits", "weights", "control")
-    RECIPES: ClassVar[tuple[str, ...]] = TRANSFER_RECIPES
 
     def __post_init__(self) -> None:
-        if self.weights is None:
-            object.__setattr__(self, "weights", "default")
-        if self.calibration_images is None:
-            object.__setattr__(self, "calibration_images", QUICK_CALIBRATION if self.quick else CALIBRATION_IMAGES)
-        self._check_images(self.weights or "default", in_memory=self.data not in (*READ_BY_WORKERS, NO_IMAGES))
+        self._settle("weights", "default")
+        self._settle("calibration_images", QUICK_CALIBRATION if self.quick else CALIBRATION_IMAGES)
+        self._check_images(self.weights, in_memory=self.data not in (*READ_BY_WORKERS, NO_IMAGES))
         super().__post_init__()
         known = CLASSES.get(self.data) or (self.num_classes if self.data in ("synthetic", NO_IMAGES) else None)
         if known is not None:
@@ -138,10 +137,6 @@ class TransferConfig(ImageChoice, TrainConfig):
             super()._check_data()
 
     def _check_rows(self) -> None:
-        if not self.inits:
-            raise UsageError("--init is empty; name at least one")
-        for init in self.inits:
-            check_choice("init", init, INITS)
         if self.data == NO_IMAGES:
             self._check_without_images()
         if self.val_alone and self.epochs:
@@ -149,10 +144,9 @@ class TransferConfig(ImageChoice, TrainConfig):
                 f"--epochs {self.epochs} needs images to train with, and {self.data_dirs[0]} has no train/; add it, or "
                 "say --epochs 0"
             )
-        if self.images < HELD_OUT:
-            raise UsageError(
-                f"--calibration-images {self.images} must be at least {HELD_OUT}: one in {HELD_OUT} is held out"
-            )
+        if self.calibration_images < HELD_OUT:
+            given = f"--calibration-images {self.calibration_images}"
+            raise UsageError(f"{given} must be at least {HELD_OUT}: one in {HELD_OUT} is held out")
         if len(self.cells) < 2:
             raise UsageError("nothing to convert: --variants and --groups leave the standard convolution (N = 1) alone")
         for name in ("distill", "control") if not self.epochs else ():
@@ -202,12 +196,7 @@ class TransferConfig(ImageChoice, TrainConfig):
         return "paper"
 
     def _made(self) -> Recipe:
-        return make_transfer_recipe(self.recipe or "", self._hyper_given())
-
-    @property
-    def images(self) -> int:
-        """calibration_images, resolved."""
-        return self.calibration_images or 0
+        return make_transfer_recipe(self.recipe, self._hyper_given())
 
     @property
     def what(self) -> str:
@@ -222,7 +211,7 @@ class TransferConfig(ImageChoice, TrainConfig):
         """What to measure on ``device`` for --time: the networks, in small batches on a CPU, in the fastest form unless
         another one is asked for by name."""
         shared = ("variants", "groups", "precision", "threads", "seed", "quick", "skip_invalid", "layout")
-        batch = self.batch_size or 1
+        batch = self.batch_size
         return NetworkConfig(
             **{name: getattr(self, name) for name in shared},
             **{field.name: getattr(self, field.name) for field in dataclasses.fields(NetworkChoice)},
@@ -233,47 +222,45 @@ class TransferConfig(ImageChoice, TrainConfig):
         )
 
 
-def plan(config: TransferConfig, weights: str = "", images: int | None = None) -> list[TrainRow]:
+def plan(config: TransferConfig, weights: str = "", images: int | None = None) -> list[TransferRow]:
     """The rows of ``config``: seed by seed the untouched network, then by N each variant with each initialisation.
 
     weights: their name, and images: how many there are to calibrate with; both are known when they have been opened.
     """
     return [
-        _row(config, (variant, groups, init, seed), weights, images or config.images)
+        _row(config, (variant, groups), init, seed, weights, images or config.calibration_images)
         for seed in config.seeds
         for variant, groups in config.cells
         for init in (("none",) if variant == "standard" else config.inits)
     ]
 
 
-def _row(config: TransferConfig, which: tuple[str, int, str, int], weights: str, images: int) -> TrainRow:
-    variant, groups, init, seed = which
+def _row(config: TransferConfig, cell: tuple[str, int], init: str, seed: int, weights: str, images: int) -> TransferRow:
     converted = init != "none"
     rebn = converted and config.rebn
     trains = converted or config.control
-    params: Json = {
-        **conditions(config),
-        "weights": weights,
-        "variant": variant,
-        "groups": groups,
-        "algorithm": VARIANTS[variant].settled(config.form_of(variant)),
-        "init": init,
-        "rebn": rebn,
-        "distill": config.distill and trains,
-        "epochs": config.epochs if trains else 0,
-        "seed": seed,
-        "calibration_images": images if rebn or init == "calibrated" else None,
-    }
-    key = f"{config.what}-{variant}-n{groups}"
-    if converted:
-        return TrainRow(f"{key}-{init}-s{seed}{'' if rebn else '-norebn'}", params)
-    return TrainRow(f"{key}-s{seed}", params)
+    params = params_of(
+        config,
+        *cell,
+        seed,
+        weights=weights,
+        init=init,
+        rebn=rebn,
+        distill=config.distill and trains,
+        epochs=config.epochs if trains else 0,
+        calibration_images=images if rebn or init == "calibrated" else None,
+    )
+    # Without images, conversions of a network for ImageNet's classes are compared with the paper's errors on it.
+    of_imagenet = config.data == NO_IMAGES and config.num_classes == CLASSES["imagenet"]
+    printed = paper.transferred_error(paper.TABLE3_DATA if of_imagenet else config.data, config.model, *cell)
+    how = f"-{init}-s{seed}{'' if rebn else '-norebn'}" if converted else f"-s{seed}"
+    return planned(TransferRow, f"{config.what}-{cell[0]}-n{cell[1]}{how}", params, printed)
 
 
-def identity(config: TransferConfig, row: TrainRow, weights_sha256: str | None) -> Json:
-    """What a checkpoint of ``row`` must agree on, as in training, and where the weights came from."""
-    shared = {name: value for name, value in train.identity(config, row).items() if name != "save"}
-    return {**shared, "init": row.init, "weights_sha256": weights_sha256}
+def identity(config: TransferConfig, params: TrainParams, weights_sha256: str | None) -> Json:
+    """What a checkpoint of a row must agree on, as in training, and where the weights came from."""
+    shared = {name: value for name, value in train.identity(config, params).items() if name != "save"}
+    return {**shared, "init": params.init, "weights_sha256": weights_sha256}
 
 
 def preset(name: str, given: Mapping[str, Any]) -> dict[str, Any]:

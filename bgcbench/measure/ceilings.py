@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -25,7 +26,7 @@ class Ceilings:
         """Least time ``work`` could take: the larger of its arithmetic and its traffic at the ceilings."""
         return max(work.flops / self.flops_per_s, work.bytes / self.bytes_per_s)
 
-    def bound(self, work: CallWork) -> str:
+    def bound(self, work: CallWork) -> Literal["compute", "memory"]:
         """Which ceiling ``work`` meets first: 'compute' or 'memory'."""
         return "compute" if work.flops / self.flops_per_s >= work.bytes / self.bytes_per_s else "memory"
 

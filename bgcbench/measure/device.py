@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -260,7 +260,7 @@ def make_stopwatch(device: torch.device, *, cold: bool) -> DeviceStopwatch:
 class Failure:
     """A row's status and the reason to show for it."""
 
-    status: str
+    status: Literal["oom", "error"]
     reason: str
 
 

@@ -36,7 +36,7 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
             "capability": torch.backends.cpu.get_cpu_capability(),
         },
         "ram_bytes": psutil.virtual_memory().total,
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "torchvision": _version("torchvision"),
         "cuda": torch.version.cuda if on_cuda else None,
         "cudnn": _cudnn() if on_cuda else None,

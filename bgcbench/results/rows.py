@@ -47,7 +47,7 @@ class Row(Data, frozen=True):
         return self.status in DONE
 
 
-class Counts(Data, frozen=True):
+class Counts(Data, frozen=True, omit_defaults=False):
     """Of one image, forward. A MAC is one multiplication with its addition; adds are BGC's mean.
 
     paper_ops: the paper's formula ((3.14), section 4). bytes_min: what must be read and written at least. *_training:
@@ -56,9 +56,9 @@ class Counts(Data, frozen=True):
 
     params: Count
     macs: Count
-    adds: Count = 0
+    adds: Count | None = None
     paper_ops: Count | None = None
-    bytes_min: Count = 0
+    bytes_min: Count | None = None
     params_training: Count | None = None
     macs_training: Count | None = None
 
@@ -213,7 +213,7 @@ class Summary(Data, frozen=True):
     max_s: Seconds
 
 
-class Derived(Data, frozen=True):
+class Derived(Data, frozen=True, omit_defaults=False):
     """What follows from a median: rates, the share of what the measured ceilings allow, and flags."""
 
     images_per_s: Nonnegative
@@ -232,7 +232,7 @@ class Discarded(Data, frozen=True):
     rounds: tuple[Count, ...]
 
 
-class Phase(Data, frozen=True, kw_only=True):
+class Phase(Data, frozen=True, kw_only=True, omit_defaults=False):
     """A phase's samples, in order, each with the round that it was taken in."""
 
     samples_s: tuple[Seconds, ...]
@@ -254,7 +254,7 @@ class Failure(Data, frozen=True):
     reason: str
 
 
-class Memory(Data, frozen=True, kw_only=True):
+class Memory(Data, frozen=True, kw_only=True, omit_defaults=False):
     """paper_bytes: input + weights (+ mean), the paper's column. peak: of one step, by ``method``; delta: beyond the
     baseline. agreed: whether two passes did."""
 
@@ -263,10 +263,10 @@ class Memory(Data, frozen=True, kw_only=True):
     input_bytes: Count
     output_bytes: Count
     optimizer_bytes: Count = 0
-    baseline_bytes: Count | None
-    peak_bytes: Count | None
-    peak_delta_bytes: Count | None
-    method: str
+    baseline_bytes: Count | None = None
+    peak_bytes: Count | None = None
+    peak_delta_bytes: Count | None = None
+    method: str = "formula"
     agreed: bool | None = None
 
 
@@ -281,6 +281,7 @@ class ProfileParams(Data, frozen=True, kw_only=True):
     in_channels: Whole | None = None
     out_channels: Whole | None = None
     kernel: Whole | None = None
+    kernel_width: Whole | None = None
     stride: Whole | None = None
     batch: Whole
     height: Whole
@@ -319,15 +320,21 @@ class White(Data, frozen=True):
     white_error: Nonnegative | None
 
 
-class ProfileRow(Row, frozen=True, kw_only=True):
+class ProfileRow(Row, frozen=True, kw_only=True, omit_defaults=False):
+    """A layer or a network, measured in each phase.
+
+    failures: of phases that have no samples, or not all. forms: see Forms, where 'auto' has chosen. interleaved: the
+    group that it was measured in. layer: of a network's convolution by itself.
+    """
+
     params: ProfileParams
-    counts: Counts | None
-    approximability: White | None
-    memory: Memory | None
-    phases: dict[str, Phase]
+    counts: Counts | None = None
+    approximability: White | None = None
+    memory: Memory | None = None
+    phases: dict[str, Phase] = {}
     failures: dict[str, Failure] = {}
     forms: Forms = {}
-    paper: PaperRow | None
+    paper: PaperRow | None = None
     interleaved: Count | None = None
     convert: Record | None = None
     layer: DistinctLayer | None = None
@@ -352,7 +359,7 @@ class SampledParams(Data, frozen=True):
     precision: Literal["fp64", "fp32"]
 
 
-class SampledRow(Row, frozen=True):
+class SampledRow(Row, frozen=True, omit_defaults=False):
     """The least error of a variant for sampled convolutions (eq. 5.1), and relative to other things; *_se: standard
     errors. scaled: relative_error / (1 - 1/N)^p. construction: with the weights of Theorem 3.6's proof. bound_*: the
     right-hand sides of Theorems 3.5 and 3.6. null_reasons: why a number is None.
@@ -361,19 +368,19 @@ class SampledRow(Row, frozen=True):
     """
 
     params: SampledParams
-    counts: Counts | None
-    error: float | None
-    error_se: Nonnegative | None
-    relative_error: float | None
-    relative_error_se: Nonnegative | None
-    output_relative_error: float | None
-    scaled_error: float | None
-    exact_relative_error: float | None
-    in_sample_factor: float | None
-    construction_relative_error: float | None
-    bound_general: Nonnegative | None
-    bound_zero_mean: Nonnegative | None
-    null_reasons: dict[str, str]
+    counts: Counts | None = None
+    error: float | None = None
+    error_se: Nonnegative | None = None
+    relative_error: float | None = None
+    relative_error_se: Nonnegative | None = None
+    output_relative_error: float | None = None
+    scaled_error: float | None = None
+    exact_relative_error: float | None = None
+    in_sample_factor: float | None = None
+    construction_relative_error: float | None = None
+    bound_general: Nonnegative | None = None
+    bound_zero_mean: Nonnegative | None = None
+    null_reasons: dict[str, str] = {}
 
 
 class LayerParams(Data, frozen=True):
@@ -445,7 +452,7 @@ class NetworkFacts(Data, frozen=True, kw_only=True):
 # ------------------------------------------------------------------------------------------------- train and transfer
 
 
-class Epoch(Data, frozen=True, kw_only=True):
+class Epoch(Data, frozen=True, kw_only=True, omit_defaults=False):
     """Errors in percent. learnt: what a learnt structure says of itself, by name."""
 
     epoch: Whole
@@ -461,7 +468,7 @@ class Epoch(Data, frozen=True, kw_only=True):
     world_size: Whole | None = None
 
 
-class TrainParams(Data, frozen=True, kw_only=True):
+class TrainParams(Data, frozen=True, kw_only=True, omit_defaults=False):
     variant: str
     groups: Whole
     model: str
@@ -484,6 +491,15 @@ class TrainParams(Data, frozen=True, kw_only=True):
     calibration_images: Count | None = None
     seed: Count
 
+    @property
+    def cell(self) -> tuple[str, int]:
+        """(variant, N), which all seeds share."""
+        return self.variant, self.groups
+
+    @property
+    def is_dense(self) -> bool:
+        return self.variant == "standard"
+
 
 class PaperError(Data, frozen=True):
     """What Table 3, 5 or 6 prints."""
@@ -501,7 +517,7 @@ class Ratio(Data, frozen=True):
     ratio_ci95: Ends | None
 
 
-class NetworkTime(Data, frozen=True):
+class NetworkTime(Data, frozen=True, omit_defaults=False):
     """What a converted network costs (--time)."""
 
     phase: dict[str, Ratio]
@@ -524,7 +540,7 @@ class WhiteLoss(Data, frozen=True):
     layers: tuple[LayerLoss, ...] | None
 
 
-class TrainRow(Row, frozen=True, kw_only=True):
+class TrainRow(Row, frozen=True, kw_only=True, omit_defaults=False):
     """A network with one variant, trained from one seed. Errors in percent; None where the labels mean nothing.
 
     stage: how far it came. matmul_fraction: arithmetic over what the device's best matrix product does in that time.
@@ -628,7 +644,7 @@ class Tf32(Data, frozen=True):
     matmul: bool
 
 
-class TimingRules(Data, frozen=True):
+class TimingRules(Data, frozen=True, omit_defaults=False):
     """The rules of protocol timing/1 that a run was measured by (bgcbench.measure.timing.Rules)."""
 
     protocol: str = "timing/1"
@@ -690,7 +706,7 @@ class Ceilings(Data, frozen=True):
     copy_bytes: Count
 
 
-class Canary(Data, frozen=True):
+class Canary(Data, frozen=True, omit_defaults=False):
     """A fixed product timed at every round's edge; slow_rounds: those in which it was slow."""
 
     baseline_s: Nonnegative | None = None
@@ -699,7 +715,7 @@ class Canary(Data, frozen=True):
     redone: Count = 0
 
 
-class Group(Data, frozen=True):
+class Group(Data, frozen=True, omit_defaults=False):
     """Rows that were measured in turn, or ``alone``, because they do not fit into memory together."""
 
     id: Count

@@ -72,6 +72,12 @@ class World:
             raise value
         return value  # type: ignore[no-any-return]
 
+    def first(self, action: Callable[[], Shared]) -> Shared:
+        """What ``action`` returns in this process; the main one goes first, so that a download is made once."""
+        found: list[Shared] = []
+        self.once(lambda: found.append(action()))
+        return found[0] if found else action()
+
     def any(self, flag: bool) -> bool:
         """Whether ``flag`` is set in one of the processes at least."""
         return self.total([flag])[0] > 0

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
 
+import msgspec
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -31,6 +32,7 @@ from bgcbench.measure.device import DTYPES
 from bgcbench.measure.undisturbed import first_not_finite
 from bgcbench.measure.workload import class_scores
 from bgcbench.results import Json, write_atomically
+from bgcbench.results.rows import Epoch, Record
 from bgcbench.training.checkpoint import DIAGNOSIS, Checkpoints, Stored
 from bgcbench.training.distributed import World
 from bgcbench.training.recipes import Recipe, check_parts
@@ -48,7 +50,7 @@ class NotFinite(BgcbenchError):
 
 
 class _AskedToStop(Exception):
-    """The run was asked to stop while it judged the network."""
+    """The run was asked to stop during an evaluation."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,7 @@ class State:
     initial: float | None = None  # error in percent before any training
     best: float | None = None
     best_epoch: int | None = None
-    history: list[Json] = field(default_factory=list)
+    history: list[Epoch] = field(default_factory=list)
 
 
 class Prepared(nn.Module):
@@ -145,7 +147,7 @@ class Training:
     outputs on the same images are targets beside the labels (Hinton, Vinyals & Dean, 2015); it stays as it is, in eval
     mode.
 
-    A recipe of 0 epochs trains nothing; :meth:`begin` judges the network. ``guesses`` are the classes that the last
+    A recipe of 0 epochs trains nothing; :meth:`begin` evaluates the network. ``guesses`` are the classes that the last
     evaluation has found, in the order of this process's share of the test images. Raises UsageError for a batch that
     does not divide or that the data set does not fill.
     """
@@ -159,7 +161,7 @@ class Training:
         *,
         seed: int,
         identity: Json | None = None,
-        record: Json | None = None,
+        record: Record | None = None,
         options: Options | None = None,
         checkpoints: Checkpoints | None = None,
         teacher: nn.Module | None = None,
@@ -212,7 +214,7 @@ class Training:
             parallel = nn.parallel.DistributedDataParallel
             parallel._set_params_and_buffers_to_ignore_for_model(self.plain, flags)
             self.parallel = parallel(self.plain, device_ids=own)
-        self.forms_found = not recipe.compile  # by the layers; those are compiled
+        self.algorithms_found = not recipe.compile  # by the layers; those are compiled
         self.train_model: Any = torch.compile(self.parallel) if recipe.compile else self.parallel
         self.eval_model: Any = torch.compile(self.plain) if recipe.compile else self.plain
         if recipe.compile and teacher is not None:
@@ -220,24 +222,19 @@ class Training:
 
     # ------------------------------------------------------------------------------------------------------ the run
 
-    def keep(self) -> None:
-        """A checkpoint of the network before any training, from which ``run`` or :meth:`resume` goes on."""
-        self._save()
-
     def begin(self) -> Scores | None:
-        """Judge the network before any training; None where the run was asked to stop meanwhile. Raises NotFinite."""
+        """Evaluate the network before any training; None where the run was asked to stop. Raises NotFinite."""
         try:
-            scores = self._initial()
+            return self._initial()
         except _AskedToStop:
             self.stopped = True
             return None
-        return scores
 
     def _initial(self) -> Scores:
         scores = self.evaluate()
         if not math.isfinite(scores.loss):
             raise NotFinite(f"the network's outputs are not finite: {self._where_not_finite()}; check its weights")
-        self.state.initial = self._judged(scores)
+        self.state.initial = self._error(scores)
         return scores
 
     def run(self) -> Iterator[Progress]:
@@ -258,7 +255,7 @@ class Training:
         except _AskedToStop:
             self.stopped = True
             if self.state.step:
-                self._save()
+                self.keep()
         if self.stopped:
             return
         if self.checkpoints is not None and self.world.is_main and trained:
@@ -284,7 +281,7 @@ class Training:
                     self._wait()
                     now = time.perf_counter()
                     state.seconds = before + now - begin
-                    self._save()
+                    self.keep()
                     begin += time.perf_counter() - now
                     saved = time.perf_counter()
                     if stop:
@@ -297,14 +294,14 @@ class Training:
         state.seconds = before + time.perf_counter() - begin
         yield self._end_epoch()
 
-    def _find_forms(self) -> None:
-        """Run the network eagerly, once to train and once to judge, so that its layers measure their forms.
+    def _find_algorithms(self) -> None:
+        """Run the network eagerly, a training step and a test batch, so that its layers measure their algorithms.
 
         While code is compiled they cannot, and take the last ones. Black images will do; nothing is changed.
         """
-        if self.forms_found:
+        if self.algorithms_found:
             return
-        self.forms_found = True
+        self.algorithms_found = True
         share = max(1, self.recipe.batch_size // self.world.size)
         before = [buffer.clone() for buffer in self.plain.buffers()]
         with torch.compiler.set_stance("force_eager"):
@@ -313,13 +310,13 @@ class Training:
                 images = torch.zeros(shape, dtype=torch.uint8, device=self.world.device)
                 self.train_model.train()
                 self._loss(images, torch.zeros(len(images), dtype=torch.int64, device=self.world.device))
-            self._judge([torch.arange(min(share, len(self.data.test_labels)))])
+            self._score([torch.arange(min(share, len(self.data.test_labels)))])
         for buffer, value in zip(self.plain.buffers(), before, strict=True):
             buffer.copy_(value)
 
     def _step(self, stream: Iterator[tuple[Tensor, Tensor]]) -> None:
         """One step of the optimiser, on one batch."""
-        self._find_forms()
+        self._find_algorithms()
         state, parts = self.state, self.options.accumulate
         torch.manual_seed(stream_seed("step", self.seed, state.epoch, state.step, self.world.rank))
         number = state.epoch * self.steps + state.step
@@ -376,7 +373,7 @@ class Training:
             layer.set_progress(fraction)
 
     def _end_epoch(self) -> Progress:
-        """Judge the epoch, write it down, and keep a checkpoint."""
+        """Evaluate the network, write the epoch down, and keep a checkpoint."""
         state = self.state
         self._look(0)
         self.losses = self._merged_losses()
@@ -385,22 +382,22 @@ class Training:
         scores = self.evaluate()
         if not math.isfinite(scores.loss):
             self._give_up(self.steps - 1, "test loss")
-        error = self._judged(scores)
+        error = self._error(scores)
         images = self.steps * self.recipe.batch_size
         state.history.append(
-            {
-                "epoch": state.epoch + 1,
-                "lr": self.recipe.lr_at((state.epoch + 1) * self.steps - 1, self.steps),
-                "train_loss": float(self.losses.double().mean()),
-                "test_loss": scores.loss if self.data.meaningful else None,
-                "test_error": error,
-                "test_error_top5": scores.top5 if self.data.meaningful else None,
-                "seconds": state.seconds,
-                "test_seconds": time.perf_counter() - begin,
-                "images_per_s": images / state.seconds if state.seconds > 0 else None,
-                "learnt": self._learnt(),
-                "world_size": self.world.size,
-            }
+            Epoch(
+                epoch=state.epoch + 1,
+                lr=self.recipe.lr_at((state.epoch + 1) * self.steps - 1, self.steps),
+                train_loss=float(self.losses.double().mean()),
+                test_loss=scores.loss if self.data.meaningful else None,
+                test_error=error,
+                test_error_top5=scores.top5 if self.data.meaningful else None,
+                seconds=state.seconds,
+                test_seconds=time.perf_counter() - begin,
+                images_per_s=images / state.seconds if state.seconds > 0 else None,
+                learnt=self._learnt(),
+                world_size=self.world.size,
+            )
         )
         speed = self.steps / state.seconds if state.seconds > 0 else None
         state.epoch, state.step, state.seconds = state.epoch + 1, 0, 0.0
@@ -418,7 +415,7 @@ class Training:
             self._warn_of_problem()
         return progress
 
-    def _learnt(self) -> Json | None:
+    def _learnt(self) -> dict[str, float] | None:
         """What the layers say of their structure, each by the share of its outputs."""
         sums: dict[str, list[float]] = {}
         for layer, start in zip(self.layers, self.starts, strict=True):
@@ -440,7 +437,7 @@ class Training:
             epochs=self.recipe.epochs,
             done=steps / (self.recipe.epochs * self.steps),
             loss=float(self.losses[state.step - 1]) if state.step else None,
-            error=state.history[-1]["test_error"] if state.history else state.initial,
+            error=state.history[-1].test_error if state.history else state.initial,
             images_per_s=steps_per_s and steps_per_s * self.recipe.batch_size,
         )
 
@@ -471,9 +468,9 @@ class Training:
         batch = max(1, self.recipe.batch_size // self.world.size)
         tests = len(self.data.test_labels)
         shown = torch.arange(min(tests, batch))
-        self._judge([shown])
+        self._score([shown])
         start = time.perf_counter()
-        self._judge([shown])
+        self._score([shown])
         return steps_s + (time.perf_counter() - start) * -(-tests // self.world.size) / len(shown)
 
     def _step_time(self, budget_s: float) -> float:
@@ -512,19 +509,19 @@ class Training:
         mine = torch.arange(world.rank, len(labels), world.size)
         # Several processes cannot leave one by one.
         stop = self.stop if world.size == 1 else None
-        counted, self.guesses = self._judge(mine.split(max(1, self.recipe.batch_size // world.size)), stop)
+        counted, self.guesses = self._score(mine.split(max(1, self.recipe.batch_size // world.size)), stop)
         images, wrong, missed, loss = world.total(counted)
         if int(images) != len(labels):
-            raise BgcbenchError(f"{int(images)} test images were judged, and there are {len(labels)}")
+            raise BgcbenchError(f"{int(images)} test images were evaluated, and there are {len(labels)}")
         return Scores(loss / images, 100 * wrong / images, 100 * missed / images if five else None, int(images))
 
-    def _judge(self, batches: Sequence[Tensor], stop: Callable[[], bool] | None = None) -> tuple[list[float], Tensor]:
-        """Of the test images numbered in ``batches``: how many they are, how many of them are wrong at first and within
-        five guesses, and the sum of their losses; and the first guesses, one an image, on the CPU.
+    def _score(self, batches: Sequence[Tensor], stop: Callable[[], bool] | None = None) -> tuple[list[float], Tensor]:
+        """Of the test images numbered in ``batches``: how many they are, how many are wrong in the first and in five
+        guesses, and the sum of their losses; and the first guesses, one an image, on the CPU.
 
         Raises _AskedToStop where ``stop`` says so.
         """
-        self._find_forms()
+        self._find_algorithms()
         device = self.world.device
         self.eval_model.eval()
         found = torch.zeros(4, dtype=torch.float64, device=device)
@@ -561,7 +558,7 @@ class Training:
 
         return first_not_finite(self.network, run) or "on some images only"
 
-    def _judged(self, scores: Scores) -> float | None:
+    def _error(self, scores: Scores) -> float | None:
         """The error, None where labels are random and an error would say nothing."""
         return scores.error if self.data.meaningful else None
 
@@ -617,8 +614,8 @@ class Training:
         summed = self.world.total(self.losses.double().tolist())
         return torch.tensor([value / self.world.size for value in summed], device=self.world.device)
 
-    def _save(self) -> None:
-        """A checkpoint within an epoch."""
+    def keep(self) -> None:
+        """A checkpoint of the network as it is, from which ``run`` or :meth:`resume` goes on."""
         if self.checkpoints is None:
             return
         self._look(0)
@@ -637,19 +634,20 @@ class Training:
         }
         meta = {
             "identity": self.identity,
-            "state": vars(self.state),
+            "state": msgspec.to_builtins(self.state),
             "scaler": self.scaler.state_dict(),
-            "forms": self._forms(),
+            "forms": self._algorithms(),
             "choices": autotune.remembered(),
             "world_size": self.world.size,
             "torch": torch.__version__,
         }
         extra |= {f"start.{number}": start for number, start in enumerate(self.starts) if start is not None}
         state = {name: value.detach() for name, value in self.network.state_dict().items()}
-        return Stored(state, {**extra, "losses": self.losses}, meta, self.record)
+        record = None if self.record is None else self.record.to_json()
+        return Stored(state, {**extra, "losses": self.losses}, meta, record)
 
-    def _forms(self) -> dict[str, str]:
-        """The form that each layer was asked to run in; what 'auto' has found stands beside it."""
+    def _algorithms(self) -> dict[str, str]:
+        """The algorithm that each layer was asked to run; what 'auto' has found stands beside it."""
         return {name: m.algorithm for name, m in self.network.named_modules() if isinstance(m, VariantConv2d)}
 
     def resume(self) -> bool:
@@ -662,14 +660,14 @@ class Training:
             return False
         where = self.checkpoints.folder
         check_identity(stored.meta["identity"], self.identity, str(where))
-        self.state = State(**stored.meta["state"])
+        self.state = msgspec.convert(stored.meta["state"], State)
         try:
             self.network.load_state_dict(stored.model)
         except RuntimeError as problem:
             raise ResultFileError(f"{where}: the checkpoint does not fit the network: {problem}") from problem
-        adopt_forms(self.network, stored.meta["forms"])
+        adopt_algorithms(self.network, stored.meta["forms"])
         autotune.restore(stored.meta.get("choices", ()))  # what was measured must not change half-way
-        self.forms_found = not self.recipe.compile
+        self.algorithms_found = not self.recipe.compile
         for name, parameter in self.network.named_parameters():
             if (held := stored.extra.get(f"momentum.{name}")) is not None:
                 self.optimiser.state[parameter]["momentum_buffer"] = held.to(parameter.device).clone(
@@ -732,12 +730,11 @@ def check_identity(stored: Json, wanted: Json, name: str) -> None:
             )
 
 
-def adopt_forms(network: nn.Module, forms: dict[str, str]) -> None:
-    """Make each layer run in the form that ``forms`` names, by module."""
+def adopt_algorithms(network: nn.Module, algorithms: dict[str, str]) -> None:
+    """Make each layer run the algorithm that ``algorithms`` names, by module."""
     for name, module in network.named_modules():
-        form = forms.get(name)
-        if isinstance(module, VariantConv2d) and form is not None and form != module.algorithm:
-            module.spec = replace(module.spec, algorithm=form)
+        if isinstance(module, VariantConv2d) and name in algorithms:
+            module.spec = replace(module.spec, algorithm=algorithms[name])
 
 
 def write_diagnosis(path: Any, diagnosis: Json) -> None:

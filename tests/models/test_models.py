@@ -14,6 +14,7 @@ from bgcbench.conversion import convert as conversions
 from bgcbench.conversion import selection
 from bgcbench.conversion.convert import convert
 from bgcbench.errors import ShapeError, UsageError
+from bgcbench.measure.batches import Passing
 from bgcbench.measure.trace import trace
 from bgcbench.models import build_model, identify
 from bgcbench.specs import NetSpec
@@ -80,7 +81,7 @@ ROWS = [
 @functools.cache
 def seen(name: str) -> tuple[Any, list[str]]:
     """What a look at the network finds, whatever it is converted to."""
-    return selection.look(without_numbers(NetSpec(name)), None)
+    return selection.look(without_numbers(NetSpec(name)), None, Passing())
 
 
 @pytest.mark.parametrize(("name", "where", "variant", "counts", "row"), ROWS)

@@ -304,7 +304,9 @@ def test_a_real_run_can_be_drawn(tmp_path: Path) -> None:
     run = ApproxRun(config, open_session(config), plan(config))
     for _ in run.run():
         pass
-    document = new_document(results=run.results, fits=fits(run.results))
+    document = new_document(
+        results=[row.to_json() for row in run.results], fits=[fit.to_json() for fit in fits(run.results)]
+    )
     assert len(figure_of(document).axes) == 4
     slope = next(f["slope_mean"] for f in document["fits"] if (f["variant"], f["input"]) == ("gc", "normal"))
     assert any(text.startswith(f"GC, normal: slope {slope:.2f} (exact 1.00)") for text in legend(figure_of(document)))

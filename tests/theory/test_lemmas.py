@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from bgcbench.experiments.approx import ApproxConfig, plan
 from bgcbench.experiments.approx_run import ApproxRun, draw_inputs, open_session
-from bgcbench.results import Json
+from bgcbench.results.rows import SampledRow
 from bgcbench.specs import ConvSpec
 from bgcbench.theory.bounds import bounds
 from bgcbench.theory.exchangeable import border_factor
@@ -127,9 +127,9 @@ def test_identity_3_13_and_the_energy_about_the_mean(name: str, groups: int) -> 
 
 
 @pytest.fixture(scope="module")
-def measured() -> list[Json]:
+def measured() -> list[SampledRow]:
     """Least errors of small convolutions on every law, in one dimension and two."""
-    rows: list[Json] = []
+    rows: list[SampledRow] = []
     for shape in ({"length": 10, "stride": 1, "dims": 1}, {"length": 5, "stride": 2, "dims": 2}):
         config = ApproxConfig(in_channels=8, out_channels=8, groups=(1, 2, 4, 8), inputs=tuple(LAWS), samples=100,
                               variants=("gc", "bgc", "shuffle", "tlgc"), device="cpu", search_samples=1,
@@ -141,42 +141,42 @@ def measured() -> list[Json]:
     return rows
 
 
-def test_theorems_3_5_and_3_6_hold_for_what_was_measured(measured: list[Json]) -> None:
+def test_theorems_3_5_and_3_6_hold_for_what_was_measured(measured: list[SampledRow]) -> None:
     checked = 0
     for row in measured:
-        params, tolerance = row["params"], 1e-12
-        if params["variant"] not in ("gc", "bgc") or params["input"].startswith("factor"):
+        params, tolerance = row.params, 1e-12
+        if params.variant not in ("gc", "bgc") or params.input.startswith("factor"):
             continue
-        taps = 3 ** params["dims"]
-        missed, power = 1 - 1 / params["groups"], {"gc": 1, "bgc": 2}[params["variant"]]
-        assert row["bound_general"] == pytest.approx(taps * missed ** (power + 1), rel=1e-12)
-        assert row["bound_zero_mean"] == pytest.approx(taps / 8 * missed**power, rel=1e-12)
-        assert row["relative_error"] <= row["bound_zero_mean"] <= row["bound_general"]
+        taps = 3**params.dims
+        missed, power = 1 - 1 / params.groups, {"gc": 1, "bgc": 2}[params.variant]
+        assert row.bound_general == pytest.approx(taps * missed ** (power + 1), rel=1e-12)
+        assert row.bound_zero_mean == pytest.approx(taps / 8 * missed**power, rel=1e-12)
+        assert row.relative_error <= row.bound_zero_mean <= row.bound_general
         # The proofs bound what they construct, which can only be worse than the least error.
-        assert row["relative_error"] <= row["construction_relative_error"] + tolerance
-        assert row["construction_relative_error"] <= row["bound_zero_mean"]
+        assert row.relative_error <= row.construction_relative_error + tolerance
+        assert row.construction_relative_error <= row.bound_zero_mean
         checked += 1
     assert checked == 2 * len(INDEPENDENT) * 2 * 3
 
 
-def test_there_are_no_bounds_where_independence_fails_or_the_paper_has_none(measured: list[Json]) -> None:
+def test_there_are_no_bounds_where_independence_fails_or_the_paper_has_none(measured: list[SampledRow]) -> None:
     for row in measured:
-        params = row["params"]
-        unbounded = params["variant"] in ("shuffle", "tlgc") or params["input"].startswith("factor")
+        params = row.params
+        unbounded = params.variant in ("shuffle", "tlgc") or params.input.startswith("factor")
         for name in ("bound_general", "bound_zero_mean"):
-            if params["groups"] == 1:
-                assert row[name] == 0.0
+            if params.groups == 1:
+                assert getattr(row, name) == 0.0
             else:
-                assert (row[name] is None) == unbounded
-                assert (name in row["null_reasons"]) == unbounded
+                assert (getattr(row, name) is None) == unbounded
+                assert (name in row.null_reasons) == unbounded
 
 
-def test_without_independent_channels_theorem_3_6_would_be_off_by_what_they_share(measured: list[Json]) -> None:
+def test_without_independent_channels_theorem_3_6_would_be_off_by_what_they_share(measured: list[SampledRow]) -> None:
     # All channels equal: nothing is lost, while on independent ones the construction is bounded and not exact.
     for row in measured:
-        if row["params"]["groups"] > 1 and row["params"]["variant"] == "bgc":
-            exact = row["params"]["input"] == "factor:1"
-            assert (row["construction_relative_error"] < 1e-12) == exact
+        if row.params.groups > 1 and row.params.variant == "bgc":
+            exact = row.params.input == "factor:1"
+            assert (row.construction_relative_error < 1e-12) == exact
 
 
 @pytest.mark.parametrize("name", INDEPENDENT)

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from bgcbench.convs.lgc import LearnedGroupConv2d
 from bgcbench.data.feeds import ResidentFeed, epoch_order
 from bgcbench.data.labelled import ResidentData
 from bgcbench.errors import BgcbenchError, ResultFileError, UsageError
+from bgcbench.results.rows import Record
 from bgcbench.training.checkpoint import Checkpoints
 from bgcbench.training.distributed import World
 from bgcbench.training.loop import NotFinite, Options, Prepared, Scores, Training, check_batch, subset_of
@@ -97,7 +99,7 @@ def test_the_loop_trains_as_a_plain_loop_over_single_images_does(variant: str) -
     run = trained(tiny_network(variant, groups), data)
     for name, value in run.network.state_dict().items():
         assert torch.allclose(value, expected.state_dict()[name], rtol=1e-9, atol=1e-12), name
-    assert [epoch["train_loss"] for epoch in run.state.history] == pytest.approx(means, rel=1e-5)
+    assert [epoch.train_loss for epoch in run.state.history] == pytest.approx(means, rel=1e-5)
 
 
 def test_what_fills_no_batch_is_left_out_and_differs_from_epoch_to_epoch() -> None:
@@ -122,7 +124,7 @@ def test_parts_of_a_batch_add_up_to_the_batch() -> None:
     parts = trained(tiny_network(norm=False), options=Options(accumulate=3))
     for one, other in zip(whole.network.parameters(), parts.network.parameters(), strict=True):
         assert torch.allclose(one, other, rtol=1e-9, atol=1e-13)
-    losses = [[epoch["train_loss"] for epoch in run.state.history] for run in (whole, parts)]
+    losses = [[epoch.train_loss for epoch in run.state.history] for run in (whole, parts)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
@@ -158,7 +160,7 @@ def test_lgc_drops_its_inputs_in_the_first_half_of_the_training() -> None:
     kept = []
     for progress in run.run():
         if progress.ended:
-            kept.append(run.state.history[-1]["learnt"]["kept"])
+            kept.append(run.state.history[-1].learnt["kept"])
     # Drops at 1/6, 2/6 and 3/6, which is where epochs end: each is judged as it goes on.
     assert kept == [0.75, 0.5, 0.25, 0.25, 0.25, 0.25]
     assert lgc.stage == 3
@@ -179,7 +181,7 @@ def test_one_epoch_is_enough_for_all_drops() -> None:
     network = tiny_network("lgc", 8)
     run = trained(network, tiny_data(train=6), recipe=tiny_recipe(epochs=1, batch_size=6))
     assert network[3].stage == 7  # type: ignore[union-attr]
-    assert run.state.history[0]["learnt"] == {"kept": 0.125}  # and it is the sparse network that is judged
+    assert run.state.history[0].learnt == {"kept": 0.125}  # and it is the sparse network that is judged
 
 
 def test_the_group_lasso_is_weighted_and_added_to_the_loss() -> None:
@@ -194,8 +196,8 @@ def test_the_group_lasso_is_weighted_and_added_to_the_loss() -> None:
 
 def test_layers_that_learn_no_structure_have_nothing_to_say() -> None:
     run = trained(tiny_network("bgc", 4), recipe=tiny_recipe(epochs=1))
-    assert run.state.history[0]["learnt"] is None
-    learnt = trained(tiny_network("flgc", 4), recipe=tiny_recipe(epochs=1)).state.history[0]["learnt"]
+    assert run.state.history[0].learnt is None
+    learnt = trained(tiny_network("flgc", 4), recipe=tiny_recipe(epochs=1)).state.history[0].learnt
     assert learnt == {"dead_outputs": 0.0, "moved": 0.0}
 
 
@@ -209,7 +211,7 @@ def test_channels_that_changed_their_group_are_counted_also_after_a_break(tmp_pa
     run.stop = lambda: run.state.step == 2
     list(run.run())
     again = trained(tiny_network("flgc", 2), checkpoints=checkpoints)
-    assert [epoch["learnt"]["moved"] for epoch in again.state.history] == [2 / 16] * 3
+    assert [epoch.learnt["moved"] for epoch in again.state.history] == [2 / 16] * 3
 
 
 # -------------------------------------------------------------------------------------------------- the evaluation
@@ -269,7 +271,7 @@ def test_images_that_are_lost_on_the_way_are_an_error(monkeypatch: pytest.Monkey
 
 def test_the_best_epoch_is_the_first_of_the_least_error() -> None:
     run = trained(tiny_network(), recipe=tiny_recipe(epochs=6))
-    errors = [epoch["test_error"] for epoch in run.state.history]
+    errors = [epoch.test_error for epoch in run.state.history]
     assert run.state.best == min(errors)
     assert run.state.best_epoch == errors.index(min(errors)) + 1
     assert run.state.initial is not None
@@ -277,7 +279,7 @@ def test_the_best_epoch_is_the_first_of_the_least_error() -> None:
 
 def test_of_equal_epochs_the_first_is_the_best() -> None:
     run = trained(Fixed(torch.zeros(200, 4, dtype=torch.float64)), tiny_data(test=8))
-    assert len({epoch["test_error"] for epoch in run.state.history}) == 1
+    assert len({epoch.test_error for epoch in run.state.history}) == 1
     assert run.state.best_epoch == 1
 
 
@@ -292,10 +294,10 @@ def test_the_epochs_take_no_longer_than_the_run() -> None:
 
     begin = time.perf_counter()
     run = trained(tiny_network(), recipe=tiny_recipe(epochs=6))
-    spent = [epoch["seconds"] + epoch["test_seconds"] for epoch in run.state.history]
+    spent = [epoch.seconds + epoch.test_seconds for epoch in run.state.history]
     assert 0 < sum(spent) < time.perf_counter() - begin
     for epoch in run.state.history:
-        assert epoch["images_per_s"] * epoch["seconds"] == pytest.approx(4 * 6)
+        assert epoch.images_per_s * epoch.seconds == pytest.approx(4 * 6)
 
 
 def test_random_labels_have_no_error_to_show() -> None:
@@ -303,9 +305,9 @@ def test_random_labels_have_no_error_to_show() -> None:
     object.__setattr__(data, "meaningful", False)
     run = trained(tiny_network(), data)
     assert run.state.initial is run.state.best is None
-    assert {epoch["test_error"] for epoch in run.state.history} == {None}
-    assert {epoch["test_loss"] for epoch in run.state.history} == {None}
-    assert run.state.history[0]["images_per_s"] > 0
+    assert {epoch.test_error for epoch in run.state.history} == {None}
+    assert {epoch.test_loss for epoch in run.state.history} == {None}
+    assert run.state.history[0].images_per_s > 0
 
 
 # ----------------------------------------------------------------------------------------- a network that is trained on
@@ -353,7 +355,7 @@ def test_a_distilled_training_leaves_its_teacher_alone_and_goes_on_with_the_same
 def test_a_network_that_was_judged_before_is_trained_from_its_checkpoint(tmp_path: Path) -> None:
     network = tiny_network("lgc", 2)
     start = {name: value.clone() for name, value in network.double().state_dict().items()}
-    judged = training(network, recipe=tiny_recipe(epochs=0), checkpoints=Checkpoints(tmp_path), record={"n": 1})
+    judged = training(network, recipe=tiny_recipe(epochs=0), checkpoints=Checkpoints(tmp_path), record=Record((), ()))
     judged.keep()
     scores = judged.begin()
     assert scores is not None
@@ -413,10 +415,8 @@ def test_a_training_that_is_stopped_after_any_step_ends_with_the_same_weights(tm
         assert not second.stopped
         assert same(second.network, whole.network), number
         for mine, theirs in zip(second.state.history, whole.state.history, strict=True):
-            left_out = ("seconds", "test_seconds", "images_per_s")
-            assert {k: v for k, v in mine.items() if k not in left_out} == {
-                k: v for k, v in theirs.items() if k not in left_out
-            }
+            timeless = {"seconds": 0.0, "test_seconds": None, "images_per_s": None}
+            assert msgspec.structs.replace(mine, **timeless) == msgspec.structs.replace(theirs, **timeless)
         assert (second.state.best, second.state.initial) == (whole.state.best, whole.state.initial)
 
 
@@ -432,7 +432,7 @@ def test_a_training_can_be_stopped_while_it_judges_the_network(tmp_path: Path) -
     assert checkpoints.names[-1].startswith("e0000-s000004-")
     again = trained(tiny_network(), checkpoints=checkpoints)
     assert same(again.network, whole.network)
-    assert [e["train_loss"] for e in again.state.history] == [e["train_loss"] for e in whole.state.history]
+    assert [e.train_loss for e in again.state.history] == [e.train_loss for e in whole.state.history]
 
 
 def test_a_training_in_parts_is_gone_on_with_at_the_right_image(tmp_path: Path) -> None:
@@ -657,7 +657,7 @@ def test_autocast_trains_in_bf16_and_keeps_weights_in_fp32() -> None:
     full = trained(tiny_network().float(), recipe=tiny_recipe(precision="fp32"))
     half = trained(tiny_network().float(), recipe=tiny_recipe(precision="bf16", layout="nhwc"))
     assert {p.dtype for p in half.network.parameters()} == {torch.float32}
-    losses = [run.state.history[-1]["train_loss"] for run in (full, half)]
+    losses = [run.state.history[-1].train_loss for run in (full, half)]
     assert losses[0] != losses[1]
     assert losses[0] == pytest.approx(losses[1], rel=0.05)
 
@@ -666,10 +666,10 @@ def test_a_compiled_training_follows_what_lgc_drops() -> None:
     eager, compiled = (
         trained(tiny_network("lgc", 4, norm=False), recipe=tiny_recipe(epochs=4, compile=on)) for on in (False, True)
     )
-    losses = [[epoch["train_loss"] for epoch in run.state.history] for run in (eager, compiled)]
+    losses = [[epoch.train_loss for epoch in run.state.history] for run in (eager, compiled)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
-    assert [e["test_error"] for e in eager.state.history] == [e["test_error"] for e in compiled.state.history]
-    assert compiled.state.history[-1]["learnt"] == {"kept": 0.25}
+    assert [e.test_error for e in eager.state.history] == [e.test_error for e in compiled.state.history]
+    assert compiled.state.history[-1].learnt == {"kept": 0.25}
 
 
 @pytest.mark.parametrize("precision", ["fp64", "bf16"])
@@ -699,7 +699,7 @@ def test_each_kind_of_step_is_compiled_once_in_the_form_that_was_measured(
         eager = trained(tiny_network("bgc", 4), recipe=replace(recipe, compile=False))
         for own, other in zip(compiled.state.history, eager.state.history, strict=True):
             for what in ("train_loss", "test_loss", "test_error"):
-                assert own[what] == pytest.approx(other[what], rel=1e-9)
+                assert getattr(own, what) == pytest.approx(getattr(other, what), rel=1e-9)
         torch.testing.assert_close(compiled.network.state_dict(), eager.network.state_dict())
 
 
@@ -709,7 +709,7 @@ def test_progress_is_told_and_ends_with_every_epoch() -> None:
     assert [progress.epoch for progress in seen] == [1, 2, 3]
     assert [progress.done for progress in seen] == pytest.approx([1 / 3, 2 / 3, 1.0])
     assert all(progress.loss is not None and progress.error is not None for progress in seen)
-    assert run.state.history[1]["lr"] == tiny_recipe().lr_at(7, 4)
+    assert run.state.history[1].lr == tiny_recipe().lr_at(7, 4)
 
 
 def test_an_estimate_is_the_time_of_an_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
