@@ -343,11 +343,11 @@ class TestNetwork:
         self, here: Path, whole: Path, monkeypatch, capsys
     ) -> None:
         rows = part_of(whole, 9)
-        from bgcbench.conversion.approximability import Judge
+        from bgcbench.conversion.approximability import Evaluator
 
         judged: list[str] = []
-        judge = Judge.judge
-        monkeypatch.setattr(Judge, "judge", lambda self, *cell: judged.append(self.layer.name) or judge(self, *cell))
+        judge = Evaluator.judge
+        monkeypatch.setattr(Evaluator, "judge", lambda self, *cell: judged.append(self.layer.name) or judge(self, *cell))
         assert main(["approx", "--resume", "r.json"]) == 0
         assert stored(here / "r.json")["results"] == rows
         assert len(judged) == len(rows) - 9
@@ -376,16 +376,16 @@ class TestNetwork:
             assert errors == pytest.approx(before["output_relative_error"], rel=1e-6, abs=1e-9)
 
     def test_a_row_that_fails_is_recorded_and_the_others_are_computed(self, here: Path, monkeypatch, capsys) -> None:
-        from bgcbench.conversion.approximability import Judge
+        from bgcbench.conversion.approximability import Evaluator
 
-        judge = Judge.judge
+        judge = Evaluator.judge
 
-        def failing(self: Judge, variant: str, groups: int) -> Any:
+        def failing(self: Evaluator, variant: str, groups: int) -> Any:
             if (self.layer.name, variant) == ("stages.1.0.conv1", "gc"):
                 raise torch.linalg.LinAlgError("the matrix is singular")
             return judge(self, variant, groups)
 
-        monkeypatch.setattr(Judge, "judge", failing)
+        monkeypatch.setattr(Evaluator, "judge", failing)
         assert main([*NETWORK, "--data", "digits", "--out", "r.json"]) == 1
         document = stored(here / "r.json")
         failed = [row for row in document["results"] if row["status"] == "error"]

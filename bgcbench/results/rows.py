@@ -47,7 +47,7 @@ class Row(Data, frozen=True):
         return self.status in DONE
 
 
-class Counts(Data, frozen=True, omit_defaults=False):
+class Counts(Data, frozen=True):
     """Of one image, forward. A MAC is one multiplication with its addition; adds are BGC's mean.
 
     paper_ops: the paper's formula ((3.14), section 4). bytes_min: what must be read and written at least. *_training:
