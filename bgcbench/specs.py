@@ -20,6 +20,46 @@ Pair = tuple[int, int]
 Channels = tuple[float, float, float]  # a number for red, green and blue
 
 
+def divisors(value: int) -> list[int]:
+    """All positive divisors of ``value``, ascending."""
+    small = [d for d in range(1, math.isqrt(value) + 1) if value % d == 0]
+    return small + [value // d for d in reversed(small) if d * d != value]
+
+
+def indivisible(in_channels: int, out_channels: int, groups: int, kernel_positions: int = 1) -> str | None:
+    """Why ``groups`` cannot split these channels evenly, with the divisors that would do; None if it can."""
+    for what, channels in (("in_channels", in_channels), ("out_channels", out_channels)):
+        if channels % groups:
+            allowed = ", ".join(map(str, divisors(channels)))
+            return f"{what}={channels} is not divisible by groups={groups}; its divisors are {allowed}"
+    return None
+
+
+def too_many_groups(in_channels: int, out_channels: int, groups: int, kernel_positions: int = 1) -> str | None:
+    """Why there cannot be ``groups`` uneven groups: with more than channels, some outputs could have no input."""
+    for what, channels in (("in_channels", in_channels), ("out_channels", out_channels)):
+        if groups > channels:
+            return f"groups={groups} is more than {what}={channels}; use at most {min(in_channels, out_channels)}"
+    return None
+
+
+def rank_of(in_channels: int, out_channels: int, groups: int, kernel_positions: int) -> int:
+    """r = floor(Kmn / (N (Kn + m))): the largest rank whose two factors have at most Kmn/N parameters."""
+    columns = kernel_positions * in_channels
+    return columns * out_channels // (groups * (columns + out_channels))
+
+
+def no_rank(in_channels: int, out_channels: int, groups: int, kernel_positions: int = 1) -> str | None:
+    """Why a reduction by ``groups`` leaves no rank, with the largest that does; None if it does."""
+    if groups == 1 or rank_of(in_channels, out_channels, groups, kernel_positions):
+        return None
+    most = rank_of(in_channels, out_channels, 1, kernel_positions)
+    return (
+        f"groups={groups} leaves no rank for {in_channels} -> {out_channels} channels and {kernel_positions} kernel "
+        f"positions: r = Kmn / (N (Kn + m)) is below 1; " + (f"use at most {most}" if most > 1 else "keep it dense")
+    )
+
+
 @dataclass(frozen=True)
 class Sizes:
     """The numbers that counting rules are written in."""
@@ -75,6 +115,10 @@ def _tlgc(s: Sizes) -> Costs:
     return Costs(s.k * s.m * s.n // s.groups + s.k * s.n + s.groups * s.m)
 
 
+def _lowrank(s: Sizes) -> Costs:
+    return Costs(rank_of(s.n, s.m, s.groups, s.k) * (s.k * s.n + s.m))
+
+
 def _bgc(s: Sizes) -> Costs:
     return Costs(2 * s.k * s.m * s.n // s.groups, adds=s.d_in * s.n, paper_extra=s.d * s.n)
 
@@ -87,8 +131,9 @@ class Variant:
     costs: its counting rule for N >= 2; at N = 1 every variant is the standard convolution.
     table1: Table 1's columns: whether groups exchange information, the channels that an output sees, how groups are
     found. algorithms: the exact algorithms of its layer, the default first. measured: whether 'auto' measures which of
-    them is the fastest; otherwise it is the first. uneven: whether groups may differ in size, so that N need not divide
-    the channels. has_lasso: whether its layers offer a group lasso to the training's loss.
+    them is the fastest; otherwise it is the first. unfit: why there can be no such layer, given n, m, N and K, None
+    where there can; misfit: that in words, between N and the channels. in_paper: whether the paper compares it.
+    has_lasso: whether its layers offer a group lasso to the training's loss.
     solver: how ``bgcbench approx`` finds the least error: 'schur' solves a linear space of kernels for all convolutions
     at once (:mod:`bgcbench.theory.residual`), any other name calls ``from_dense`` for each convolution. sees_mean: of
     'schur', whether a group's outputs see the mean over the groups besides their own inputs.
@@ -104,7 +149,9 @@ class Variant:
     table1: tuple[str, str, str] = ("yes", "n/N", "deterministic")
     algorithms: tuple[str, ...] = ("stock",)
     measured: bool = False
-    uneven: bool = False
+    unfit: Callable[[int, int, int, int], str | None] = indivisible
+    misfit: str = "does not divide"
+    in_paper: bool = True
     has_lasso: bool = False
     solver: str = "from_dense"
     sees_mean: bool = False
@@ -177,7 +224,7 @@ VARIANTS: dict[str, Variant] = {
             _flgc,
             table1=("yes", "varies", "adaptive"),
             algorithms=TRAINED_AND_DEPLOYED,
-            uneven=True,
+            unfit=too_many_groups,
             solver="partition-search",
             look=("#CC79A7", "v", 6.5),
         ),
@@ -203,6 +250,21 @@ VARIANTS: dict[str, Variant] = {
             sees_mean=True,
             unknowns=lambda p, groups: 2 * p,
             look=("#0072B2", "o", 6.0),
+        ),
+        Variant(
+            "lowrank",
+            "LR",
+            "low-rank factorisation, at the parameters of N groups",
+            "bgcbench.convs.lowrank:LowRankConv2d",
+            _lowrank,
+            table1=("yes", "n", "none"),
+            algorithms=("two_conv", "dense", "matmul"),
+            measured=True,
+            unfit=no_rank,
+            misfit="leaves no rank for",
+            in_paper=False,
+            solver="svd",
+            look=("#999933", "h", 6.5),
         ),
     )
 }
@@ -262,32 +324,9 @@ def check_on_cpu(precision: str, mode: str) -> None:
         raise UsageError("--mode graph replays CUDA graphs; on a CPU use eager or compile")
 
 
-def divisors(value: int) -> list[int]:
-    """All positive divisors of ``value``, ascending."""
-    small = [d for d in range(1, math.isqrt(value) + 1) if value % d == 0]
-    return small + [value // d for d in reversed(small) if d * d != value]
-
-
-def indivisible(in_channels: int, out_channels: int, groups: int) -> str | None:
-    """Why ``groups`` cannot split these channels evenly, with the divisors that would do; None if it can."""
-    for what, channels in (("in_channels", in_channels), ("out_channels", out_channels)):
-        if channels % groups:
-            allowed = ", ".join(map(str, divisors(channels)))
-            return f"{what}={channels} is not divisible by groups={groups}; its divisors are {allowed}"
-    return None
-
-
-def unfit(variant: str, in_channels: int, out_channels: int, groups: int) -> str | None:
-    """Why ``variant`` cannot have these channels in ``groups`` groups; None if it can.
-
-    Uneven groups need not divide the channels, but with more groups than channels some outputs could have no input.
-    """
-    if not VARIANTS[variant].uneven:
-        return indivisible(in_channels, out_channels, groups)
-    for what, channels in (("in_channels", in_channels), ("out_channels", out_channels)):
-        if groups > channels:
-            return f"groups={groups} is more than {what}={channels}; use at most {min(in_channels, out_channels)}"
-    return None
+def unfit(variant: str, in_channels: int, out_channels: int, groups: int, kernel_positions: int = 1) -> str | None:
+    """Why ``variant`` cannot have these channels at N = ``groups``; None if it can."""
+    return VARIANTS[variant].unfit(in_channels, out_channels, groups, kernel_positions)
 
 
 def as_pair(what: str, value: int | Sequence[int], least: int = 1) -> Pair:
@@ -332,7 +371,7 @@ class ConvSpec:
             object.__setattr__(self, field, as_pair(field, getattr(self, field), least))
         if self.variant == "standard" and self.groups != 1:
             raise ShapeError(f"a standard convolution has groups=1, not {self.groups}; variant 'gc' has groups")
-        if why := unfit(self.variant, self.in_channels, self.out_channels, self.groups):
+        if why := unfit(self.variant, self.in_channels, self.out_channels, self.groups, self.kernel_positions):
             raise ShapeError(why)
         if self.algorithm != "auto":
             check_choice(f"algorithm of {self.variant}", self.algorithm, VARIANTS[self.variant].algorithms)

@@ -12,6 +12,7 @@ calibrated weights are solved for on the others, and all errors are those on the
 from __future__ import annotations
 
 import itertools
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -311,7 +312,7 @@ class Evaluator:
         if self._problem is not None:
             raise UsageError(self._problem)
         layer = self.layer
-        if reason := unfit(variant, layer.in_channels, layer.out_channels, groups):
+        if reason := unfit(variant, layer.in_channels, layer.out_channels, groups, math.prod(layer.kernel)):
             return self.unknown(variant, groups, reason)
         devices = [self.weight.device] if self.weight.is_cuda else []
         with torch.random.fork_rng(devices=devices):  # a layer is initialised before it takes the projection
@@ -348,7 +349,7 @@ def check_divisible(layers: Sequence[Replaced], variants: Sequence[str], groups:
     """Raise one ShapeError that names every layer which some N does not divide."""
     offenders: dict[int, list[str]] = {}
     for n, variant, layer in itertools.product(groups, variants, layers):
-        if unfit(variant, layer.in_channels, layer.out_channels, n):
+        if unfit(variant, layer.in_channels, layer.out_channels, n, math.prod(layer.kernel)):
             offenders.setdefault(n, []).append(f"{layer.name} ({layer.in_channels} -> {layer.out_channels})")
     if offenders:
         lines = [f"groups={n} does not divide {', '.join(dict.fromkeys(names))}" for n, names in offenders.items()]

@@ -20,7 +20,7 @@ from bgcbench.errors import ShapeError, UsageError
 from bgcbench.measure.batches import Images, Passing
 from bgcbench.measure.trace import SHORTCUT_NAME, Call, Trace, trace
 from bgcbench.results.rows import Kept, Replaced
-from bgcbench.specs import as_pair, unfit
+from bgcbench.specs import VARIANTS, as_pair, unfit
 
 _OTHER_CONVS = (nn.Conv1d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
@@ -338,23 +338,23 @@ def _roles(conv: Conv, found: Trace | None, *, shortcuts: bool) -> Iterator[Reas
 
 def divide(convs: Iterable[Conv], variant: str, groups: int, on_indivisible: str) -> None:
     """Set each chosen convolution's N, or its reason; raises one ShapeError that names all that N does not divide."""
-    offenders = []
+    offenders, misfit = [], VARIANTS[variant].misfit
     for conv in convs:
         if conv.reason is not None:
             continue
-        n, m = channels(conv.module)
+        (n, m), positions = channels(conv.module), math.prod(kernel_of(conv.module))
         conv.groups = groups
-        if unfit(variant, n, m, groups) is None:
+        if unfit(variant, n, m, groups, positions) is None:
             continue
         if on_indivisible == "gcd":
             conv.groups = math.gcd(groups, n, m)
         if on_indivisible == "raise":
             offenders.append(f"{conv.name} ({n} -> {m})")
-        elif conv.groups == 1 or unfit(variant, n, m, conv.groups):
-            conv.reason = Reason("indivisible", f"N={groups} does not divide {n} -> {m} channels")
+        elif conv.groups == 1 or unfit(variant, n, m, conv.groups, positions):
+            conv.reason = Reason("indivisible", f"N={groups} {misfit} {n} -> {m} channels")
     if offenders:
         count = f"{len(offenders)} convolutions" if len(offenders) > 1 else "a convolution"
-        raise Indivisible(f"groups={groups} does not divide the channels of {count}: {', '.join(offenders)}")
+        raise Indivisible(f"groups={groups} {misfit} the channels of {count}: {', '.join(offenders)}")
 
 
 def channels(module: nn.Module) -> tuple[int, int]:

@@ -196,7 +196,8 @@ def _row(config: ApproxConfig, law: InputLaw, variant: str, groups: int) -> Appr
     shape = f"{config.in_channels}x{config.out_channels}-k{config.kernel}-d{config.dims}-l{config.length}"
     key = f"{variant}-n{groups}-{shape}-s{config.stride}-{law.name}-S{config.samples}-{config.precision}"
     unknowns = VARIANTS[variant].unknowns(config.taps_used * config.in_channels // groups, groups)
-    return ApproxRow(key, params, law, unknowns, unfit(variant, config.in_channels, config.out_channels, groups))
+    why = unfit(variant, config.in_channels, config.out_channels, groups, config.kernel**config.dims)
+    return ApproxRow(key, params, law, unknowns, why)
 
 
 # Both are section 5.1 as the defaults have it; they differ in the picture that is drawn.

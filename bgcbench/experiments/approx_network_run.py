@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
+import math
+
 import msgspec
 import torch
 from torch import Tensor, nn
@@ -146,7 +148,11 @@ def prepare(config: ApproxNetworkConfig) -> Prepared:
     )
     if not config.skip_invalid:
         check_divisible(found.chosen, [name for name in config.variants if name != "standard"], config.groups)
-    elif all(unfit(v, la.in_channels, la.out_channels, n) for la in found.chosen for v, n in config.cells):
+    elif all(
+        unfit(v, la.in_channels, la.out_channels, n, math.prod(la.kernel))
+        for la in found.chosen
+        for v, n in config.cells
+    ):
         raise UsageError("nothing to compute: no N of --groups divides the channels of any convolution")
     memory = round(config.memory_gib * 2**30)
     portions = passes(found.chosen, memory)

@@ -300,7 +300,7 @@ def planned_layer(
     variant, groups, algorithm = wanted
     shape = {name: getattr(config, name) for name in ("in_channels", "out_channels", "kernel", "stride")}
     params = {**shape, **(params or {})}
-    if reason := unfit(variant, config.in_channels, config.out_channels, groups):
+    if reason := unfit(variant, config.in_channels, config.out_channels, groups, config.kernel**2):
         row = unmeasured(config, wanted, what, params, status="invalid", reason=reason)
         return PlannedRow(row, label, group=group)
     asked: Json = {} if variant == "standard" else {"variant": variant, "groups": groups}
