@@ -342,7 +342,7 @@ def divide(convs: Iterable[Conv], variant: str, groups: int, on_indivisible: str
     for conv in convs:
         if conv.reason is not None:
             continue
-        (n, m), positions = channels(conv.module), math.prod(kernel_of(conv.module))
+        (n, m), positions = channels(conv.module), math.prod(as_pair("kernel_size", conv.module.kernel_size))  # type: ignore[arg-type]
         conv.groups = groups
         if unfit(variant, n, m, groups, positions) is None:
             continue

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from bgcbench.convs.autotune import AutotunedConv2d
 from bgcbench.convs.bgc_algorithms import strided
+from bgcbench.convs.followed import is_symbolic
 from bgcbench.convs.layouts import is_channels_last, like_layout_of
 from bgcbench.specs import rank_of
 from bgcbench.theory.leastsquares import Fit, shrunk
@@ -71,6 +72,8 @@ class LowRankConv2d(AutotunedConv2d):
 
     def _run(self, algorithm: str, x: Tensor, weights: Sequence[Tensor], bias: Tensor | None) -> Tensor:
         reduce, expand = weights
+        if is_symbolic(x):  # a product of kernels alone would be recorded as a constant
+            algorithm = "two_conv"
         if algorithm == "dense":
             return self._convolve(x, dense_kernel(reduce, expand), bias, 1)
         if algorithm == "matmul":
@@ -116,7 +119,8 @@ def products(x: Tensor, reduce: Tensor, expand: Tensor, bias: Tensor | None) -> 
     if is_channels_last(x):
         return F.linear(F.linear(x.permute(0, 2, 3, 1), r), p, bias).permute(0, 3, 1, 2)
     y = p @ (r @ x.flatten(-2))  # (..., m, H W)
-    return (y if bias is None else y + bias[:, None]).reshape(*y.shape[:-1], *x.shape[-2:])
+    y = y if bias is None else y + bias[:, None].to(y.dtype)  # autocast leaves a bias as it is
+    return y.reshape(*y.shape[:-1], *x.shape[-2:])
 
 
 def factored(target: Tensor, moment: Tensor | None, rank: int) -> tuple[Tensor, Tensor]:
