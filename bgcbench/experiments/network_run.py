@@ -223,7 +223,7 @@ class NetworkSubject(Subject):
 
     def work(self, phase: str) -> CallWork:
         moved = self.found.values_moved * self.batch + self.params
-        operations = 2 * self.macs + self.counts.adds
+        operations = 2 * self.macs + (self.counts.adds or 0)
         return CallWork(PASSES[phase] * operations * self.batch, PASSES[phase] * moved * self.item)
 
     def needed_bytes(self, phase: str) -> int:

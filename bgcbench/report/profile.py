@@ -137,7 +137,7 @@ def profile_records(rows: Rows) -> list[dict[str, Any]]:
     for row in rows:
         about = {"key": row.key, **flat(row.params, ProfileParams), "status": row.status, "reason": row.reason}
         about |= flat(row.counts, Counts) | flat(row.approximability, White) | flat(row.memory, Memory)
-        del about["kernel_width"]  # of a network's few kernels that are not square: in the file alone
+        about.pop("kernel_width")  # of a network's few kernels that are not square: in the file alone
         for phase in row.phases or (None,):
             records.append(about | _measured_record(row, references.get(row.params.layer), phase))
     return records

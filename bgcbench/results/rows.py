@@ -47,7 +47,7 @@ class Row(Data, frozen=True):
         return self.status in DONE
 
 
-class Counts(Data, frozen=True, omit_defaults=False):
+class Counts(Data, frozen=True):
     """Of one image, forward. A MAC is one multiplication with its addition; adds are BGC's mean.
 
     paper_ops: the paper's formula ((3.14), section 4). bytes_min: what must be read and written at least. *_training:
@@ -320,7 +320,7 @@ class White(Data, frozen=True):
     white_error: Nonnegative | None
 
 
-class ProfileRow(Row, frozen=True, kw_only=True, omit_defaults=False):
+class ProfileRow(Row, frozen=True, kw_only=True):
     """A layer or a network, measured in each phase.
 
     failures: of phases that have no samples, or not all. forms: see Forms, where 'auto' has chosen. interleaved: the
@@ -328,13 +328,13 @@ class ProfileRow(Row, frozen=True, kw_only=True, omit_defaults=False):
     """
 
     params: ProfileParams
-    counts: Counts | None = None
-    approximability: White | None = None
-    memory: Memory | None = None
-    phases: dict[str, Phase] = {}
+    counts: Counts | None
+    approximability: White | None
+    memory: Memory | None
+    phases: dict[str, Phase]
     failures: dict[str, Failure] = {}
     forms: Forms = {}
-    paper: PaperRow | None = None
+    paper: PaperRow | None
     interleaved: Count | None = None
     convert: Record | None = None
     layer: DistinctLayer | None = None
