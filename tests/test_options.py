@@ -121,20 +121,8 @@ def test_a_new_field_of_a_configuration_is_an_option_and_reaches_the_run(tmp_pat
     app = typer.Typer()
     app.callback()(lambda: None)
     register(app, WarmProfile())
-    small = [
-        "profile",
-        "--channels",
-        "8",
-        "--size",
-        "4",
-        "--batch",
-        "2",
-        "--groups",
-        "2",
-        "--variants",
-        "gc",
-        "--quick",
-    ]
+    small = ["profile", "--channels", "8", "--size", "4", "--batch", "2", "--groups", "2", "--variants", "gc",
+             "--quick"]  # fmt: skip
     file = tmp_path / "r.json"
     done = CliRunner().invoke(app, [*small, "--warm-calls", "3", "--device", "cpu", "--out", str(file), "--quiet"])
     assert done.exit_code == 0, done.output

@@ -71,7 +71,7 @@ class Prepared:
     config: ApproxNetworkConfig
     model: nn.Module
     loaded: Loaded
-    images: Images
+    batches: _Batches
     layers: Candidates
     portions: int
     moment_bytes: int
@@ -84,8 +84,8 @@ class Prepared:
         return {
             "weights_sha256": self.loaded.sha256,
             "weights_key": self.loaded.key,
-            "data_sha256": self.images.fingerprint,
-            "preprocessing": self.images.preprocessing.to_json(),
+            "data_sha256": self.batches.images.fingerprint,
+            "preprocessing": self.batches.images.preprocessing.to_json(),
         }
 
     @property
@@ -94,15 +94,10 @@ class Prepared:
         return NetworkFacts(
             weights=self.loaded.name,
             weights_sha256=self.loaded.sha256,
-            data_sha256=self.images.fingerprint,
+            data_sha256=self.batches.images.fingerprint,
             kept=self.layers.kept,
             moments=Moments(bytes=self.moment_bytes, passes=self.portions),
         )
-
-    @property
-    def image_count(self) -> int:
-        """How many images are run."""
-        return min(self.config.calibration_images, len(self.images))
 
     @property
     def rows(self) -> list[PlannedLayer]:
@@ -110,7 +105,7 @@ class Prepared:
         return [self._row(layer, *cell) for layer in self.layers.chosen for cell in self.config.cells]
 
     def _row(self, layer: Replaced, variant: str, groups: int) -> PlannedLayer:
-        model, weights, data = self.config.model, self.loaded.name, self.images.name
+        model, weights, data = self.config.model, self.loaded.name, self.batches.images.name
         params = LayerParams(
             variant=variant,
             groups=groups,
@@ -124,7 +119,7 @@ class Prepared:
             out_channels=layer.out_channels,
             input="activations",
             data=data,
-            calibration_images=self.image_count,
+            calibration_images=self.batches.count,
         )
         return PlannedLayer(f"{model}-{layer.name}-{variant}-n{groups}-{weights}-{data}", params, layer)
 
@@ -159,10 +154,12 @@ def prepare(config: ApproxNetworkConfig) -> Prepared:
     warnings = [*found.notes, *loaded.notes, *warned(images.preprocessing, weights, config.model)]
     if config.weights is None and not published:
         warnings.append(f"{config.model}: {UNTRAINED}")
-    if (there := len(images)) < (asked := config.calibration_images):
+    there, asked = len(images), config.calibration_images
+    if there < asked:
         warnings.append(f"{images.name} has {there} images, fewer than the {asked} asked for; all are used")
+    batches = _Batches(images, min(there, asked), config.batch, config.seed)
     said = told(images.preprocessing, weights)
-    return Prepared(config, model, loaded, images, found, len(portions), held, said, warnings)
+    return Prepared(config, model, loaded, batches, found, len(portions), held, said, warnings)
 
 
 class ApproxNetworkRun(Run[LayerRow]):
@@ -187,13 +184,12 @@ class ApproxNetworkRun(Run[LayerRow]):
     @property
     def plan_lines(self) -> list[str]:
         """The plan in words."""
-        config, prepared = self.config, self.prepared
-        layers = prepared.layers.chosen
+        config, prepared, batches = self.config, self.prepared, self.prepared.batches
+        layers, runs = prepared.layers.chosen, prepared.portions
         return [
             f"plan: {len(layers)} convolutions of {config.model} (weights: {prepared.loaded.name}) x "
-            f"{len(config.cells)}, {prepared.image_count} images of {prepared.images.name}; moments of up to "
-            f"{prepared.moment_bytes / 2**30:.2g} GiB at once, {prepared.portions} run{'s' * (prepared.portions > 1)} "
-            "over the images",
+            f"{len(config.cells)}, {batches.count} images of {batches.images.name}; moments of up to "
+            f"{prepared.moment_bytes / 2**30:.2g} GiB at once, {runs} run{'s' * (runs > 1)} over the images",
             *prepared.told,
             *(f"  {layer.name}: {layer.in_channels} -> {layer.out_channels}" for layer in layers),
             *(f"  kept: {kept.name} ({kept.reason})" for kept in prepared.layers.kept),
@@ -205,21 +201,19 @@ class ApproxNetworkRun(Run[LayerRow]):
 
     def run(self) -> Iterator[Step]:
         """Compute, and say after every step what is new."""
-        config, prepared = self.config, self.prepared
+        config, prepared, count = self.config, self.prepared, self.prepared.batches.count
         left = [row for row in self.planned if row.key not in self.known]
         layers = list(dict.fromkeys(row.layer for row in left))
         if not layers:
             return
         share_of = shares(prepared.layers.chosen)
-        count = prepared.image_count
-        batches = _Batches(prepared.images, count, config.batch, config.seed)
         with backend_state("fp32", config.threads):
             model = prepared.model.to(self.session.device)
             yield Step(f"{count} images through {config.model}")
             source = stream(
                 model,
                 layers,
-                batches,
+                prepared.batches,
                 images=count,
                 memory_bytes=round(config.memory_gib * 2**30),
                 seed=row_seed(config.seed, "positions"),

@@ -63,6 +63,13 @@ class _Inputs:
 
     moment: Tensor
     energy: float
+    _centred: dict[int, Tensor] = field(default_factory=dict)
+
+    def centred(self, groups: int) -> Tensor:
+        """M about the mean over N = ``groups`` groups."""
+        if groups not in self._centred:
+            self._centred[groups] = centred(self.moment, groups)
+        return self._centred[groups]
 
 
 @dataclass
@@ -194,10 +201,9 @@ class ApproxRun(Run[SampledRow]):
         at_hand = {n: [row for row in rows if row.params.groups == n] for n in sorted({r.params.groups for r in rows})}
         m = self.config.out_channels
         sums = {row.key: _Sums() for row in rows}
-        centred_moments: dict[tuple[str, int], Tensor] = {}
         for share, complete in group_moments(self._rows_of, {n: assigned(m, n) for n in at_hand}, m):
             for found in complete:
-                self._add_group(found, at_hand[found.groups], sums, centred_moments)
+                self._add_group(found, at_hand[found.groups], sums)
             yield Step(f"{self.config.samples} convolutions{', shuffled' if shuffled else ''}", share)
             if self.stop():
                 return
@@ -205,18 +211,13 @@ class ApproxRun(Run[SampledRow]):
             self.known[row.key] = self._linear_row(row, sums[row.key])
         yield Step("errors", save=True)
 
-    def _add_group(
-        self,
-        found: GroupMoment,
-        rows: list[ApproxRow],
-        sums: dict[str, _Sums],
-        centred_moments: dict[tuple[str, int], Tensor],
-    ) -> None:
+    def _add_group(self, found: GroupMoment, rows: list[ApproxRow], sums: dict[str, _Sums]) -> None:
         """Add one complete output group to the sums of every row that has it."""
         weights = float(found.matrix.trace())
         for name in dict.fromkeys(row.law.name for row in rows):
             mine = [row for row in rows if row.law.name == name]
-            moment = self._inputs[name].moment
+            inputs = self._inputs[name]
+            moment = inputs.moment
             output = inner_product(moment, found.matrix)
             for row in mine:
                 sums[row.key].weights += weights
@@ -236,13 +237,10 @@ class ApproxRun(Run[SampledRow]):
                 total.trace += float(moment.trace()) - float(energy[:end].sum())
                 if spread is not None:
                     total.squares.append(spread[with_mean])
-                if not with_mean:
+                if with_mean:
+                    total.construction += outside(inputs.centred(found.groups), found.matrix, found.group, found.groups)
+                else:
                     total.construction += outside(moment, found.matrix, found.group, found.groups, output)
-                    continue
-                key = (name, found.groups)
-                if key not in centred_moments:
-                    centred_moments[key] = centred(moment, found.groups)
-                total.construction += outside(centred_moments[key], found.matrix, found.group, found.groups)
 
     def _linear_row(self, row: ApproxRow, total: _Sums) -> SampledRow:
         number, m, size = self.config.samples, self.config.out_channels, self._fan_in
