@@ -347,7 +347,9 @@ class TestNetwork:
 
         judged: list[str] = []
         judge = Evaluator.judge
-        monkeypatch.setattr(Evaluator, "judge", lambda self, *cell: judged.append(self.layer.name) or judge(self, *cell))
+        monkeypatch.setattr(
+            Evaluator, "judge", lambda self, *cell: judged.append(self.layer.name) or judge(self, *cell)
+        )
         assert main(["approx", "--resume", "r.json"]) == 0
         assert stored(here / "r.json")["results"] == rows
         assert len(judged) == len(rows) - 9

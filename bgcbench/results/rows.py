@@ -320,7 +320,7 @@ class White(Data, frozen=True):
     white_error: Nonnegative | None
 
 
-class ProfileRow(Row, frozen=True, kw_only=True, omit_defaults=False):
+class ProfileRow(Row, frozen=True, kw_only=True):
     """A layer or a network, measured in each phase.
 
     failures: of phases that have no samples, or not all. forms: see Forms, where 'auto' has chosen. interleaved: the
@@ -328,13 +328,13 @@ class ProfileRow(Row, frozen=True, kw_only=True, omit_defaults=False):
     """
 
     params: ProfileParams
-    counts: Counts | None = None
-    approximability: White | None = None
-    memory: Memory | None = None
-    phases: dict[str, Phase] = {}
+    counts: Counts | None
+    approximability: White | None
+    memory: Memory | None
+    phases: dict[str, Phase]
     failures: dict[str, Failure] = {}
     forms: Forms = {}
-    paper: PaperRow | None = None
+    paper: PaperRow | None
     interleaved: Count | None = None
     convert: Record | None = None
     layer: DistinctLayer | None = None
@@ -674,7 +674,7 @@ class Preprocessing(Data, frozen=True):
     source: Literal["weights", "library", "data"]
 
 
-class Settings(Data, frozen=True):
+class Settings(Data, frozen=True, omit_defaults=False):
     """The conditions that a run set on purpose; a resumed run must have the same."""
 
     seed: Count
