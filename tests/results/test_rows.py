@@ -16,7 +16,8 @@ RESULTS = Path(__file__).parent.parent.parent / "results"
 FILES = [path for path in sorted(RESULTS.glob("*.json")) if "bgcbench.result" in path.read_text()[:200]]
 # What reading adds to a file of an older version, by name; a record of a conversion says everything since 1.1.
 ADDED = {"stage", "code", "failure", "fits", "network", "alone", "max_time_s", "optimizer_bytes", "agreed",
-         "minor_faults_per_call", "page_faults"}  # fmt: skip
+         "minor_faults_per_call", "page_faults", "matmul_fraction", "world_size", "white_loss", "forms", "algorithm",
+         "calibration_images"}  # fmt: skip
 
 
 def lost(raw: Any, again: Any, place: str) -> list[str]:
