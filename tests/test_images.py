@@ -94,7 +94,7 @@ def test_a_network_is_judged_with_the_preprocessing_that_its_library_states(
 def test_a_file_from_before_still_shows(judged: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert transferred(judged, tmp_path / "r.json", "--quiet") == 0
     found = stored(tmp_path / "r.json")
-    del found["settings"]["preprocessing"], found["settings"]["weights_key"]
+    del found["settings"]["preprocessing"]
     (tmp_path / "r.json").write_text(json.dumps(found))
     capsys.readouterr()
     assert main(["show", str(tmp_path / "r.json")]) == 0

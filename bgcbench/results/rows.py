@@ -674,7 +674,7 @@ class Preprocessing(Data, frozen=True):
     source: Literal["weights", "library", "data"]
 
 
-class Settings(Data, frozen=True, omit_defaults=False):
+class Settings(Data, frozen=True):
     """The conditions that a run set on purpose; a resumed run must have the same."""
 
     seed: Count
