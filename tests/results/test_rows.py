@@ -16,16 +16,17 @@ RESULTS = Path(__file__).parent.parent.parent / "results"
 FILES = [path for path in sorted(RESULTS.glob("*.json")) if "bgcbench.result" in path.read_text()[:200]]
 # What reading adds to a file of an older version, by name; a record of a conversion says everything since 1.1.
 ADDED = {"stage", "code", "failure", "fits", "network"}
+NOTHING = (None, {}, [], 0, 1)  # defaults; 0 and 1 are False and True too
 
 
 def lost(raw: Any, again: Any, place: str) -> list[str]:
     """Where ``again`` is not what ``raw`` says, but for what the types' defaults stand for."""
     if isinstance(raw, dict):
-        gone = [
-            f"{place}/{name}" for name, value in raw.items() if name not in again and value not in (None, {}, [], 0, 1)
-        ]
+        gone = [f"{place}/{name}" for name, value in raw.items() if name not in again and value not in NOTHING]
         more = [
-            f"{place}/+{name}" for name in again if name not in raw and name not in ADDED and "convert" not in place
+            f"{place}/+{name}"
+            for name, value in again.items()
+            if name not in raw and name not in ADDED and "convert" not in place and value not in NOTHING
         ]
         return (
             gone + more + [one for name in raw if name in again for one in lost(raw[name], again[name], place + name)]
