@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from bgcbench.report.format import label_of, scaled, significant
+from bgcbench.report.format import label_of, named, scaled, significant
 from bgcbench.report.notes import together
 from bgcbench.report.table import Column, flat, label, words
 from bgcbench.results.aggregate import NO_IMAGES, SYNTHETIC, BySeed, Cell, Difference, image_points, spread_of
@@ -20,7 +20,7 @@ FLATTERS = "where a seed did not finish, the mean is of those that did, which fl
 
 
 def cell_name(cell: Cell) -> str:
-    return label_of(cell.variant) if cell.dense else f"{label_of(cell.variant)} N={cell.groups}"
+    return label_of(cell.variant) if cell.dense else named(cell.variant, cell.groups)
 
 
 def is_synthetic(rows: Rows) -> bool:
