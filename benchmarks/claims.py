@@ -25,7 +25,6 @@ from benchmarks.kernels_cuda import is_wrong, micros
 from bgcbench.measure.statistics import Ratio, Series, ratio_of_medians
 from bgcbench.results.aggregate import (
     Cell,
-    Conversion,
     Conversions,
     Spread,
     Start,
@@ -34,7 +33,7 @@ from bgcbench.results.aggregate import (
     training_cells,
 )
 from bgcbench.results.document import Document, loaded, read
-from bgcbench.results.rows import LayerErrors, ProfileRow, SampledRow, TrainRow, TransferRow
+from bgcbench.results.rows import LayerErrors, ProfileRow, SampledRow, TrainRow
 from bgcbench.specs import VARIANTS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -429,7 +428,7 @@ def lost_by_layers() -> Table:
 # -------------------------------------------------------------------------------------------------- train and transfer
 
 
-def trained_at(document: Document, at: At) -> Cell[TrainRow]:
+def trained_at(document: Document, at: At) -> Cell:
     return next(cell for cell in training_cells(document.results) if (cell.variant, cell.groups) == at)
 
 
@@ -454,7 +453,7 @@ def trainings() -> Table:
 Converted = tuple[str, int, str]  # variant, N, initialisation
 
 
-def converted_at(document: Document, at: Converted, rebn: bool) -> Conversion | None:
+def converted_at(document: Document, at: Converted, rebn: bool) -> Cell | None:
     variant, groups, init = at
     cells = Conversions.of(document).at(Start(init, rebn and variant != "standard"))
     return cells.get((variant, groups))
@@ -463,7 +462,7 @@ def converted_at(document: Document, at: Converted, rebn: bool) -> Conversion | 
 def error_after(epochs: int, *, rebn: bool = True) -> Callable[[Document, Converted], Value]:
     """Test error of a conversion after so many epochs of training; 0 is as converted."""
 
-    def error(row: TransferRow) -> float | None:
+    def error(row: TrainRow) -> float | None:
         if epochs == 0:
             return row.error_initial
         return row.epochs[epochs - 1].test_error if len(row.epochs) >= epochs else None

@@ -21,7 +21,7 @@ def report_of(document: Json) -> report.Report:
 
 def render(document: Json, form: str, width: int = 80) -> str:
     out = io.StringIO()
-    report.emit(report_of(document), form, Console(file=out, width=width, no_color=True, highlight=False), document)
+    report.emit(report_of(document), form, Console(file=out, width=width, no_color=True, highlight=False))
     return out.getvalue()
 
 

@@ -48,6 +48,21 @@ def example(here: Path) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def light(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """What a finished run has written."""
+    path = tmp_path_factory.mktemp("light") / "r.json"
+    assert main([*LIGHT, "--out", str(path), "--quiet"]) == 0
+    return path.read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def finished(here: Path, light: str) -> Path:
+    """Its file, in the current folder."""
+    (here / "r.json").write_text(light, encoding="utf-8")
+    return here / "r.json"
+
+
 def in_shell(arguments: list[str], ending: str, folder: Path) -> subprocess.CompletedProcess[str]:
     """``bgcbench ARGUMENTS ENDING``, typed into a shell."""
     line = f"{shlex.join([sys.executable, '-m', 'bgcbench', *arguments])} {ending}"
@@ -247,8 +262,7 @@ class TestProfile:
         assert (whole["exit_reason"], whole["failure"], whole["complete"]) == ("ok", None, True)
         assert "broke off" not in capsys.readouterr().out
 
-    def test_while_a_resumed_run_measures_its_file_does_not_say_it_has_ended(self, here: Path, monkeypatch) -> None:
-        assert main([*LIGHT, "--out", "r.json", "--quiet"]) == 0
+    def test_while_a_resumed_run_measures_its_file_does_not_say_it_has_ended(self, finished: Path, monkeypatch) -> None:
         seen: list[tuple[object, ...]] = []
         write = results.ResultWriter.write
 
@@ -283,22 +297,20 @@ class TestProfile:
         assert (here / "r.json").read_text() == "theirs"
         assert stored(rescued)["complete"]
 
-    def test_resume_needs_no_other_option_and_measures_only_what_is_missing(self, here: Path, capsys) -> None:
-        assert main([*LIGHT, "--out", "r.json", "--quiet"]) == 0
-        document = stored(here / "r.json")
+    def test_resume_needs_no_other_option_and_measures_only_what_is_missing(self, finished: Path, capsys) -> None:
+        document = stored(finished)
         document["results"][1] |= {"status": "interrupted", "reason": "cut short"}
-        results.ResultWriter(here / "r.json").write(document)
+        results.ResultWriter(finished).write(document)
         assert main(["profile", "--resume", "r.json"]) == 0
-        again = stored(here / "r.json")
+        again = stored(finished)
         assert [row["key"] for row in again["results"]] == [row["key"] for row in document["results"]]
         assert again["results"][0] == document["results"][0]
         assert again["results"][1]["status"] == "ok"
         assert again["exit_reason"] == "ok"
         assert [row["interleaved"] for row in again["results"]] == [1, 2, 1]
 
-    def test_a_resumed_grid_may_grow_but_its_settings_may_not_change(self, here: Path, capsys) -> None:
-        assert main([*LIGHT, "--out", "r.json", "--quiet"]) == 0
-        before = (here / "r.json").read_text()
+    def test_a_resumed_grid_may_grow_but_its_settings_may_not_change(self, finished: Path, capsys) -> None:
+        before = finished.read_text()
         for change in (
             ["--seed", "5"],
             ["--batch", "8"],
@@ -308,12 +320,12 @@ class TestProfile:
         ):
             assert main(["profile", "--resume", "r.json", *change]) == 2
             assert "cannot be resumed" in capsys.readouterr().err
-        assert (here / "r.json").read_text() == before
+        assert finished.read_text() == before
         assert main(["profile", "--resume", "r.json", "--groups", "2,4", "--quiet"]) == 0
-        grown = stored(here / "r.json")
+        grown = stored(finished)
         assert len(grown["results"]) == 5
         assert main(["profile", "--resume", "r.json", "--groups", "2", "--quiet"]) == 0
-        assert stored(here / "r.json")["results"] == grown["results"]  # a smaller grid takes nothing away
+        assert stored(finished)["results"] == grown["results"]  # a smaller grid takes nothing away
 
     def test_a_truncated_or_foreign_file_is_not_resumed_and_not_touched(self, example: Path, capsys) -> None:
         whole = example.read_text()

@@ -345,14 +345,14 @@ class TestNetwork:
         rows = part_of(whole, 9)
         from bgcbench.conversion.approximability import Evaluator
 
-        judged: list[str] = []
-        judge = Evaluator.judge
+        seen: list[str] = []
+        evaluate = Evaluator.evaluate
         monkeypatch.setattr(
-            Evaluator, "judge", lambda self, *cell: judged.append(self.layer.name) or judge(self, *cell)
+            Evaluator, "evaluate", lambda self, *cell: seen.append(self.layer.name) or evaluate(self, *cell)
         )
         assert main(["approx", "--resume", "r.json"]) == 0
         assert stored(here / "r.json")["results"] == rows
-        assert len(judged) == len(rows) - 9
+        assert len(seen) == len(rows) - 9
 
     def test_a_resumed_run_refuses_other_weights(self, here: Path, capsys) -> None:
         torch.save(build_model("wrn_10_1").state_dict(), here / "mine.pth")
@@ -380,14 +380,14 @@ class TestNetwork:
     def test_a_row_that_fails_is_recorded_and_the_others_are_computed(self, here: Path, monkeypatch, capsys) -> None:
         from bgcbench.conversion.approximability import Evaluator
 
-        judge = Evaluator.judge
+        evaluate = Evaluator.evaluate
 
         def failing(self: Evaluator, variant: str, groups: int) -> Any:
             if (self.layer.name, variant) == ("stages.1.0.conv1", "gc"):
                 raise torch.linalg.LinAlgError("the matrix is singular")
-            return judge(self, variant, groups)
+            return evaluate(self, variant, groups)
 
-        monkeypatch.setattr(Evaluator, "judge", failing)
+        monkeypatch.setattr(Evaluator, "evaluate", failing)
         assert main([*NETWORK, "--data", "digits", "--out", "r.json"]) == 1
         document = stored(here / "r.json")
         failed = [row for row in document["results"] if row["status"] == "error"]

@@ -217,7 +217,7 @@ def test_a_training_step_computes_what_it_does_on_a_cpu(device: torch.device, va
             )
             for _ in run.run():
                 pass
-        losses.append([epoch["train_loss"] for epoch in run.state.history])
+        losses.append([epoch.train_loss for epoch in run.state.history])
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 

@@ -270,8 +270,9 @@ class Transfer(Train):
             )
         if asked.resume is None:
             stand_in = {name: value for name, value in given.items() if name != "stem_stride"}
-            images = {"data": "folder", "data_dirs": (".",)}  # they are looked for afterwards
-            settled(self, {**images, **stand_in, "model": STAND_IN, "weights": path}, asked)
+            if "data" not in given:  # images are looked for afterwards
+                stand_in |= {"data": "folder", "data_dirs": (".",)}
+            settled(self, {**stand_in, "model": STAND_IN, "weights": path}, asked)
         from bgcbench.training.checkpoint import network_in  # torch
 
         found = {name: value for name, value in network_in(Path(path)).items() if value is not None}

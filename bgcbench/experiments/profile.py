@@ -276,10 +276,12 @@ def unmeasured(config: Any, wanted: Wanted, what: str, params: Json, **facts: An
     conditions = {name: getattr(config, name) for name in ("batch", "height", "width", "precision", "layout", "mode")}
     key = f"{what}-b{config.batch}-{config.height}x{config.width}-{config.precision}-{config.layout}-{config.mode}"
     algorithm = VARIANTS[wanted.variant].settled(wanted.algorithm)
+    unknown: Json = dict.fromkeys(("counts", "approximability", "memory", "paper"))
     return ProfileRow(
         key=key if wanted.algorithm == "auto" else f"{key}-{wanted.algorithm}",
         params=ProfileParams(variant=wanted.variant, groups=wanted.groups, algorithm=algorithm, **conditions, **params),
-        **{"status": "interrupted", "reason": "not measured yet", **facts},
+        phases={},
+        **{"status": "interrupted", "reason": "not measured yet", **unknown, **facts},
     )
 
 

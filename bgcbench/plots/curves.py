@@ -12,7 +12,6 @@ from bgcbench.plots import style
 from bgcbench.plots.errors import unfinished, variants_of
 from bgcbench.results.aggregate import SYNTHETIC, Cell, training_cells
 from bgcbench.results.document import Document
-from bgcbench.results.rows import TrainRow
 from bgcbench.specs import VARIANTS
 
 ACROSS = 3  # panels side by side
@@ -46,7 +45,7 @@ def part(document: Document) -> style.Part:
     return style.Part(len(places), paint)
 
 
-def _curve(cell: Cell[TrainRow]) -> dict[int, list[float]]:
+def _curve(cell: Cell) -> dict[int, list[float]]:
     """Test errors of all seeds by epoch, of the finished rows or, where there are none, of those that began.
 
     Only epochs that every one of them has: a mean over fewer would jump where one ends.

@@ -10,13 +10,12 @@ from matplotlib.figure import SubFigure
 from bgcbench.plots import style
 from bgcbench.results.aggregate import Cell, Spread, spread_of, training_cells, variant_place
 from bgcbench.results.document import Document
-from bgcbench.results.rows import TrainRow
 
 DODGE = 0.1  # octaves of N between two variants of one N, which would hide each other
 BESIDE = 1.04  # times the place of a marker: that of its seeds
 HOLLOW = {"markerfacecolor": "none", "linestyle": "none"}
 
-Spreads = dict[Cell[TrainRow], Spread]
+Spreads = dict[Cell, Spread]
 
 
 def part(document: Document) -> style.Part:
@@ -56,11 +55,11 @@ def part(document: Document) -> style.Part:
     return style.Part(1.3, paint)
 
 
-def variants_of(cells: Iterable[Cell[TrainRow]]) -> list[str]:
+def variants_of(cells: Iterable[Cell]) -> list[str]:
     return sorted({cell.variant for cell in cells}, key=variant_place)
 
 
-def unfinished(cells: Iterable[Cell[TrainRow]]) -> str:
+def unfinished(cells: Iterable[Cell]) -> str:
     """A note on the cells of which not every seed has finished."""
     gone = [
         f"{style.label_of(cell.variant, cell.groups)} ({len(cell.done)} of {len(cell.rows)} seeds)"
@@ -70,14 +69,14 @@ def unfinished(cells: Iterable[Cell[TrainRow]]) -> str:
     return f"Not all finished: {', '.join(gone)}." if gone else ""
 
 
-def _place(cell: Cell[TrainRow], variants: Sequence[str]) -> float:
+def _place(cell: Cell, variants: Sequence[str]) -> float:
     """Where a cell stands on the axis of N: beside the others of its N."""
     others = [variant for variant in variants if variant != "standard"]
     steps = 0.0 if cell.dense else others.index(cell.variant) - (len(others) - 1) / 2
     return float(cell.groups * 2 ** (DODGE * steps))
 
 
-def _panel(axes: Axes, spreads: Spreads, places: Mapping[Cell[TrainRow], float], *, seeds: bool) -> None:
+def _panel(axes: Axes, spreads: Spreads, places: Mapping[Cell, float], *, seeds: bool) -> None:
     """The cells at their places: means joined by variant, with their spread and what the paper prints."""
     for variant in variants_of(places):
         cells = sorted((cell for cell in places if cell.variant == variant), key=lambda cell: places[cell])

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import SubFigure
 
 from bgcbench.plots.style import Look, NothingToDraw, Part, grid_of, label_of, legend, scale_errors, training_title
-from bgcbench.results.aggregate import Conversion, Conversions, variant_place
+from bgcbench.results.aggregate import Cell, Conversions, variant_place
 from bgcbench.results.document import Document, printable
 from bgcbench.results.rows import CalibratedLayer
 
@@ -67,7 +67,7 @@ def _percent(share: float) -> float:
     return max(100 * share, LEAST)
 
 
-def _panel(axes: Axes, names: Sequence[str], cell: Conversion, size: float) -> None:
+def _panel(axes: Axes, names: Sequence[str], cell: Cell, size: float) -> None:
     """The layers of a cell along the network, means over the seeds, with markers ``size`` times as large."""
     for weights, loss in LOSSES.items():
         look = {**LOOKS[weights], "markersize": size * LOOKS[weights]["markersize"], "linewidth": 1.0}

@@ -5,12 +5,15 @@ A report is built from typed rows alone, so a live run and the file that it wrot
 
 from __future__ import annotations
 
+from bgcbench.report.approx import approx_report
 from bgcbench.report.compare import Comparison, compare_report, settings_that_differ, speed_up
 from bgcbench.report.machine import doctor_report
 from bgcbench.report.measured import flags
 from bgcbench.report.profile import profile_report
 from bgcbench.report.table import Column, Report, Table, as_csv, as_markdown, emit, explained
 from bgcbench.report.table1 import table1_report
+from bgcbench.report.train import train_report
+from bgcbench.report.transfer import transfer_report
 from bgcbench.results.document import Document
 
 __all__ = [
@@ -34,14 +37,5 @@ __all__ = [
 
 def document_report(document: Document) -> Report:
     """The report of any result document."""
-    from bgcbench.report.approx import approx_report
-    from bgcbench.report.train import train_report
-    from bgcbench.report.transfer import transfer_report
-
-    reports = {
-        "profile": profile_report,
-        "approx": approx_report,
-        "train": train_report,
-        "transfer": transfer_report,
-    }
+    reports = {"profile": profile_report, "approx": approx_report, "train": train_report, "transfer": transfer_report}
     return reports[document.command](document)

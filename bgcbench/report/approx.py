@@ -128,14 +128,11 @@ def _in_sample(row: SampledRow) -> float | None:
 
 def _fronts(by_input: Mapping[str, Sequence[SampledRow]]) -> dict[str, str]:
     """For each row on a Pareto front of its input, which: error against params, MACs, or both."""
+    costs: dict[str, Callable[[Counts], int]] = {"params": lambda counts: counts.params, "MACs": lambda c: c.macs}
     marks: dict[str, list[str]] = {}
     for mine in by_input.values():
-        fronts = {
-            "params": front_of(mine, lambda counts: counts.params),
-            "MACs": front_of(mine, lambda counts: counts.macs),
-        }
-        for title, front in fronts.items():
-            for row in front:
+        for title, cost in costs.items():
+            for row in front_of(mine, cost):
                 marks.setdefault(row.key, []).append(title)
     return {key: ", ".join(titles) for key, titles in marks.items()}
 

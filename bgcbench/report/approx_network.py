@@ -7,12 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from bgcbench.report.format import label_of, scaled
+from bgcbench.report.format import label_of, named, scaled
 from bgcbench.report.notes import notes
 from bgcbench.report.table import Column, Report, Table, flat, label, row_record, words
 from bgcbench.results.aggregate import at_equal_params
 from bgcbench.results.document import Document
-from bgcbench.results.rows import LayerErrors, LayerRow
+from bgcbench.results.rows import LayerErrors, LayerParams, LayerRow
 from bgcbench.theory.exact import white_error
 
 TOLERATED = (0.05, 0.10, 0.20)  # shares of a layer's output energy
@@ -24,7 +24,7 @@ def network_report(document: Document, rows: Sequence[LayerRow]) -> Report:
     for row in rows:
         by_layer.setdefault(row.params.layer, {})[row.params.variant, row.params.groups] = row
     cells = list(dict.fromkeys((row.params.variant, row.params.groups) for row in rows))
-    order = sorted(by_layer, key=lambda name: -_loss(by_layer[name]))
+    order = sorted(by_layer, key=lambda name: -statistics.fmean(_calibrated(by_layer[name]).values() or [-1.0]))
     layers = [by_layer[name] for name in order]
     sections = {"Which layers tolerate what": _tolerant(by_layer, cells)} if rows else {}
     tables = [Table(_title(document, rows), layer_columns(cells), layers, sections)]
@@ -45,14 +45,17 @@ def layer_columns(cells: Sequence[tuple[str, int]]) -> list[Column[ByCell]]:
     def lost(of: ByCell, at: tuple[str, int]) -> str | None:
         if at not in of:
             return ""
-        error = _calibrated(of[at])
+        error = _calibrated(of).get(at)
         return None if error is None else f"{error:.1%}"
 
+    def any_row(of: ByCell) -> LayerRow:
+        return next(iter(of.values()))
+
     return [
-        label("layer", lambda of: _any(of).params.layer, LAYER),
-        words("convolution", lambda of: _shape(_any(of)), "Kernel, channels and stride."),
-        Column("MACs share", lambda of: _any(of).macs_share, "Of the convolutions in this table.", "{:.2%}".format),
-        *(Column(_named(at), partial(lost, at=at), LOST, name="VARIANT N=..") for at in cells),
+        label("layer", lambda of: any_row(of).params.layer, LAYER),
+        words("convolution", lambda of: _shape(any_row(of).params), "Kernel, channels and stride."),
+        Column("MACs share", lambda of: any_row(of).macs_share, "Of the convolutions in this table.", "{:.2%}".format),
+        *(Column(named(*at), partial(lost, at=at), LOST, name="VARIANT N=..") for at in cells),
     ]
 
 
@@ -67,6 +70,7 @@ CALIBRATED = (
     "Share lost with least squares on the activations, pulled towards white by the ridge that serves best on images "
     "held out. TLGC, FLGC and LGC are searches, with one fixed ridge."
 )
+POSITIONS = "Output positions solved on + evaluated on."
 
 
 def weight_columns() -> list[Column[LayerRow]]:
@@ -85,35 +89,17 @@ def weight_columns() -> list[Column[LayerRow]]:
         lost("white", lambda errors: errors.white, WHITE),
         lost("calibrated", lambda errors: errors.calibrated, CALIBRATED),
         Column("ridge", lambda row: row.ridge, "Of that least squares, relative.", "{:g}".format),
-        Column(
-            "positions",
-            lambda row: f"{row.rows:,} + {row.held_out_rows:,}",
-            "Output positions solved on + evaluated on.",
-        ),
+        Column("positions", lambda row: f"{row.rows:,} + {row.held_out_rows:,}", POSITIONS),
         words("why not", lambda row: row.reason or "", "Why a row has no numbers."),
     ]
 
 
-def _any(of: ByCell) -> LayerRow:
-    return next(iter(of.values()))
+def _calibrated(of: ByCell) -> dict[tuple[str, int], float]:
+    """What a layer loses with calibrated weights, where that is known."""
+    return {at: row.output_relative_error.calibrated for at, row in of.items() if row.output_relative_error}
 
 
-def _named(at: tuple[str, int]) -> str:
-    return f"{label_of(at[0])} N={at[1]}"
-
-
-def _calibrated(row: LayerRow) -> float | None:
-    return row.output_relative_error.calibrated if row.output_relative_error else None
-
-
-def _loss(of: ByCell) -> float:
-    """What a layer loses on average over the variants and N asked for, calibrated."""
-    known = [error for row in of.values() if (error := _calibrated(row)) is not None]
-    return sum(known) / len(known) if known else -1.0
-
-
-def _shape(row: LayerRow) -> str:
-    p = row.params
+def _shape(p: LayerParams) -> str:
     stride = f" /{p.stride}" if p.stride > 1 else ""
     return f"{p.kernel}x{p.kernel_width} {p.in_channels}->{p.out_channels}{stride}"
 
@@ -125,7 +111,7 @@ def _tolerant(by_layer: Mapping[str, ByCell], cells: Sequence[tuple[str, int]]) 
         known = [
             (error, of[at].macs_share or 0.0, name)
             for name, of in by_layer.items()
-            if at in of and (error := _calibrated(of[at])) is not None
+            if (error := _calibrated(of).get(at)) is not None
         ]
         if not known:
             continue
@@ -136,7 +122,7 @@ def _tolerant(by_layer: Mapping[str, ByCell], cells: Sequence[tuple[str, int]]) 
         most, _, worst = max(known, key=lambda layer: layer[0])
         white = white_error(*at)
         lines.append(
-            f"{_named(at)}, of {len(known)} layers: {', '.join(parts)}; most is lost in {worst} ({most:.1%})"
+            f"{named(*at)}, of {len(known)} layers: {', '.join(parts)}; most is lost in {worst} ({most:.1%})"
             + ("" if white is None else f"; white input would lose {white:.1%}")
         )
     return lines + _at_equal_size(by_layer, cells)
@@ -146,12 +132,11 @@ def _at_equal_size(by_layer: Mapping[str, ByCell], cells: Sequence[tuple[str, in
     """BGC at 2N versus GC at N, which have as many parameters, layer by layer."""
     lines = []
     for bgc, gc in at_equal_params({at: at for at in cells if at[0] != "standard"}):
-        both = [(_calibrated(of[bgc]), _calibrated(of[gc])) for of in by_layer.values() if bgc in of and gc in of]
-        ratios = [balanced / plain for balanced, plain in both if plain and balanced is not None]
+        ratios = [lost[bgc] / lost[gc] for lost in map(_calibrated, by_layer.values()) if bgc in lost and lost.get(gc)]
         if ratios:
             fewer = sum(ratio < 1 for ratio in ratios)
             lines.append(
-                f"at equal parameters, {_named(bgc)} loses less than {_named(gc)} in {fewer} of {len(ratios)} layers "
+                f"at equal parameters, {named(*bgc)} loses less than {named(*gc)} in {fewer} of {len(ratios)} layers "
                 f"(calibrated; median {statistics.median(ratios):.2f} of GC's loss)"
             )
     return lines

@@ -78,3 +78,8 @@ def listed(names: Sequence[str], most: int = NAMED) -> str:
 def label_of(variant: str) -> str:
     """A variant's name in tables; one that a newer version has written is called what it is."""
     return VARIANTS[variant].label if variant in VARIANTS else variant
+
+
+def named(variant: str, groups: int) -> str:
+    """ "GC N=4" """
+    return f"{label_of(variant)} N={groups}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,8 +26,8 @@ from bgcbench.results.document import Document
 from bgcbench.results.rows import TrainRow
 from bgcbench.theory import paper
 
-Cells = Sequence[Cell[TrainRow]]
-Compared = tuple[Cell[TrainRow], Cell[TrainRow], Difference]
+Cells = Sequence[Cell]
+Compared = tuple[Cell, Cell, Difference]
 # Epochs and table of the paper's trainings, by data set.
 PAPERS = {"cifar10": (5, paper.TABLE5_EPOCHS), "imagenet": (6, paper.TABLE6_EPOCHS)}
 
@@ -43,8 +44,8 @@ def train_report(document: Document) -> Report:
     return Report([table], noted, [_record(row, standard) for row in rows])
 
 
-def train_columns(document: Document, standard: Cell[TrainRow] | None) -> list[Column[Cell[TrainRow]]]:
-    def to_standard(cell: Cell[TrainRow]) -> str | None:
+def train_columns(document: Document, standard: Cell | None) -> list[Column[Cell]]:
+    def to_standard(cell: Cell) -> str | None:
         if cell is standard:
             return "0"
         return training.difference_text(difference_of(cell.errors, standard.errors)) if standard else None
@@ -83,15 +84,14 @@ def _compared(cells: Cells) -> list[Compared]:
     return [(one, other, difference) for one, other, difference in found if difference]
 
 
-def _sentence(one: Cell[TrainRow], other: Cell[TrainRow], difference: Difference, image: float) -> str:
+def _sentence(one: Cell, other: Cell, difference: Difference, image: float) -> str:
     """Two cells in plain words: how large, which has the lower error, and whether that is more than scatter."""
     share = ratio_of(one.params, other.params)
     size = f" ({share_words(share)})" if share else ""
     how = "lower by" if difference.value < 0 else "higher by" if difference.value > 0 else "apart by"
-    scatter = "" if difference.sd is None else f" ± {difference.sd:.2f}"
     line = (
         f"{training.cell_name(one)} versus {training.cell_name(other)}{size}: {difference.ours:.2f} % against "
-        f"{difference.theirs:.2f} %, {how} {abs(difference.value):.2f}{scatter} points"
+        f"{difference.theirs:.2f} %, {how} {abs(difference.value):.2f}{training.scatter(difference.sd)} points"
     )
     if difference.seeds < MIN_SEEDS:
         are = "1 common seed is" if difference.seeds == 1 else f"{difference.seeds or 'no'} common seeds are"
@@ -125,7 +125,7 @@ def _last(row: TrainRow, name: str) -> float | None:
     return (row.epochs[-1].learnt or {}).get(name) if row.epochs else None
 
 
-def _learnt(cell: Cell[TrainRow]) -> str:
+def _learnt(cell: Cell) -> str:
     """What a learned grouping left behind that the counts do not tell: outputs without inputs, inputs not dropped."""
 
     def last(name: str, least: float) -> list[float]:
@@ -134,17 +134,21 @@ def _learnt(cell: Cell[TrainRow]) -> str:
     texts = []
     moved = last("moved", -1)
     if any(moved):
-        texts.append(f"{training.mean_percent(moved)} of the channels changed their group")
+        texts.append(f"{_mean(moved)} of the channels changed their group")
     elif moved:
         fixed = "so it trained as a group convolution with random, fixed groups"
         texts.append(f"no channel ever changed its group, {fixed}")
     if dead := last("dead_outputs", 0):
         seeds = f"{len(dead)} of {len(cell.done)} seeds"
-        texts.append(f"{training.mean_percent(dead)} of the outputs ended dead, without inputs ({seeds})")
+        texts.append(f"{_mean(dead)} of the outputs ended dead, without inputs ({seeds})")
     elif kept := last("kept", 1.01 / cell.groups):
         over = f"and not {significant(100 / cell.groups, 2)} % ({len(kept)} of {len(cell.done)} seeds)"
-        texts.append(f"its groups ended with {training.mean_percent(kept)} of the inputs {over}")
+        texts.append(f"its groups ended with {_mean(kept)} of the inputs {over}")
     return "; ".join(texts)
+
+
+def _mean(shares: Sequence[float]) -> str:
+    return f"{significant(100 * statistics.fmean(shares), 2)} %"
 
 
 def _about_paper(rows: Sequence[TrainRow]) -> list[str]:
@@ -162,12 +166,11 @@ def _about_paper(rows: Sequence[TrainRow]) -> list[str]:
     return [line]
 
 
-def _record(row: TrainRow, standard: Cell[TrainRow] | None) -> dict[str, Any]:
+def _record(row: TrainRow, standard: Cell | None) -> dict[str, Any]:
     """One training, flat."""
-    final = training.error_of(row, row.error_final)
     same = standard.errors.get(row.params.seed) if standard and row.status == "ok" else None
     return {
-        **training.training_record(row, TrainRow),
-        "to_standard": None if final is None or same is None else round(final - same, 9),
+        **training.training_record(row),
+        "to_standard": training.less(row.error_final, same),
         **{name: _last(row, name) for name in ("dead_outputs", "kept", "moved")},
     }

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from bgcbench.report.format import label_of, scaled, significant
+from bgcbench.report.format import label_of, named, scaled, significant
 from bgcbench.report.notes import together
 from bgcbench.report.table import Column, flat, label, words
 from bgcbench.results.aggregate import NO_IMAGES, SYNTHETIC, BySeed, Cell, Difference, image_points, spread_of
@@ -20,8 +19,8 @@ SPEED_ALONE = "synthetic images: the speed is all that is measured; there is no 
 FLATTERS = "where a seed did not finish, the mean is of those that did, which flatters if it failed in training"
 
 
-def cell_name(cell: Cell[Any]) -> str:
-    return label_of(cell.variant) if cell.dense else f"{label_of(cell.variant)} N={cell.groups}"
+def cell_name(cell: Cell) -> str:
+    return label_of(cell.variant) if cell.dense else named(cell.variant, cell.groups)
 
 
 def is_synthetic(rows: Rows) -> bool:
@@ -32,25 +31,22 @@ def without_images(rows: Rows) -> bool:
     return any(row.params.dataset == NO_IMAGES for row in rows)
 
 
-def error_of(row: TrainRow, value: float | None) -> float | None:
-    """An error of ``row``, None for images whose labels mean nothing."""
-    return None if is_synthetic([row]) else value
-
-
 # -------------------------------------------------------------------------------------------------------------- columns
 
 
 def spread_text(by_seed: BySeed) -> str | None:
     """The mean, with the standard deviation over the seeds from two on."""
     spread = spread_of(by_seed.values())
-    return spread and f"{spread.mean:.2f}" + ("" if spread.sd is None else f" ± {spread.sd:.2f}")
+    return spread and f"{spread.mean:.2f}{scatter(spread.sd)}"
 
 
 def difference_text(difference: Difference | None) -> str | None:
     """ "+0.40 ± 0.20" """
-    if difference is None:
-        return None
-    return f"{difference.value:+.2f}" + ("" if difference.sd is None else f" ± {difference.sd:.2f}")
+    return None if difference is None else f"{difference.value:+.2f}{scatter(difference.sd)}"
+
+
+def scatter(sd: float | None) -> str:
+    return "" if sd is None else f" ± {sd:.2f}"
 
 
 def error_column(title: str, by_seed: Callable[[Any], BySeed], meaning: str, optional: bool = False) -> Column[Any]:
@@ -92,7 +88,7 @@ def count_columns(rows: Rows) -> list[Column[Any]]:
 
 
 def flags_column(ending: Callable[[Any], str] = lambda row: str(row.status)) -> Column[Any]:
-    def flags(cell: Cell[Any]) -> str:
+    def flags(cell: Cell) -> str:
         ended: dict[str, list[str]] = {}
         for row in cell.rows:
             if row.status != "ok":
@@ -159,7 +155,7 @@ def image_note(rows: Rows) -> list[str]:
     return [f"{rows[0].params.dataset}: {100 / image:.0f} {about}"] if image else []
 
 
-def endings(cells: Iterable[Cell[Any]]) -> list[str]:
+def endings(cells: Iterable[Cell]) -> list[str]:
     """Why rows are not done, and how far they came."""
     return together((row.key, _ending(row)) for cell in cells for row in cell.rows if row.status != "ok")
 
@@ -168,17 +164,13 @@ def _ending(row: TrainRow) -> str:
     line = f"{row.status}: {row.reason}"
     if row.epochs:
         line += f"; {len(row.epochs)} of {row.params.epochs} epochs"
-        error = error_of(row, row.epochs[-1].test_error)
-        line += "" if error is None else f", the last test error {error:.2f} %"
+        error = row.epochs[-1].test_error
+        line += "" if error is None or is_synthetic([row]) else f", the last test error {error:.2f} %"
     return line
 
 
-def some_unfinished(cells: Iterable[Cell[Any]]) -> list[str]:
+def some_unfinished(cells: Iterable[Cell]) -> list[str]:
     return [FLATTERS] if any(cell.done and len(cell.done) < len(cell.rows) for cell in cells) else []
-
-
-def mean_percent(shares: Sequence[float]) -> str:
-    return f"{significant(100 * statistics.fmean(shares), 2)} %"
 
 
 # -------------------------------------------------------------------------------------------------------------- records
@@ -187,9 +179,13 @@ def mean_percent(shares: Sequence[float]) -> str:
 NESTED = ("params", "counts", "epochs", "paper", "convert", "forms", "time", "white_loss", "judged")
 
 
-def training_record(row: TrainRow, kind: type[TrainRow]) -> dict[str, Any]:
-    """What a row of ``kind`` says of itself, flat; no errors of images whose labels mean nothing."""
-    known = flat(row, kind, without=NESTED)
+def less(error: float | None, other: float | None) -> float | None:
+    return None if error is None or other is None else round(error - other, 9)
+
+
+def training_record(row: TrainRow) -> dict[str, Any]:
+    """What a row says of itself, flat; no errors of images whose labels mean nothing."""
+    known = flat(row, type(row), without=NESTED)
     if is_synthetic([row]):
         known |= {name: None for name in known if name.startswith(("error", "loss", "agreement"))}
     return {

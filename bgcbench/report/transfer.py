@@ -14,7 +14,7 @@ from bgcbench.report.notes import chosen_algorithms, kept_dense, notes
 from bgcbench.report.table import Column, Report, Table, label, words
 from bgcbench.results.aggregate import (
     MIN_SEEDS,
-    Conversion,
+    Cell,
     Conversions,
     Moment,
     Pair,
@@ -48,13 +48,13 @@ def transfer_report(document: Document) -> Report:
 # -------------------------------------------------------------------------------------------------------------- columns
 
 
-def transfer_columns(run: Conversions, seeds: int) -> list[Column[Conversion]]:
+def transfer_columns(run: Conversions, seeds: int) -> list[Column[Cell]]:
     """Without images what layers lose by the closed form, else errors; neither where labels mean nothing."""
 
-    def done(cell: Conversion) -> str | None:
+    def done(cell: Cell) -> str | None:
         return None if cell.untrained else f"{len(cell.done)}/{seeds}"
 
-    def faster(cell: Conversion, phase: str) -> str | None:
+    def faster(cell: Cell, phase: str) -> str | None:
         compared = _to_dense(cell.time(phase))
         return None if compared is None else "1" if cell.dense else compared.text
 
@@ -86,7 +86,7 @@ SPEED_UP = (
 )
 WORST = "Largest loss of a layer."
 EXPECTED_LOSS = "Layer loss on white input of a kernel of independent entries."
-LOSS_COLUMNS: list[Column[Conversion]] = [
+LOSS_COLUMNS: list[Column[Cell]] = [
     Column("expected loss %", lambda cell: cell.expected_loss, EXPECTED_LOSS, loss_text),
     Column("layer loss %", lambda cell: median_of(cell.white_losses.values()), LAYER_LOSS, loss_text, optional=True),
     Column("worst %", lambda cell: max(cell.white_losses.values(), default=None), WORST, loss_text, optional=True),
@@ -95,7 +95,7 @@ LOSS_COLUMNS: list[Column[Conversion]] = [
 ]
 
 
-def _start_columns(run: Conversions, cell_of: Callable[[Any], Conversion]) -> list[Column[Any]]:
+def _start_columns(run: Conversions, cell_of: Callable[[Any], Cell]) -> list[Column[Any]]:
     """The weights; and batch norm's statistics where they are not everywhere the same."""
 
     def start(of: Any) -> tuple[str | None, str | None]:
@@ -120,21 +120,21 @@ def _to_dense(measured: Ratio | None) -> Comparison | None:
     return Comparison(measured.ratio, Interval(*measured.ratio_ci95) if measured.ratio_ci95 else None, paired=True)
 
 
-def _error_columns(run: Conversions) -> list[Column[Conversion]]:
+def _error_columns(run: Conversions) -> list[Column[Cell]]:
     untouched, control = run.untouched, run.control
 
-    def initial(cell: Conversion) -> str | None:
+    def initial(cell: Cell) -> str | None:
         if cell.dense:  # one error, whatever the seeds
             return None if untouched is None else f"{untouched:.2f}"
         return training.spread_text(cell.errors_at("initial"))
 
-    def to_untouched(cell: Conversion) -> str | None:
+    def to_untouched(cell: Cell) -> str | None:
         if cell.untrained or untouched is None:
             return "0" if cell.untrained else None
         errors = cell.errors_at(run.moments[-1])
         return training.difference_text(difference_of(errors, dict.fromkeys(errors, untouched)))
 
-    def to_control(cell: Conversion) -> str | None:
+    def to_control(cell: Cell) -> str | None:
         if not control:
             return None
         return "0" if cell.dense else training.difference_text(difference_of(cell.errors, control))
@@ -165,24 +165,24 @@ def _ending(row: TransferRow) -> str:
 # ------------------------------------------------------------------------------------------------------ BGC versus GC
 
 
-def pair_columns(run: Conversions) -> list[Column[Pair[Conversion]]]:
+def pair_columns(run: Conversions) -> list[Column[Pair[Cell]]]:
     """Differences, costs and times of each pair."""
 
-    def points(pair: Pair[Conversion], moment: Moment) -> str | None:
+    def points(pair: Pair[Cell], moment: Moment) -> str | None:
         verdict = run.compare(*pair, moment)
         return verdict and training.difference_text(verdict.difference)
 
-    def lower(pair: Pair[Conversion], moment: Moment) -> str | None:
+    def lower(pair: Pair[Cell], moment: Moment) -> str | None:
         verdict = run.compare(*pair, moment)
         if verdict is None or verdict.too_few:
             return verdict and "too few seeds"
         return label_of(verdict.lower.variant) if verdict.lower else "not significant"
 
-    def faster(pair: Pair[Conversion], phase: str) -> str | None:
+    def faster(pair: Pair[Cell], phase: str) -> str | None:
         ratio = run.speed_up(*pair, phase)
         return Comparison.of(ratio).text if ratio else None
 
-    columns: list[Column[Pair[Conversion]]] = [
+    columns: list[Column[Pair[Cell]]] = [
         label("BGC", lambda pair: training.cell_name(pair[0]), "The conversion."),
         label("versus", lambda pair: training.cell_name(pair[1]), VERSUS),
         *_start_columns(run, lambda pair: pair[0]),
@@ -285,18 +285,17 @@ def _span(values: Sequence[float]) -> str:
 
 def _record(run: Conversions, row: TransferRow) -> dict[str, Any]:
     """One conversion and its training, flat."""
-    initial, final = (training.error_of(row, error) for error in (row.error_initial, row.error_final))
-    done = final if row.status == "ok" else None
+    final = row.error_final if row.status == "ok" else None
     calibration = row.convert.calibration if row.convert else None
     layers = calibration.layers if calibration else ()
     ridges = [layer.ridge for layer in layers if layer.ridge is not None]
     white = row.white_loss
     lost = [layer.loss for layer in (white and white.layers) or ()]
     record = {
-        **training.training_record(row, TransferRow),
-        "initial_to_untouched": _less(initial, run.untouched),
-        "final_to_untouched": _less(done, run.untouched),
-        "final_to_control": _less(done, run.control.get(row.params.seed)),
+        **training.training_record(row),
+        "initial_to_untouched": training.less(row.error_initial, run.untouched),
+        "final_to_untouched": training.less(final, run.untouched),
+        "final_to_control": training.less(final, run.control.get(row.params.seed)),
         "calibration_held_out": calibration.held_out if calibration else None,
         "calibration_norms": calibration.norms if calibration else None,
         "calibration_seconds": calibration.seconds if calibration else None,
@@ -315,7 +314,3 @@ def _record(run: Conversions, row: TransferRow) -> dict[str, Any]:
         record[f"{phase}_s"] = measured.median_s
         record |= ratio_record(_to_dense(measured), f"{phase}_speed_up")
     return record
-
-
-def _less(error: float | None, other: float | None) -> float | None:
-    return None if error is None or other is None else round(error - other, 9)

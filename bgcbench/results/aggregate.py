@@ -11,7 +11,7 @@ import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Generic, Literal, NamedTuple, TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
 from bgcbench.measure.statistics import Interval, Ratio
 from bgcbench.results.document import Document
@@ -25,8 +25,8 @@ INITS = ("none", "copy", "white", "calibrated", "scratch")  # in the order of ta
 MIN_SEEDS = 3  # fewer seeds make no difference significant
 EQUAL = 0.02  # two counts that differ by no larger share are equal
 
-R = TypeVar("R", bound=TrainRow)
 T = TypeVar("T")
+Row = TypeVar("Row", bound=TrainRow)
 BySeed = dict[int, float]
 Moment = Literal["initial", "final"]  # before any training, after the last epoch
 
@@ -63,35 +63,53 @@ class Start(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Cell(Generic[R]):
+class Cell:
     """One variant at one N from one start: a row a seed. Errors are in percent."""
 
     variant: str
     groups: int
     start: Start
-    rows: tuple[R, ...]
+    rows: tuple[TrainRow, ...]
 
     @property
     def dense(self) -> bool:
         return self.variant == "standard"
 
     @property
-    def done(self) -> list[R]:
+    def done(self) -> list[TrainRow]:
         return [row for row in self.rows if row.status == "ok"]
 
-    def known(self, value: Callable[[R], float | None]) -> BySeed:
-        """``value`` of all rows that have it, however they ended; nothing where labels mean nothing."""
-        real = [row for row in self.rows if row.params.dataset != SYNTHETIC]
-        return {row.params.seed: found for row in real if (found := value(row)) is not None}
+    @property
+    def conversions(self) -> list[TransferRow]:
+        """The rows of ``transfer``."""
+        return [row for row in self.rows if isinstance(row, TransferRow)]
 
-    def by_seed(self, value: Callable[[R], float | None]) -> BySeed:
+    @property
+    def untrained(self) -> bool:
+        """Whether this is the untouched network and no control, which has no seeds."""
+        return self.dense and not any(row.params.epochs for row in self.rows)
+
+    def known(self, value: Callable[[TrainRow], float | None]) -> BySeed:
+        """``value`` of all rows that have it, however they ended; nothing where labels mean nothing."""
+        return _by_seed(self.rows, value)
+
+    def by_seed(self, value: Callable[[TrainRow], float | None]) -> BySeed:
         """``value`` of the finished rows that have it; nothing where labels mean nothing."""
-        return Cell(self.variant, self.groups, self.start, tuple(self.done)).known(value)
+        return _by_seed(self.done, value)
 
     @property
     def errors(self) -> BySeed:
         """Errors after the last epoch, of the finished trainings."""
         return self.by_seed(lambda row: row.error_final)
+
+    def errors_at(self, moment: Moment) -> BySeed:
+        """Initial errors of all conversions that were evaluated, or final ones of all trainings that have ended."""
+        return self.errors if moment == "final" else self.known(lambda row: row.error_initial)
+
+    @property
+    def agreement(self) -> BySeed:
+        """Percent of the test images to which it gives the untouched network's class."""
+        return _by_seed(self.conversions, lambda row: row.agreement_initial)
 
     def _count(self, value: Callable[[Counts], float]) -> float | None:
         """A count, the mean where seeds differ."""
@@ -131,30 +149,6 @@ class Cell(Generic[R]):
         """Convolutions that stayed dense only because N does not divide their channels."""
         return next((row.convert.indivisible for row in self.rows if row.convert), [])
 
-
-def median_of(values: Iterable[float | None]) -> float | None:
-    """The median of what is known."""
-    known = [value for value in values if value is not None]
-    return statistics.median(known) if known else None
-
-
-class Conversion(Cell[TransferRow]):
-    """A cell of ``transfer``; the untouched network is one too."""
-
-    @property
-    def untrained(self) -> bool:
-        """Whether this is the untouched network and no control, which has no seeds."""
-        return self.dense and not any(row.params.epochs for row in self.rows)
-
-    def errors_at(self, moment: Moment) -> BySeed:
-        """Initial errors of all conversions that were evaluated, or final ones of all trainings that have ended."""
-        return self.errors if moment == "final" else self.known(lambda row: row.error_initial)
-
-    @property
-    def agreement(self) -> BySeed:
-        """Percent of the test images to which it gives the untouched network's class."""
-        return self.known(lambda row: row.agreement_initial)
-
     @property
     def calibrations(self) -> list[Calibration]:
         return [row.convert.calibration for row in self.rows if row.convert and row.convert.calibration]
@@ -171,7 +165,7 @@ class Conversion(Cell[TransferRow]):
     @property
     def white_losses(self) -> dict[str, float]:
         """What each layer loses on white input by the closed form."""
-        every = [row.white_loss.layers for row in self.rows if row.white_loss]
+        every = [row.white_loss.layers for row in self.conversions if row.white_loss]
         return {layer.name: layer.loss for layer in next(filter(None, every), ())}
 
     @property
@@ -182,29 +176,33 @@ class Conversion(Cell[TransferRow]):
     @property
     def expected_loss(self) -> float | None:
         """What a layer whose kernel has independent entries loses on white input."""
-        every = [row.white_loss.expected for row in self.rows if row.white_loss]
+        every = [row.white_loss.expected for row in self.conversions if row.white_loss]
         return next((expected for expected in every if expected is not None), None)
 
     def time(self, phase: str) -> TimeRatio | None:
-        found = [row.time.phase.get(phase) for row in self.rows if row.time]
+        found = [row.time.phase.get(phase) for row in self.conversions if row.time]
         return next(filter(None, found), None)
 
 
-def training_cells(rows: Sequence[TrainRow]) -> list[Cell[TrainRow]]:
-    """Rows of ``train`` by N and variant; the standard convolution first."""
-    return sorted((Cell(*at, tuple(mine)) for at, mine in _grouped(rows).items()), key=_place)
+def median_of(values: Iterable[float | None]) -> float | None:
+    """The median of what is known."""
+    known = [value for value in values if value is not None]
+    return statistics.median(known) if known else None
 
 
-def _grouped(rows: Iterable[R]) -> dict[tuple[str, int, Start], list[R]]:
-    found: dict[tuple[str, int, Start], list[R]] = {}
+def training_cells(rows: Iterable[TrainRow]) -> list[Cell]:
+    """Rows of ``train`` or ``transfer`` as cells: the standard convolution, then by N, start and variant."""
+    found: dict[tuple[str, int, Start], list[TrainRow]] = {}
     for row in rows:
         params = row.params
         found.setdefault((params.variant, params.groups, Start(params.init, params.rebn)), []).append(row)
-    return found
+    cells = [Cell(*at, tuple(mine)) for at, mine in found.items()]
+    return sorted(cells, key=lambda c: (not c.dense, c.groups, c.start.place, variant_place(c.variant)))
 
 
-def _place(cell: Cell[R]) -> tuple[bool, int, tuple[int, bool], int]:
-    return not cell.dense, cell.groups, cell.start.place, variant_place(cell.variant)
+def _by_seed(rows: Iterable[Row], value: Callable[[Row], float | None]) -> BySeed:
+    real = [row for row in rows if row.params.dataset != SYNTHETIC]
+    return {row.params.seed: found for row in real if (found := value(row)) is not None}
 
 
 def variant_place(variant: str) -> int:
@@ -292,7 +290,7 @@ class Verdict(NamedTuple):
     significant; too_few: seeds, so that nothing can be."""
 
     difference: Difference
-    lower: Conversion | None
+    lower: Cell | None
     too_few: bool
 
 
@@ -304,19 +302,18 @@ class Conversions:
     """A run of ``transfer`` as cells: the untouched network, then by N, start and variant, so that GC precedes BGC."""
 
     rows: tuple[TransferRow, ...]
-    cells: tuple[Conversion, ...]
+    cells: tuple[Cell, ...]
 
     @classmethod
     def of(cls, document: Document) -> Conversions:
-        cells = [Conversion(*at, tuple(rows)) for at, rows in _grouped(document.results).items()]
-        return cls(document.results, tuple(sorted(cells, key=_place)))
+        return cls(document.results, tuple(training_cells(document.results)))
 
     @property
-    def standard(self) -> Conversion | None:
+    def standard(self) -> Cell | None:
         return next((cell for cell in self.cells if cell.dense), None)
 
     @property
-    def converted(self) -> list[Conversion]:
+    def converted(self) -> list[Cell]:
         return [cell for cell in self.cells if not cell.dense]
 
     @property
@@ -353,19 +350,19 @@ class Conversions:
         """What was timed."""
         return [phase for phase in NETWORK_PHASES if any(cell.time(phase) for cell in self.cells)]
 
-    def at(self, start: Start) -> dict[tuple[str, int], Conversion]:
+    def at(self, start: Start) -> dict[tuple[str, int], Cell]:
         """The cells of a start, and the untouched network, by (variant, N)."""
         return {(cell.variant, cell.groups): cell for cell in self.cells if cell.dense or cell.start == start}
 
-    def at_equal_n(self, start: Start) -> list[Pair[Conversion]]:
+    def at_equal_n(self, start: Start) -> list[Pair[Cell]]:
         return at_equal_n(self.at(start))
 
-    def at_equal_params(self, start: Start) -> list[Pair[Conversion]]:
+    def at_equal_params(self, start: Start) -> list[Pair[Cell]]:
         """Without those that differ in size after all, as where one N divides fewer convolutions than the other."""
         pairs = at_equal_params(self.at(start))
         return [(bgc, gc) for bgc, gc in pairs if abs((ratio_of(bgc.params, gc.params) or 1.0) - 1) <= EQUAL]
 
-    def compare(self, one: Conversion, other: Conversion, moment: Moment) -> Verdict | None:
+    def compare(self, one: Cell, other: Cell, moment: Moment) -> Verdict | None:
         """Which has the lower error; None where one of them has none.
 
         A training is held against the scatter of the seeds. A conversion's seed only draws the images that it is
@@ -384,7 +381,7 @@ class Conversions:
         lower = one if found.value < 0 else other
         return Verdict(found, lower if significant else None, by_seed and found.seeds < MIN_SEEDS)
 
-    def speed_up(self, one: Conversion, other: Conversion, phase: str) -> Ratio | None:
+    def speed_up(self, one: Cell, other: Cell, phase: str) -> Ratio | None:
         """Time of ``other`` over time of ``one``. The interval reaches from end to end of theirs: at least 95 %."""
         ours, theirs = (self._timed(cell).time(phase) for cell in (one, other))
         if ours is None or theirs is None:
@@ -396,13 +393,13 @@ class Conversions:
         ends = Interval(upper[0] / lower[1], upper[1] / lower[0]) if upper and lower else None
         return Ratio(value, ends, paired=True)
 
-    def _timed(self, cell: Conversion) -> Conversion:
+    def _timed(self, cell: Cell) -> Cell:
         """The cell of this variant and N that was timed, whatever its start."""
         alike = [found for found in self.cells if (found.variant, found.groups) == (cell.variant, cell.groups)]
         return next((found for found in alike if any(map(found.time, self.phases))), cell)
 
 
-def _apart(cell: Conversion) -> float:
+def _apart(cell: Cell) -> float:
     """Share of the test images that it classifies unlike the untouched network; infinite if unknown."""
     if cell.dense:
         return 0.0

@@ -1,8 +1,8 @@
 """What a result file holds, as frozen types: the rows of each command, and what stands around them.
 
 The JSON, its schema, the tables and the plots all read these; nothing else says what a row is. Units stand in the
-names (SI). None is unknown. Fields with a default came later or belong to some rows only: a file leaves them out where
-they have it.
+names (SI). None is unknown. Fields with a default came later than some file, or belong to some rows only: types with
+``omit_defaults`` leave them out of a file where they have it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Status = Literal["ok", "oom", "invalid", "error", "interrupted"]
 DONE = ("ok", "invalid")  # statuses that a resumed run keeps
 
 
-class Data(Struct, frozen=True, kw_only=True, omit_defaults=True):
+class Data(Struct, frozen=True, kw_only=True):
     """Base of everything in a file."""
 
     def to_json(self) -> dict[str, Any]:
@@ -47,7 +47,7 @@ class Row(Data, frozen=True):
         return self.status in DONE
 
 
-class Counts(Data, frozen=True):
+class Counts(Data, frozen=True, omit_defaults=True):
     """Of one image, forward. A MAC is one multiplication with its addition; adds are BGC's mean.
 
     paper_ops: the paper's formula ((3.14), section 4). bytes_min: what must be read and written at least. *_training:
@@ -66,7 +66,7 @@ class Counts(Data, frozen=True):
 # --------------------------------------------------------------------------------------------- what a conversion did
 
 
-class Kept(Data, frozen=True, omit_defaults=False):
+class Kept(Data, frozen=True):
     """A convolution that stays as it is, and why: for people, and as a code (bgcbench.conversion.selection.Reason)."""
 
     name: str
@@ -74,7 +74,7 @@ class Kept(Data, frozen=True, omit_defaults=False):
     code: str = ""
 
 
-class Replaced(Data, frozen=True, omit_defaults=False):
+class Replaced(Data, frozen=True):
     """A convolution that was replaced: its name, where else it hangs, its shape, and the layer in its place.
 
     groups: N of this layer, which 'gcd' may have lowered; 1 of a 'standard' one, which is not replaced yet. height,
@@ -136,7 +136,7 @@ class Calibration(Data, frozen=True):
     layers: tuple[CalibratedLayer, ...]
 
 
-class Record(Data, frozen=True, omit_defaults=False):
+class Record(Data, frozen=True):
     """Everything that a conversion decided; with a network like the original it can be repeated (load_converted).
 
     variant, groups, init, algorithm: as they were asked for; each of ``layers``, those that were replaced, holds its
@@ -213,7 +213,7 @@ class Summary(Data, frozen=True):
     max_s: Seconds
 
 
-class Derived(Data, frozen=True, omit_defaults=False):
+class Derived(Data, frozen=True):
     """What follows from a median: rates, the share of what the measured ceilings allow, and flags."""
 
     images_per_s: Nonnegative
@@ -232,7 +232,7 @@ class Discarded(Data, frozen=True):
     rounds: tuple[Count, ...]
 
 
-class Phase(Data, frozen=True, kw_only=True, omit_defaults=False):
+class Phase(Data, frozen=True, kw_only=True):
     """A phase's samples, in order, each with the round that it was taken in."""
 
     samples_s: tuple[Seconds, ...]
@@ -254,7 +254,7 @@ class Failure(Data, frozen=True):
     reason: str
 
 
-class Memory(Data, frozen=True, kw_only=True, omit_defaults=False):
+class Memory(Data, frozen=True, kw_only=True):
     """paper_bytes: input + weights (+ mean), the paper's column. peak: of one step, by ``method``; delta: beyond the
     baseline. agreed: whether two passes did."""
 
@@ -270,7 +270,7 @@ class Memory(Data, frozen=True, kw_only=True, omit_defaults=False):
     agreed: bool | None = None
 
 
-class ProfileParams(Data, frozen=True, kw_only=True):
+class ProfileParams(Data, frozen=True, kw_only=True, omit_defaults=True):
     """Of a layer (channels, kernel, stride), of a network (model, where), or of a network's layer (both, layer)."""
 
     variant: str
@@ -292,7 +292,7 @@ class ProfileParams(Data, frozen=True, kw_only=True):
     algorithm: str
 
 
-class DistinctLayer(Data, frozen=True):
+class DistinctLayer(Data, frozen=True, omit_defaults=True):
     """A convolution that --layers measures by itself, how often a network has it, and whether it is replaced."""
 
     label: str
@@ -320,7 +320,7 @@ class White(Data, frozen=True):
     white_error: Nonnegative | None
 
 
-class ProfileRow(Row, frozen=True, kw_only=True, omit_defaults=False):
+class ProfileRow(Row, frozen=True, kw_only=True, omit_defaults=True):
     """A layer or a network, measured in each phase.
 
     failures: of phases that have no samples, or not all. forms: see Forms, where 'auto' has chosen. interleaved: the
@@ -328,13 +328,13 @@ class ProfileRow(Row, frozen=True, kw_only=True, omit_defaults=False):
     """
 
     params: ProfileParams
-    counts: Counts | None = None
-    approximability: White | None = None
-    memory: Memory | None = None
-    phases: dict[str, Phase] = {}
+    counts: Counts | None
+    approximability: White | None
+    memory: Memory | None
+    phases: dict[str, Phase]
     failures: dict[str, Failure] = {}
     forms: Forms = {}
-    paper: PaperRow | None = None
+    paper: PaperRow | None
     interleaved: Count | None = None
     convert: Record | None = None
     layer: DistinctLayer | None = None
@@ -359,7 +359,7 @@ class SampledParams(Data, frozen=True):
     precision: Literal["fp64", "fp32"]
 
 
-class SampledRow(Row, frozen=True, omit_defaults=False):
+class SampledRow(Row, frozen=True):
     """The least error of a variant for sampled convolutions (eq. 5.1), and relative to other things; *_se: standard
     errors. scaled: relative_error / (1 - 1/N)^p. construction: with the weights of Theorem 3.6's proof. bound_*: the
     right-hand sides of Theorems 3.5 and 3.6. null_reasons: why a number is None.
@@ -452,7 +452,7 @@ class NetworkFacts(Data, frozen=True, kw_only=True):
 # ------------------------------------------------------------------------------------------------- train and transfer
 
 
-class Epoch(Data, frozen=True, kw_only=True, omit_defaults=False):
+class Epoch(Data, frozen=True, kw_only=True):
     """Errors in percent. learnt: what a learnt structure says of itself, by name."""
 
     epoch: Whole
@@ -468,7 +468,7 @@ class Epoch(Data, frozen=True, kw_only=True, omit_defaults=False):
     world_size: Whole | None = None
 
 
-class TrainParams(Data, frozen=True, kw_only=True, omit_defaults=False):
+class TrainParams(Data, frozen=True, kw_only=True):
     variant: str
     groups: Whole
     model: str
@@ -517,7 +517,7 @@ class Ratio(Data, frozen=True):
     ratio_ci95: Ends | None
 
 
-class NetworkTime(Data, frozen=True, omit_defaults=False):
+class NetworkTime(Data, frozen=True):
     """What a converted network costs (--time)."""
 
     phase: dict[str, Ratio]
@@ -540,7 +540,7 @@ class WhiteLoss(Data, frozen=True):
     layers: tuple[LayerLoss, ...] | None
 
 
-class TrainRow(Row, frozen=True, kw_only=True, omit_defaults=False):
+class TrainRow(Row, frozen=True, kw_only=True):
     """A network with one variant, trained from one seed. Errors in percent; None where the labels mean nothing.
 
     stage: how far it came. matmul_fraction: arithmetic over what the device's best matrix product does in that time.
@@ -644,7 +644,7 @@ class Tf32(Data, frozen=True):
     matmul: bool
 
 
-class TimingRules(Data, frozen=True, omit_defaults=False):
+class TimingRules(Data, frozen=True):
     """The rules of protocol timing/1 that a run was measured by (bgcbench.measure.timing.Rules)."""
 
     protocol: str = "timing/1"
@@ -706,7 +706,7 @@ class Ceilings(Data, frozen=True):
     copy_bytes: Count
 
 
-class Canary(Data, frozen=True, omit_defaults=False):
+class Canary(Data, frozen=True):
     """A fixed product timed at every round's edge; slow_rounds: those in which it was slow."""
 
     baseline_s: Nonnegative | None = None
@@ -715,7 +715,7 @@ class Canary(Data, frozen=True, omit_defaults=False):
     redone: Count = 0
 
 
-class Group(Data, frozen=True, omit_defaults=False):
+class Group(Data, frozen=True):
     """Rows that were measured in turn, or ``alone``, because they do not fit into memory together."""
 
     id: Count

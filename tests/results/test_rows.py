@@ -14,19 +14,17 @@ from bgcbench.results.json_schema import schema
 
 RESULTS = Path(__file__).parent.parent.parent / "results"
 FILES = [path for path in sorted(RESULTS.glob("*.json")) if "bgcbench.result" in path.read_text()[:200]]
-# What reading adds to a file of an older version, by name; a record of a conversion says everything since 1.1.
-ADDED = {"stage", "code", "failure", "fits", "network"}
+# What reading concludes for a file of an older version; a record of a conversion says everything since 1.1.
+CONCLUDED = {"stage", "code"}
+DEFAULTS = (None, {}, [], 0, 1)  # what a field may be that a file leaves out
 
 
 def lost(raw: Any, again: Any, place: str) -> list[str]:
     """Where ``again`` is not what ``raw`` says, but for what the types' defaults stand for."""
     if isinstance(raw, dict):
-        gone = [
-            f"{place}/{name}" for name, value in raw.items() if name not in again and value not in (None, {}, [], 0, 1)
-        ]
-        more = [
-            f"{place}/+{name}" for name in again if name not in raw and name not in ADDED and "convert" not in place
-        ]
+        gone = [f"{place}/{name}" for name, value in raw.items() if name not in again and value not in DEFAULTS]
+        added = again.keys() - raw.keys() - CONCLUDED if "convert" not in place else ()
+        more = [f"{place}/+{name}" for name in added if again[name] not in DEFAULTS]
         return (
             gone + more + [one for name in raw if name in again for one in lost(raw[name], again[name], place + name)]
         )

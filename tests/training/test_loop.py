@@ -265,7 +265,7 @@ def test_images_that_are_lost_on_the_way_are_an_error(monkeypatch: pytest.Monkey
     run = training(tiny_network())
     whole = ResidentFeed.test
     monkeypatch.setattr(ResidentFeed, "test", lambda self, batches: whole(self, batches[:-1]))
-    with pytest.raises(BgcbenchError, match="6 test images were judged, and there are 11"):
+    with pytest.raises(BgcbenchError, match="6 test images were evaluated, and there are 11"):
         run.evaluate()
 
 
