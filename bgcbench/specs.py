@@ -132,7 +132,7 @@ class Variant:
     table1: Table 1's columns: whether groups exchange information, the channels that an output sees, how groups are
     found. algorithms: the exact algorithms of its layer, the default first. measured: whether 'auto' measures which of
     them is the fastest; otherwise it is the first. unfit: why there can be no such layer, given n, m, N and K, None
-    where there can; misfit: that in words, between N and the channels. in_paper: whether the paper compares it.
+    where there can; misfit: that in words, between N and the channels.
     has_lasso: whether its layers offer a group lasso to the training's loss.
     solver: how ``bgcbench approx`` finds the least error: 'schur' solves a linear space of kernels for all convolutions
     at once (:mod:`bgcbench.theory.residual`), any other name calls ``from_dense`` for each convolution. sees_mean: of
@@ -151,7 +151,6 @@ class Variant:
     measured: bool = False
     unfit: Callable[[int, int, int, int], str | None] = indivisible
     misfit: str = "does not divide"
-    in_paper: bool = True
     has_lasso: bool = False
     solver: str = "from_dense"
     sees_mean: bool = False
@@ -262,7 +261,6 @@ VARIANTS: dict[str, Variant] = {
             measured=True,
             unfit=no_rank,
             misfit="leaves no rank for",
-            in_paper=False,
             solver="svd",
             look=("#999933", "h", 6.5),
         ),
@@ -278,6 +276,8 @@ LAYOUTS: tuple[str, ...] = ("nchw", "nhwc")
 WHERE: tuple[str, ...] = ("auto", "3x3", "1x1", "all", "none")  # which convolutions of a network
 # Variants that are linear spaces of kernels, but the standard one.
 LINEAR: tuple[str, ...] = tuple(name for name, variant in VARIANTS.items() if variant.solver == "schur")
+# Those whose least squares has a closed form; the others search.
+CLOSED_FORM: tuple[str, ...] = (*LINEAR, *(name for name, variant in VARIANTS.items() if variant.solver == "svd"))
 HELD_OUT = 4  # of so many calibration images one is held out to evaluate on; fewer images are too few
 DATA_SETS: tuple[str, ...] = ("digits",)  # by name; anything else is a folder
 TRAINING_SETS: tuple[str, ...] = ("digits", "cifar10", "imagenet", "folder", "synthetic")

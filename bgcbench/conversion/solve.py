@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bgcbench.convs.base import VariantConv2d
 from bgcbench.results.rows import CalibratedLayer
-from bgcbench.specs import LINEAR, VARIANTS, ConvSpec
+from bgcbench.specs import CLOSED_FORM, LINEAR, VARIANTS, ConvSpec
 from bgcbench.theory.fits import EXACT
 from bgcbench.theory.leastsquares import Fit, Regression, best_ridge, condition_number, shrink_to_white
 from bgcbench.theory.moments import RegressionMoments
@@ -53,7 +53,7 @@ def best_of(variant: str, lost: Callable[[str, float], float]) -> Losses:
     copied, white = lost("copy", 0.0), lost("white", 0.0)
     if white <= EXACT:
         return Losses(copied, white, white, None)
-    ridges = RIDGES if variant in LINEAR else (SEARCH_RIDGE,)
+    ridges = RIDGES if variant in CLOSED_FORM else (SEARCH_RIDGE,)
     return Losses(copied, white, *best_ridge(ridges, lambda ridge: lost("least_squares", ridge), white))
 
 

@@ -20,6 +20,7 @@ SOLVERS = {
     "exact": "itself",
     "schur": "least squares",
     "als": "alternating least squares",
+    "svd": "singular values",
     "partition-search": "search for a partition, least squares",
     "column-search": "inputs by energy, least squares",
 }

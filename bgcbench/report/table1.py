@@ -10,12 +10,13 @@ from typing import Any
 from bgcbench.measure.counts import Counts, count
 from bgcbench.report.format import label_of, significant
 from bgcbench.report.table import Column, Report, Table, label, words
-from bgcbench.specs import VARIANTS, ConvSpec
+from bgcbench.specs import VARIANTS, ConvSpec, indivisible, unfit
 from bgcbench.theory.exact import white_error
 
 DEPLOYED = (
     "per image, forward. LGC and FLGC train dense kernels and deploy Kmn/N parameters; LGC is taken at condensation N, "
-    "FLGC with balanced groups"
+    "FLGC with balanced groups. LR is not one of the paper's methods: its rank is the largest with at most Kmn/N "
+    "parameters"
 )
 
 
@@ -50,6 +51,10 @@ def table1_report(
     wanted += [(name, number) for number in sorted(set(groups) - {1}) for name in VARIANTS if name != "standard"]
     lines = []
     for name, number in wanted:
+        if not indivisible(in_channels, out_channels, number) and unfit(
+            name, in_channels, out_channels, number, kernel**2
+        ):
+            continue  # LR where N leaves no rank
         spec = ConvSpec(name, in_channels, out_channels, kernel, padding=(kernel - 1) // 2, groups=number, bias=False)
         lines.append(Line(name, number, count(spec, *size)))
     title = (

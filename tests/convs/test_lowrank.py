@@ -24,10 +24,10 @@ def test_its_rank_is_the_largest_with_at_most_the_parameters_of_n_groups(n, m, k
 
 
 def test_a_reduction_that_leaves_no_rank_is_refused_with_the_largest_that_does() -> None:
-    with pytest.raises(ShapeError, match="groups=8 leaves no rank for 8 -> 16 .* use at most 5"):
+    with pytest.raises(ShapeError, match=r"groups=8 leaves no rank for 8 -> 16 .* use at most 5"):
         LowRankConv2d(8, 16, 1, groups=8)
     LowRankConv2d(8, 16, 1, groups=5)
-    with pytest.raises(ShapeError, match="leaves no rank.* keep it dense"):
+    with pytest.raises(ShapeError, match=r"leaves no rank.* keep it dense"):
         LowRankConv2d(1, 2, 1, groups=2)
 
 
