@@ -121,7 +121,7 @@ def _to_dense(measured: Ratio | None) -> Comparison | None:
 
 
 def _error_columns(run: Conversions) -> list[Column[Cell]]:
-    untouched, control = run.untouched, run.control
+    untouched, to_control = run.untouched, partial(training.to_trained, errors=run.control)
 
     def initial(cell: Cell) -> str | None:
         if cell.dense:  # one error, whatever the seeds
@@ -134,11 +134,6 @@ def _error_columns(run: Conversions) -> list[Column[Cell]]:
         errors = cell.errors_at(run.moments[-1])
         return training.difference_text(difference_of(errors, dict.fromkeys(errors, untouched)))
 
-    def to_control(cell: Cell) -> str | None:
-        if not control:
-            return None
-        return "0" if cell.dense else training.difference_text(difference_of(cell.errors, control))
-
     return [
         Column("error initial %", initial, "Top-1 error on the test images as converted, before any training."),
         *(training.FINAL_COLUMNS if run.epochs else ()),
@@ -147,7 +142,7 @@ def _error_columns(run: Conversions) -> list[Column[Cell]]:
         Column("layer loss %", lambda cell: cell.lost(lambda layer: layer.after), LAYER_LOSS, loss_text, optional=True),
         training.PAPER,
         Column("to SC", to_untouched, TO_SC),
-        Column("to SC trained", to_control, TO_CONTROL, optional=True),
+        *([Column("to SC trained", to_control, TO_CONTROL)] if run.control else []),
     ]
 
 
