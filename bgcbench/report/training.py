@@ -41,6 +41,10 @@ Compared = tuple[Cell, Cell, Difference]
 PAPERS = {"cifar10": (5, paper.TABLE5_EPOCHS), "imagenet": (6, paper.TABLE6_EPOCHS)}
 QUICK = "few epochs or images"
 SPEED_ALONE = "synthetic images: the speed is all that is measured; there is no error to show"
+WITHOUT_IMAGES = (
+    "no images: --data-dir DIR (or BGCBENCH_DATA_DIR, ./data or ./imagenet) with train/ and val/, or val/ alone, and a "
+    "folder for each class, would add test errors and calibrated weights"
+)
 FLATTERS = "where a seed did not finish, the mean is of those that did, which flatters if it failed in training"
 
 
@@ -71,14 +75,14 @@ def train_report(document: Document) -> Report:
 
 def train_columns(document: Document, trained: BySeed) -> list[Column[Cell]]:
     """trained: the errors of the standard convolution."""
-    rows, seeds = document.results, planned_seeds(document)
+    rows = document.results
     synthetic = is_synthetic(rows)
     return [
         *VARIANT_COLUMNS,
         *count_columns(rows),
         *([] if synthetic else FINAL_COLUMNS),
         FINAL_TOP5,
-        Column("seeds", lambda cell: f"{len(cell.done)}/{seeds}", SEEDS),
+        seeds_column(planned_seeds(document)),
         SPEED,
         Column("of peak", lambda cell: cell.matmul_fraction, OF_PEAK, "{:.0%}".format, optional=True),
         PAPER,
@@ -148,7 +152,6 @@ def error_column(title: str, by_seed: Callable[[Any], BySeed], meaning: str, opt
     return Column(title, lambda cell: spread_text(by_seed(cell)), meaning, optional=optional)
 
 
-SEEDS = "Finished trainings of those that were planned."
 TRAINED = "Parameters while training: LGC and FLGC are trained masked, with dense kernels."
 LAST = "Top-1 error on the test images after the last epoch: the figure to quote."
 BEST = "Error of the epoch that was best on these same test images, which flatters."
@@ -179,6 +182,13 @@ def count_columns(rows: Rows) -> list[Column[Any]]:
         Column("trained params", lambda cell: cell.params_training, TRAINED, scaled, optional=True),
     ]
     return columns if masked else columns[:2]
+
+
+def seeds_column(planned: int) -> Column[Cell]:
+    def done(cell: Cell) -> str | None:
+        return None if cell.untrained else f"{len(cell.done)}/{planned}"
+
+    return Column("seeds", done, "Finished trainings of those that were planned.")
 
 
 def flags_column(ending: Callable[[Any], str] = lambda row: str(row.status)) -> Column[Any]:
@@ -243,12 +253,6 @@ def recipe_line(document: Document, rows: Rows) -> str:
     return f"recipe {params.recipe}: {', '.join([*told, *algorithms])}"
 
 
-def image_note(rows: Rows) -> list[str]:
-    image = image_points(rows)
-    about = f"test images, so one image is {significant(image, 2)} points"
-    return [f"{rows[0].params.dataset}: {100 / image:.0f} {about}"] if image else []
-
-
 def endings(cells: Iterable[Cell]) -> list[str]:
     """Why rows are not done, and how far they came."""
     return together((row.key, _ending(row)) for cell in cells for row in cell.rows if row.status != "ok")
@@ -263,15 +267,24 @@ def _ending(row: TrainRow) -> str:
     return line
 
 
-def some_unfinished(cells: Iterable[Cell]) -> list[str]:
-    return [FLATTERS] if any(cell.done and len(cell.done) < len(cell.rows) for cell in cells) else []
+def error_notes(rows: Rows, cells: Iterable[Cell], *more: str) -> list[str]:
+    """What the errors are of, with what there is ``more`` to say of them, or why there are none."""
+    image = image_points(rows)
+    if is_synthetic(rows):
+        lines = [SPEED_ALONE]
+    elif without_images(rows):
+        lines = [WITHOUT_IMAGES]
+    else:
+        about = f"test images, so one image is {significant(image, 2)} points"
+        lines = [*more, *([f"{rows[0].params.dataset}: {100 / image:.0f} {about}"] if image else [])]
+    partly = any(cell.done and len(cell.done) < len(cell.rows) for cell in cells)
+    return lines + ([FLATTERS] if partly else [])
 
 
 def _facts(document: Document, cells: Cells, compared: Sequence[Compared]) -> list[str]:
     rows = document.results
     lines = [recipe_line(document, rows)] if rows else []
-    lines += [SPEED_ALONE] if is_synthetic(rows) else image_note(rows)
-    lines += some_unfinished(cells)
+    lines += error_notes(rows, cells)
     lines += together((cell_name(cell), learnt) for cell in cells if (learnt := _learnt(cell)))
     lines += kept_dense((cell_name(cell), cell.indivisible) for cell in cells) + _about_paper(rows)
     lines += chosen_algorithms(rows, lambda row: row.key)
