@@ -132,9 +132,9 @@ def profile_records(rows: Rows) -> list[dict[str, Any]]:
             references.setdefault(row.params.layer, row)
     records = []
     for row in rows:
-        about = row_record(row, row.params) | flat(row.counts, Counts)
+        # The width of a network's few kernels that are not square is in the file alone.
+        about = row_record(row, row.params, without=("kernel_width",)) | flat(row.counts, Counts)
         about |= flat(row.approximability, White) | flat(row.memory, Memory)
-        del about["kernel_width"]  # of a network's few kernels that are not square: in the file alone
         records += [about | _measured(row, references.get(row.params.layer), phase) for phase in row.phases]
         records += [] if row.phases else [about | {"phase": None}]
     return records
