@@ -1,4 +1,4 @@
-"""What the tests of tables share: a report of a document that is still a dict, and its rendering."""
+"""What the tests of tables share: a report of a document, which may still be a dict, and its rendering."""
 
 from __future__ import annotations
 
@@ -10,18 +10,23 @@ from rich.console import Console
 
 from bgcbench import report
 from bgcbench.results import document_of
+from bgcbench.results.document import Document
 from bgcbench.results.rows import ProfileRow
 
 Json = dict[str, Any]
 
 
-def report_of(document: Json) -> report.Report:
-    return report.document_report(document_of(document, "the example"))
+def typed(document: Json | Document) -> Document:
+    return document if isinstance(document, Document) else document_of(document, "the example")
 
 
-def render(document: Json, form: str, width: int = 80) -> str:
-    out = io.StringIO()
-    report.emit(report_of(document), form, Console(file=out, width=width, no_color=True, highlight=False))
+def report_of(document: Json | Document) -> report.Report:
+    return report.document_report(typed(document))
+
+
+def render(document: Json | Document, form: str, width: int = 80) -> str:
+    out, found = io.StringIO(), typed(document)
+    report.emit(report_of(found), form, Console(file=out, width=width, no_color=True, highlight=False), found)
     return out.getvalue()
 
 

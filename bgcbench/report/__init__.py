@@ -12,7 +12,7 @@ from bgcbench.report.measured import flags
 from bgcbench.report.profile import profile_report
 from bgcbench.report.table import Column, Report, Table, as_csv, as_markdown, emit, explained
 from bgcbench.report.table1 import table1_report
-from bgcbench.report.train import train_report
+from bgcbench.report.training import train_report
 from bgcbench.report.transfer import transfer_report
 from bgcbench.results.document import Document
 

@@ -64,8 +64,6 @@ LOST = (
     "Share of the layer's output energy that the variant loses on the network's own inputs, with calibrated weights: "
     "E||Wu - Vu||^2 / E||Wu||^2 on one image in four that is held out. The rest of the network is dense."
 )
-COPIED = "Share of the output lost with copied weights, as in the paper."
-WHITE = "Share lost with the closed-form optimum for uncorrelated inputs."
 CALIBRATED = (
     "Share lost with least squares on the activations, pulled towards white by the ridge that serves best on images "
     "held out. TLGC, FLGC and LGC are searches, with one fixed ridge."
@@ -85,8 +83,8 @@ def weight_columns() -> list[Column[LayerRow]]:
         label("variant", lambda row: label_of(row.params.variant), "The variant."),
         Column("N", lambda row: row.params.groups, "Groups.", lead=True),
         Column("params", lambda row: row.counts and row.counts.params, "Parameters.", scaled),
-        lost("copied", lambda errors: errors.copy, COPIED),
-        lost("white", lambda errors: errors.white, WHITE),
+        lost("copied", lambda errors: errors.copy, "Share of the output lost with copied weights, as in the paper."),
+        lost("white", lambda errors: errors.white, "Share lost with the closed-form optimum for uncorrelated inputs."),
         lost("calibrated", lambda errors: errors.calibrated, CALIBRATED),
         Column("ridge", lambda row: row.ridge, "Of that least squares, relative.", "{:g}".format),
         Column("positions", lambda row: f"{row.rows:,} + {row.held_out_rows:,}", POSITIONS),

@@ -33,8 +33,7 @@ def layers_table(rows: Rows, network: ProfileRow | None) -> Table:
     ]
     sections = {}
     for phase in phases:
-        measured = network.phases.get(NETWORK_PHASES[phase]) if network else None
-        whole = measured.summary.median_s if measured else None
+        whole = network.median_s(NETWORK_PHASES[phase]) if network else None
         compared = [entry for row in own for entry in _variants(row, rows, phase)]
         columns += _phase_columns(own, phase, whole, compared)
         if lines := _where_time_goes(own, whole, phase) + _sped_up(compared, phase):
@@ -80,7 +79,7 @@ def _times(row: ProfileRow) -> int:
 
 def _total(row: ProfileRow, phase: str) -> float:
     """Seconds that all convolutions of this shape take in one pass."""
-    return row.phases[phase].summary.median_s * _times(row) if phase in row.phases else 0.0
+    return (row.median_s(phase) or 0.0) * _times(row)
 
 
 def _where_time_goes(own: Rows, whole: float | None, phase: str) -> list[str]:

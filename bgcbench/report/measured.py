@@ -26,8 +26,8 @@ def profile_columns(
         label(first, lambda row: variant_name(row, rows), VARIANT),
         Column("N", lambda row: row.params.groups, "Groups.", lead=True),
         Column("replaced", replaced, "Number of convolutions that are replaced.", optional=True),
-        Column("params", params_of, "Parameters of the algorithm that ran.", scaled),
-        Column("MACs", macs_of, MACS, scaled),
+        Column("params", lambda row: row.ran and row.ran.params, "Parameters of the algorithm that ran.", scaled),
+        Column("MACs", lambda row: row.ran and row.ran.macs, MACS, scaled),
         Column("white err", white_error, WHITE_ERROR, "{:.3f}".format, optional=True),
         *(column for phase in phases for column in _phase_columns(rows, phase, reference)),
         Column("x+W MiB", lambda row: row.memory and row.memory.paper_bytes, PAPER_BYTES, mebibytes, optional=True),
@@ -83,7 +83,7 @@ FLAGS = (
 
 
 def time_column(rows: Rows, phase: str) -> Column[ProfileRow]:
-    factor, unit = time_unit(row.phases[phase].summary.median_s for row in rows if phase in row.phases)
+    factor, unit = time_unit(filter(None, (row.median_s(phase) for row in rows)))
 
     def time(measured: Phase) -> str:
         summary = measured.summary
@@ -125,18 +125,6 @@ def variant_name(row: ProfileRow, rows: Rows) -> str:
 
 def numbered(row: ProfileRow, rows: Rows) -> str:
     return f"{variant_name(row, rows)} N={row.params.groups}"
-
-
-def params_of(row: ProfileRow) -> int | None:
-    """Parameters of the algorithm that ran: a masked one trains dense kernels."""
-    trained = row.counts.params_training if row.counts and row.params.algorithm == "masked" else None
-    return row.counts.params if row.counts and trained is None else trained
-
-
-def macs_of(row: ProfileRow) -> int | None:
-    """MACs of the algorithm that ran."""
-    trained = row.counts.macs_training if row.counts and row.params.algorithm == "masked" else None
-    return row.counts.macs if row.counts and trained is None else trained
 
 
 def white_error(row: ProfileRow) -> float | None:

@@ -37,7 +37,8 @@ def notes(
         why = f": it broke off with {document.failure}" if document.failure else ""
         lines.append(f"this run is not complete ({document.exit_reason}){why}")
     if document.quality == "quick":
-        lines.append(f"a quick look: {quick}, no claim; run without --quick")
+        what = f"a quick look: {quick}" if quick else "a quick look"
+        lines.append(f"{what}, no claim; run without --quick")
     lines += failed_rows(document) if failures is None else failures
     lines += _warnings(document)
     if document.settings.preprocessing:

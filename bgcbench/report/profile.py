@@ -14,7 +14,6 @@ from bgcbench.report.measured import (
     measured_phases,
     network_speed,
     numbered,
-    params_of,
     profile_columns,
     reference_of,
     white_error,
@@ -77,10 +76,10 @@ def _verdict(row: ProfileRow, reference: ProfileRow | None, phase: str, rows: Ro
         failure = row.failures.get(phase, row)
         return f"{name}: {failure.status}: {failure.reason}"
     more = f"; {speed} images/s" if speed else "" if error is None else f"; white error {error:.3g}"
-    ours, compared = params_of(row), speed_up(row, reference, phase)
-    if compared is None or reference is None:
-        return f"{name} has {scaled(ours or 0)} parameters{more} (no reference was measured)"
-    theirs = params_of(reference)
+    ours, theirs = (counted.ran.params if counted and counted.ran else 0 for counted in (row, reference))
+    compared = speed_up(row, reference, phase)
+    if compared is None:
+        return f"{name} has {scaled(ours)} parameters{more} (no reference was measured)"
     size = share_words(ours / theirs) if ours and theirs else "unknown parameters"
     other = DENSE if row.params.model else "standard"
     return f"{name} is {compared.versus(other)} with {size}{more}" + ("" if how == "ok" else f" [{how}]")
@@ -105,7 +104,7 @@ def _best(rows: Rows, reference: ProfileRow | None, phase: str) -> str | None:
     there = [row for row in rows if phase in row.phases and row is not reference]
     if not there or any(row.status == "interrupted" for row in rows):
         return None
-    first, *others = sorted(there, key=lambda row: row.phases[phase].summary.median_s)
+    first, *others = sorted(there, key=lambda row: row.median_s(phase) or 0.0)
     title, name, compared = PHASE_TITLES[phase], numbered(first, rows), speed_up(first, reference, phase)
     if compared is None:
         return None
@@ -133,9 +132,9 @@ def profile_records(rows: Rows) -> list[dict[str, Any]]:
             references.setdefault(row.params.layer, row)
     records = []
     for row in rows:
-        about = row_record(row, row.params) | flat(row.counts, Counts)
+        # The width of a network's few kernels that are not square is in the file alone.
+        about = row_record(row, row.params, without=("kernel_width",)) | flat(row.counts, Counts)
         about |= flat(row.approximability, White) | flat(row.memory, Memory)
-        about.pop("kernel_width")  # of a network's few kernels that are not square: in the file alone
         records += [about | _measured(row, references.get(row.params.layer), phase) for phase in row.phases]
         records += [] if row.phases else [about | {"phase": None}]
     return records

@@ -181,9 +181,9 @@ def flat(data: Data | None, kind: type[Data], without: Sequence[str] = ()) -> di
     return {name: getattr(data, name, None) for name in kind.__struct_fields__ if name not in without}
 
 
-def row_record(row: Row, params: Data) -> dict[str, Any]:
+def row_record(row: Row, params: Data, without: Sequence[str] = ()) -> dict[str, Any]:
     """What a record begins with: which row it is, and how it ended."""
-    return {"key": row.key, **flat(params, type(params)), "status": row.status, "reason": row.reason}
+    return {"key": row.key, **flat(params, type(params), without), "status": row.status, "reason": row.reason}
 
 
 def as_csv(report: Report) -> str:

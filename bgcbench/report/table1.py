@@ -9,6 +9,7 @@ from typing import Any
 
 from bgcbench.measure.counts import Counts, count
 from bgcbench.report.format import label_of, significant
+from bgcbench.report.measured import WHITE_ERROR
 from bgcbench.report.table import Column, Report, Table, label, words
 from bgcbench.specs import VARIANTS, ConvSpec, indivisible, unfit
 from bgcbench.theory.exact import white_error
@@ -92,4 +93,3 @@ def table1_columns(dense_ops: int) -> list[Column[Line]]:
 PAPER_OPS = (
     "Formula (3.14) and section 4 as printed; the set-up terms of LGC and FLGC happen once, not in every forward pass."
 )
-WHITE_ERROR = "Smallest share of the output's energy that the variant loses on white input (closed form)."

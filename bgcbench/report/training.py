@@ -1,21 +1,50 @@
-"""What the reports of ``train`` and ``transfer`` share: columns of cells, the recipe, and how rows ended."""
+"""The table of a ``train`` document: errors over the seeds, versus the standard convolution's and the paper's.
+
+The report of ``transfer`` shares its columns of cells, the title, the recipe, and how rows ended.
+"""
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
-from bgcbench.report.format import label_of, named, scaled, significant
-from bgcbench.report.notes import together
-from bgcbench.report.table import Column, flat, label, words
-from bgcbench.results.aggregate import NO_IMAGES, SYNTHETIC, BySeed, Cell, Difference, image_points, spread_of
+from bgcbench.report.format import label_of, named, scaled, share_words, significant
+from bgcbench.report.notes import chosen_algorithms, kept_dense, notes, together
+from bgcbench.report.table import Column, Report, Table, flat, label, words
+from bgcbench.results.aggregate import (
+    MIN_SEEDS,
+    NO_IMAGES,
+    SYNTHETIC,
+    BySeed,
+    Cell,
+    Difference,
+    at_equal_n,
+    at_equal_params,
+    difference_of,
+    image_points,
+    planned_seeds,
+    ratio_of,
+    spread_of,
+    training_cells,
+)
 from bgcbench.results.document import Document
 from bgcbench.results.rows import Counts, TrainParams, TrainRow
 from bgcbench.specs import VARIANTS
+from bgcbench.theory import paper
 
 Rows = Sequence[TrainRow]
+Cells = Sequence[Cell]
+Compared = tuple[Cell, Cell, Difference]
+# Epochs and table of the paper's trainings, by data set.
+PAPERS = {"cifar10": (5, paper.TABLE5_EPOCHS), "imagenet": (6, paper.TABLE6_EPOCHS)}
 QUICK = "few epochs or images"
 SPEED_ALONE = "synthetic images: the speed is all that is measured; there is no error to show"
+WITHOUT_IMAGES = (
+    "no images: --data-dir DIR (or BGCBENCH_DATA_DIR, ./data or ./imagenet) with train/ and val/, or val/ alone, and a "
+    "folder for each class, would add test errors and calibrated weights"
+)
 FLATTERS = "where a seed did not finish, the mean is of those that did, which flatters if it failed in training"
 
 
@@ -29,6 +58,70 @@ def is_synthetic(rows: Rows) -> bool:
 
 def without_images(rows: Rows) -> bool:
     return any(row.params.dataset == NO_IMAGES for row in rows)
+
+
+def train_report(document: Document) -> Report:
+    """A row a variant and N over its seeds, what BGC has on GC, and what to know before the numbers are used."""
+    rows: Rows = document.results
+    cells = training_cells(rows)
+    standard = next((cell for cell in cells if cell.dense), None)
+    compared = _compared(cells)
+    sections = {"What this shows": [_sentence(*each, image_points(rows)) for each in compared]} if compared else {}
+    trained = standard.errors if standard else {}
+    table = Table(title_lines(document), train_columns(document, trained), cells, sections)
+    noted = notes(document, _facts(document, cells, compared), endings(cells), QUICK)
+    return Report([table], noted, [_record(row, trained) for row in rows])
+
+
+def train_columns(document: Document, trained: BySeed) -> list[Column[Cell]]:
+    """trained: the errors of the standard convolution."""
+    rows = document.results
+    synthetic = is_synthetic(rows)
+    return [
+        *VARIANT_COLUMNS,
+        *count_columns(rows),
+        *([] if synthetic else FINAL_COLUMNS),
+        FINAL_TOP5,
+        seeds_column(planned_seeds(document)),
+        SPEED,
+        Column("of peak", lambda cell: cell.matmul_fraction, OF_PEAK, "{:.0%}".format, optional=True),
+        PAPER,
+        *([] if synthetic else [Column("to SC", partial(to_trained, errors=trained), TO_SC)]),
+        flags_column(),
+    ]
+
+
+OF_PEAK = (
+    "Multiply-adds done (three forward passes a step) over those of the device's best matrix product in the same "
+    "precision, measured in this run."
+)
+TO_SC = "Last error less that of SC, in percentage points; of the same seeds, where there are two or more."
+
+
+# -------------------------------------------------------------------------------------------------------- what it shows
+
+
+def _compared(cells: Cells) -> list[Compared]:
+    """BGC with GC at equal N and at equal parameters, by the N of GC, where both have an error."""
+    at = {(cell.variant, cell.groups): cell for cell in cells}
+    pairs = sorted(at_equal_n(at) + at_equal_params(at), key=lambda pair: (pair[1].groups, pair[0].groups))
+    found = [(one, other, difference_of(one.errors, other.errors)) for one, other in pairs]
+    return [(one, other, difference) for one, other, difference in found if difference]
+
+
+def _sentence(one: Cell, other: Cell, difference: Difference, image: float) -> str:
+    """Two cells in plain words: how large, which has the lower error, and whether that is more than scatter."""
+    share = ratio_of(one.params, other.params)
+    size = f" ({share_words(share)})" if share else ""
+    how = "lower by" if difference.value < 0 else "higher by" if difference.value > 0 else "apart by"
+    line = (
+        f"{cell_name(one)} versus {cell_name(other)}{size}: {difference.ours:.2f} % against "
+        f"{difference.theirs:.2f} %, {how} {abs(difference.value):.2f}{scatter(difference.sd)} points"
+    )
+    if difference.seeds < MIN_SEEDS:
+        are = "1 common seed is" if difference.seeds == 1 else f"{difference.seeds or 'no'} common seeds are"
+        return f"{line}; {are} too few to tell"
+    return f"{line} over {difference.seeds} seeds: {'' if difference.significant(image) else 'not '}significant"
 
 
 # -------------------------------------------------------------------------------------------------------------- columns
@@ -45,6 +138,11 @@ def difference_text(difference: Difference | None) -> str | None:
     return None if difference is None else f"{difference.value:+.2f}{scatter(difference.sd)}"
 
 
+def to_trained(cell: Cell, errors: BySeed) -> str | None:
+    """How far the errors of a cell's trainings are from ``errors``, those of the dense network's."""
+    return "0" if cell.dense else difference_text(difference_of(cell.errors, errors))
+
+
 def scatter(sd: float | None) -> str:
     return "" if sd is None else f" ± {sd:.2f}"
 
@@ -54,7 +152,6 @@ def error_column(title: str, by_seed: Callable[[Any], BySeed], meaning: str, opt
     return Column(title, lambda cell: spread_text(by_seed(cell)), meaning, optional=optional)
 
 
-SEEDS = "Finished trainings of those that were planned."
 TRAINED = "Parameters while training: LGC and FLGC are trained masked, with dense kernels."
 LAST = "Top-1 error on the test images after the last epoch: the figure to quote."
 BEST = "Error of the epoch that was best on these same test images, which flatters."
@@ -85,6 +182,13 @@ def count_columns(rows: Rows) -> list[Column[Any]]:
         Column("trained params", lambda cell: cell.params_training, TRAINED, scaled, optional=True),
     ]
     return columns if masked else columns[:2]
+
+
+def seeds_column(planned: int) -> Column[Cell]:
+    def done(cell: Cell) -> str | None:
+        return None if cell.untrained else f"{len(cell.done)}/{planned}"
+
+    return Column("seeds", done, "Finished trainings of those that were planned.")
 
 
 def flags_column(ending: Callable[[Any], str] = lambda row: str(row.status)) -> Column[Any]:
@@ -149,12 +253,6 @@ def recipe_line(document: Document, rows: Rows) -> str:
     return f"recipe {params.recipe}: {', '.join([*told, *algorithms])}"
 
 
-def image_note(rows: Rows) -> list[str]:
-    image = image_points(rows)
-    about = f"test images, so one image is {significant(image, 2)} points"
-    return [f"{rows[0].params.dataset}: {100 / image:.0f} {about}"] if image else []
-
-
 def endings(cells: Iterable[Cell]) -> list[str]:
     """Why rows are not done, and how far they came."""
     return together((row.key, _ending(row)) for cell in cells for row in cell.rows if row.status != "ok")
@@ -169,8 +267,81 @@ def _ending(row: TrainRow) -> str:
     return line
 
 
-def some_unfinished(cells: Iterable[Cell]) -> list[str]:
-    return [FLATTERS] if any(cell.done and len(cell.done) < len(cell.rows) for cell in cells) else []
+def error_notes(rows: Rows, cells: Iterable[Cell], *more: str) -> list[str]:
+    """What the errors are of, with what there is ``more`` to say of them, or why there are none."""
+    image = image_points(rows)
+    if is_synthetic(rows):
+        lines = [SPEED_ALONE]
+    elif without_images(rows):
+        lines = [WITHOUT_IMAGES]
+    else:
+        about = f"test images, so one image is {significant(image, 2)} points"
+        lines = [*more, *([f"{rows[0].params.dataset}: {100 / image:.0f} {about}"] if image else [])]
+    partly = any(cell.done and len(cell.done) < len(cell.rows) for cell in cells)
+    return lines + ([FLATTERS] if partly else [])
+
+
+def _facts(document: Document, cells: Cells, compared: Sequence[Compared]) -> list[str]:
+    rows = document.results
+    lines = [recipe_line(document, rows)] if rows else []
+    lines += error_notes(rows, cells)
+    lines += together((cell_name(cell), learnt) for cell in cells if (learnt := _learnt(cell)))
+    lines += kept_dense((cell_name(cell), cell.indivisible) for cell in cells) + _about_paper(rows)
+    lines += chosen_algorithms(rows, lambda row: row.key)
+    return lines + ([SCATTER] if any(difference.seeds >= MIN_SEEDS for *_, difference in compared) else [])
+
+
+SCATTER = (
+    "significant: the mean of the differences by seed is more than twice its standard error, and more than one image. "
+    "Where nothing differs, chance does that in about 18 % of comparisons with 3 seeds, 12 % with 5, 8 % with 10; all "
+    "seeds share the test images, whose own scatter is not in it"
+)
+
+
+def _last(row: TrainRow, name: str) -> float | None:
+    """What was learnt, at the end of the last epoch; None where it is not known."""
+    return (row.epochs[-1].learnt or {}).get(name) if row.epochs else None
+
+
+def _learnt(cell: Cell) -> str:
+    """What a learned grouping left behind that the counts do not tell: outputs without inputs, inputs not dropped."""
+
+    def last(name: str, least: float) -> list[float]:
+        return [share for row in cell.done if (share := _last(row, name)) is not None and share > least]
+
+    texts = []
+    moved = last("moved", -1)
+    if any(moved):
+        texts.append(f"{_mean(moved)} of the channels changed their group")
+    elif moved:
+        fixed = "so it trained as a group convolution with random, fixed groups"
+        texts.append(f"no channel ever changed its group, {fixed}")
+    if dead := last("dead_outputs", 0):
+        seeds = f"{len(dead)} of {len(cell.done)} seeds"
+        texts.append(f"{_mean(dead)} of the outputs ended dead, without inputs ({seeds})")
+    elif kept := last("kept", 1.01 / cell.groups):
+        over = f"and not {significant(100 / cell.groups, 2)} % ({len(kept)} of {len(cell.done)} seeds)"
+        texts.append(f"its groups ended with {_mean(kept)} of the inputs {over}")
+    return "; ".join(texts)
+
+
+def _mean(shares: Sequence[float]) -> str:
+    return f"{significant(100 * statistics.fmean(shares), 2)} %"
+
+
+def _about_paper(rows: Rows) -> list[str]:
+    """How what ran differs from what the paper ran."""
+    params = next((row.params for row in rows if row.paper), None)
+    if params is None:
+        return []
+    table, epochs = PAPERS.get(params.dataset, (None, None))
+    of = f"Table {table} of Lee, Park & Lee" if table else "Lee, Park & Lee"
+    line = f"paper: {of}, which does not say over how many trainings"
+    if epochs and params.epochs != epochs:
+        line += f"; it trained {epochs} epochs, this run {params.epochs}"
+    if params.recipe != "paper":
+        line += f"; recipe {params.recipe} is not its own"
+    return [line]
 
 
 # -------------------------------------------------------------------------------------------------------------- records
@@ -196,4 +367,13 @@ def training_record(row: TrainRow) -> dict[str, Any]:
         "epochs_done": len(row.epochs),
         "paper_error": row.paper.error if row.paper else None,
         "replaced": len(row.convert.replaced) if row.convert else None,
+    }
+
+
+def _record(row: TrainRow, trained: BySeed) -> dict[str, Any]:
+    """One training, flat."""
+    return {
+        **training_record(row),
+        "to_standard": less(row.error_final, trained.get(row.params.seed) if row.status == "ok" else None),
+        **{name: _last(row, name) for name in ("dead_outputs", "kept", "moved")},
     }

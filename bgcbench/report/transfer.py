@@ -51,9 +51,6 @@ def transfer_report(document: Document) -> Report:
 def transfer_columns(run: Conversions, seeds: int) -> list[Column[Cell]]:
     """Without images what layers lose by the closed form, else errors; neither where labels mean nothing."""
 
-    def done(cell: Cell) -> str | None:
-        return None if cell.untrained else f"{len(cell.done)}/{seeds}"
-
     def faster(cell: Cell, phase: str) -> str | None:
         compared = _to_dense(cell.time(phase))
         return None if compared is None else "1" if cell.dense else compared.text
@@ -66,7 +63,7 @@ def transfer_columns(run: Conversions, seeds: int) -> list[Column[Cell]]:
         *(LOSS_COLUMNS if unseen else [] if synthetic else _error_columns(run)),
         *_speed_up_columns(run, faster),
         training.SPEED,
-        *([] if unseen else [Column("seeds", done, training.SEEDS)]),
+        *([] if unseen else [training.seeds_column(seeds)]),
         training.flags_column(_ending),
     ]
 
@@ -121,7 +118,7 @@ def _to_dense(measured: Ratio | None) -> Comparison | None:
 
 
 def _error_columns(run: Conversions) -> list[Column[Cell]]:
-    untouched, control = run.untouched, run.control
+    untouched, to_control = run.untouched, partial(training.to_trained, errors=run.control)
 
     def initial(cell: Cell) -> str | None:
         if cell.dense:  # one error, whatever the seeds
@@ -134,11 +131,6 @@ def _error_columns(run: Conversions) -> list[Column[Cell]]:
         errors = cell.errors_at(run.moments[-1])
         return training.difference_text(difference_of(errors, dict.fromkeys(errors, untouched)))
 
-    def to_control(cell: Cell) -> str | None:
-        if not control:
-            return None
-        return "0" if cell.dense else training.difference_text(difference_of(cell.errors, control))
-
     return [
         Column("error initial %", initial, "Top-1 error on the test images as converted, before any training."),
         *(training.FINAL_COLUMNS if run.epochs else ()),
@@ -147,7 +139,7 @@ def _error_columns(run: Conversions) -> list[Column[Cell]]:
         Column("layer loss %", lambda cell: cell.lost(lambda layer: layer.after), LAYER_LOSS, loss_text, optional=True),
         training.PAPER,
         Column("to SC", to_untouched, TO_SC),
-        Column("to SC trained", to_control, TO_CONTROL, optional=True),
+        *([Column("to SC trained", to_control, TO_CONTROL)] if run.control else []),
     ]
 
 
@@ -220,14 +212,7 @@ def _facts(document: Document, run: Conversions) -> list[str]:
         lines.append("nothing was trained: the errors are those of the conversions")
     if any(row.params.distill for row in trained):
         lines.append("distilled: the untouched network's outputs were targets beside the labels")
-    if training.is_synthetic(rows):
-        lines.append(training.SPEED_ALONE)
-    elif training.without_images(rows):
-        lines.append(WITHOUT_IMAGES)
-    elif rows:
-        lines += [NO_CONTROL] if run.epochs and not run.control else []
-        lines += training.image_note(rows)
-    lines += training.some_unfinished(run.cells)
+    lines += training.error_notes(rows, run.cells, *([NO_CONTROL] if run.epochs and not run.control else []))
     lines += kept_dense((training.cell_name(cell), cell.indivisible) for cell in run.converted)
     lines += _about_calibration(run)
     if ran := next((row.time for row in rows if row.time), None):
@@ -239,10 +224,6 @@ def _facts(document: Document, run: Conversions) -> list[str]:
 
 
 NO_CONTROL = "no control: to SC holds what the training did, too; --control trains the untouched network as long"
-WITHOUT_IMAGES = (
-    "no images: --data-dir DIR (or BGCBENCH_DATA_DIR, ./data or ./imagenet) with train/ and val/, or val/ alone, and a "
-    "folder for each class, would add test errors and calibrated weights"
-)
 ABOUT_PAPER = (  # how what ran differs from what the paper ran, and what its best row does not say
     f"paper: Table 3 of Lee, Park & Lee, ResNet-50 after {paper.TABLE3_EPOCHS} epochs from copied weights, norms as "
     f"they were. Its BGC N=2 ({paper.TABLE3['bgc', 2]:.2f} %) is below its baseline "

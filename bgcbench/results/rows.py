@@ -339,6 +339,18 @@ class ProfileRow(Row, frozen=True, kw_only=True, omit_defaults=True):
     convert: Record | None = None
     layer: DistinctLayer | None = None
 
+    @property
+    def ran(self) -> Counts | None:
+        """Counts of the algorithm that ran: a masked one trains dense kernels."""
+        if self.counts is None or self.params.algorithm != "masked":
+            return self.counts
+        params, macs = self.counts.params_training, self.counts.macs_training
+        return Counts(params or self.counts.params, macs or self.counts.macs)
+
+    def median_s(self, phase: str) -> float | None:
+        """Median time of a phase; None where it was not measured."""
+        return self.phases[phase].summary.median_s if phase in self.phases else None
+
 
 # ------------------------------------------------------------------------------------------------------------ approx
 
