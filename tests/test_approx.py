@@ -410,7 +410,7 @@ def test_a_row_says_what_it_is_and_why_a_number_is_missing() -> None:
         assert (params.dims, params.kernel, params.length, params.stride) == (1, 3, 8, 1)
         assert (params.precision, params.samples) == ("fp64", 24)
         assert params.solver == {"standard": "exact", "tlgc": "als", "flgc": "partition-search",
-                                    "lgc": "column-search"}.get(variant, "schur")  # fmt: skip
+                                    "lgc": "column-search", "lowrank": "svd"}.get(variant, "schur")  # fmt: skip
 
 
 @pytest.mark.parametrize("variant", ["bgc", "tlgc"])

@@ -173,7 +173,7 @@ class TestSampled:
         jsonschema.validate(document, results.schema())
         assert (document["complete"], document["exit_reason"]) == (True, "ok")
         assert document["argv"] == [*SMALL, "--variants", "all"]
-        assert len(document["results"]) == 2 * (1 + 6 * 2)  # two inputs; standard, and six variants at two N
+        assert len(document["results"]) == 2 * (1 + 7 * 2)  # two inputs; standard, and seven variants at two N
         assert {(fit["variant"], fit["input"]) for fit in document["fits"]} >= {("gc", "normal"), ("bgc", "uniform")}
         methods = {row["params"]["variant"]: row["params"]["solver"] for row in document["results"]}
         assert methods["tlgc"] == "als"

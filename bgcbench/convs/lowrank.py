@@ -52,15 +52,12 @@ class LowRankConv2d(AutotunedConv2d):
 
     def _create_weights(self, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
         super()._create_weights(device, dtype)
-        self.weight_expand = None
+        self.weight_expand, rank = None, self.out_channels
         if self.groups > 1:
             rank = rank_of(self.in_channels, self.out_channels, self.groups, self.spec.kernel_positions)
-            shape = (rank, self.in_channels, *self.kernel_size)
-            self.weight_reduce = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
             self.weight_expand = nn.Parameter(torch.empty(self.out_channels, rank, 1, 1, device=device, dtype=dtype))
-        else:
-            shape = (self.out_channels, self.in_channels, *self.kernel_size)
-            self.weight_reduce = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        shape = (rank, self.in_channels, *self.kernel_size)
+        self.weight_reduce = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
 
     def forward(self, input: Tensor) -> Tensor:
         if self.weight_expand is None:
@@ -85,9 +82,9 @@ class LowRankConv2d(AutotunedConv2d):
         (self.weight_reduce if self.weight_expand is None else self.weight_expand).mul_(scale[:, None, None, None])
 
     def dense_weight(self) -> Tensor:
-        return (
-            self.weight_reduce if self.weight_expand is None else dense_kernel(self.weight_reduce, self.weight_expand)
-        )
+        if self.weight_expand is None:
+            return self.weight_reduce
+        return dense_kernel(self.weight_reduce, self.weight_expand)
 
     @classmethod
     def project(cls, weight: Tensor, groups: int, projection: str, fit: Fit | None) -> Mapping[str, Tensor]:

@@ -52,7 +52,7 @@ def test_the_mean_costs_one_addition_for_every_input_value() -> None:
 @pytest.mark.parametrize("bias", [False, True])
 def test_params_equal_what_the_layer_stores(name: str, bias: bool) -> None:
     for groups in (1,) if name == "standard" else (1, 2, 4):
-        algorithm = VARIANTS[name].algorithms[-1]  # LGC and FLGC: deployed; masked they store what trains
+        algorithm = "deployed" if "deployed" in VARIANTS[name].algorithms else "auto"  # masked they store what trains
         layer = ConvSpec(name, 8, 12, 3, groups=groups, bias=bias, algorithm=algorithm)
         assert count(layer, 5, 5).params == sum(p.numel() for p in build_conv(layer).parameters())
         if groups > 1 and algorithm == "deployed":
@@ -71,6 +71,7 @@ def test_table_1_by_hand() -> None:
         "flgc": 864 + 4 * 8 + 4 * 12,
         "tlgc": 216 + 9 * 8 + 4 * 12,
         "bgc": 2 * 216,
+        "lowrank": 2 * (9 * 8 + 12),  # r = floor(864 / (4 (72 + 12)))
     }
     assert columns["lgc"].params == columns["flgc"].params == 216
     assert columns["lgc"].params_training == 864
@@ -89,6 +90,7 @@ def test_the_papers_operation_counts_by_hand() -> None:
         "flgc": 216 + 20 * 16 + 216,
         "tlgc": 216 + 72 + 48,
         "bgc": 432 + 8,
+        "lowrank": 2 * (72 + 12),
     }
 
 
