@@ -183,7 +183,7 @@ class TestSampled:
         assert (
             "BGC, normal: a slope needs two N with an error above 0; N = 2 has no error to take the logarithm of" in out
         )
-        assert "saved 26/26" in err
+        assert "saved 30/30" in err
         assert main(["show", str(path)]) == 0
         assert capsys.readouterr().out == out
 

@@ -393,6 +393,18 @@ class TestChoosing:
 
 
 class TestWhatSurvives:
+    def test_low_rank_need_not_divide_the_channels_and_says_where_it_leaves_no_rank(self) -> None:
+        model = nn.Sequential(
+            nn.Conv2d(3, 9, 3), nn.Conv2d(9, 15, 3, padding=1), nn.Conv2d(15, 4, 1), nn.Conv2d(4, 5, 1)
+        )
+        converted = convert(model, "lowrank", 2, where="all", exclude=["0", "3"], on_indivisible="raise")
+        assert [layer.name for layer in converted.record.layers] == ["1", "2"]
+        assert converted.model[1].rank == 9 * 9 * 15 // (2 * (81 + 15))  # type: ignore[union-attr]
+        kept = convert(model, "lowrank", 8, where="all", exclude=["0", "3"], on_indivisible="skip").record
+        assert reasons(kept)["2"] == "N=8 leaves no rank for 15 -> 4 channels"
+        with pytest.raises(ShapeError, match="groups=8 leaves no rank for the channels of a convolution: 2"):
+            convert(model, "lowrank", 8, where="all", exclude=["0", "3"])
+
     def test_the_original_is_untouched_unless_in_place(self) -> None:
         model = build_small()
         before = {name: value.clone() for name, value in model.state_dict().items()}
