@@ -4,9 +4,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -17,8 +15,7 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
 
 import torch
 
-from bgcbench.measure import ceilings
-from bgcbench.measure.timing import Rules
+from tests.brisk import shorten
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -57,13 +54,7 @@ def cli(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
 @pytest.fixture
 def brisk(monkeypatch: pytest.MonkeyPatch) -> None:
     """Short warm-ups and no matrix products: what is tested here is not how long they are."""
-    for_device = Rules.for_device
-
-    def shortened(device_type: str, **options: Any) -> Rules:
-        return replace(for_device(device_type, **options), warmup_min_s=0.01, warmup_max_s=0.02)
-
-    monkeypatch.setattr(Rules, "for_device", shortened)
-    monkeypatch.setattr(ceilings, "measure_ceilings", lambda *_, **__: ceilings.Ceilings(1e11, 1e10, (1,), 1))
+    shorten(monkeypatch.setattr)
 
 
 @pytest.fixture

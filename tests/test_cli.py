@@ -24,14 +24,17 @@ from bgcbench.cli import main
 from bgcbench.convs.gc import GroupConv2d
 from bgcbench.experiments.profile_run import ProfileRun, Update
 from bgcbench.results import files
+from tests.brisk import shorten
 from tests.conftest import ROOT
 from tests.example import example_document
 from tests.stored import stored
 
 Cli = Callable[..., subprocess.CompletedProcess[str]]
 SMALL = ["profile", "--channels", "16", "--batch", "4", "--size", "5", "--groups", "2", "--device", "cpu",
-         "--max-time", "0.05"]  # fmt: skip
+         "--max-time", "0.01"]  # fmt: skip
 LIGHT = [*SMALL, "--quick"]
+
+pytestmark = pytest.mark.usefixtures("brisk", "one_thread")
 
 
 @pytest.fixture
@@ -52,7 +55,12 @@ def example(here: Path) -> Path:
 def light(tmp_path_factory: pytest.TempPathFactory) -> str:
     """What a finished run has written."""
     path = tmp_path_factory.mktemp("light") / "r.json"
-    assert main([*LIGHT, "--out", str(path), "--quiet"]) == 0
+    with pytest.MonkeyPatch.context() as patched:
+        shorten(patched.setattr)
+        before = torch.get_num_threads()
+        torch.set_num_threads(1)  # as in the tests that resume it
+        assert main([*LIGHT, "--out", str(path), "--quiet"]) == 0
+        torch.set_num_threads(before)
     return path.read_text(encoding="utf-8")
 
 
@@ -63,9 +71,11 @@ def finished(here: Path, light: str) -> Path:
     return here / "r.json"
 
 
-def in_shell(arguments: list[str], ending: str, folder: Path) -> subprocess.CompletedProcess[str]:
+def in_shell(
+    arguments: list[str], ending: str, folder: Path, module: str = "bgcbench"
+) -> subprocess.CompletedProcess[str]:
     """``bgcbench ARGUMENTS ENDING``, typed into a shell."""
-    line = f"{shlex.join([sys.executable, '-m', 'bgcbench', *arguments])} {ending}"
+    line = f"{shlex.join([sys.executable, '-m', module, *arguments])} {ending}"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.run(["bash", "-c", line], cwd=folder, env=environment, capture_output=True, text=True,
                           check=False, timeout=120)  # fmt: skip
@@ -424,26 +434,26 @@ class TestProcess:
 
     @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
     def test_what_was_measured_is_not_lost_with_stdout(self, tmp_path: Path) -> None:
-        done = in_shell([*LIGHT, "--out", "r.json", "--quiet"], "> /dev/full", tmp_path)
+        done = in_shell([*LIGHT, "--out", "r.json", "--quiet"], "> /dev/full", tmp_path, "tests.brisk")
         assert done.returncode == 4
         (line,) = done.stderr.splitlines()
         assert line == "bgcbench: stdout cannot be written (No space left on device); the result is in r.json"
         assert stored(tmp_path / "r.json")["complete"]
-        done = in_shell([*LIGHT, "--out", "-", "--quiet"], "> /dev/full", tmp_path)
+        done = in_shell([*LIGHT, "--out", "-", "--quiet"], "> /dev/full", tmp_path, "tests.brisk")
         assert done.returncode == 4
         (rescued,) = tmp_path.glob("bgcbench-rescued-*")
         assert f"the result is in {rescued.name}" in done.stderr
         assert stored(rescued)["complete"]
 
     def test_a_stdout_that_is_closed_is_told_and_no_file_takes_its_place(self, tmp_path: Path) -> None:
-        done = in_shell([*LIGHT, "--out", "r.json", "--quiet"], ">&-", tmp_path)
+        done = in_shell([*LIGHT, "--out", "r.json", "--quiet"], ">&-", tmp_path, "tests.brisk")
         assert done.returncode == 4
         assert "stdout cannot be written" in done.stderr
         assert stored(tmp_path / "r.json")["complete"]
 
     def test_a_stderr_that_cannot_be_written_ends_nothing(self, tmp_path: Path) -> None:
         for closed in ("2> /dev/full", "2>&-"):
-            done = in_shell([*LIGHT, "--out", "r.json", "--force"], closed, tmp_path)
+            done = in_shell([*LIGHT, "--out", "r.json", "--force"], closed, tmp_path, "tests.brisk")
             assert done.returncode == 0
             assert "| BGC | 2 |" in done.stdout
 

@@ -13,27 +13,18 @@ from pathlib import Path
 import pytest
 
 from bgcbench.cli import main
-from bgcbench.measure import ceilings
 from tests.conftest import ROOT
 from tests.stored import stored
 
 ARGUMENTS = ["profile", "--channels", "32", "--batch", "8", "--size", "7", "--groups", "2", "--device", "cpu",
              "--phases", "fwd", "--out", "r.json"]  # fmt: skip
 
-
-# What the device can do at best is not measured: it takes seconds.
-BRISK = """
-import sys
-from bgcbench.measure import ceilings
-ceilings.measure_ceilings = lambda *_, **__: ceilings.Ceilings(1e11, 1e10, (1,), 1)
-from bgcbench.cli import main
-sys.exit(main(sys.argv[1:]))
-"""
+pytestmark = pytest.mark.usefixtures("brisk", "one_thread")
 
 
-def start(folder: Path, *arguments: str, how: tuple[str, str] = ("-c", BRISK)) -> subprocess.Popen[str]:
+def start(folder: Path, *arguments: str, module: str = "tests.brisk") -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, *how, *arguments],
+        [sys.executable, "-m", module, *arguments],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
@@ -57,7 +48,6 @@ def wait_for_round(path: Path, number: int, process: subprocess.Popen[str]) -> N
 @pytest.fixture
 def whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The keys of a run that nobody interrupts."""
-    monkeypatch.setattr(ceilings, "measure_ceilings", lambda *_, **__: ceilings.Ceilings(1e11, 1e10, (1,), 1))
     monkeypatch.chdir(tmp_path)
     assert main([*ARGUMENTS, "--max-time", "0.01", "--out", "whole.json"]) == 0
     return [row["key"] for row in stored(tmp_path / "whole.json")["results"]]
@@ -123,7 +113,7 @@ def test_a_killed_run_leaves_a_valid_resumable_file(tmp_path: Path, whole: list[
 
 
 def test_ctrl_c_before_anything_is_measured_writes_nothing(tmp_path: Path) -> None:
-    process = start(tmp_path, *ARGUMENTS, how=("-m", "bgcbench"))
+    process = start(tmp_path, *ARGUMENTS, module="bgcbench")
     maps = Path(f"/proc/{process.pid}/maps")
     deadline = time.monotonic() + (60 if maps.exists() else 0.5)
     while time.monotonic() < deadline and not (maps.exists() and "torch" in maps.read_text()):  # it is being imported

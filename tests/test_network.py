@@ -32,10 +32,10 @@ from tests.example import _phase
 from tests.reporting import report_of
 from tests.stored import stored
 
-SMALL = NetworkConfig(model="wrn_10_1", batch=2, height=16, groups=(2, 4), device="cpu", max_time_s=0.05)
+SMALL = NetworkConfig(model="wrn_10_1", batch=2, height=16, groups=(2, 4), device="cpu", max_time_s=0.01)
 
 
-pytestmark = pytest.mark.usefixtures("brisk")
+pytestmark = pytest.mark.usefixtures("brisk", "one_thread")
 
 
 def run(config: NetworkConfig, **options: Any) -> ProfileRun:
@@ -266,7 +266,7 @@ class TestRun:
     ) -> None:
         # At 32 px the last batch norms see one position: with one image that is one value a channel.
         arguments = ["profile", "--model", "shufflenet_v2_x0_5", "--size", "32", "--where", "1x1", "--groups", "2",
-                     "--variants", "gc", "--device", "cpu", "--quick", "--max-time", "0.05",
+                     "--variants", "gc", "--device", "cpu", "--quick", "--max-time", "0.01",
                      "--out", str(tmp_path / "r.json")]  # fmt: skip
         assert main([*arguments, "--batch", "1"]) == 1
         printed = capsys.readouterr().out
@@ -330,7 +330,7 @@ class TestRun:
 
 
 QUICK = ["profile", "--model", "wrn_10_1", "--size", "16", "--batch", "2", "--groups", "2", "--device", "cpu",
-         "--quick", "--max-time", "0.05"]  # fmt: skip
+         "--quick", "--max-time", "0.01"]  # fmt: skip
 
 
 class TestCommand:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -16,10 +15,11 @@ from tests.stored import stored
 pytestmark = pytest.mark.usefixtures("brisk", "one_thread")
 
 SHARED = ["--device", "cpu", "--threads", "1", "--quiet", "--variants", "gc,bgc"]
+SHORT = ["--quick", "--max-time", "0.01"]
 IMAGES = ["--data", "digits", "--size", "8"]
 COMMANDS = {
-    "profile": ["--channels", "8", "--size", "4", "--batch", "2", "--quick"],
-    "profile --model": ["--model", "wrn_10_1", "--size", "8", "--batch", "2", "--quick"],
+    "profile": ["--channels", "8", "--size", "4", "--batch", "2", *SHORT],
+    "profile --model": ["--model", "wrn_10_1", "--size", "8", "--batch", "2", *SHORT],
     "approx": ["--channels", "8", "--dims", "1", "--length", "8", "--samples", "4"],
     "approx --model": ["--model", "wrn_10_1", *IMAGES, "--calibration-images", "8"],
     "train": ["wrn_10_1", *IMAGES, "--epochs", "1", "--subset", "64", "--batch-size", "32"],
@@ -28,14 +28,19 @@ COMMANDS = {
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_a_larger_grid_keeps_what_is_done_and_measures_the_rest(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_whole_file_is_left_as_it_is_and_a_larger_grid_keeps_what_is_done_and_measures_the_rest(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     torch.save(build_model(NetSpec("wrn_10_1", 10, 8)).state_dict(), "mine.pt")
     command, *_ = name.split()
     assert main([command, *COMMANDS[name], *SHARED, "--groups", "2", "--out", "r.json"]) == 0
-    first = stored(Path("r.json"))
+    first, table = stored(Path("r.json")), capsys.readouterr().out
+
+    assert main([command, "--resume", "r.json", "--quiet"]) == 0
+    assert stored(Path("r.json"))["results"] == first["results"]
+    assert capsys.readouterr().out == table
+
     assert main([command, "--resume", "r.json", "--groups", "2,4", "--quiet"]) == 0
     second = stored(Path("r.json"))
     kept = {row["key"]: row for row in second["results"]}
@@ -43,18 +48,3 @@ def test_a_larger_grid_keeps_what_is_done_and_measures_the_rest(
     assert len(second["results"]) > len(first["results"])
     assert (second["started_at"], second["argv"]) == (first["started_at"], first["argv"])
     assert (second["complete"], second["exit_reason"], second["warnings"]) == (True, "ok", first["warnings"])
-
-
-@pytest.mark.parametrize("name", COMMANDS)
-def test_a_file_that_is_whole_is_left_as_it_is(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    torch.save(build_model(NetSpec("wrn_10_1", 10, 8)).state_dict(), "mine.pt")
-    command, *_ = name.split()
-    assert main([command, *COMMANDS[name], *SHARED, "--groups", "2", "--out", "r.json"]) == 0
-    first: dict[str, Any] = stored(Path("r.json"))
-    table = capsys.readouterr().out
-    assert main([command, "--resume", "r.json", "--quiet"]) == 0
-    assert stored(Path("r.json"))["results"] == first["results"]
-    assert capsys.readouterr().out == table

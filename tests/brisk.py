@@ -1,0 +1,31 @@
+"""The command line with short warm-ups and no matrix products, on one thread: ``python -m tests.brisk ARGUMENTS``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from bgcbench.cli import run
+from bgcbench.measure import ceilings, device
+from bgcbench.measure.timing import Rules
+
+
+def shorten(put: Callable[[Any, str, Any], None]) -> None:
+    """``put`` in place what takes seconds of no interest to a test: warm-ups, the device's ceilings, the canary."""
+    for_device = Rules.for_device
+
+    def shortened(device_type: str, **options: Any) -> Rules:
+        return replace(for_device(device_type, **options), warmup_min_s=0.01, warmup_max_s=0.02)
+
+    put(Rules, "for_device", shortened)
+    put(ceilings, "measure_ceilings", lambda *_, **__: ceilings.Ceilings(1e11, 1e10, (1,), 1))
+    put(device, "CANARY_S", 0.0)  # its smallest product
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    shorten(setattr)
+    run()
