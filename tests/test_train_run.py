@@ -47,12 +47,12 @@ def test_rows_are_trained_seed_by_seed() -> None:
 
 def test_the_global_random_state_and_threads_are_put_back() -> None:
     state, threads = torch.get_rng_state(), torch.get_num_threads()
-    run = run_of(variants=("gc",), seeds=(0,), threads=2)
+    run = run_of(variants=("gc",), seeds=(0,), reference=False, epochs=1, subset=64, threads=2)
     for _ in run.run():
         pass
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.get_num_threads() == threads
-    assert [row.status for row in run.results] == ["ok", "ok"]
+    assert [row.status for row in run.results] == ["ok"]
 
 
 def test_the_time_left_is_that_of_what_this_run_does(monkeypatch: pytest.MonkeyPatch) -> None:

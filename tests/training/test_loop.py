@@ -25,6 +25,8 @@ from bgcbench.training.distributed import World
 from bgcbench.training.loop import NotFinite, Options, Prepared, Scores, Training, check_batch, subset_of
 from tests.training.example import MEAN, STD, tiny_data, tiny_network, tiny_recipe
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def training(network: nn.Module, data: ResidentData | None = None, **given: Any) -> Training:
     """A training of the tiny network, in float64 unless its recipe says otherwise."""
