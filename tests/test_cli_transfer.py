@@ -28,6 +28,8 @@ from tests.conftest import ROOT
 from tests.models.test_weights import hashed, sha256
 from tests.test_cli_train import document, pictures, start
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SMALL = ["--data", "digits", "--groups", "2", "--device", "cpu", "--threads", "1", "--calibration-images", "16",
          "--batch-size", "64", "--subset", "128"]  # fmt: skip
 
