@@ -219,7 +219,7 @@ class TestTrainStep:
 class TestRun:
     def test_every_variant_is_measured_interleaved_with_the_dense_network(self) -> None:
         done = run(replace(SMALL, variants=tuple(VARIANTS), groups=(4,)))
-        assert [(row.status, row.reason) for row in done.results] == [("ok", None)] * 9
+        assert [(row.status, row.reason) for row in done.results] == [("ok", None)] * 10
         assert {row.interleaved for row in done.results} == {1}
         dense = done.results[0]
         assert dense.convert is None
