@@ -26,7 +26,7 @@ def divisors(value: int) -> list[int]:
     return small + [value // d for d in reversed(small) if d * d != value]
 
 
-def indivisible(in_channels: int, out_channels: int, groups: int, kernel_positions: int = 1) -> str | None:
+def indivisible(in_channels: int, out_channels: int, groups: int, _kernel_positions: int = 1) -> str | None:
     """Why ``groups`` cannot split these channels evenly, with the divisors that would do; None if it can."""
     for what, channels in (("in_channels", in_channels), ("out_channels", out_channels)):
         if channels % groups:
@@ -35,7 +35,7 @@ def indivisible(in_channels: int, out_channels: int, groups: int, kernel_positio
     return None
 
 
-def too_many_groups(in_channels: int, out_channels: int, groups: int, kernel_positions: int = 1) -> str | None:
+def too_many_groups(in_channels: int, out_channels: int, groups: int, _kernel_positions: int) -> str | None:
     """Why there cannot be ``groups`` uneven groups: with more than channels, some outputs could have no input."""
     for what, channels in (("in_channels", in_channels), ("out_channels", out_channels)):
         if groups > channels:
@@ -49,7 +49,7 @@ def rank_of(in_channels: int, out_channels: int, groups: int, kernel_positions: 
     return columns * out_channels // (groups * (columns + out_channels))
 
 
-def no_rank(in_channels: int, out_channels: int, groups: int, kernel_positions: int = 1) -> str | None:
+def no_rank(in_channels: int, out_channels: int, groups: int, kernel_positions: int) -> str | None:
     """Why a reduction by ``groups`` leaves no rank, with the largest that does; None if it does."""
     if groups == 1 or rank_of(in_channels, out_channels, groups, kernel_positions):
         return None
@@ -324,7 +324,7 @@ def check_on_cpu(precision: str, mode: str) -> None:
         raise UsageError("--mode graph replays CUDA graphs; on a CPU use eager or compile")
 
 
-def unfit(variant: str, in_channels: int, out_channels: int, groups: int, kernel_positions: int = 1) -> str | None:
+def unfit(variant: str, in_channels: int, out_channels: int, groups: int, kernel_positions: int) -> str | None:
     """Why ``variant`` cannot have these channels at N = ``groups``; None if it can."""
     return VARIANTS[variant].unfit(in_channels, out_channels, groups, kernel_positions)
 
@@ -396,8 +396,9 @@ class ConvSpec:
 
     def axes(self, height: int, width: int) -> list[tuple[int, int, int, int, int]]:
         """(length, kernel, stride, padding, dilation) of the rows and of the columns."""
-        pairs: Any = self.kernel_size, self.stride, self.padding, self.dilation
-        return list(zip((height, width), *pairs, strict=True))
+        kernel, stride = as_pair("kernel_size", self.kernel_size), as_pair("stride", self.stride)
+        padding, dilation = as_pair("padding", self.padding, 0), as_pair("dilation", self.dilation)
+        return list(zip((height, width), kernel, stride, padding, dilation, strict=True))
 
     def output_size(self, height: int, width: int) -> Pair:
         """(height, width) of the output for an input of ``height`` x ``width``; raises where none is left."""

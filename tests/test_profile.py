@@ -19,15 +19,17 @@ from bgcbench.errors import ResultFileError, ShapeError, UsageError
 from bgcbench.experiments import profile_run
 from bgcbench.experiments.profile import (
     ProfileConfig,
+    Wanted,
     check_same_workload,
     plan,
+    planned_layer,
     row_seed,
 )
 from bgcbench.experiments.profile_run import ProfileRun, Update, layer_subjects, open_session
 from bgcbench.measure import environment
 from bgcbench.measure.device import CpuStopwatch
 from bgcbench.report import flags
-from bgcbench.specs import VARIANTS
+from bgcbench.specs import VARIANTS, ConvSpec
 from tests.conftest import ROOT
 from tests.measure.test_allocator import GLIBC
 from tests.stored import stored
@@ -342,3 +344,13 @@ def test_compile_mode_measures_a_compiled_layer(monkeypatch: pytest.MonkeyPatch)
     done = run(replace(SMALL, mode="compile", groups=(2,), quick=True))
     assert {row.status for row in done.results} == {"ok"}
     assert len(compiled) == 6  # each of 3 rows for its first look and for its group
+
+
+def test_whether_a_row_fits_follows_the_kernel_of_its_own_convolution() -> None:
+    """A network's kernel may be no square: 1x7 leaves a rank at N = 5 where 1x1 leaves none, and 7x7 would at 20."""
+    config = replace(SMALL, in_channels=8, out_channels=8, kernel=1)
+    own = ConvSpec("standard", 8, 8, (1, 7), padding=(0, 3), bias=False)
+    rows = {n: planned_layer(config, Wanted("lowrank", n, "auto"), own, "row", "row").row for n in (5, 7, 8)}
+    assert {n: row.status for n, row in rows.items()} == {5: "interrupted", 7: "interrupted", 8: "invalid"}
+    assert rows[5].counts.params == 7 * 8 + 8  # r = floor(448 / (5 (56 + 8))) = 1
+    assert "7 kernel positions" in str(rows[8].reason)

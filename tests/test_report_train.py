@@ -211,6 +211,9 @@ def test_convolutions_that_n_does_not_divide_are_named() -> None:
         row["convert"]["kept"].append({"name": "stages.0.0.conv1", "reason": "no matter", "code": "indivisible"})
     assert cell(document, "flags", "gc", 8) == "1 kept dense"
     assert "GC N=8: N does not divide, kept dense: stages.0.0.conv1" in notes(document)
+    for row in document["results"]:
+        row["params"]["variant"] = row["params"]["variant"].replace("gc", "lowrank")
+    assert "LR N=8: N leaves no rank, kept dense: stages.0.0.conv1" in notes(document)
 
 
 def test_more_than_one_process_is_in_the_title() -> None:

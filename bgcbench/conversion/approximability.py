@@ -346,11 +346,12 @@ class Evaluator:
 
 
 def check_divisible(layers: Sequence[Replaced], variants: Sequence[str], groups: Sequence[int]) -> None:
-    """Raise one ShapeError that names every layer which some N does not divide."""
-    offenders: dict[int, list[str]] = {}
+    """Raise one ShapeError that names every layer which some N does not fit."""
+    offenders: dict[str, list[str]] = {}
     for n, variant, layer in itertools.product(groups, variants, layers):
         if unfit(variant, layer.in_channels, layer.out_channels, n, math.prod(layer.kernel)):
-            offenders.setdefault(n, []).append(f"{layer.name} ({layer.in_channels} -> {layer.out_channels})")
+            misfit = f"groups={n} {VARIANTS[variant].misfit}"
+            offenders.setdefault(misfit, []).append(f"{layer.name} ({layer.in_channels} -> {layer.out_channels})")
     if offenders:
-        lines = [f"groups={n} does not divide {', '.join(dict.fromkeys(names))}" for n, names in offenders.items()]
+        lines = [f"{misfit} {', '.join(dict.fromkeys(names))}" for misfit, names in offenders.items()]
         raise ShapeError("; ".join(lines) + "; drop these groups, or use --skip-invalid")

@@ -71,7 +71,7 @@ class MeasureConfig(RunConfig):
     algorithm: str = option(
         "auto",
         "Algorithm to run: BGC two_conv, concat, dense, split, matmul (1x1), triton (CUDA), or auto, the fastest; GC "
-        "triton; LGC, FLGC masked, deployed; all measures each.",
+        "triton; LGC, FLGC masked, deployed; LR two_conv, dense, matmul (1x1); all measures each.",
         panel=GRID,
         check=one_of(("auto", "all", *ALGORITHMS)),
     )
@@ -302,7 +302,7 @@ def planned_layer(
     variant, groups, algorithm = wanted
     shape = {name: getattr(config, name) for name in ("in_channels", "out_channels", "kernel", "stride")}
     params = {**shape, **(params or {})}
-    if reason := unfit(variant, config.in_channels, config.out_channels, groups, config.kernel**2):
+    if reason := unfit(variant, config.in_channels, config.out_channels, groups, own.kernel_positions):
         row = unmeasured(config, wanted, what, params, status="invalid", reason=reason)
         return PlannedRow(row, label, group=group)
     asked: Json = {} if variant == "standard" else {"variant": variant, "groups": groups}

@@ -9,7 +9,7 @@ import msgspec
 from bgcbench.report.format import listed, scaled
 from bgcbench.results.document import Document
 from bgcbench.results.rows import ProfileRow, TrainRow
-from bgcbench.specs import Preprocessing
+from bgcbench.specs import VARIANTS, Preprocessing, Variant
 
 
 def run_lines(document: Document) -> list[str]:
@@ -72,10 +72,13 @@ def _warnings(document: Document) -> list[str]:
     return [f"warning: {warning}" for warning in (*plain, *of_rows)]
 
 
-def kept_dense(indivisible: Iterable[tuple[str, Sequence[str]]]) -> list[str]:
-    """The convolutions that stay dense because N does not divide their channels, by what they belong to."""
-    found = {name: layers for name, layers in indivisible if layers}
-    return [f"{name}: N does not divide, kept dense: {', '.join(layers)}" for name, layers in found.items()]
+def kept_dense(unfit: Iterable[tuple[str, str, Sequence[str]]]) -> list[str]:
+    """The convolutions that N does not fit and that stay dense, by what they belong to: its name and its variant."""
+    found = {name: (VARIANTS.get(variant, Variant).misfit, layers) for name, variant, layers in unfit if layers}
+    return [
+        f"{name}: N {misfit.removesuffix(' for')}, kept dense: {', '.join(layers)}"
+        for name, (misfit, layers) in found.items()
+    ]
 
 
 def chosen_algorithms(rows: Iterable[ProfileRow | TrainRow], name: Callable[[ProfileRow | TrainRow], str]) -> list[str]:

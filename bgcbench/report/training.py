@@ -286,7 +286,7 @@ def _facts(document: Document, cells: Cells, compared: Sequence[Compared]) -> li
     lines = [recipe_line(document, rows)] if rows else []
     lines += error_notes(rows, cells)
     lines += together((cell_name(cell), learnt) for cell in cells if (learnt := _learnt(cell)))
-    lines += kept_dense((cell_name(cell), cell.indivisible) for cell in cells) + _about_paper(rows)
+    lines += kept_dense((cell_name(cell), cell.variant, cell.indivisible) for cell in cells) + _about_paper(rows)
     lines += chosen_algorithms(rows, lambda row: row.key)
     return lines + ([SCATTER] if any(difference.seeds >= MIN_SEEDS for *_, difference in compared) else [])
 

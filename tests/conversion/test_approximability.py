@@ -237,6 +237,8 @@ def test_an_n_that_does_not_fit_a_layer_says_so_there_and_nowhere_else(net: Net)
     assert all(error.calibrated is None for error in found)
     with pytest.raises(ShapeError, match=r"groups=32 does not divide first \(16 -> 16\)"):
         check_divisible(candidates(net, example_input=(3, 8, 8)).chosen, ["gc"], [2, 32])
+    with pytest.raises(ShapeError, match=r"groups=32 leaves no rank for first \(16 -> 16\)"):
+        check_divisible(candidates(net, example_input=(3, 8, 8)).chosen, ["lowrank"], [2, 32])
 
 
 def test_a_layer_that_runs_twice_is_evaluated_on_both_inputs() -> None:

@@ -391,8 +391,6 @@ class TestChoosing:
         assert [layer.groups for layer in convert(narrowing, "gc", 4, on_indivisible="gcd").record.layers] == [2]
         assert len(convert(model, "flgc", 4).record.layers) == 3  # its groups may be uneven
 
-
-class TestWhatSurvives:
     def test_low_rank_need_not_divide_the_channels_and_says_where_it_leaves_no_rank(self) -> None:
         model = nn.Sequential(
             nn.Conv2d(3, 9, 3), nn.Conv2d(9, 15, 3, padding=1), nn.Conv2d(15, 4, 1), nn.Conv2d(4, 5, 1)
@@ -405,6 +403,8 @@ class TestWhatSurvives:
         with pytest.raises(ShapeError, match="groups=8 leaves no rank for the channels of a convolution: 2"):
             convert(model, "lowrank", 8, where="all", exclude=["0", "3"])
 
+
+class TestWhatSurvives:
     def test_the_original_is_untouched_unless_in_place(self) -> None:
         model = build_small()
         before = {name: value.clone() for name, value in model.state_dict().items()}
