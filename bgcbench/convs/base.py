@@ -17,7 +17,7 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
@@ -208,10 +208,18 @@ class VariantConv2d(nn.Module, ABC):
         For inference where that is faster (BGC at N = 2, narrow layers): the kernel is made once instead of at each
         call. It holds K m n weights and follows no later change of this layer.
         """
-        geometry: Any = self.kernel_size, self.stride, self.padding, self.dilation
-        options: dict[str, Any] = {"device": self.kernel.device, "dtype": self.kernel.dtype}
-        options |= {"bias": self.bias is not None, "padding_mode": self.padding_mode}
-        conv = nn.Conv2d(self.in_channels, self.out_channels, *geometry, **options)
+        conv = nn.Conv2d(
+            self.in_channels,
+            self.out_channels,
+            self.kernel_size,
+            self.stride,
+            self.padding,
+            self.dilation,
+            bias=self.bias is not None,
+            padding_mode=cast("Any", self.padding_mode),
+            device=self.kernel.device,
+            dtype=self.kernel.dtype,
+        )
         with torch.no_grad():
             conv.weight.copy_(self.dense_weight())
             if conv.bias is not None and self.bias is not None:

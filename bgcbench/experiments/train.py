@@ -62,8 +62,8 @@ class TrainConfig(NetworkChoice, RunConfig):
     data: one of TRAINING_SETS; :func:`as_folder` makes 'folder' of a path. data_dirs: where it is looked for.
     recipe: None for the data set's own. The hyper-parameters (see :class:`bgcbench.training.recipes.Recipe`) are None
     for the recipe's and written out afterwards, as are height, width, num_classes and stem_stride. pad, flip: of the
-    augmentation, None for the data set's. seeds: each trains every row once. algorithm: the exact form that layers run
-    in: 'fixed' (the variant's first, so that two runs give the same bits), 'auto' (the fastest, which each process
+    augmentation, None for the data set's. seeds: each trains every row once. algorithm: the one that layers run:
+    'fixed' (the variant's first, so that two runs give the same bits), 'auto' (the fastest, which each process
     measures for itself), or one by name; None for fixed, with recipe 'fast' auto. val_alone: there are no images to
     train with, a part of the others calibrates (``bgcbench transfer``). Raises UsageError or ShapeError.
     """
@@ -120,8 +120,9 @@ class TrainConfig(NetworkChoice, RunConfig):
     compile: bool = option(None, "torch.compile.", panel=RECIPE, shown="fast only", flag="--compile/--no-compile")
     algorithm: str = option(
         None,
-        "Exact form that layers run in: fixed (the first, BGC two_conv: the same bits in every run), auto (the fastest "
-        "here, which each process measures), or BGC concat, dense, split, matmul (1x1), triton.",
+        "Algorithm that layers run: fixed (the first, BGC and LR two_conv: the same bits in every run), auto (the "
+        "fastest here, which each process measures), or BGC concat, dense, split, matmul (1x1), triton, LR dense, "
+        "matmul.",
         panel=RECIPE,
         shown="fixed; fast auto",
     )
@@ -257,8 +258,8 @@ class TrainConfig(NetworkChoice, RunConfig):
         """The recipe with every hyper-parameter as it was asked for."""
         return Recipe(self.recipe, **{name: getattr(self, name) for name in HYPER})
 
-    def form_of(self, variant: str) -> str:
-        """The algorithm that layers of ``variant`` are built with: a form, or 'auto'."""
+    def algorithm_of(self, variant: str) -> str:
+        """The algorithm that layers of ``variant`` are built with, by name or 'auto'."""
         known = VARIANTS[variant]
         if self.algorithm in known.algorithms:
             return self.algorithm
@@ -307,7 +308,7 @@ def params_of(config: TrainConfig, variant: str, groups: int, seed: int, **other
         classes=config.num_classes,
         variant=variant,
         groups=groups,
-        algorithm=VARIANTS[variant].settled(config.form_of(variant)),
+        algorithm=VARIANTS[variant].settled(config.algorithm_of(variant)),
         seed=seed,
         **{"rebn": False, "distill": False, **others},
     )

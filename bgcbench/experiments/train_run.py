@@ -156,7 +156,7 @@ def try_conversions(
         model, record, found = dense, _all_kept(config, dense), as_it_is
         if variant != "standard":
             try:
-                converted = converted_as_chosen(config, dense, variant, groups, config.form_of(variant))
+                converted = converted_as_chosen(config, dense, variant, groups, config.algorithm_of(variant))
             except ShapeError as problem:
                 problems.append(str(problem))
                 continue

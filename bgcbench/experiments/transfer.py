@@ -208,8 +208,8 @@ class TransferConfig(ImageChoice, TrainConfig):
         return self.rebn or "calibrated" in self.inits
 
     def costs(self, device: str) -> NetworkConfig:
-        """What to measure on ``device`` for --time: the networks, in small batches on a CPU, in the fastest form unless
-        another one is asked for by name."""
+        """What to measure on ``device`` for --time: the networks, in small batches on a CPU, by the fastest algorithm
+        unless another one is asked for by name."""
         shared = ("variants", "groups", "precision", "threads", "seed", "quick", "skip_invalid", "layout")
         batch = self.batch_size
         return NetworkConfig(

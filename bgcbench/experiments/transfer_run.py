@@ -318,7 +318,7 @@ class TransferRun(TrainRun[TransferRow]):
             exclude=config.exclude,
             init=params.init,
             on_indivisible="skip" if config.skip_invalid else "raise",
-            algorithm=config.form_of(params.variant),
+            algorithm=config.algorithm_of(params.variant),
             example_input=config.spec.size,
             calibration=batches,
             calibration_images=params.calibration_images,

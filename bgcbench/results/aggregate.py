@@ -126,7 +126,7 @@ class Cell:
 
     @property
     def params_training(self) -> float | None:
-        """Parameters of what was trained, which differ from those that are deployed where a form is masked."""
+        """Parameters of what was trained, which differ from those that are deployed where a layer is masked."""
         return self._count(lambda counts: counts.params_training or counts.params)
 
     @property

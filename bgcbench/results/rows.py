@@ -51,7 +51,7 @@ class Counts(Data, frozen=True, omit_defaults=True):
     """Of one image, forward. A MAC is one multiplication with its addition; adds are BGC's mean.
 
     paper_ops: the paper's formula ((3.14), section 4). bytes_min: what must be read and written at least. *_training:
-    of a masked form, which trains dense kernels.
+    of a masked layer, which trains dense kernels.
     """
 
     params: Count
