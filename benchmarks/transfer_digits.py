@@ -27,8 +27,9 @@ from bgcbench.results.rows import TransferRow
 
 MODEL = "wrn_16_4"
 GROUPS = "2,4,8,16"
-# For these two a copy is the white optimum.
-STARTS = {"gc,shuffle": "copy,calibrated", "bgc": "copy,white,calibrated", "tlgc": "white,calibrated"}
+# For these three a copy is the white optimum.
+STARTS = {"gc,shuffle,lowrank": "copy,calibrated", "bgc": "copy,white,calibrated", "tlgc": "white,calibrated"}
+EVERY = "gc,shuffle,tlgc,bgc,lowrank"
 # Evaluated with batch norm as it is and re-estimated, and trained from what that gives.
 WAYS = {
     "no-rebn": ["--no-rebn", "--epochs", "0"],
@@ -43,8 +44,8 @@ def main() -> int:
     parser.add_argument("--plot", type=Path, default=Path("results/transfer-wrn_16_4-digits-cpu.png"))
     parser.add_argument("--work", type=Path, help="keep the parts here")
     parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--variants", default="gc,shuffle,tlgc,bgc")
-    parser.add_argument("--train-variants", default="gc,shuffle,tlgc,bgc", help="of these, those that are trained")
+    parser.add_argument("--variants", default=EVERY)
+    parser.add_argument("--train-variants", default=EVERY, help="of these, those that are trained")
     parser.add_argument("--train-groups", default=GROUPS)
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, of one thread each")
     options = parser.parse_args()
