@@ -278,7 +278,9 @@ def test_a_file_is_whole_when_its_run_was_done(tmp_path: Path) -> None:
 def test_the_help_of_profile_names_every_algorithm(capsys: Any) -> None:
     bgcbench(["profile", "--help"])
     shown = re.sub(r"[│\s]+", " ", capsys.readouterr().out)  # without the panel's borders
-    found = re.search(r"--algorithm .* BGC (.*), or auto, the fastest; GC (.*); LGC, FLGC (.*); LR (.*); all measures", shown)
+    found = re.search(
+        r"--algorithm .* BGC (.*), or auto, the fastest; GC (.*); LGC, FLGC (.*); LR (.*); all measures", shown
+    )
     assert found is not None
     for names, variant in zip(found.groups(), ("bgc", "gc", "lgc", "lowrank"), strict=True):
         shown_names = re.sub(r" \(.*?\)", "", names).split(", ")
