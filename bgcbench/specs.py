@@ -49,6 +49,12 @@ def rank_of(in_channels: int, out_channels: int, groups: int, kernel_positions: 
     return columns * out_channels // (groups * (columns + out_channels))
 
 
+def reduction_by(rank: int, in_channels: int, out_channels: int, kernel_positions: int) -> int:
+    """The largest N whose Kmn/N parameters a rank keeps to; 1 where it keeps to none."""
+    columns = kernel_positions * in_channels
+    return max(1, columns * out_channels // (rank * (columns + out_channels)))
+
+
 def no_rank(in_channels: int, out_channels: int, groups: int, kernel_positions: int) -> str | None:
     """Why a reduction by ``groups`` leaves no rank, with the largest that does; None if it does."""
     if groups == 1 or rank_of(in_channels, out_channels, groups, kernel_positions):
@@ -71,6 +77,7 @@ class Sizes:
     k: int  # K, kernel positions
     d: int  # D, output positions
     d_in: int  # input positions
+    rank: int | None = None  # r, where it is given and does not follow from N
 
 
 @dataclass(frozen=True)
@@ -116,7 +123,7 @@ def _tlgc(s: Sizes) -> Costs:
 
 
 def _lowrank(s: Sizes) -> Costs:
-    return Costs(rank_of(s.n, s.m, s.groups, s.k) * (s.k * s.n + s.m))
+    return Costs((s.rank or rank_of(s.n, s.m, s.groups, s.k)) * (s.k * s.n + s.m))
 
 
 def _bgc(s: Sizes) -> Costs:
@@ -133,6 +140,7 @@ class Variant:
     found. algorithms: the exact algorithms of its layer, the default first. measured: whether 'auto' measures which of
     them is the fastest; otherwise it is the first. unfit: why there can be no such layer, given n, m, N and K, None
     where there can; misfit: that in words, between N and the channels.
+    has_rank: whether a layer may be given a rank in the place of N.
     has_lasso: whether its layers offer a group lasso to the training's loss.
     solver: how ``bgcbench approx`` finds the least error: 'schur' solves a linear space of kernels for all convolutions
     at once (:mod:`bgcbench.theory.residual`), any other name calls ``from_dense`` for each convolution. sees_mean: of
@@ -151,6 +159,7 @@ class Variant:
     measured: bool = False
     unfit: Callable[[int, int, int, int], str | None] = indivisible
     misfit: str = "does not divide"
+    has_rank: bool = False
     has_lasso: bool = False
     solver: str = "from_dense"
     sees_mean: bool = False
@@ -261,6 +270,7 @@ VARIANTS: dict[str, Variant] = {
             measured=True,
             unfit=no_rank,
             misfit="leaves no rank for",
+            has_rank=True,
             solver="svd",
             look=("#999933", "h", 6.5),
         ),
@@ -329,6 +339,21 @@ def unfit(variant: str, in_channels: int, out_channels: int, groups: int, kernel
     return VARIANTS[variant].unfit(in_channels, out_channels, groups, kernel_positions)
 
 
+def unfit_rank(variant: str, in_channels: int, out_channels: int, kernel_positions: int, rank: int) -> str | None:
+    """Why ``variant`` cannot have this rank; None if it can. Raises UsageError for a variant that has no rank."""
+    if not VARIANTS[variant].has_rank:
+        ranked = ", ".join(name for name, found in VARIANTS.items() if found.has_rank)
+        raise UsageError(f"{variant} has groups and no rank; {ranked} has one")
+    check_positive("rank", rank)
+    most = min(out_channels, kernel_positions * in_channels)
+    if rank <= most:
+        return None
+    return (
+        f"rank={rank} is more than {most}, the most that {in_channels} -> {out_channels} channels and "
+        f"{kernel_positions} kernel positions have; use at most {most}"
+    )
+
+
 def as_pair(what: str, value: int | Sequence[int], least: int = 1) -> Pair:
     """An int or a pair of ints as a (height, width) pair, each at least ``least``."""
     pair = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
@@ -346,9 +371,12 @@ def output_length(length: int, kernel: int, stride: int, padding: int, dilation:
 class ConvSpec:
     """One convolution of one variant, complete and valid once constructed.
 
-    Raises ShapeError for sizes below 1, for a standard convolution with groups, and for channels that ``groups``
-    does not divide (FLGC's groups may be uneven: there must only be channels enough); UsageError for an unknown
-    variant or algorithm.
+    rank: r of a low-rank layer, which otherwise follows from N (see rank_of); given, it says what ``groups`` is: the
+    largest N whose Kmn/N parameters it keeps to, at least 1.
+
+    Raises ShapeError for sizes below 1, for a standard convolution with groups, for channels that ``groups`` does not
+    divide (FLGC's groups may be uneven: there must only be channels enough) and for a rank above min(m, Kn);
+    UsageError for an unknown variant or algorithm and for a rank of a variant that has none.
     """
 
     variant: str
@@ -361,6 +389,7 @@ class ConvSpec:
     groups: int = 1
     bias: bool = True
     algorithm: str = "auto"
+    rank: int | None = None
 
     def __post_init__(self) -> None:
         check_choice("variant", self.variant, VARIANTS)
@@ -371,12 +400,29 @@ class ConvSpec:
             object.__setattr__(self, field, as_pair(field, getattr(self, field), least))
         if self.variant == "standard" and self.groups != 1:
             raise ShapeError(f"a standard convolution has groups=1, not {self.groups}; variant 'gc' has groups")
-        if why := unfit(self.variant, self.in_channels, self.out_channels, self.groups, self.kernel_positions):
+        if self.rank is not None:
+            object.__setattr__(self, "groups", self._reduction(self.rank))
+        elif why := unfit(self.variant, self.in_channels, self.out_channels, self.groups, self.kernel_positions):
             raise ShapeError(why)
         if self.algorithm != "auto":
             check_choice(f"algorithm of {self.variant}", self.algorithm, VARIANTS[self.variant].algorithms)
             if self.algorithm not in self.algorithms:
                 raise UsageError(f"algorithm '{self.algorithm}' is for 1x1 kernels without padding; use 'auto'")
+
+    def _reduction(self, rank: int) -> int:
+        """N of a layer that is given its rank; raises where there is no such layer."""
+        shape = self.in_channels, self.out_channels, self.kernel_positions
+        if why := unfit_rank(self.variant, *shape, rank):
+            raise ShapeError(why)
+        reduction = reduction_by(rank, *shape)
+        if self.groups not in (1, reduction):
+            raise UsageError(f"rank={rank} and groups={self.groups}: give one of them; this rank is N={reduction}")
+        return reduction
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether it is the standard convolution: N = 1, and no rank."""
+        return self.groups == 1 and self.rank is None
 
     @property
     def is_pointwise(self) -> bool:
@@ -409,6 +455,67 @@ class ConvSpec:
                 f"{self.padding}, dilation {self.dilation}; use a larger input or a smaller kernel"
             )
         return out[0], out[1]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What becomes of a convolution: ``variant`` with N = ``groups``, or with a ``rank``; by default it stays dense.
+
+    Raises UsageError for an unknown variant and for a rank beside groups or of a variant without one, ShapeError for a
+    number below 1.
+    """
+
+    variant: str = "standard"
+    groups: int = 1
+    rank: int | None = None
+
+    def __post_init__(self) -> None:
+        check_choice("variant", self.variant, VARIANTS)
+        check_positive("groups", self.groups)
+        if self.variant == "standard" and self.groups != 1:
+            raise ShapeError(f"a standard convolution has groups=1, not {self.groups}; variant 'gc' has groups")
+        if self.rank is not None:
+            unfit_rank(self.variant, 1, 1, 1, 1)
+            check_positive("rank", self.rank)
+            if self.groups != 1:
+                raise UsageError(f"rank={self.rank} and groups={self.groups}: give one of them")
+
+    @classmethod
+    def of(cls, given: Choice | Mapping[str, Any]) -> Choice:
+        """A choice as it is, or from its JSON; raises UsageError for anything else."""
+        if isinstance(given, Choice):
+            return given
+        names = [field.name for field in fields(cls)]
+        if not isinstance(given, Mapping) or not set(given) <= set(names) or "variant" not in given:
+            raise UsageError(f"{given!r} is no choice for a convolution: give {{variant, groups}} or {{variant, rank}}")
+        return cls(**given)
+
+    def to_json(self) -> dict[str, Any]:
+        """What it says, without what follows from it."""
+        said = {"groups": self.groups} if self.rank is None else {"rank": self.rank}
+        return {"variant": self.variant} | ({} if self.is_dense else said)
+
+    @property
+    def is_dense(self) -> bool:
+        return self.groups == 1 and self.rank is None
+
+    @property
+    def label(self) -> str:
+        """For people: "BGC N=4", "LR r=16", "dense"."""
+        said = f"N={self.groups}" if self.rank is None else f"r={self.rank}"
+        return "dense" if self.is_dense else f"{VARIANTS[self.variant].label} {said}"
+
+    def reduction(self, in_channels: int, out_channels: int, kernel_positions: int) -> int:
+        """N, also where the rank is given."""
+        shape = in_channels, out_channels, kernel_positions
+        return self.groups if self.rank is None else reduction_by(self.rank, *shape)
+
+    def unfit(self, in_channels: int, out_channels: int, kernel_positions: int) -> str | None:
+        """Why a convolution of that shape cannot become this; None if it can."""
+        shape = in_channels, out_channels
+        if self.rank is None:
+            return unfit(self.variant, *shape, self.groups, kernel_positions)
+        return unfit_rank(self.variant, *shape, kernel_positions, self.rank)
 
 
 @dataclass(frozen=True)

@@ -76,6 +76,12 @@ class Wanted:
         self.outputs: dict[str, dict[Part, list[Tensor]]] = {name: defaultdict(list) for name in kernels}
         self.norms: dict[str, NormMoments] = {}
 
+    def keep_only(self, layers: Iterable[Replaced]) -> None:
+        """Want nothing of other layers any more: they stay as they are."""
+        names = {layer.name for layer in layers}
+        self.kernels = {name: kernel for name, kernel in self.kernels.items() if name in names}
+        self.outputs = {name: outputs for name, outputs in self.outputs.items() if name in names}
+
 
 class Calibrator:
     """The images of one conversion, where they are run through the network, and what is done with them.
@@ -205,7 +211,7 @@ class Calibrator:
             self.notes.append(f"never reached by the calibration images: {', '.join(missed)}; white weights are taken")
             for name in missed:
                 layer = settling.modules[name]
-                layer.load_projected(layer.project(wanted.kernels[name][0].double(), layer.groups, "white", None))
+                layer.load_projected(layer.project(wanted.kernels[name][0].double(), "white", None))
         return Calibration(
             images=self.images,
             held_out=sum(len(part.numbers) for part in self.parts if part.held_out),

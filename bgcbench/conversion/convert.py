@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from typing import IO, Any
@@ -20,7 +20,8 @@ import torch
 from msgspec.structs import replace
 from torch import Tensor, nn
 
-from bgcbench.conversion.calibration import DEFAULT_IMAGES, MEMORY_BYTES, Calibrator
+from bgcbench.conversion.budget import COSTS, DENSE, centred, curve_of, principal_energies, spread
+from bgcbench.conversion.calibration import DEFAULT_IMAGES, MEMORY_BYTES, Calibrator, Wanted
 from bgcbench.conversion.record import (
     CALIBRATED,
     SCRATCH,
@@ -30,29 +31,31 @@ from bgcbench.conversion.record import (
     record_in,
     replay,
     reverted,
+    spec_of,
 )
 from bgcbench.conversion.selection import (
-    Reason,
     call_shape,
     channels,
     check_wrapper,
     checked_example,
+    choose,
     collect,
     decide,
     describe,
-    divide,
+    follow,
     kept_of,
     look,
     nothing_to_replace,
     patterns,
+    stay,
 )
 from bgcbench.conversion.trial import keep_what_cannot_be_exchanged
 from bgcbench.convs.base import PROJECTIONS, VariantConv2d
-from bgcbench.errors import ResultFileError, ShapeError, UsageError
+from bgcbench.errors import ResultFileError, UsageError
 from bgcbench.measure.batches import Forward, Passing
 from bgcbench.models import build_model, identify
-from bgcbench.results.rows import CalibratedLayer, Calibration, Kept, Record, Replaced
-from bgcbench.specs import VARIANTS, WHERE, NetSpec, check_choice, check_positive, divisors
+from bgcbench.results.rows import Budget, CalibratedLayer, Calibration, Kept, Record, Replaced
+from bgcbench.specs import VARIANTS, WHERE, Choice, NetSpec, check_choice, divisors
 
 INITS = (*(name for name in PROJECTIONS if name != "least_squares"), CALIBRATED, SCRATCH)
 ON_INDIVISIBLE = ("raise", "skip", "gcd")
@@ -61,9 +64,13 @@ FORMAT = "bgcbench.converted/1"
 
 def convert(
     model: nn.Module,
-    variant: str,
-    groups: int,
+    variant: str | None = None,
+    groups: int | None = None,
     *,
+    rank: int | None = None,
+    budget: float | None = None,
+    budget_of: str = "params",
+    plan: Mapping[str, Choice | Mapping[str, Any]] | None = None,
     where: str = "auto",
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
@@ -80,8 +87,16 @@ def convert(
     seed: int = 0,
     stop: Callable[[], bool] = lambda: False,
 ) -> Converted:
-    """Replace convolutions of ``model`` by ``variant`` with ``groups`` groups N.
+    """Replace convolutions of ``model`` by ``variant`` with ``groups`` groups N, or with what ``plan`` says.
 
+    rank: in the place of groups, for a variant that has one ('lowrank'); budget: each layer gets its own, such that all
+        of them together have at most that share (0 to 1) of the parameters ('params', or the multiply-adds 'macs':
+        ``budget_of``) of the convolutions that they replace, and lose the least: by the second moments of the images
+        with init='calibrated', by the kernels alone otherwise (see :mod:`bgcbench.conversion.budget`). A layer in which
+        no rank is worth its loss stays dense.
+    plan: what each convolution becomes, by its name: ``{"layer3.0.conv2": {"variant": "bgc", "groups": 4}}`` (or a
+        Choice, or something with such ``choices``); those that it does not name stay. In the place of variant, groups
+        and where.
     where:
         'auto'  every convolution with groups=1, except the first one executed and what else reads the image, those
                 with 1x1 pixels of input (squeeze-and-excitation), shortcuts and downsampling, a classifier (1x1,
@@ -122,11 +137,13 @@ def convert(
     ``model`` is untouched unless ``inplace``. The record's ``calibration`` has what each layer lost before and after.
     N = 1 is the standard convolution: nothing is replaced.
 
-    Returns the network and the record. Raises UsageError for an unknown option, where nothing can be replaced, and for
-    images that are missing, too few, not finite or not what the network takes; ShapeError for an N that does not
-    divide.
+    Returns the network and the record. Raises UsageError for an unknown option, where nothing can be replaced, for a
+    budget that cannot be met, and for images that are missing, too few, not finite or not what the network takes;
+    ShapeError for an N that does not divide.
     """
-    _check_options(variant, groups, where, init, on_indivisible, algorithm)
+    choices = None if plan is None else _checked_plan(plan, (variant, groups, rank, budget, include), where)
+    choice = Choice() if plan is not None else _checked_choice(variant, groups, rank, budget, budget_of)
+    _check_options(choice.variant, where, init, on_indivisible, algorithm)
     check_wrapper(model)
     passing = Passing(forward_fn)
     _check_calibration(calibration is not None, init, calibration_images, rebn)
@@ -142,25 +159,39 @@ def convert(
     found, notes = look(model, example, passing)
     convs = collect(model, found)
     named = patterns(include), patterns(exclude)
-    decide(model, convs, found, where, *named)
-    replaces = groups > 1 and variant != "standard"
-    if not replaces:
-        for conv in convs:
-            conv.reason = conv.reason or Reason("standard", "N = 1 is the standard convolution")
-    divide(convs, variant, groups, on_indivisible)
+    wished = [choice] if choices is None else list(choices.values())
+    replaces = not all(each.is_dense for each in wished)
+    if choices is None:
+        decide(model, convs, found, where, *named)
+        choose(convs, choice, on_indivisible)
+    else:
+        given = tuple(name for name, each in choices.items() if not each.is_dense)
+        decide(model, convs, found, "none", given, named[1])
+        follow(convs, choices)
     if found is not None and replaces:
-        fits = images is not None
-        notes += keep_what_cannot_be_exchanged(model, convs, found, example, passing, variant, fits=fits)
+        notes += keep_what_cannot_be_exchanged(model, convs, found, example, passing, fits=images is not None)
     chosen = [conv for conv in convs if conv.reason is None]
     if not chosen and replaces:
         raise UsageError(nothing_to_replace(convs, where))
-    own: dict[str, Any] = {"variant": variant, "algorithm": algorithm, "init": init}
+    layers = tuple(replace(describe(conv), algorithm=algorithm, init=init) for conv in chosen)
+    # What the original says comes first: a network that is converted in place cannot be asked any more.
+    wanted = None
+    if images is not None and chosen:
+        wanted = images.observe(model, layers if init == CALIBRATED else ())
+    spent = None
+    if budget is not None:
+        layers, spent = _within(budget, budget_of, model, layers, wanted if init == CALIBRATED else None)
+        stay(chosen, {layer.name for layer in layers})
+        if wanted is not None:
+            wanted.keep_only(layers)
     origins = {conv.name: origin for conv in convs if (origin := origin_of(conv.module)) is not None}
-    layers = tuple(replace(describe(conv), **own) for conv in chosen)
     functional = () if found is None else found.functional
     record = Record(
-        variant=variant,
-        groups=groups,
+        variant=choice.variant,
+        groups=choice.groups,
+        rank=rank,
+        budget=spent,
+        planned=choices is not None,
         where=where,
         include=named[0],
         exclude=named[1],
@@ -176,13 +207,32 @@ def convert(
         notes=tuple(notes),
         earlier=tuple(replace(layer, name=name) for name, (layer, _) in origins.items()),
     )
-    if images is None or not chosen:
-        return Converted(replay(model if inplace else copied(model), record), record)
-    # What the original says comes first: a network that is converted in place cannot be asked any more.
-    wanted = images.observe(model, record.layers if init == CALIBRATED else ())
     target = replay(model if inplace else copied(model), record)
+    if images is None or wanted is None:
+        return Converted(target, record)
     report = images.settle(target, record, wanted)
     return Converted(target, replace(record, rebn=images.rebn, calibration=report, notes=(*notes, *images.notes)))
+
+
+def _within(
+    budget: float, cost: str, model: nn.Module, layers: Sequence[Replaced], wanted: Wanted | None
+) -> tuple[tuple[Replaced, ...], Budget]:
+    """Those of ``layers`` that get a rank, and what all cost then; raises UsageError for a budget that is too small."""
+
+    def energies(name: str) -> Tensor:
+        if wanted is not None and wanted.outputs[name]:
+            outputs = [each for calls in wanted.outputs[name].values() for each in calls]
+            return principal_energies(centred(outputs))
+        weight: Any = model.get_submodule(name).weight
+        return principal_energies([weight.detach().flatten(1)])
+
+    curves = {layer.name: curve_of(layer, energies(layer.name), cost) for layer in layers}
+    ranks = spread(curves, budget)
+    spent = sum(curves[name].cost(rank) for name, rank in ranks.items())
+    reached = spent / sum(curve.dense for curve in curves.values())
+    ranked = (replace(layer, rank=ranks[layer.name], groups=1) for layer in layers if ranks[layer.name] != DENSE)
+    chosen = tuple(replace(layer, groups=spec_of(layer).groups) for layer in ranked)
+    return chosen, Budget(cost=cost, asked=budget, reached=reached)
 
 
 @dataclass(frozen=True)
@@ -217,10 +267,10 @@ def candidates(
     decide(model, convs, found, where, patterns(include), patterns(exclude))
     for conv in convs:
         if conv.reason is None:  # what is tried in its place is a group convolution
-            conv.groups = next(iter(divisors(math.gcd(*channels(conv.module)))[1:]), 1)
+            conv.choice = Choice("gc", next(iter(divisors(math.gcd(*channels(conv.module)))[1:]), 1))
     if found is not None:
-        notes += keep_what_cannot_be_exchanged(model, convs, found, example, passing, "gc", fits=True)
-    chosen = tuple(replace(describe(conv), groups=1) for conv in convs if conv.reason is None)
+        notes += keep_what_cannot_be_exchanged(model, convs, found, example, passing, fits=True)
+    chosen = tuple(replace(describe(conv), variant="standard", groups=1) for conv in convs if conv.reason is None)
     if not chosen:
         raise UsageError(nothing_to_replace(convs, where))
     return Candidates(chosen, kept_of(convs), tuple(notes))
@@ -237,21 +287,41 @@ def _check_calibration(given: bool, init: str, images: int | None, rebn: bool | 
         raise UsageError("calibration_images says how many of calibration=loader are used, and there is none")
 
 
-def _check_options(variant: str, groups: int, where: str, init: str, on_indivisible: str, algorithm: str) -> None:
-    if not isinstance(variant, str):
-        raise UsageError(
-            f"variant is a {type(variant).__name__}, and one conversion takes one variant by its name; for several "
-            "convert several times, each with include=[names]"
-        )
-    check_choice("variant", variant, VARIANTS)
-    check_positive("groups", groups)
+def _check_options(variant: str, where: str, init: str, on_indivisible: str, algorithm: str) -> None:
     check_choice("where", where, WHERE)
     check_choice("init", init, INITS)
     check_choice("on_indivisible", on_indivisible, ON_INDIVISIBLE)
     if algorithm != "auto":
         check_choice(f"algorithm of {variant}", algorithm, VARIANTS[variant].algorithms)
-    if variant == "standard" and groups != 1:
-        raise ShapeError(f"a standard convolution has groups=1, not {groups}; variant 'gc' has groups")
+
+
+def _checked_choice(
+    variant: str | None, groups: int | None, rank: int | None, budget: float | None, budget_of: str
+) -> Choice:
+    """What every convolution becomes; with a budget, a rank that is not known yet."""
+    if variant is None or [groups, rank, budget].count(None) != 2:
+        raise UsageError("convert(model, variant, groups): name a variant with groups=, rank= or budget=, or a plan=")
+    if not isinstance(variant, str):
+        raise UsageError(
+            f"variant is a {type(variant).__name__}, and one conversion takes one variant by its name; for several "
+            "pass plan={name: {'variant': ..., 'groups': ...}}"
+        )
+    if budget is None:
+        return Choice(variant, 1 if groups is None else groups, rank)
+    check_choice("budget_of", budget_of, COSTS)
+    if not 0 < budget < 1:
+        raise UsageError(f"budget={budget} must be between 0 and 1: a share of what is there")
+    return Choice(variant, rank=1)
+
+
+def _checked_plan(plan: Any, given: tuple[Any, ...], where: str) -> dict[str, Choice]:
+    """The choices of ``plan`` by name; raises UsageError where something else says what is converted, too."""
+    if any(value is not None for value in given) or where != "auto":
+        raise UsageError("a plan says what each convolution becomes; leave out variant, groups, rank, budget and where")
+    choices = getattr(plan, "choices", plan)
+    if not isinstance(choices, Mapping) or not choices:
+        raise UsageError("plan must be {name of a convolution: {'variant': ..., 'groups': ...}}, with one at least")
+    return {str(name): Choice.of(choice) for name, choice in choices.items()}
 
 
 def save_converted(converted: Converted, path: str | PathLike[str] | IO[bytes]) -> None:
@@ -279,7 +349,7 @@ def load_converted(
     the file is none of these or ``model`` is not the network that was converted.
     """
     try:
-        with torch.serialization.safe_globals([Record, Replaced, Kept, Calibration, CalibratedLayer]):
+        with torch.serialization.safe_globals([Record, Replaced, Kept, Calibration, CalibratedLayer, Budget]):
             stored = torch.load(path, map_location=map_location, weights_only=True)
     except FileNotFoundError:
         raise ResultFileError(f"{path} is not there") from None

@@ -30,7 +30,7 @@ _HOOKS = (
     "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks", "_is_full_backward_hook",
     "_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_post_hooks",
 )  # fmt: skip
-_TAKEN_OVER = ("stride", "padding", "dilation", "padding_mode", "algorithm")
+_TAKEN_OVER = ("stride", "padding", "dilation", "padding_mode", "algorithm", "rank")
 _OWN_ATTRIBUTES = set(vars(nn.Conv2d(1, 1, 1, device="meta")))
 
 
@@ -94,7 +94,7 @@ def exchanged(model: nn.Module, fresh: Mapping[int, nn.Module]) -> nn.Module:
 def spec_of(layer: Replaced) -> ConvSpec:
     """The layer that takes the place of the convolution."""
     geometry = layer.kernel, layer.stride, layer.padding, layer.dilation, layer.groups, layer.bias
-    return ConvSpec(layer.variant, layer.in_channels, layer.out_channels, *geometry, layer.algorithm)
+    return ConvSpec(layer.variant, layer.in_channels, layer.out_channels, *geometry, layer.algorithm, layer.rank)
 
 
 def origin_of(module: nn.Module | None) -> tuple[Replaced, nn.Conv2d] | None:
@@ -124,9 +124,7 @@ def _layer(old: nn.Conv2d, layer: Replaced, *, weights: bool) -> VariantConv2d:
                     new.bias.copy_(old.bias)
     else:
         with unseen:
-            options = {
-                name: getattr(layer, name) for name in ("stride", "padding", "dilation", "padding_mode", "algorithm")
-            }
+            options = {name: getattr(layer, name) for name in _TAKEN_OVER}
             new = kind.from_dense(old.weight.detach(), layer.groups, bias=old.bias, projection=init, **options)
     for name, parameter in new.named_parameters():
         like = old.bias if name == "bias" and old.bias is not None else old.weight

@@ -8,8 +8,8 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from bgcbench.errors import ShapeError, UsageError
 from bgcbench.measure.batches import Images, Passing
 from bgcbench.measure.trace import SHORTCUT_NAME, Call, Trace, trace
 from bgcbench.results.rows import Kept, Replaced
-from bgcbench.specs import VARIANTS, as_pair, unfit
+from bgcbench.specs import VARIANTS, Choice, as_pair
 
 _OTHER_CONVS = (nn.Conv1d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
@@ -32,7 +32,8 @@ class Reason:
     The network does what a variant cannot follow: 'variant' (is one already), 'kind', 'own_forward', 'lazy',
     'parametrised', 'shared', 'hooked', 'extra_state', 'weight_used', 'shape_read', 'grouped', 'padding', 'bypassed',
     'type_read'. Its place speaks against it: 'first', 'reads_image', 'classifier', 'writes_image', 'squeeze',
-    'shortcut', 'kernel', 'last', 'not_reached'. As asked: 'excluded', 'not_included', 'standard', 'indivisible'.
+    'shortcut', 'kernel', 'last', 'not_reached'. As asked: 'excluded', 'not_included', 'standard', 'indivisible',
+    'budget'.
     """
 
     code: str
@@ -58,7 +59,7 @@ class Conv:
     also: tuple[str, ...] = ()
     calls: list[Call] = field(default_factory=list)
     reason: Reason | None = None
-    groups: int = 0
+    choice: Choice = field(default_factory=Choice)
 
 
 def kept_of(convs: Iterable[Conv]) -> tuple[Kept, ...]:
@@ -336,25 +337,62 @@ def _roles(conv: Conv, found: Trace | None, *, shortcuts: bool) -> Iterator[Reas
         yield Reason("shortcut", "a shortcut")
 
 
-def divide(convs: Iterable[Conv], variant: str, groups: int, on_indivisible: str) -> None:
-    """Set each chosen convolution's N, or its reason; raises one ShapeError that names all that N does not divide."""
-    offenders, misfit = [], VARIANTS[variant].misfit
+def choose(convs: Iterable[Conv], choice: Choice, on_indivisible: str) -> None:
+    """Make ``choice`` that of each chosen convolution, or give it its reason; raises one ShapeError that names all
+    that it does not fit."""
+    if choice.is_dense:
+        for conv in convs:
+            conv.reason = conv.reason or Reason("standard", "N = 1 is the standard convolution")
+    offenders, misfit = [], VARIANTS[choice.variant].misfit
+    said = f"groups={choice.groups} {misfit}" if choice.rank is None else f"rank={choice.rank} is too many for"
     for conv in convs:
         if conv.reason is not None:
             continue
-        (n, m), positions = channels(conv.module), math.prod(as_pair("kernel_size", conv.module.kernel_size))  # type: ignore[arg-type]
-        conv.groups = groups
-        if unfit(variant, n, m, groups, positions) is None:
+        n, m = channels(conv.module)
+        conv.choice = choice
+        if choice.unfit(n, m, positions_of(conv.module)) is None:
             continue
-        if on_indivisible == "gcd":
-            conv.groups = math.gcd(groups, n, m)
+        if on_indivisible == "gcd" and choice.rank is None:
+            conv.choice = replace(choice, groups=math.gcd(choice.groups, n, m))
         if on_indivisible == "raise":
             offenders.append(f"{conv.name} ({n} -> {m})")
-        elif conv.groups == 1 or unfit(variant, n, m, conv.groups, positions):
-            conv.reason = Reason("indivisible", f"N={groups} {misfit} {n} -> {m} channels")
+        elif conv.choice.is_dense or conv.choice.unfit(n, m, positions_of(conv.module)):
+            conv.reason = Reason("indivisible", f"{said.replace('groups', 'N')} {n} -> {m} channels")
     if offenders:
         count = f"{len(offenders)} convolutions" if len(offenders) > 1 else "a convolution"
-        raise Indivisible(f"groups={groups} {misfit} the channels of {count}: {', '.join(offenders)}")
+        raise Indivisible(f"{said} the channels of {count}: {', '.join(offenders)}")
+
+
+def follow(convs: Iterable[Conv], plan: Mapping[str, Choice]) -> None:
+    """Give each convolution the choice of ``plan``; raises UsageError for names that are not there, and one ShapeError
+    that names all that it does not fit."""
+    convs = list(convs)
+    known = {name for conv in convs for name in (conv.name, *conv.also)}
+    if unknown := [name for name in plan if name not in known]:
+        raise UsageError(f"the plan is for another network: it names {', '.join(unknown)}, which is not there")
+    offenders = []
+    for conv in convs:
+        choice = next((plan[name] for name in (conv.name, *conv.also) if name in plan), None)
+        if choice is not None and choice.is_dense:
+            conv.reason = Reason("standard", "the plan keeps it")
+        elif choice is not None and conv.reason is None:
+            conv.choice = choice
+            if why := choice.unfit(*channels(conv.module), positions_of(conv.module)):
+                offenders.append(f"{conv.name} as {choice.label}: {why}")
+    if offenders:
+        raise ShapeError(f"the plan does not fit the network: {'; '.join(offenders)}")
+
+
+def stay(convs: Iterable[Conv], layers: Collection[str]) -> None:
+    """Keep those that a budget leaves dense: all but ``layers``."""
+    for conv in convs:
+        if conv.name not in layers:
+            conv.reason = Reason("budget", "no rank is worth its loss")
+
+
+def positions_of(module: nn.Module) -> int:
+    """K."""
+    return math.prod(as_pair("kernel_size", module.kernel_size))  # type: ignore[arg-type]
 
 
 def channels(module: nn.Module) -> tuple[int, int]:
@@ -382,10 +420,12 @@ def describe(conv: Conv) -> Replaced:
         (module.dilation[0], module.dilation[1]),
         module.bias is not None,
         module.padding_mode,
-        conv.groups,
+        conv.choice.reduction(module.in_channels, module.out_channels, positions_of(module)),
         height,
         width,
         len(conv.calls) if conv.calls else None,
+        variant=conv.choice.variant,
+        rank=conv.choice.rank,
     )
 
 

@@ -123,14 +123,14 @@ def _projected(
     fit = None
     if projection == "least_squares" and regression is not None:
         fit = Fit(regression.moment, regression.cross, ridge, SETTLED)
-    return dict(layer.project(weight, layer.groups, projection, fit))
+    return dict(layer.project(weight, projection, fit))
 
 
 @torch.no_grad()
 def _like(layer: VariantConv2d, weight: Tensor, values: dict[str, Tensor]) -> VariantConv2d:
     """A layer of the same variant with these values, in float64 and without a bias."""
     m, n, *kernel = weight.shape
-    spec = ConvSpec(layer.variant, n, m, (kernel[0], kernel[1]), groups=layer.groups, bias=False)
+    spec = ConvSpec(layer.variant, n, m, (kernel[0], kernel[1]), groups=layer.groups, bias=False, rank=layer.spec.rank)
     with torch.random.fork_rng(devices=[weight.device] if weight.is_cuda else []):
         made = layer.of(spec, device=weight.device, dtype=weight.dtype)
     made.load_projected(values)

@@ -13,7 +13,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from msgspec.structs import replace
 from torch import Tensor, nn
 
 from bgcbench.conversion.record import put_in
@@ -62,13 +61,12 @@ def keep_what_cannot_be_exchanged(
     found: Trace,
     example: Any,
     passing: Passing,
-    variant: str,
     *,
     fits: bool = False,
 ) -> list[str]:
     """Give a reason to each chosen one of ``convs`` whose exchange changes more than the convolution; returns notes.
 
-    example: see what_to_run. variant: of the layers that are tried, with the groups of each. fits: whether something
+    example: see what_to_run. fits: whether something
     will be fitted to what the network computes, so that it must be known whether it computes the same each time. Raises
     UsageError where only several together change something.
     """
@@ -80,7 +78,7 @@ def keep_what_cannot_be_exchanged(
             raise does_not_run(problem) from problem
         return [f"whether the network computes the same with other layers could not be tried: {first_line(problem)}"]
     while chosen := [conv for conv in convs if conv.reason is None]:
-        reasons = trial.differences([replace(describe(conv), variant=variant) for conv in chosen])
+        reasons = trial.differences([describe(conv) for conv in chosen])
         for conv in chosen:
             conv.reason = reasons.get(conv.name)
         if not reasons:

@@ -40,7 +40,7 @@ class VariantConv2d(nn.Module, ABC):
     """Base of the variants: Conv2d's arguments, validation, padding, initialisation and counts.
 
     Arguments are those of ``torch.nn.Conv2d`` in the same order up to ``bias``; the rest are keyword-only.
-    ``padding`` is a number or a pair, not a string.
+    ``padding`` is a number or a pair, not a string. ``rank`` is for variants that have one (see ConvSpec).
     Raises ShapeError for sizes below 1 and for channels that ``groups`` does not divide.
     """
 
@@ -64,14 +64,25 @@ class VariantConv2d(nn.Module, ABC):
         *,
         padding_mode: str = "zeros",
         algorithm: str = "auto",
+        rank: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.spec = ConvSpec(
-            self.variant, in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, algorithm
+            self.variant,
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            groups,
+            bias,
+            algorithm,
+            rank,
         )
-        self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
+        self.in_channels, self.out_channels, self.groups = in_channels, out_channels, self.spec.groups
         self.kernel_size = as_pair("kernel_size", kernel_size)
         self.stride = as_pair("stride", stride)
         self.padding = as_pair("padding", padding, 0)
@@ -123,10 +134,9 @@ class VariantConv2d(nn.Module, ABC):
     def dense_weight(self) -> Tensor:
         """D (m, n, kh, kw), the kernel of the standard convolution that this layer equals. Differentiable."""
 
-    @classmethod
     @abstractmethod
-    def project(cls, weight: Tensor, groups: int, projection: str, fit: Fit | None) -> Mapping[str, Tensor]:
-        """This variant's parameters, by name, for the standard kernel ``weight`` (m, n, kh, kw).
+    def project(self, weight: Tensor, projection: str, fit: Fit | None) -> Mapping[str, Tensor]:
+        """The parameters of such a layer, by name, for the standard kernel ``weight`` (m, n, kh, kw).
 
         fit: what 'least_squares' looks at, None for the other projections.
         """
@@ -191,7 +201,7 @@ class VariantConv2d(nn.Module, ABC):
         shape = in_channels, out_channels, (height, width), stride, padding, dilation, groups, bias is not None
         layer = cls(*shape, device=weight.device, dtype=weight.dtype, **options)
         with torch.no_grad():
-            layer.load_projected(cls.project(weight.detach().double(), groups, projection, fit))
+            layer.load_projected(layer.project(weight.detach().double(), projection, fit))
             if bias is not None and layer.bias is not None:
                 layer.bias.copy_(bias)
         return layer
@@ -300,6 +310,8 @@ class VariantConv2d(nn.Module, ABC):
         )
         if self.padding_mode != "zeros":
             text += f", padding_mode={self.padding_mode}"
+        if self.spec.rank is not None:
+            text += f", rank={self.spec.rank}"
         if len(VARIANTS[self.variant].algorithms) > 1:
             text += f", algorithm={self.algorithm}"
         return text

@@ -108,15 +108,14 @@ class BalancedGroupConv2d(AutotunedConv2d):
             return self.weight_group
         return dense_kernel(self.weight_group, self.weight_mean, self.groups)
 
-    @classmethod
-    def project(cls, weight: Tensor, groups: int, projection: str, fit: Fit | None) -> Mapping[str, Tensor]:
+    def project(self, weight: Tensor, projection: str, fit: Fit | None) -> Mapping[str, Tensor]:
         """Theorem 3.6's construction ('copy'), the white optimum, or least squares on a second moment."""
-        if groups == 1:
+        if self.groups == 1:
             return {"weight_group": weight}
         if fit is not None:
-            a, b = least_squares(weight, groups, fit)
+            a, b = least_squares(weight, self.groups, fit)
         else:
-            a, b = copy_blocks(weight, groups) if projection == "copy" else white_optimum(weight, groups)
+            a, b = copy_blocks(weight, self.groups) if projection == "copy" else white_optimum(weight, self.groups)
         return {"weight_group": a, "weight_mean": b}
 
     def normal_matrices(self, moment: Tensor) -> Iterator[Tensor]:

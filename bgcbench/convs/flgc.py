@@ -221,8 +221,7 @@ class FullyLearnableGroupConv2d(MaskedConv2d):
         flat = self.kernel.split([m_g * n_g * taps for m_g, n_g in self._blocks])
         return [flat[g].reshape(*block, *self.kernel_size) for g, block in enumerate(self._blocks)]
 
-    @classmethod
-    def project(cls, weight: Tensor, groups: int, projection: str, fit: Fit | None) -> Mapping[str, Tensor]:
+    def project(self, weight: Tensor, projection: str, fit: Fit | None) -> Mapping[str, Tensor]:
         """The kernel with balanced groups; ``weight`` stays whole, so that training can still change the groups.
 
         'copy', 'white': groups that keep much of the kernel's energy, the weights in them copied (which is their best
@@ -230,13 +229,13 @@ class FullyLearnableGroupConv2d(MaskedConv2d):
         them then solved for. Finding the groups is a search (:func:`bgcbench.theory.partition.search_partition`),
         never worse than the contiguous groups of GC on white input.
         """
-        if groups == 1:
+        if self.groups == 1:
             return {"weight": weight}
         if fit is not None:
-            weight, outputs, inputs = least_squares(weight, groups, fit)
+            weight, outputs, inputs = least_squares(weight, self.groups, fit)
         else:
-            outputs, inputs = search_partition(weight.square().flatten(2).sum(2), groups)
-        one_hot = [nn.functional.one_hot(part, groups).to(weight) for part in (inputs, outputs)]
+            outputs, inputs = search_partition(weight.square().flatten(2).sum(2), self.groups)
+        one_hot = [nn.functional.one_hot(part, self.groups).to(weight) for part in (inputs, outputs)]
         return {"weight": weight, "logits_in": MARGIN * one_hot[0], "logits_out": MARGIN * one_hot[1]}
 
 

@@ -39,12 +39,14 @@ class GroupConv2d(VariantConv2d):
     def dense_weight(self) -> Tensor:
         return block_diagonal(self.weight, self.groups)
 
-    @classmethod
-    def project(cls, weight: Tensor, groups: int, projection: str, fit: Fit | None) -> Mapping[str, Tensor]:
+    def project(self, weight: Tensor, projection: str, fit: Fit | None) -> Mapping[str, Tensor]:
         """Diagonal blocks ('copy', which is the white optimum too: error 1 - 1/N), or least squares."""
-        if fit is not None:
-            return {"weight": least_squares(weight, groups, fit)}
-        return {"weight": diagonal_blocks(weight, groups)}
+        return {"weight": best_kernel(weight, self.groups, fit)}
+
+
+def best_kernel(weight: Tensor, groups: int, fit: Fit | None) -> Tensor:
+    """The grouped kernel (m, n/N, kh, kw) closest to ``weight`` (m, n, kh, kw): its diagonal blocks, or for ``fit``."""
+    return diagonal_blocks(weight, groups) if fit is None else least_squares(weight, groups, fit)
 
 
 def group_moments(weight: Tensor, groups: int, fit: Fit) -> tuple[Tensor, Tensor]:

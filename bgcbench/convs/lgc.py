@@ -151,8 +151,7 @@ class LearnedGroupConv2d(MaskedConv2d):
         """kept: share of the inputs that a group has not yet dropped, at the end 1/N."""
         return {} if self.groups == 1 or self.is_deployed else {"kept": float(self.kept.float().mean())}
 
-    @classmethod
-    def project(cls, weight: Tensor, groups: int, projection: str, fit: Fit | None) -> Mapping[str, Tensor]:
+    def project(self, weight: Tensor, projection: str, fit: Fit | None) -> Mapping[str, Tensor]:
         """The kernel with n/N inputs kept in each group, in one shot.
 
         'copy' keeps those with the largest sum of |W_ij|, what the training's criterion would drop last; 'white' those
@@ -160,12 +159,12 @@ class LearnedGroupConv2d(MaskedConv2d):
         most energy by the second moment, with the weights then solved for (a search for the inputs, an optimum for
         the weights).
         """
-        if groups == 1:
+        if self.groups == 1:
             return {"weight": weight}
         if fit is not None:
-            return least_squares(weight, groups, fit)
-        scores = column_scores(weight, groups) if projection == "copy" else column_scores(weight.square(), groups)
-        return {"weight": weight, "kept": top_columns(scores, weight.shape[1] // groups)}
+            return least_squares(weight, self.groups, fit)
+        scores = column_scores(weight if projection == "copy" else weight.square(), self.groups)
+        return {"weight": weight, "kept": top_columns(scores, weight.shape[1] // self.groups)}
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, drops={self.stage}/{self.stages}"

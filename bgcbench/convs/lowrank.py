@@ -27,8 +27,9 @@ class LowRankConv2d(AutotunedConv2d):
 
     x: (B, n, H, W); returns (B, m, H', W'). One bias (m,). Parameters r(Kn + m), MACs D times that. ``groups`` = N is
     the reduction, for comparison at equal parameters: r = floor(Kmn / (N(Kn + m))), so that the layer has at most the
-    Kmn/N of a group convolution; N need not divide the channels. He initialisation acts on each factor with its own
-    fan (Kn and r).
+    Kmn/N of a group convolution; N need not divide the channels. ``rank`` = r says it directly, and N is then the
+    largest reduction that this rank keeps to (1 where it keeps to none). He initialisation acts on each factor with
+    its own fan (Kn and r).
 
     algorithm: they compute the same map, equal to rounding:
         'two_conv'  R's convolution, then the pointwise one
@@ -36,8 +37,8 @@ class LowRankConv2d(AutotunedConv2d):
         'matmul'    two products of matrices; for 1x1 kernels without padding
         'auto'      the fastest of these here, measured once for each shape (see bgcbench.convs.autotune)
 
-    N = 1: the layer holds the dense kernel alone (``weight_expand`` is None) and is the standard convolution.
-    Raises ShapeError where N leaves no rank.
+    N = 1 without a rank: the layer holds the dense kernel alone (``weight_expand`` is None) and is the standard
+    convolution. Raises ShapeError where N leaves no rank, and for a rank above min(m, Kn).
     """
 
     variant = "lowrank"
@@ -53,8 +54,10 @@ class LowRankConv2d(AutotunedConv2d):
     def _create_weights(self, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
         super()._create_weights(device, dtype)
         self.weight_expand, rank = None, self.out_channels
-        if self.groups > 1:
-            rank = rank_of(self.in_channels, self.out_channels, self.groups, self.spec.kernel_positions)
+        if not self.spec.is_dense:
+            rank = self.spec.rank or rank_of(
+                self.in_channels, self.out_channels, self.groups, self.spec.kernel_positions
+            )
             self.weight_expand = nn.Parameter(torch.empty(self.out_channels, rank, 1, 1, device=device, dtype=dtype))
         shape = (rank, self.in_channels, *self.kernel_size)
         self.weight_reduce = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
@@ -86,19 +89,16 @@ class LowRankConv2d(AutotunedConv2d):
             return self.weight_reduce
         return dense_kernel(self.weight_reduce, self.weight_expand)
 
-    @classmethod
-    def project(cls, weight: Tensor, groups: int, projection: str, fit: Fit | None) -> Mapping[str, Tensor]:
+    def project(self, weight: Tensor, projection: str, fit: Fit | None) -> Mapping[str, Tensor]:
         """The truncated singular value decomposition ('copy' and 'white'), or reduced-rank regression."""
-        if groups == 1:
+        if self.weight_expand is None:
             return {"weight_reduce": weight}
-        m, n, height, width = weight.shape
-        rank = rank_of(n, m, groups, height * width)
         if fit is None:
-            expand, reduce = factored(weight.flatten(1), None, rank)
+            expand, reduce = factored(weight.flatten(1), None, self.rank)
         else:
             best, moment, _ = shrunk(weight, fit)
-            expand, reduce = factored(best.flatten(1), moment, rank)
-        return {"weight_reduce": reduce.reshape(rank, n, height, width), "weight_expand": expand[:, :, None, None]}
+            expand, reduce = factored(best.flatten(1), moment, self.rank)
+        return {"weight_reduce": reduce.reshape(-1, *weight.shape[1:]), "weight_expand": expand[:, :, None, None]}
 
     def seen_entries(self) -> Iterator[Tensor]:
         """All of them: R reads every channel."""

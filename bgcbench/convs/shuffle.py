@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from bgcbench.convs.base import VariantConv2d
 from bgcbench.convs.blocks import block_diagonal
-from bgcbench.convs.gc import GroupConv2d
+from bgcbench.convs.gc import best_kernel
 from bgcbench.convs.layouts import is_channels_last
 from bgcbench.theory.leastsquares import Fit
 
@@ -37,18 +37,16 @@ class ShuffleGroupConv2d(VariantConv2d):
         order = shuffle_order(self.out_channels, self.groups, self.weight_group.device)
         return block_diagonal(self.weight_group, self.groups)[order]
 
-    @classmethod
-    def project(cls, weight: Tensor, groups: int, projection: str, fit: Fit | None) -> Mapping[str, Tensor]:
+    def project(self, weight: Tensor, projection: str, fit: Fit | None) -> Mapping[str, Tensor]:
         """GC's projection of the rows in pre-shuffle order: row pi(p) stands in for W's row p.
 
         Input and output orders of the standard convolution are kept, so residual additions stay aligned.
         """
         # Undoing a shuffle over N groups is the shuffle over m/N groups.
-        undo = shuffle_order(weight.shape[0], weight.shape[0] // groups, weight.device)
+        undo = shuffle_order(weight.shape[0], weight.shape[0] // self.groups, weight.device)
         if fit is not None and fit.cross_moment is not None:
             fit = replace(fit, cross_moment=fit.cross_moment[undo])
-        (kernel,) = GroupConv2d.project(weight[undo], groups, projection, fit).values()
-        return {"weight_group": kernel}
+        return {"weight_group": best_kernel(weight[undo], self.groups, fit)}
 
     def _scale_outputs(self, scale: Tensor) -> None:
         super()._scale_outputs(before_shuffle(scale, self.groups))

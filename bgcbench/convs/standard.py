@@ -26,7 +26,6 @@ class StandardConv2d(VariantConv2d):
     def dense_weight(self) -> Tensor:
         return self.weight
 
-    @classmethod
-    def project(cls, weight: Tensor, groups: int, projection: str, fit: Fit | None) -> Mapping[str, Tensor]:
+    def project(self, weight: Tensor, projection: str, fit: Fit | None) -> Mapping[str, Tensor]:
         """Every projection of a standard kernel onto standard kernels is itself."""
         return {"weight": weight}

@@ -75,15 +75,14 @@ class TwoLevelGroupConv2d(VariantConv2d):
             return self.weight_group
         return dense_kernel(self.weight_group, self.weight_coarse_in, self.weight_coarse)
 
-    @classmethod
-    def project(cls, weight: Tensor, groups: int, projection: str, fit: Fit | None) -> Mapping[str, Tensor]:
+    def project(self, weight: Tensor, projection: str, fit: Fit | None) -> Mapping[str, Tensor]:
         """The white optimum ('white', and 'copy': the paper copies nothing into this variant), or least squares."""
-        if groups == 1:
+        if self.groups == 1:
             return {"weight_group": weight}
         if fit is not None:
-            a, r, p = least_squares(weight, groups, fit)
+            a, r, p = least_squares(weight, self.groups, fit)
         else:
-            a, r, p = white_optimum(weight, groups)
+            a, r, p = white_optimum(weight, self.groups)
         return {"weight_group": a, "weight_coarse_in": r, "weight_coarse": p}
 
 

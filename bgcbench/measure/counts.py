@@ -75,12 +75,13 @@ def count(
         n=spec.in_channels,
         m=spec.out_channels,
         groups=spec.groups,
+        rank=spec.rank,
         pairs=balanced_pairs(spec) if pairs is None else pairs,
         k=spec.kernel_positions,
         d=out_height * out_width,
         d_in=height * width,
     )
-    costs = (VARIANTS[spec.variant].costs if spec.groups > 1 else one_block)(sizes)
+    costs = (one_block if spec.is_dense else VARIANTS[spec.variant].costs)(sizes)
     bias = spec.out_channels if spec.bias else 0
     params = costs.weights + bias
     macs = sizes.d * costs.weights

@@ -77,8 +77,9 @@ class Kept(Data, frozen=True):
 class Replaced(Data, frozen=True):
     """A convolution that was replaced: its name, where else it hangs, its shape, and the layer in its place.
 
-    groups: N of this layer, which 'gcd' may have lowered; 1 of a 'standard' one, which is not replaced yet. height,
-    width: of its input, and calls: how often one forward pass runs it; None where the network could not be run.
+    groups: N of this layer, which 'gcd' may have lowered; 1 of a 'standard' one, which is not replaced yet. rank: where
+    that was asked for, and N follows from it. height, width: of its input, and calls: how often one forward pass runs
+    it; None where the network could not be run.
     """
 
     name: str
@@ -98,6 +99,7 @@ class Replaced(Data, frozen=True):
     variant: str = "standard"
     algorithm: str = "auto"
     init: str = "white"
+    rank: Whole | None = None
 
 
 class CalibratedLayer(Data, frozen=True):
@@ -136,6 +138,14 @@ class Calibration(Data, frozen=True):
     layers: tuple[CalibratedLayer, ...]
 
 
+class Budget(Data, frozen=True):
+    """A share of what the replaced convolutions cost as they were (params or macs, biases apart): asked and reached."""
+
+    cost: str
+    asked: Nonnegative
+    reached: Nonnegative
+
+
 class Record(Data, frozen=True):
     """Everything that a conversion decided; with a network like the original it can be repeated (load_converted).
 
@@ -144,7 +154,8 @@ class Record(Data, frozen=True):
     source: how build_model makes the original network, None where it cannot. size: the input (channels, height, width)
     on which the network was run to find shapes, order and roles; None where it could not be. functional: convolutions
     that are called as functions, which no module owns and nothing here replaces. rebn: whether batch norm's statistics
-    were re-estimated.
+    were re-estimated. rank: as it was asked for. budget: what ranks were spread under. planned: whether a plan said
+    what each layer becomes; variant and groups then say nothing.
     """
 
     replaced: tuple[str, ...]
@@ -165,6 +176,9 @@ class Record(Data, frozen=True):
     rebn: bool = False
     calibration: Calibration | None = None
     earlier: tuple[Replaced, ...] = ()
+    rank: Whole | None = None
+    budget: Budget | None = None
+    planned: bool = False
 
     @property
     def indivisible(self) -> list[str]:

@@ -134,7 +134,7 @@ def _least_norm(gram: Tensor, cross: Tensor) -> Tensor:
     return least
 
 
-def condition_number(gram: Tensor, steps: int = 60) -> float:
+def condition_number(gram: Tensor, steps: int = 20) -> float:
     """Largest over smallest eigenvalue of the symmetric ``gram`` (p, p), estimated; infinite where it is singular.
 
     Power iteration with ``gram`` and with its Cholesky factor: each eigenvalue is found from within the spectrum, so

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from bgcbench.cli import main
 from bgcbench.convs.base import VariantConv2d
 from bgcbench.convs.blocks import block_diagonal
-from bgcbench.convs.gc import GroupConv2d
+from bgcbench.convs.gc import best_kernel
 from bgcbench.measure.counts import count
 from bgcbench.plots import style
 from bgcbench.specs import VARIANTS, ConvSpec, Variant, one_block
@@ -35,13 +35,11 @@ class MirroredGroupConv2d(VariantConv2d):
     def dense_weight(self) -> Tensor:
         return block_diagonal(self.weight_group, self.groups).flip(1)
 
-    @classmethod
-    def project(cls, weight: Tensor, groups: int, projection: str, fit: Fit | None) -> Mapping[str, Tensor]:
+    def project(self, weight: Tensor, projection: str, fit: Fit | None) -> Mapping[str, Tensor]:
         if fit is not None:
             order = torch.arange(weight[0].numel()).reshape(weight.shape[1], -1).flip(0).flatten()
             fit = replace(fit, second_moment=fit.second_moment[order][:, order])
-        (kernel,) = GroupConv2d.project(weight.flip(1), groups, projection, fit).values()
-        return {"weight_group": kernel}
+        return {"weight_group": best_kernel(weight.flip(1), self.groups, fit)}
 
 
 @pytest.fixture
