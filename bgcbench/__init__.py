@@ -18,6 +18,8 @@ _HOMES = {
     "ConvSpec": "bgcbench.specs",
     "Converted": "bgcbench.conversion.record",
     "LayerError": "bgcbench.conversion.approximability",
+    "Choice": "bgcbench.specs",
+    "Views": "bgcbench.data.views",
     "approximability": "bgcbench.conversion.approximability",
     "build_conv": "bgcbench.convs",
     "build_model": "bgcbench.models",
@@ -33,15 +35,18 @@ _MODULES = {"calibration": "bgcbench.conversion.calibration"}  # used by its nam
 __all__ = [
     "BalancedGroupConv2d",
     "BgcbenchError",
+    "Choice",
     "ConvSpec",
     "Converted",
     "FullyLearnableGroupConv2d",
     "GroupConv2d",
     "LayerError",
     "LearnedGroupConv2d",
+    "LowRankConv2d",
     "ShuffleGroupConv2d",
     "StandardConv2d",
     "TwoLevelGroupConv2d",
+    "Views",
     "__version__",
     "approximability",
     "build_conv",
@@ -65,13 +70,15 @@ if TYPE_CHECKING:
     from bgcbench.convs.flgc import FullyLearnableGroupConv2d
     from bgcbench.convs.gc import GroupConv2d
     from bgcbench.convs.lgc import LearnedGroupConv2d
+    from bgcbench.convs.lowrank import LowRankConv2d
     from bgcbench.convs.masked import parameter_groups
     from bgcbench.convs.shuffle import ShuffleGroupConv2d
     from bgcbench.convs.standard import StandardConv2d
     from bgcbench.convs.tlgc import TwoLevelGroupConv2d
+    from bgcbench.data.views import Views
     from bgcbench.errors import BgcbenchError
     from bgcbench.models import build_model
-    from bgcbench.specs import ConvSpec
+    from bgcbench.specs import Choice, ConvSpec
 
 
 def __getattr__(name: str) -> Any:

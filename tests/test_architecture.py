@@ -52,7 +52,7 @@ ALLOWED = {
         "interrupts",
     },
     "__main__": {"cli"},
-    "__init__": {"conversion", "convs", "errors", "models", "specs"},
+    "__init__": {"conversion", "convs", "data", "errors", "models", "specs"},
 }
 MONOPOLIES = {
     "triton": {"kernels"},

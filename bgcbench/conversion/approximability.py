@@ -25,10 +25,11 @@ from torch import Tensor, nn
 
 from bgcbench.conversion.convert import candidates
 from bgcbench.conversion.layer_moments import (
+    Holding,
     Part,
+    Pictures,
     Sampler,
     Visit,
-    check_enough,
     first_of,
     moments_device,
     parts_of,
@@ -100,6 +101,7 @@ def approximability(
     exclude: str | Sequence[str] | None = None,
     example_input: Any = None,
     forward_fn: Forward | None = None,
+    pictures: Pictures = None,
     memory_bytes: int = 4 * 2**30,
     seed: int = 0,
 ) -> list[LayerError]:
@@ -107,8 +109,8 @@ def approximability(
 
     batches, forward_fn: as calibration and forward_fn of :func:`bgcbench.convert`; gone through more than once where it
     is needed (a list, a DataLoader; a generator serves where one pass is enough, and one that shuffles gives each pass
-    other images). images: how many of them are used, at least 4; None for all there are, or 256 where that cannot be
-    told.
+    other images). pictures: as calibration_pictures there. images: how many of them are used, at least 4; None for all
+    there are, or 256 where that cannot be told.
     memory_bytes: what the moments and the solving may take; where all layers need more, the images are run through the
     network several times. The network's weights, mode, hooks and the random states are left as they were. Warns of what
     the user should know, such as random numbers in eval mode. Raises UsageError for too few images, for inputs that are
@@ -121,6 +123,7 @@ def approximability(
     if not groups or not set(variants) - {"standard"}:
         raise UsageError("nothing to look at: name a variant besides standard, and at least one N")
     with random_state_kept(model):
+        pictures = pictures or getattr(batches, "pictures", None)
         first, batches = first_of(batches)
         passing = Passing(forward_fn)
         if images is None:
@@ -138,6 +141,7 @@ def approximability(
         share_of = shares(found.chosen)
         errors: list[LayerError] = []
         options: dict[str, Any] = {"images": images, "memory_bytes": memory_bytes, "seed": seed, "passing": passing}
+        options["pictures"] = pictures
         for layer, moments in stream(model, found.chosen, batches, **options):
             evaluator = Evaluator(layer, kernel_of(model, layer), moments, share_of.get(layer.name))
             errors += [evaluator.evaluate(variant, n) for n in groups for variant in variants if variant != "standard"]
@@ -216,6 +220,7 @@ def stream(
     memory_bytes: int,
     seed: int = 0,
     passing: Passing | None = None,
+    pictures: Pictures = None,
     stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[tuple[Replaced, LayerMoments]]:
     """Each layer with its moments, in order; one run over the images for every portion that fits the memory.
@@ -224,8 +229,10 @@ def stream(
     """
     check_positive("calibration images", images)
     portions = passes(layers, memory_bytes)
+    pictures = pictures or getattr(batches, "pictures", None)
     for number, portion in enumerate(portions):
-        collected = _collect(model, portion, batches, images, seed, passing or Passing(), stop)
+        holding = Holding(pictures)
+        collected = _collect(model, portion, batches, images, seed, passing or Passing(), holding, stop)
         if collected is None:
             return
         for layer in portion:
@@ -242,6 +249,7 @@ def _collect(
     images: int,
     seed: int,
     passing: Passing,
+    holding: Holding,
     stop: Callable[[], bool],
 ) -> dict[str, LayerMoments] | None:
     """Run the images through the network and add up the moments of ``layers``; None where it was stopped.
@@ -257,14 +265,12 @@ def _collect(
     adders = {
         model.get_submodule(layer.name): _adder(Sampler(layer, images, seed), moments[layer.name]) for layer in layers
     }
-    seen = 0
     with undisturbed(model), watching(model, passing, inputs=adders) as run:
-        for part in parts_of(batches, images, passing, model):
+        for part in parts_of(batches, images, passing, model, holding):
             run(part)
-            seen += len(part.numbers)
             if stop():
                 return None
-    check_enough(seen)
+    holding.check_enough()
     for layer in layers:
         if not moments[layer.name].fit.positions or not moments[layer.name].held_out.positions:
             raise UsageError(f"{layer.name} is not reached by a forward pass of the calibration images; exclude it")

@@ -29,10 +29,11 @@ import torch
 from torch import Tensor, nn
 
 from bgcbench.conversion.layer_moments import (
+    Holding,
     Part,
+    Pictures,
     Sampler,
     Visit,
-    check_enough,
     first_of,
     moments_device,
     parts_of,
@@ -42,7 +43,7 @@ from bgcbench.conversion.layer_moments import (
 )
 from bgcbench.conversion.lockstep import Stop, Stopped, run_in_step
 from bgcbench.conversion.norms import NormMoments
-from bgcbench.conversion.solve import solve_layer
+from bgcbench.conversion.solve import overfitted, solve_layer
 from bgcbench.conversion.survey import Survey, is_norm, survey
 from bgcbench.conversion.trial import Kernel, standing_in
 from bgcbench.convs.base import VariantConv2d
@@ -86,8 +87,8 @@ class Wanted:
 class Calibrator:
     """The images of one conversion, where they are run through the network, and what is done with them.
 
-    batches: anything that ``passing`` can pass on. notes: what the user should know. Raises UsageError for images that
-    are too few or no images.
+    batches: anything that ``passing`` can pass on; pictures: see Holding, by default those that batches name. notes:
+    what the user should know. Raises UsageError for images that are too few or no images.
     """
 
     def __init__(
@@ -96,6 +97,7 @@ class Calibrator:
         batches: Iterable[Any],
         *,
         passing: Passing | None = None,
+        pictures: Pictures = None,
         images: int = DEFAULT_IMAGES,
         rebn: bool = True,
         memory_bytes: int = MEMORY_BYTES,
@@ -105,11 +107,12 @@ class Calibrator:
         check_positive("calibration images", images)
         self.passing = passing or Passing()
         self.rebn, self.memory_bytes, self.seed, self.stop = rebn, memory_bytes, seed, stop
+        holding = Holding(pictures or getattr(batches, "pictures", None))
         first, batches = first_of(batches)
         self.example = first_image(self.passing.of(first, model))
         self.device, self.item = device_of(model), reference_of(model).element_size()
-        self.parts = list(parts_of(batches, images, self.passing, model, BATCH))
-        check_enough(self.images)
+        self.parts = list(parts_of(batches, images, self.passing, model, holding, BATCH))
+        holding.check_enough()
         self.notes = list(self.passing.notes)
         self.begun = time.perf_counter()
         self.in_flight_bytes = self.moment_bytes = 0
@@ -179,6 +182,8 @@ class Calibrator:
                 raise UsageError(self._too_little(needed, layers))
         if images < asked:
             self.parts = [kept for part in self.parts if (kept := part.below(images)) is not None]
+            if not any(part.held_out for part in self.parts):
+                raise UsageError(self._too_little(needed, layers))
             self.notes.append(
                 f"calibrated on {images} of the {asked} images: more would not fit into "
                 f"{self.memory_bytes / 2**30:.2g} GiB"
@@ -212,6 +217,7 @@ class Calibrator:
             for name in missed:
                 layer = settling.modules[name]
                 layer.load_projected(layer.project(wanted.kernels[name][0].double(), "white", None))
+        self.notes += overfitted(list(settling.solved.values()))
         return Calibration(
             images=self.images,
             held_out=sum(len(part.numbers) for part in self.parts if part.held_out),

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from bgcbench.conversion.budget import COSTS, DENSE, centred, curve_of, principal_energies, spread
 from bgcbench.conversion.calibration import DEFAULT_IMAGES, MEMORY_BYTES, Calibrator, Wanted
+from bgcbench.conversion.layer_moments import Pictures
 from bgcbench.conversion.record import (
     CALIBRATED,
     SCRATCH,
@@ -81,6 +82,7 @@ def convert(
     inplace: bool = False,
     calibration: Iterable[Any] | None = None,
     forward_fn: Forward | None = None,
+    calibration_pictures: Pictures = None,
     calibration_images: int | None = None,
     rebn: bool | None = None,
     memory_bytes: int = MEMORY_BYTES,
@@ -123,7 +125,10 @@ def convert(
         tuple or list are its arguments, as many as its forward requires, a dict holds its keywords, a list of images
         (C, H, W) is one argument. forward_fn: called as forward_fn(model, batch) instead, for any other batch (and
         example_input, which then is one). calibration_images: use so many at most (default 512); batches that cannot
-        be taken apart into images count as one each.
+        be taken apart into images count as one each. calibration_pictures: which picture each image shows, if several
+        are parts of one or frames of a film: names in the images' order, or a function of an image's number; by default
+        ``calibration.pictures`` where that is there (see :class:`bgcbench.Views`). One picture in four is held out to
+        choose by, whole: other crops of a picture that was fitted would say too little about others.
     rebn: re-estimate the statistics of batch norm on these images, from the first replaced convolution on; by default
         where there are images. memory_bytes: what calibration may hold at a time; where more images are given than fit,
         fewer are used, and a note says so. seed: which positions of an image are sampled. stop: asked now and then
@@ -151,7 +156,7 @@ def convert(
     if calibration is not None:
         used = calibration_images or DEFAULT_IMAGES
         options: dict[str, Any] = {"rebn": rebn is not False, "memory_bytes": memory_bytes, "seed": seed, "stop": stop}
-        images = Calibrator(model, calibration, passing=passing, images=used, **options)
+        images = Calibrator(model, calibration, passing=passing, pictures=calibration_pictures, images=used, **options)
     example = example_input if forward_fn is not None else checked_example(example_input)
     if example is None and images is not None:
         example = images.example

@@ -9,7 +9,7 @@ import hashlib
 import itertools
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -55,10 +55,46 @@ class Part:
         return Part(take(self.batch, range(count)), self.numbers[:count], self.held_out)
 
 
+Pictures = Sequence[Hashable] | Callable[[int], Hashable] | None  # which picture an image shows, by its number
+
+
+class Holding:
+    """Which images are held out: all those of one picture in four, so that none is like one that is fitted.
+
+    pictures: see Pictures; without, each image is a picture of its own.
+    """
+
+    def __init__(self, pictures: Pictures = None) -> None:
+        self._pictures = pictures
+        self._seen: dict[Hashable, int] = {}
+
+    def __call__(self, number: int) -> bool:
+        """Whether the image of that number is held out; asked in ascending order first."""
+        picture: Hashable = number
+        if callable(self._pictures):
+            picture = self._pictures(number)
+        elif self._pictures is not None:
+            if number >= len(self._pictures):
+                raise UsageError(f"pictures are named for {len(self._pictures)} calibration images, and there are more")
+            picture = self._pictures[number]
+        return self._seen.setdefault(picture, len(self._seen)) % HELD_OUT == HELD_OUT - 1
+
+    def check_enough(self) -> None:
+        """Raise UsageError for fewer pictures than one held out needs."""
+        if len(self._seen) < HELD_OUT:
+            what = "calibration images" if self._pictures is None else "pictures to calibrate on"
+            raise UsageError(f"{len(self._seen)} {what} are too few; use at least {HELD_OUT}: one in four is held out")
+
+
 def parts_of(
-    batches: Iterable[Any], images: int, passing: Passing, model: nn.Module, at_most: int | None = None
+    batches: Iterable[Any],
+    images: int,
+    passing: Passing,
+    model: nn.Module,
+    holding: Holding,
+    at_most: int | None = None,
 ) -> Iterator[Part]:
-    """The first ``images`` of ``batches``, those held out (one in four) by themselves, up to ``at_most`` in a part.
+    """The first ``images`` of ``batches``, those held out by themselves, up to ``at_most`` in a part.
 
     They go apart so that nothing has to be known of how a network stacks the images of a batch. A batch that cannot be
     taken apart counts as one image.
@@ -70,27 +106,18 @@ def parts_of(
         given = passing.of(batch, model)
         count = count_images(given)
         if count is None:
-            yield Part(given, [seen], _is_held_out(seen))
+            yield Part(given, [seen], holding(seen))
             seen += 1
             continue
         places = range(min(count, images - seen))
+        is_held_out = [holding(seen + place) for place in places]
         for held_out in (False, True):
-            chosen = [place for place in places if _is_held_out(seen + place) is held_out]
+            chosen = [place for place in places if is_held_out[place] is held_out]
             step = at_most or max(1, count)
             for begin in range(0, len(chosen), step):
                 some = chosen[begin : begin + step]
                 yield Part(take(given, some), [seen + place for place in some], held_out)
         seen += len(places)
-
-
-def _is_held_out(number: int) -> bool:
-    return number % HELD_OUT == HELD_OUT - 1
-
-
-def check_enough(images: int) -> None:
-    """Raise UsageError for fewer images than one held out needs."""
-    if images < HELD_OUT:
-        raise UsageError(f"{images} calibration images are too few; use at least {HELD_OUT}: one in four is held out")
 
 
 def first_of(batches: Iterable[Any]) -> tuple[Any, Iterable[Any]]:

@@ -6,7 +6,8 @@ What solves a variant for given moments is its own ``project``; here a ridge is 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import statistics
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +23,7 @@ from bgcbench.theory.moments import RegressionMoments
 RIDGES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # of the least squares, in units of the mean power of the regressors
 SETTLED = 1e-4  # relative gain at which a search in turns ends: far below what other images would change
 SEARCH_RIDGE = 1e-2  # of the variants that are no linear space, which take too long to be solved several times
+OVERFITTED = 1.5  # times the loss on the images that were fitted, from which on images held out say that they are few
 ROWS_A_NUMBER = 10  # positions for each number that an output has; fewer are scarce
 
 
@@ -62,6 +64,17 @@ def is_scarce(variant: str, patch_length: int, groups: int, rows: int) -> bool:
     return rows < ROWS_A_NUMBER * VARIANTS[variant].unknowns(patch_length // groups, groups)
 
 
+def overfitted(layers: Sequence[CalibratedLayer]) -> list[str]:
+    """A note where calibrated layers lose far more on images held out than on those they were solved for."""
+    ratios = [layer.after / layer.fitted for layer in layers if layer.after and layer.fitted and layer.after > EXACT]
+    if not ratios or statistics.median(ratios) < OVERFITTED:
+        return []
+    return [
+        f"the images are too few: calibrated layers lose more than {OVERFITTED:g} times as much on images held out as on "
+        "those they were solved for (median); calibrate on more, or on several views of each"
+    ]
+
+
 def solve_layer(
     name: str,
     layer: VariantConv2d,
@@ -79,7 +92,7 @@ def solve_layer(
     weight = weight.detach().to(fit.origin_in)
     means = fit.means if centred else (torch.zeros_like(fit.origin_in), torch.zeros_like(fit.origin_out))
     rows, held_out_rows = fit.positions, held_out.positions
-    losses = _losses(layer, weight, fit.about(*means), (held_out if held_out_rows else fit).about(*means))
+    losses, fitted = _losses(layer, weight, fit.about(*means), (held_out if held_out_rows else fit).about(*means))
     fit.absorb(held_out)
     means = fit.means if centred else means
     if losses.ridge is None:
@@ -95,6 +108,7 @@ def solve_layer(
         copied=losses.copied,
         before=losses.white,
         after=losses.calibrated,
+        fitted=fitted,
         rows=rows,
         held_out_rows=held_out_rows,
         condition=condition,
@@ -105,16 +119,24 @@ def solve_layer(
     return Solution(values, means[1] - dense @ means[0], told)
 
 
-def _losses(layer: VariantConv2d, weight: Tensor, fitted: Regression, unseen: Regression) -> Losses:
-    """What ``layer`` loses on ``unseen`` with weights that were solved for on ``fitted``."""
+def _losses(
+    layer: VariantConv2d, weight: Tensor, fitted: Regression, unseen: Regression
+) -> tuple[Losses, float | None]:
+    """What ``layer`` loses on ``unseen`` with weights solved for on ``fitted``, and with the last of them on these."""
+
+    on_fitted: dict[float, float] = {}
 
     def lost(projection: str, ridge: float) -> float:
         if unseen.power <= 0:
             return 0.0
         values = _projected(layer, weight, projection, fitted, ridge)
-        return unseen.error(_like(layer, weight, values).dense_weight()) / unseen.power
+        dense = _like(layer, weight, values).dense_weight()
+        if projection == "least_squares" and fitted.power > 0:
+            on_fitted[ridge] = fitted.error(dense) / fitted.power
+        return unseen.error(dense) / unseen.power
 
-    return best_of(layer.variant, lost)
+    found = best_of(layer.variant, lost)
+    return found, None if found.ridge is None else on_fitted.get(found.ridge)
 
 
 def _projected(

@@ -22,6 +22,7 @@ from bgcbench.conversion.approximability import (
 )
 from bgcbench.conversion.convert import Candidates, candidates
 from bgcbench.data import Images, open_images
+from bgcbench.data.views import Views
 from bgcbench.errors import UsageError
 from bgcbench.experiments.approx_network import ApproxNetworkConfig
 from bgcbench.experiments.approx_run import Step
@@ -47,9 +48,14 @@ class _Batches:
     count: int
     batch: int
     seed: int
+    views: int
 
     def __iter__(self) -> Iterator[Tensor]:
-        return self.images.batches(self.count, self.batch, self.seed)
+        return iter(Views(self.images.batches(self.count, self.batch, self.seed), self.views, seed=self.seed))
+
+    def pictures(self, number: int) -> int:
+        """Which image a view shows."""
+        return number // self.views
 
 
 @dataclass(frozen=True)
@@ -162,7 +168,7 @@ def prepare(config: ApproxNetworkConfig) -> Prepared:
     there, asked = len(images), config.calibration_images
     if there < asked:
         warnings.append(f"{images.name} has {there} images, fewer than the {asked} asked for; all are used")
-    batches = _Batches(images, min(there, asked), config.batch, config.seed)
+    batches = _Batches(images, min(there, asked), config.batch, config.seed, config.calibration_views)
     said = told(images.preprocessing, weights)
     return Prepared(config, model, loaded, batches, found, len(portions), held, said, warnings)
 
@@ -219,7 +225,7 @@ class ApproxNetworkRun(Run[LayerRow]):
                 model,
                 layers,
                 prepared.batches,
-                images=count,
+                images=count * config.calibration_views,
                 memory_bytes=round(config.memory_gib * 2**30),
                 seed=row_seed(config.seed, "positions"),
                 stop=self.stop,

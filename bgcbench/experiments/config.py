@@ -131,7 +131,7 @@ class ImageChoice:
     """How images are prepared where that is not what belongs to the weights: None is what they, or the data, say.
 
     mean, std: of the three channels, 0 being black and 1 white. resize: (height, width) in px before the centre is cut
-    out. weights_key: which of a file's state dicts.
+    out. calibration_views: of each calibration image (see bgcbench.Views). weights_key: which of a file's state dicts.
     """
 
     mean: tuple[float, ...] | None = option(
@@ -150,6 +150,12 @@ class ImageChoice:
     )
     interpolation: str | None = option(
         None, "Of image files: bilinear, bicubic, nearest, box, hamming, lanczos.", panel=WORKLOAD, shown=_OF_WEIGHTS
+    )
+    calibration_views: int = option(
+        1,
+        "Of each calibration image: itself and random crops, mirrored or not. More help where pictures are few.",
+        panel=NETWORK,
+        check=positive,
     )
     weights_key: str | None = option(
         None,

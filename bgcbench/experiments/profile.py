@@ -163,8 +163,12 @@ class ProfileConfig(MeasureConfig):
 
 
 def check_same_workload(stored: Mapping[str, Any], config: RunConfig, name: str) -> None:
-    """Raise ResultFileError if ``config`` measures something else than the run in file ``name`` did."""
-    check_same_fields(stored, config.to_json(), config.FREE, name)
+    """Raise ResultFileError if ``config`` measures something else than the run in file ``name`` did.
+
+    A field that the file does not have came later, and does by default what was done without it.
+    """
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    check_same_fields({**defaults, **stored}, config.to_json(), config.FREE, name)
 
 
 def check_same_fields(stored: Mapping[str, Any], wanted: Mapping[str, Any], free: Collection[str], name: str) -> None:

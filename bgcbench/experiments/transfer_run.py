@@ -31,6 +31,7 @@ from bgcbench.conversion.convert import convert, save_converted
 from bgcbench.conversion.lockstep import Stopped
 from bgcbench.conversion.record import Converted
 from bgcbench.data import Images
+from bgcbench.data.views import Views
 from bgcbench.errors import OutputError, UsageError
 from bgcbench.experiments.images import prepared_for, sized, told, warned
 from bgcbench.experiments.network_times import NetworkTimes
@@ -308,7 +309,7 @@ class TransferRun(TrainRun[TransferRow]):
         return model, *found
 
     def _convert(self, row: TransferRow, batches: Sequence[Tensor] | None) -> Converted:
-        config, params = self.config, row.params
+        config, params, views = self.config, row.params, self.config.calibration_views
         torch.manual_seed(row_seed(params.seed, row.key))  # for 'scratch'
         return convert(
             self.original,
@@ -321,7 +322,8 @@ class TransferRun(TrainRun[TransferRow]):
             algorithm=config.algorithm_of(params.variant),
             example_input=config.spec.size,
             calibration=batches,
-            calibration_images=params.calibration_images,
+            calibration_images=views * params.calibration_images if params.calibration_images else None,
+            calibration_pictures=lambda number: number // views,
             rebn=params.rebn,
             seed=params.seed,
             stop=self.stop,
@@ -333,7 +335,8 @@ class TransferRun(TrainRun[TransferRow]):
         if count is None:
             return None
         if self._drawn[0] != seed:
-            self._drawn = seed, list(self.prepared.images.batches(count, BATCH, seed))
+            images, views = self.prepared.images, self.config.calibration_views
+            self._drawn = seed, list(Views(images.batches(count, BATCH, seed), views, seed=seed))
         return self._drawn[1]
 
     def _evaluate(self, row: TransferRow, training: Training, untouched: Scores, guesses: Tensor) -> None:

@@ -117,6 +117,7 @@ class CalibratedLayer(Data, frozen=True):
     ridge: Nonnegative | None
     centred: bool
     scarce: bool
+    fitted: Nonnegative | None = None
 
     @property
     def is_white(self) -> bool:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 import torch
 
+from bgcbench.convs.gc import GroupConv2d
 from bgcbench.convs.lowrank import LowRankConv2d, factored
-from bgcbench.errors import ShapeError
+from bgcbench.errors import BgcbenchError, ShapeError, UsageError
 from bgcbench.theory.moments import patch_second_moment
 
 SHAPES = [(8, 12, 3, 2), (24, 8, 1, 4), (16, 48, (3, 1), 3), (96, 16, 1, 8)]  # N need not divide the channels
@@ -29,6 +32,41 @@ def test_a_reduction_that_leaves_no_rank_is_refused_with_the_largest_that_does()
     LowRankConv2d(8, 16, 1, groups=5)
     with pytest.raises(ShapeError, match=r"leaves no rank.* keep it dense"):
         LowRankConv2d(1, 2, 1, groups=2)
+
+
+def test_a_rank_says_what_n_is() -> None:
+    for rank, groups in ((1, 10), (3, 3), (10, 1), (12, 1)):  # 72 x 12 / (rank (72 + 12)) = 10.3 / rank
+        layer = LowRankConv2d(8, 12, 3, rank=rank, bias=False)
+        assert (layer.rank, layer.groups) == (rank, groups)
+        assert layer.params == sum(p.numel() for p in layer.parameters()) == rank * (72 + 12)
+        assert layer.macs(5, 5) == 9 * layer.params
+    again = LowRankConv2d.of(layer.spec)
+    assert again.spec == layer.spec
+    assert "rank=12" in repr(again)
+
+
+def test_at_full_rank_nothing_is_lost() -> None:
+    weight = torch.randn(12, 8, 3, 3, dtype=torch.float64)
+    layer = LowRankConv2d.from_dense(weight, rank=12)
+    torch.testing.assert_close(layer.dense_weight(), weight)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rank": 13}, "rank=13 is more than 12, the most that 8 -> 12 channels and 9 kernel positions have"),
+        ({"rank": 0}, "rank=0 must be a whole number of at least 1"),
+        ({"rank": 3, "groups": 2}, "rank=3 and groups=2: give one of them; this rank is N=3"),
+    ],
+)
+def test_a_rank_that_cannot_be_is_refused(options: dict[str, int], message: str) -> None:
+    with pytest.raises(BgcbenchError, match=re.escape(message)):
+        LowRankConv2d(8, 12, 3, **options)
+
+
+def test_groups_have_no_rank() -> None:
+    with pytest.raises(UsageError, match="gc has groups and no rank; lowrank has one"):
+        GroupConv2d(8, 12, 3, rank=2)
 
 
 @pytest.mark.parametrize("projection", ["copy", "white"])
