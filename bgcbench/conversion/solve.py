@@ -70,7 +70,7 @@ def overfitted(layers: Sequence[CalibratedLayer]) -> list[str]:
     if not ratios or statistics.median(ratios) < OVERFITTED:
         return []
     return [
-        f"the images are too few: calibrated layers lose more than {OVERFITTED:g} times as much on images held out as on "
+        f"the images are too few: calibrated layers lose over {OVERFITTED:g} times as much on images held out as on "
         "those they were solved for (median); calibrate on more, or on several views of each"
     ]
 
