@@ -193,11 +193,15 @@ class Trial:
         return cls(seed, Crops.of(pictures, names, each, 10 * seed + CALIBRATION), tests)
 
     @property
+    def batches(self) -> list[Tensor]:
+        """The crops to calibrate on, as the network takes them."""
+        return [prepared(part) for part in self.crops.images.split(BATCH)]
+
+    @property
     def options(self) -> dict[str, Any]:
         """What calibration is given."""
-        images = [prepared(part) for part in self.crops.images.split(BATCH)]
         names = {"calibration_pictures": self.crops.names, "calibration_images": len(self.crops.names)}
-        return {"init": "calibrated", "calibration": images, "seed": self.seed, **names}
+        return {"init": "calibrated", "calibration": self.batches, "seed": self.seed, **names}
 
     def evaluate(self, says: Callable[[Tensor], Tensor]) -> dict[str, Comparison]:
         """What ``says`` of images differs in from the original, on unseen and on seen photographs."""
@@ -223,7 +227,7 @@ class Layer(msgspec.Struct, frozen=True):
 def layer_losses(model: nn.Module, trial: Trial, groups: Sequence[int]) -> list[Layer]:
     """Every pointwise convolution as each variant; BGC at 2N, which has the parameters of GC at N."""
     found = bgcbench.approximability(
-        model, trial.options["calibration"], variants=tuple(HALF), groups=sorted({*groups, *(2 * n for n in groups)}),
+        model, trial.batches, variants=tuple(HALF), groups=sorted({*groups, *(2 * n for n in groups)}),
         pictures=trial.crops.names, images=len(trial.crops.names), example_input=(3, SIDE, SIDE), seed=trial.seed,
     )  # fmt: skip
     return [
@@ -339,7 +343,7 @@ def _median(values: Sequence[float | None]) -> float | None:
 def controls(model: nn.Module, trial: Trial) -> list[Control]:
     """Nothing replaced: the norms alone re-estimated, and one answer to everything."""
     changed, images = network(), trial.crops.images
-    reestimate_norms(changed, trial.options["calibration"], images=len(images))
+    reestimate_norms(changed, trial.batches, images=len(images))
     mean = logits(model, images).mean(0)
     answers: dict[str, Callable[[Tensor], Tensor]] = {
         "norms re-estimated": lambda images: logits(changed, images),

@@ -19,6 +19,7 @@ _HOMES = {
     "Converted": "bgcbench.conversion.record",
     "LayerError": "bgcbench.conversion.approximability",
     "Choice": "bgcbench.specs",
+    "Plan": "bgcbench.planning.plan",
     "Views": "bgcbench.data.views",
     "approximability": "bgcbench.conversion.approximability",
     "build_conv": "bgcbench.convs",
@@ -27,6 +28,7 @@ _HOMES = {
     "fold_norms": "bgcbench.conversion.folding",
     "load_converted": "bgcbench.conversion.convert",
     "parameter_groups": "bgcbench.convs.masked",
+    "plan": "bgcbench.planning.plan",
     "save_converted": "bgcbench.conversion.convert",
 }
 
@@ -43,6 +45,7 @@ __all__ = [
     "LayerError",
     "LearnedGroupConv2d",
     "LowRankConv2d",
+    "Plan",
     "ShuffleGroupConv2d",
     "StandardConv2d",
     "TwoLevelGroupConv2d",
@@ -56,6 +59,7 @@ __all__ = [
     "fold_norms",
     "load_converted",
     "parameter_groups",
+    "plan",
     "save_converted",
 ]
 
@@ -78,6 +82,7 @@ if TYPE_CHECKING:
     from bgcbench.data.views import Views
     from bgcbench.errors import BgcbenchError
     from bgcbench.models import build_model
+    from bgcbench.planning.plan import Plan, plan
     from bgcbench.specs import Choice, ConvSpec
 
 

@@ -21,6 +21,7 @@ ALLOWED = {
     "models": {"errors", "specs"},
     "data": {"errors", "specs"},
     "conversion": {"errors", "specs", "measure", "theory", "convs", "models", "results"},
+    "planning": {"errors", "specs", "measure", "theory", "convs", "conversion", "results"},
     "training": {"errors", "specs", "measure", "convs", "data", "results"},
     "locks": set(),
     "results": {"errors", "specs", "locks", "measure", "theory"},
@@ -52,7 +53,7 @@ ALLOWED = {
         "interrupts",
     },
     "__main__": {"cli"},
-    "__init__": {"conversion", "convs", "data", "errors", "models", "specs"},
+    "__init__": {"conversion", "convs", "data", "errors", "models", "planning", "specs"},
 }
 MONOPOLIES = {
     "triton": {"kernels"},

@@ -1,0 +1,210 @@
+"""Plans of a small network: what is predicted against what is measured, budgets, files, and bad input."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import bgcbench
+from bgcbench.errors import BgcbenchError, UsageError
+from bgcbench.planning.losses import _put_in
+from bgcbench.planning.plan import LayerOptions, Plan, Problem, choose, scored
+from bgcbench.specs import Choice
+
+
+class Block(nn.Module):
+    def __init__(self, inputs: int, outputs: int, kernel: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=False)
+        self.norm = nn.BatchNorm2d(outputs)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.conv(x)).relu()
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    blocks = [Block(3, 16, 3), Block(16, 16, 3), Block(16, 32, 1), Block(32, 32, 3), Block(32, 16, 1)]
+    model = nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10))
+    model.train()
+    with torch.no_grad():
+        for _ in range(3):
+            model(images(64))
+    return model.eval()
+
+
+def images(count: int, seed: int = 0) -> torch.Tensor:
+    """Smooth pictures, whose channels have something to do with one another."""
+    generator = torch.Generator().manual_seed(seed)
+    small = torch.randn(count, 3, 4, 4, generator=generator)
+    mixed = torch.einsum("ij,bjhw->bihw", torch.randn(3, 3, generator=torch.Generator().manual_seed(9)), small)
+    smooth = nn.functional.interpolate(mixed, (12, 12), mode="bilinear")
+    return smooth + 0.3 * torch.randn(count, 3, 12, 12, generator=generator)
+
+
+@pytest.fixture(scope="module")
+def problem() -> Problem:
+    return scored(network(), [images(32, 1), images(32, 2)], groups=(2, 4), variants=("gc", "bgc", "lowrank"))
+
+
+def lost(model: nn.Module, other: nn.Module) -> float:
+    x = images(128, 3)
+    with torch.no_grad():
+        z, changed = model(x), other(x)
+    return float((z - changed).square().sum() / (z - z.mean(0)).square().sum())
+
+
+def test_every_choice_has_its_cost_and_loss(problem: Problem) -> None:
+    assert [options.layer.name for options in problem.layers] == ["1.conv", "2.conv", "3.conv", "4.conv"]
+    for options in problem.layers:
+        layer, by_choice = options.layer, {each.choice: each for each in options.options}
+        dense = by_choice[Choice()]
+        weights = layer.in_channels * layer.out_channels * layer.kernel[0] * layer.kernel[1]
+        assert (dense.params, dense.macs, dense.loss, dense.felt) == (weights, 144 * weights, 0, 0)
+        assert by_choice[Choice("gc", 4)].params == weights // 4
+        assert by_choice[Choice("bgc", 2)].loss == pytest.approx(0, abs=1e-9)
+        assert 0 < by_choice[Choice("gc", 2)].loss < by_choice[Choice("gc", 4)].loss < 1
+        assert by_choice[Choice("bgc", 4)].loss < by_choice[Choice("gc", 4)].loss
+
+
+def test_a_layer_that_is_put_in_computes_with_that_kernel() -> None:
+    model, x = network(), images(8)
+    layer = scored(model, [images(16)], groups=(2,), variants=("gc",)).layers[0].layer
+    kernel = torch.randn_like(model[1].conv.weight)
+    before = model(x)
+    with _put_in(model, layer, kernel, centred=False):
+        changed = model(x)
+    assert torch.equal(model(x), before)
+    model[1].conv.weight.data = kernel
+    torch.testing.assert_close(changed, model(x))
+
+
+def test_predicted_losses_rank_plans_as_measured_ones_do() -> None:
+    """Plans at random: Spearman's correlation of what is predicted with what the converted networks lose."""
+    rng, model, loader = random.Random(0), network(), [images(64, 1), images(64, 2)]
+    layers = scored(model, loader, groups=(2, 4), variants=("gc", "bgc", "lowrank")).layers
+    predicted, real = [], []
+    for _ in range(16):
+        chosen = {options.layer.name: rng.choice(options.options) for options in layers if rng.random() < 0.7}
+        plan = {name: each.choice for name, each in chosen.items()} | {"1.conv": Choice("gc", 2)}
+        done = bgcbench.convert(model, plan=plan, init="calibrated", calibration=loader)
+        options = {each.layer.name: each.options for each in layers}
+        felt = [next(o.felt for o in options[name] if o.choice == choice) for name, choice in plan.items()]
+        predicted.append(sum(felt))
+        real.append(lost(model, done.model))
+    ranks = [torch.tensor(values).argsort().argsort().double() for values in (predicted, real)]
+    assert float(torch.corrcoef(torch.stack(ranks))[0, 1]) > 0.7
+
+
+@pytest.mark.parametrize("choice", [Choice("gc", 4), Choice("lowrank", 4)])
+def test_what_the_network_feels_of_one_layer_is_what_its_conversion_loses(choice: Choice) -> None:
+    """With norms that are estimated anew, as in the conversion; other images, so to within a factor of 4."""
+    model, loader = network(), [images(64, 1), images(64, 2)]
+    for options in scored(model, loader, groups=(4,), variants=("gc", "lowrank")).layers:
+        felt = next(each.felt for each in options.options if each.choice == choice)
+        plan = {options.layer.name: choice}
+        real = lost(model, bgcbench.convert(model, plan=plan, init="calibrated", calibration=loader).model)
+        assert real / 4 < felt < 4 * real
+
+
+def test_no_uniform_plan_at_the_same_cost_is_predicted_to_lose_less(problem: Problem) -> None:
+    whole = sum(options.dense.params for options in problem.layers)
+    for choice in (Choice("gc", 2), Choice("gc", 4), Choice("bgc", 4), Choice("lowrank", 2), Choice("lowrank", 4)):
+        same = [next(each for each in options.options if each.choice == choice) for options in problem.layers]
+        plan = choose(problem.layers, "params", sum(each.params for each in same) / whole)
+        assert plan.loss is not None
+        assert plan.loss <= sum(each.felt for each in same) * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("kind", ["params", "macs"])
+def test_a_plan_is_the_best_of_all(problem: Problem, kind: str) -> None:
+    every = list(itertools.product(*(options.options for options in problem.layers)))
+    whole = sum(options.dense.cost(kind) for options in problem.layers)
+    for budget in (0.3, 0.5, 0.8):
+        plan = choose(problem.layers, kind, budget)
+        fits = [each for each in every if sum(one.cost(kind) for one in each) <= budget * whole]
+        assert plan.loss == pytest.approx(min(sum(one.felt for one in each) for each in fits), rel=1e-8)
+        assert plan.cost is not None
+        assert plan.cost <= budget
+        few = choose(problem.layers, kind, budget, most_variants=1)
+        assert len({choice.variant for choice in few.choices.values()} - {"standard"}) <= 1
+        assert few.loss is not None
+        assert few.loss >= plan.loss
+
+
+def test_a_budget_of_loss_gives_the_fewest_multiply_adds(problem: Problem) -> None:
+    loose = choose(problem.layers, "loss", 0.5)
+    tight = choose(problem.layers, "loss", 0.01)
+    assert loose.loss is not None
+    assert tight.loss is not None
+    assert loose.cost is not None
+    assert tight.cost is not None
+    assert loose.loss <= 0.5
+    assert tight.loss <= 0.01
+    assert loose.cost < tight.cost <= 1
+
+
+def test_a_plan_converts_and_keeps_its_budget() -> None:
+    model, loader = network(), [images(64, 1)]
+    plan = bgcbench.plan(model, loader, params=0.4, groups=(2, 4), variants=("gc", "bgc", "lowrank"))
+    done = bgcbench.convert(model, plan=plan, init="calibrated", calibration=loader)
+    names = list(plan.choices)
+    left = sum(p.numel() for name in names for p in done.model.get_submodule(name).parameters())
+    assert left <= 0.4 * sum(model.get_submodule(name).weight.numel() for name in names)
+    assert plan.curve[-1].loss == 0
+    assert all(a.cost < b.cost and a.loss > b.loss for a, b in itertools.pairwise(plan.curve))
+    for layer in plan.layers:
+        if layer.better is not None:
+            assert layer.better.felt < layer.chosen.felt
+    assert f"params: {plan.cost:.3f} of the original's" in str(plan)
+    whole = bgcbench.plan(model, loader, groups=(2,), variants=("gc",))
+    assert all(choice.is_dense for choice in whole.choices.values())
+
+
+def test_a_plan_file_can_be_read_edited_and_reduced_to_its_choices(tmp_path: Path) -> None:
+    plan = Plan({"1.conv": Choice("bgc", 4), "2.conv": Choice(), "3.conv": Choice("lowrank", rank=3)}, "macs", 0.5)
+    plan.save(tmp_path / "plan.json")
+    again = Plan.load(tmp_path / "plan.json")
+    assert (again.choices, again.kind, again.asked) == (plan.choices, "macs", 0.5)
+    bare = {"1.conv": {"variant": "gc", "groups": 2}}
+    (tmp_path / "bare.json").write_text(json.dumps(bare))
+    assert bgcbench.convert(network(), plan=Plan.load(tmp_path / "bare.json")).record.replaced == ("1.conv",)
+    for text in ("{", "[]", '{"1.conv": {"variant": "nope"}}', '{"choices": 3}'):
+        (tmp_path / "bad.json").write_text(text)
+        with pytest.raises(BgcbenchError, match="is no plan"):
+            Plan.load(tmp_path / "bad.json")
+    with pytest.raises(BgcbenchError, match="cannot be read"):
+        Plan.load(tmp_path / "missing.json")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"params": 0.5, "macs": 0.5}, "params and macs are two budgets; give one"),
+        ({"params": 0.0}, "params=0.0 must be above 0 and at most 1"),
+        ({"params": 0.05}, "params=0.05 cannot be met: the least is 0.25"),
+        ({"variants": ["nope"]}, "unknown variant 'nope'"),
+        ({"most_variants": 0}, "most_variants=0 must be a whole number"),
+        ({"exclude": "9.*"}, "no convolution of the network is called '9.*'"),
+    ],
+)
+def test_bad_input_is_refused(options: dict[str, object], message: str) -> None:
+    given = {"groups": (2, 4), "variants": ("gc",), **options}
+    with pytest.raises(BgcbenchError, match=re.escape(message)):
+        bgcbench.plan(network(), [images(16)], **given)
+
+
+def test_images_that_are_too_few_are_refused() -> None:
+    with pytest.raises(UsageError, match="3 calibration images are too few"):
+        bgcbench.plan(network(), [images(3)], params=0.5)
+
+
+def test_options_are_the_layer_itself_first(problem: Problem) -> None:
+    assert all(isinstance(options, LayerOptions) and options.dense.choice.is_dense for options in problem.layers)
