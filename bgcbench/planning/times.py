@@ -1,0 +1,209 @@
+"""What each convolution of a network takes as each choice, measured on a device, and what that comes to in the network.
+
+Every distinct convolution is measured by itself, on an input of the size that it has in the network, interleaved with
+all its choices (:mod:`bgcbench.measure.timing`). A layer inside of a network is not what it is alone: memory is warm or
+cold, what follows is fused or not. So the dense network and the uniformly converted ones are measured in turn, too, and
+what the layers save by themselves is scaled, variant by variant, to what those networks really save.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+import random
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from msgspec.structs import replace
+from torch import Tensor, nn
+
+from bgcbench.conversion.record import replay, spec_of
+from bgcbench.convs import build_conv
+from bgcbench.convs.layouts import is_channels_last
+from bgcbench.measure import timing
+from bgcbench.measure.batches import Passing
+from bgcbench.measure.device import make_stopwatch
+from bgcbench.measure.statistics import Series, ratio_of_medians
+from bgcbench.measure.workload import Cell
+from bgcbench.results.rows import Record, Replaced
+from bgcbench.specs import Choice
+
+Calls = Mapping[str, Callable[[], object]]
+
+
+@dataclass(frozen=True)
+class Timed:
+    """Samples of one thing, in seconds, each with the round that it was taken in; median_s: their median."""
+
+    samples_s: tuple[float, ...]
+    rounds: tuple[int, ...]
+    median_s: float
+
+    def ratio_to(self, other: Timed) -> tuple[float, tuple[float, float] | None]:
+        """This time over the other's, with a 95 % confidence interval, round by round."""
+        found = ratio_of_medians(
+            Series(self.samples_s, self.rounds), Series(other.samples_s, other.rounds), paired=True
+        )
+        return found.value, None if found.ci95 is None else (found.ci95.low, found.ci95.high)
+
+
+def interleaved(
+    calls: Calls,
+    device: torch.device,
+    rules: timing.Rules,
+    *,
+    seed: int = 0,
+    stop: Callable[[], bool] = lambda: False,
+) -> dict[str, Timed]:
+    """Measure ``calls`` in turn, in inference mode; what fails, or was never reached, is left out."""
+    tracks = [timing.Track(name, Cell(call, context=torch.inference_mode), label=name) for name, call in calls.items()]
+    group = timing.Group(tracks, make_stopwatch(device, cold=device.type == "cuda"), rules, random.Random(seed), stop)
+    for _ in group.run():
+        pass
+    return {
+        track.row: Timed(tuple(track.samples), tuple(track.rounds), track.summary().median_s)
+        for track in tracks
+        if track.samples and track.failure is None
+    }
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """What decides a layer's time: the layer without its name, and its input."""
+
+    layer: Replaced
+    size: tuple[int, ...]
+    channels_last: bool
+    dtype: torch.dtype
+
+
+def _shapes(model: nn.Module, layers: Sequence[Replaced], run: Callable[[], object]) -> dict[str, _Shape]:
+    """The shape of each layer, by name, as ``run`` runs ``model``."""
+    found: dict[str, _Shape] = {}
+
+    def hook(layer: Replaced) -> Callable[..., None]:
+        def see(module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+            x: Tensor = given[0] if given else named["input"]
+            bare = replace(layer, name="", also=(), calls=None)
+            found[layer.name] = _Shape(bare, tuple(x.shape), is_channels_last(x), x.dtype)
+
+        return see
+
+    with contextlib.ExitStack() as hooks, torch.inference_mode():
+        for layer in layers:
+            conv = model.get_submodule(layer.name)
+            hooks.enter_context(conv.register_forward_pre_hook(hook(layer), with_kwargs=True))
+        run()
+    return found
+
+
+def layer_times(
+    model: nn.Module,
+    layers: Sequence[Replaced],
+    choices: Mapping[str, Sequence[Choice]],
+    run: Callable[[], object],
+    device: torch.device,
+    rules: timing.Rules,
+    *,
+    seed: int = 0,
+    stop: Callable[[], bool] = lambda: False,
+) -> Iterator[tuple[str, dict[Choice, Timed]]]:
+    """Of each of ``layers`` the time of one call as it is (the dense choice) and as each of its ``choices``.
+
+    run: runs ``model``, in eval mode, on what it is to be measured with. Layers of the same shape are measured once.
+    """
+    known: dict[_Shape, dict[Choice, Timed]] = {}
+    shapes = _shapes(model, layers, run)
+    for layer in layers:
+        shape = shapes[layer.name]
+        if shape not in known:
+            tried = [Choice(), *choices[layer.name]]
+            known[shape] = _measured(shape, tried, device, rules, seed, stop)
+        if stop():
+            return
+        yield layer.name, known[shape]
+
+
+def _measured(
+    shape: _Shape,
+    choices: Sequence[Choice],
+    device: torch.device,
+    rules: timing.Rules,
+    seed: int,
+    stop: Callable[[], bool],
+) -> dict[Choice, Timed]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        x = torch.randn(shape.size, dtype=shape.dtype).to(device)
+        x = x.to(memory_format=torch.channels_last) if shape.channels_last else x
+        calls: dict[str, Callable[[], object]] = {}
+        for choice in choices:
+            given = replace(shape.layer, variant=choice.variant, groups=choice.groups, rank=choice.rank)
+            options: dict[str, Any] = {"padding_mode": given.padding_mode, "dtype": shape.dtype, "device": device}
+            module = build_conv(spec_of(given), **options).eval()
+            if shape.channels_last:
+                module = module.to(memory_format=torch.channels_last)
+            calls[choice.label] = partial(module, x)
+    times = interleaved(calls, device, rules, seed=seed, stop=stop)
+    return {choice: times[choice.label] for choice in choices if choice.label in times}
+
+
+def network_times(
+    model: nn.Module,
+    records: Mapping[str, Record | None],
+    passing: Passing,
+    example: Any,
+    device: torch.device,
+    rules: timing.Rules,
+    *,
+    seed: int = 0,
+    stop: Callable[[], bool] = lambda: False,
+) -> dict[str, Timed]:
+    """Times of ``model`` (record None) and of what conversions make of it, all in turn, on ``example``."""
+    calls = {}
+    for name, record in records.items():
+        network = model if record is None else replay(_shared(model), record, weights=False)
+        calls[name] = partial(passing, network, example)
+    return interleaved(calls, device, rules, seed=seed, stop=stop)
+
+
+def _shared(model: nn.Module) -> nn.Module:
+    """A copy that shares the parameters."""
+    return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+
+
+# ------------------------------------------------------------------------------------------------------- in the network
+
+
+def corrections(
+    dense_s: float,
+    uniform_s: Mapping[Choice, float],
+    alone_s: Mapping[str, Mapping[Choice, float]],
+) -> dict[str, float]:
+    """By variant, how much of what its layers save alone a network saves: least squares over the uniform networks.
+
+    dense_s: seconds of the network as it is; uniform_s: with every layer that it fits as that choice. alone_s: of each
+    layer (by name) as each choice, the dense one among them. 1 for a variant of which no network is known.
+    """
+    products: dict[str, float] = defaultdict(float)
+    squares: dict[str, float] = defaultdict(float)
+    for choice, seconds in uniform_s.items():
+        alone = sum(times[Choice()] - times[choice] for times in alone_s.values() if choice in times)
+        products[choice.variant] += alone * (dense_s - seconds)
+        squares[choice.variant] += alone**2
+    return {variant: products[variant] / squares[variant] for variant in squares if squares[variant] > 0}
+
+
+def in_network(alone_s: Mapping[Choice, float], factors: Mapping[str, float]) -> dict[Choice, float]:
+    """Seconds of a layer as each choice such that its saving is what the network saves."""
+    dense = alone_s[Choice()]
+    return {
+        choice: dense - (dense - seconds) * (1.0 if choice.is_dense else factors.get(choice.variant, 1.0))
+        for choice, seconds in alone_s.items()
+        if math.isfinite(seconds)
+    }

@@ -1,0 +1,48 @@
+"""Times of layers and networks: everything is measured, and corrections follow from savings in closed form."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+
+import bgcbench
+from bgcbench.measure.batches import Passing
+from bgcbench.measure.timing import Rules
+from bgcbench.planning.plan import choices_for
+from bgcbench.planning.times import corrections, in_network, layer_times, network_times
+from bgcbench.specs import Choice
+from tests.planning.test_plan import images, network
+
+FEW = Rules(min_rounds=6, min_samples=6, max_time_s=0.02, warmup_min_s=0.0, warmup_min_calls=1, warmup_max_s=0.01)
+CPU = torch.device("cpu")
+GC2, GC4, BGC4 = Choice("gc", 2), Choice("gc", 4), Choice("bgc", 4)
+
+
+def test_every_layer_is_measured_as_every_choice_and_equal_shapes_once() -> None:
+    model, x = network(), images(2)
+    record = bgcbench.convert(model, "gc", 4, example_input=(3, 12, 12)).record
+    layers = record.layers
+    choices = {layer.name: choices_for(layer, ("gc", "bgc", "lowrank"), (2, 4), (3,)) for layer in layers}
+    times = dict(layer_times(model, layers, choices, partial(model, x), CPU, FEW))
+    assert list(times) == [layer.name for layer in layers]
+    for layer in layers:
+        assert set(times[layer.name]) == {Choice(), *choices[layer.name]}
+        for timed in times[layer.name].values():
+            assert timed.median_s > 0
+            assert len(timed.samples_s) == len(timed.rounds) >= 6
+    networks = network_times(model, {"dense": None, "gc": record}, Passing(), (x,), CPU, FEW)
+    ratio, interval = networks["gc"].ratio_to(networks["dense"])
+    assert ratio == pytest.approx(networks["gc"].median_s / networks["dense"].median_s, rel=0.5)
+    assert interval is None or interval[0] <= ratio <= interval[1]
+    assert not any(type(module).__name__ == "GroupConv2d" for module in model.modules())
+
+
+def test_a_correction_makes_the_layers_savings_those_of_the_network() -> None:
+    """Two layers that save 6 + 2 alone as GC N=2 and 9 + 3 as N=4, in a network that saves 4 and 6: the half."""
+    alone = {"a": {Choice(): 10.0, GC2: 4.0, GC4: 1.0, BGC4: 8.0}, "b": {Choice(): 5.0, GC2: 3.0, GC4: 2.0}}
+    factors = corrections(100.0, {GC2: 96.0, GC4: 94.0, BGC4: 101.0}, alone)
+    assert factors == {"gc": pytest.approx(0.5), "bgc": pytest.approx(-0.5)}
+    assert in_network(alone["a"], factors) == {Choice(): 10.0, GC2: 7.0, GC4: 5.5, BGC4: 11.0}
+    assert in_network({Choice(): 3.0, Choice("tlgc", 2): 2.0}, factors) == {Choice(): 3.0, Choice("tlgc", 2): 2.0}
