@@ -10,27 +10,34 @@ losses are measured on the images (:mod:`bgcbench.planning.losses`).
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import torch
 from msgspec.structs import replace
 from torch import nn
 
 from bgcbench.conversion.convert import candidates
 from bgcbench.conversion.layer_moments import Holding, Part, Pictures, first_of, parts_of
 from bgcbench.conversion.record import spec_of
+from bgcbench.conversion.selection import checked_example
 from bgcbench.errors import ResultFileError, UsageError, reason_of
-from bgcbench.measure.batches import Forward, Passing, count_images, first_image
+from bgcbench.measure import timing
+from bgcbench.measure.allocator import memory_state
+from bgcbench.measure.batches import Forward, Passing, count_images, device_of, first_image, reference_of
 from bgcbench.measure.counts import Counts, count
-from bgcbench.measure.undisturbed import random_state_kept
+from bgcbench.measure.undisturbed import random_state_kept, undisturbed
 from bgcbench.planning import knapsack
 from bgcbench.planning.losses import SENSITIVITY_IMAGES, Outputs, absorbed, choice_losses, sensitivities
+from bgcbench.planning.times import corrections, in_network, layer_times, network_times
 from bgcbench.results import write_atomically
 from bgcbench.results.rows import Replaced
 from bgcbench.specs import VARIANTS, Choice, check_choice, check_positive
@@ -161,10 +168,12 @@ def plan(
     *,
     params: float | None = None,
     macs: float | None = None,
+    time: float | None = None,
     loss: float | None = None,
     variants: Sequence[str] = VARIANTS_TRIED,
     groups: Sequence[int] = GROUPS_TRIED,
     ranks: Sequence[int] = (),
+    quick: bool = False,
     most_variants: int | None = None,
     where: str = "auto",
     include: str | Sequence[str] | None = None,
@@ -180,8 +189,11 @@ def plan(
     """Choose what each convolution of ``model`` becomes, or stays, for one budget.
 
     params, macs: at most that share (0 to 1) of what the convolutions that may be replaced have; the plan loses the
-    least. loss: the plan has the fewest MACs with at most that predicted share of the variance of the network's outputs
-    lost. With none of them the plan keeps everything, and its ``curve`` has the best plan for every budget of MACs.
+    least. time: at most that share of what the network takes for ``example_input`` (by default the loader's first
+    batch) on the device where it is, in inference mode; every layer and choice is measured there (``quick``: few
+    samples). loss: the plan has the fewest MACs with at most that predicted share of the variance of the network's
+    outputs lost. With none of them the plan keeps everything, and its ``curve`` has the best plan for every budget of
+    MACs.
     variants, groups, ranks: what is tried for every layer. most_variants: use so many different ones at most. where,
     include, exclude, example_input, forward_fn, pictures, memory_bytes, seed: as in :func:`bgcbench.convert`
     (calibration_pictures); the loader's batches are held in memory, ``images`` of them at most, without labels.
@@ -189,17 +201,28 @@ def plan(
     Raises UsageError for a budget that cannot be met, with the least that can, for too few images, and as
     :func:`bgcbench.approximability`.
     """
-    asked = {kind: value for kind, value in (("params", params), ("macs", macs), ("loss", loss)) if value is not None}
-    if len(asked) > 1:
-        raise UsageError(f"{' and '.join(asked)} are two budgets; give one")
-    kind, budget = next(iter(asked.items()), ("macs", 1.0))
+    kind, budget = asked_for({"params": params, "macs": macs, "time": time, "loss": loss})
     check_budget(kind, budget)
     problem = scored(
         model, loader, variants=variants, groups=groups, ranks=ranks, where=where, include=include, exclude=exclude,
         example_input=example_input, forward_fn=forward_fn, pictures=pictures, images=images,
         memory_bytes=memory_bytes, seed=seed, stop=stop,
     )  # fmt: skip
-    return choose(problem.layers, kind, budget, most_variants=most_variants, notes=problem.notes)
+    if kind == "time":
+        if example_input is None and iter(loader) is loader:
+            raise UsageError("time= needs example_input= where the loader can be gone through once only")
+        passing = Passing(forward_fn)
+        example = passing.of(first_of(loader)[0], model) if example_input is None else checked_example(example_input)
+        problem = timed(model, problem, passing, _filled(example, model), quick=quick, seed=seed, stop=stop)
+    return choose(problem.layers, kind, budget, most_variants=most_variants, rest=problem.rest_s, notes=problem.notes)
+
+
+def asked_for(budgets: Mapping[str, float | None]) -> tuple[str, float]:
+    """The kind of budget that is asked for, and how much; all MACs where there is none. Raises UsageError for two."""
+    asked = {kind: value for kind, value in budgets.items() if value is not None}
+    if len(asked) > 1:
+        raise UsageError(f"{' and '.join(asked)} are two budgets; give one")
+    return next(iter(asked.items()), ("macs", 1.0))
 
 
 def check_budget(kind: str, budget: float) -> None:
@@ -213,10 +236,16 @@ def check_budget(kind: str, budget: float) -> None:
 
 @dataclass(frozen=True)
 class Problem:
-    """Every convolution that may be replaced with its options, and what the user should know."""
+    """Every convolution that may be replaced with its options, and what the user should know.
+
+    rest_s: seconds of the network besides these convolutions, where times are measured. factors: of a variant's savings
+    alone, what the network saves (see planning.times).
+    """
 
     layers: tuple[LayerOptions, ...]
-    notes: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+    rest_s: float = 0.0
+    factors: Mapping[str, float] = field(default_factory=dict)
 
 
 def choices_for(
@@ -293,6 +322,77 @@ def scored(
         ]
         made.append(LayerOptions(layer, (dense, *own)))
     return Problem(tuple(made), (*found.notes, *passing.notes))
+
+
+def timed(
+    model: nn.Module,
+    problem: Problem,
+    passing: Passing,
+    example: Any,
+    *,
+    quick: bool = False,
+    seed: int = 0,
+    stop: Callable[[], bool] = lambda: False,
+) -> Problem:
+    """``problem`` with the seconds of every option, as they are in a call of the network on ``example``.
+
+    Measured on the device where ``model`` is. Options that could not be measured are left out.
+    """
+    device = device_of(model)
+    rules = timing.Rules.for_device(device.type, quick=quick, max_time_s=0.5 if quick else 2.0)
+    layers = [options.layer for options in problem.layers]
+    choices = {each.layer.name: [one.choice for one in each.options[1:]] for each in problem.layers}
+    shared: dict[str, Any] = {"seed": seed, "stop": stop}
+    kept = memory_state("kept" if device.type == "cpu" else None)
+    with undisturbed(model), kept:
+        run = partial(passing, model, example)
+        found = dict(layer_times(model, layers, choices, run, device, rules, **shared))
+        alone = {
+            layer.name: {choice: one.median_s * (layer.calls or 1) for choice, one in found[layer.name].items()}
+            for layer in layers
+        }
+        uniform = {choice: _uniform(layers, choices, choice) for choice in _ends(choices)}
+        networks = {choice.label: each for choice, each in uniform.items()}
+        whole = network_times(model, {"dense": (), **networks}, passing, example, device, rules, **shared)
+    if "dense" not in whole:
+        raise UsageError("the network could not be measured; try a smaller example_input")
+    dense_s = whole["dense"].median_s  # by a name of ours
+    known = {choice: whole[choice.label].median_s for choice in uniform if choice.label in whole}
+    factors = corrections(dense_s, known, alone)
+    made = []
+    for options in problem.layers:
+        seconds = in_network(alone[options.layer.name], factors)
+        there = (each for each in options.options if each.choice in seconds)
+        own = tuple(dataclasses.replace(each, seconds=seconds[each.choice]) for each in there)
+        made.append(LayerOptions(options.layer, own))
+    rest = dense_s - sum(options.dense.cost("time") for options in made)
+    return dataclasses.replace(problem, layers=tuple(made), rest_s=rest, factors=factors)
+
+
+def _uniform(layers: Sequence[Replaced], choices: Mapping[str, Sequence[Choice]], choice: Choice) -> list[Replaced]:
+    """The layers that it fits, as ``choice``."""
+    return [
+        replace(layer, variant=choice.variant, groups=choice.groups, rank=choice.rank)
+        for layer in layers
+        if choice in choices[layer.name]
+    ]
+
+
+def _ends(choices: Mapping[str, Sequence[Choice]]) -> list[Choice]:
+    """Of each variant the choices with the fewest and the most groups: their networks say what a saving is worth."""
+    by_variant: dict[str, list[Choice]] = {}
+    for choice in (each for own in choices.values() for each in own if each.rank is None):
+        by_variant.setdefault(choice.variant, []).append(choice)
+    ends = [find(found, key=lambda choice: choice.groups) for found in by_variant.values() for find in (min, max)]
+    return list(dict.fromkeys(ends))
+
+
+def _filled(example: Any, model: nn.Module) -> Any:
+    """The network's arguments of an example: one image of a size that is given as (channels, height, width)."""
+    if isinstance(example, tuple) and all(isinstance(side, int) for side in example):
+        like = reference_of(model)
+        return (torch.randn(1, *example, dtype=like.dtype, device=like.device),)
+    return example
 
 
 def _held(loader: Iterable[Any], images: int, passing: Passing, model: nn.Module) -> list[Any]:

@@ -22,7 +22,7 @@ import torch
 from msgspec.structs import replace
 from torch import Tensor, nn
 
-from bgcbench.conversion.record import replay, spec_of
+from bgcbench.conversion.record import put_in, spec_of
 from bgcbench.convs import build_conv
 from bgcbench.convs.layouts import is_channels_last
 from bgcbench.measure import timing
@@ -30,7 +30,7 @@ from bgcbench.measure.batches import Passing
 from bgcbench.measure.device import make_stopwatch
 from bgcbench.measure.statistics import Series, ratio_of_medians
 from bgcbench.measure.workload import Cell
-from bgcbench.results.rows import Record, Replaced
+from bgcbench.results.rows import Replaced
 from bgcbench.specs import Choice
 
 Calls = Mapping[str, Callable[[], object]]
@@ -155,7 +155,7 @@ def _measured(
 
 def network_times(
     model: nn.Module,
-    records: Mapping[str, Record | None],
+    networks: Mapping[str, Sequence[Replaced]],
     passing: Passing,
     example: Any,
     device: torch.device,
@@ -164,10 +164,10 @@ def network_times(
     seed: int = 0,
     stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, Timed]:
-    """Times of ``model`` (record None) and of what conversions make of it, all in turn, on ``example``."""
+    """Times of ``model`` with these layers in it (none: as it is), in turn, on ``example``, by the networks' names."""
     calls = {}
-    for name, record in records.items():
-        network = model if record is None else replay(_shared(model), record, weights=False)
+    for name, layers in networks.items():
+        network = put_in(_shared(model), layers, weights=False) if layers else model
         calls[name] = partial(passing, network, example)
     return interleaved(calls, device, rules, seed=seed, stop=stop)
 

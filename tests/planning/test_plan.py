@@ -14,8 +14,9 @@ from torch import nn
 
 import bgcbench
 from bgcbench.errors import BgcbenchError, UsageError
+from bgcbench.measure.batches import Passing
 from bgcbench.planning.losses import _put_in
-from bgcbench.planning.plan import LayerOptions, Plan, Problem, choose, scored
+from bgcbench.planning.plan import LayerOptions, Plan, Problem, choose, scored, timed
 from bgcbench.specs import Choice
 
 
@@ -166,6 +167,25 @@ def test_a_plan_converts_and_keeps_its_budget() -> None:
     assert f"params: {plan.cost:.3f} of the original's" in str(plan)
     whole = bgcbench.plan(model, loader, groups=(2,), variants=("gc",))
     assert all(choice.is_dense for choice in whole.choices.values())
+
+
+def test_a_budget_of_time_measures_every_layer_and_choice() -> None:
+    model, x = network(), images(16)
+    plan = bgcbench.plan(model, [x], time=1.0, quick=True, groups=(2, 4), variants=("gc", "lowrank"))
+    assert plan.kind == "time"
+    assert plan.cost is not None
+    assert plan.cost <= 1.0 + 1e-9
+    assert all(layer.chosen.seconds is not None for layer in plan.layers)
+    with pytest.raises(UsageError, match="time= needs example_input="):
+        bgcbench.plan(model, iter([x]), time=0.9)
+
+
+def test_seconds_add_up_to_the_network(problem: Problem) -> None:
+    known = timed(network(), problem, Passing(), (images(4),), quick=True)
+    dense = [options.dense.cost("time") for options in known.layers]
+    assert all(seconds > 0 for seconds in dense)
+    assert known.rest_s + sum(dense) > 0
+    assert set(known.factors) <= {"gc", "bgc", "lowrank"}
 
 
 def test_a_plan_file_can_be_read_edited_and_reduced_to_its_choices(tmp_path: Path) -> None:
