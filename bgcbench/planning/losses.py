@@ -203,23 +203,14 @@ class Outputs:
         return off / self.variance if self.variance > 0 else 0.0
 
 
-def sensitivities(
-    outputs: Outputs,
-    losses: Sequence[tuple[Replaced, Sequence[ChoiceLoss]]],
-    centred: set[str],
-    stop: Callable[[], bool] = lambda: False,
-) -> Iterator[tuple[str, float]]:
-    """Each layer's name, and the error of the network's outputs for each unit of its loss.
+def sensitivity(outputs: Outputs, layer: Replaced, losses: Sequence[ChoiceLoss], *, centred: bool) -> float:
+    """The error of the network's outputs for each unit of the layer's loss; 0 where it loses nothing as any choice.
 
-    A layer is put in as the choice whose loss is in the middle; one that loses nothing as any choice has 0.
+    It is put in as the choice whose loss is in the middle.
     """
-    for layer, found in losses:
-        if stop():
-            return
-        some = sorted((each for each in found if each.loss > EXACT), key=lambda each: each.loss)
-        if not some:
-            yield layer.name, 0.0
-            continue
-        middle = some[len(some) // 2]
-        with _put_in(outputs.model, layer, middle.kernel, centred=layer.name in centred):
-            yield layer.name, outputs.error() / middle.loss
+    some = sorted((each for each in losses if each.loss > EXACT), key=lambda each: each.loss)
+    if not some:
+        return 0.0
+    middle = some[len(some) // 2]
+    with _put_in(outputs.model, layer, middle.kernel, centred=centred):
+        return outputs.error() / middle.loss

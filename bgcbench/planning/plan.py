@@ -14,7 +14,7 @@ import dataclasses
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from os import PathLike
@@ -36,7 +36,7 @@ from bgcbench.measure.batches import Forward, Passing, count_images, device_of, 
 from bgcbench.measure.counts import Counts, count
 from bgcbench.measure.undisturbed import random_state_kept, undisturbed
 from bgcbench.planning import knapsack
-from bgcbench.planning.losses import SENSITIVITY_IMAGES, Outputs, absorbed, choice_losses, sensitivities
+from bgcbench.planning.losses import SENSITIVITY_IMAGES, Outputs, absorbed, choice_losses, sensitivity
 from bgcbench.planning.times import corrections, in_network, layer_times, network_times
 from bgcbench.results import write_atomically
 from bgcbench.results.rows import Replaced
@@ -299,29 +299,42 @@ def scored(
         example = first_image(passing.of(first, model)) if example_input is None else example_input
         options: dict[str, Any] = {"where": where, "include": include, "exclude": exclude, "passing": passing}
         found = candidates(model, example_input=example, **options)
-        layers = found.chosen
-        choices = {layer.name: choices_for(layer, variants, groups, ranks) for layer in layers}
-        holding = Holding(pictures)
-        parts = list(parts_of(batches, images, passing, model, holding))
-        holding.check_enough()
-        centred = absorbed(model, layers, lambda: passing(model, first_image(passing.of(first, model))))
-        losses = list(
-            choice_losses(
-                model, layers, choices, batches, centred=centred, images=images, memory_bytes=memory_bytes, seed=seed,
-                passing=passing, pictures=pictures, stop=stop,
-            )
-        )  # fmt: skip
-        outputs = Outputs(model, _some([part for part in parts if part.held_out], SENSITIVITY_IMAGES), passing)
-        felt = dict(sensitivities(outputs, losses, centred, stop))
-    made = []
-    for layer, each in losses:
-        dense = Scored(Choice(), *counted(layer, Choice()), 0.0, 0.0)
-        own = [
-            Scored(one.choice, *counted(layer, one.choice), one.loss, one.loss * felt.get(layer.name, 0.0))
-            for one in each
-        ]
-        made.append(LayerOptions(layer, (dense, *own)))
-    return Problem(tuple(made), (*found.notes, *passing.notes))
+        choices = {layer.name: choices_for(layer, variants, groups, ranks) for layer in found.chosen}
+        options = {"images": images, "memory_bytes": memory_bytes, "seed": seed, "stop": stop}
+        made = tuple(score(model, found.chosen, choices, batches, passing=passing, pictures=pictures, **options))
+    return Problem(made, (*found.notes, *passing.notes))
+
+
+def score(
+    model: nn.Module,
+    layers: Sequence[Replaced],
+    choices: Mapping[str, Sequence[Choice]],
+    batches: Sequence[Any],
+    *,
+    images: int,
+    passing: Passing,
+    pictures: Pictures = None,
+    memory_bytes: int = 4 * 2**30,
+    seed: int = 0,
+    stop: Callable[[], bool] = lambda: False,
+) -> Iterator[LayerOptions]:
+    """Each of ``layers`` with what it costs and loses as it is and as each of its ``choices`` (by name), one by one.
+
+    batches: gone through more than once. Raises UsageError for too few images.
+    """
+    holding = Holding(pictures)
+    parts = list(parts_of(batches, images, passing, model, holding))
+    holding.check_enough()
+    centred = absorbed(model, layers, lambda: passing(model, first_image(parts[0].batch)))
+    outputs = Outputs(model, _some([part for part in parts if part.held_out], SENSITIVITY_IMAGES), passing)
+    options: dict[str, Any] = {"images": images, "memory_bytes": memory_bytes, "seed": seed, "stop": stop}
+    losses = choice_losses(
+        model, layers, choices, batches, centred=centred, passing=passing, pictures=pictures, **options
+    )
+    for layer, found in losses:
+        weight = sensitivity(outputs, layer, found, centred=layer.name in centred)
+        own = [Scored(each.choice, *counted(layer, each.choice), each.loss, each.loss * weight) for each in found]
+        yield LayerOptions(layer, (Scored(Choice(), *counted(layer, Choice()), 0.0, 0.0), *own))
 
 
 def timed(
