@@ -171,7 +171,7 @@ def test_the_file_is_complete_and_valid(run: Path) -> None:
     assert [row["key"] for row in found["results"]] == [
         f"wrn_10_1-digits-{cell}-s{seed}"
         for seed in (0, 1)
-        for cell in ("standard-n1", "gc-n2", "bgc-n2", "lgc-n2", "flgc-n2")
+        for cell in ("standard-n1", "gc-n2", "lgc-n2", "flgc-n2", "bgc-n2")
     ]
     for row in found["results"]:
         assert row["status"] == "ok"

@@ -229,7 +229,7 @@ class TrainConfig(NetworkChoice, RunConfig):
             listed = ",".join(map(str, self.seeds))
             raise UsageError(f"--seeds {listed} must be whole numbers from 0 up, none twice")
         named = self.algorithm not in ("fixed", "auto")
-        if named and not any(self.algorithm in VARIANTS[name].algorithms for name in self.variants):
+        if named and not any(self.algorithm in VARIANTS[choice.variant].algorithms for choice in self.choices):
             raise UsageError(f"--algorithm {self.algorithm}: no variant asked for has it; add bgc, or leave it out")
         if self.group_lasso and not any(VARIANTS[name].has_lasso for name in self.variants):
             raise UsageError("--group-lasso is a penalty on lgc, which is not among --variants; leave it out")
