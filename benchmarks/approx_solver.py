@@ -55,7 +55,7 @@ def sampled(config: ApproxConfig) -> tuple[Tensor, Tensor]:
     (law,) = config.laws
     generator = torch.Generator().manual_seed(seeds(f"inputs:{law.name}"))
     x = draw_inputs(law, (config.samples, config.in_channels, *config.size), generator)
-    spec: Any = config.spec("standard", 1)
+    spec: Any = config.spec()
     patches = F.unfold(x, spec.kernel_size, padding=spec.padding, stride=spec.stride)  # (S, nK, D)
     size = patches.shape[1]
     rows = [he_rows(row, config.samples, size, seeds, torch.float64) for row in range(config.out_channels)]

@@ -288,6 +288,7 @@ WHERE: tuple[str, ...] = ("auto", "3x3", "1x1", "all", "none")  # which convolut
 LINEAR: tuple[str, ...] = tuple(name for name, variant in VARIANTS.items() if variant.solver == "schur")
 # Those whose least squares has a closed form; the others search.
 CLOSED_FORM: tuple[str, ...] = (*LINEAR, *(name for name, variant in VARIANTS.items() if variant.solver == "svd"))
+RANKED: tuple[str, ...] = tuple(name for name, variant in VARIANTS.items() if variant.has_rank)
 HELD_OUT = 4  # of so many calibration images one is held out to evaluate on; fewer images are too few
 DATA_SETS: tuple[str, ...] = ("digits",)  # by name; anything else is a folder
 TRAINING_SETS: tuple[str, ...] = ("digits", "cifar10", "imagenet", "folder", "synthetic")
@@ -341,9 +342,8 @@ def unfit(variant: str, in_channels: int, out_channels: int, groups: int, kernel
 
 def unfit_rank(variant: str, in_channels: int, out_channels: int, kernel_positions: int, rank: int) -> str | None:
     """Why ``variant`` cannot have this rank; None if it can. Raises UsageError for a variant that has no rank."""
-    if not VARIANTS[variant].has_rank:
-        ranked = ", ".join(name for name, found in VARIANTS.items() if found.has_rank)
-        raise UsageError(f"{variant} has groups and no rank; {ranked} has one")
+    if variant not in RANKED:
+        raise UsageError(f"{variant} has groups and no rank; {', '.join(RANKED)} has one")
     check_positive("rank", rank)
     most = min(out_channels, kernel_positions * in_channels)
     if rank <= most:
@@ -498,6 +498,18 @@ class Choice:
     @property
     def is_dense(self) -> bool:
         return self.groups == 1 and self.rank is None
+
+    @property
+    def key(self) -> str:
+        """In the keys of rows: "bgc-n4", "lowrank-r16"."""
+        return f"{self.variant}-" + (f"n{self.groups}" if self.rank is None else f"r{self.rank}")
+
+    @property
+    def misfit(self) -> str:
+        """What is wrong, to be followed by the channels that it does not fit."""
+        if self.rank is None:
+            return f"groups={self.groups} {VARIANTS[self.variant].misfit}"
+        return f"rank={self.rank} is too high for"
 
     @property
     def label(self) -> str:

@@ -35,13 +35,13 @@ def sampled(spread: float = 1e-4, **options: Any) -> Json:
     rows = []
     for planned in plan(config):
         variant, groups = planned.params.variant, planned.params.groups
-        exact = white_error(variant, groups)
+        exact = white_error(*planned.params.cell)
         share = LEARNED * (1 - 1 / groups) if exact is None else exact
         unit, energy = 1 / config.in_channels, 7000.0 * planned.law.variance
         relative = LOW * share * unit
         power = SCALING_POWER.get(variant)
         built = {"gc": 1 - 1 / groups, "bgc": (1 - 1 / groups) ** 2}.get(variant)
-        layer = count(config.spec(variant, groups), *config.size)
+        layer = count(config.spec(planned.choice), *config.size)
         rows.append(
             SampledRow(
                 planned.key,

@@ -436,6 +436,37 @@ def test_an_n_that_does_not_divide_can_be_skipped_and_is_a_row_without_numbers()
     assert {at: row for at, row in found.items() if at[1] == 2} == alone
 
 
+def test_low_rank_by_its_rank_is_what_it_is_by_the_n_that_leaves_this_rank() -> None:
+    config = small(variants=("lowrank",), groups=(2,), ranks=(12, 4, 3), search_samples=2)
+    rows = computed(config)
+    mine = rows[:4]  # of the first input; Kmn / (N (Kn + m)) = 288 / 36 N
+    assert [(r.params.groups, r.params.rank, r.key.split("-8x12")[0]) for r in mine] == [
+        (2, None, "lowrank-n2"), (2, 3, "lowrank-r3"), (2, 4, "lowrank-r4"), (1, 12, "lowrank-r12"),
+    ]  # fmt: skip
+    by_groups, three, four, full = mine
+    assert [getattr(four, name) for name in NUMBERS] == [getattr(by_groups, name) for name in NUMBERS]
+    assert three.error > four.error > 1e-3
+    assert full.error < 1e-12
+    assert full.exact_relative_error is None
+    assert {(fit.variant, fit.groups) for fit in fits(rows)} == {("lowrank", (2,))}  # of a rank there is no slope
+    with pytest.raises(ShapeError, match=r"^rank=13 is more than 12.*use at most 12; drop .*--skip-invalid$"):
+        plan(replace(config, ranks=(13,)))
+    (*_, invalid) = computed(replace(config, ranks=(13,), skip_invalid=True))
+    assert (invalid.status, invalid.params.rank) == ("invalid", 13)
+
+
+def test_low_rank_stands_beside_the_limit_of_marchenko_and_pastur_on_white_input() -> None:
+    shape = {"in_channels": 48, "out_channels": 48, "length": 64, "samples": 400, "search_samples": 6}
+    rows = computed(small(variants=("gc", "lowrank"), ranks=(5, 30), inputs=("normal", "uniform", "relu"), **shape))
+    ours = [row for row in rows if row.limit_relative_error is not None]
+    assert {(r.params.variant, r.params.input) for r in ours} == {("lowrank", "normal"), ("lowrank", "uniform")}
+    assert len(ours) == 2 * 4
+    for row in ours:
+        assert row.relative_error == pytest.approx(
+            row.limit_relative_error * row.in_sample_factor, rel=0.02, abs=3 * row.relative_error_se
+        )
+
+
 def test_groups_that_are_learnt_need_not_divide() -> None:
     (row,) = computed(small(variants=("flgc",), groups=(3,), inputs=("normal",), search_samples=2))
     assert row.status == "ok"

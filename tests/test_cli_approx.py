@@ -21,6 +21,7 @@ from PIL import Image
 from bgcbench import plots, results
 from bgcbench.cli import main
 from bgcbench.models import build_model
+from bgcbench.specs import Choice
 from tests.stored import stored
 
 SMALL = ["approx", "--channels", "16", "--groups", "2,4", "--length", "8", "--samples", "60", "--device", "cpu"]
@@ -315,13 +316,39 @@ class TestNetwork:
         assert main(arguments) == 0
         document = stored(here / "r.json")
         assert {row["params"]["layer"] for row in document["results"]} == {"stages.1.0.conv2"}
-        assert [row["params"]["variant"] for row in document["results"]] == ["gc", "tlgc", "flgc", "lgc", "shuffle"]
+        assert [row["params"]["variant"] for row in document["results"]] == ["gc", "shuffle", "lgc", "flgc", "tlgc"]
         assert {row["params"]["weights"] for row in document["results"]} == {"mine.pth"}
         assert {row["params"]["calibration_images"] for row in document["results"]} == {8}
         assert document["network"]["weights_sha256"] == document["settings"]["weights_sha256"]
         assert any("photos has 8 images, fewer than the 256 asked for" in warning for warning in document["warnings"])
-        gc, shuffled = document["results"][0], document["results"][-1]
+        gc, shuffled, *_ = document["results"]
         assert gc["output_relative_error"] != shuffled["output_relative_error"]  # other rows see other groups
+
+    def test_a_rank_has_its_column_and_each_layer_its_n(self, here: Path, photos, capsys) -> None:
+        arguments = ["approx", "--model", "wrn_10_1", "--weights", "none", "--data", "photos", "--size", "12",
+                     "--where", "none", "--include", "stages.?.0.conv2", "--variants", "gc", "--groups", "4",
+                     "--ranks", "17,5,4", "--device", "cpu", "--out", "r.json"]  # fmt: skip
+        assert main(arguments) == 2
+        refused = (
+            "bgcbench: rank=17 is too high for stages.0.0.conv2 (16 -> 16); drop what does not fit, or use --skip-inv"
+        )
+        assert refused in capsys.readouterr().err
+        assert main([*arguments, "--skip-invalid"]) == 0
+        out = capsys.readouterr().out
+        assert "| GC N=4 | LR r=4 | LR r=5 | LR r=17 |" in out
+        rows = {row["key"]: row for row in stored(here / "r.json")["results"]}
+        assert len(rows) == 3 * 4
+        at = {(row["params"]["layer"], row["params"].get("rank")): row for row in rows.values()}
+        assert [at[f"stages.{stage}.0.conv2", 5]["params"]["groups"] for stage in range(3)] == [2, 5, 11]
+        assert [at[f"stages.{stage}.0.conv2", 17]["status"] for stage in range(3)] == ["invalid", "ok", "ok"]
+        for stage in range(3):
+            four, five = (at[f"stages.{stage}.0.conv2", rank]["output_relative_error"] for rank in (4, 5))
+            assert four["white"] > five["white"]
+        assert main(["show", "r.json", "--format", "csv"]) == 0
+        lines = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+        assert [line["rank"] for line in lines[:4]] == ["", "4", "5", "17"]
+        assert main(["show", "r.json"]) == 0
+        assert capsys.readouterr().out == out
 
     def test_without_published_weights_the_run_says_that_the_network_is_untrained(self, here: Path, capsys) -> None:
         arguments = [word for word in NETWORK if word not in ("--weights", "none")]
@@ -382,10 +409,10 @@ class TestNetwork:
 
         evaluate = Evaluator.evaluate
 
-        def failing(self: Evaluator, variant: str, groups: int) -> Any:
-            if (self.layer.name, variant) == ("stages.1.0.conv1", "gc"):
+        def failing(self: Evaluator, choice: Choice) -> Any:
+            if (self.layer.name, choice.variant) == ("stages.1.0.conv1", "gc"):
                 raise torch.linalg.LinAlgError("the matrix is singular")
-            return evaluate(self, variant, groups)
+            return evaluate(self, choice)
 
         monkeypatch.setattr(Evaluator, "evaluate", failing)
         assert main([*NETWORK, "--data", "digits", "--out", "r.json"]) == 1

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema
+import msgspec
 import pytest
 import torch
 from torch import nn
@@ -29,7 +30,7 @@ from bgcbench.models import build_empty, build_model
 from bgcbench.report import as_markdown
 from bgcbench.specs import VARIANTS
 from tests.example import _phase
-from tests.reporting import report_of
+from tests.reporting import report_of, typed
 from tests.stored import stored
 
 SMALL = NetworkConfig(model="wrn_10_1", batch=2, height=16, groups=(2, 4), device="cpu", max_time_s=0.01)
@@ -103,6 +104,29 @@ class TestPlan:
             if isinstance(subject, NetworkSubject) and subject.record is not None
         }
         assert dense == {("bgc", 8): 0, ("bgc", 16): 8}
+
+    def test_a_rank_is_that_of_every_layer_or_leaves_one_dense(self) -> None:
+        config = replace(SMALL, variants=("lowrank",), groups=(2,), ranks=(8, 20))
+        refused = r"^rank=20 is too high for the channels of 2 convolutions: stages.0.0.conv1 \(16 -> 16\), .*; drop .*"
+        with pytest.raises(ShapeError, match=refused):
+            plan_network(config)
+        planned = plan_network(replace(config, skip_invalid=True, layers=True))
+        rows = {row.key.removesuffix("-b2-16x16-fp32-nchw-eager"): row for row in planned.rows}
+        assert len(rows) == len(planned.rows)
+        networks = [rows[f"wrn_10_1-lowrank-{what}-auto"] for what in ("n2", "r8", "r20")]
+        assert [row.label for row in networks] == ["LR N=2", "LR r=8", "LR r=20"]
+        assert [row.params.cell for row in networks] == [("lowrank", 2, None), ("lowrank", 1, 8), ("lowrank", 1, 20)]
+        assert [len(row.row.convert.indivisible) for row in networks] == [0, 0, 2]
+        assert {layer.rank for layer in networks[1].row.convert.layers} == {8}
+        own = [rows[f"wrn_10_1-layer1-lowrank-{what}"] for what in ("n2", "r8", "r20")]
+        assert [(row.params.groups, row.params.rank, bool(row.invalid)) for row in own] == [
+            (2, None, False), (1, 8, False), (1, 20, True),
+        ]  # fmt: skip
+        document = typed(network_document())
+        text = as_markdown(report_of(msgspec.structs.replace(document, results=tuple(r.row for r in planned.rows))))
+        assert "| LR | 2 | - | 6 |" in text
+        assert "| LR | - | 20 | 4 |" in text
+        assert "LR r=20: the rank is too high, kept dense: stages.0.0.conv1, stages.0.0.conv2" in text
 
     @pytest.mark.parametrize(
         ("wrong", "error", "message"),

@@ -29,7 +29,7 @@ from bgcbench.experiments.profile_run import ProfileRun, Update, layer_subjects,
 from bgcbench.measure import environment
 from bgcbench.measure.device import CpuStopwatch
 from bgcbench.report import flags
-from bgcbench.specs import VARIANTS, ConvSpec
+from bgcbench.specs import VARIANTS, Choice, ConvSpec
 from tests.conftest import ROOT
 from tests.measure.test_allocator import GLIBC
 from tests.stored import stored
@@ -105,6 +105,30 @@ class TestPlan:
         rows = plan(replace(config, skip_invalid=True))
         assert [row.params.groups for row in rows if row.invalid] == [3, 3, 5, 5]
 
+    def test_ranks_are_rows_besides_those_by_n_with_the_n_that_each_keeps_to(self) -> None:
+        config = replace(SMALL, variants=("gc", "lowrank"), groups=(4,), ranks=(9, 3, 2))
+        rows = plan(config)
+        assert [(r.params.variant, r.params.groups, r.params.rank) for r in rows] == [
+            ("standard", 1, None), ("gc", 4, None), ("lowrank", 4, None),
+            ("lowrank", 7, 2), ("lowrank", 4, 3), ("lowrank", 1, 9),
+        ]  # fmt: skip
+        shape = "16x16-k3-s1-b4-5x5-fp32-nchw-eager"
+        assert [row.key for row in rows[2:]] == [f"lowrank-{what}-{shape}" for what in ("n4", "r2", "r3", "r9")]
+        assert [row.label for row in rows[2:]] == ["LR N=4", "LR r=2", "LR r=3", "LR r=9"]
+        assert [row.row.counts.params for row in rows[2:]] == [r * (9 * 16 + 16) for r in (3, 2, 3, 9)]
+        assert rows[-1].row.approximability.white_error is None  # at N = 1, and yet not the standard convolution
+        assert "rank" not in rows[2].params.to_json()
+        alone = plan(replace(config, variants=("standard",), ranks=(3,)))
+        assert [row.key for row in alone] == [rows[0].key, rows[4].key]
+        assert labels(ProfileConfig.from_json(config.to_json())) == labels(config)
+
+    def test_a_rank_that_does_not_fit_is_refused_or_a_row_that_says_so(self) -> None:
+        config = replace(SMALL, variants=("gc",), groups=(2,), ranks=(16, 17))
+        with pytest.raises(ShapeError, match=r"^rank=17 is more than 16.* use at most 16; drop .* use --skip-invalid$"):
+            plan(config)
+        rows = plan(replace(config, skip_invalid=True))
+        assert [(row.params.rank, bool(row.invalid)) for row in rows[2:]] == [(16, False), (17, True)]
+
     def test_a_plan_without_a_valid_row_is_refused(self) -> None:
         with pytest.raises(UsageError, match="nothing to measure"):
             plan(replace(SMALL, groups=(3,), skip_invalid=True, reference=False))
@@ -117,6 +141,7 @@ class TestPlan:
             ({"groups": ()}, "--groups is empty"),
             ({"phases": ("forward",)}, "unknown phase 'forward'"),
             ({"groups": (0,)}, "groups=0"),
+            ({"ranks": (8, 0)}, "rank=0"),
             ({"batch": -1}, "batch=-1"),
             ({"precision": "fp31"}, "did you mean 'fp32'"),
             ({"layout": "chwn"}, "unknown layout"),
@@ -350,7 +375,7 @@ def test_whether_a_row_fits_follows_the_kernel_of_its_own_convolution() -> None:
     """A network's kernel may be no square: 1x7 leaves a rank at N = 5 where 1x1 leaves none, and 7x7 would at 20."""
     config = replace(SMALL, in_channels=8, out_channels=8, kernel=1)
     own = ConvSpec("standard", 8, 8, (1, 7), padding=(0, 3), bias=False)
-    rows = {n: planned_layer(config, Wanted("lowrank", n, "auto"), own, "row", "row").row for n in (5, 7, 8)}
+    rows = {n: planned_layer(config, Wanted(Choice("lowrank", n)), own, "row", "row").row for n in (5, 7, 8)}
     assert {n: row.status for n, row in rows.items()} == {5: "interrupted", 7: "interrupted", 8: "invalid"}
     assert rows[5].counts.params == 7 * 8 + 8  # r = floor(448 / (5 (56 + 8))) = 1
     assert "7 kernel positions" in str(rows[8].reason)

@@ -99,6 +99,19 @@ def test_csv_has_a_line_a_row_and_phase_in_si_units() -> None:
     assert invalid[0]["median_s"] == ""
 
 
+def test_two_ranks_of_one_n_are_two_rows_with_a_column_that_others_have_not() -> None:
+    document = example_document()
+    assert "rank" not in render(document, "csv").partition("\n")[0].split(",")
+    assert "| rank |" not in render(document, "markdown")
+    for row, rank in zip(document["results"][1:3], (7, 8), strict=True):
+        row["params"] |= {"variant": "lowrank", "groups": 4, "rank": rank, "algorithm": "two_conv"}
+    text = render(document, "markdown")
+    assert "| LR | 4 | 7 |" in text
+    assert "- LR r=8 is " in text
+    lines = list(csv.DictReader(io.StringIO(render(document, "csv"))))
+    assert [line["rank"] for line in lines[:6]] == ["", "", "7", "7", "8", "8"]
+
+
 def test_flags_tell_what_to_know_before_a_number_is_used() -> None:
     row = example_document()["results"][0]
 

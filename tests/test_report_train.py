@@ -216,6 +216,18 @@ def test_convolutions_that_n_does_not_divide_are_named() -> None:
     assert "LR N=8: N leaves no rank, kept dense: stages.0.0.conv1" in notes(document)
 
 
+def test_ranks_are_cells_of_their_own_and_in_no_pair() -> None:
+    document = train_document(variants=("standard", "gc", "bgc"), groups=(2, 4))
+    for row in document["results"]:
+        if row["params"]["variant"] == "gc":
+            row["params"] |= {"variant": "lowrank", "groups": 1, "rank": 4 * row["params"]["groups"]}
+    table = shown(document)
+    assert list(zip(table["variant"], table["N"], table["rank"], strict=True)) == [
+        ("SC", "1", "-"), ("BGC", "2", "-"), ("BGC", "4", "-"), ("LR", "-", "8"), ("LR", "-", "16"),
+    ]  # fmt: skip
+    assert not any("LR" in line for line in findings(document))
+
+
 def test_more_than_one_process_is_in_the_title() -> None:
     document = train_document(variants=("gc",), groups=(2,))
     assert "processes" not in render(document, "markdown")

@@ -41,10 +41,11 @@ def test_a_whole_file_is_left_as_it_is_and_a_larger_grid_keeps_what_is_done_and_
     assert stored(Path("r.json"))["results"] == first["results"]
     assert capsys.readouterr().out == table
 
-    assert main([command, "--resume", "r.json", "--groups", "2,4", "--quiet"]) == 0
+    assert main([command, "--resume", "r.json", "--groups", "2,4", "--ranks", "2,3", "--quiet"]) == 0
     second = stored(Path("r.json"))
     kept = {row["key"]: row for row in second["results"]}
     assert {row["key"]: kept[row["key"]] for row in first["results"]} == {row["key"]: row for row in first["results"]}
-    assert len(second["results"]) > len(first["results"])
+    assert len(kept) == len(second["results"]) > len(first["results"])
+    assert {row["params"].get("rank") for row in second["results"]} == {None, 2, 3}
     assert (second["started_at"], second["argv"]) == (first["started_at"], first["argv"])
     assert (second["complete"], second["exit_reason"], second["warnings"]) == (True, "ok", first["warnings"])

@@ -15,6 +15,7 @@ from bgcbench.results import document_of
 from bgcbench.results.document import read
 from tests.conftest import ROOT
 from tests.example import example_document
+from tests.example_approx import network, sampled
 from tests.example_train import train_document
 from tests.example_transfer import transfer_document
 from tests.reporting import report_of
@@ -44,6 +45,11 @@ def with_paper(document: Json, **more: Any) -> Json:
     return document
 
 
+def with_rank(document: Json, **more: Any) -> Json:
+    rows = [row | {"params": row["params"] | {"rank": 8}} | more for row in document["results"]]
+    return document | {"results": rows}
+
+
 def reports() -> Iterator[tuple[str, report.Report]]:
     """Reports that together have every column, by command."""
     for path in FILES:
@@ -52,6 +58,10 @@ def reports() -> Iterator[tuple[str, report.Report]]:
     loss = {"expected": 0.5, "layers": [{"name": "conv", "loss": 0.4}]}
     for document in (
         example_document(),
+        with_rank(example_document()),
+        with_rank(sampled(), limit_relative_error=0.5),
+        with_rank(network()),
+        with_rank(train_document()),
         with_paper(train_document()),
         with_paper(transfer_document(epochs=3, control=True, time=True, rebn=(True, False)), error_final_top5=1.0),
         with_paper(transfer_document(dataset="none"), white_loss=loss),

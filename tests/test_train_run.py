@@ -9,7 +9,7 @@ import torch
 from msgspec.structs import replace
 
 from bgcbench.experiments import train_run
-from bgcbench.experiments.train import TrainConfig, plan
+from bgcbench.experiments.train import TrainConfig, identity, plan
 from bgcbench.experiments.train_run import TrainRun, open_session, prepare
 from bgcbench.measure.ceilings import Ceilings
 from bgcbench.results.rows import Counts, TrainRow
@@ -41,8 +41,12 @@ def test_all_variants_of_a_seed_see_the_same_images_in_the_same_order() -> None:
 def test_rows_are_trained_seed_by_seed() -> None:
     config = TrainConfig(model="wrn_10_1", data="digits", groups=(2, 4), variants=("bgc",), seeds=(3, 1))
     found = [(row.params.seed, *row.params.cell) for row in plan(config)]
-    grid = [("standard", 1), ("bgc", 2), ("bgc", 4)]
+    grid = [("standard", 1, None), ("bgc", 2, None), ("bgc", 4, None)]
     assert found == [(seed, *cell) for seed in (3, 1) for cell in grid]
+    ranked = TrainConfig(model="wrn_10_1", data="digits", variants=("standard",), ranks=(4,))
+    assert [row.key for row in plan(ranked)] == [f"wrn_10_1-digits-{what}-s0" for what in ("standard-n1", "lowrank-r4")]
+    identities = [identity(ranked, row.params) for row in plan(ranked)]
+    assert ["rank" in each for each in identities] == [False, True]  # older checkpoints have none
 
 
 def test_the_global_random_state_and_threads_are_put_back() -> None:

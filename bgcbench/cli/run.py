@@ -231,7 +231,7 @@ def _resumed(command: Command, given: Json, stored: Document, name: str) -> Any:
         raise UsageError(f"{command.option(min(unknown))} has no meaning for what {name} measures; leave it out")
     grown: Json = {
         grid: tuple(dict.fromkeys((*getattr(base, grid), *given[grid])))
-        for grid in ("groups", "variants", "inputs", "seeds", "inits")
+        for grid in ("groups", "ranks", "variants", "inputs", "seeds", "inits")
         if grid in given
     }
     check_same_fields(stored.config, {**given, **grown}, base.FREE, name)  # before they are checked together
@@ -277,7 +277,7 @@ def _check_same_run(command: Command, stored: Document, wanted: Any, name: str) 
     fields = {name: value for name, value in wanted.to_json().items() if value is not None or name not in late}
     check_same_fields(stored.config, fields, wanted.FREE, name)
     for grid in wanted.GRIDS:
-        if stored.config.get(grid) != fields[grid]:
+        if (stored.config.get(grid) or None) != (fields[grid] or None):  # an older version had fewer of them
             raise ResultFileError(
                 f"{name} cannot be resumed: its {grid} are {stored.config.get(grid)} and {fields[grid]} are asked "
                 f"for; say --resume {name} to add to them, or start a new file with --out"

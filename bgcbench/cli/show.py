@@ -96,7 +96,7 @@ def show(
         if "model" in document.config:
             raise UsageError(f"{file} measured a network; --table1 is for one layer, such as --channels 1024")
         config = ProfileConfig.from_json(document.config)
-        measurable = {row.params.groups for row in document.results if row.status != "invalid"}
+        measurable = {row.params.groups for row in document.results if row.status != "invalid" and not row.params.rank}
         config = dataclasses.replace(config, groups=tuple(sorted(measurable)))
     from bgcbench.report import table1_report
 

@@ -20,8 +20,8 @@ from bgcbench.experiments.train import IN_FILES, TrainConfig, as_folder
 from bgcbench.experiments.transfer import NO_IMAGES, TransferConfig, room_to_save, with_images
 from bgcbench.results import Json
 from bgcbench.results.document import Command as CommandName
-from bgcbench.results.rows import Epoch, TransferRow
-from bgcbench.specs import TIMM_PREFIX, WEIGHTS, NetSpec
+from bgcbench.results.rows import CellKey, Epoch, TransferRow
+from bgcbench.specs import TIMM_PREFIX, WEIGHTS, Choice, NetSpec
 
 if TYPE_CHECKING:
     from bgcbench.experiments.session import Session
@@ -118,15 +118,13 @@ class Train(Command):
 
     def estimate(self, run: Any, interrupts: Interrupts, *, quiet: bool) -> int:
         """Time a few steps of each variant and N, and print what that makes of the whole run."""
-        from bgcbench.experiments.network_run import network_label
-
-        seconds: dict[tuple[str, int], float] = {}
+        seconds: dict[CellKey, float] = {}
         for row, epoch_s, all_s in run.estimates():
             seconds[row.params.cell] = all_s
             if not quiet:
                 trained = f"{duration(epoch_s)} an epoch, {duration(all_s)} a training"
                 takes = trained if row.params.epochs else f"{duration(all_s)} to evaluate"
-                say(f"  {network_label(*row.params.cell)}: {takes}")
+                say(f"  {Choice(*row.params.cell).label}: {takes}")
         if interrupts.requested():
             return interrupts.exit_code
         todo = run.todo
@@ -287,9 +285,7 @@ def _is_path(model: str) -> bool:
 
 def _network_lines(run: TrainRun[Any], *, full: bool) -> list[str]:
     """The networks of the plan; ``full``: with every convolution that is replaced or kept."""
-    from bgcbench.experiments.network_run import network_label
-
-    cells = {network_label(*row.params.cell): row for row in run.planned}
+    cells = {Choice(*row.params.cell).label: row for row in run.planned}
     lines = [
         f"  {label}: {row.counts.params:,} parameters, {row.counts.macs / 1e6:,.1f} M MACs an image, "
         f"{len(row.convert.replaced)} convolutions replaced, {len(row.convert.kept)} kept"

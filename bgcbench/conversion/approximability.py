@@ -15,7 +15,7 @@ import itertools
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -38,12 +38,12 @@ from bgcbench.conversion.layer_moments import (
 )
 from bgcbench.conversion.record import spec_of
 from bgcbench.conversion.solve import best_of, is_scarce
-from bgcbench.errors import ShapeError, UsageError
+from bgcbench.errors import UsageError
 from bgcbench.measure.batches import Forward, Passing, count_images, device_of, first_image
 from bgcbench.measure.counts import Counts, count
 from bgcbench.measure.undisturbed import first_not_finite, random_state_kept, undisturbed
 from bgcbench.results.rows import Replaced
-from bgcbench.specs import VARIANTS, check_choice, check_positive, load_layer, unfit
+from bgcbench.specs import RANKED, Choice, check_positive, load_layer
 from bgcbench.theory.moments import PatchMoments
 
 DEFAULT_IMAGES = 256
@@ -66,7 +66,8 @@ class LayerError:
 
     copied: the weights that the paper would copy; white: the closed-form optimum for uncorrelated inputs; calibrated:
     least squares on the activations (never worse than white on the images held out: where it would be, ``ridge`` is
-    None and white is taken). All None, with a ``reason``, where N does not fit the channels.
+    None and white is taken). All None, with a ``reason``, where N or the rank does not fit the
+    channels. rank: where that was asked for; groups is then the reduction that it keeps to.
     ridge: its pull towards white, chosen on the images held out. rows: positions that it was solved on; scarce: fewer
     than ten of them for each number an output has. params, macs: of this layer as that variant; share: of its standard
     convolution in the multiply-adds of all that would be replaced.
@@ -87,6 +88,7 @@ class LayerError:
     params: int | None = None
     macs: int | None = None
     reason: str | None = None
+    rank: int | None = None
 
 
 def approximability(
@@ -95,6 +97,7 @@ def approximability(
     *,
     variants: Sequence[str] = ("gc", "bgc"),
     groups: Sequence[int] = (2, 4, 8, 16),
+    ranks: Sequence[int] = (),
     images: int | None = None,
     where: str = "auto",
     include: str | Sequence[str] | None = None,
@@ -105,7 +108,8 @@ def approximability(
     memory_bytes: int = 4 * 2**30,
     seed: int = 0,
 ) -> list[LayerError]:
-    """The loss of every convolution that ``convert`` would replace, for each variant and N; in execution order.
+    """The loss of every convolution that ``convert`` would replace, for each variant and N, and as low rank for each
+    of ``ranks``; in execution order.
 
     batches, forward_fn: as calibration and forward_fn of :func:`bgcbench.convert`; gone through more than once where it
     is needed (a list, a DataLoader; a generator serves where one pass is enough, and one that shuffles gives each pass
@@ -116,11 +120,9 @@ def approximability(
     the user should know, such as random numbers in eval mode. Raises UsageError for too few images, for inputs that are
     not finite and for a layer whose moments exceed the memory.
     """
-    for name in variants:
-        check_choice("variant", name, VARIANTS)
-    for number in groups:
-        check_positive("groups", number)
-    if not groups or not set(variants) - {"standard"}:
+    others = [name for name in variants if name != "standard"]
+    choices = [Choice(name, n) for n in groups for name in others] + [Choice(n, rank=r) for r in ranks for n in RANKED]
+    if not choices:
         raise UsageError("nothing to look at: name a variant besides standard, and at least one N")
     with random_state_kept(model):
         pictures = pictures or getattr(batches, "pictures", None)
@@ -144,7 +146,7 @@ def approximability(
         options["pictures"] = pictures
         for layer, moments in stream(model, found.chosen, batches, **options):
             evaluator = Evaluator(layer, kernel_of(model, layer), moments, share_of.get(layer.name))
-            errors += [evaluator.evaluate(variant, n) for n in groups for variant in variants if variant != "standard"]
+            errors += map(evaluator.evaluate, choices)
     return errors
 
 
@@ -164,17 +166,22 @@ def kernel_of(model: nn.Module, layer: Replaced) -> Tensor:
 
 def shares(layers: Sequence[Replaced]) -> dict[str, float]:
     """Each layer's share of the multiply-adds of all of them."""
-    counts = {layer.name: _counts(layer, "standard", 1) for layer in layers}
+    counts = {layer.name: _counts(layer, Choice()) for layer in layers}
     macs = {layer.name: found.macs * (layer.calls or 1) if (found := counts[layer.name]) else 0 for layer in layers}
     total = sum(macs.values())
     return {name: value / total for name, value in macs.items()} if total else {}
 
 
-def _counts(layer: Replaced, variant: str, groups: int) -> Counts | None:
+def shape_of(layer: Replaced) -> tuple[int, int, int]:
+    """n, m and K."""
+    return layer.in_channels, layer.out_channels, math.prod(layer.kernel)
+
+
+def _counts(layer: Replaced, choice: Choice) -> Counts | None:
     """None where the size of its input is not known."""
     if layer.height is None or layer.width is None:
         return None
-    return count(spec_of(structs.replace(layer, variant=variant, groups=groups)), layer.height, layer.width)
+    return count(spec_of(structs.replace(layer, **asdict(choice))), layer.height, layer.width)
 
 
 # --------------------------------------------------------------------------------------------------------- collecting
@@ -313,36 +320,38 @@ class Evaluator:
             self._problem = f"the weights of {layer.name} are not finite; check the file they come from"
         self._whole = self._energy(self.weight)
 
-    def evaluate(self, variant: str, groups: int) -> LayerError:
-        """What the layer loses as ``variant`` with N = ``groups``; raises UsageError for damaged inputs or weights."""
+    def evaluate(self, choice: Choice) -> LayerError:
+        """What the layer loses as ``choice``; raises UsageError for damaged inputs or weights."""
         if self._problem is not None:
             raise UsageError(self._problem)
-        layer = self.layer
-        if reason := unfit(variant, layer.in_channels, layer.out_channels, groups, math.prod(layer.kernel)):
-            return self.unknown(variant, groups, reason)
+        layer, unknown = self.layer, self.unknown(choice)
+        if reason := choice.unfit(*shape_of(layer)):
+            return replace(unknown, reason=reason)
         devices = [self.weight.device] if self.weight.is_cuda else []
         with torch.random.fork_rng(devices=devices):  # a layer is initialised before it takes the projection
-            losses = best_of(variant, partial(self._lost, variant, groups))
-        counts = _counts(layer, variant, groups)
+            losses = best_of(choice.variant, partial(self._lost, choice))
+        counts = _counts(layer, choice)
         return replace(
-            self.unknown(variant, groups),
+            unknown,
             **vars(losses),
-            scarce=is_scarce(variant, patch_length(layer), groups, self.rows),
+            scarce=is_scarce(choice.variant, patch_length(layer), unknown.groups, self.rows),
             params=None if counts is None else counts.params,
             macs=None if counts is None else counts.macs,
         )
 
-    def unknown(self, variant: str, groups: int, reason: str | None = None) -> LayerError:
+    def unknown(self, choice: Choice, reason: str | None = None) -> LayerError:
         """The same without numbers, and why."""
-        known = self.rows, self.held_out_rows, self.share
-        return LayerError(self.layer.name, self.layer, variant, groups, *known, reason=reason)
+        layer, known = self.layer, (self.rows, self.held_out_rows, self.share)
+        groups = choice.reduction(*shape_of(layer))
+        return LayerError(layer.name, layer, choice.variant, groups, *known, reason=reason, rank=choice.rank)
 
     @torch.no_grad()
-    def _lost(self, variant: str, groups: int, projection: str, ridge: float) -> float:
+    def _lost(self, choice: Choice, projection: str, ridge: float) -> float:
         options: dict[str, Any] = {}
         if projection == "least_squares":
             options = {"second_moment": self._fit, "ridge": ridge}
-        solved = load_layer(variant).from_dense(self.weight, groups, projection=projection, **options)
+        kind, options["rank"] = load_layer(choice.variant), choice.rank
+        solved = kind.from_dense(self.weight, choice.groups, projection=projection, **options)
         lost = self._energy(self.weight - solved.dense_weight())
         return lost / self._whole if self._whole > 0 else 0.0
 
@@ -351,13 +360,11 @@ class Evaluator:
         return max(0.0, float(((flat @ self._held_out) * flat).sum()))
 
 
-def check_divisible(layers: Sequence[Replaced], variants: Sequence[str], groups: Sequence[int]) -> None:
-    """Raise one ShapeError that names every layer which some N does not fit."""
+def misfits(layers: Sequence[Replaced], choices: Sequence[Choice]) -> list[str]:
+    """A sentence for each N or rank that does not fit some of the layers, naming them."""
     offenders: dict[str, list[str]] = {}
-    for n, variant, layer in itertools.product(groups, variants, layers):
-        if unfit(variant, layer.in_channels, layer.out_channels, n, math.prod(layer.kernel)):
-            misfit = f"groups={n} {VARIANTS[variant].misfit}"
-            offenders.setdefault(misfit, []).append(f"{layer.name} ({layer.in_channels} -> {layer.out_channels})")
-    if offenders:
-        lines = [f"{misfit} {', '.join(dict.fromkeys(names))}" for misfit, names in offenders.items()]
-        raise ShapeError("; ".join(lines) + "; drop these groups, or use --skip-invalid")
+    for choice, layer in itertools.product(choices, layers):
+        if choice.unfit(*shape_of(layer)):
+            name = f"{layer.name} ({layer.in_channels} -> {layer.out_channels})"
+            offenders.setdefault(choice.misfit, []).append(name)
+    return [f"{misfit} {', '.join(dict.fromkeys(names))}" for misfit, names in offenders.items()]

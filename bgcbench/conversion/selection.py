@@ -20,7 +20,7 @@ from bgcbench.errors import ShapeError, UsageError
 from bgcbench.measure.batches import Images, Passing
 from bgcbench.measure.trace import SHORTCUT_NAME, Call, Trace, trace
 from bgcbench.results.rows import Kept, Replaced
-from bgcbench.specs import VARIANTS, Choice, as_pair
+from bgcbench.specs import Choice, as_pair
 
 _OTHER_CONVS = (nn.Conv1d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
@@ -343,8 +343,7 @@ def choose(convs: Iterable[Conv], choice: Choice, on_indivisible: str) -> None:
     if choice.is_dense:
         for conv in convs:
             conv.reason = conv.reason or Reason("standard", "N = 1 is the standard convolution")
-    offenders, misfit = [], VARIANTS[choice.variant].misfit
-    said = f"groups={choice.groups} {misfit}" if choice.rank is None else f"rank={choice.rank} is too many for"
+    offenders, said = [], choice.misfit
     for conv in convs:
         if conv.reason is not None:
             continue

@@ -12,11 +12,11 @@ from typing import ClassVar
 
 import msgspec
 
-from bgcbench.errors import ShapeError, UsageError
-from bgcbench.experiments.config import RunConfig
+from bgcbench.errors import UsageError
+from bgcbench.experiments.config import RunConfig, refuse_misfits
 from bgcbench.experiments.options import CHANNELS, WORKLOAD, Option, option, positive
 from bgcbench.results.rows import SampledParams
-from bgcbench.specs import LINEAR, VARIANTS, ConvSpec, Pair, unfit
+from bgcbench.specs import LINEAR, VARIANTS, Choice, ConvSpec, Pair
 from bgcbench.theory import paper
 from bgcbench.theory.inputs import InputLaw
 
@@ -83,7 +83,7 @@ class ApproxConfig(RunConfig):
                 raise UsageError(f"input '{law.name}' has too large a mean for --precision fp32: {rule}")
         if self.samples < 1:
             raise UsageError(f"--samples {self.samples} must be a whole number of at least 1")
-        self.spec("standard", 1).output_size(*self.size)
+        self.spec().output_size(*self.size)
 
     @property
     def laws(self) -> tuple[InputLaw, ...]:
@@ -99,10 +99,11 @@ class ApproxConfig(RunConfig):
         """(height, width) of an input."""
         return self._pair(self.length)
 
-    def spec(self, variant: str, groups: int) -> ConvSpec:
-        """The layer of a row, a 1-D kernel being (1, k). Raises ShapeError for an N that does not divide."""
+    def spec(self, choice: Choice | None = None) -> ConvSpec:
+        """The layer of a row, a 1-D kernel being (1, k). Raises ShapeError for an N or a rank that does not fit."""
         geometry = self._pair(self.kernel), self._pair(self.stride), self._pair(self._pad, 0)
-        return ConvSpec(variant, self.in_channels, self.out_channels, *geometry, groups=groups, bias=False)
+        asked = dataclasses.asdict(choice or Choice())
+        return ConvSpec(asked.pop("variant"), self.in_channels, self.out_channels, *geometry, bias=False, **asked)
 
     @property
     def _pad(self) -> int:
@@ -118,7 +119,7 @@ class ApproxConfig(RunConfig):
     @property
     def rows_of_data(self) -> int:
         """S D: positions that each least-squares problem sees."""
-        height, width = self.spec("standard", 1).output_size(*self.size)
+        height, width = self.spec().output_size(*self.size)
         return self.samples * height * width
 
     @property
@@ -129,36 +130,30 @@ class ApproxConfig(RunConfig):
 
 @dataclass(frozen=True)
 class ApproxRow:
-    """One row to compute: its stable key, its parameters, and why it cannot be.
+    """One row to compute: its stable key, what it is, its parameters, and why it cannot be.
 
     unknowns: p, the free numbers that one output's least squares fits. They make the error within the sample low by
     the factor 1 - p / (S D).
     """
 
     key: str
+    choice: Choice
     params: SampledParams
     law: InputLaw
     unknowns: int
     invalid: str | None = None
 
-    @property
-    def label(self) -> str:
-        return f"{VARIANTS[self.params.variant].label} N={self.params.groups}"
-
 
 def plan(config: ApproxConfig) -> list[ApproxRow]:
-    """The rows of ``config``: by input, then N, in the order of the variants.
+    """The rows of ``config``: by input, then N in the order of the variants, then rank.
 
-    N = 1 of any variant is the standard convolution and is one row. Raises ShapeError naming every N that does not
-    divide the channels unless ``skip_invalid``, UsageError where there are fewer data than unknowns.
+    N = 1 of any variant is the standard convolution and is one row. Raises ShapeError naming every N and rank that does
+    not fit the channels unless ``skip_invalid``, UsageError where there are fewer data than unknowns.
     """
-    cells = [("standard", 1)] if "standard" in config.variants or 1 in config.groups else []
-    for groups in sorted(set(config.groups) - {1}):
-        cells += [(name, groups) for name in VARIANTS if name in config.variants and name != "standard"]
-    rows = [_row(config, law, variant, groups) for law in config.laws for variant, groups in cells]
-    offenders = list(dict.fromkeys(row.invalid for row in rows if row.invalid))
-    if offenders and not config.skip_invalid:
-        raise ShapeError("; ".join(offenders) + "; drop these groups or use --skip-invalid")
+    standard = [Choice()] * ("standard" in config.variants or 1 in config.groups)
+    rows = [_row(config, law, choice) for law in config.laws for choice in standard + config.choices]
+    if not config.skip_invalid:
+        refuse_misfits(row.invalid for row in rows if row.invalid)
     worst = _worst(rows)
     if worst is None:
         raise UsageError("nothing to compute: --groups and --variants leave no valid row")
@@ -166,7 +161,7 @@ def plan(config: ApproxConfig) -> list[ApproxRow]:
         least = -(-worst.unknowns * config.samples // config.rows_of_data)
         raise UsageError(
             f"--samples {config.samples} gives {config.rows_of_data} positions for {worst.unknowns} unknowns an output "
-            f"of {worst.label}: fewer than one, so any error could be fitted away; use at least {least}, or "
+            f"of {worst.choice.label}: fewer than one, so any error could be fitted away; use at least {least}, or "
             f"{10 * least} for an error that is low by less than a tenth, or larger N"
         )
     return rows
@@ -179,8 +174,8 @@ def few_rows(config: ApproxConfig, rows: list[ApproxRow]) -> list[str]:
         return []
     share = config.rows_of_data / worst.unknowns
     return [
-        f"only {share:.1f} data an unknown for {worst.label}: its error within the sample is low by a factor of about "
-        f"{1 - 1 / share:.2f}, and others by less; use more --samples"
+        f"only {share:.1f} data an unknown for {worst.choice.label}: its error within the sample is low by a factor of "
+        f"about {1 - 1 / share:.2f}, and others by less; use more --samples"
     ]
 
 
@@ -189,15 +184,16 @@ def _worst(rows: list[ApproxRow]) -> ApproxRow | None:
     return max((row for row in rows if not row.invalid), key=lambda row: row.unknowns, default=None)
 
 
-def _row(config: ApproxConfig, law: InputLaw, variant: str, groups: int) -> ApproxRow:
+def _row(config: ApproxConfig, law: InputLaw, choice: Choice) -> ApproxRow:
+    variant, channels = choice.variant, (config.in_channels, config.out_channels, config.kernel**config.dims)
+    groups = choice.reduction(*channels)
     solved = config.samples if variant in ("standard", *LINEAR) else min(config.search_samples, config.samples)
-    own = {"variant": variant, "groups": groups, "input": law.name, "convolutions": solved}
-    params = msgspec.convert(vars(config) | own | {"solver": VARIANTS[variant].solver}, SampledParams)
+    own = {"groups": groups, "input": law.name, "convolutions": solved, "solver": VARIANTS[variant].solver}
+    params = msgspec.convert(vars(config) | dataclasses.asdict(choice) | own, SampledParams)
     shape = f"{config.in_channels}x{config.out_channels}-k{config.kernel}-d{config.dims}-l{config.length}"
-    key = f"{variant}-n{groups}-{shape}-s{config.stride}-{law.name}-S{config.samples}-{config.precision}"
+    key = f"{choice.key}-{shape}-s{config.stride}-{law.name}-S{config.samples}-{config.precision}"
     unknowns = VARIANTS[variant].unknowns(config.taps_used * config.in_channels // groups, groups)
-    why = unfit(variant, config.in_channels, config.out_channels, groups, config.kernel**config.dims)
-    return ApproxRow(key, params, law, unknowns, why)
+    return ApproxRow(key, choice, params, law, unknowns, choice.unfit(*channels))
 
 
 # Both are section 5.1 as the defaults have it; they differ in the picture that is drawn.

@@ -76,7 +76,7 @@ class ApproxNetworkConfig(ImageChoice, NetworkChoice, RunConfig):
             )
         if not 0 < self.memory_gib < float("inf"):
             raise UsageError(f"--memory {self.memory_gib} must be a positive number of GiB")
-        if not set(self.variants) - {"standard"} or not set(self.groups) - {1}:
+        if not self.choices:
             raise UsageError("a standard convolution (N = 1) loses nothing; name another variant and N of 2 or more")
         self._check_images(self.weights or "default", in_memory=self.data in DATA_SETS)
         self._resolve_network()
@@ -89,16 +89,6 @@ class ApproxNetworkConfig(ImageChoice, NetworkChoice, RunConfig):
         if height is None and self.data == "digits" and own.size[1] <= 32:
             own = NetSpec(self.model, self.num_classes, DIGITS_PX, DIGITS_PX, self.stem_stride)
         return own
-
-    @property
-    def cells(self) -> list[tuple[str, int]]:
-        """(variant, N) asked of every layer."""
-        return [
-            (variant, groups)
-            for groups in sorted(set(self.groups) - {1})
-            for variant in self.variants
-            if variant != "standard"
-        ]
 
     @property
     def what(self) -> str:

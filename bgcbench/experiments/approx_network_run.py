@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -13,10 +12,11 @@ from torch import Tensor, nn
 from bgcbench.conversion.approximability import (
     Evaluator,
     LayerError,
-    check_divisible,
     kernel_of,
+    misfits,
     moment_bytes,
     passes,
+    shape_of,
     shares,
     stream,
 )
@@ -27,6 +27,7 @@ from bgcbench.errors import UsageError
 from bgcbench.experiments.approx_network import ApproxNetworkConfig
 from bgcbench.experiments.approx_run import Step
 from bgcbench.experiments.base import Run
+from bgcbench.experiments.config import refuse_misfits
 from bgcbench.experiments.images import prepared_for, sized, told, traced, warned
 from bgcbench.experiments.profile import row_seed
 from bgcbench.experiments.session import Session
@@ -35,7 +36,7 @@ from bgcbench.models import build_model
 from bgcbench.models.weights import Loaded, Weights, has_default
 from bgcbench.results import Document, Json
 from bgcbench.results.rows import Counts, LayerErrors, LayerParams, LayerRow, Moments, NetworkFacts, Replaced, Status
-from bgcbench.specs import HELD_OUT, unfit
+from bgcbench.specs import HELD_OUT, Choice
 
 UNTRAINED = "no published weights: the network is untrained, and so are its activations; give --weights FILE"
 
@@ -60,9 +61,10 @@ class _Batches:
 
 @dataclass(frozen=True)
 class PlannedLayer:
-    """One row to compute: a layer with its variant and N."""
+    """One row to compute: a layer and what is asked of it."""
 
     key: str
+    choice: Choice
     params: LayerParams
     layer: Replaced
 
@@ -108,14 +110,15 @@ class Prepared:
 
     @property
     def rows(self) -> list[PlannedLayer]:
-        """Of every layer its (variant, N)."""
-        return [self._row(layer, *cell) for layer in self.layers.chosen for cell in self.config.cells]
+        """Every layer as everything that is asked."""
+        return [self._row(layer, choice) for layer in self.layers.chosen for choice in self.config.choices]
 
-    def _row(self, layer: Replaced, variant: str, groups: int) -> PlannedLayer:
+    def _row(self, layer: Replaced, choice: Choice) -> PlannedLayer:
         model, weights, data = self.config.model, self.loaded.name, self.batches.images.name
         params = LayerParams(
-            variant=variant,
-            groups=groups,
+            variant=choice.variant,
+            groups=choice.reduction(*shape_of(layer)),
+            rank=choice.rank,
             model=model,
             weights=weights,
             layer=layer.name,
@@ -128,13 +131,14 @@ class Prepared:
             data=data,
             calibration_images=self.batches.count,
         )
-        return PlannedLayer(f"{model}-{layer.name}-{variant}-n{groups}-{weights}-{data}", params, layer)
+        return PlannedLayer(f"{model}-{layer.name}-{choice.key}-{weights}-{data}", choice, params, layer)
 
 
 def prepare(config: ApproxNetworkConfig) -> Prepared:
     """Build the network, load its weights, open the images and choose the convolutions.
 
-    Raises UsageError for what is not there or does not fit, ShapeError where N does not divide (unless skip_invalid).
+    Raises UsageError for what is not there or does not fit, ShapeError where an N or a rank does not fit (unless
+    skip_invalid).
     """
     published = has_default(config.spec)
     weights = Weights(config.model, config.weights or ("default" if published else "none"), config.weights_key)
@@ -152,12 +156,8 @@ def prepare(config: ApproxNetworkConfig) -> Prepared:
         model, where=config.where, include=config.include, exclude=config.exclude, example_input=spec.size
     )
     if not config.skip_invalid:
-        check_divisible(found.chosen, [name for name in config.variants if name != "standard"], config.groups)
-    elif all(
-        unfit(v, la.in_channels, la.out_channels, n, math.prod(la.kernel))
-        for la in found.chosen
-        for v, n in config.cells
-    ):
+        refuse_misfits(misfits(found.chosen, config.choices))
+    elif all(choice.unfit(*shape_of(layer)) for layer in found.chosen for choice in config.choices):
         raise UsageError("nothing to compute: no N of --groups divides the channels of any convolution")
     memory = round(config.memory_gib * 2**30)
     portions = passes(found.chosen, memory)
@@ -199,7 +199,7 @@ class ApproxNetworkRun(Run[LayerRow]):
         layers, runs = prepared.layers.chosen, prepared.portions
         return [
             f"plan: {len(layers)} convolutions of {config.model} (weights: {prepared.loaded.name}) x "
-            f"{len(config.cells)}, {batches.count} images of {batches.images.name}; moments of up to "
+            f"{len(config.choices)}, {batches.count} images of {batches.images.name}; moments of up to "
             f"{prepared.moment_bytes / 2**30:.2g} GiB at once, {runs} run{'s' * (runs > 1)} over the images",
             *prepared.told,
             *(f"  {layer.name}: {layer.in_channels} -> {layer.out_channels}" for layer in layers),
@@ -236,14 +236,13 @@ class ApproxNetworkRun(Run[LayerRow]):
                 for row in (row for row in left if row.layer == layer):
                     if self.stop():
                         return
-                    variant, groups = row.params.variant, row.params.groups
-                    yield Step(f"{layer.name}: {variant} N={groups}", number / len(layers))
+                    yield Step(f"{layer.name}: {row.choice.label}", number / len(layers))
                     status: Status = "invalid"
                     try:
-                        found = evaluator.evaluate(variant, groups)
+                        found = evaluator.evaluate(row.choice)
                     except Exception as problem:  # noqa: BLE001 - whatever it is, the other rows are worth having
                         failure = describe_failure(problem, self.session.device)
-                        status, found = failure.status, evaluator.unknown(variant, groups, failure.reason)
+                        status, found = failure.status, evaluator.unknown(row.choice, failure.reason)
                     scarce += [layer.name] * found.scarce
                     self.known[row.key] = _finished(row, found, status)
                 yield Step(layer.name, (number + 1) / len(layers), save=True)

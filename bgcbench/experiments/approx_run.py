@@ -32,6 +32,7 @@ from bgcbench.theory.bounds import SCALING_POWER, bounds
 from bgcbench.theory.exchangeable import exact_relative_error
 from bgcbench.theory.fits import EXACT, fit
 from bgcbench.theory.inputs import InputLaw
+from bgcbench.theory.lowrank import limit_relative_error
 from bgcbench.theory.moments import CHUNK_NUMBERS, PatchMoments
 from bgcbench.theory.residual import SEES_MEAN, centred, explained, inner_product, outside, squared_norms
 from bgcbench.theory.sampled import GroupMoment, contiguous_rows, group_moments, he_rows, shuffled_rows
@@ -103,7 +104,7 @@ class ApproxRun(Run[SampledRow]):
         self.known = {key: row for key, row in (kept or {}).items() if row.is_done}
         self.warnings = few_rows(config, planned)
         self._dtype = DTYPES[config.precision]
-        self._standard = config.spec("standard", 1)
+        self._standard = config.spec()
         self._seeds = functools.partial(row_seed, config.seed)
         self._inputs: dict[str, _Inputs] = {}
 
@@ -129,7 +130,7 @@ class ApproxRun(Run[SampledRow]):
             for row in left:
                 if row in linear or self.stop():
                     continue
-                yield Step(f"{row.label}, {row.law.name} (solved one by one)")
+                yield Step(f"{row.choice.label}, {row.law.name} (solved one by one)")
                 try:
                     found = self._searched_row(row)
                 except Exception as problem:  # noqa: BLE001 - whatever it is, the other rows are worth having
@@ -280,7 +281,7 @@ class ApproxRun(Run[SampledRow]):
             if self.stop():
                 return None
             solved = layer.from_dense(
-                weight, row.params.groups, projection="least_squares", second_moment=inputs.moment
+                weight, row.choice.groups, rank=row.choice.rank, projection="least_squares", second_moment=inputs.moment
             )
             lost, flat = (weight - solved.dense_weight()).flatten(1), weight.flatten(1)
             errors.append(inner_product(lost @ inputs.moment, lost))
@@ -308,13 +309,14 @@ class ApproxRun(Run[SampledRow]):
     def _finished(self, row: ApproxRow, *, relative_error: float, **measured: float | None) -> SampledRow:
         """The row with what theory says beside what was measured, and why a number is missing."""
         config, variant, groups = self.config, row.params.variant, row.params.groups
-        spec = config.spec(variant, groups)
+        spec = config.spec(row.choice)
         general, zero_mean = bounds(variant, groups, spec.kernel_positions, spec.in_channels, row.law)
         power = SCALING_POWER.get(variant)
         numbers = measured | {
             "relative_error": relative_error,
             "scaled_error": relative_error / (1 - 1 / groups) ** power if power and groups > 1 else None,
             "exact_relative_error": exact_relative_error(spec, config.size, row.law),
+            "limit_relative_error": limit_relative_error(spec, config.size, row.law),
             "in_sample_factor": 1 - row.unknowns / config.rows_of_data,
             "bound_general": general.value,
             "bound_zero_mean": zero_mean.value,
@@ -355,10 +357,10 @@ def draw_inputs(law: InputLaw, shape: tuple[int, ...], generator: torch.Generato
 
 
 def fits(results: Collection[SampledRow]) -> list[Fit]:
-    """Slopes and constants for every variant and input of the finished rows, measured and exact."""
+    """Slopes and constants over N for every variant and input of the finished rows, measured and exact."""
     found: dict[tuple[str, str], list[SampledRow]] = {}
     for row in results:
-        if row.status == "ok" and row.params.groups > 1:
+        if row.status == "ok" and row.params.groups > 1 and row.params.rank is None:
             found.setdefault((row.params.variant, row.params.input), []).append(row)
     return [_fit(*at, rows) for at, rows in found.items()]
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from bgcbench.errors import UsageError
+from bgcbench.errors import ShapeError, UsageError
 from bgcbench.experiments.options import (
     GRID,
     MEASURE,
@@ -25,7 +25,7 @@ from bgcbench.experiments.options import (
     variants,
 )
 from bgcbench.results import Json
-from bgcbench.specs import PRECISIONS, VARIANTS, WEIGHTS, WHERE, NetSpec, Preprocessing
+from bgcbench.specs import PRECISIONS, RANKED, VARIANTS, WEIGHTS, WHERE, Choice, NetSpec, Preprocessing, check_positive
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -52,12 +52,15 @@ class RunConfig:
         check=one_of(VARIANTS, "variant"),
     )  # fmt: skip
     groups: tuple[int, ...] = option((2, 4, 8, 16), "Group counts N.", panel=GRID, everyday=True, check=positive)
+    ranks: tuple[int, ...] = option(
+        (), "Ranks of low rank (LR), such as 8,16: a row each, besides those by N.", panel=GRID
+    )
     precision: str = option("fp32", panel=MEASURE, check=one_of(PRECISIONS))
     device: str = option("auto", "auto, cpu, cuda or cuda:K.", panel=MEASURE, everyday=True, check=_is_device)
     threads: int | None = option(None, "CPU threads.", panel=MEASURE, shown="torch's", check=positive)
     seed: int = option(0, panel=MEASURE, check=_is_seed)
     quick: bool = option(False, panel=MEASURE, everyday=True)
-    skip_invalid: bool = option(False, "Go on when N does not divide the channels; the row says so.", panel=GRID)
+    skip_invalid: bool = option(False, "Go on when N or a rank does not fit the channels; the row says so.", panel=GRID)
 
     SHORTHANDS: ClassVar[tuple[Option, ...]] = ()  # options of several fields
     PRECISIONS: ClassVar[tuple[str, ...]] = tuple(PRECISIONS)
@@ -65,6 +68,8 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         check_options(self)
+        for rank in self.ranks:
+            check_positive("rank", rank)
         if self.precision not in self.PRECISIONS:
             raise UsageError(f"--precision {self.precision} is not for this command; use {', '.join(self.PRECISIONS)}")
 
@@ -79,9 +84,22 @@ class RunConfig:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
 
     @property
+    def choices(self) -> list[Choice]:
+        """What is compared besides the standard convolution: by N in the order of the variants, then by rank."""
+        others = [name for name in VARIANTS if name in self.variants and name != "standard"]
+        by_groups = [Choice(name, groups) for groups in sorted(set(self.groups) - {1}) for name in others]
+        return by_groups + [Choice(name, rank=rank) for rank in sorted(set(self.ranks)) for name in RANKED]
+
+    @property
     def what(self) -> str:
         """The workload in a file name."""
         raise NotImplementedError
+
+
+def refuse_misfits(reasons: Iterable[str]) -> None:
+    """Raise one ShapeError with everything that does not fit, if there is anything."""
+    if found := list(dict.fromkeys(reasons)):
+        raise ShapeError("; ".join(found) + "; drop what does not fit, or use --skip-invalid")
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -16,6 +15,7 @@ from bgcbench.conversion.record import Converted, replay
 from bgcbench.conversion.selection import Indivisible
 from bgcbench.convs.base import VariantConv2d
 from bgcbench.errors import ShapeError, UsageError
+from bgcbench.experiments.config import refuse_misfits
 from bgcbench.experiments.images import sized, traced
 from bgcbench.experiments.network import NetworkConfig
 from bgcbench.experiments.profile import (
@@ -36,7 +36,7 @@ from bgcbench.measure.workload import Like, NetworkWorkload, Workload
 from bgcbench.models import build_empty, build_model
 from bgcbench.results import Json
 from bgcbench.results.rows import Counts, DistinctLayer, Memory, Record
-from bgcbench.specs import PRECISIONS, VARIANTS, ConvSpec, NetSpec
+from bgcbench.specs import PRECISIONS, Choice, ConvSpec, NetSpec
 
 PASSES = {"fwd": 1, "train_step": 3}  # convolution-sized passes: y; and dx and dW
 
@@ -56,10 +56,10 @@ class NetworkPlan:
     def add_network(self, wanted: Wanted, subject: NetworkSubject) -> None:
         """The network as ``wanted``."""
         model, where = self.config.model, self.config.where
-        what = f"{model}-{wanted.variant}-n{wanted.groups}-{where}"
+        what = f"{model}-{wanted.choice.key}-{where}"
         facts = {"counts": subject.counts, "memory": subject.memory, "convert": subject.record}
         row = unmeasured(self.config, wanted, what, {"model": model, "where": where}, **facts)
-        self.rows.append(PlannedRow(row, network_label(*wanted[:2]), group="network"))
+        self.rows.append(PlannedRow(row, wanted.choice.label, group="network"))
         self.subjects[row.key] = subject
 
     def add_layers(self, found: Trace) -> None:
@@ -75,14 +75,14 @@ class NetworkPlan:
                 params["kernel_width"] = call.kernel[1]
             wanted = wanted_rows(config) if layer.replaced else []
             if not config.reference or not wanted:
-                wanted = [Wanted("standard", 1, "auto"), *wanted]
+                wanted = [Wanted(Choice()), *wanted]
             rows = [
                 planned_layer(
                     shape,
                     each,
                     own,
-                    f"{model}-layer{number}-{each.variant}-n{each.groups}",
-                    f"{network_label(*each[:2])} of {layer.label}",
+                    f"{model}-layer{number}-{each.choice.key}",
+                    f"{each.choice.label} of {layer.label}",
                     f"layer {number}",
                     layer,
                     params,
@@ -94,11 +94,11 @@ class NetworkPlan:
 
 
 def plan_network(config: NetworkConfig) -> NetworkPlan:
-    """The dense network, the converted ones by N, and with ``layers`` each distinct convolution.
+    """The dense network, the converted ones, and with ``layers`` each distinct convolution.
 
     Every conversion is tried here, without numbers, so that what cannot be converted is said before anything is
-    measured. Raises ShapeError naming every convolution that some N does not divide, unless ``skip_invalid`` (they are
-    then kept dense), and UsageError for an unknown network or one without a convolution to replace.
+    measured. Raises ShapeError naming every convolution that some N or rank does not fit, unless ``skip_invalid``
+    (they are then kept dense), and UsageError for an unknown network or one without a convolution to replace.
     """
     config = sized(config)
     dense = build_empty(config.spec)
@@ -106,7 +106,7 @@ def plan_network(config: NetworkConfig) -> NetworkPlan:
     planned = NetworkPlan(config, [], {}, [])
     problems: list[str] = []
     for wanted in wanted_rows(config):
-        if wanted.variant == "standard":
+        if wanted.choice.is_dense:
             planned.add_network(wanted, NetworkSubject(config, None, dense))
             continue
         try:
@@ -115,7 +115,7 @@ def plan_network(config: NetworkConfig) -> NetworkPlan:
             problems.append(str(problem))
         else:
             planned.add_network(wanted, NetworkSubject(config, converted.record, converted.model))
-    refuse_indivisible(problems)
+    refuse_misfits(problems)
     if found.uncounted:
         names = ", ".join(f"{name} ({times}x)" for name, times in found.uncounted.items())
         planned.notes.append(
@@ -128,7 +128,7 @@ def plan_network(config: NetworkConfig) -> NetworkPlan:
     return planned
 
 
-class Choice(Protocol):
+class Selection(Protocol):
     """The configuration of a command that converts a network: of profile, of train."""
 
     @property
@@ -143,18 +143,15 @@ class Choice(Protocol):
     def skip_invalid(self) -> bool: ...
 
 
-def converted_as_chosen(
-    config: Choice, dense: nn.Module, variant: str, groups: int, algorithm: str = "auto"
-) -> Converted:
+def converted_as_chosen(config: Selection, dense: nn.Module, choice: Choice, algorithm: str = "auto") -> Converted:
     """``dense`` with the convolutions that ``config`` chooses replaced, freshly initialised.
 
-    Raises ShapeError where N does not divide some of them, unless ``skip_invalid``, which keeps those dense.
+    Raises ShapeError where some of them do not fit, unless ``skip_invalid``, which keeps those dense.
     """
     try:
         return convert(
             dense,
-            variant,
-            groups,
+            **choice.to_json(),
             where=config.where,
             include=config.include,
             exclude=config.exclude,
@@ -165,17 +162,6 @@ def converted_as_chosen(
         )
     except Indivisible as problem:
         raise ShapeError(problem.fact) from None
-
-
-def refuse_indivisible(problems: Sequence[str]) -> None:
-    """Raise one ShapeError with all that N does not divide, if there is anything."""
-    if problems:
-        raise ShapeError("; ".join(dict.fromkeys(problems)) + "; drop these groups or use --skip-invalid")
-
-
-def network_label(variant: str, groups: int) -> str:
-    """A row for people: "dense", "BGC N=4"."""
-    return "dense" if variant == "standard" else f"{VARIANTS[variant].label} N={groups}"
 
 
 class NetworkSubject(Subject):

@@ -7,14 +7,13 @@ from dataclasses import dataclass, field
 
 from bgcbench.experiments import profile_run
 from bgcbench.experiments.network import NetworkConfig
-from bgcbench.experiments.network_run import network_label, plan_network
-from bgcbench.experiments.profile import PlannedRow
+from bgcbench.experiments.network_run import plan_network
 from bgcbench.measure.statistics import Series, ratio_of_medians
 from bgcbench.results import Document, new_document
-from bgcbench.results.rows import NetworkTime, Phase, ProfileRow, Ratio
+from bgcbench.results.rows import CellKey, NetworkTime, Phase, ProfileRow, Ratio
+from bgcbench.specs import Choice
 
-Cell = tuple[str, int]  # variant, N
-STANDARD: Cell = ("standard", 1)
+STANDARD: CellKey = ("standard", 1, None)
 MEASURED_AS = {"fwd": "deployed", "train_step": "masked"}  # the algorithm, where a network is measured in both
 
 
@@ -23,16 +22,16 @@ class NetworkTimes:
     """The networks of ``config`` that belong to ``cells``, and the standard one; ``times`` are known after ``run``."""
 
     config: NetworkConfig
-    cells: Iterable[Cell]
+    cells: Iterable[CellKey]
     stop: Callable[[], bool]
-    times: dict[Cell, NetworkTime | None] = field(default_factory=dict)
+    times: dict[CellKey, NetworkTime | None] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
     def run(self) -> Iterator[str]:
         """Measure, and say what is done at the moment; raises whatever keeps all of it from being measured."""
         planned = plan_network(self.config)
         session = profile_run.open_session(self.config)
-        wanted = [row for row in planned.rows if cell_of(row) in {*self.cells, STANDARD}]
+        wanted = [row for row in planned.rows if row.params.cell in {*self.cells, STANDARD}]
         run = profile_run.ProfileRun(self.config, session, wanted, subjects=planned.subjects, stop=self.stop)
         for update in run.run():
             yield update.doing
@@ -42,15 +41,11 @@ class NetworkTimes:
         run.take_into(measured)
         failed = [row for row in measured.results if row.status != "ok"]
         self.warnings += measured.measurement_warnings
-        self.warnings += [f"{network_label(*cell_of(row))} could not be measured: {row.reason}" for row in failed]
+        self.warnings += [f"{Choice(*row.params.cell).label} could not be measured: {row.reason}" for row in failed]
         self.times = {cell: network_time(measured, cell) for cell in self.cells}
 
 
-def cell_of(row: PlannedRow | ProfileRow) -> Cell:
-    return row.params.variant, row.params.groups
-
-
-def network_time(measured: Document, cell: Cell) -> NetworkTime | None:
+def network_time(measured: Document, cell: CellKey) -> NetworkTime | None:
     """Median times of a network (seconds), and the standard network's over them; None where none was measured."""
     phases: dict[str, Ratio] = {}
     for phase, algorithm in MEASURED_AS.items():
@@ -70,9 +65,9 @@ def network_time(measured: Document, cell: Cell) -> NetworkTime | None:
     )
 
 
-def _measured(rows: Sequence[ProfileRow], cell: Cell, algorithm: str, phase: str) -> ProfileRow | None:
-    """The row of a variant and N with this phase: that of ``algorithm``, where it was measured in several."""
-    found = [row for row in rows if cell_of(row) == cell and phase in row.phases and phase not in row.failures]
+def _measured(rows: Sequence[ProfileRow], cell: CellKey, algorithm: str, phase: str) -> ProfileRow | None:
+    """The row of a cell with this phase: that of ``algorithm``, where it was measured in several."""
+    found = [row for row in rows if row.params.cell == cell and phase in row.phases and phase not in row.failures]
     return next((row for row in found if row.params.algorithm == algorithm), found[0] if found else None)
 
 

@@ -15,8 +15,8 @@ from typing import Any, ClassVar, NamedTuple
 
 import msgspec
 
-from bgcbench.errors import ResultFileError, ShapeError, UsageError
-from bgcbench.experiments.config import RunConfig
+from bgcbench.errors import ResultFileError, UsageError
+from bgcbench.experiments.config import RunConfig, refuse_misfits
 from bgcbench.experiments.options import (
     CHANNELS,
     GRID,
@@ -42,15 +42,15 @@ from bgcbench.specs import (
     PRECISIONS,
     TRAINED_AND_DEPLOYED,
     VARIANTS,
+    Choice,
     ConvSpec,
     check_on_cpu,
-    unfit,
 )
 from bgcbench.theory import paper
 from bgcbench.theory.exact import white_error
 
 # Fields that only say which rows there are: a resumed run may add to them.
-GRID_FIELDS = ("variants", "groups", "algorithm", "reference", "skip_invalid", "layers", "inputs", "seeds")
+GRID_FIELDS = ("variants", "groups", "ranks", "algorithm", "reference", "skip_invalid", "layers", "inputs", "seeds")
 
 
 @dataclass(frozen=True)
@@ -213,48 +213,40 @@ class PlannedRow:
 class Wanted(NamedTuple):
     """What a row is asked to be."""
 
-    variant: str
-    groups: int
-    algorithm: str
-
-    @property
-    def label(self) -> str:
-        return f"{VARIANTS[self.variant].label} N={self.groups}"
+    choice: Choice
+    algorithm: str = "auto"
 
 
 def plan(config: ProfileConfig) -> list[PlannedRow]:
-    """The rows of ``config`` in the order of the table: by N, the standard convolution first.
+    """The rows of ``config`` in the order of the table: the standard convolution, then by N, then by rank.
 
-    Raises ShapeError naming every N that does not divide the channels, unless ``skip_invalid``.
+    Raises ShapeError naming every N and rank that does not fit the channels, unless ``skip_invalid``.
     """
     channels, kernel = (config.in_channels, config.out_channels), config.kernel
     own = ConvSpec("standard", *channels, kernel, config.stride, (kernel - 1) // 2, bias=False)
     shape = f"{config.in_channels}x{config.out_channels}-k{kernel}-s{config.stride}"
     rows = [
-        planned_layer(config, wanted, own, f"{wanted.variant}-n{wanted.groups}-{shape}", wanted.label)
+        planned_layer(config, wanted, own, f"{wanted.choice.key}-{shape}", wanted.choice.label)
         for wanted in wanted_rows(config)
     ]
-    offenders = list(dict.fromkeys(row.invalid for row in rows if row.invalid))
-    if offenders and not config.skip_invalid:
-        raise ShapeError("; ".join(offenders) + "; drop these groups or use --skip-invalid")
+    if not config.skip_invalid:
+        refuse_misfits(row.invalid for row in rows if row.invalid)
     if not any(row.spec for row in rows):
         raise UsageError("nothing to measure: --groups and --variants leave no valid row")
     return rows
 
 
 def wanted_rows(config: MeasureConfig) -> list[Wanted]:
-    """Every row that is asked for, by N, the standard convolution first.
+    """Every row that is asked for, the standard convolution first.
 
     Raises UsageError for an algorithm that none of them has.
     """
-    wanted = [("standard", 1)] if config.reference else []
-    for groups in sorted(set(config.groups) - {1}):
-        wanted += [(name, groups) for name in VARIANTS if name in config.variants and name != "standard"]
+    wanted = [Choice()] * config.reference + config.choices
     if config.algorithm not in ("auto", "all") and not any(
-        config.algorithm in VARIANTS[name].algorithms for name, _ in wanted
+        config.algorithm in VARIANTS[choice.variant].algorithms for choice in wanted
     ):
         raise UsageError(f"--algorithm {config.algorithm}: no variant asked for has it; add bgc, or leave it out")
-    return [Wanted(name, groups, each) for name, groups in wanted for each in _algorithms(name, config)]
+    return [Wanted(choice, each) for choice in wanted for each in _algorithms(choice.variant, config)]
 
 
 def _algorithms(variant: str, config: MeasureConfig) -> tuple[str, ...]:
@@ -279,11 +271,12 @@ def unmeasured(config: Any, wanted: Wanted, what: str, params: Json, **facts: An
     """
     conditions = {name: getattr(config, name) for name in ("batch", "height", "width", "precision", "layout", "mode")}
     key = f"{what}-b{config.batch}-{config.height}x{config.width}-{config.precision}-{config.layout}-{config.mode}"
-    algorithm = VARIANTS[wanted.variant].settled(wanted.algorithm)
+    choice = wanted.choice
+    conditions |= {"algorithm": VARIANTS[choice.variant].settled(wanted.algorithm)}
     unknown: Json = dict.fromkeys(("counts", "approximability", "memory", "paper"))
     return ProfileRow(
         key=key if wanted.algorithm == "auto" else f"{key}-{wanted.algorithm}",
-        params=ProfileParams(variant=wanted.variant, groups=wanted.groups, algorithm=algorithm, **conditions, **params),
+        params=ProfileParams(**{**dataclasses.asdict(choice), **conditions, **params}),
         phases={},
         **{"status": "interrupted", "reason": "not measured yet", **unknown, **facts},
     )
@@ -303,19 +296,19 @@ def planned_layer(
 
     what: of its key. layer: where it stands in a network. params: further ones.
     """
-    variant, groups, algorithm = wanted
-    shape = {name: getattr(config, name) for name in ("in_channels", "out_channels", "kernel", "stride")}
-    params = {**shape, **(params or {})}
-    if reason := unfit(variant, config.in_channels, config.out_channels, groups, own.kernel_positions):
+    choice, shape = wanted.choice, (config.in_channels, config.out_channels, own.kernel_positions)
+    own_fields = {name: getattr(config, name) for name in ("in_channels", "out_channels", "kernel", "stride")}
+    params = {"groups": choice.reduction(*shape), **own_fields, **(params or {})}
+    if reason := choice.unfit(*shape):
         row = unmeasured(config, wanted, what, params, status="invalid", reason=reason)
         return PlannedRow(row, label, group=group)
-    asked: Json = {} if variant == "standard" else {"variant": variant, "groups": groups}
-    spec = dataclasses.replace(own, algorithm=algorithm, **asked)
+    asked: Json = {} if choice.is_dense else dataclasses.asdict(choice)
+    spec = dataclasses.replace(own, algorithm=wanted.algorithm, **asked)
     size, item = (config.height, config.width), PRECISIONS[config.precision]
     counts = count(spec, *size, batch=config.batch, precision=config.precision)
     facts = {
         "counts": msgspec.convert(counts, Counts, from_attributes=True),
-        "approximability": White(white_error=white_error(variant, spec.groups)),
+        "approximability": White(white_error=white_error(*dataclasses.astuple(choice))),
         "layer": layer,
     }
     row = unmeasured(config, wanted, what, params, **facts)

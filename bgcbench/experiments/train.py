@@ -35,6 +35,7 @@ from bgcbench.specs import (
     TRAINING_ALGORITHMS,
     TRAINING_SETS,
     VARIANTS,
+    Choice,
     NetSpec,
     check_choice,
     check_on_cpu,
@@ -154,7 +155,7 @@ class TrainConfig(NetworkChoice, RunConfig):
     )
     FREE: ClassVar[tuple[str, ...]] = ("data_dirs", "download", "threads", "workers", "save_every_s", "seed")
     # What --resume may add to or change, and --resume auto must find as it is.
-    GRIDS: ClassVar[tuple[str, ...]] = ("variants", "groups", "seeds")
+    GRIDS: ClassVar[tuple[str, ...]] = ("variants", "groups", "ranks", "seeds")
 
     def __post_init__(self) -> None:
         self._check_data()
@@ -228,7 +229,7 @@ class TrainConfig(NetworkChoice, RunConfig):
             listed = ",".join(map(str, self.seeds))
             raise UsageError(f"--seeds {listed} must be whole numbers from 0 up, none twice")
         named = self.algorithm not in ("fixed", "auto")
-        if named and not any(self.algorithm in VARIANTS[name].algorithms for name in self.variants):
+        if named and not any(self.algorithm in VARIANTS[choice.variant].algorithms for choice in self.choices):
             raise UsageError(f"--algorithm {self.algorithm}: no variant asked for has it; add bgc, or leave it out")
         if self.group_lasso and not any(VARIANTS[name].has_lasso for name in self.variants):
             raise UsageError("--group-lasso is a penalty on lgc, which is not among --variants; leave it out")
@@ -273,11 +274,9 @@ class TrainConfig(NetworkChoice, RunConfig):
         return NetSpec(self.model, classes, height, self.width or (None if self.height else height), self.stem_stride)
 
     @property
-    def cells(self) -> list[tuple[str, int]]:
-        """(variant, N) of every row, by N, the standard convolution first; it is N = 1 of all of them."""
-        wanted = [("standard", 1)] if self.reference else []
-        others = [name for name in self.variants if name != "standard"]
-        return wanted + [(name, n) for n in sorted(set(self.groups) - {1}) for name in others]
+    def cells(self) -> list[Choice]:
+        """Of every row, the standard convolution first; it is N = 1 of all variants."""
+        return [Choice()] * self.reference + self.choices
 
     @property
     def what(self) -> str:
@@ -290,25 +289,24 @@ def plan(config: TrainConfig) -> list[TrainRow]:
     return [
         planned(
             TrainRow,
-            f"{config.what}-{variant}-n{groups}-s{seed}",
-            params_of(config, variant, groups, seed, weights="none", init="scratch", epochs=config.epochs),
-            paper.printed_error(config.data, config.model, variant, groups),
+            f"{config.what}-{cell.key}-s{seed}",
+            params_of(config, cell, seed, weights="none", init="scratch", epochs=config.epochs),
+            paper.printed_error(config.data, config.model, cell.variant, cell.groups),
         )
         for seed in config.seeds
-        for variant, groups in config.cells
+        for cell in config.cells
     ]
 
 
-def params_of(config: TrainConfig, variant: str, groups: int, seed: int, **others: Any) -> TrainParams:
+def params_of(config: TrainConfig, cell: Choice, seed: int, **others: Any) -> TrainParams:
     """The parameters of a row; others: those that ``config`` does not say."""
     names = ("model", "where", "recipe", "batch_size", "precision", "layout", "height", "width", "subset")
     return TrainParams(
         **{name: getattr(config, name) for name in names},
         dataset=config.data,
         classes=config.num_classes,
-        variant=variant,
-        groups=groups,
-        algorithm=VARIANTS[variant].settled(config.algorithm_of(variant)),
+        **dataclasses.asdict(cell),
+        algorithm=VARIANTS[cell.variant].settled(config.algorithm_of(cell.variant)),
         seed=seed,
         **{"rebn": False, "distill": False, **others},
     )
@@ -335,7 +333,8 @@ def identity(config: TrainConfig, params: TrainParams) -> Json:
     """What a checkpoint of a row must agree on: all that its training depends on but the data's contents."""
     left_out = {*config.FREE, *config.GRIDS, "reference", "skip_invalid", "device", "quick"}
     shared = {name: value for name, value in config.to_json().items() if name not in left_out}
-    return {**shared, "variant": params.variant, "groups": params.groups, "seed": params.seed}
+    rank = {} if params.rank is None else {"rank": params.rank}  # a file of an older version has none
+    return {**shared, "variant": params.variant, "groups": params.groups, **rank, "seed": params.seed}
 
 
 def as_folder(given: Mapping[str, Any]) -> dict[str, Any]:

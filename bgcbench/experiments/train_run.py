@@ -23,12 +23,11 @@ from bgcbench.data import open_labelled
 from bgcbench.data.labelled import LabelledData, ResidentData
 from bgcbench.errors import BgcbenchError, OutputError, ShapeError, UsageError
 from bgcbench.experiments.base import Run
+from bgcbench.experiments.config import refuse_misfits
 from bgcbench.experiments.images import sized, traced
 from bgcbench.experiments.network_run import (
     converted_as_chosen,
     network_counts,
-    network_label,
-    refuse_indivisible,
 )
 from bgcbench.experiments.profile import row_seed
 from bgcbench.experiments.profile_run import measured_forms
@@ -47,8 +46,8 @@ from bgcbench.measure.device import (
 from bgcbench.measure.trace import Trace, trace
 from bgcbench.models import build_empty, build_model
 from bgcbench.results import Json
-from bgcbench.results.rows import Counts, Epoch, Kept, Record, TrainRow
-from bgcbench.specs import PRECISIONS
+from bgcbench.results.rows import CellKey, Counts, Epoch, Kept, Record, TrainRow
+from bgcbench.specs import PRECISIONS, Choice
 from bgcbench.training.checkpoint import Checkpoints
 from bgcbench.training.distributed import World, own_device
 from bgcbench.training.loop import NotFinite, Options, Progress, Training, check_batch, subset_of
@@ -74,13 +73,13 @@ class Prepared(Generic[RowT]):
     """The data and the networks of a run, without numbers: everything that can be wrong is known.
 
     config: with the number of classes that the data has. rows: with what their networks cost and keep, undone.
-    traces: what a forward pass of each variant and N does.
+    traces: what a forward pass of each cell does.
     """
 
     config: TrainConfig
     data: LabelledData
     rows: list[RowT]
-    traces: dict[tuple[str, int], Trace]
+    traces: dict[Choice, Trace]
     options: Options
     warnings: list[str]
 
@@ -139,35 +138,35 @@ def options_of(config: TrainConfig, data: LabelledData, world: World) -> Options
 
 def try_conversions(
     config: TrainConfig, rows: list[RowT], **facts: Any
-) -> tuple[list[RowT], dict[tuple[str, int], Trace], list[str]]:
-    """Convert each variant and N of ``config`` without numbers: ``rows`` with what they cost and keep, what a forward
+) -> tuple[list[RowT], dict[Choice, Trace], list[str]]:
+    """Convert each cell of ``config`` without numbers: ``rows`` with what they cost and keep, what a forward
     pass of each does, and what the user should know. facts: other fields of all rows.
 
-    Raises ShapeError naming every convolution that some N does not divide, unless skip_invalid, and UsageError where
-    there is nothing to replace.
+    Raises ShapeError naming every convolution that some N or rank does not fit, unless skip_invalid, and UsageError
+    where there is nothing to replace.
     """
     spec = config.spec
     dense = build_empty(spec)
     as_it_is = traced(dense, spec)
-    traces: dict[tuple[str, int], Trace] = {}
-    cells: dict[tuple[str, int], tuple[Counts, Record]] = {}
+    traces: dict[Choice, Trace] = {}
+    cells: dict[Choice, tuple[Counts, Record]] = {}
     problems: list[str] = []
-    for variant, groups in config.cells:
+    for cell in config.cells:
         model, record, found = dense, _all_kept(config, dense), as_it_is
-        if variant != "standard":
+        if not cell.is_dense:
             try:
-                converted = converted_as_chosen(config, dense, variant, groups, config.algorithm_of(variant))
+                converted = converted_as_chosen(config, dense, cell, config.algorithm_of(cell.variant))
             except ShapeError as problem:
                 problems.append(str(problem))
                 continue
             model, record = converted.model, converted.record
             found = trace(model, spec.size)
-        traces[variant, groups] = found
-        cells[variant, groups] = counts_of(config, model, found), record
-    refuse_indivisible(problems)
+        traces[cell] = found
+        cells[cell] = counts_of(config, model, found), record
+    refuse_misfits(problems)
 
     def completed(row: RowT) -> RowT:
-        counts, record = cells[row.params.cell]
+        counts, record = cells[Choice(*row.params.cell)]
         init = record.init if row.params.is_dense else row.params.init
         return replace(row, counts=counts, convert=replace(record, init=init), **facts)
 
@@ -293,7 +292,7 @@ class TrainRun(Run[RowT]):
     def title(self, row: TrainRow) -> str:
         """A row for people, as far as the run's rows differ: "BGC N=4", "BGC N=4 seed 1", "BGC N=4 white"."""
         inits = {planned.params.init for planned in self.planned if not planned.params.is_dense}
-        words = [network_label(*row.params.cell)]
+        words = [Choice(*row.params.cell).label]
         words += [f"seed {row.params.seed}"] * (len(self.config.seeds) > 1)
         words += [row.params.init] * (len(inits) > 1 and not row.params.is_dense)
         return " ".join(words)
@@ -407,7 +406,7 @@ class TrainRun(Run[RowT]):
     def _found(self, row: RowT, training: Training, *, learnt: bool = False) -> Json:
         """What a training has found so far, as fields of its row; learnt: with the structure that it has come to."""
         state, known = training.state, self._known(row)
-        found = self.prepared.traces[row.params.cell]
+        found = self.prepared.traces[Choice(*row.params.cell)]
         counts = counts_of(self.config, training.network, found, learnt=True) if learnt else known.counts
         initial = known.error_initial if state.initial is None else state.initial
         last = state.history[-1] if state.history else None
@@ -504,12 +503,12 @@ class TrainRun(Run[RowT]):
     # --------------------------------------------------------------------------------------------------- the dry run
 
     def estimates(self) -> Iterator[tuple[RowT, float, float]]:
-        """(row, seconds an epoch, seconds in all) of one row of each variant and N, by training a few steps of it.
+        """(row, seconds an epoch, seconds in all) of one row of each cell, by training a few steps of it.
 
         Of a row that is not trained, what evaluating it takes. Raises BgcbenchError where a network cannot be trained,
         as out of memory.
         """
-        seen: set[tuple[str, int]] = set()
+        seen: set[CellKey] = set()
         with self._state():
             for row in self.todo:
                 if row.params.cell in seen:
@@ -523,6 +522,6 @@ class TrainRun(Run[RowT]):
                     raise
                 except Exception as problem:
                     failure = describe_failure(problem, self.session.device, OUT_OF_MEMORY)
-                    raise BgcbenchError(f"{network_label(*row.params.cell)}: {failure.reason}") from problem
+                    raise BgcbenchError(f"{Choice(*row.params.cell).label}: {failure.reason}") from problem
                 yield row, epoch_s, epoch_s * max(1, row.params.epochs)
                 free_memory(self.session.device)

@@ -21,7 +21,7 @@ from bgcbench.experiments.options import CONVERSION, GRID, RECIPE, WORKLOAD, Opt
 from bgcbench.experiments.train import CLASSES, READ_BY_WORKERS, TrainConfig, params_of, planned
 from bgcbench.results import Json
 from bgcbench.results.rows import TrainParams, TransferRow
-from bgcbench.specs import HELD_OUT, OWN, TIMM_PREFIX, check_choice
+from bgcbench.specs import HELD_OUT, OWN, TIMM_PREFIX, Choice, check_choice
 from bgcbench.theory import paper
 from bgcbench.training.launcher import processes
 from bgcbench.training.recipes import Recipe, make_transfer_recipe
@@ -210,7 +210,7 @@ class TransferConfig(ImageChoice, TrainConfig):
     def costs(self, device: str) -> NetworkConfig:
         """What to measure on ``device`` for --time: the networks, in small batches on a CPU, by the fastest algorithm
         unless another one is asked for by name."""
-        shared = ("variants", "groups", "precision", "threads", "seed", "quick", "skip_invalid", "layout")
+        shared = ("variants", "groups", "ranks", "precision", "threads", "seed", "quick", "skip_invalid", "layout")
         batch = self.batch_size
         return NetworkConfig(
             **{name: getattr(self, name) for name in shared},
@@ -228,20 +228,20 @@ def plan(config: TransferConfig, weights: str = "", images: int | None = None) -
     weights: their name, and images: how many there are to calibrate with; both are known when they have been opened.
     """
     return [
-        _row(config, (variant, groups), init, seed, weights, images or config.calibration_images)
+        _row(config, cell, init, seed, weights, images or config.calibration_images)
         for seed in config.seeds
-        for variant, groups in config.cells
-        for init in (("none",) if variant == "standard" else config.inits)
+        for cell in config.cells
+        for init in (("none",) if cell.is_dense else config.inits)
     ]
 
 
-def _row(config: TransferConfig, cell: tuple[str, int], init: str, seed: int, weights: str, images: int) -> TransferRow:
+def _row(config: TransferConfig, cell: Choice, init: str, seed: int, weights: str, images: int) -> TransferRow:
     converted = init != "none"
     rebn = converted and config.rebn
     trains = converted or config.control
     params = params_of(
         config,
-        *cell,
+        cell,
         seed,
         weights=weights,
         init=init,
@@ -252,9 +252,10 @@ def _row(config: TransferConfig, cell: tuple[str, int], init: str, seed: int, we
     )
     # Without images, conversions of a network for ImageNet's classes are compared with the paper's errors on it.
     of_imagenet = config.data == NO_IMAGES and config.num_classes == CLASSES["imagenet"]
-    printed = paper.transferred_error(paper.TABLE3_DATA if of_imagenet else config.data, config.model, *cell)
+    data = paper.TABLE3_DATA if of_imagenet else config.data
+    printed = paper.transferred_error(data, config.model, cell.variant, cell.groups)
     how = f"-{init}-s{seed}{'' if rebn else '-norebn'}" if converted else f"-s{seed}"
-    return planned(TransferRow, f"{config.what}-{cell[0]}-n{cell[1]}{how}", params, printed)
+    return planned(TransferRow, f"{config.what}-{cell.key}{how}", params, printed)
 
 
 def identity(config: TransferConfig, params: TrainParams, weights_sha256: str | None) -> Json:

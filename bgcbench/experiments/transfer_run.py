@@ -52,7 +52,7 @@ from bgcbench.models import build_model
 from bgcbench.models.weights import Loaded, Weights
 from bgcbench.results import Json, write_atomically
 from bgcbench.results.rows import Record, TransferRow
-from bgcbench.specs import HELD_OUT
+from bgcbench.specs import HELD_OUT, Choice
 from bgcbench.training.distributed import World
 from bgcbench.training.loop import NotFinite, Scores, Training
 from bgcbench.training.recipes import Recipe
@@ -82,7 +82,8 @@ class TransferPrepared(Prepared[TransferRow]):
 def prepare(config: TransferConfig, world: World) -> TransferPrepared:
     """Open and verify the data, try every conversion and load the weights, before anything is evaluated.
 
-    Raises UsageError for what is not there or does not fit, ShapeError where N does not divide (unless skip_invalid).
+    Raises UsageError for what is not there or does not fit, ShapeError where N or a rank does not fit (unless
+    skip_invalid).
     """
     weights = Weights(config.model, config.weights, config.weights_key)
     config, data = open_data(sized(config, weights), world)
@@ -313,7 +314,7 @@ class TransferRun(TrainRun[TransferRow]):
         torch.manual_seed(row_seed(params.seed, row.key))  # for 'scratch'
         return convert(
             self.original,
-            *params.cell,
+            **Choice(*params.cell).to_json(),
             where=config.where,
             include=config.include,
             exclude=config.exclude,

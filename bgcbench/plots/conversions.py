@@ -117,10 +117,12 @@ def _title(run: Conversions, start: Start) -> str:
 def _notes(
     run: Conversions, variants: Sequence[str], spreads: Sequence[Spread], floor: float, *, trained: bool
 ) -> list[str]:
-    numbers = ", ".join(str(n) for n in sorted({cell.groups for cell in run.converted}))
+    numbers = ", ".join(str(n) for n in sorted({cell.groups for cell in run.converted if cell.rank is None}))
+    ranks = ", ".join(str(r) for r in sorted({cell.rank for cell in run.converted if cell.rank}, reverse=True))
     both = {"gc", "bgc"} <= {*variants}
     return [
-        f"From right to left N = {numbers}" + ("; GC at N has the parameters of BGC at 2N." if both else "."),
+        f"From right to left N = {numbers}{'; GC at N has the parameters of BGC at 2N' * both}." if numbers else "",
+        f"From right to left r = {ranks}." if ranks else "",
         "rebn: statistics of batch norm re-estimated." if run.norms_differ else "",
         "Dashed and hollow: before training; filled: after it." if trained else "",
         "Markers: mean over the seeds; bars: one standard deviation." if any(s.n > 1 for s in spreads) else "",

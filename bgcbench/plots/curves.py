@@ -24,18 +24,19 @@ def part(document: Document) -> style.Part:
     curves = {cell: curve for cell in cells if (curve := _curve(cell))}
     if not curves:
         raise style.NothingToDraw("test errors by epoch; this result has none")
-    places = style.wrapped(sorted({cell.groups for cell in curves if not cell.dense}) or [1], ACROSS)
+    asked = list(dict.fromkeys((cell.groups, cell.rank) for cell in curves if not cell.dense))
+    places = style.wrapped(asked or [(1, None)], ACROSS)
     every = [error for curve in curves.values() for errors in curve.values() for error in errors]
     repeated = len(every) > sum(map(len, curves.values()))
 
     def paint(panel: SubFigure) -> None:
         style.training_title(panel, document, "Test error by epoch")
         grid = style.grid_of(panel, places, "epoch", "test error (%)")
-        for axes, n in grid:
+        for axes, at in grid:
             for cell, curve in curves.items():
-                if cell.groups == n or cell.dense:
+                if (cell.groups, cell.rank) == at or cell.dense:
                     _plot(axes, cell.variant, curve)
-            axes.set_title(f"N = {n}")
+            axes.set_title(style.asked_of(*at))
         first, _ = grid[0]
         style.scale_errors(first, every)
         first.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True))

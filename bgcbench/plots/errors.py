@@ -35,10 +35,12 @@ def part(document: Document) -> style.Part:
     ]
 
     def paint(panel: SubFigure) -> None:
+        by_n = [cell for cell in spreads if cell.rank is None]
+        at_groups = {cell: _place(cell, variants_of(by_n)) for cell in by_n}
         by_groups, by_params = panel.subplots(1, 2, sharey=True, width_ratios=(1.2, 1))
         style.training_title(panel, document, "Test error after the last epoch")
-        _panel(by_groups, spreads, {cell: _place(cell, variants) for cell in spreads}, seeds=True)
-        groups = sorted({cell.groups for cell in spreads})
+        _panel(by_groups, spreads, at_groups, seeds=True)
+        groups = sorted({cell.groups for cell in at_groups} or {1})
         style.scale_groups(by_groups, groups)
         by_groups.set(xlabel="N", ylabel="test error (%)", xlim=(groups[0] / 2**0.4, groups[-1] * 2**0.4))
         params = {cell: cell.params for cell in spreads if cell.params is not None}
@@ -62,7 +64,7 @@ def variants_of(cells: Iterable[Cell]) -> list[str]:
 def unfinished(cells: Iterable[Cell]) -> str:
     """A note on the cells of which not every seed has finished."""
     gone = [
-        f"{style.label_of(cell.variant, cell.groups)} ({len(cell.done)} of {len(cell.rows)} seeds)"
+        f"{style.label_of(cell.variant, cell.groups, cell.rank)} ({len(cell.done)} of {len(cell.rows)} seeds)"
         for cell in cells
         if len(cell.done) < len(cell.rows)
     ]

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from matplotlib.figure import SubFigure
 
-from bgcbench.plots.sampled import finished, lossy, notes_of, sampled_title, series_of
+from bgcbench.plots.sampled import by_groups, lossy, notes_of, sampled_title, series_of
 from bgcbench.plots.style import Look, NothingToDraw, Part, legend
 from bgcbench.results.document import Document
 from bgcbench.results.rows import Fit
@@ -18,7 +18,7 @@ TOUCHING = 0.035  # of the axis, between two ticks
 
 
 def part(document: Document) -> Part:
-    every = finished(document)
+    every = by_groups(document)
     rows = lossy(every)
     if not rows:
         raise NothingToDraw("rows of sampled convolutions with N > 1 and an error above 0; this result has none")

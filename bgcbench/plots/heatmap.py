@@ -12,48 +12,61 @@ from matplotlib.figure import SubFigure
 from bgcbench.plots.style import NothingToDraw, Part, grid_of, label_of, legend, title, wrapped
 from bgcbench.results.aggregate import variant_place
 from bgcbench.results.document import Document, printable
-from bgcbench.results.rows import LayerRow
+from bgcbench.results.rows import CellKey, LayerRow
 from bgcbench.theory.fits import EXACT
 
 COLOURS, EMPTY = "cividis", "#e6e6e6"  # of the map, and of its cells without a number
 DARK = 46.5  # percent, below which white reads better on the map's colours than black
 ACROSS = 12  # cells side by side
 NOTE = "Share of each layer's output energy that is lost on images held out, with calibrated weights."
-HOLES = "-: N does not fit the layer's channels, or the layer was not computed."
+HOLES = "-: N or the rank does not fit the layer's channels, or the layer was not computed."
 
 
 def part(document: Document) -> Part:
     rows = [row for row in document.results if isinstance(row, LayerRow) and row.params.variant != "standard"]
     lost = {
-        (row.params.variant, row.params.layer, row.params.groups): row.output_relative_error.calibrated
+        (row.params.cell, row.params.layer): row.output_relative_error.calibrated
         for row in rows
         if row.output_relative_error
     }
     if not lost:
         raise NothingToDraw("finished rows of a network's layers (approx --model); this result has none")
     layers = list(dict.fromkeys(row.params.layer for row in rows))
-    groups = sorted({row.params.groups for row in rows})
-    variants = sorted({row.params.variant for row in rows}, key=variant_place)
-    places = wrapped(variants, max(1, ACROSS // len(groups)))
+    panels = _panels(rows)
+    places = wrapped(panels, max(1, ACROSS // max(len(cells) for _, _, cells in panels)))
+    holes = len(lost) < len(layers) * sum(len(cells) for _, _, cells in panels)
 
     def paint(panel: SubFigure) -> None:
         p = rows[0].params
         weights = "untrained" if p.weights == "none" else f"weights {p.weights}"
         title(panel, document, f"Error of {p.model} ({weights}) by layer", f"{p.calibration_images} images of {p.data}")
-        grid = grid_of(panel, places, "N", "")
-        for axes, variant in grid:
-            image = _cells(axes, [[100 * lost.get((variant, layer, n), math.nan) for n in groups] for layer in layers])
+        grid = grid_of(panel, places, "N", "", sharex=len({unit for _, unit, _ in panels}) < 2)
+        for axes, (variant, unit, cells) in grid:
+            image = _cells(axes, [[100 * lost.get((cell, layer), math.nan) for cell in cells] for layer in layers])
             axes.set_title(label_of(variant))
-            axes.set_xticks(range(len(groups)), [str(n) for n in groups])
+            axes.set_xticks(range(len(cells)), [str(rank or n) for _, n, rank in cells])
+            axes.set_xlabel(unit if unit != "N" else axes.get_xlabel())
             axes.set_yticks(range(len(layers)), [printable(layer) for layer in layers])
         ending = "max" if max(lost.values()) > 1 else "neither"
         ax: Any = panel.axes
         bar = panel.colorbar(image, ax=ax, label="output error (%)", aspect=30, pad=0.02, extend=ending)
         outline: Any = bar.outline
         outline.set_visible(False)
-        legend(panel, {}, [NOTE, HOLES if len(lost) < len(layers) * len(groups) * len(variants) else ""])
+        legend(panel, {}, [NOTE, HOLES if holes else ""])
 
     return Part(len(places) * (0.3 + max(len(layers), 5) / 12), paint)
+
+
+def _panels(rows: Sequence[LayerRow]) -> list[tuple[str, str, list[CellKey]]]:
+    """Variant, what its columns are, and those: every N of the rows, or the ranks."""
+    panels = []
+    every = {row.params.cell for row in rows}
+    ranks = {at for at in every if at[2] is not None}
+    for unit, some in (("N", every - ranks), ("rank", ranks)):
+        asked = sorted({at[1:] for at in some})
+        variants = sorted({at[0] for at in some}, key=variant_place)
+        panels += [(variant, unit, [(variant, *numbers) for numbers in asked]) for variant in variants]
+    return panels
 
 
 def _cells(axes: Axes, cells: Sequence[Sequence[float]]) -> Any:

@@ -1,4 +1,4 @@
-"""What each layer of a converted network loses with copied, white and calibrated weights, a panel a variant and N."""
+"""What a layer of a converted network loses with copied, white and calibrated weights, a panel for each cell."""
 
 from __future__ import annotations
 
@@ -8,7 +8,17 @@ from collections.abc import Callable, Sequence
 from matplotlib.axes import Axes
 from matplotlib.figure import SubFigure
 
-from bgcbench.plots.style import Look, NothingToDraw, Part, grid_of, label_of, legend, scale_errors, training_title
+from bgcbench.plots.style import (
+    Look,
+    NothingToDraw,
+    Part,
+    asked_of,
+    grid_of,
+    label_of,
+    legend,
+    scale_errors,
+    training_title,
+)
 from bgcbench.results.aggregate import Cell, Conversions, variant_place
 from bgcbench.results.document import Document, printable
 from bgcbench.results.rows import CalibratedLayer
@@ -31,10 +41,10 @@ NOTE = "Share of each layer's output energy that is lost on images held out, on 
 
 def part(document: Document) -> Part:
     cells = [cell for cell in Conversions.of(document).converted if cell.layers]
-    at = {(cell.variant, cell.groups): cell for cell in cells if cell.start == cells[-1].start}
+    at = {(cell.variant, (cell.groups, cell.rank)): cell for cell in cells if cell.start == cells[-1].start}
     if not at:
         raise NothingToDraw("calibrated conversions; this result has none")
-    variants, groups = sorted({v for v, _ in at}, key=variant_place), sorted({n for _, n in at})
+    variants, lines = sorted({v for v, _ in at}, key=variant_place), list(dict.fromkeys(asked for _, asked in at))
     every = [layer for cell in at.values() for layer in cell.layers]
     names = list(dict.fromkeys(layer.name for layer in every))
     losses = [_percent(share) for layer in every for loss in LOSSES.values() if (share := loss(layer)) is not None]
@@ -49,10 +59,10 @@ def part(document: Document) -> Part:
 
     def paint(panel: SubFigure) -> None:
         training_title(panel, document, "What a layer loses when it is converted")
-        places = [[at.get((variant, n)) for variant in variants] for n in groups]
+        places = [[at.get((variant, asked)) for variant in variants] for asked in lines]
         grid = grid_of(panel, places, "" if spelt else "layer", "output lost (%)")
         for axes, cell in grid:
-            axes.set_title(f"{label_of(cell.variant)}, N = {cell.groups}")
+            axes.set_title(f"{label_of(cell.variant)}, {asked_of(cell.groups, cell.rank)}")
             _panel(axes, names, cell, 1.0 if spelt else 0.6)
             if spelt:
                 axes.set_xticks(range(1, len(names) + 1), map(printable, names), rotation=90, fontsize=6.5)
@@ -60,7 +70,7 @@ def part(document: Document) -> Part:
         grid[0][0].set_xlim(0.3, len(names) + 0.7)
         legend(panel, {name: {"linewidth": 1.0, **look} for name, look in LOOKS.items()}, notes)
 
-    return Part(0.6 * len(groups) + (0.5 if spelt else 0.2), paint)
+    return Part(0.6 * len(lines) + (0.5 if spelt else 0.2), paint)
 
 
 def _percent(share: float) -> float:

@@ -9,7 +9,7 @@ from matplotlib.figure import SubFigure
 from matplotlib.ticker import EngFormatter
 
 from bgcbench.plots.sampled import finished, sampled_title, series_of
-from bgcbench.plots.style import GREY, NothingToDraw, Part, grid_of, label_of, legend, log_ticks, look_of
+from bgcbench.plots.style import GREY, NothingToDraw, Part, asked_of, grid_of, label_of, legend, log_ticks, look_of
 from bgcbench.results.aggregate import front_of
 from bgcbench.results.document import Document, printable
 from bgcbench.results.rows import Counts, SampledRow
@@ -80,8 +80,9 @@ def _front_panel(axes: Axes, rows: Sequence[SampledRow], cost: Cost) -> None:
 
 
 def _label(rows: Sequence[SampledRow]) -> str:
-    """Of one place on the front: N, and of which variant it is where several stand there."""
-    numbers = {row.params.groups for row in rows}
-    if len(numbers) == 1 and numbers != {1}:
-        return str(rows[0].params.groups)
-    return "\n".join(label_of(row.params.variant, row.params.groups).replace(" N =", "") for row in rows)
+    """Of one place on the front: N or the rank, and of which variant it is where several stand there."""
+    cells = [row.params.cell for row in rows]
+    numbers = {(groups, rank) for _, groups, rank in cells}
+    if len(numbers) == 1 and numbers != {(1, None)}:
+        return asked_of(*numbers.pop()).removeprefix("N = ")
+    return "\n".join(label_of(*cell).replace(" N =", "") for cell in cells)

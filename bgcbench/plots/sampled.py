@@ -35,6 +35,11 @@ def finished(document: Document) -> list[SampledRow]:
     return [row for row in document.results if isinstance(row, SampledRow) and row.status == "ok"]
 
 
+def by_groups(document: Document) -> list[SampledRow]:
+    """The finished rows but those of a rank, which is no N."""
+    return [row for row in finished(document) if row.params.rank is None]
+
+
 def lossy(rows: Iterable[SampledRow]) -> list[SampledRow]:
     """Those with an error to take the logarithm of, as in :mod:`bgcbench.theory.fits`."""
     return [row for row in rows if row.params.groups > 1 and (row.relative_error or 0.0) > EXACT]
@@ -99,12 +104,10 @@ def series_of(rows: Iterable[SampledRow]) -> list[Series]:
 
 
 def _white(name: str) -> bool:
-    """Whether the law's values are uncorrelated and have mean 0."""
     try:
-        law = InputLaw.parse(name)
+        return InputLaw.parse(name).is_white
     except UsageError:  # a law of a newer version
         return False
-    return law.mean == 0 and law.correlation == 0
 
 
 def sampled_title(panel: SubFigure, document: Document, what: str) -> None:

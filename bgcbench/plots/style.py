@@ -80,10 +80,14 @@ def styled() -> Iterator[None]:
 # ------------------------------------------------------------------------------------------------------------ variants
 
 
-def label_of(variant: str, groups: int = 1) -> str:
-    """A variant in legends and titles, with N if it is not 1."""
+def label_of(variant: str, groups: int = 1, rank: int | None = None) -> str:
+    """A variant in legends and titles, with N if it is not 1, or with the rank that was asked for."""
     label = VARIANTS[variant].label if variant in VARIANTS else printable(variant)
-    return label if groups == 1 else f"{label} N = {groups}"
+    return label if (groups, rank) == (1, None) else f"{label} {asked_of(groups, rank)}"
+
+
+def asked_of(groups: int, rank: int | None) -> str:
+    return f"N = {groups}" if rank is None else f"r = {rank}"
 
 
 def look_of(variant: str, **more: Any) -> Look:

@@ -8,7 +8,7 @@ from typing import Any
 from bgcbench.report.approx_network import network_report
 from bgcbench.report.format import label_of, milli, scaled, significant
 from bgcbench.report.notes import failed_rows, notes
-from bgcbench.report.table import Column, Report, Table, flat, label, row_record, words
+from bgcbench.report.table import Column, Report, Table, flat, group_columns, label, row_record, words
 from bgcbench.results.aggregate import at_equal_params, front_of
 from bgcbench.results.document import Document
 from bgcbench.results.rows import Counts, Fit, LayerRow, SampledRow
@@ -68,12 +68,13 @@ def sampled_columns(marks: Mapping[str, str]) -> list[Column[SampledRow]]:
     return [
         label("input", lambda row: row.params.input, "Law of the input."),
         label("variant", lambda row: label_of(row.params.variant), "The variant."),
-        Column("N", lambda row: row.params.groups, "Groups.", lead=True),
+        *group_columns(lambda row: row.params),
         Column("params", lambda row: row.counts and row.counts.params, "Parameters.", scaled),
         Column("MACs", lambda row: row.counts and row.counts.macs, "Multiply-accumulate operations.", scaled),
         Column("E", lambda row: row.error, "Smallest error (5.1), the mean over the convolutions.", _tiny(5)),
         Column("Rel.E e-3", _relative, RELATIVE),
         Column("exact e-3", lambda row: row.exact_relative_error, EXACT_ERROR, milli),
+        Column("limit e-3", lambda row: row.limit_relative_error, LIMIT, milli, optional=True),
         Column("in sample", _in_sample, IN_SAMPLE, "{:.4f}".format),
         Column("proof's weights e-3", lambda row: row.construction_relative_error, PROOF, milli),
         Column("bound e-3", lambda row: row.bound_zero_mean, BOUND, milli),
@@ -90,6 +91,7 @@ RELATIVE = (
     "inputs scatter, all rows of an input share."
 )
 EXACT_ERROR = "Rel.E of an infinite sample in closed form, border included."
+LIMIT = "Rel.E of low rank on white input, of many channels: the tail of Marchenko and Pastur's law."
 IN_SAMPLE = (
     "Rel.E / (exact (1 - p/(SD))): within a sample the error is low by that factor; an output fits p numbers and sees "
     "SD positions."
@@ -160,7 +162,7 @@ def _slope(fit: Fit, rows: Sequence[SampledRow]) -> str:
 
 def _findings(name: str, rows: Sequence[SampledRow]) -> list[str]:
     """Of the rows of one input: BGC at 2N versus GC at N, and the theorem's weights versus the best ones."""
-    at = {(row.params.variant, row.params.groups): row for row in rows}
+    at = {(row.params.variant, row.params.groups): row for row in rows if row.params.rank is None}
     pairs = [pair for pair in at_equal_params(at) if pair[1].params.variant == "gc"]
     lines = []
     if pairs:

@@ -9,21 +9,21 @@ from typing import Any
 
 from bgcbench.report.format import label_of, named, scaled
 from bgcbench.report.notes import notes
-from bgcbench.report.table import Column, Report, Table, flat, label, row_record, words
+from bgcbench.report.table import Column, Report, Table, flat, group_columns, label, row_record, words
 from bgcbench.results.aggregate import at_equal_params
 from bgcbench.results.document import Document
-from bgcbench.results.rows import LayerErrors, LayerParams, LayerRow
+from bgcbench.results.rows import CellKey, LayerErrors, LayerParams, LayerRow
 from bgcbench.theory.exact import white_error
 
 TOLERATED = (0.05, 0.10, 0.20)  # shares of a layer's output energy
-ByCell = dict[tuple[str, int], LayerRow]  # by variant and N
+ByCell = dict[CellKey, LayerRow]
 
 
 def network_report(document: Document, rows: Sequence[LayerRow]) -> Report:
     by_layer: dict[str, ByCell] = {}
     for row in rows:
-        by_layer.setdefault(row.params.layer, {})[row.params.variant, row.params.groups] = row
-    cells = list(dict.fromkeys((row.params.variant, row.params.groups) for row in rows))
+        by_layer.setdefault(row.params.layer, {})[row.params.cell] = row
+    cells = list(dict.fromkeys(row.params.cell for row in rows))
     order = sorted(by_layer, key=lambda name: -statistics.fmean(_calibrated(by_layer[name]).values() or [-1.0]))
     layers = [by_layer[name] for name in order]
     sections = {"Which layers tolerate what": _tolerant(by_layer, cells)} if rows else {}
@@ -41,8 +41,8 @@ def network_report(document: Document, rows: Sequence[LayerRow]) -> Report:
     return Report(tables, notes(document, facts), list(map(_record, rows)))
 
 
-def layer_columns(cells: Sequence[tuple[str, int]]) -> list[Column[ByCell]]:
-    def lost(of: ByCell, at: tuple[str, int]) -> str | None:
+def layer_columns(cells: Sequence[CellKey]) -> list[Column[ByCell]]:
+    def lost(of: ByCell, at: CellKey) -> str | None:
         if at not in of:
             return ""
         error = _calibrated(of).get(at)
@@ -81,7 +81,7 @@ def weight_columns() -> list[Column[LayerRow]]:
     return [
         label("layer", lambda row: row.params.layer, LAYER),
         label("variant", lambda row: label_of(row.params.variant), "The variant."),
-        Column("N", lambda row: row.params.groups, "Groups.", lead=True),
+        *group_columns(lambda row: row.params),
         Column("params", lambda row: row.counts and row.counts.params, "Parameters.", scaled),
         lost("copied", lambda errors: errors.copy, "Share of the output lost with copied weights, as in the paper."),
         lost("white", lambda errors: errors.white, "Share lost with the closed-form optimum for uncorrelated inputs."),
@@ -92,7 +92,7 @@ def weight_columns() -> list[Column[LayerRow]]:
     ]
 
 
-def _calibrated(of: ByCell) -> dict[tuple[str, int], float]:
+def _calibrated(of: ByCell) -> dict[CellKey, float]:
     """What a layer loses with calibrated weights, where that is known."""
     return {at: row.output_relative_error.calibrated for at, row in of.items() if row.output_relative_error}
 
@@ -102,8 +102,8 @@ def _shape(p: LayerParams) -> str:
     return f"{p.kernel}x{p.kernel_width} {p.in_channels}->{p.out_channels}{stride}"
 
 
-def _tolerant(by_layer: Mapping[str, ByCell], cells: Sequence[tuple[str, int]]) -> list[str]:
-    """For each variant and N: how many layers, with which share of the MACs, lose at most 5, 10, 20 %."""
+def _tolerant(by_layer: Mapping[str, ByCell], cells: Sequence[CellKey]) -> list[str]:
+    """For each variant and N, or rank: how many layers, with which share of the MACs, lose at most 5, 10, 20 %."""
     lines = []
     for at in cells:
         known = [
@@ -126,10 +126,10 @@ def _tolerant(by_layer: Mapping[str, ByCell], cells: Sequence[tuple[str, int]]) 
     return lines + _at_equal_size(by_layer, cells)
 
 
-def _at_equal_size(by_layer: Mapping[str, ByCell], cells: Sequence[tuple[str, int]]) -> list[str]:
+def _at_equal_size(by_layer: Mapping[str, ByCell], cells: Sequence[CellKey]) -> list[str]:
     """BGC at 2N versus GC at N, which have as many parameters, layer by layer."""
     lines = []
-    for bgc, gc in at_equal_params({at: at for at in cells if at[0] != "standard"}):
+    for bgc, gc in at_equal_params({at[:2]: at for at in cells if at[0] != "standard" and at[2] is None}):
         ratios = [lost[bgc] / lost[gc] for lost in map(_calibrated, by_layer.values()) if bgc in lost and lost.get(gc)]
         if ratios:
             fewer = sum(ratio < 1 for ratio in ratios)

@@ -80,6 +80,6 @@ def label_of(variant: str) -> str:
     return VARIANTS[variant].label if variant in VARIANTS else variant
 
 
-def named(variant: str, groups: int) -> str:
-    """ "GC N=4" """
-    return f"{label_of(variant)} N={groups}"
+def named(variant: str, groups: int, rank: int | None = None) -> str:
+    """ "GC N=4", "LR r=16" """
+    return f"{label_of(variant)} " + (f"N={groups}" if rank is None else f"r={rank}")

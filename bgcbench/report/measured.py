@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from bgcbench.report.compare import PHASE_TITLES, speed_up
 from bgcbench.report.format import bounds_text, label_of, mebibytes, scaled, significant, time_unit
-from bgcbench.report.table import Column, label, words
+from bgcbench.report.table import Column, group_columns, label, words
 from bgcbench.results.rows import Phase, ProfileRow
 from bgcbench.theory import paper
 
@@ -24,7 +24,7 @@ def profile_columns(
 
     return [
         label(first, lambda row: variant_name(row, rows), VARIANT),
-        Column("N", lambda row: row.params.groups, "Groups.", lead=True),
+        *group_columns(lambda row: row.params),
         Column("replaced", replaced, "Number of convolutions that are replaced.", optional=True),
         Column("params", lambda row: row.ran and row.ran.params, "Parameters of the algorithm that ran.", scaled),
         Column("MACs", lambda row: row.ran and row.ran.macs, MACS, scaled),
@@ -77,8 +77,8 @@ PAPER_ERROR = "Error of ResNet-50 after transfer (Table 3), not of this layer."
 FLAGS = (
     "n=: samples, where the median is not known to the aim of 0.5 %. uneven, noisy: the middle half of the samples "
     "spreads over more than 3 %, 10 % of the median. launch-bound: the host is the limit. page faults: memory came "
-    "anew from the system although it was to be kept, which takes over 1 % of the time. kept dense: convolutions whose "
-    "channels N does not divide."
+    "anew from the system although it was to be kept, which takes over 1 % of the time. kept dense: convolutions that "
+    "N or the rank does not fit."
 )
 
 
@@ -124,7 +124,8 @@ def variant_name(row: ProfileRow, rows: Rows) -> str:
 
 
 def numbered(row: ProfileRow, rows: Rows) -> str:
-    return f"{variant_name(row, rows)} N={row.params.groups}"
+    _, groups, rank = row.params.cell
+    return f"{variant_name(row, rows)} " + (f"N={groups}" if rank is None else f"r={rank}")
 
 
 def white_error(row: ProfileRow) -> float | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import msgspec
 
@@ -72,13 +73,16 @@ def _warnings(document: Document) -> list[str]:
     return [f"warning: {warning}" for warning in (*plain, *of_rows)]
 
 
-def kept_dense(unfit: Iterable[tuple[str, str, Sequence[str]]]) -> list[str]:
-    """The convolutions that N does not fit and that stay dense, by what they belong to: its name and its variant."""
-    found = {name: (VARIANTS.get(variant, Variant).misfit, layers) for name, variant, layers in unfit if layers}
-    return [
-        f"{name}: N {misfit.removesuffix(' for')}, kept dense: {', '.join(layers)}"
-        for name, (misfit, layers) in found.items()
-    ]
+def kept_dense(unfit: Iterable[tuple[str, Any, Sequence[str]]]) -> list[str]:
+    """The convolutions that N or a rank does not fit and that stay dense, by the name of what they belong to, which has
+    a variant and a rank."""
+    lines = {}
+    for name, of, layers in unfit:
+        misfit = VARIANTS.get(of.variant, Variant).misfit if of.rank is None else "is too high for"
+        said = f"{'N' if of.rank is None else 'the rank'} {misfit.removesuffix(' for')}"
+        if layers:
+            lines[name] = f"{name}: {said}, kept dense: {', '.join(layers)}"
+    return list(lines.values())
 
 
 def chosen_algorithms(rows: Iterable[ProfileRow | TrainRow], name: Callable[[ProfileRow | TrainRow], str]) -> list[str]:

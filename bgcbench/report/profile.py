@@ -47,7 +47,7 @@ def profile_report(document: Document) -> Report:
     tables = [Table(_title(document, network), columns, rows, sections)]
     tables += [layers_table(layers, reference)] if layers else []
     name = partial(numbered, rows=rows)
-    facts = kept_dense((name(row), row.params.variant, row.convert.indivisible) for row in rows if row.convert)
+    facts = kept_dense((name(row), row.params, row.convert.indivisible) for row in rows if row.convert)
     facts += chosen_algorithms(rows, name)
     return Report(tables, notes(document, facts), profile_records(document.results))
 

@@ -22,6 +22,7 @@ from rich.text import Text
 from bgcbench.results.document import Document, dumps, printable
 from bgcbench.results.rows import Data, Row
 
+LATER = ("rank", "limit_relative_error")  # fields of records that a CSV file has where some row does
 NOTES = 5  # lines under a report; show --explain prints all notes
 EXPLAIN = "what the columns mean: bgcbench show FILE --explain"
 R = TypeVar("R")
@@ -58,6 +59,22 @@ def words(title: str, value: Callable[[R], Any], meaning: str, **more: Any) -> C
 def label(title: str, value: Callable[[R], Any], meaning: str, **more: Any) -> Column[R]:
     """A column of text that says which row this is."""
     return words(title, value, meaning, lead=True, **more)
+
+
+def group_columns(of: Callable[[R], Any]) -> list[Column[R]]:
+    """N, and the rank where there is one; of: what has both. A rank may keep to no N above 1, or layers differ."""
+
+    def groups(row: R) -> int | None:
+        found: int = of(row).groups
+        return None if of(row).rank and found == 1 else found
+
+    ranks = (
+        "Rank of LR where --ranks asks for it; N is the reduction that it keeps to (- for none, or if layers differ)."
+    )
+    return [
+        Column("N", groups, "Groups.", lead=True),
+        Column("rank", lambda row: of(row).rank, ranks, lead=True, optional=True),
+    ]
 
 
 @dataclass(frozen=True)
@@ -187,8 +204,11 @@ def row_record(row: Row, params: Data, without: Sequence[str] = ()) -> dict[str,
 
 
 def as_csv(report: Report) -> str:
-    """The report's records; the header is the union of their fields in order of appearance."""
+    """The report's records; the header is the union of their fields in order of appearance, but for those of LATER that
+    no record knows."""
     fields = list(dict.fromkeys(name for record in report.records for name in record))
+    unused = [name for name in LATER if all(record.get(name) is None for record in report.records)]
+    fields = [name for name in fields if name not in unused]
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(map(_csv_cell, fields))

@@ -12,7 +12,7 @@ from typing import Any
 
 from bgcbench.report.format import label_of, named, scaled, share_words, significant
 from bgcbench.report.notes import chosen_algorithms, kept_dense, notes, together
-from bgcbench.report.table import Column, Report, Table, flat, label, words
+from bgcbench.report.table import Column, Report, Table, flat, group_columns, label, words
 from bgcbench.results.aggregate import (
     MIN_SEEDS,
     NO_IMAGES,
@@ -49,7 +49,7 @@ FLATTERS = "where a seed did not finish, the mean is of those that did, which fl
 
 
 def cell_name(cell: Cell) -> str:
-    return label_of(cell.variant) if cell.dense else named(cell.variant, cell.groups)
+    return label_of(cell.variant) if cell.dense else named(cell.variant, cell.groups, cell.rank)
 
 
 def is_synthetic(rows: Rows) -> bool:
@@ -103,7 +103,7 @@ TO_SC = "Last error less that of SC, in percentage points; of the same seeds, wh
 
 def _compared(cells: Cells) -> list[Compared]:
     """BGC with GC at equal N and at equal parameters, by the N of GC, where both have an error."""
-    at = {(cell.variant, cell.groups): cell for cell in cells}
+    at = {(cell.variant, cell.groups): cell for cell in cells if cell.rank is None}
     pairs = sorted(at_equal_n(at) + at_equal_params(at), key=lambda pair: (pair[1].groups, pair[0].groups))
     found = [(one, other, difference_of(one.errors, other.errors)) for one, other in pairs]
     return [(one, other, difference) for one, other, difference in found if difference]
@@ -156,10 +156,10 @@ TRAINED = "Parameters while training: LGC and FLGC are trained masked, with dens
 LAST = "Top-1 error on the test images after the last epoch: the figure to quote."
 BEST = "Error of the epoch that was best on these same test images, which flatters."
 TOP5 = "Top-5 error, after the last epoch where there is one."
-FLAGS = "How seeds ended that are not done (s0: seed 0). kept dense: convolutions whose channels N does not divide."
+FLAGS = "How seeds ended that are not done (s0: seed 0). kept dense: convolutions that N or the rank does not fit."
 VARIANT_COLUMNS: list[Column[Any]] = [
     label("variant", lambda cell: label_of(cell.variant), "SC: the standard convolution, or the untouched network."),
-    Column("N", lambda cell: cell.groups, "Groups.", lead=True),
+    *group_columns(lambda cell: cell),
 ]
 FINAL_COLUMNS = [
     error_column("error last %", lambda cell: cell.errors, LAST),
@@ -286,7 +286,7 @@ def _facts(document: Document, cells: Cells, compared: Sequence[Compared]) -> li
     lines = [recipe_line(document, rows)] if rows else []
     lines += error_notes(rows, cells)
     lines += together((cell_name(cell), learnt) for cell in cells if (learnt := _learnt(cell)))
-    lines += kept_dense((cell_name(cell), cell.variant, cell.indivisible) for cell in cells) + _about_paper(rows)
+    lines += kept_dense((cell_name(cell), cell, cell.indivisible) for cell in cells) + _about_paper(rows)
     lines += chosen_algorithms(rows, lambda row: row.key)
     return lines + ([SCATTER] if any(difference.seeds >= MIN_SEEDS for *_, difference in compared) else [])
 

@@ -213,7 +213,7 @@ def _facts(document: Document, run: Conversions) -> list[str]:
     if any(row.params.distill for row in trained):
         lines.append("distilled: the untouched network's outputs were targets beside the labels")
     lines += training.error_notes(rows, run.cells, *([NO_CONTROL] if run.epochs and not run.control else []))
-    lines += kept_dense((training.cell_name(cell), cell.variant, cell.indivisible) for cell in run.converted)
+    lines += kept_dense((training.cell_name(cell), cell, cell.indivisible) for cell in run.converted)
     lines += _about_calibration(run)
     if ran := next((row.time for row in rows if row.time), None):
         memory = f", memory {ran.memory}" if ran.memory else ""

@@ -64,10 +64,11 @@ class Start(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Cell:
-    """One variant at one N from one start: a row a seed. Errors are in percent."""
+    """One variant at one N, or of one rank, from one start: a row a seed. Errors are in percent."""
 
     variant: str
     groups: int
+    rank: int | None
     start: Start
     rows: tuple[TrainRow, ...]
 
@@ -191,13 +192,13 @@ def median_of(values: Iterable[float | None]) -> float | None:
 
 
 def training_cells(rows: Iterable[TrainRow]) -> list[Cell]:
-    """Rows of ``train`` or ``transfer`` as cells: the standard convolution, then by N, start and variant."""
-    found: dict[tuple[str, int, Start], list[TrainRow]] = {}
+    """Rows of ``train`` or ``transfer`` as cells: the standard convolution, by N, start and variant, and by rank."""
+    found: dict[tuple[str, int, int | None, Start], list[TrainRow]] = {}
     for row in rows:
         params = row.params
-        found.setdefault((params.variant, params.groups, Start(params.init, params.rebn)), []).append(row)
+        found.setdefault((*params.cell, Start(params.init, params.rebn)), []).append(row)
     cells = [Cell(*at, tuple(mine)) for at, mine in found.items()]
-    return sorted(cells, key=lambda c: (not c.dense, c.groups, c.start.place, variant_place(c.variant)))
+    return sorted(cells, key=lambda c: (not c.dense, c.rank or 0, c.groups, c.start.place, variant_place(c.variant)))
 
 
 def _by_seed(rows: Iterable[Row], value: Callable[[Row], float | None]) -> BySeed:
@@ -351,8 +352,8 @@ class Conversions:
         return [phase for phase in NETWORK_PHASES if any(cell.time(phase) for cell in self.cells)]
 
     def at(self, start: Start) -> dict[tuple[str, int], Cell]:
-        """The cells of a start, and the untouched network, by (variant, N)."""
-        return {(cell.variant, cell.groups): cell for cell in self.cells if cell.dense or cell.start == start}
+        """The cells of a start, and the untouched network, by (variant, N); without those of a rank."""
+        return {(c.variant, c.groups): c for c in self.cells if c.dense or (c.start == start and c.rank is None)}
 
     def at_equal_n(self, start: Start) -> list[Pair[Cell]]:
         return at_equal_n(self.at(start))
@@ -395,7 +396,8 @@ class Conversions:
 
     def _timed(self, cell: Cell) -> Cell:
         """The cell of this variant and N that was timed, whatever its start."""
-        alike = [found for found in self.cells if (found.variant, found.groups) == (cell.variant, cell.groups)]
+        asked = cell.variant, cell.groups, cell.rank
+        alike = [found for found in self.cells if (found.variant, found.groups, found.rank) == asked]
         return next((found for found in alike if any(map(found.time, self.phases))), cell)
 
 

@@ -211,6 +211,25 @@ def upgraded_record(stored: dict[str, Any]) -> dict[str, Any]:
     return stored | {name: [made[name](one) for one in found] for name, found in lists.items()}
 
 
+# ----------------------------------------------------------------------------------------------------- of all commands
+
+CellKey = tuple[str, int, int | None]  # variant, N and rank: what rows that differ in other things have in common
+
+
+class Chosen(Data, frozen=True, kw_only=True):
+    """Which convolutions a row is about. rank: r, where that was asked for in the place of N; groups is then the
+    reduction that it keeps to (bgcbench.specs.ConvSpec), and 1 of a whole network, whose layers differ in that."""
+
+    variant: str
+    groups: Whole
+    rank: Whole | None = None
+
+    @property
+    def cell(self) -> CellKey:
+        """(variant, N, None), or (variant, 1, rank), where N follows from the layer."""
+        return self.variant, self.groups if self.rank is None else 1, self.rank
+
+
 # ----------------------------------------------------------------------------------------------------------- profile
 
 
@@ -285,11 +304,9 @@ class Memory(Data, frozen=True, kw_only=True):
     agreed: bool | None = None
 
 
-class ProfileParams(Data, frozen=True, kw_only=True, omit_defaults=True):
+class ProfileParams(Chosen, frozen=True, kw_only=True, omit_defaults=True):
     """Of a layer (channels, kernel, stride), of a network (model, where), or of a network's layer (both, layer)."""
 
-    variant: str
-    groups: Whole
     model: str | None = None
     layer: Count | None = None
     where: str | None = None
@@ -370,9 +387,7 @@ class ProfileRow(Row, frozen=True, kw_only=True, omit_defaults=True):
 # ------------------------------------------------------------------------------------------------------------ approx
 
 
-class SampledParams(Data, frozen=True):
-    variant: str
-    groups: Whole
+class SampledParams(Chosen, frozen=True, kw_only=True, omit_defaults=True):
     in_channels: Whole
     out_channels: Whole
     kernel: Whole
@@ -389,7 +404,8 @@ class SampledParams(Data, frozen=True):
 class SampledRow(Row, frozen=True):
     """The least error of a variant for sampled convolutions (eq. 5.1), and relative to other things; *_se: standard
     errors. scaled: relative_error / (1 - 1/N)^p. construction: with the weights of Theorem 3.6's proof. bound_*: the
-    right-hand sides of Theorems 3.5 and 3.6. null_reasons: why a number is None.
+    right-hand sides of Theorems 3.5 and 3.6. limit: of low rank on white input, as the channels grow
+    (bgcbench.theory.lowrank); None for all else. null_reasons: why another number is None.
 
     Rounding may leave an error of 0 below it.
     """
@@ -403,6 +419,7 @@ class SampledRow(Row, frozen=True):
     output_relative_error: float | None = None
     scaled_error: float | None = None
     exact_relative_error: float | None = None
+    limit_relative_error: Nonnegative | None = None
     in_sample_factor: float | None = None
     construction_relative_error: float | None = None
     bound_general: Nonnegative | None = None
@@ -410,9 +427,7 @@ class SampledRow(Row, frozen=True):
     null_reasons: dict[str, str] = {}
 
 
-class LayerParams(Data, frozen=True):
-    variant: str
-    groups: Whole
+class LayerParams(Chosen, frozen=True, kw_only=True, omit_defaults=True):
     model: str
     weights: str
     layer: str
@@ -495,9 +510,7 @@ class Epoch(Data, frozen=True, kw_only=True):
     world_size: Whole | None = None
 
 
-class TrainParams(Data, frozen=True, kw_only=True):
-    variant: str
-    groups: Whole
+class TrainParams(Chosen, frozen=True, kw_only=True):
     model: str
     weights: str
     dataset: str
@@ -517,11 +530,6 @@ class TrainParams(Data, frozen=True, kw_only=True):
     algorithm: str | None = None
     calibration_images: Count | None = None
     seed: Count
-
-    @property
-    def cell(self) -> tuple[str, int]:
-        """(variant, N), which all seeds share."""
-        return self.variant, self.groups
 
     @property
     def is_dense(self) -> bool:

@@ -53,7 +53,7 @@ def border_factor(spec: ConvSpec, height: int, width: int) -> float:
 def exact_relative_error(spec: ConvSpec, size: Pair, law: InputLaw) -> float | None:
     """Least error of ``spec``'s variant and N, over E||W||_par^2 E||x||^2; None where no closed form is known."""
     groups, n = spec.groups, spec.in_channels
-    if groups == 1:
+    if spec.is_dense:
         return 0.0
     if spec.variant not in LINEAR:
         return None

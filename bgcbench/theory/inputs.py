@@ -74,6 +74,11 @@ class InputLaw:
         return self.parameter or 0.0 if self.kind == "factor" else 0.0
 
     @property
+    def is_white(self) -> bool:
+        """Whether its values are uncorrelated and have mean 0."""
+        return self.mean == self.correlation == 0
+
+    @property
     def independent(self) -> bool:
         """Whether the channels are independent, as Assumption 3.1 (ii) asks."""
         return self.correlation == 0.0

@@ -12,14 +12,14 @@ from torch.nn import functional as F
 
 import bgcbench
 from bgcbench.conversion import layer_moments
-from bgcbench.conversion.approximability import approximability, check_divisible, moment_bytes, passes, stream
+from bgcbench.conversion.approximability import approximability, misfits, moment_bytes, passes, stream
 from bgcbench.conversion.convert import candidates
 from bgcbench.conversion.solve import RIDGES
 from bgcbench.convs import CONVS
 from bgcbench.errors import ShapeError, UsageError
 from bgcbench.models import build_model
 from bgcbench.results.rows import Replaced
-from bgcbench.specs import HELD_OUT
+from bgcbench.specs import HELD_OUT, Choice
 
 
 class Net(nn.Module):
@@ -235,10 +235,12 @@ def test_an_n_that_does_not_fit_a_layer_says_so_there_and_nowhere_else(net: Net)
     assert reasons["first"] is not None
     assert "16 is not divisible by groups=32" in reasons["first"]
     assert all(error.calibrated is None for error in found)
-    with pytest.raises(ShapeError, match=r"groups=32 does not divide first \(16 -> 16\)"):
-        check_divisible(candidates(net, example_input=(3, 8, 8)).chosen, ["gc"], [2, 32])
-    with pytest.raises(ShapeError, match=r"groups=32 leaves no rank for first \(16 -> 16\)"):
-        check_divisible(candidates(net, example_input=(3, 8, 8)).chosen, ["lowrank"], [2, 32])
+    layers = candidates(net, example_input=(3, 8, 8)).chosen
+    choices = [Choice("gc", 2), Choice("gc", 32), Choice("lowrank", 32), Choice("lowrank", rank=17)]
+    assert misfits(layers[:1], choices) == [
+        f"{what} first (16 -> 16)"
+        for what in ("groups=32 does not divide", "groups=32 leaves no rank for", "rank=17 is too high for")
+    ]
 
 
 def test_a_layer_that_runs_twice_is_evaluated_on_both_inputs() -> None:

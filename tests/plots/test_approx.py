@@ -216,7 +216,30 @@ def test_the_heat_map_has_every_number_on_its_cell() -> None:
     title = " ".join(texts(figure))
     assert "resnet50 (weights IMAGENET1K_V2)" in title
     assert "256 images of digits" in title
-    assert "-: N does not fit" in title
+    assert "-: N or the rank does not fit" in title
+
+
+def test_ranks_have_a_panel_of_their_own_in_the_heat_map() -> None:
+    document = network()
+    for row in document["results"]:
+        if row["params"]["variant"] == "bgc":
+            row["params"] |= {"variant": "lowrank", "groups": 3, "rank": 10 * row["params"]["groups"]}
+    gc, ranks = figure_of(document, "heatmap").axes[:2]
+    assert [axes.get_title() for axes in (gc, ranks)] == ["GC", "LR"]
+    assert [axes.get_xlabel() for axes in (gc, ranks)] == ["N", "rank"]
+    assert [label.get_text() for label in ranks.get_xticklabels()] == ["20", "40", "80"]
+    assert [text.get_text() for text in ranks.texts] == ["0", "17", "25", "0", "33", "-", "0", "50", "75"]
+
+
+def test_ranks_are_in_the_front_and_in_no_figure_of_the_paper() -> None:
+    document = sampled(variants=("gc", "lowrank"), groups=(2, 4), ranks=(9, 3), inputs=("normal",))
+    (by_groups,) = figure_of(document, "figure1").axes
+    assert [len(line.get_xdata()) for line in by_groups.lines if line.get_label().startswith("LR")] == [2]
+    front = figure_of(document, "pareto").axes[0]
+    keys = {row["key"] for row in document["results"] if row["params"].get("rank")}
+    assert len(keys) == 2
+    assert {line.get_label().partition(" ")[2] for line in front.lines} >= keys
+    assert {"r = 3", "r = 9"} & {text.get_text() for text in front.texts}
 
 
 @pytest.mark.parametrize(

@@ -203,6 +203,19 @@ def figure_title(figure: Figure) -> str:
     return next(text for text in texts(figure) if text.startswith("Test error"))
 
 
+def test_ranks_have_no_place_on_the_axis_of_n_and_panels_of_their_own() -> None:
+    document = train_document(variants=("standard", "gc", "bgc"), groups=(2, 4))
+    for row in document["results"]:
+        if row["params"]["variant"] == "gc":
+            row["params"] |= {"variant": "lowrank", "groups": 1, "rank": 4 * row["params"]["groups"]}
+    by_groups, by_params = figure_of(document, "errors").axes
+    assert not all_found(by_groups, "_mean lowrank")
+    assert len(all_found(by_params, "_mean lowrank")[0].get_xdata()) == 2
+    panels = figure_of(document, "curves").axes
+    assert [axes.get_title() for axes in panels if axes.axison] == ["N = 2", "N = 4", "r = 8", "r = 16"]
+    assert [len(all_found(axes, "_curve lowrank")) for axes in panels if axes.axison] == [0, 0, 1, 1]
+
+
 def test_without_a_name_both_are_drawn_and_the_title_says_what_ran() -> None:
     document = {**train_document(), "quality": "quick", "complete": False}
     figure = figure_of(document)

@@ -91,6 +91,16 @@ def test_where_a_panel_is_missing_the_one_above_it_has_the_name_of_the_axis() ->
     assert_nothing_is_cut_off_or_lies_on_another(figure)
 
 
+def test_ranks_are_points_and_panels_of_their_own() -> None:
+    document = transfer_document(variants=("gc", "bgc"), groups=(2, 4))
+    for row in document["results"]:
+        if row["params"]["variant"] == "bgc":
+            row["params"] |= {"variant": "lowrank", "groups": 1, "rank": 4 * row["params"]["groups"]}
+    assert "From right to left N = 2, 4. From right to left r = 16, 8." in notes(document, "errors")
+    titles = [axes.get_title() for axes in figure_of(document, "layers").axes if axes.axison]
+    assert titles == ["GC, N = 2", "GC, N = 4", "LR, r = 8", "LR, r = 16"]
+
+
 def test_an_error_of_0_stands_at_half_an_image() -> None:
     document = transfer_document(seeds=(0,), epochs=3)
     assert "half an image" not in notes(document, "errors")

@@ -278,7 +278,21 @@ def test_what_the_layers_of_a_cell_lose_is_the_median_over_layers_and_seeds() ->
 
 def sampled(variant: str, groups: int, params: int, lost: float, se: float | None = 0.0) -> SampledRow:
     # 10^9 input values, so that inputs scatter by next to nothing.
-    about = SampledParams(variant, groups, 1000, 1000, 3, 2, 100, 1, "normal", 100, 1, "schur", "fp64")
+    about = SampledParams(
+        variant=variant,
+        groups=groups,
+        in_channels=1000,
+        out_channels=1000,
+        kernel=3,
+        dims=2,
+        length=100,
+        stride=1,
+        input="normal",
+        samples=100,
+        convolutions=1,
+        solver="schur",
+        precision="fp64",
+    )
     return SampledRow(f"{variant}-{groups}", "ok", None, about, Counts(params=params, macs=params), lost, None, lost,
                       se, lost, None, None, None, None, None, None, {})  # fmt: skip
 
