@@ -16,13 +16,14 @@ from bgcbench.cli import show
 from bgcbench.cli.measuring import Approx, Profile
 from bgcbench.cli.output import app, say
 from bgcbench.cli.parameters import register
+from bgcbench.cli.planning import PlanCommand
 from bgcbench.cli.training import Train, Transfer
 from bgcbench.errors import BgcbenchError, OutputError, UsageError
 
 __all__ = ["app", "main", "run"]
 
 # --help lists them in this order.
-for command in (Profile(), Approx(), Train(), Transfer()):
+for command in (Profile(), Approx(), PlanCommand(), Train(), Transfer()):
     register(app, command)
 show.register(app)
 

@@ -139,11 +139,7 @@ class Approx(Command):
                     f"--preset {preset} fixes the experiment, and {self.option(fixed[0])} changes it; leave one of "
                     "them out"
                 )
-        data, weights = given.get("data"), given.get("weights")
-        if data is not None and data not in DATA_SETS and _is_missing(data):
-            raise UsageError(f"--data {data} is not there; give {', '.join(DATA_SETS)}, or a folder of images")
-        if weights is not None and weights not in WEIGHTS and _is_missing(weights):
-            raise UsageError(f"--weights {weights}: there is no such file; choose a file, {' or '.join(WEIGHTS)}")
+        check_images(given)
         return given
 
     def check(self, config: Any, *, fresh: bool, replace: bool) -> None:
@@ -188,6 +184,15 @@ def check_reference(given: Json) -> None:
     """Raise UsageError where the standard convolution is asked for and left out."""
     if given.get("reference") is False and (1 in given.get("groups", ()) or "standard" in given.get("variants", ())):
         raise UsageError("--no-reference leaves the standard convolution out, and it is asked for; drop one of the two")
+
+
+def check_images(given: Json) -> None:
+    """Raise UsageError for a folder of images or a file of weights that is clearly not there."""
+    data, weights = given.get("data"), given.get("weights")
+    if data is not None and data not in DATA_SETS and _is_missing(data):
+        raise UsageError(f"--data {data} is not there; give {', '.join(DATA_SETS)}, or a folder of images")
+    if weights is not None and weights not in WEIGHTS and _is_missing(weights):
+        raise UsageError(f"--weights {weights}: there is no such file; choose a file, {' or '.join(WEIGHTS)}")
 
 
 def _is_missing(path: str) -> bool:

@@ -78,7 +78,7 @@ class Command(ABC):
     summary: ClassVar[str]
     kinds: ClassVar[tuple[type[RunConfig], ...]]
     asked: ClassVar[type[Asked]] = Asked
-    preset: ClassVar[str]
+    preset: ClassVar[str] = ""
     missing: ClassVar[str] = ""
     empty_file: ClassVar[bool] = True
 
@@ -144,7 +144,7 @@ class Command(ABC):
 
 def run_command(command: Command, context: typer.Context, parsed: Mapping[str, Any]) -> int:
     """Do what the options ask for, and return the exit code."""
-    preset = parsed["preset"]
+    preset = parsed.get("preset")
     with only_first_speaks():
         asked = command.asked(**given_fields(options_of(command.asked).values(), parsed))
         check_options(asked)

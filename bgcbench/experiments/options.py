@@ -256,6 +256,13 @@ class Asked:
 
 
 @dataclass(frozen=True)
+class AskedOfPlan(Asked):
+    """The same of a run that saves a plan and its network."""
+
+    force: bool = option(False, "Replace existing --out and --save files.")
+
+
+@dataclass(frozen=True)
 class AskedOfPicture(Asked):
     """The same of a run that can be drawn."""
 

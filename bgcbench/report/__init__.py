@@ -9,6 +9,7 @@ from bgcbench.report.approx import approx_report
 from bgcbench.report.compare import Comparison, compare_report, settings_that_differ, speed_up
 from bgcbench.report.machine import doctor_report
 from bgcbench.report.measured import flags
+from bgcbench.report.plan import plan_report
 from bgcbench.report.profile import profile_report
 from bgcbench.report.table import Column, Report, Table, as_csv, as_markdown, emit, explained
 from bgcbench.report.table1 import table1_report
@@ -37,5 +38,11 @@ __all__ = [
 
 def document_report(document: Document) -> Report:
     """The report of any result document."""
-    reports = {"profile": profile_report, "approx": approx_report, "train": train_report, "transfer": transfer_report}
+    reports = {
+        "profile": profile_report,
+        "approx": approx_report,
+        "plan": plan_report,
+        "train": train_report,
+        "transfer": transfer_report,
+    }
     return reports[document.command](document)

@@ -31,6 +31,8 @@ from bgcbench.results.rows import (
     Group,
     LayerRow,
     NetworkFacts,
+    PlanFacts,
+    PlanRow,
     ProfileRow,
     Row,
     SampledRow,
@@ -46,7 +48,7 @@ from bgcbench.specs import FINGERPRINT_FIELDS
 SCHEMA_NAME, SCHEMA_VERSION = "bgcbench.result", "1.1"
 
 Json = dict[str, Any]
-Command = Literal["profile", "approx", "train", "transfer"]
+Command = Literal["profile", "approx", "plan", "train", "transfer"]
 
 # What a number in a file may be but 0, far beyond anything that is measured: ratios of any two are finite. A NaN is
 # neither above nor below.
@@ -69,7 +71,7 @@ class Document(msgspec.Struct, kw_only=True):
 
     argv: as typed. failure: the error that ended the run. quality: 'quick' makes no claim. config: the experiment's
     configuration, from which it can be run again. interleaved: groups of rows measured in
-    turn. fits, network: of approx.
+    turn. fits, network: of approx. plan: of plan.
     """
 
     schema: Schema = Schema(name=SCHEMA_NAME, version=SCHEMA_VERSION)
@@ -90,6 +92,7 @@ class Document(msgspec.Struct, kw_only=True):
     results: tuple[Any, ...] = ()  # rows of one type: see row_type
     fits: tuple[Fit, ...] = ()
     network: NetworkFacts | None = None
+    plan: PlanFacts | None = None
     warnings: tuple[str, ...] = ()
 
     def row(self, key: str) -> AnyRow | None:
@@ -268,7 +271,7 @@ def row_type(command: str, row: object) -> type[Row]:
     params = row.get("params") if isinstance(row, dict) else None
     if command == "approx":
         return LayerRow if isinstance(params, dict) and "model" in params else SampledRow
-    kinds: dict[str, type[Row]] = {"profile": ProfileRow, "train": TrainRow, "transfer": TransferRow}
+    kinds: dict[str, type[Row]] = {"profile": ProfileRow, "plan": PlanRow, "train": TrainRow, "transfer": TransferRow}
     return kinds[command]
 
 

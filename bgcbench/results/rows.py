@@ -618,7 +618,74 @@ class TransferRow(TrainRow, frozen=True, kw_only=True):
     judged: bool = False
 
 
-AnyRow = ProfileRow | SampledRow | LayerRow | TrainRow | TransferRow
+# -------------------------------------------------------------------------------------------------------------- plan
+
+
+class PlanParams(Data, frozen=True, kw_only=True, omit_defaults=True):
+    """Of a layer as a choice, or of a network as a whole (subject: dense, plan, or one choice for all layers)."""
+
+    stage: Literal["cost", "loss", "choice", "proof"]
+    model: str
+    weights: str
+    data: str
+    variant: str
+    groups: Whole
+    rank: Whole | None = None
+    layer: str | None = None
+    shape: str | None = None
+    subject: str | None = None
+
+
+class PlanRow(Row, frozen=True, kw_only=True, omit_defaults=True):
+    """What a layer costs or loses as a choice, what it becomes, or how a whole network compares with the original one.
+
+    counts: of the layer, biases apart; seconds: of a call, as its saving shows in the network. loss: the share of the
+    layer's output variance; felt: of the network's. better: the least costly choice that loses less. *_ratio: of the
+    replaced convolutions (params, macs) or of the network (time), to the original. agreement, top5: percent of the
+    images on which the original's first guess is the first, or among the first five.
+    """
+
+    params: PlanParams
+    counts: Counts | None = None
+    seconds: float | None = None
+    loss: Nonnegative | None = None
+    felt: Nonnegative | None = None
+    better: str | None = None
+    params_ratio: Nonnegative | None = None
+    macs_ratio: Nonnegative | None = None
+    time_ratio: Nonnegative | None = None
+    time_ratio_ci95: Ends | None = None
+    agreement: Percent | None = None
+    top5: Percent | None = None
+    kl: float | None = None
+    logit_error: Nonnegative | None = None
+    test_images: Count | None = None
+
+
+class CurvePoint(Data, frozen=True):
+    """The best plan for a budget: cost as a share of the original, and predicted loss."""
+
+    cost: float
+    loss: Nonnegative
+
+
+class PlanFacts(Data, frozen=True, kw_only=True):
+    """The plan of a run. asked, predicted, measured: shares of ``kind``. choices: by convolution, as in a plan file.
+    rest_s, factors: the network's time besides its convolutions, and by variant the share of their savings alone that
+    shows in the network; predicted times follow from them."""
+
+    kind: Literal["params", "macs", "time", "loss"]
+    asked: Nonnegative
+    predicted: float | None = None
+    loss: Nonnegative | None = None
+    measured: Nonnegative | None = None
+    choices: dict[str, dict[str, Any]] = {}
+    curve: tuple[CurvePoint, ...] = ()
+    rest_s: float = 0.0
+    factors: dict[str, float] = {}
+
+
+AnyRow = PlanRow | ProfileRow | SampledRow | LayerRow | TrainRow | TransferRow
 
 
 # ---------------------------------------------------------------------------------------------- around the rows

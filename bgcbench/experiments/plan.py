@@ -1,0 +1,75 @@
+"""``bgcbench plan``: what each convolution of a network becomes for one budget, and the proof. No torch here.
+
+:mod:`bgcbench.experiments.plan_run` carries it out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import ClassVar
+
+from bgcbench.errors import UsageError
+from bgcbench.experiments.approx_network import ApproxNetworkConfig
+from bgcbench.experiments.options import GRID, MEASURE, NETWORK, Option, option, positive
+
+KINDS = ("params", "macs", "time", "loss")
+TRIED = ("gc", "shuffle", "tlgc", "bgc", "lowrank")
+
+
+def _share(field: str, value: float) -> None:
+    if not 0 < value <= 1:
+        raise UsageError(f"--{field} {value:g} must be above 0 and at most 1: a share of what is there")
+
+
+@dataclass(frozen=True)
+class PlanConfig(ApproxNetworkConfig):
+    """One network, its images, one budget and what is tried; valid once constructed (raises UsageError or ShapeError).
+
+    params, macs, time, loss: of them one or none; see :func:`bgcbench.plan`. batch: images of a call that is timed.
+    test_images: never used to plan, to compare the planned network with the original one.
+    """
+
+    model: str = option(
+        "", "resnet50, wrn_28_10, any classification network of torchvision, or timm/NAME.", argument=True
+    )
+    variants: tuple[str, ...] = option(TRIED)
+    params: float | None = option(
+        None, "Keep at most this share of the convolutions' parameters.", panel=GRID, everyday=True, check=_share
+    )
+    macs: float | None = option(None, "Of their multiply-adds.", panel=GRID, everyday=True, check=_share)
+    time: float | None = option(
+        None, "Of the network's time, measured here in inference.", panel=GRID, everyday=True, check=_share
+    )
+    loss: float | None = option(
+        None, "The fewest MACs with at most this predicted loss.", panel=GRID, everyday=True, check=_share
+    )
+    most_variants: int | None = option(
+        None, "Use so many different variants at most.", panel=GRID, check=positive, shown="all"
+    )
+    precision: str = option("fp32", hidden=True)
+    batch: int = option(8, "Images of a call that is timed.", panel=MEASURE)
+    test_images: int = option(
+        512, "Images to compare with, none of which is planned on.", panel=NETWORK, check=positive
+    )
+    skip_invalid: bool = option(True, hidden=True)
+    save: str | None = option(
+        None, "A folder for plan.json, which you can edit, and the planned network.", panel=NETWORK, everyday=True
+    )
+
+    SHORTHANDS: ClassVar[tuple[Option, ...]] = tuple(
+        dataclasses.replace(each, everyday=False) for each in ApproxNetworkConfig.SHORTHANDS
+    )
+    PRECISIONS: ClassVar[tuple[str, ...]] = ("fp32",)
+    FREE: ClassVar[tuple[str, ...]] = ("memory_gib", "save")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if len(given := [kind for kind in KINDS if getattr(self, kind) is not None]) > 1:
+            raise UsageError(f"--{' and --'.join(given)} are two budgets; give one")
+
+    @property
+    def budget(self) -> tuple[str, float]:
+        """Its kind and how much; all MACs where none is asked for: then everything stays, and there is the curve."""
+        asked = {kind: value for kind in KINDS if (value := getattr(self, kind)) is not None}
+        return next(iter(asked.items()), ("macs", 1.0))

@@ -1,0 +1,110 @@
+"""The tables of a ``plan`` document: the networks compared, what each convolution becomes, and the curve."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from bgcbench.report.format import bounds_text, named, ratio_text
+from bgcbench.report.notes import notes
+from bgcbench.report.table import Column, Report, Table, flat, label, row_record, words
+from bgcbench.results.document import Document
+from bgcbench.results.rows import CurvePoint, PlanFacts, PlanRow
+
+WHAT = {"params": "parameters", "macs": "MACs", "time": "time", "loss": "predicted loss"}
+
+
+def plan_report(document: Document) -> Report:
+    rows: list[PlanRow] = list(document.results)
+    proof = [row for row in rows if row.params.stage == "proof"]
+    chosen = [row for row in rows if row.params.stage == "choice"]
+    about = rows[0].params if rows else None
+    title = [f"{about.model} (weights {about.weights}) on {about.data}"] if about else ["plan"]
+    title.append(document.environment.where)
+    tables = []
+    if proof:
+        sections = {"In words": _said(document.plan, proof)} if document.plan else {}
+        tables.append(Table([*title, "The networks, on images never planned on"], PROOF, proof, sections))
+    if chosen or not proof:
+        tables.append(Table([*([] if proof else title), "What each convolution becomes"], CHOICES, chosen))
+    if document.plan and document.plan.curve:
+        cost = "macs" if document.plan.kind == "loss" else document.plan.kind
+        tables.append(Table([f"The best plans, by {WHAT[cost]}"], CURVE, document.plan.curve))
+    facts = ["predicted loss ranks plans; what a plan really loses is in the table of networks"] if chosen else []
+    return Report(tables, notes(document, facts), [_record(row) for row in rows])
+
+
+def _choice(row: PlanRow) -> str:
+    params = row.params
+    return "dense" if params.variant == "standard" else named(params.variant, params.groups, params.rank)
+
+
+def _subject(row: PlanRow) -> str:
+    return row.params.subject or "" if row.params.variant == "standard" else _choice(row)
+
+
+def _time(row: PlanRow) -> str | None:
+    return None if row.time_ratio is None else f"{row.time_ratio:.3f}{bounds_text(row.time_ratio_ci95, ratio_text)}"
+
+
+SUBJECT = "The original (dense), the plan, or one choice for every convolution that it fits."
+OF_ALL = "Of all convolutions that may be replaced, to the original's."
+OF_LAYER = "To the layer's own."
+AGREES = "Images on which the first guess is the original's. Labels are not needed."
+LOGITS = "Squared error of the class scores, as a share of their variance over the images."
+FELT = "Predicted share of the variance of the network's outputs: the loss times the sensitivity to the layer."
+BETTER = "The least costly choice that loses less; the budget has no room for it."
+SHARE = "{:.3f}".format
+PROOF: list[Column[PlanRow]] = [
+    label("network", _subject, SUBJECT),
+    Column("params", lambda row: row.params_ratio, OF_ALL, SHARE),
+    Column("MACs", lambda row: row.macs_ratio, OF_ALL, SHARE),
+    Column("time", _time, "Of the whole network, to the original's, with a 95 % confidence interval."),
+    Column("agrees %", lambda row: row.agreement, AGREES, "{:.1f}".format),
+    Column("top-5 %", lambda row: row.top5, "The original's first guess is among the first five.", "{:.1f}".format),
+    Column("KL", lambda row: row.kl, "Mean of KL(original || network) over the images, in nats.", "{:.3g}".format),
+    Column("logit error", lambda row: row.logit_error, LOGITS, "{:.3g}".format),
+]
+CHOICES: list[Column[PlanRow]] = [
+    label("layer", lambda row: row.params.layer, "A convolution, in the order of execution."),
+    words("convolution", lambda row: row.params.shape, "Channels and kernel."),
+    words("becomes", _choice, "Its choice; dense: it stays."),
+    Column("params", lambda row: row.params_ratio, OF_LAYER, SHARE),
+    Column("MACs", lambda row: row.macs_ratio, OF_LAYER, SHARE),
+    Column("time", lambda row: row.time_ratio, f"{OF_LAYER} As it shows in the network.", SHARE, optional=True),
+    Column("loss", lambda row: row.loss, "Share of the output's variance, on images held out.", "{:.2%}".format),
+    Column("felt", lambda row: row.felt, FELT, "{:.2%}".format),
+    words("better", lambda row: row.better or "-", BETTER),
+]
+CURVE: list[Column[CurvePoint]] = [
+    Column("cost", lambda point: point.cost, "Share of the original's.", SHARE),
+    Column("predicted loss", lambda point: point.loss, "Of the variance of the network's outputs.", "{:.3g}".format),
+]
+
+
+def _said(plan: PlanFacts, proof: Sequence[PlanRow]) -> list[str]:
+    """What was asked, what is measured, and how the plan compares with the best single choice."""
+    own = next((row for row in proof if row.params.subject == "plan"), None)
+    if own is None or own.agreement is None:
+        return []
+    lines = []
+    if plan.asked < 1 and plan.measured is not None:
+        bounds = own.time_ratio_ci95 if plan.kind == "time" else None
+        ends = f" (95% CI {bounds[0]:.2f}-{bounds[1]:.2f})" if bounds else ""
+        measured = "is measured" if plan.kind in ("time", "loss") else "it is"
+        lines.append(f"{plan.asked:g} of the {WHAT[plan.kind]} was asked, {plan.measured:.3g}{ends} {measured}")
+    lines.append(f"the first guess agrees with the original's on {own.agreement:.1f} % of {own.test_images} images")
+    others = [row for row in proof if row.params.subject not in ("dense", "plan") and row.agreement is not None]
+    if others:
+        best = max(others, key=lambda row: row.agreement or 0.0)
+        lines.append(f"the best single choice at that budget, {_choice(best)}, on {best.agreement:.1f} %")
+    return lines
+
+
+def _record(row: PlanRow) -> dict[str, Any]:
+    return {
+        **row_record(row, row.params),
+        "params": row.counts.params if row.counts else None,
+        "macs": row.counts.macs if row.counts else None,
+        **flat(row, PlanRow, without=("key", "params", "status", "reason", "counts")),
+    }
