@@ -42,6 +42,7 @@ from bgcbench.results.rows import Counts, CurvePoint, PlanFacts, PlanParams, Pla
 from bgcbench.specs import HELD_OUT, Choice
 
 PLAN_FILE, NETWORK_FILE = "plan.json", "network"
+READ = 64  # images that are read at a time
 UNSEEN = 3  # of so many images one is never planned on, where there are too few for all that is asked
 
 
@@ -115,7 +116,7 @@ def prepare(config: PlanConfig) -> Prepared:
     planned_on = min(config.calibration_images, there - test)
     if planned_on < HELD_OUT or test < 1:
         raise UsageError(f"--data {config.data} has {there} images; {HELD_OUT * 2} are needed to plan on and to test")
-    network.batches.count = planned_on
+    network.batches.count, network.batches.batch = planned_on, READ
     prepared = Prepared(network, network.config, planned_on, test)
     kind, budget = config.budget
     if kind in ("params", "macs"):

@@ -176,14 +176,16 @@ def _norms_of_the_batch(model: nn.Module) -> Iterator[None]:
 class Outputs:
     """What a network puts out on some images, and how far off a changed one is.
 
-    model: run in eval mode. parts: of the images (see parts_of).
+    model: run in eval mode. parts: of the images (see parts_of); images of one size go through together, so that norms
+    see enough of them.
     """
 
     def __init__(self, model: nn.Module, parts: Sequence[Part], passing: Passing) -> None:
-        self.model, self.parts, self.passing = model, parts, passing
+        self.model, self.parts, self.passing = model, _together(parts), passing
         self.original = self._run()
-        centred = [values - values.mean(0) for values in self.original]
-        self.variance = sum(float(values.double().square().sum()) for values in centred)
+        alike = len({values.shape[1] for values in self.original}) == 1
+        groups = [torch.cat(self.original)] if alike else self.original
+        self.variance = sum(float((values - values.mean(0)).double().square().sum()) for values in groups)
 
     @torch.no_grad()
     def _run(self) -> list[Tensor]:
@@ -200,14 +202,27 @@ class Outputs:
     def error(self) -> float:
         """The squared error of the outputs now, as a share of their variance over the images."""
         off = sum(float((a - b).double().square().sum()) for a, b in zip(self._run(), self.original, strict=True))
-        return off / self.variance if self.variance > 0 else 0.0
+        return off / self.variance
+
+
+def _together(parts: Sequence[Part]) -> Sequence[Part]:
+    """One part where all are tensors of images of one size."""
+    tensors = [part.batch[0] for part in parts if isinstance(part.batch, tuple) and len(part.batch) == 1]
+    alike = len(tensors) == len(parts) and all(isinstance(each, Tensor) for each in tensors)
+    if not alike or len({each.shape[1:] for each in tensors}) != 1:
+        return parts
+    numbers = [number for part in parts for number in part.numbers]
+    return [Part((torch.cat(tensors),), numbers, parts[0].held_out)]
 
 
 def sensitivity(outputs: Outputs, layer: Replaced, losses: Sequence[ChoiceLoss], *, centred: bool) -> float:
     """The error of the network's outputs for each unit of the layer's loss; 0 where it loses nothing as any choice.
 
-    It is put in as the choice whose loss is in the middle.
+    It is put in as the choice whose loss is in the middle. 1 where the outputs are the same for all images, as of some
+    untrained networks: then the layers' losses are all there is to go by.
     """
+    if outputs.variance == 0:
+        return 1.0
     some = sorted((each for each in losses if each.loss > EXACT), key=lambda each: each.loss)
     if not some:
         return 0.0

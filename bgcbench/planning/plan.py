@@ -352,7 +352,7 @@ def timed(
     Measured on the device where ``model`` is. Options that could not be measured are left out.
     """
     device = device_of(model)
-    rules = timing.Rules.for_device(device.type, quick=quick, max_time_s=0.5 if quick else 2.0)
+    rules = timing.Rules.for_device(device.type, quick=quick, max_time_s=0.1 if quick else 1.0)
     layers = [options.layer for options in problem.layers]
     choices = {each.layer.name: [one.choice for one in each.options[1:]] for each in problem.layers}
     shared: dict[str, Any] = {"seed": seed, "stop": stop}
@@ -473,7 +473,7 @@ def choose(
         )
     points = tuple(Point((rest + point.cost) / whole, point.loss, point.keys) for point in knapsack.curve(everything))
     return Plan(
-        choices=best.keys,
+        choices={options.layer.name: best.keys[options.layer.name] for options in layers},
         kind=kind,
         asked=budget,
         cost=(rest + best.cost) / whole,

@@ -91,7 +91,7 @@ def _said(plan: PlanFacts, proof: Sequence[PlanRow]) -> list[str]:
     if plan.asked < 1 and plan.measured is not None:
         bounds = own.time_ratio_ci95 if plan.kind == "time" else None
         ends = f" (95% CI {bounds[0]:.2f}-{bounds[1]:.2f})" if bounds else ""
-        measured = "is measured" if plan.kind in ("time", "loss") else "it is"
+        measured = "is measured" if plan.kind in ("time", "loss") else "is kept"
         lines.append(f"{plan.asked:g} of the {WHAT[plan.kind]} was asked, {plan.measured:.3g}{ends} {measured}")
     lines.append(f"the first guess agrees with the original's on {own.agreement:.1f} % of {own.test_images} images")
     others = [row for row in proof if row.params.subject not in ("dense", "plan") and row.agreement is not None]

@@ -169,6 +169,7 @@ def test_a_plan_converts_and_keeps_its_budget() -> None:
     assert all(choice.is_dense for choice in whole.choices.values())
 
 
+@pytest.mark.usefixtures("brisk")
 def test_a_budget_of_time_measures_every_layer_and_choice() -> None:
     model, x = network(), images(16)
     plan = bgcbench.plan(model, [x], time=1.0, quick=True, groups=(2, 4), variants=("gc", "lowrank"))
@@ -180,6 +181,7 @@ def test_a_budget_of_time_measures_every_layer_and_choice() -> None:
         bgcbench.plan(model, iter([x]), time=0.9)
 
 
+@pytest.mark.usefixtures("brisk")
 def test_seconds_add_up_to_the_network(problem: Problem) -> None:
     known = timed(network(), problem, Passing(), (images(4),), quick=True)
     dense = [options.dense.cost("time") for options in known.layers]

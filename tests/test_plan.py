@@ -1,0 +1,152 @@
+"""``bgcbench plan`` as a user meets it: stages, resume, what is saved, what is said and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import bgcbench
+from bgcbench.cli import main
+from bgcbench.experiments import plan_run
+from bgcbench.planning.plan import Plan
+from tests.stored import stored
+
+RUN = [
+    "plan", "wrn_10_1", "--weights", "none", "--data", "digits", "--size", "8", "--calibration-images", "24",
+    "--test-images", "40", "--batch", "2", "--device", "cpu", "--threads", "1", "--quick",
+]  # fmt: skip
+ASKED = [*RUN, "--variants", "gc,bgc,lowrank", "--groups", "2,4,8"]
+
+
+def rows_of(document: dict[str, Any], stage: str) -> dict[str, dict[str, Any]]:
+    return {row["key"]: row for row in document["results"] if row["params"]["stage"] == stage}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run: p.json and the folder saved."""
+    made = tmp_path_factory.mktemp("plan")
+    words = [*ASKED, "--params", "0.4", "--out", str(made / "p.json"), "--save", str(made / "saved"), "--quiet"]
+    assert main(words) == 0
+    return made
+
+
+def test_every_stage_leaves_its_rows(folder: Path) -> None:
+    document = stored(folder / "p.json")
+    costs, losses = rows_of(document, "cost"), rows_of(document, "loss")
+    choices, proof = rows_of(document, "choice"), rows_of(document, "proof")
+    layers = {row["params"]["layer"] for row in costs.values()}
+    assert all({row["params"]["layer"] for row in found.values()} == layers for found in (losses, choices))
+    assert len(costs) == len(losses)
+    assert all(row["status"] == "ok" for row in document["results"])
+    plan, own = document["plan"], proof["proof-plan"]
+    assert (plan["kind"], plan["asked"]) == ("params", 0.4)
+    assert own["params_ratio"] == pytest.approx(plan["predicted"]) == pytest.approx(plan["measured"])
+    assert own["params_ratio"] <= 0.4
+    chosen = {row["params"]["layer"]: row["counts"]["params"] for row in choices.values()}
+    originals = [row for row in costs.values() if row["params"]["variant"] == "standard"]
+    dense = {row["params"]["layer"]: row["counts"]["params"] for row in originals}
+    assert own["params_ratio"] == pytest.approx(sum(chosen.values()) / sum(dense.values()))
+    assert proof["proof-dense"]["agreement"] == 100
+    for subject in ("gc", "bgc", "lowrank"):
+        assert proof[f"proof-{subject}"]["params_ratio"] <= 0.4
+        assert proof[f"proof-{subject}"]["time_ratio"] > 0
+    assert plan["curve"][-1] == {"cost": pytest.approx(1.0), "loss": 0.0}
+
+
+def test_what_is_saved_is_the_plan_and_its_network(folder: Path) -> None:
+    plan = Plan.load(folder / "saved" / "plan.json")
+    document = stored(folder / "p.json")
+    assert {name: choice.to_json() for name, choice in plan.choices.items()} == document["plan"]["choices"]
+    network = bgcbench.load_converted(folder / "saved" / "network.pt")
+    replaced = {name for name, choice in plan.choices.items() if not choice.is_dense}
+    assert {name for name, module in network.named_modules() if hasattr(module, "dense_weight")} == replaced
+
+
+def test_it_is_shown_with_the_answer_in_words(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["show", str(folder / "p.json"), "--format", "markdown"]) == 0
+    shown = capsys.readouterr().out
+    assert "0.4 of the parameters was asked" in shown
+    assert "the best single choice at that budget" in shown
+    assert main(["show", str(folder / "p.json"), "--format", "csv"]) == 0
+    assert capsys.readouterr().out.splitlines()[0].startswith("key,stage,model")
+    assert main(["show", str(folder / "p.json"), "--explain"]) == 0
+    assert "felt" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("stage", ["cost", "loss", "choice", "proof"])
+def test_a_run_that_was_stopped_in_a_stage_goes_on_to_the_same_plan(stage: str, folder: Path, tmp_path: Path) -> None:
+    """Everything from the middle of that stage on is taken away."""
+    document = json.loads((folder / "p.json").read_text())
+    stages = ["cost", "loss", "choice", "proof"]
+    after = [row for row in document["results"] if stages.index(row["params"]["stage"]) >= stages.index(stage)]
+    here = [row for row in after if row["params"]["stage"] == stage]
+    gone = {row["key"] for row in after} - {row["key"] for row in here[: len(here) // 2]}
+    document["results"] = [row for row in document["results"] if row["key"] not in gone]
+    document |= {"complete": False, "exit_reason": "interrupted"}
+    document["config"]["save"] = None
+    torn = tmp_path / "torn.json"
+    torn.write_text(json.dumps(document))
+    assert main(["plan", "--resume", str(torn), "--quiet"]) == 0
+    again, before = stored(torn), stored(folder / "p.json")
+    assert again["plan"]["choices"] == before["plan"]["choices"]
+    assert again["plan"]["curve"] == before["plan"]["curve"]
+    assert again["complete"]
+    for row in rows_of(before, "loss").values():
+        assert rows_of(again, "loss")[row["key"]]["felt"] == pytest.approx(row["felt"], rel=1e-4, abs=1e-9)
+
+
+@pytest.mark.usefixtures("brisk")
+def test_time_is_measured_and_a_budget_of_time_is_planned(tmp_path: Path) -> None:
+    out = tmp_path / "t.json"
+    words = [*RUN, "--variants", "gc", "--groups", "2"]
+    assert main([*words, "--time", "1", "--out", str(out), "--quiet"]) == 0
+    document = stored(out)
+    assert all(row["seconds"] is not None for row in rows_of(document, "cost").values())
+    assert document["plan"]["predicted"] <= 1 + 1e-9
+    assert document["plan"]["measured"] > 0
+    assert "gc" in document["plan"]["factors"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--params", "0.5", "--macs", "0.5"], "--params and --macs are two budgets; give one"),
+        (["--params", "0"], "--params 0 must be above 0 and at most 1"),
+        (["--params", "0.01"], "params=0.01 cannot be met: the least is"),
+        (["--data", "nowhere/at/all"], "--data nowhere/at/all is not there"),
+        (["--calibration-images", "2"], "--calibration-images 2 must be at least 4"),
+        (["--most-variants", "0"], "most_variants=0 must be a whole number"),
+        (["--precision", "bf16"], "No such option"),
+    ],
+)
+def test_bad_input_is_one_line(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert main([*ASKED, "--out", str(tmp_path / "x.json"), *words]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert not (tmp_path / "x.json").exists()
+
+
+def test_an_existing_network_is_not_replaced(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [*ASKED, "--params", "0.4", "--out", str(tmp_path / "q.json"), "--save", str(folder / "saved")]
+    assert main(words) != 0
+    assert "exist; --force replaces them" in capsys.readouterr().err
+
+
+def test_comparing_says_what_it_says() -> None:
+    z = torch.tensor([[3.0, 1.0, 0.0], [0.0, 2.0, 1.0]], dtype=torch.float64)
+    same = plan_run.compare(z, z)
+    assert (same["agreement"], same["top5"], same["logit_error"]) == (100, 100, 0)
+    assert same["kl"] == pytest.approx(0, abs=1e-12)
+    swapped = plan_run.compare(z, z.flip(0))
+    assert swapped["agreement"] == 0
+    centred = z - z.mean(0)
+    assert swapped["logit_error"] == pytest.approx(float((z - z.flip(0)).square().sum() / centred.square().sum()))
+    p, q = z.softmax(1), z.flip(0).softmax(1)
+    assert swapped["kl"] == pytest.approx(float((p * (p / q).log()).sum(1).mean()))
