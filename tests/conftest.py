@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import functools
+import gc
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,6 +18,7 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
 
 import torch
 
+from bgcbench.data.digits import open_digits as _open_digits
 from tests.brisk import shorten
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -26,6 +30,25 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="no CUDA device here"))
+
+
+_MODULES = [0]
+
+
+def pytest_runtest_setup() -> None:
+    """What lives already (torch's modules, above all) is left out of garbage collections: a run has many of them."""
+    if len(sys.modules) > _MODULES[0] + 50:
+        _small_heap()
+        _MODULES[0] = len(sys.modules)
+
+
+def _small_heap() -> None:
+    gc.collect()
+    gc.freeze()
+
+
+if not torch.cuda.is_available():  # torch would remember each seed, and the stack, for the devices that are not there
+    torch.cuda.random._lazy_call = lambda *_, **__: None  # type: ignore[assignment]
 
 
 @pytest.fixture(autouse=True)
@@ -55,6 +78,8 @@ def cli(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
 def brisk(monkeypatch: pytest.MonkeyPatch) -> None:
     """Short warm-ups and no matrix products: what is tested here is not how long they are."""
     shorten(monkeypatch.setattr)
+    if gc.get_freeze_count() == 0:  # a measurement before has thawed it
+        _small_heap()
 
 
 @pytest.fixture
@@ -64,3 +89,43 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+_TRIED: dict[Any, Any] = {}
+
+
+@functools.cache
+def _digits(*size: Any) -> Any:
+    return _open_digits(*size)
+
+
+@pytest.fixture
+def tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The conversions that a run tries without numbers before anything else are tried once in all of a file's tests.
+
+    What is found depends on the network and on what is chosen of it, and nothing changes it afterwards. The digits are
+    read once, too.
+    """
+    from bgcbench.data import digits
+    from bgcbench.experiments import train_run
+
+    monkeypatch.setattr(digits, "open_digits", _digits)
+
+    def remembered(name: str, key: Callable[..., Any]) -> None:
+        found = getattr(train_run, name)
+
+        def recalled(*given: Any) -> Any:
+            place = (name, key(*given))
+            if place not in _TRIED:
+                _TRIED[place] = found(*given)
+            return _TRIED[place]
+
+        monkeypatch.setattr(train_run, name, recalled)
+
+    def chosen(config: Any, _: Any, *cell: Any) -> Any:
+        return config.spec, config.where, config.include, config.exclude, config.skip_invalid, *cell
+
+    remembered("traced", lambda _, spec: spec)
+    remembered("_all_kept", chosen)
+    remembered("converted_as_chosen", chosen)
+    remembered("trace", lambda model, size: (model, size))
