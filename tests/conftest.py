@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import functools
 import gc
 import os
 import subprocess
@@ -18,7 +17,6 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
 
 import torch
 
-from bgcbench.data.digits import open_digits as _open_digits
 from tests.brisk import shorten
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -94,11 +92,6 @@ def one_thread() -> Iterator[None]:
 _TRIED: dict[Any, Any] = {}
 
 
-@functools.cache
-def _digits(*size: Any) -> Any:
-    return _open_digits(*size)
-
-
 @pytest.fixture
 def tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """The conversions that a run tries without numbers before anything else are tried once in all of a file's tests.
@@ -107,12 +100,10 @@ def tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
     read once, too.
     """
     from bgcbench.data import digits
-    from bgcbench.experiments import train_run
+    from bgcbench.experiments import network_run, train_run
 
-    monkeypatch.setattr(digits, "open_digits", _digits)
-
-    def remembered(name: str, key: Callable[..., Any]) -> None:
-        found = getattr(train_run, name)
+    def remembered(module: Any, name: str, key: Callable[..., Any]) -> None:
+        found = getattr(module, name)
 
         def recalled(*given: Any) -> Any:
             place = (name, key(*given))
@@ -120,12 +111,15 @@ def tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
                 _TRIED[place] = found(*given)
             return _TRIED[place]
 
-        monkeypatch.setattr(train_run, name, recalled)
+        monkeypatch.setattr(module, name, recalled)
 
     def chosen(config: Any, _: Any, *cell: Any) -> Any:
         return config.spec, config.where, config.include, config.exclude, config.skip_invalid, *cell
 
-    remembered("traced", lambda _, spec: spec)
-    remembered("_all_kept", chosen)
-    remembered("converted_as_chosen", chosen)
-    remembered("trace", lambda model, size: (model, size))
+    for module in (train_run, network_run):
+        remembered(module, "build_empty", lambda spec: spec)
+        remembered(module, "traced", lambda _, spec: spec)
+        remembered(module, "converted_as_chosen", chosen)
+        remembered(module, "trace", lambda model, size: (model, size))
+    remembered(train_run, "_all_kept", chosen)
+    remembered(digits, "open_digits", lambda *size: (digits.MEAN, *size))
