@@ -36,13 +36,9 @@ _MODULES = [0]
 def pytest_runtest_setup() -> None:
     """What lives already (torch's modules, above all) is left out of garbage collections: a run has many of them."""
     if len(sys.modules) > _MODULES[0] + 50:
-        _small_heap()
+        gc.collect()
+        gc.freeze()
         _MODULES[0] = len(sys.modules)
-
-
-def _small_heap() -> None:
-    gc.collect()
-    gc.freeze()
 
 
 if not torch.cuda.is_available():  # torch would remember each seed, and the stack, for the devices that are not there
@@ -76,8 +72,7 @@ def cli(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
 def brisk(monkeypatch: pytest.MonkeyPatch) -> None:
     """Short warm-ups and no matrix products: what is tested here is not how long they are."""
     shorten(monkeypatch.setattr)
-    if gc.get_freeze_count() == 0:  # a measurement before has thawed it
-        _small_heap()
+    monkeypatch.setattr(gc, "unfreeze", lambda: None)  # the heap stays small after a measurement
 
 
 @pytest.fixture

@@ -94,6 +94,8 @@ def test_a_converted_network_has_the_parameters_worked_out_elsewhere(
     name: str, where: str, variant: str, counts: tuple[int, ...], row: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     looked_at_once(name, monkeypatch)
+    if name != "resnet50":  # that the layers of the others can be exchanged is tried below
+        monkeypatch.setattr(conversions, "keep_what_cannot_be_exchanged", lambda *_, **__: [])
     for groups, expected in zip(counts, millions(row), strict=True):
         converted = convert(without_numbers(NetSpec(name)), variant, groups, where=where, inplace=True)
         assert stored(converted.model) / 1e6 == pytest.approx(expected, abs=5.001e-4)
