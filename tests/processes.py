@@ -134,10 +134,22 @@ def _serve() -> None:
                 ended[pid] = os.waitstatus_to_exitcode(found[1])
             print(json.dumps(ended.get(pid)), flush=True)
             continue
-        pid = os.fork()
-        if pid == 0:
-            _become(**request)
+        if sys.platform == "linux":
+            if (pid := os.fork()) == 0:
+                _become(**request)
+        else:  # what the system's own libraries have begun may not be forked
+            pid = _start(**request)
         print(pid, flush=True)
+
+
+def _start(argv: list[str], cwd: str, env: dict[str, str], files: list[str], brisk: bool) -> int:
+    module = "tests.brisk" if brisk else "bgcbench"
+    with open(files[0], "w") as out, open(files[1], "w") as errors:
+        started = subprocess.Popen(
+            [sys.executable, "-m", module, *argv], cwd=cwd, env={**env, "PYTHONPATH": str(ROOT)},
+            stdin=subprocess.DEVNULL, stdout=out, stderr=errors,
+        )  # fmt: skip
+    return started.pid
 
 
 def _become(argv: list[str], cwd: str, env: dict[str, str], files: list[str], brisk: bool) -> None:
