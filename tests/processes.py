@@ -28,12 +28,18 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 class Forked:
-    """A process of the command line in ``folder``, with as much of subprocess.Popen as tests need."""
+    """A process of the command line in ``folder``, with as much of subprocess.Popen as tests need.
 
-    def __init__(self, folder: Path, *arguments: str, brisk: bool = False, **variables: str) -> None:
+    brisk: as tests.brisk. out, errors: where its stdout and stderr go instead of to ``communicate``.
+    """
+
+    def __init__(
+        self, folder: Path, *arguments: str, brisk: bool = False, out: str = "", errors: str = "", **variables: str
+    ) -> None:
         self.files = [tempfile.NamedTemporaryFile() for _ in range(2)]  # noqa: SIM115 - open as long as this is
         wanted = {"argv": arguments, "cwd": str(folder), "env": {**os.environ, **variables}, "brisk": brisk}
-        self.pid: int = _ask({**wanted, "files": [file.name for file in self.files]})
+        files = [given or file.name for given, file in zip((out, errors), self.files, strict=True)]
+        self.pid: int = _ask({**wanted, "files": files})
         self.returncode: int | None = None
 
     def poll(self) -> int | None:
@@ -110,6 +116,7 @@ def signalled(number: int, when: Callable[[], bool], delay: float = 0.0) -> Iter
 @functools.cache
 def _server() -> subprocess.Popen[str]:
     one = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+    one["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # a look for devices would spoil them for what is forked
     return subprocess.Popen(
         [sys.executable, "-m", "tests.processes"], env={**os.environ, "PYTHONPATH": str(ROOT), **one},
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True,

@@ -629,7 +629,7 @@ def test_resume_auto_leaves_runs_of_other_settings_alone(here: Path, capsys: pyt
 def test_killed_and_stopped_at_random_it_ends_with_the_same_bits(
     here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = [*BASE, "--groups", "2", "--variants", "bgc", "--no-reference", "--subset", "512",
+    arguments = [*BASE, "--groups", "2", "--variants", "bgc", "--no-reference", "--subset", "384",
                  "--epochs", "6", "--batch-size", "32", "--save-every", "0.05", "--quiet"]  # fmt: skip
     assert main([*arguments, "--out", "whole.json"]) == 0
     draw = random.Random(os.getpid())

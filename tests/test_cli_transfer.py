@@ -57,10 +57,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     before = Path.cwd()
     os.chdir(place)
     try:
-        trained = ["train", "wrn_10_1", "--data", "digits", "--size", "8", "--variants", "gc", "--groups", "2",
-                   "--epochs", "3", "--subset", "512", "--device", "cpu", "--threads", "1"]  # fmt: skip
-        assert main([*trained, "--quiet", "--out", "t.json"]) == 0
-        (dense,) = Path("t.checkpoints/wrn_10_1-digits-standard-n1-s0").glob("final-*.pt")
+        train = ["train", "wrn_10_1", "--data", "digits", "--size", "8", "--groups", "2", "--device", "cpu",
+                 "--threads", "1", "--quiet"]  # fmt: skip
+        dense_alone = ["--variants", "standard", "--epochs", "3", "--subset", "512"]
+        assert main([*train, *dense_alone, "--out", "d.json"]) == 0
+        converted = ["--variants", "gc", "--no-reference", "--epochs", "1", "--subset", "64"]
+        assert main([*train, *converted, "--out", "t.json"]) == 0
+        (dense,) = Path("d.checkpoints/wrn_10_1-digits-standard-n1-s0").glob("final-*.pt")
         dense.rename("dense.pt")  # a name without digits that say what is in it
         options = ["--init", "copy,calibrated", "--epochs", "2", "--control", "--distill", "--save", "nets"]
         assert main(["transfer", "dense.pt", *SMALL, *options, "--quiet", "--out", "r.json", "--plot", "r.png"]) == 0
