@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -26,6 +28,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="no CUDA device here"))
+
+
+_MODULES = [0]
+
+
+def pytest_runtest_setup() -> None:
+    """What lives already (torch's modules, above all) is left out of garbage collections: a run has many of them."""
+    if len(sys.modules) > _MODULES[0] + 50:
+        gc.collect()
+        gc.freeze()
+        _MODULES[0] = len(sys.modules)
+
+
+if not torch.cuda.is_available():  # torch would remember each seed, and the stack, for the devices that are not there
+    torch.cuda.random._lazy_call = lambda *_, **__: None  # type: ignore[assignment]
 
 
 @pytest.fixture(autouse=True)
@@ -55,6 +72,7 @@ def cli(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
 def brisk(monkeypatch: pytest.MonkeyPatch) -> None:
     """Short warm-ups and no matrix products: what is tested here is not how long they are."""
     shorten(monkeypatch.setattr)
+    monkeypatch.setattr(gc, "unfreeze", lambda: None)  # the heap stays small after a measurement
 
 
 @pytest.fixture
@@ -64,3 +82,39 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+_TRIED: dict[Any, Any] = {}
+
+
+@pytest.fixture
+def tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The conversions that a run tries without numbers before anything else are tried once in all of a file's tests.
+
+    What is found depends on the network and on what is chosen of it, and nothing changes it afterwards. The digits are
+    read once, too.
+    """
+    from bgcbench.data import digits
+    from bgcbench.experiments import network_run, train_run
+
+    def remembered(module: Any, name: str, key: Callable[..., Any]) -> None:
+        found = getattr(module, name)
+
+        def recalled(*given: Any) -> Any:
+            place = (name, key(*given))
+            if place not in _TRIED:
+                _TRIED[place] = found(*given)
+            return _TRIED[place]
+
+        monkeypatch.setattr(module, name, recalled)
+
+    def chosen(config: Any, _: Any, *cell: Any) -> Any:
+        return config.spec, config.where, config.include, config.exclude, config.skip_invalid, *cell
+
+    for module in (train_run, network_run):
+        remembered(module, "build_empty", lambda spec: spec)
+        remembered(module, "traced", lambda _, spec: spec)
+        remembered(module, "converted_as_chosen", chosen)
+        remembered(module, "trace", lambda model, size: (model, size))
+    remembered(train_run, "_all_kept", chosen)
+    remembered(digits, "open_digits", lambda *size: (digits.MEAN, *size))

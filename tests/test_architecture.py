@@ -36,6 +36,7 @@ ALLOWED = {
         "models",
         "data",
         "conversion",
+        "planning",
         "training",
         "results",
     },

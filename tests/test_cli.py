@@ -27,6 +27,7 @@ from bgcbench.results import files
 from tests.brisk import shorten
 from tests.conftest import ROOT
 from tests.example import example_document
+from tests.processes import Forked
 from tests.stored import stored
 
 Cli = Callable[..., subprocess.CompletedProcess[str]]
@@ -434,15 +435,16 @@ class TestProcess:
 
     @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
     def test_what_was_measured_is_not_lost_with_stdout(self, tmp_path: Path) -> None:
-        done = in_shell([*LIGHT, "--out", "r.json", "--quiet"], "> /dev/full", tmp_path, "tests.brisk")
+        done = Forked(tmp_path, *LIGHT, "--out", "r.json", "--quiet", brisk=True, out="/dev/full")
+        (line,) = done.communicate()[1].splitlines()
         assert done.returncode == 4
-        (line,) = done.stderr.splitlines()
         assert line == "bgcbench: stdout cannot be written (No space left on device); the result is in r.json"
         assert stored(tmp_path / "r.json")["complete"]
-        done = in_shell([*LIGHT, "--out", "-", "--quiet"], "> /dev/full", tmp_path, "tests.brisk")
+        done = Forked(tmp_path, *LIGHT, "--out", "-", "--quiet", brisk=True, out="/dev/full")
+        _, errors = done.communicate()
         assert done.returncode == 4
         (rescued,) = tmp_path.glob("bgcbench-rescued-*")
-        assert f"the result is in {rescued.name}" in done.stderr
+        assert f"the result is in {rescued.name}" in errors
         assert stored(rescued)["complete"]
 
     def test_a_stdout_that_is_closed_is_told_and_no_file_takes_its_place(self, tmp_path: Path) -> None:
@@ -452,10 +454,12 @@ class TestProcess:
         assert stored(tmp_path / "r.json")["complete"]
 
     def test_a_stderr_that_cannot_be_written_ends_nothing(self, tmp_path: Path) -> None:
-        for closed in ("2> /dev/full", "2>&-"):
-            done = in_shell([*LIGHT, "--out", "r.json", "--force"], closed, tmp_path, "tests.brisk")
-            assert done.returncode == 0
-            assert "| BGC | 2 |" in done.stdout
+        full = Forked(tmp_path, *LIGHT, "--out", "f.json", brisk=True, errors="/dev/full")
+        assert "| BGC | 2 |" in full.communicate()[0]
+        assert full.returncode == 0
+        closed = in_shell([*LIGHT, "--out", "r.json"], "2>&-", tmp_path, "tests.brisk")
+        assert closed.returncode == 0
+        assert "| BGC | 2 |" in closed.stdout
 
     @pytest.mark.parametrize("columns", ["60", "80"])
     def test_a_table_fits_the_columns_it_is_given(self, cli: Cli, tmp_path: Path, columns: str) -> None:

@@ -28,8 +28,11 @@ from bgcbench.results.rows import TrainRow
 from bgcbench.theory import paper
 from tests.conftest import ROOT
 from tests.data.test_cifar10 import fabricate
+from tests.processes import Forked, signalled, together
 
-BASE = ["train", "wrn_10_1", "--data", "digits", "--device", "cpu", "--threads", "1"]
+pytestmark = pytest.mark.usefixtures("one_thread", "tried_once")
+
+BASE = ["train", "wrn_10_1", "--data", "digits", "--size", "8", "--device", "cpu", "--threads", "1"]
 SMALL = [*BASE, "--groups", "2", "--epochs", "2", "--subset", "128", "--quiet"]
 
 
@@ -228,7 +231,7 @@ def test_a_trained_network_loads_as_it_was_judged(run: Path) -> None:
     from bgcbench.data import open_labelled
     from bgcbench.training.loop import Prepared
 
-    data = open_labelled("digits", (16, 16), [])
+    data = open_labelled("digits", (8, 8), [])
     rows = {row["key"]: row for row in document(run / "r.json")["results"]}
     for variant in ("bgc", "lgc", "flgc"):
         row = rows[f"wrn_10_1-digits-{variant}-n2-s0"]
@@ -382,7 +385,7 @@ def test_a_folder_like_imagenets_trains_end_to_end(
     pictures(here / "data", {"train": 8, "val": 4})
     monkeypatch.setattr(imagefolder, "IMAGENET", imagefolder.Expected(3, 24, 12))
     classes = ["--classes", "3"] if name == "imagenet" else []
-    arguments = ["train", "resnet18", "--data", name, "--data-dir", "data", "--size", "32", "--groups", "2",
+    arguments = ["train", "wrn_10_1", "--data", name, "--data-dir", "data", "--size", "32", "--groups", "2",
                  "--variants", "bgc", "--epochs", "1", "--batch-size", "8", "--lr", "0.01", "--device", "cpu",
                  "--workers", workers, "--quiet", "--out", "r.json"]  # fmt: skip
     assert main([*arguments, *classes]) == 0
@@ -399,7 +402,7 @@ def test_a_picture_that_cannot_be_read_is_named_and_what_was_trained_is_kept(
     pictures(here / "data", {"train": 8, "val": 4})
     broken = here / "data" / "train" / "n01" / "3.JPEG"
     broken.write_bytes(broken.read_bytes()[:200])
-    arguments = ["train", "resnet18", "--data", "data", "--size", "32", "--groups", "2", "--variants", "gc",
+    arguments = ["train", "wrn_10_1", "--data", "data", "--size", "32", "--groups", "2", "--variants", "gc",
                  "--epochs", "1", "--batch-size", "8", "--device", "cpu", "--quiet", "--out", "r.json"]  # fmt: skip
     assert main(arguments) == 2
     assert f"{Path('data/train/n01/3.JPEG')} cannot be read as an image" in capsys.readouterr().err
@@ -625,70 +628,72 @@ def test_resume_auto_leaves_runs_of_other_settings_alone(here: Path, capsys: pyt
 # ------------------------------------------------------------------------------------ killed, stopped, several at once
 
 
-def start(folder: Path, *arguments: str, **variables: str) -> subprocess.Popen[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), **variables}
-    return subprocess.Popen([sys.executable, "-m", "bgcbench", *arguments], cwd=folder, env=environment,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
-
-
-def test_killed_and_stopped_at_random_it_ends_with_the_same_bits(tmp_path: Path) -> None:
-    arguments = [*BASE, "--groups", "2", "--variants", "bgc", "--no-reference", "--subset", "1024",
+def test_killed_and_stopped_at_random_it_ends_with_the_same_bits(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [*BASE, "--groups", "2", "--variants", "bgc", "--no-reference", "--subset", "384",
                  "--epochs", "6", "--batch-size", "32", "--save-every", "0.05", "--quiet"]  # fmt: skip
-    whole = start(tmp_path, *arguments, "--out", "whole.json")
+    assert main([*arguments, "--out", "whole.json"]) == 0
     draw = random.Random(os.getpid())
-    broken = tmp_path / "broken.checkpoints" / "wrn_10_1-digits-bgc-n2-s0"
-    begun = False
+    broken = here / "broken.checkpoints" / "wrn_10_1-digits-bgc-n2-s0"
     # Killed first: the file must be there before the first epoch has ended.
-    for signum in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT):
+    killed = Forked(here, *arguments, "--out", "broken.json")
+    deadline = time.monotonic() + 60
+    while not list(broken.glob("*.pt")) and killed.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    killed.kill()
+    killed.communicate()
+    begun = (here / "broken.json").exists()
+    for signum in (signal.SIGTERM, signal.SIGINT):
         again = ["train", "--resume", "broken.json", "--quiet"] if begun else [*arguments, "--out", "broken.json"]
-        process = start(tmp_path, *again)
         seen = set(broken.glob("*.pt"))
-        deadline = time.monotonic() + 60
-        while set(broken.glob("*.pt")) <= seen and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.01)
-        time.sleep(0 if signum == signal.SIGKILL else draw.uniform(0, 0.4))
-        process.send_signal(signum)
-        _, errors = process.communicate(timeout=60)
-        if process.returncode == 0:
+        capsys.readouterr()
+        with signalled(signum, lambda seen=seen: not set(broken.glob("*.pt")) <= seen, draw.uniform(0, 0.1)):  # type: ignore[misc]
+            code = main(again)
+        errors = capsys.readouterr().err
+        if code == 0:
             break  # it was faster than the signal
-        assert process.returncode == {signal.SIGTERM: 143, signal.SIGINT: 130}.get(signum, -signum), errors
-        if signum != signal.SIGKILL:
-            assert "resume with --resume broken.json" in errors
-            found = document(tmp_path / "broken.json")
-            assert (found["exit_reason"], found["results"][0]["status"]) == ("interrupted", "interrupted")
-        begun = (tmp_path / "broken.json").exists()
-    last = start(tmp_path, "train", "--resume", "broken.json", "--quiet")
-    _, errors = last.communicate(timeout=120)
-    assert last.returncode == 0, errors
-    assert whole.communicate(timeout=120)
-    assert whole.returncode == 0
-    assert equal(tmp_path / "whole.checkpoints", tmp_path / "broken.checkpoints")
-    one, other = (document(tmp_path / name)["results"][0]["epochs"] for name in ("whole.json", "broken.json"))
+        assert code == {signal.SIGTERM: 143, signal.SIGINT: 130}[signum], errors
+        assert "resume with --resume broken.json" in errors
+        found = document("broken.json")
+        assert (found["exit_reason"], found["results"][0]["status"]) == ("interrupted", "interrupted")
+        begun = True
+    assert main(["train", "--resume", "broken.json", "--quiet"]) == 0
+    assert equal(here / "whole.checkpoints", here / "broken.checkpoints")
+    one, other = (document(name)["results"][0]["epochs"] for name in ("whole.json", "broken.json"))
     for field in ("lr", "train_loss", "test_loss", "test_error"):
         assert [epoch[field] for epoch in one] == [epoch[field] for epoch in other]
 
 
-@pytest.mark.parametrize("command", ["train", "transfer"])
-def test_the_same_command_twice_gives_the_same_bits(tmp_path: Path, command: str) -> None:
+def test_the_same_command_twice_gives_the_same_bits(here: Path) -> None:
     """Whatever the order of Python's sets is, and however fast BGC's forms were measured to be."""
-    arguments = [command, *BASE[1:], "--variants", "bgc,tlgc,lgc", "--groups", "2", "--subset", "256",
-                 "--epochs", "2", "--quiet"]  # fmt: skip
-    if command == "transfer":
-        arguments += ["--weights", "none", "--calibration-images", "64", "--save", "saved"]
-    processes = []
-    for name in ("one", "two"):
-        (tmp_path / name).mkdir()
-        processes.append(start(tmp_path / name, *arguments, "--out", "r.json", PYTHONHASHSEED=str(len(processes))))
-    for process in processes:
-        _, errors = process.communicate(timeout=180)
-        assert process.returncode == 0, errors
-    one, two = tmp_path / "one", tmp_path / "two"
-    assert equal(one / "r.checkpoints", two / "r.checkpoints")
-    mine, theirs = (document(folder / "r.json")["results"] for folder in (one, two))
-    for row, other in zip(mine, theirs, strict=True):
-        assert row["params"] == other["params"]
-        assert [epoch["train_loss"] for epoch in row["epochs"]] == [epoch["train_loss"] for epoch in other["epochs"]]
-    assert {row["params"]["algorithm"] for row in mine if row["params"]["variant"] == "bgc"} == {"two_conv"}
+    common = ["--data", "digits", "--size", "8", "--device", "cpu", "--threads", "1", "--variants", "bgc,tlgc,lgc",
+              "--groups", "2", "--exclude", "stages.2.*", "--subset", "64", "--batch-size", "32", "--epochs", "2",
+              "--quiet"]  # fmt: skip
+    transfer = ["--weights", "none", "--calibration-images", "16", "--save", "saved"]
+    commands = [
+        ["train", "wrn_10_1", *common, "--out", "train.json"],
+        ["transfer", "wrn_10_1", *common, *transfer, "--out", "transfer.json"],
+    ]
+    one, two = here, here / "two"
+    two.mkdir()
+    seed = "2" if os.environ.get("PYTHONHASHSEED") == "1" else "1"
+    both = f"from bgcbench.cli import main; assert [main(words) for words in {commands!r}] == [0, 0]"
+    other_order = subprocess.Popen(
+        [sys.executable, "-c", both], cwd=two, env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONHASHSEED": seed},
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert [main(words) for words in commands] == [0, 0]
+    _, errors = other_order.communicate(timeout=180)
+    assert other_order.returncode == 0, errors
+    for command in ("train", "transfer"):
+        assert equal(one / f"{command}.checkpoints", two / f"{command}.checkpoints")
+        mine, theirs = (document(folder / f"{command}.json")["results"] for folder in (one, two))
+        for row, other in zip(mine, theirs, strict=True):
+            assert row["params"] == other["params"]
+            losses = [[epoch["train_loss"] for epoch in found["epochs"]] for found in (row, other)]
+            assert losses[0] == losses[1]
+        assert {row["params"]["algorithm"] for row in mine if row["params"]["variant"] == "bgc"} == {"two_conv"}
 
 
 @pytest.mark.parametrize(
@@ -736,57 +741,47 @@ def test_an_algorithm_that_no_layer_has_is_refused(here: Path, capsys: pytest.Ca
         assert message in capsys.readouterr().err
 
 
-def test_two_processes_train_the_same_network_and_judge_every_image_once(tmp_path: Path) -> None:
+def test_two_processes_train_the_same_network_and_judge_every_image_once(here: Path) -> None:
     # GroupNorm instead of batch norm: its numbers do not depend on who has which images.
     arguments = ["train", "timm/test_efficientnet_gn", "--data", "digits", "--variants", "bgc,lgc", "--groups", "2",
-                 "--where", "1x1", "--no-reference", "--epochs", "2", "--subset", "128", "--batch-size", "32",
+                 "--where", "1x1", "--no-reference", "--epochs", "2", "--subset", "64", "--batch-size", "32",
                  "--device", "cpu", "--threads", "1", "--lr", "0.01", "--precision", "fp64", "--quiet"]  # fmt: skip
-    one = start(tmp_path, *arguments, "--out", "one.json")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    two = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "bgcbench",
-         *arguments, "--accumulate", "2", "--out", "two.json"],
-        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=180, check=False,
-    )  # fmt: skip
-    _, errors = one.communicate(timeout=60)
-    assert one.returncode == 0, errors
-    assert two.returncode == 0, two.stderr
-    assert two.stdout.count("| BGC | 2 |") == 1  # one of them speaks
-    mine, theirs = (document(tmp_path / f"{name}.json")["results"] for name in ("one", "two"))
+    assert main([*arguments, "--out", "one.json"]) == 0
+    codes, printed, errors = together(here, *arguments, "--accumulate", "2", "--out", "two.json")
+    assert codes == [0, 0], errors
+    assert printed.count("| BGC | 2 |") == 1  # one of them speaks
+    mine, theirs = (document(f"{name}.json")["results"] for name in ("one", "two"))
     assert [row["world_size"] for row in theirs] == [2, 2]
     for row, other in zip(mine, theirs, strict=True):
         assert other["test_images"] == 500
         assert [e["test_error"] for e in row["epochs"]] == [e["test_error"] for e in other["epochs"]]
         losses = [[e["train_loss"] for e in r["epochs"]] for r in (row, other)]
         assert losses[0] == pytest.approx(losses[1], rel=1e-5)
-        states = [weights(tmp_path / name / row["key"]) for name in ("one.checkpoints", "two.checkpoints")]
+        states = [weights(here / name / row["key"]) for name in ("one.checkpoints", "two.checkpoints")]
         for name, value in states[0].items():
             assert torch.allclose(value, states[1][name], rtol=1e-9, atol=1e-11), name
 
 
 def test_what_one_process_finds_wrong_is_said_once_and_ends_all(tmp_path: Path) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     (tmp_path / "nope").mkdir()  # there, and empty: only the first process looks
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "bgcbench",
-         "train", "wrn_10_1", "--data", "./nope", "--groups", "2", "--device", "cpu"],
-        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
-    assert done.returncode != 0
-    assert len([line for line in done.stderr.splitlines() if line.startswith("bgcbench: ")]) == 1, done.stderr
-    assert "gloo" not in done.stderr.lower()
-    assert "bgcbench/training" not in done.stderr
+    codes, _, said = together(tmp_path, "train", "wrn_10_1", "--data", "./nope", "--groups", "2", "--device", "cpu")
+    assert codes == [2, 2]
+    assert len([line for line in said.splitlines() if line.startswith("bgcbench: ")]) == 1, said
+    assert "gloo" not in said.lower()
+    assert "bgcbench/training" not in said
 
 
-def test_two_processes_stop_together_and_one_goes_on(tmp_path: Path) -> None:
-    arguments = [*BASE, "--groups", "2", "--variants", "bgc", "--no-reference", "--epochs", "40", "--batch-size", "32"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+def test_two_processes_stop_together_and_one_goes_on(here: Path) -> None:
+    arguments = ["train", "wrn_10_1", "--data", "synthetic", "--size", "8", "--device", "cpu", "--threads", "1",
+                 "--groups", "2", "--variants", "bgc", "--no-reference", "--epochs", "400", "--batch-size", "32",
+                 "--subset", "64"]  # fmt: skip
     process = subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "bgcbench",
          *arguments, "--out", "r.json"],
-        cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        cwd=here, env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
-    folder = tmp_path / "r.checkpoints" / "wrn_10_1-digits-bgc-n2-s0"
+    folder = here / "r.checkpoints" / "wrn_10_1-synthetic-bgc-n2-s0"
     deadline = time.monotonic() + 90
     while not list(folder.glob("e*.pt")) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -794,19 +789,13 @@ def test_two_processes_stop_together_and_one_goes_on(tmp_path: Path) -> None:
     _, errors = process.communicate(timeout=60)
     assert process.returncode != 0
     assert "bgcbench/training" not in errors, errors  # no traceback of ours
-    found = document(tmp_path / "r.json")
+    found = document("r.json")
     assert found["exit_reason"] == "interrupted", errors
     assert list(folder.glob("e*.pt"))
     done = len(found["results"][0]["epochs"])
-    again = start(tmp_path, "train", "--resume", "r.json", "--quiet")
-    for _ in range(600):
-        if len(document(tmp_path / "r.json")["results"][0]["epochs"]) > done or again.poll() is not None:
-            break
-        time.sleep(0.1)
-    again.send_signal(signal.SIGTERM)
-    _, errors = again.communicate(timeout=60)
-    assert again.returncode == 143, errors
-    assert len(document(tmp_path / "r.json")["results"][0]["epochs"]) > done
+    with signalled(signal.SIGTERM, lambda: len(document("r.json")["results"][0]["epochs"]) > done):
+        assert main(["train", "--resume", "r.json", "--quiet"]) == 143
+    assert len(document("r.json")["results"][0]["epochs"]) > done
 
 
 def test_a_folder_in_the_environment_is_no_matter_for_data_that_needs_none(

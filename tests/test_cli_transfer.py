@@ -6,9 +6,6 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -24,11 +21,11 @@ from bgcbench.data import imagefolder, open_labelled
 from bgcbench.models import build_model
 from bgcbench.specs import NetSpec
 from bgcbench.training.loop import Prepared
-from tests.conftest import ROOT
 from tests.models.test_weights import hashed, sha256
-from tests.test_cli_train import document, pictures, start
+from tests.processes import signalled, together
+from tests.test_cli_train import document, pictures
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "tried_once")
 
 SMALL = ["--data", "digits", "--groups", "2", "--device", "cpu", "--threads", "1", "--calibration-images", "16",
          "--batch-size", "64", "--subset", "128"]  # fmt: skip
@@ -60,10 +57,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     before = Path.cwd()
     os.chdir(place)
     try:
-        trained = ["train", "wrn_10_1", "--data", "digits", "--size", "8", "--variants", "gc", "--groups", "2",
-                   "--epochs", "3", "--subset", "512", "--device", "cpu", "--threads", "1"]  # fmt: skip
-        assert main([*trained, "--quiet", "--out", "t.json"]) == 0
-        (dense,) = Path("t.checkpoints/wrn_10_1-digits-standard-n1-s0").glob("final-*.pt")
+        train = ["train", "wrn_10_1", "--data", "digits", "--size", "8", "--groups", "2", "--device", "cpu",
+                 "--threads", "1", "--quiet"]  # fmt: skip
+        dense_alone = ["--variants", "standard", "--epochs", "3", "--subset", "512"]
+        assert main([*train, *dense_alone, "--out", "d.json"]) == 0
+        converted = ["--variants", "gc", "--no-reference", "--epochs", "1", "--subset", "64"]
+        assert main([*train, *converted, "--out", "t.json"]) == 0
+        (dense,) = Path("d.checkpoints/wrn_10_1-digits-standard-n1-s0").glob("final-*.pt")
         dense.rename("dense.pt")  # a name without digits that say what is in it
         options = ["--init", "copy,calibrated", "--epochs", "2", "--control", "--distill", "--save", "nets"]
         assert main(["transfer", "dense.pt", *SMALL, *options, "--quiet", "--out", "r.json", "--plot", "r.png"]) == 0
@@ -140,10 +140,10 @@ def test_a_mistake_is_one_line_and_exit_code_2_before_torch_has_read_anything(
 def test_weights_that_cannot_be_had_are_named_with_where_they_belong(
     here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["transfer", "resnet50", "--data", "synthetic", "--size", "32", "--groups", "2", "--save", "n"]) == 2
+    assert main(["transfer", "resnet18", "--data", "synthetic", "--size", "32", "--groups", "2", "--save", "n"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     for text in (
-        "resnet50-0676ba61.pth is not in",
+        "resnet18-f37072fd.pth is not in",
         "hub/checkpoints (TORCH_HOME moves this folder)",
         "could not be downloaded from download.pytorch.org (Temporary failure in name resolution)",
         "give a copy of it with --weights FILE",
@@ -325,39 +325,26 @@ def test_a_file_is_not_gone_on_with_under_other_weights_and_finds_them_elsewhere
     assert len(list(Path("results").glob("transfer-wrn_10_1-digits-*.json"))) == 1
 
 
-def test_signals_end_it_with_their_codes_and_a_valid_file(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_end_it_with_their_codes_and_a_valid_file(
+    folder: Path, here: Path, capsys: pytest.CaptureFixture[str], signum: int, code: int
+) -> None:
     arguments = ["transfer", str(folder / "dense.pt"), *SMALL, "--epochs", "400", "--variants", "bgc", "--quiet"]
-    ends = {signal.SIGINT: 130, signal.SIGTERM: 143}
-    running = {code: start(tmp_path, *arguments, "--out", f"{code}.json") for code in ends.values()}
-    waiting, deadline = dict(ends), time.monotonic() + 90
-    while waiting and time.monotonic() < deadline:
-        time.sleep(0.01)
-        for signum, code in list(waiting.items()):
-            path = tmp_path / f"{code}.json"
-            if path.exists() and document(path)["results"]:  # the untouched network is judged, a conversion begins
-                running[code].send_signal(signum)
-                del waiting[signum]
-    for code, process in running.items():
-        _, errors = process.communicate(timeout=60)
-        assert process.returncode == code, errors
-        assert f"resume with --resume {code}.json" in errors
-        found = document(tmp_path / f"{code}.json")
-        jsonschema.validate(found, results.schema())
-        assert (found["exit_reason"], found["complete"]) == ("interrupted", False)
-        assert found["results"][0]["status"] == "ok"
+    # The untouched network is judged, a conversion begins.
+    with signalled(signum, lambda: Path("r.json").exists() and bool(document("r.json")["results"])):
+        assert main([*arguments, "--out", "r.json"]) == code
+    assert "resume with --resume r.json" in capsys.readouterr().err
+    found = document("r.json")
+    jsonschema.validate(found, results.schema())
+    assert (found["exit_reason"], found["complete"]) == ("interrupted", False)
+    assert found["results"][0]["status"] == "ok"
 
 
 def test_two_processes_convert_alike_and_judge_every_image_once(folder: Path, tmp_path: Path) -> None:
     arguments = ["transfer", str(folder / "dense.pt"), *SMALL, "--epochs", "1", "--variants", "gc,lgc", "--distill"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    two = subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "bgcbench",
-         *arguments, "--save", "nets", "--quiet", "--out", "two.json"],
-        cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    codes, _, errors = together(tmp_path, *arguments, "--save", "nets", "--quiet", "--out", "two.json")
+    assert codes == [0, 0], errors
     assert main([*arguments, "--quiet", "--out", str(tmp_path / "one.json")]) == 0
-    _, errors = two.communicate(timeout=180)
-    assert two.returncode == 0, errors
     mine, theirs = (document(tmp_path / f"{name}.json")["results"] for name in ("one", "two"))
     for row, other in zip(mine, theirs, strict=True):
         for field in ("error_initial", "agreement_initial"):
@@ -380,16 +367,16 @@ def test_weights_in_torchvisions_format_and_a_folder_like_imagenets_end_to_end(
 
     pictures(here / "data", {"train": 8, "val": 4})
     monkeypatch.setattr(imagefolder, "IMAGENET", imagefolder.Expected(3, 24, 12))
-    torch.save(build_model(NetSpec("resnet18", 3)).state_dict(), "resnet18.pth")
-    weights = hashed(here / "resnet18.pth")  # resnet18-1a2b3c4d.pth
+    torch.save(build_model(NetSpec("wrn_10_1", 3)).state_dict(), "wrn_10_1.pth")
+    weights = hashed(here / "wrn_10_1.pth")  # wrn_10_1-1a2b3c4d.pth
     common = ["--size", "32", "--groups", "2", "--epochs", "1", "--batch-size", "8", "--device", "cpu", "--workers",
               "0", "--calibration-images", "16", "--classes", "3", "--variants", "bgc", "--where", "none", "--include",
-              "layer1.*"]  # fmt: skip
-    arguments = ["transfer", "resnet18", "--data", "imagenet", "--data-dir", "data", *common, "--out", "r.json"]
-    wrong = weights.with_name("resnet18-00000000.pth")
+              "stages.0.*"]  # fmt: skip
+    arguments = ["transfer", "wrn_10_1", "--data", "imagenet", "--data-dir", "data", *common, "--out", "r.json"]
+    wrong = weights.with_name("wrn_10_1-00000000.pth")
     wrong.write_bytes(weights.read_bytes())
     assert main([*arguments, "--weights", wrong.name]) == 2
-    assert "resnet18-00000000.pth is damaged or renamed: its SHA-256 begins with" in capsys.readouterr().err
+    assert "wrn_10_1-00000000.pth is damaged or renamed: its SHA-256 begins with" in capsys.readouterr().err
     left = 0
     requested = Interrupts.requested
 

@@ -54,7 +54,7 @@ def check_options(words: list[str]) -> None:
         COMMANDS[command].make_context(command, rest)
 
 
-@pytest.mark.usefixtures("brisk", "one_thread")
+@pytest.mark.usefixtures("brisk", "one_thread", "tried_once")
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_what_a_page_shows_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

@@ -25,7 +25,7 @@ from tests.data.test_folder import picture
 from tests.models.test_weights import trained, written
 from tests.stored import stored
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "tried_once")
 
 Json = dict[str, Any]
 NET, SPEC = "timm/test_resnet", NetSpec("timm/test_resnet", 2)
@@ -92,7 +92,7 @@ def test_a_network_is_judged_with_the_preprocessing_that_its_library_states(
 
 
 def test_a_file_from_before_still_shows(judged: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert transferred(judged, tmp_path / "r.json", "--quiet") == 0
+    assert transferred(judged, tmp_path / "r.json", "--size", "64", "--quiet") == 0
     found = stored(tmp_path / "r.json")
     del found["settings"]["preprocessing"]
     (tmp_path / "r.json").write_text(json.dumps(found))

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from bgcbench.cli import main
-from tests.conftest import ROOT
+from tests.processes import ROOT, Forked
 from tests.stored import stored
 
 ARGUMENTS = ["profile", "--channels", "32", "--batch", "8", "--size", "7", "--groups", "2", "--device", "cpu",
@@ -22,9 +22,13 @@ ARGUMENTS = ["profile", "--channels", "32", "--batch", "8", "--size", "7", "--gr
 pytestmark = pytest.mark.usefixtures("brisk", "one_thread")
 
 
-def start(folder: Path, *arguments: str, module: str = "tests.brisk") -> subprocess.Popen[str]:
+def start(folder: Path, *arguments: str) -> Forked:
+    return Forked(folder, *arguments, brisk=True)
+
+
+def start_anew(folder: Path, *arguments: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", module, *arguments],
+        [sys.executable, "-m", "bgcbench", *arguments],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
@@ -33,7 +37,7 @@ def start(folder: Path, *arguments: str, module: str = "tests.brisk") -> subproc
     )
 
 
-def wait_for_round(path: Path, number: int, process: subprocess.Popen[str]) -> None:
+def wait_for_round(path: Path, number: int, process: Forked) -> None:
     """Until the file holds that many rounds; a reader at any moment finds a whole file."""
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
@@ -84,9 +88,9 @@ def test_a_second_ctrl_c_leaves_at_once_with_a_valid_file(tmp_path: Path) -> Non
                     "--device", "cpu", "--out", "r.json")  # fmt: skip
     path = tmp_path / "r.json"
     deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and "plan:" not in (process.stderr.readline() if process.stderr else ""):
-        pass
-    time.sleep(1.5)
+    while time.monotonic() < deadline and "plan:" not in process.said():
+        time.sleep(0.01)
+    time.sleep(1)
     process.send_signal(signal.SIGINT)
     time.sleep(0.2)
     began = time.monotonic()
@@ -113,7 +117,7 @@ def test_a_killed_run_leaves_a_valid_resumable_file(tmp_path: Path, whole: list[
 
 
 def test_ctrl_c_before_anything_is_measured_writes_nothing(tmp_path: Path) -> None:
-    process = start(tmp_path, *ARGUMENTS, module="bgcbench")
+    process = start_anew(tmp_path, *ARGUMENTS)
     maps = Path(f"/proc/{process.pid}/maps")
     deadline = time.monotonic() + (60 if maps.exists() else 0.5)
     while time.monotonic() < deadline and not (maps.exists() and "torch" in maps.read_text()):  # it is being imported

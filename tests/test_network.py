@@ -36,7 +36,7 @@ from tests.stored import stored
 SMALL = NetworkConfig(model="wrn_10_1", batch=2, height=16, groups=(2, 4), device="cpu", max_time_s=0.01)
 
 
-pytestmark = pytest.mark.usefixtures("brisk", "one_thread")
+pytestmark = pytest.mark.usefixtures("brisk", "one_thread", "tried_once")
 
 
 def run(config: NetworkConfig, **options: Any) -> ProfileRun:

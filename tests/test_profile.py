@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import csv
 import itertools
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -30,8 +28,8 @@ from bgcbench.measure import environment
 from bgcbench.measure.device import CpuStopwatch
 from bgcbench.report import flags
 from bgcbench.specs import VARIANTS, Choice, ConvSpec
-from tests.conftest import ROOT
 from tests.measure.test_allocator import GLIBC
+from tests.processes import Forked
 from tests.stored import stored
 
 SMALL = ProfileConfig(
@@ -329,21 +327,16 @@ def test_kept_memory_has_no_faults_and_fresh_memory_one_for_every_page(state: st
     arguments = ["profile", "--channels", "64", "--size", "14", "--batch", "16", "--groups", "2", "--device", "cpu",
                  "--phases", "fwd", "--max-time", "0.01", "--quiet", "--format", "csv"]  # fmt: skip
     given = ["--memory", "fresh"] if state == "fresh" else []
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.brisk", *arguments, *given, "--out", str(path)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    done = Forked(tmp_path, *arguments, *given, "--out", str(path), brisk=True)
+    printed, errors = done.communicate()
+    assert done.returncode == 0, errors
     document = stored(path)
     assert document["settings"]["memory"] == state
     measured = [row["phases"]["fwd"] for row in document["results"]]
     faults = [phase["minor_faults_per_call"] for phase in measured]
     assert faults == [0] * 3 if state == "kept" else min(faults) >= least
     assert [phase["derived"]["page_faults"] for phase in measured] == [False if state == "kept" else None] * 3
-    assert [float(line["minor_faults_per_call"]) for line in csv.DictReader(done.stdout.splitlines())] == faults
+    assert [float(line["minor_faults_per_call"]) for line in csv.DictReader(printed.splitlines())] == faults
 
 
 def test_memory_that_is_not_kept_after_all_is_flagged(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from bgcbench.models import build_model
 from bgcbench.specs import NetSpec
 from tests.stored import stored
 
-pytestmark = pytest.mark.usefixtures("brisk", "one_thread")
+pytestmark = pytest.mark.usefixtures("brisk", "one_thread", "tried_once")
 
 SHARED = ["--device", "cpu", "--threads", "1", "--quiet", "--variants", "gc,bgc"]
 SHORT = ["--quick", "--max-time", "0.01"]

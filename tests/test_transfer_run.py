@@ -32,7 +32,7 @@ from bgcbench.training.distributed import World
 from bgcbench.training.loop import Prepared, Training
 from bgcbench.training.recipes import HYPER
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "tried_once")
 
 Json = dict[str, Any]
 Known = dict[str, TransferRow]
@@ -166,7 +166,7 @@ def judged_by_hand(model: torch.nn.Module) -> tuple[float, torch.Tensor]:
 
 
 def test_a_conversion_is_what_convert_makes_of_the_same_images(make: Make, weights: str) -> None:
-    known = done(make(inits=("copy", "calibrated"), seeds=(0, 1)))
+    known = done(make(inits=("copy", "calibrated"), seeds=(0, 1), variants=("gc",)))
     dense = build_model(SPEC)
     dense.load_state_dict(torch.load(weights, weights_only=True))
     untouched, guesses = judged_by_hand(dense.eval())
@@ -197,17 +197,17 @@ def test_the_untouched_network_is_judged_once_and_stays_untouched(make: Make, mo
     judged: list[bool] = []
     begin = Training.begin
     monkeypatch.setattr(Training, "begin", lambda self: judged.append(is_converted(self)) or begin(self))  # type: ignore[func-returns-value]
-    run = make(seeds=(0, 1), epochs=1, control=True, distill=True)
+    run = make(seeds=(0, 1), epochs=1, control=True, distill=True, variants=("gc",))
     before = {name: value.clone() for name, value in run.prepared.network.state_dict().items()}
     state = torch.get_rng_state()
     known = done(run)
-    assert judged == [False, True, True, True, True]
+    assert judged == [False, True, True]
     assert all(torch.equal(value, before[name]) for name, value in run.original.state_dict().items())
     assert torch.equal(torch.get_rng_state(), state)
     standard = [known[f"wrn_10_1-digits-standard-n1-s{seed}"] for seed in (0, 1)]
     assert standard[0].error_initial == standard[1].error_initial
     assert standard[0].epochs[0].train_loss != standard[1].epochs[0].train_loss
-    assert [r.status for r in known.values()] == 6 * ["ok"]
+    assert [r.status for r in known.values()] == 4 * ["ok"]
 
 
 def test_conversions_are_in_the_file_before_anything_is_trained(make: Make) -> None:
@@ -263,7 +263,7 @@ def test_a_picture_that_cannot_be_read_ends_the_run_with_what_is_known(
 
 
 def test_random_labels_have_nothing_to_show(make: Make) -> None:
-    run = make(epochs=1)
+    run = make(epochs=1, variants=("gc",))
     object.__setattr__(run.prepared.data, "meaningful", False)
     for found in done(run).values():
         names = (
@@ -311,7 +311,7 @@ def test_stopped_anywhere_and_gone_on_with_it_ends_alike_and_converts_nothing_tw
     budget = 3
     while known is None or len(known) < 3 or any(r.status != "ok" for r in known.values()):
         known = done(make(**given, kept=known, stop=stopped_after(budget)))
-        budget, runs = budget + 4, runs + 1
+        budget, runs = budget + 6, runs + 1
     assert runs > 4
     assert sorted(conversions) == ["bgc", "gc"]
     assert comparable(known) == comparable(whole)
@@ -387,14 +387,14 @@ def test_a_training_that_fails_keeps_what_is_known_from_before(make: Make, monke
 
     with monkeypatch.context() as patched:
         patched.setattr(Training, "_step", refuse)
-        known = done(make(epochs=1))
+        known = done(make(epochs=1, variants=("gc",)))
     failed = row(known, "gc")
     assert failed.status == "oom"
     assert "use --accumulate 2 or more" in failed.reason
     assert failed.agreement_initial > 0
     assert failed.error_initial is not None
     assert failed.convert.calibration.norms > 0
-    again = done(make(epochs=1, kept=known))
+    again = done(make(epochs=1, variants=("gc",), kept=known))
     assert row(again, "gc").status == "ok"
     assert row(again, "gc").convert_seconds == failed.convert_seconds
 
@@ -413,9 +413,10 @@ def test_a_control_and_other_starts_can_be_added_to_what_is_there(make: Make) ->
 # ------------------------------------------------------------------------------------------------------ saved and timed
 
 
-@pytest.mark.parametrize("epochs", [0, 1])
-def test_saved_networks_are_those_that_were_judged_last(make: Make, tmp_path: Path, epochs: int) -> None:
-    variants = ("gc", "bgc", "flgc", "lgc")
+@pytest.mark.parametrize(("epochs", "variants"), [(0, ("gc", "lgc")), (1, ("bgc", "flgc", "lgc"))])
+def test_saved_networks_are_those_that_were_judged_last(
+    make: Make, tmp_path: Path, epochs: int, variants: tuple[str, ...]
+) -> None:
     known = done(make(epochs=epochs, variants=variants, save=str(tmp_path / "nets"), inits=("calibrated",)))
     for variant in variants:
         found = row(known, variant, "calibrated")
@@ -424,7 +425,7 @@ def test_saved_networks_are_those_that_were_judged_last(make: Make, tmp_path: Pa
         error = found.error_final if epochs else found.error_initial
         assert judged_by_hand(model)[0] == pytest.approx(error)
     assert row(known, "standard").saved is None
-    assert sorted(path.suffix for path in (tmp_path / "nets").iterdir()) == [".pt"] * 4
+    assert sorted(path.suffix for path in (tmp_path / "nets").iterdir()) == [".pt"] * len(variants)
 
 
 def test_a_folder_that_can_no_longer_be_written_costs_the_saved_file_only(
@@ -459,7 +460,7 @@ def quickly(monkeypatch: pytest.MonkeyPatch, brisk: None) -> list[str]:
 
 
 def test_what_networks_cost_is_measured_once_for_each_variant_and_n(make: Make, quickly: list[str]) -> None:
-    given: Json = {"quick": True, "epochs": 0, "subset": 128, "time": True, "seeds": (0, 1), "variants": ("gc", "lgc")}
+    given: Json = {"quick": True, "epochs": 0, "subset": 128, "time": True, "seeds": (0, 1), "variants": ("gc",)}
     known = done(make(**given))
     gc, again = (known[f"wrn_10_1-digits-gc-n2-white-s{seed}"].time for seed in (0, 1))
     assert gc is not None
@@ -467,17 +468,18 @@ def test_what_networks_cost_is_measured_once_for_each_variant_and_n(make: Make, 
     assert set(gc.phase) == {"fwd", "train_step"}
     assert (gc.batch, gc.precision, gc.layout, gc.mode) == (32, "fp32", "nchw", "eager")
     assert gc.memory in ("kept", None)  # None: not glibc
-    standard, lgc = (row(known, variant).time.phase for variant in ("standard", "lgc"))  # type: ignore[union-attr]
+    standard = row(known, "standard").time.phase  # type: ignore[union-attr]
     for phase in ("fwd", "train_step"):
         assert standard[phase].ratio == 1.0
         assert gc.phase[phase].ratio == pytest.approx(standard[phase].median_s / gc.phase[phase].median_s)
-    assert lgc["fwd"].median_s < lgc["train_step"].median_s
     # What is there is not measured again, what is new is.
     quickly.clear()
     assert done(make(**given, kept=known)) == known
     assert quickly == []
-    more = done(make(**{**given, "variants": ("gc", "lgc", "bgc")}, kept=known))
-    assert row(more, "bgc").time.phase["fwd"].ratio is not None  # type: ignore[union-attr]
+    more = done(make(**{**given, "seeds": (0,), "variants": ("gc", "lgc")}, kept=known))
+    lgc = row(more, "lgc").time.phase  # type: ignore[union-attr]
+    assert lgc["fwd"].ratio is not None
+    assert lgc["fwd"].median_s < lgc["train_step"].median_s
     assert row(more, "gc").time == gc
 
 

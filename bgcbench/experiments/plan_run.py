@@ -42,6 +42,7 @@ from bgcbench.results.rows import Counts, CurvePoint, PlanFacts, PlanParams, Pla
 from bgcbench.specs import HELD_OUT, Choice
 
 PLAN_FILE, NETWORK_FILE = "plan.json", "network"
+DENSE, PLAN = "dense", "plan"  # subjects of a proof, besides the variants
 READ = 64  # images that are read at a time
 UNSEEN = 3  # of so many images one is never planned on, where there are too few for all that is asked
 
@@ -98,7 +99,7 @@ class Prepared:
         for layer in self.layers:
             params = PlanParams(stage="choice", layer=layer.name, **shared)
             made.append(PlannedRow(f"choice-{layer.name}", params, layer))
-        for subject in ("dense", "plan", *(name for name in self.config.variants if name != "standard")):
+        for subject in (DENSE, PLAN, *(name for name in self.config.variants if name != "standard")):
             params = PlanParams(stage="proof", subject=subject, **shared)
             made.append(PlannedRow(f"proof-{subject}", params))
         return made
@@ -327,24 +328,24 @@ class PlanRun(Run[PlanRow]):
     # ----------------------------------------------------------------------------------------------------------- proof
 
     def _prove(self, model: nn.Module) -> Iterator[Step]:
-        left = [row for row in self._left("proof") if row.params.subject != "dense"]
+        left = [row for row in self._left("proof") if row.params.subject != DENSE]
         if self.plan is None or not left:
             return
         seen = list(self.prepared.network.batches)
         unseen = self._unseen()
         original = outputs_of(model, unseen)
-        networks: dict[str, nn.Module] = {"dense": model}
+        networks: dict[str, nn.Module] = {DENSE: model}
         for number, row in enumerate(left):
             if self.stop():
                 return
             subject = row.params.subject or ""
-            choices = self.plan.choices if subject == "plan" else self.uniform(subject)
+            choices = self.plan.choices if subject == PLAN else self.uniform(subject)
             if choices is None:
                 self.known[row.key] = PlanRow(row.key, "invalid", "no N of it keeps to the budget", params=row.params)
                 continue
             yield Step(f"converting as {subject}", number / len(left))
             try:
-                network = self._converted(model, choices, seen, save=subject == "plan")
+                network = self._converted(model, choices, seen, save=subject == PLAN)
             except Exception as problem:  # noqa: BLE001 - whatever it is, the others are worth having
                 failure = describe_failure(problem, self.session.device)
                 self.known[row.key] = PlanRow(row.key, failure.status, failure.reason, params=row.params)
@@ -405,13 +406,13 @@ class PlanRun(Run[PlanRow]):
         device = self.session.device
         rules = timing.Rules.for_device(device.type, quick=self.config.quick, max_time_s=None)
         rules = dataclasses.replace(rules, min_rounds=6)
-        with undisturbed(networks["dense"]):
+        with undisturbed(self.prepared.network.model):
             found = interleaved(calls, device, rules, seed=row_seed(self.config.seed, "proof"), stop=self.stop)
         for subject in networks:
             row = self.known.get(f"proof-{subject}")
-            if row is None or subject not in found or "dense" not in found:
+            if row is None or subject not in found or DENSE not in found:
                 continue
-            ratio, ends = found[subject].ratio_to(found["dense"])
+            ratio, ends = found[subject].ratio_to(found[DENSE])
             row = msgspec.structs.replace(row, seconds=found[subject].median_s, time_ratio=ratio, time_ratio_ci95=ends)
             self.known[row.key] = row
         plan = self.known.get("proof-plan")
@@ -430,7 +431,7 @@ def _of(row: PlannedRow) -> tuple[Replaced, Choice]:
 def _named(row: PlannedRow, choices: Mapping[str, Choice]) -> PlannedRow:
     """``row`` of a uniform network with its variant and N."""
     used = {choice for choice in choices.values() if not choice.is_dense}
-    if row.params.subject == "plan" or len(used) != 1:
+    if row.params.subject == PLAN or len(used) != 1:
         return row
     choice = used.pop()
     params = msgspec.structs.replace(row.params, variant=choice.variant, groups=choice.groups, rank=choice.rank)
