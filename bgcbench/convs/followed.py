@@ -8,6 +8,8 @@ import torch
 from torch import fx
 from torch.autograd import forward_ad
 
+from bgcbench.kernels import constant_result
+
 # What torch.compiler.is_exporting() reads, which compiled code of 2.11 is told to be True. torch 2.6 has the other one
 # alone, set where it exports without Dynamo; with Dynamo it compiles.
 _EXPORTING = "_is_exporting_flag" if hasattr(torch.compiler, "_is_exporting_flag") else "_is_compiling_flag"
@@ -30,7 +32,7 @@ def is_recorded(x: Any) -> bool:
     return is_symbolic(x)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # Dynamo compiles anew under a transform
+@constant_result  # Dynamo compiles anew under a transform
 def is_transformed() -> bool:
     """Whether a transform of torch.func (vmap, grad, jvp) or forward-mode differentiation is at work, which in-place
     operations and gradients written by hand may not suit."""

@@ -100,7 +100,7 @@ def exact(value: Tensor) -> Tensor:
     return value if value.stride() == out.stride() else out.copy_(value)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@kernels.constant_result
 def tf32_allowed() -> bool:
     """Whether PyTorch's setting lets convolutions of fp32 tensors multiply in TF32.
 
