@@ -410,7 +410,7 @@ def lost_by_variant() -> Table:
     def lost(document: Document, at: tuple[str, int, str]) -> Value:
         return percent(sampled(document)[at].output_relative_error)
 
-    cells = (("gc", 4), ("shuffle", 4), ("lgc", 4), ("flgc", 4), ("bgc", 8), ("tlgc", 4))
+    cells = (("gc", 4), ("shuffle", 4), ("lgc", 4), ("flgc", 4), ("bgc", 8), ("tlgc", 4), ("lowrank", 4))
     laws = dict.fromkeys(law for *_, law in sampled(opened(ROOT, ALL_SAMPLED)))
     claims = [Claim((named(*at),), law, ALL_SAMPLED, (*at, law), lost) for at in cells for law in laws]
     about = (
@@ -437,7 +437,8 @@ def lost_by_layers() -> Table:
         "white": median(lambda errors: errors.white),
         "calibrated": median(lambda errors: errors.calibrated),
     }
-    rows = {(named(variant, groups),): (variant, groups) for groups in (4, 8, 16) for variant in ("gc", "bgc")}
+    present = {row.params.variant for row in opened(ROOT, DIGITS).results}
+    rows = {(named(v, n),): (v, n) for n in (2, 4, 8, 16) for v in VARIANTS if v in present}
     about = (
         "Share of a layer's output energy that is lost on images held out, without training: median over the "
         "convolutions of a wrn_16_4 trained on digits."

@@ -9,8 +9,9 @@ cases, 224 x 224), and of these one photograph in four is held out to choose by;
 
 First, what each of the 31 pointwise convolutions in the blocks loses by itself, on the photographs held out. Then the
 network converted: at half of these convolutions' parameters GC N=2, BGC N=4, TLGC N=2 and low rank in all of them, and
-low rank with ranks spread under that budget (and with --plan a plan of all of them, layer by layer); at 0.7, where groups know nothing between 1 and 1/2, GC, BGC and TLGC in
-those convolutions only that lose least for what they save. The converted network is compared with the original one:
+low rank with ranks spread under that budget (with --plan also a plan of all of them, layer by layer); at 0.7, where
+groups know nothing between 1 and 1/2, GC, BGC and TLGC in those convolutions only that lose least for what they save.
+The converted network is compared with the original one:
 
     agreement      % of the crops on which both have the same first guess
     top5           % of the crops on which the original's first guess is among the five first ones

@@ -13,6 +13,8 @@ import bgcbench
 from bgcbench.cli import main
 from bgcbench.experiments import plan_run
 from bgcbench.planning.plan import Plan
+from tests.example_plan import plan_document
+from tests.reporting import report_of
 from tests.stored import stored
 
 RUN = [
@@ -137,6 +139,16 @@ def test_an_existing_network_is_not_replaced(folder: Path, tmp_path: Path, capsy
     words = [*ASKED, "--params", "0.4", "--out", str(tmp_path / "q.json"), "--save", str(folder / "saved")]
     assert main(words) != 0
     assert "exist; --force replaces them" in capsys.readouterr().err
+
+
+def test_the_answer_in_words_has_what_was_asked_what_is_measured_and_the_best_other() -> None:
+    (table, *_) = report_of(plan_document()).tables
+    assert table.sections["In words"] == [
+        "0.7 of the time was asked, 0.71 (95% CI 0.69-0.73) is measured",
+        "the first guess agrees with the original's on 95.0 % of 40 images",
+        "the best single choice at that budget, GC N=2, on 84.0 %",
+    ]
+    assert table.by_title["time"] == ["1.000", "0.710 [0.69, 0.73]", "0.700"]
 
 
 def test_comparing_says_what_it_says() -> None:

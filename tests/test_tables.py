@@ -16,6 +16,7 @@ from bgcbench.results.document import read
 from tests.conftest import ROOT
 from tests.example import example_document
 from tests.example_approx import network, sampled
+from tests.example_plan import plan_document
 from tests.example_train import train_document
 from tests.example_transfer import transfer_document
 from tests.reporting import report_of
@@ -25,6 +26,7 @@ Json = dict[str, Any]
 TITLES = {
     "profile": "bgcbench profile",
     "approx": "bgcbench approx",
+    "plan": "bgcbench plan",
     "train": "bgcbench train",
     "transfer": "bgcbench transfer",
     "compare": "bgcbench compare",
@@ -61,6 +63,7 @@ def reports() -> Iterator[tuple[str, report.Report]]:
         with_rank(example_document()),
         with_rank(sampled(), limit_relative_error=0.5),
         with_rank(network()),
+        plan_document(),
         with_rank(train_document()),
         with_paper(train_document()),
         with_paper(transfer_document(epochs=3, control=True, time=True, rebn=(True, False)), error_final_top5=1.0),

@@ -49,6 +49,7 @@ def _time(row: PlanRow) -> str | None:
 
 SUBJECT = "The original (dense), the plan, or one choice for every convolution that it fits."
 OF_ALL = "Of all convolutions that may be replaced, to the original's."
+OF_NETWORK = "Of the whole network, to the original's, with a 95 % confidence interval."
 OF_LAYER = "To the layer's own."
 AGREES = "Images on which the first guess is the original's. Labels are not needed."
 LOGITS = "Squared error of the class scores, as a share of their variance over the images."
@@ -57,9 +58,11 @@ BETTER = "The least costly choice that loses less; the budget has no room for it
 SHARE = "{:.3f}".format
 PROOF: list[Column[PlanRow]] = [
     label("network", _subject, SUBJECT),
-    Column("params", lambda row: row.params_ratio, OF_ALL, SHARE),
-    Column("MACs", lambda row: row.macs_ratio, OF_ALL, SHARE),
-    Column("time", _time, "Of the whole network, to the original's, with a 95 % confidence interval."),
+    Column("params", lambda row: row.params_ratio, OF_ALL, SHARE, name="params, network"),
+    Column("MACs", lambda row: row.macs_ratio, OF_ALL, SHARE, name="MACs, network"),
+    Column(
+        "time", _time, "Of the whole network, to the original's, with a 95 % confidence interval.", name="time, network"
+    ),
     Column("agrees %", lambda row: row.agreement, AGREES, "{:.1f}".format),
     Column("top-5 %", lambda row: row.top5, "The original's first guess is among the first five.", "{:.1f}".format),
     Column("KL", lambda row: row.kl, "Mean of KL(original || network) over the images, in nats.", "{:.3g}".format),
