@@ -38,7 +38,7 @@ def main() -> int:
             (final,) = Path(row.checkpoints).glob("final-*.pt")
             final.rename(weights)
             code = command(["approx", "--model", MODEL, "--weights", weights, "--data", "digits", "--device", "cpu",
-                            "--variants", "gc,bgc,tlgc,lowrank",
+                            "--variants", "gc,bgc,lowrank",
                             "--out", "r.json", "--plot", "r.png"])  # fmt: skip
         finally:
             os.chdir(start)
