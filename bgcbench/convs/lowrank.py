@@ -129,10 +129,23 @@ def factored(target: Tensor, moment: Tensor | None, rank: int) -> tuple[Tensor, 
     of wanted outputs, that is reduced-rank regression (Izenman, 1975). The factors share the singular values evenly.
     Returns P (m, rank), R (rank, p).
     """
-    gram = target @ target.T if moment is None else target @ moment @ target.T  # (m, m)
-    _, vectors = torch.linalg.eigh((gram + gram.T) / 2)  # ascending
-    expand = vectors[:, -rank:].flip(1)  # (m, r)
+    m, p = target.shape
+    if m <= p:
+        gram = target @ target.T if moment is None else target @ moment @ target.T  # (m, m)
+        _, vectors = torch.linalg.eigh((gram + gram.T) / 2)  # ascending
+        expand = vectors[:, -rank:].flip(1)  # (m, r)
+    else:  # the same from the other side, which is smaller: with C = L L^T, U spans T L V, V of (T L)^T T L
+        seen = target if moment is None else target @ _root(moment)  # (m, p)
+        _, vectors = torch.linalg.eigh(seen.T @ seen)
+        expand = torch.linalg.qr(seen @ vectors[:, -rank:].flip(1)).Q
     reduce = expand.T @ target  # (r, p)
     root = reduce.norm(dim=1).sqrt()
     root = torch.where(root > 0, root, torch.ones_like(root))
     return expand * root, reduce / root[:, None]
+
+
+def _root(moment: Tensor) -> Tensor:
+    """L (p, p) with L L^T = C, of any rank."""
+    energies, vectors = torch.linalg.eigh(moment)
+    root: Tensor = vectors * energies.clamp_min(0).sqrt()
+    return root

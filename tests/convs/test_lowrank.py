@@ -70,8 +70,9 @@ def test_groups_have_no_rank() -> None:
 
 
 @pytest.mark.parametrize("projection", ["copy", "white"])
-def test_without_a_moment_it_is_the_truncated_singular_value_decomposition(projection: str) -> None:
-    weight = torch.randn(12, 8, 3, 3, dtype=torch.float64)
+@pytest.mark.parametrize("m", [12, 100])
+def test_without_a_moment_it_is_the_truncated_singular_value_decomposition(m: int, projection: str) -> None:
+    weight = torch.randn(m, 8, 3, 3, dtype=torch.float64)
     layer = LowRankConv2d.from_dense(weight, 2, projection=projection)
     u, sigma, vh = np.linalg.svd(weight.flatten(1).numpy(), full_matrices=False)
     best = (u[:, : layer.rank] * sigma[: layer.rank]) @ vh[: layer.rank]
@@ -79,9 +80,10 @@ def test_without_a_moment_it_is_the_truncated_singular_value_decomposition(proje
 
 
 @pytest.mark.parametrize("is_deficient", [False, True])
-def test_least_squares_reaches_the_singular_values_that_numpy_finds(is_deficient: bool) -> None:
+@pytest.mark.parametrize("m", [12, 72, 200])
+def test_least_squares_reaches_the_singular_values_that_numpy_finds(m: int, is_deficient: bool) -> None:
     """min tr((W - D) C (W - D)^T) over rank r is the tail of the squared singular values of W C^(1/2)."""
-    weight = torch.randn(12, 8, 3, 3, dtype=torch.float64)
+    weight = torch.randn(m, 8, 3, 3, dtype=torch.float64)
     inputs = torch.randn(72, 40 if is_deficient else 200, dtype=torch.float64) * torch.linspace(0.1, 3, 72)[:, None]
     moment = inputs @ inputs.T / inputs.shape[1]
     layer = LowRankConv2d.from_dense(weight, 3, projection="least_squares", second_moment=moment)
