@@ -60,15 +60,19 @@ def test_the_public_names() -> None:
     assert bgcbench.__all__ == [
         "BalancedGroupConv2d",
         "BgcbenchError",
+        "Choice",
         "ConvSpec",
         "Converted",
         "FullyLearnableGroupConv2d",
         "GroupConv2d",
         "LayerError",
         "LearnedGroupConv2d",
+        "LowRankConv2d",
+        "Plan",
         "ShuffleGroupConv2d",
         "StandardConv2d",
         "TwoLevelGroupConv2d",
+        "Views",
         "__version__",
         "approximability",
         "build_conv",
@@ -78,6 +82,7 @@ def test_the_public_names() -> None:
         "fold_norms",
         "load_converted",
         "parameter_groups",
+        "plan",
         "save_converted",
     ]
     for name in bgcbench.__all__:

@@ -150,7 +150,7 @@ def test_a_choice_says_itself_in_json() -> None:
         ({"variant": "lowrank", "budget": 1.5}, "budget=1.5 must be between 0 and 1"),
         ({"variant": "lowrank", "budget": 0.01}, "rank 1 in every layer costs"),
         ({"variant": "lowrank", "budget": 0.5, "budget_of": "time"}, "unknown budget_of 'time'"),
-        ({"variant": "lowrank", "rank": 40, "where": "all"}, "rank=40 is too many for the channels of 3 convolutions"),
+        ({"variant": "lowrank", "rank": 40, "where": "all"}, "rank=40 is too high for the channels of 3 convolutions"),
         ({"plan": {}}, "plan must be {name"),
         ({"plan": {"1": {"variant": "gc", "groups": 4}}, "groups": 2}, "leave out variant, groups"),
         ({"plan": {"9": {"variant": "gc", "groups": 4}}}, "no convolution of the network is called '9'"),
