@@ -187,3 +187,32 @@ class TimedConversion(msgspec.Struct):
 
 class ConvertFile(File):
     results: list[TimedConversion]
+
+
+# --------------------------------------------------------------------------------------------------------- photographs
+
+
+class Said(msgspec.Struct):
+    """What a converted network says versus the original one, of 1000 classes: percent, nats and a share."""
+
+    agreement: float
+    top5: float
+    kl: float
+    logit_error: float
+
+
+class Photographed(msgspec.Struct, kw_only=True):
+    """A network converted in one way at a budget, and what it says of photographs that were not fitted."""
+
+    seed: int
+    how: str
+    budget: float
+    params_ratio: float
+    unseen: Said
+
+
+class PhotographFile(File, kw_only=True):
+    """medians: loss of the layers by themselves, by variant and N."""
+
+    medians: dict[str, float]
+    results: tuple[Photographed, ...]

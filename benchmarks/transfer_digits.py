@@ -20,6 +20,7 @@ import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Lock
 
 from bgcbench.plots import draw
 from bgcbench.results.document import Document, dumps, read
@@ -36,6 +37,8 @@ WAYS = {
     "rebn": ["--rebn", "--epochs", "0"],
     "trained": ["--rebn", "--epochs", "3", "--batch-size", "64", "--control"],
 }
+
+READING = Lock()  # msgspec 0.22 crashes where two threads meet a type for the first time
 
 
 def main() -> int:
@@ -86,7 +89,8 @@ def _dense(work: Path, seeds: str) -> dict[int, str]:
 def _part(work: Path, seed: int, weights: str, variants: str, groups: str, inits: str, way: str) -> str:
     """One run of the command, and the name of its file."""
     name = f"part-{variants.replace(',', '-')}-{way}-s{seed}.json"
-    document = read(work / name) if (work / name).exists() else None
+    with READING:
+        document = read(work / name) if (work / name).exists() else None
     if document is None or not document.complete:
         again = ["--resume", name] if document is not None else None
         _run(work, ["transfer", *(again or [weights, "--data", "digits", "--variants", variants, "--groups", groups,
