@@ -42,6 +42,7 @@ DIGITS, TRANSFERRED = "approx-wrn_16_4-digits-cpu.json", "transfer-wrn_16_4-digi
 TRAINED, QUICKSTART = "train-wrn_10_2-digits-cpu.json", "train-quickstart-cpu.json"
 TUNED, KERNELS, SOLVER = "bgc-forms-cpu.json", "kernels-cuda.json", "approx-solver.json"
 PIPELINE, CONVERT = "train-speed-cpu.json", "convert-resnet50-cpu.json"
+PHOTOGRAPHS = "transfer-efficientnet_lite0-cpu.json"
 AGREE, TWICE = "agree-with-torch.json", "same-row-twice.json"
 TABLE4, ALGORITHMS = "table4-cpu-fp32-nchw.json", "table4-cpu-fp32-nchw-algorithms.json"
 EVERY, LAYERS = "network-resnet50-cpu-fp32-nchw-all.json", "network-resnet50-cpu-fp32-nchw-layers.json"
@@ -54,11 +55,12 @@ OWN: dict[str, type[files.File]] = {
     CONVERT: files.ConvertFile,
     TUNED: files.AlgorithmFile,
     KERNELS: files.KernelFile,
+    PHOTOGRAPHS: files.PhotographFile,
 }
 # Files that a script made of several runs of the command line.
 SCRIPTS = {
     DIGITS: "python -m benchmarks.approx_digits",
-    TRANSFERRED: "python -m benchmarks.transfer_digits --train-variants gc,bgc",
+    TRANSFERRED: "python -m benchmarks.transfer_digits --train-groups 4",
 }
 
 
@@ -521,6 +523,28 @@ def conversions() -> Table:
     return Table("Converted", about, ("variant", "weights"), claims_of(TRANSFERRED, rows, columns))
 
 
+def photographed() -> Table:
+    """EfficientNet-lite0 on photographs: each way to keep half, or 0.7, of the pointwise convolutions' parameters."""
+
+    def said(what: str, form: str) -> Callable[[Any, int], Value]:
+        return lambda content, at: Number(getattr(content.results[at].unseen, what), form)
+
+    columns: Columns = {
+        "params": lambda c, at: Number(c.results[at].params_ratio, ".3f"),
+        "agrees %": said("agreement", ".1f"),
+        "top-5 %": said("top5", ".1f"),
+        "KL": said("kl", ".2f"),
+        "logit error": said("logit_error", ".2f"),
+    }
+    rows = enumerate(opened(ROOT, PHOTOGRAPHS).results)
+    named_rows = {(f"{row.budget:g}", row.how, str(row.seed)): at for at, row in rows}
+    about = (
+        "EfficientNet-lite0 with ImageNet weights, its 31 pointwise convolutions replaced and calibrated, without "
+        "training; on crops of photographs that were not fitted, versus the original network."
+    )
+    return Table("On photographs", about, ("budget", "as", "seed"), claims_of(PHOTOGRAPHS, named_rows, columns))
+
+
 def accuracy() -> Table:
     """The README's: SC, GC and BGC, trained from scratch and converted."""
     claims = []
@@ -636,6 +660,9 @@ SINGLE: tuple[tuple[str, str, Any, Callable[[Any, Any], Value]], ...] = (
     ("largest deviation of a sampled error from the closed form", FIGURES, None, from_closed_form),
     ("the same of the weights in the proof of Theorem 3.6", FIGURES, None, from_proof),
     ("the same of BGC at 2N from GC at N, white input", FIGURES, None, from_equal_parameters),
+    *((f"median loss of EfficientNet-lite0's pointwise layers as {cell}", PHOTOGRAPHS, cell,
+       lambda c, cell: percent(c.medians[cell]))
+      for cell in ("gc N=2", "bgc N=4", "tlgc N=2", "lowrank N=2", "gc N=4", "bgc N=8", "lowrank N=4")),
     ("our solver versus one least-squares problem a convolution and group, times as fast", SOLVER, None,
      lambda c, _: Number(c.ratios.conventional, ".0f")),
     ("our solver versus one shared factorisation, times as fast", SOLVER, None,
@@ -685,7 +712,7 @@ TABLES: tuple[Callable[[], Table], ...] = (
         where_time_goes,
         training_speed,
     ),
-    *(kernels, slopes, lost_by_variant, lost_by_layers, trainings, conversions, single_numbers),
+    *(kernels, slopes, lost_by_variant, lost_by_layers, trainings, conversions, photographed, single_numbers),
 )
 README: dict[str, Callable[[], Table]] = {
     "speed": lambda: layer_speed((4, 16)),
