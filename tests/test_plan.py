@@ -135,6 +135,32 @@ def test_bad_input_is_one_line(
     assert not (tmp_path / "x.json").exists()
 
 
+def test_an_edited_plan_is_not_replaced_either(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "plan.json").write_text("{}")
+    words = [*ASKED, "--params", "0.4", "--out", str(tmp_path / "q.json"), "--save", str(tmp_path)]
+    assert main(words) != 0
+    assert "plan.json exist; --force replaces them" in capsys.readouterr().err
+    assert (tmp_path / "plan.json").read_text() == "{}"
+
+
+def test_networks_that_were_not_timed_are_not_done(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped while the networks are measured: a resumed run converts them again and has their times."""
+    document = json.loads((folder / "p.json").read_text())
+    document["results"] = [row for row in document["results"] if row["params"]["stage"] != "proof"]
+    document |= {"complete": False, "exit_reason": "interrupted"}
+    document["config"]["save"] = None
+    torn = tmp_path / "torn.json"
+    torn.write_text(json.dumps(document))
+    with monkeypatch.context() as patched:
+        patched.setattr(plan_run.PlanRun, "_time", lambda self, networks: None)
+        assert main(["plan", "--resume", str(torn), "--quiet"]) != 0
+    assert not stored(torn)["complete"]
+    assert main(["plan", "--resume", str(torn), "--quiet"]) == 0
+    assert all(row["time_ratio"] > 0 for row in rows_of(stored(torn), "proof").values())
+
+
 def test_an_existing_network_is_not_replaced(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = [*ASKED, "--params", "0.4", "--out", str(tmp_path / "q.json"), "--save", str(folder / "saved")]
     assert main(words) != 0

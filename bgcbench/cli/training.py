@@ -17,7 +17,7 @@ from bgcbench.errors import UsageError
 from bgcbench.experiments import train, transfer
 from bgcbench.experiments.options import Asked, AskedOfTraining, AskedOfTransfer
 from bgcbench.experiments.train import IN_FILES, TrainConfig, as_folder
-from bgcbench.experiments.transfer import NO_IMAGES, TransferConfig, room_to_save, with_images
+from bgcbench.experiments.transfer import NO_IMAGES, TransferConfig, room_to_save, saved_name, with_images
 from bgcbench.results import Json
 from bgcbench.results.document import Command as CommandName
 from bgcbench.results.rows import CellKey, Epoch, TransferRow
@@ -198,7 +198,7 @@ class Transfer(Train):
             )
         if config.save is not None:
             keys = [row.key for row in transfer.plan(config) if not row.params.is_dense]
-            room_to_save(Path(config.save), keys, replace=replace or not fresh)
+            room_to_save(Path(config.save), map(saved_name, keys), replace=replace or not fresh)
 
     def prepare(self, config: TransferConfig, session: Session, world: World) -> Any:
         from bgcbench.experiments import closed_form, transfer_run

@@ -12,9 +12,7 @@ from typing import ClassVar
 from bgcbench.errors import UsageError
 from bgcbench.experiments.approx_network import ApproxNetworkConfig
 from bgcbench.experiments.options import GRID, MEASURE, NETWORK, Option, option, positive
-
-KINDS = ("params", "macs", "time", "loss")
-TRIED = ("gc", "shuffle", "tlgc", "bgc", "lowrank")
+from bgcbench.planning import TRIED, asked_for
 
 
 def _share(field: str, value: float) -> None:
@@ -65,11 +63,13 @@ class PlanConfig(ApproxNetworkConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if len(given := [kind for kind in KINDS if getattr(self, kind) is not None]) > 1:
-            raise UsageError(f"--{' and --'.join(given)} are two budgets; give one")
+        asked_for(self._budgets, "--")
+
+    @property
+    def _budgets(self) -> dict[str, float | None]:
+        return {"params": self.params, "macs": self.macs, "time": self.time, "loss": self.loss}
 
     @property
     def budget(self) -> tuple[str, float]:
         """Its kind and how much; all MACs where none is asked for: then everything stays, and there is the curve."""
-        asked = {kind: value for kind in KINDS if (value := getattr(self, kind)) is not None}
-        return next(iter(asked.items()), ("macs", 1.0))
+        return asked_for(self._budgets)

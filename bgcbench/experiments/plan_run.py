@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from bgcbench.conversion.approximability import shape_of
 from bgcbench.conversion.convert import convert, save_converted
-from bgcbench.conversion.record import Converted
+from bgcbench.conversion.lockstep import Stopped
 from bgcbench.errors import UsageError
 from bgcbench.experiments import approx_network_run
 from bgcbench.experiments.approx_run import Step
@@ -41,7 +41,7 @@ from bgcbench.results import Document, write_atomically
 from bgcbench.results.rows import Counts, CurvePoint, PlanFacts, PlanParams, PlanRow, Replaced
 from bgcbench.specs import HELD_OUT, Choice
 
-PLAN_FILE, NETWORK_FILE = "plan.json", "network"
+PLAN_FILE, NETWORK_FILE = "plan.json", "network.pt"
 DENSE, PLAN = "dense", "plan"  # subjects of a proof, besides the variants
 READ = 64  # images that are read at a time
 UNSEEN = 3  # of so many images one is never planned on, where there are too few for all that is asked
@@ -160,7 +160,7 @@ class PlanRun(Run[PlanRow]):
 
     def make_room(self) -> None:
         if self.config.save is not None:
-            room_to_save(Path(self.config.save), [NETWORK_FILE], replace=self._replace)
+            room_to_save(Path(self.config.save), [PLAN_FILE, NETWORK_FILE], replace=self._replace)
 
     @property
     def plan_lines(self) -> list[str]:
@@ -184,7 +184,7 @@ class PlanRun(Run[PlanRow]):
     def run(self) -> Iterator[Step]:
         """Go through the stages, and say after every step what is new."""
         config = self.config
-        with backend_state("fp32", config.threads), memory_state("kept" if self.session.device.type == "cpu" else None):
+        with backend_state("fp32", config.threads):
             model = self.prepared.network.model.to(self.session.device).eval()
             yield from self._costs(model)
             yield from self._losses(model)
@@ -213,11 +213,12 @@ class PlanRun(Run[PlanRow]):
         if self.config.budget[0] == "time":
             yield Step(f"measuring {len(left)} choices of {len(self.prepared.layers)} convolutions")
             bare = Problem(tuple(_counted(layer, self.prepared.choices[layer.name]) for layer in self.prepared.layers))
-            found = timed(
-                model, bare, Passing(), self._example(), quick=self.config.quick,
-                seed=row_seed(self.config.seed, "times"), stop=self.stop,
-            )  # fmt: skip
-            if self.stop():
+            try:
+                found = timed(
+                    model, bare, Passing(), self._example(), quick=self.config.quick,
+                    seed=row_seed(self.config.seed, "times"), stop=self.stop,
+                )  # fmt: skip
+            except Stopped:
                 return
             seconds = {(each.layer.name, one.choice): one.seconds for each in found.layers for one in each.options}
             facts = {"rest_s": found.rest_s, "factors": dict(found.factors)}
@@ -302,8 +303,16 @@ class PlanRun(Run[PlanRow]):
             curve=tuple(CurvePoint(cost=point.cost, loss=point.loss) for point in self.plan.curve),
         )
         if self.config.save is not None:
-            Path(self.config.save).mkdir(parents=True, exist_ok=True)
-            self.plan.save(Path(self.config.save) / PLAN_FILE)
+            self._save(PLAN_FILE, self.plan.save)
+
+    def _save(self, name: str, write: Callable[[Path], object]) -> None:
+        """Write a file of --save; a disk that refuses it costs nothing else."""
+        path = Path(self.config.save or "") / name
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write(path)
+        except OSError as problem:
+            self.warnings.append(f"--save {path} could not be written ({problem.strerror or problem}); the run goes on")
 
     def uniform(self, variant: str) -> dict[str, Choice] | None:
         """The most costly choice of ``variant`` for all layers that it fits which keeps the budget; None for none."""
@@ -345,14 +354,19 @@ class PlanRun(Run[PlanRow]):
                 continue
             yield Step(f"converting as {subject}", number / len(left))
             try:
-                network = self._converted(model, choices, seen, save=subject == PLAN)
+                network = self._converted(model, subject, choices, seen)
+            except Stopped:
+                return
             except Exception as problem:  # noqa: BLE001 - whatever it is, the others are worth having
                 failure = describe_failure(problem, self.session.device)
                 self.known[row.key] = PlanRow(row.key, failure.status, failure.reason, params=row.params)
                 continue
             networks[subject] = network
             compared = compare(original, outputs_of(network, unseen))
-            self._done(_named(row, choices), **self._ratios(choices), **compared, test_images=self.prepared.test_images)
+            found: Any = {**self._ratios(choices), **compared, "test_images": self.prepared.test_images}
+            # Not done before it is timed: a run that is stopped here must not go on without times.
+            params = _named(row, choices).params
+            self.known[row.key] = PlanRow(row.key, "interrupted", "not timed yet", params=params, **found)
         dense = next(row for row in self.planned if row.key == "proof-dense")
         ratios = dict.fromkeys(("params_ratio", "macs_ratio", "time_ratio"), 1.0)
         self._done(dense, **ratios, **compare(original, original), test_images=self.prepared.test_images)
@@ -367,7 +381,7 @@ class PlanRun(Run[PlanRow]):
         return list(torch.cat(list(every))[self.prepared.images :].split(batches.batch))
 
     def _converted(
-        self, model: nn.Module, choices: Mapping[str, Choice], seen: list[Tensor], *, save: bool
+        self, model: nn.Module, subject: str, choices: Mapping[str, Choice], seen: list[Tensor]
     ) -> nn.Module:
         config, network = self.config, self.prepared.network
         if all(choice.is_dense for choice in choices.values()):
@@ -383,10 +397,11 @@ class PlanRun(Run[PlanRow]):
             seed=row_seed(config.seed, "positions"),
             stop=self.stop,
         )
-        if save and config.save is not None:
+        self.warnings += [f"{subject}: {note}" for note in converted.record.notes]
+        if subject == PLAN and config.save is not None:
             buffer = io.BytesIO()
-            save_converted(Converted(converted.model, converted.record), buffer)
-            write_atomically(Path(config.save) / f"{NETWORK_FILE}.pt", buffer.getvalue())
+            save_converted(converted, buffer)
+            self._save(NETWORK_FILE, lambda path: write_atomically(path, buffer.getvalue()))
         return converted.model
 
     def _ratios(self, choices: Mapping[str, Choice]) -> dict[str, float]:
@@ -400,20 +415,23 @@ class PlanRun(Run[PlanRow]):
         return {f"{kind}_ratio": own / dense for kind, (own, dense) in sums.items()}
 
     def _time(self, networks: Mapping[str, nn.Module]) -> None:
-        """Measure the networks in turn; a row that is there gets its time."""
+        """Measure the networks in turn; their rows are done then, those that could not be measured without a time."""
         example = self._example()
         calls = {name: partial(network, *example) for name, network in networks.items()}
         device = self.session.device
         rules = timing.Rules.for_device(device.type, quick=self.config.quick, max_time_s=None)
         rules = dataclasses.replace(rules, min_rounds=6)
-        with undisturbed(self.prepared.network.model):
+        kept = memory_state("kept" if device.type == "cpu" else None)
+        with undisturbed(self.prepared.network.model), kept:
             found = interleaved(calls, device, rules, seed=row_seed(self.config.seed, "proof"), stop=self.stop)
+        if self.stop():
+            return
         for subject in networks:
-            row = self.known.get(f"proof-{subject}")
-            if row is None or subject not in found or DENSE not in found:
-                continue
-            ratio, ends = found[subject].ratio_to(found[DENSE])
-            row = msgspec.structs.replace(row, seconds=found[subject].median_s, time_ratio=ratio, time_ratio_ci95=ends)
+            row = msgspec.structs.replace(self.known[f"proof-{subject}"], status="ok", reason=None)
+            if subject in found and DENSE in found:
+                ratio, ends = found[subject].ratio_to(found[DENSE])
+                times = {"seconds": found[subject].median_s, "time_ratio": ratio, "time_ratio_ci95": ends}
+                row = msgspec.structs.replace(row, **times)
             self.known[row.key] = row
         plan = self.known.get("proof-plan")
         if plan is not None:

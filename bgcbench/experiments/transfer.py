@@ -326,8 +326,8 @@ def _images_in(folder: Path, classes: int | None) -> Json | str:
     return {"data": data, "data_dirs": (str(folder),), "val_alone": not (folder / "train").is_dir()}
 
 
-def room_to_save(folder: Path, keys: Iterable[str], *, replace: bool) -> None:
-    """Raise OutputError unless the networks of the rows ``keys`` can be written to ``folder``; nothing is made."""
+def room_to_save(folder: Path, names: Iterable[str], *, replace: bool) -> None:
+    """Raise OutputError unless the files ``names`` can be written to ``folder``; nothing is made."""
     above = folder
     while not above.exists() and above != above.parent:
         above = above.parent
@@ -338,7 +338,7 @@ def room_to_save(folder: Path, keys: Iterable[str], *, replace: bool) -> None:
             pass
     except OSError as error:
         raise OutputError(f"--save {folder} cannot be written ({error.strerror or error}); choose another") from error
-    there = [name for name in map(saved_name, keys) if os.path.exists(folder / name)]
+    there = [name for name in names if os.path.exists(folder / name)]
     if there and not replace:
         more = f" and {len(there) - 1} more" if len(there) > 1 else ""
         raise OutputError(f"--save {folder}: {there[0]}{more} exist; --force replaces them, or choose another folder")

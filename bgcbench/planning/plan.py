@@ -27,6 +27,7 @@ from torch import nn
 
 from bgcbench.conversion.convert import candidates
 from bgcbench.conversion.layer_moments import Holding, Part, Pictures, first_of, parts_of
+from bgcbench.conversion.lockstep import Stopped
 from bgcbench.conversion.record import spec_of
 from bgcbench.conversion.selection import checked_example
 from bgcbench.errors import ResultFileError, UsageError, reason_of
@@ -35,17 +36,15 @@ from bgcbench.measure.allocator import memory_state
 from bgcbench.measure.batches import Forward, Passing, count_images, device_of, first_image, reference_of
 from bgcbench.measure.counts import Counts, count
 from bgcbench.measure.undisturbed import random_state_kept, undisturbed
-from bgcbench.planning import knapsack
+from bgcbench.planning import TRIED, asked_for, knapsack
 from bgcbench.planning.losses import SENSITIVITY_IMAGES, Outputs, absorbed, choice_losses, sensitivity
 from bgcbench.planning.times import corrections, in_network, layer_times, network_times
 from bgcbench.results import write_atomically
 from bgcbench.results.rows import Replaced
 from bgcbench.specs import VARIANTS, Choice, check_choice, check_positive
 
-VARIANTS_TRIED = ("gc", "shuffle", "tlgc", "bgc", "lowrank")
 GROUPS_TRIED = (2, 4, 8, 16)
 DEFAULT_IMAGES = 256
-KINDS = ("params", "macs", "time", "loss")
 FORMAT = "bgcbench.plan/1"
 
 
@@ -159,6 +158,7 @@ class Plan:
         ]
         if self.cost is not None and self.loss is not None:
             lines.append(f"{self.kind}: {self.cost:.3f} of the original's, predicted loss {self.loss:.3g}")
+        lines += [f"note: {note}" for note in self.notes]
         return "\n".join(lines)
 
 
@@ -170,7 +170,7 @@ def plan(
     macs: float | None = None,
     time: float | None = None,
     loss: float | None = None,
-    variants: Sequence[str] = VARIANTS_TRIED,
+    variants: Sequence[str] = TRIED,
     groups: Sequence[int] = GROUPS_TRIED,
     ranks: Sequence[int] = (),
     quick: bool = False,
@@ -199,7 +199,7 @@ def plan(
     (calibration_pictures); the loader's batches are held in memory, ``images`` of them at most, without labels.
 
     Raises UsageError for a budget that cannot be met, with the least that can, for too few images, and as
-    :func:`bgcbench.approximability`.
+    :func:`bgcbench.approximability`; Stopped where ``stop`` asked for the end.
     """
     kind, budget = asked_for({"params": params, "macs": macs, "time": time, "loss": loss})
     check_budget(kind, budget)
@@ -214,15 +214,9 @@ def plan(
         passing = Passing(forward_fn)
         example = passing.of(first_of(loader)[0], model) if example_input is None else checked_example(example_input)
         problem = timed(model, problem, passing, _filled(example, model), quick=quick, seed=seed, stop=stop)
+    if stop():
+        raise Stopped
     return choose(problem.layers, kind, budget, most_variants=most_variants, rest=problem.rest_s, notes=problem.notes)
-
-
-def asked_for(budgets: Mapping[str, float | None]) -> tuple[str, float]:
-    """The kind of budget that is asked for, and how much; all MACs where there is none. Raises UsageError for two."""
-    asked = {kind: value for kind, value in budgets.items() if value is not None}
-    if len(asked) > 1:
-        raise UsageError(f"{' and '.join(asked)} are two budgets; give one")
-    return next(iter(asked.items()), ("macs", 1.0))
 
 
 def check_budget(kind: str, budget: float) -> None:
@@ -272,7 +266,7 @@ def scored(
     model: nn.Module,
     loader: Iterable[Any],
     *,
-    variants: Sequence[str] = VARIANTS_TRIED,
+    variants: Sequence[str] = TRIED,
     groups: Sequence[int] = GROUPS_TRIED,
     ranks: Sequence[int] = (),
     where: str = "auto",
@@ -349,7 +343,8 @@ def timed(
 ) -> Problem:
     """``problem`` with the seconds of every option, as they are in a call of the network on ``example``.
 
-    Measured on the device where ``model`` is. Options that could not be measured are left out.
+    Measured on the device where ``model`` is. Options that could not be measured are left out. Raises Stopped, and
+    UsageError where the network or one of its convolutions could not be measured as it is.
     """
     device = device_of(model)
     rules = timing.Rules.for_device(device.type, quick=quick, max_time_s=0.1 if quick else 1.0)
@@ -360,6 +355,8 @@ def timed(
     with undisturbed(model), kept:
         run = partial(passing, model, example)
         found = dict(layer_times(model, layers, choices, run, device, rules, **shared))
+        if stop():
+            raise Stopped
         alone = {
             layer.name: {choice: one.median_s * (layer.calls or 1) for choice, one in found[layer.name].items()}
             for layer in layers
@@ -367,7 +364,9 @@ def timed(
         uniform = {choice: _uniform(layers, choices, choice) for choice in _ends(choices)}
         networks = {choice.label: each for choice, each in uniform.items()}
         whole = network_times(model, {"dense": (), **networks}, passing, example, device, rules, **shared)
-    if "dense" not in whole:
+    if stop():
+        raise Stopped
+    if "dense" not in whole or not all(Choice() in times for times in alone.values()):
         raise UsageError("the network could not be measured; try a smaller example_input")
     dense_s = whole["dense"].median_s  # by a name of ours
     known = {choice: whole[choice.label].median_s for choice in uniform if choice.label in whole}

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import bgcbench
+from bgcbench.conversion.lockstep import Stopped
 from bgcbench.errors import BgcbenchError, UsageError
 from bgcbench.measure.batches import Passing
 from bgcbench.planning.losses import _put_in
@@ -226,6 +227,13 @@ def test_bad_input_is_refused(options: dict[str, object], message: str) -> None:
 def test_images_that_are_too_few_are_refused() -> None:
     with pytest.raises(UsageError, match="3 calibration images are too few"):
         bgcbench.plan(network(), [images(3)], params=0.5)
+
+
+def test_a_plan_that_is_stopped_is_no_plan(problem: Problem) -> None:
+    with pytest.raises(Stopped):
+        bgcbench.plan(network(), [images(16)], groups=(2,), variants=("gc",), stop=lambda: True)
+    with pytest.raises(Stopped):
+        timed(network(), problem, Passing(), (images(4),), quick=True, stop=lambda: True)
 
 
 def test_options_are_the_layer_itself_first(problem: Problem) -> None:
