@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from bgcbench.conversion.approximability import LayerMoments, stream
 from bgcbench.conversion.layer_moments import Part, Pictures, moments_device, on_input
 from bgcbench.conversion.norms import NormMoments
-from bgcbench.conversion.solve import best_of
+from bgcbench.conversion.solve import SETTLED, best_of
 from bgcbench.conversion.survey import is_norm, survey
 from bgcbench.convs.base import VariantConv2d
 from bgcbench.errors import UsageError
@@ -33,6 +33,7 @@ from bgcbench.measure.undisturbed import seed_everything, undisturbed
 from bgcbench.results.rows import Replaced
 from bgcbench.specs import Choice, load_layer
 from bgcbench.theory.fits import EXACT
+from bgcbench.theory.leastsquares import Fit
 from bgcbench.theory.moments import PatchMoments
 
 SENSITIVITY_IMAGES = 64  # to put layers into the network with, at most
@@ -104,7 +105,7 @@ def choice_losses(
 def _losses(
     layer: Replaced, weight: Tensor, moments: LayerMoments, choices: Sequence[Choice], *, centred: bool
 ) -> list[ChoiceLoss]:
-    fit, unseen = (_Inputs.of(each, centred=centred) for each in (moments.fit, moments.held_out))
+    inputs, unseen = (_Inputs.of(each, centred=centred) for each in (moments.fit, moments.held_out))
     exact = weight.to(unseen.moment)
     whole = unseen.energy(exact)
     found = []
@@ -114,8 +115,8 @@ def _losses(
         def lost(
             projection: str, ridge: float, choice: Choice = choice, kernels: dict[tuple[str, float], Tensor] = kernels
         ) -> float:
-            given = {"second_moment": fit.moment, "ridge": ridge} if projection == "least_squares" else {}
-            kernel = _solved(choice, exact, projection, **given)
+            fit = Fit(inputs.moment, ridge=ridge, settled=SETTLED) if projection == "least_squares" else None
+            kernel = _solved(choice, exact, projection, fit)
             kernels[projection, ridge] = kernel.to(weight)
             return unseen.energy(exact - kernel) / whole if whole > 0 else 0.0
 
@@ -126,10 +127,11 @@ def _losses(
     return found
 
 
-def _solved(choice: Choice, weight: Tensor, projection: str, **given: Any) -> Tensor:
+def _solved(choice: Choice, weight: Tensor, projection: str, fit: Fit | None) -> Tensor:
     """The dense kernel of the choice that stands in for ``weight``."""
     kind: type[VariantConv2d] = load_layer(choice.variant)
-    layer: VariantConv2d = kind.from_dense(weight, choice.groups, rank=choice.rank, projection=projection, **given)
+    layer: VariantConv2d = kind.from_dense(weight, choice.groups, rank=choice.rank, projection="copy")
+    layer.load_projected(layer.project(weight, projection, fit))
     return layer.dense_weight()
 
 
