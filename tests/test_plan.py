@@ -111,6 +111,27 @@ def test_a_run_that_was_stopped_in_a_stage_goes_on_to_the_same_plan(stage: str, 
         assert rows_of(again, "loss")[row["key"]]["felt"] == pytest.approx(row["felt"], rel=1e-4, abs=1e-9)
 
 
+def test_costs_and_losses_of_another_run_are_taken_over(folder: Path, tmp_path: Path) -> None:
+    out, monkeypatch = tmp_path / "other.json", pytest.MonkeyPatch()
+    words = [*ASKED, "--params", "0.6", "--measured", str(folder / "p.json"), "--out", str(out), "--quiet"]
+    with monkeypatch.context() as patched:
+        patched.setattr(plan_run, "score", lambda *_, **__: pytest.fail("measured again"))
+        assert main(words) == 0
+    for stage in ("cost", "loss"):
+        assert rows_of(stored(out), stage) == rows_of(stored(folder / "p.json"), stage)
+    assert 0.4 < stored(out)["plan"]["predicted"] <= 0.6
+
+
+def test_costs_and_losses_of_something_else_are_refused(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [*ASKED, "--params", "0.6", "--measured", str(folder / "p.json"), "--out", str(tmp_path / "x.json")]
+    assert main([*words, "--calibration-images", "28"]) != 0
+    assert "its calibration_images is 24, and 28 is asked for; leave --measured out" in capsys.readouterr().err
+    assert main([*words[:-4], "--measured", str(tmp_path / "none.json"), "--out", str(tmp_path / "x.json")]) != 0
+    assert "none.json" in capsys.readouterr().err
+
+
 @pytest.mark.usefixtures("brisk")
 def test_time_is_measured_and_a_budget_of_time_is_planned(tmp_path: Path) -> None:
     out = tmp_path / "t.json"

@@ -24,7 +24,7 @@ from bgcbench.conversion.approximability import shape_of
 from bgcbench.conversion.convert import convert, save_converted
 from bgcbench.conversion.lockstep import Stopped
 from bgcbench.conversion.record import Converted
-from bgcbench.errors import UsageError
+from bgcbench.errors import ResultFileError, UsageError
 from bgcbench.experiments import approx_network_run
 from bgcbench.experiments.approx_run import Step
 from bgcbench.experiments.base import Run
@@ -41,7 +41,7 @@ from bgcbench.planning.choices import LayerOptions, Problem, Scored, best_famili
 from bgcbench.planning.decision import AGAIN, FELT, PLAIN, Contender, Plan, choose, planned
 from bgcbench.planning.plan import decided, held_outputs, losses_of, score, timed, tryout
 from bgcbench.planning.times import interleaved
-from bgcbench.results import Document, write_atomically
+from bgcbench.results import Document, check_command, check_resumable, write_atomically
 from bgcbench.results.rows import Counts, CurvePoint, PlanFacts, PlanParams, PlanRow, Replaced
 from bgcbench.specs import HELD_OUT, Choice
 
@@ -480,6 +480,30 @@ class PlanRun(Run[PlanRow]):
         if plan is not None:
             field = "logit_error" if self.facts.kind == "loss" else f"{self.facts.kind}_ratio"
             self.facts = msgspec.structs.replace(self.facts, measured=getattr(plan, field))
+
+
+def measured(document: Document, name: str, run: PlanRun) -> None:
+    """Give ``run`` the costs and losses that ``document``, file ``name``, has of the same network on the same images.
+
+    Raises ResultFileError for a file of anything else, or of another machine.
+    """
+    check_command(document, "plan", name)
+    wanted = run.config.to_json()
+    for field, value in wanted.items():
+        if field not in run.config.AFTERWARDS and document.config.get(field) != value:
+            raise ResultFileError(
+                f"{name} has other costs and losses: its {field} is {document.config.get(field)}, and {value} is asked "
+                "for; leave --measured out"
+            )
+    check_resumable(document, run.session.conditions, run.session.environment, name)
+    keys = {row.key for row in run.planned}
+    facts, by_time = document.plan or PlanFacts(kind="params", asked=1), run.config.budget[0] == "time"
+    for row in document.results:
+        fresh = row.params.stage == "cost" and by_time and facts.kind != "time"
+        if row.params.stage in ("cost", "loss") and row.key in keys and row.is_done and not fresh:
+            run.known.setdefault(row.key, row)
+    if by_time and facts.kind == "time":
+        run.facts = msgspec.structs.replace(run.facts, rest_s=facts.rest_s, factors=facts.factors)
 
 
 def _of(row: PlannedRow) -> tuple[Replaced, Choice]:

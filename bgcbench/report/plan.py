@@ -116,7 +116,7 @@ def _said(plan: PlanFacts, proof: Sequence[PlanRow]) -> list[str]:
     others = [row for row in proof if row.params.subject not in ("dense", "plan") and row.agreement is not None]
     if others:
         best = max(others, key=lambda row: row.agreement or 0.0)
-        lines.append(f"the best single choice at that budget, {_choice(best)}, on {best.agreement:.1f} %")
+        lines.append(f"the best single choice at that budget, {_subject(best)}, on {best.agreement:.1f} %")
     return lines
 
 
