@@ -256,18 +256,18 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class AskedOfPlan(Asked):
-    """The same of a run that saves a plan and its network."""
-
-    force: bool = option(False, "Replace existing --out and --save files.")
-
-
-@dataclass(frozen=True)
 class AskedOfPicture(Asked):
     """The same of a run that can be drawn."""
 
     force: bool = option(False, "Replace existing --out and --plot files.")
     plot: Path | None = option(None, "Draw the result: a .png, .svg or .pdf file (extra: plot).")
+
+
+@dataclass(frozen=True)
+class AskedOfPlan(AskedOfPicture):
+    """The same of a run that saves a plan and its network."""
+
+    force: bool = option(False, "Replace existing --out, --plot and --save files.")
 
 
 @dataclass(frozen=True)

@@ -113,7 +113,9 @@ def plan(
         )  # fmt: skip
         return original.error(done.model), losses_of(done.record)
 
-    tried = {each.name: (each, error) for each, error in tryout(problem, kind, budget, converted, most_variants)}
+    tried = {
+        each.name: (each, error) for each, error in tryout(problem, kind, budget, converted, most_variants, quick=quick)
+    }
     return decided(problem, kind, budget, tried)
 
 
@@ -123,18 +125,22 @@ def tryout(
     budget: float,
     converted: Callable[[Contender], tuple[float, Mapping[str, float]]],
     most_variants: int | None = None,
+    *,
+    quick: bool = False,
 ) -> Iterator[tuple[Contender, float]]:
     """Every contender for the plan with the error of its outputs, as it is known.
 
     converted: returns that error for a contender, and what its layers lose, after converting the network. What is
-    chosen by the real losses of the first of them comes last.
+    chosen by the real losses of the first of them comes last. quick: only two of them (see :func:`contenders`).
     """
     real: Mapping[str, float] = {}
-    found = contenders(problem, kind, budget, most_variants=most_variants)
+    found = contenders(problem, kind, budget, most_variants=most_variants, quick=quick)
     for each in found:
         error, lost = converted(each)
         real = lost if each.name == FELT else real
         yield each, error
+    if quick:
+        return
     choices = choose(again(problem, real, found[0].choices), kind, budget, most_variants=most_variants)
     if all(choices != each.choices for each in found):
         last = Contender(AGAIN, "by its real losses", choices)

@@ -1,9 +1,11 @@
-"""Pictures of ``approx``, ``train`` and ``transfer`` results. matplotlib is imported when one is drawn, and only here.
+"""Pictures of ``approx``, ``plan``, ``train`` and ``transfer`` results; matplotlib is imported here, for one, only.
 
     figure1      log E against log(1 - 1/N), as Figure 1 of Lee, Park & Lee       sampled convolutions
     figure2      the error over (1 - 1/N)^p against N, as their Figure 2          sampled convolutions
     pareto       the share of the output that is lost against parameters and MACs
     heatmap      the same by layer and N                                          a network's layers
+    plans        predicted loss against cost, with the networks measured          plans
+    cost         each layer's cost before and after                               plans
     errors       the test error against N and against parameters                  trained networks
                  before and after training against parameters                     converted networks
     curves       the test error by epoch                                          trained networks
@@ -71,7 +73,7 @@ def _metadata(path: Path) -> dict[str, Any]:
 
 
 def figure(document: Document, picture: str | None = None) -> Figure:
-    """``picture`` of an ``approx``, ``train`` or ``transfer`` document, or all that fit it, one below the other.
+    """``picture`` of a document (see above for whose there are), or all that fit it, one below the other.
 
     Raises UsageError if matplotlib is missing, if the picture is another command's, or if the document has no rows for
     it.

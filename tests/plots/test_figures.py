@@ -75,7 +75,7 @@ def test_dollars_in_a_name_are_no_formula(tmp_path: Path) -> None:
         (
             new_document(command="profile"),
             None,
-            "--plot draws 'approx', 'train' and 'transfer' results, and this is a 'profile' run",
+            "--plot draws 'approx', 'plan', 'train' and 'transfer' results, and this is a 'profile' run",
         ),
         (new_document(), None, "nothing to draw: the result has no finished row"),
         (sampled(variants=("standard",)), None, "nothing to draw"),
@@ -94,7 +94,7 @@ def test_dollars_in_a_name_are_no_formula(tmp_path: Path) -> None:
         (train_document(), "pareto", "pareto is no picture of 'train' results; they have errors, curves"),
         (new_document(), "curves", "'approx' results; they have figure1, figure2, pareto, heatmap"),
         (train_document(), "curve", "unknown picture 'curve': did you mean 'curves'"),
-        (new_document(command="profile"), "errors", "--plot draws 'approx', 'train' and 'transfer' results"),
+        (new_document(command="profile"), "errors", "--plot draws 'approx', 'plan', 'train' and 'transfer' results"),
         (transfer_document(dataset="synthetic"), "errors", "errors needs conversions evaluated on real images"),
         (transfer_document(inits=("copy",)), "layers", "layers needs calibrated conversions"),
         ({**transfer_document(), "results": []}, None, "nothing to draw: the result has neither"),
