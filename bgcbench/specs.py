@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 
 from bgcbench.errors import ShapeError, UsageError, did_you_mean
 
+BUDGETS = {"params": "parameters", "macs": "MACs", "time": "time", "loss": "predicted loss"}  # of a plan, in words
 Pair = tuple[int, int]
 Channels = tuple[float, float, float]  # a number for red, green and blue
 

@@ -49,7 +49,7 @@ from bgcbench.results.rows import Counts, CurvePoint, PlanFacts, PlanParams, Pla
 from bgcbench.specs import HELD_OUT, Choice
 
 PLAN_FILE, NETWORK_FILE = "plan.json", "network.pt"
-DENSE, PLAN = "dense", "plan"  # subjects of a proof, besides the variants
+DENSE, PLAN, DENSE_KEY = "dense", "plan", "proof-dense"  # subjects of a proof, besides the variants
 READ = 64  # images that are read at a time
 QUICKLY = "left out by --quick"
 LOOK = 8  # images of a look at how fast the network is
@@ -294,8 +294,8 @@ class PlanRun(Run[PlanRow]):
             except Stopped:
                 return
             seconds = {(each.layer.name, one.choice): one.seconds for each in found.layers for one in each.options}
-            facts = {"rest_s": found.rest_s, "factors": dict(found.factors)}
-            self.facts = msgspec.structs.replace(self.facts, **facts)
+            self.warnings += found.notes
+            self.facts = msgspec.structs.replace(self.facts, rest_s=found.rest_s, factors=dict(found.factors))
         for row in left:
             layer, choice = _of(row)
             params, macs = counted(layer, choice)
@@ -442,7 +442,7 @@ class PlanRun(Run[PlanRow]):
         seen = list(self.prepared.network.batches)
         unseen, labels = self.prepared.unseen()
         original = outputs_of(model, unseen)
-        networks: dict[str, nn.Module] = {"proof-dense": model}
+        networks: dict[str, nn.Module] = {DENSE_KEY: model}
         shared = {"test_images": self.prepared.test_images}
         for number, row in enumerate(left):
             subject = row.params.subject or ""
@@ -471,7 +471,7 @@ class PlanRun(Run[PlanRow]):
             }
             # Not done before it is timed: a run that is stopped here must not go on without times.
             self.known[row.key] = PlanRow(row.key, "interrupted", "not timed yet", params=row.params, **found)
-        dense = next(row for row in self.planned if row.key == "proof-dense")
+        dense = next(row for row in self.planned if row.key == DENSE_KEY)
         same = dict.fromkeys(("params_ratio", "macs_ratio", "time_ratio"), 1.0)
         self._done(dense, **same, **compare(original, original, labels), **shared)
         yield Step("measuring the networks", save=True)
@@ -521,8 +521,8 @@ class PlanRun(Run[PlanRow]):
             return
         for key in networks:
             row = msgspec.structs.replace(self.known[key], status="ok", reason=None)
-            if key in found and "proof-dense" in found:
-                ratio, ends = found[key].ratio_to(found["proof-dense"])
+            if key in found and DENSE_KEY in found:
+                ratio, ends = found[key].ratio_to(found[DENSE_KEY])
                 times = {"seconds": found[key].median_s, "time_ratio": ratio, "time_ratio_ci95": ends}
                 row = msgspec.structs.replace(row, **times)
             self.known[key] = row

@@ -33,7 +33,7 @@ from bgcbench.planning import TRIED, asked_for
 from bgcbench.planning.choices import LayerOptions, Problem, Scored, choices_for, counted
 from bgcbench.planning.decision import AGAIN, FELT, Contender, Plan, again, choose, contenders, planned, taken
 from bgcbench.planning.losses import SENSITIVITY_IMAGES, Outputs, absorbed, choice_losses, felt_losses
-from bgcbench.planning.times import corrections, in_network, layer_times, network_times
+from bgcbench.planning.times import corrections, doubtful, in_network, layer_times, network_times
 from bgcbench.results.rows import Record, Replaced
 from bgcbench.specs import VARIANTS, Choice, check_choice, check_positive
 
@@ -299,8 +299,10 @@ def timed(
         there = (each for each in options.options if each.choice in seconds)
         own = tuple(dataclasses.replace(each, seconds=seconds[each.choice]) for each in there)
         made.append(LayerOptions(options.layer, own))
+    layers_s = sum(times[Choice()] for times in alone.values())
+    notes = (*problem.notes, *filter(None, [doubtful(dense_s, layers_s, factors)]))
     rest = dense_s - sum(options.dense.cost("time") for options in made)
-    return dataclasses.replace(problem, layers=tuple(made), rest_s=rest, factors=factors)
+    return dataclasses.replace(problem, layers=tuple(made), notes=notes, rest_s=rest, factors=factors)
 
 
 def _uniform(layers: Sequence[Replaced], choices: Mapping[str, Sequence[Choice]], choice: Choice) -> list[Replaced]:
