@@ -24,6 +24,7 @@ from bgcbench.conversion.convert import candidates, convert
 from bgcbench.conversion.layer_moments import Holding, Part, Pictures, first_of, parts_of
 from bgcbench.conversion.lockstep import Stopped
 from bgcbench.conversion.selection import checked_example
+from bgcbench.conversion.solve import SETTLED
 from bgcbench.errors import UsageError
 from bgcbench.measure import timing
 from bgcbench.measure.allocator import memory_state
@@ -39,6 +40,7 @@ from bgcbench.specs import VARIANTS, Choice, check_choice, check_positive
 
 GROUPS_TRIED = (2, 4, 8, 16)
 DEFAULT_IMAGES = 256
+QUICKLY_SETTLED = 1e-2  # instead of calibration's: TLGC's losses are then known to some percent
 
 
 def plan(
@@ -235,7 +237,8 @@ def score(
 ) -> Iterator[LayerOptions]:
     """Each of ``layers`` with what it costs and loses as it is and as each of its ``choices`` (by name), one by one.
 
-    batches: gone through more than once. quick: sensitivity by few images. Raises UsageError for too few images.
+    batches: gone through more than once. quick: sensitivity by few images, and TLGC's search ends early. Raises
+    UsageError for too few images.
     """
     holding = Holding(pictures)
     parts = list(parts_of(batches, images, passing, model, holding))
@@ -244,8 +247,9 @@ def score(
     put_in = SENSITIVITY_IMAGES // 4 if quick else SENSITIVITY_IMAGES
     outputs = Outputs(model, _some([part for part in parts if part.held_out], put_in), passing)
     options: dict[str, Any] = {"images": images, "memory_bytes": memory_bytes, "seed": seed, "stop": stop}
+    settled = QUICKLY_SETTLED if quick else SETTLED
     losses = choice_losses(
-        model, layers, choices, batches, centred=centred, passing=passing, pictures=pictures, **options
+        model, layers, choices, batches, centred=centred, passing=passing, pictures=pictures, settled=settled, **options
     )
     for layer, found in losses:
         felt = felt_losses(outputs, layer, found, centred=layer.name in centred)
