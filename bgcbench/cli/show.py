@@ -1,4 +1,4 @@
-"""``bgcbench show``, ``doctor`` and ``compare``: what needs a result file or the machine, and no measurement."""
+"""``bgcbench show``, ``report``, ``doctor`` and ``compare``: what needs files or the machine, and no measurement."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -15,6 +15,9 @@ from bgcbench.errors import BgcbenchError, ResultFileError, UsageError
 from bgcbench.experiments import options
 from bgcbench.experiments.profile import ProfileConfig
 from bgcbench.specs import FORMATS, check_choice
+
+if TYPE_CHECKING:
+    from bgcbench.results import Document
 
 Format = Annotated[
     str,
@@ -29,6 +32,7 @@ Format = Annotated[
 def register(app: typer.Typer) -> None:
     """Make them commands of ``app``."""
     app.command(short_help="Print a result file again, or Table 1.")(show)
+    app.command(short_help="Make one HTML page of result files.")(report)
     app.command(short_help="Print what could spoil a measurement here.")(doctor)
     app.command(short_help="Compare two profile files.")(compare)
 
@@ -103,6 +107,58 @@ def show(
     shown = config.in_channels, config.out_channels, config.kernel, (config.height, config.width), config.groups
     output.emit(table1_report(*shown), form)
     return 0
+
+
+def report(
+    files: Annotated[list[Path], typer.Argument(help="Result files, or folders of them.", show_default=False)],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The page, a .html file.")] = Path("report.html"),
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing page.")] = False,
+) -> int:
+    """Make one HTML page of result files, to be read or sent without bgcbench: verdicts, sortable tables, pictures.
+
+    The page has everything in it and loads nothing. Of a folder it shows every result file, and names the others.
+
+    [bold]bgcbench report results -o report.html[/bold]
+    """
+    from bgcbench.plots import inline_pictures
+    from bgcbench.report import document_report, html
+    from bgcbench.results import files as writing
+
+    if out.suffix.lower() not in (".html", ".htm"):
+        raise UsageError(f"--out {out}: the name must end in .html")
+    writing.check_new(out, "--out", replace=force)
+    parts, no_pictures = [], ""
+    for number, (name, document) in enumerate(_documents(files), 1):
+        with _consistent(name):
+            try:
+                pictures = inline_pictures(document, f"f{number}")
+            except UsageError as missing:  # of matplotlib: the page is whole without
+                pictures, no_pictures = [], str(missing)
+            parts.append(html.Part(number, name, document, document_report(document), pictures))
+    if not parts:
+        raise UsageError(f"no result file in {', '.join(map(str, files))}; name files that a bgcbench command wrote")
+    writing.write_named(out, "--out", html.page(parts, no_pictures).encode())
+    drawn = sum(len(part.pictures) for part in parts)
+    output.say(f"{out}: {len(parts)} result files, {no_pictures or f'{drawn} pictures'}")
+    return 0
+
+
+def _documents(paths: list[Path]) -> Iterator[tuple[str, Document]]:
+    """The name and the document of each result file, and of those in folders; says which files there are no results."""
+    from bgcbench import results
+
+    seen: set[Path] = set()
+    for path in paths:
+        for file in sorted(path.glob("*.json")) if path.is_dir() else [path]:
+            if file.resolve() in seen:
+                continue
+            seen.add(file.resolve())
+            try:
+                yield file.as_posix(), results.read(file)
+            except ResultFileError as error:
+                if not path.is_dir():
+                    raise
+                output.say(f"left out: {error}")
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ from matplotlib.text import Annotation
 
 from bgcbench.errors import UsageError
 from bgcbench.plots import conversions, curves, errors, figure1, figure2, heatmap, layers, pareto
+from bgcbench.plots.inline import inline_svg
 from bgcbench.plots.style import AROUND, DPI, ROW, WIDTH, NothingToDraw, Part, styled
 from bgcbench.results.document import Document
 from bgcbench.specs import check_choice
@@ -47,6 +48,15 @@ def figure(document: Document, picture: str | None = None) -> Figure:
         return _composed([pictures[picture](document)])
     except NothingToDraw as missing:
         raise UsageError(f"nothing to draw: {picture} needs {missing}") from missing
+
+
+def inline_pictures(document: Document, prefix: str, metadata: dict[str, Any]) -> list[tuple[str, str]]:
+    """(name, ``<svg>`` element) of each picture that fits the document; ``prefix`` begins their ids."""
+    drawn = []
+    for name, part_of in PICTURES_OF.get(document.command, {}).items():
+        with contextlib.suppress(NothingToDraw):
+            drawn.append((name, inline_svg(_composed([part_of(document)]), f"{prefix}-{name}", metadata)))
+    return drawn
 
 
 def _fitting(document: Document) -> list[Part]:

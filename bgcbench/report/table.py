@@ -136,9 +136,14 @@ class Report:
         return [*self.notes[: NOTES - 1], f"and {rest} more; {EXPLAIN}" if rest > 0 else EXPLAIN]
 
 
+def meanings(report: Report) -> dict[str, str]:
+    """What the columns of a report mean, by the name under which each is explained."""
+    return {column.name or column.title: column.meaning for table in report.tables for column in table.columns}
+
+
 def explained(report: Report) -> Report:
     """What each column of a report means, and all of its notes."""
-    columns = {column.name or column.title: column.meaning for table in report.tables for column in table.columns}
+    columns = meanings(report)
     shown: list[Column[tuple[str, str]]] = [
         label("column", lambda of: of[0], ""),
         words("meaning", lambda of: of[1], ""),

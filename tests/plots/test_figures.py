@@ -211,5 +211,5 @@ def test_matplotlib_that_is_missing_is_named_with_the_way_out(tmp_path: Path, mo
     for call in (lambda: figure_of(sampled()), lambda: draw(sampled(), tmp_path / "p.png")):
         with pytest.raises(UsageError) as caught:
             call()
-        assert str(caught.value) == ("--plot needs matplotlib, which is not installed; pip install 'bgcbench[plot]'")
+        assert str(caught.value) == ("pictures need matplotlib, which is not installed; pip install 'bgcbench[plot]'")
     assert list(tmp_path.iterdir()) == []
