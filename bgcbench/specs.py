@@ -312,6 +312,11 @@ def load_layer(name: str) -> Any:
     return getattr(importlib.import_module(module), attribute)
 
 
+def spelt(value: str, choices: Iterable[str]) -> str:
+    """The one of ``choices`` that is ``value`` but for its case; ``value`` as it is where there is none."""
+    return next((choice for choice in choices if choice.casefold() == value.casefold()), value)
+
+
 def check_choice(what: str, value: str, choices: Iterable[str]) -> str:
     """Return ``value`` if it is one of ``choices``; otherwise raise, naming the nearest one."""
     names = list(choices)

@@ -38,7 +38,7 @@ class Profile(Command):
 
     [bold]bgcbench profile --channels 256 --size 14 --precision bf16 --layout nhwc --variants all --quick[/bold]
 
-    [bold]bgcbench profile --model resnet50 --groups 4 --batch 4 --layers --quick[/bold]
+    [bold]bgcbench profile resnet50 --groups 4 --batch 4 --layers --quick[/bold]
     """
 
     name = "profile"
@@ -121,7 +121,7 @@ class Approx(Command):
 
     [bold]bgcbench approx --variants all --channels 64 --groups 2,4,8 --input normal,relu,factor:0.5[/bold]
 
-    [bold]bgcbench approx --model resnet50 --data path/to/images --plot heatmap.png[/bold]
+    [bold]bgcbench approx resnet50 --data path/to/images --plot heatmap.png[/bold]
     """
 
     name = "approx"

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+from collections.abc import Iterator
 from typing import Annotated, Any
 
 import typer
 
 from bgcbench.cli.run import Command, run_command
+from bgcbench.errors import UsageError
 from bgcbench.experiments.options import PANELS, Option, options_of
+
+BY_NAME = "_by_name"  # what the parameter of --model is called beside MODEL's
 
 
 def command_options(command: Command) -> list[Option]:
@@ -32,11 +36,16 @@ def register(app: typer.Typer, command: Command) -> None:
     """Make ``command`` one of ``app``; typer reads the parameters and the help of the function that it calls."""
 
     def callback(context: typer.Context, **parsed: Any) -> int:
+        for name in [name for name in parsed if name.endswith(BY_NAME)]:
+            by_name, place = parsed.pop(name), name.removesuffix(BY_NAME)
+            if by_name is not None and parsed[place] is not None:
+                raise UsageError(f"{place.upper()} {parsed[place]} and --{place} {by_name} are the same; give one")
+            parsed[place] = by_name if parsed[place] is None else parsed[place]
         return run_command(command, context, parsed)
 
     parameters = [
         inspect.Parameter("context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context),
-        *map(_parameter, command_options(command)),
+        *(parameter for option in command_options(command) for parameter in _parameters(option)),
     ]
     callback.__doc__ = command.__doc__
     callback.__annotations__ = {each.name: each.annotation for each in parameters} | {"return": int}
@@ -44,23 +53,32 @@ def register(app: typer.Typer, command: Command) -> None:
     app.command(command.name, short_help=command.summary)(callback)
 
 
-def _parameter(option: Option) -> inspect.Parameter:
-    """What typer reads of an option; all but switches are None where they are left out."""
-    flag = option.flag or f"--{option.name}"
-    about: Any = (
-        typer.Argument(help=option.help, show_default=False)
-        if option.argument
-        else typer.Option(
-            flag,
-            help=option.help or None,
-            show_default=option.shown or False,
-            envvar=option.envvar,
-            rich_help_panel=None if option.everyday else option.panel,
+def _parameters(option: Option) -> Iterator[inspect.Parameter]:
+    """What typer reads of an option; all but switches are None where they are left out.
+
+    One that may be given by its place has a second parameter for its name, which --help need not repeat.
+    """
+    if option.argument:
+        yield _parameter(
+            option,
+            option.parameter,
+            typer.Argument(help=option.help, show_default=False, metavar=option.parameter.upper()),
         )
+    about = typer.Option(
+        *([option.flag or f"--{option.name}"] + ([f"-{option.short}"] if option.short else [])),
+        help=option.help or None,
+        show_default=option.shown or False,
+        envvar=option.envvar,
+        rich_help_panel=None if option.everyday else option.panel,
+        hidden=option.argument,
     )
+    yield _parameter(option, option.parameter + BY_NAME * option.argument, about)
+
+
+def _parameter(option: Option, name: str, about: Any) -> inspect.Parameter:
     is_switch = option.on is not None
     return inspect.Parameter(
-        option.parameter,
+        name,
         inspect.Parameter.KEYWORD_ONLY,
         default=False if is_switch else None,
         annotation=Annotated[bool if is_switch else option.kind | None, about],

@@ -144,7 +144,7 @@ class Command(ABC):
 
 def run_command(command: Command, context: typer.Context, parsed: Mapping[str, Any]) -> int:
     """Do what the options ask for, and return the exit code."""
-    preset = parsed.get("preset")
+    preset = parsed["preset"].casefold() if parsed.get("preset") else None
     with only_first_speaks():
         asked = command.asked(**given_fields(options_of(command.asked).values(), parsed))
         check_options(asked)

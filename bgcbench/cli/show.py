@@ -74,7 +74,7 @@ def show(
     """
     from bgcbench import results
 
-    check_choice("format", form, FORMATS)
+    form = check_choice("format", form.casefold(), FORMATS)
     shape = {"channels": channels, "in_channels": in_channels, "out_channels": out_channels, "kernel": kernel,
              "size": size, "groups": groups}  # fmt: skip
     given = [f"--{name.replace('_', '-')}" for name, value in shape.items() if value is not None]
@@ -192,7 +192,7 @@ def doctor(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:K.")] = "auto", form: Format = "auto"
 ) -> int:
     """Print this machine's environment and what on it could spoil a measurement."""
-    check_choice("format", form, FORMATS)
+    form, device = check_choice("format", form.casefold(), FORMATS), device.casefold()
     ProfileConfig(device=device)  # the name is checked before torch is imported
     from bgcbench.measure.device import resolve_device
     from bgcbench.measure.environment import describe_environment, diagnose
@@ -222,7 +222,7 @@ def compare(
     """
     from bgcbench import results
 
-    check_choice("format", form, FORMATS)
+    form = check_choice("format", form.casefold(), FORMATS)
     if fail_on is not None and not 0 <= fail_on < float("inf"):
         raise UsageError(f"--fail-on {fail_on} must be 0 or a positive number of percent")
     documents = [results.read(path) for path in (before, after)]

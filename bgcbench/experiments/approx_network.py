@@ -11,8 +11,8 @@ from typing import ClassVar
 
 from bgcbench.errors import UsageError
 from bgcbench.experiments.config import ImageChoice, NetworkChoice, RunConfig
-from bgcbench.experiments.options import NETWORK, SIZE, Option, option, positive
-from bgcbench.specs import DATA_SETS, DIGITS_PX, HELD_OUT, NetSpec
+from bgcbench.experiments.options import NETWORK, SIZE, Option, option, positive, word_or_path
+from bgcbench.specs import DATA_SETS, DIGITS_PX, HELD_OUT, WEIGHTS, NetSpec
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,16 @@ class ApproxNetworkConfig(ImageChoice, NetworkChoice, RunConfig):
         panel=NETWORK,
         everyday=True,
         shown="default where there are any",
+        read=word_or_path(WEIGHTS),
     )
-    data: str = option("", "Images to run through it: digits, or a folder of images.", panel=NETWORK, everyday=True)
+    data: str = option(
+        "",
+        "Images to run through it: digits, or a folder of images.",
+        short="d",
+        panel=NETWORK,
+        everyday=True,
+        read=word_or_path(DATA_SETS),
+    )
     calibration_images: int = option(
         None, "How many of them; one in four is held out to evaluate.", panel=NETWORK, shown="256"
     )

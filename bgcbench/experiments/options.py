@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import os
 import re
 import types
 from collections.abc import Callable, Iterable, Mapping
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from bgcbench.errors import UsageError
-from bgcbench.specs import FORMATS, VARIANTS, check_choice, check_positive
+from bgcbench.specs import FORMATS, TIMM_PREFIX, VARIANTS, check_choice, check_positive, spelt
 
 # The panels of --help, in this order. What a user wants every day stands before them all.
 WORKLOAD = "Workload"
@@ -36,11 +37,13 @@ Reader = Callable[[str, Any], Any]
 class Option:
     """One option of a command.
 
-    name: as it is typed, without the dashes. fills: the fields that it gives values. kind: what typer parses: int,
-    float, str, bool, Path or list[str]. flag: how a switch is typed, such as "--no-reference" or "--flip/--no-flip".
+    name: as it is typed, without the dashes; short: the same in one letter. fills: the fields that it gives values.
+    kind: what typer parses: int, float, str, bool, Path or list[str]. flag: how a switch is typed, such as
+    "--no-reference" or "--flip/--no-flip".
     read: makes what it fills of what typer has parsed, (name, parsed) -> value, one for each field where there are
     several. check: called with the first field's name and value; raises UsageError. shown: the default in words.
-    everyday: stands first in --help. argument: has no dashes. on: what a switch that can only be turned one way means.
+    everyday: stands first in --help. argument: may be given by its place, too. on: what a
+    switch that can only be turned one way means.
     """
 
     name: str
@@ -49,6 +52,7 @@ class Option:
     kind: Any = str
     panel: str = OUTPUT
     shown: str | None = None
+    short: str = ""
     flag: str = ""
     read: Reader = lambda name, parsed: parsed
     check: Check | None = None
@@ -67,6 +71,8 @@ class Option:
         if parsed is None or parsed == [] or (self.on is not None and not parsed):
             return {}
         value: Any = self.read(self.name, parsed) if self.on is None else self.on
+        if isinstance(self.check, one_of):
+            value = self.check.spelt(value)
         return dict(zip(self.fills, value if len(self.fills) > 1 else (value,), strict=True))
 
 
@@ -153,9 +159,19 @@ def given_fields(options: Iterable[Option], parsed: Mapping[str, Any]) -> dict[s
 positive: Check = check_positive
 
 
-def one_of(choices: Iterable[str], what: str = "") -> Check:
-    """A check: the value is one of ``choices``."""
-    return lambda field, value: check_choice(what or field, value, choices)
+@dataclass(frozen=True)
+class one_of:
+    """A check: the value is one of ``choices``, whatever its case where it is typed."""
+
+    choices: Iterable[str]
+    what: str = ""
+
+    def __call__(self, field: str, value: str) -> None:
+        check_choice(self.what or field, value, self.choices)
+
+    def spelt(self, value: Any) -> Any:
+        """A word that was typed, or each of several, as it stands among the choices."""
+        return tuple(map(self.spelt, value)) if isinstance(value, tuple) else spelt(value, self.choices)
 
 
 # ---------------------------------------------------------------------------------------------- what is read from text
@@ -180,7 +196,23 @@ def names(name: str, text: str) -> tuple[str, ...]:
 
 def variants(name: str, text: str) -> tuple[str, ...]:
     """``names``, where all is every variant."""
-    return tuple(VARIANTS) if text == "all" else names(name, text)
+    return tuple(VARIANTS) if text.strip().casefold() == "all" else names(name, text)
+
+
+def word(name: str, text: str) -> str:
+    """One of a few words, all of which are in small letters."""
+    return text.casefold()
+
+
+def word_or_path(words: Iterable[str]) -> Reader:
+    """A reader of what is one of ``words``, whatever its case, or else a path."""
+    return lambda name, text: spelt(text, words)
+
+
+def network(name: str, text: str) -> str:
+    """A network's name, whose case does not matter, or the path of a file."""
+    is_path = os.path.exists(text) or (os.path.dirname(text) and not text.casefold().startswith(TIMM_PREFIX))
+    return text if is_path or ":" in text else text.casefold()
 
 
 def size(name: str, text: str) -> tuple[int, int]:
@@ -230,6 +262,7 @@ class Asked:
     out: str | None = option(
         None,
         "Result file; - is stdout (JSON).",
+        short="o",
         shown="results/COMMAND-WHAT-DEVICE-TIME.json",
         everyday=True,
     )

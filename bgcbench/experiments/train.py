@@ -27,6 +27,8 @@ from bgcbench.experiments.options import (
     option,
     positive,
     shorthand,
+    word,
+    word_or_path,
 )
 from bgcbench.results import Json
 from bgcbench.results.rows import PaperError, TrainParams, TrainRow
@@ -73,19 +75,22 @@ class TrainConfig(NetworkChoice, RunConfig):
         "resnet50",
         "wrn_10_2, wrn_28_10, resnext29_8x64d, wide_resnet34_2, any classification network of torchvision, or "
         "timm/NAME.",
-        argument=True,
     )
     num_classes: int | None = option(None, "Classes of synthetic data.", shown="the data's")
     groups: tuple[int, ...] = option((2, 4, 8))
-    precision: str = option("", "fp32, tf32, fp64; bf16 and fp16 are autocast.", panel=RECIPE, shown="fp32; fast bf16")
+    precision: str = option(
+        "", "fp32, tf32, fp64; bf16 and fp16 are autocast.", panel=RECIPE, shown="fp32; fast bf16", read=word
+    )
     quick: bool = option(False, "A look: 2 epochs of 512 images. No claim.")
     seed: int = option(0, hidden=True)
     data: str = option(
         "",
         "digits (extra: digits), cifar10, imagenet, folder, synthetic (speed only), or the path of a folder with "
         "train/ and val/.",
+        short="d",
         panel=WORKLOAD,
         everyday=True,
+        read=word_or_path((*TRAINING_SETS, "none")),
     )
     data_dirs: tuple[str, ...] = option(
         (), "Where it is looked for (repeatable).", name="data-dir", panel=WORKLOAD, everyday=True, kind=list[Path],
@@ -98,12 +103,13 @@ class TrainConfig(NetworkChoice, RunConfig):
         panel=RECIPE,
         everyday=True,
         shown="digits for digits, else paper",
+        read=word,
     )
     epochs: int = option(None, panel=RECIPE, everyday=True, shown="20; paper 200, ImageNet 90")
     batch_size: int = option(None, "Images a step, over all processes.", panel=RECIPE, shown="64; paper 128")
     lr: float = option(None, "Learning rate.", panel=RECIPE, shown="0.1")
     schedule: str = option(
-        None, "multistep, onecycle, cosine or constant.", panel=RECIPE, shown="onecycle; paper multistep"
+        None, "multistep, onecycle, cosine or constant.", panel=RECIPE, shown="onecycle; paper multistep", read=word
     )
     milestones: tuple[int, ...] = option(
         None,
@@ -117,7 +123,7 @@ class TrainConfig(NetworkChoice, RunConfig):
     weight_decay: float = option(None, panel=RECIPE, shown="5e-4; ImageNet 1e-4")
     label_smoothing: float = option(None, panel=RECIPE, shown="0")
     group_lasso: float = option(None, "Strength of LGC's group lasso.", panel=RECIPE, shown="0")
-    layout: str = option("", "nchw, or nhwc (channels_last).", panel=RECIPE, shown="nchw; fast nhwc")
+    layout: str = option("", "nchw, or nhwc (channels_last).", panel=RECIPE, shown="nchw; fast nhwc", read=word)
     compile: bool = option(None, "torch.compile.", panel=RECIPE, shown="fast only", flag="--compile/--no-compile")
     algorithm: str = option(
         None,
@@ -126,6 +132,7 @@ class TrainConfig(NetworkChoice, RunConfig):
         "matmul.",
         panel=RECIPE,
         shown="fixed; fast auto",
+        read=word,
     )
     pad: int | None = option(
         None, "Zeros around an image, in px, that crops are taken from.", panel=RECIPE, shown="digits 2, cifar10 4"

@@ -17,11 +17,11 @@ from bgcbench.errors import OutputError, UsageError
 from bgcbench.experiments import train
 from bgcbench.experiments.config import ImageChoice, NetworkChoice
 from bgcbench.experiments.network import NetworkConfig
-from bgcbench.experiments.options import CONVERSION, GRID, RECIPE, WORKLOAD, Option, one_of, option
+from bgcbench.experiments.options import CONVERSION, GRID, RECIPE, WORKLOAD, Option, one_of, option, word_or_path
 from bgcbench.experiments.train import CLASSES, READ_BY_WORKERS, TrainConfig, params_of, planned
 from bgcbench.results import Json
 from bgcbench.results.rows import TrainParams, TransferRow
-from bgcbench.specs import HELD_OUT, OWN, TIMM_PREFIX, Choice, check_choice
+from bgcbench.specs import HELD_OUT, OWN, TIMM_PREFIX, WEIGHTS, Choice, check_choice
 from bgcbench.theory import paper
 from bgcbench.training.launcher import processes
 from bgcbench.training.recipes import Recipe, make_transfer_recipe
@@ -86,6 +86,7 @@ class TransferConfig(ImageChoice, TrainConfig):
         panel=WORKLOAD,
         everyday=True,
         shown="default",
+        read=word_or_path(WEIGHTS),
     )
     inits: tuple[str, ...] = option(
         ("calibrated",),
