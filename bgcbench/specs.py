@@ -293,7 +293,7 @@ HELD_OUT = 4  # of so many calibration images one is held out to evaluate on; fe
 DATA_SETS: tuple[str, ...] = ("digits",)  # by name; anything else is a folder
 TRAINING_SETS: tuple[str, ...] = ("digits", "cifar10", "imagenet", "folder", "synthetic")
 DIGITS_PX = 16  # a side of the digits for networks that are made for small images
-WEIGHTS: tuple[str, ...] = ("none", "default")  # what --weights may be besides a file
+WEIGHTS: tuple[str, ...] = ("none", "default", "own")  # what --weights may be besides a file
 INTERPOLATIONS: tuple[str, ...] = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")  # Pillow's
 CROPS: tuple[str, ...] = ("center", "squash")
 PHASES: tuple[str, ...] = ("fwd", "bwd", "fwd_bwd")
@@ -619,9 +619,18 @@ WRN = re.compile(r"wrn_([1-9]\d*)_([1-9]\d*)")
 RESNEXT29 = re.compile(r"resnext29_([1-9]\d*)x([1-9]\d*)d")
 OWN = re.compile(f"{WRN.pattern}|{RESNEXT29.pattern}|wide_resnet34_2")  # networks of this package
 TIMM_PREFIX = "timm/"
+# A network of the user's own, by the function that makes it: net.py:make or package.module:make.
+FACTORY = re.compile(r"(?:.+\.py|[A-Za-z_]\w*(?:\.\w+)*):[A-Za-z_]\w*")
+_named_by_user: set[str] = set()
 _STRIDED_STEM = re.compile(r"efficientnet_.+|mobilenet_v[23].*")
 SMALL_IMAGE_PX = 64  # up to here a stem of stride 2 throws away what later strides need
 DEFAULT_PX = 224  # a side of the images of most networks
+
+
+def may_run(factory: str) -> str:
+    """``factory``, which is called only where the user has named it: a file that names code does not make it run."""
+    _named_by_user.add(factory)
+    return factory
 
 
 @dataclass(frozen=True)
@@ -633,6 +642,7 @@ class NetSpec:
     (:func:`bgcbench.models.preprocessing.own_size`); until then height and width are None, and 224 stand in for them.
     stem_stride: stride of the first convolution of EfficientNets and MobileNets; by default theirs, 2, and 1 for images
     of up to 64 px (the paper does not say what it used on 32 px). None for networks that have no such choice.
+    A network of the user's own (name: FACTORY) has the classes that it has; num_classes is then what is needed.
     Raises ShapeError for a depth that is no wide residual network's, UsageError for a stem stride where none applies.
     Whether torchvision or timm knows the name is found out when it is built.
     """
@@ -644,6 +654,11 @@ class NetSpec:
     stem_stride: int | None = None
 
     def __post_init__(self) -> None:
+        own = FACTORY.fullmatch(self.name)
+        if own and self.name not in _named_by_user:
+            raise UsageError(
+                f"{self.name} is code of somebody's, and a file asks for it; name it as MODEL, too, for it to be run"
+            )
         small = WRN.fullmatch(self.name) or RESNEXT29.fullmatch(self.name)
         if (found := WRN.fullmatch(self.name)) and ((depth := int(found[1])) < 10 or depth % 6 != 4):
             below = max(10, depth - (depth - 4) % 6)
@@ -652,7 +667,7 @@ class NetSpec:
                 f"{below + 6}"
             )
         side = (32 if small else DEFAULT_PX) if OWN.fullmatch(self.name) else None
-        defaults = {"num_classes": 10 if small else 1000, "height": side, "width": self.height or side}
+        defaults = {"num_classes": None if own else 10 if small else 1000, "height": side, "width": self.height or side}
         for field, default in defaults.items():
             if getattr(self, field) is None:
                 object.__setattr__(self, field, default)

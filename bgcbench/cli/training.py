@@ -21,7 +21,7 @@ from bgcbench.experiments.transfer import NO_IMAGES, TransferConfig, room_to_sav
 from bgcbench.results import Json
 from bgcbench.results.document import Command as CommandName
 from bgcbench.results.rows import CellKey, Epoch, TransferRow
-from bgcbench.specs import TIMM_PREFIX, WEIGHTS, Choice, NetSpec
+from bgcbench.specs import FACTORY, TIMM_PREFIX, WEIGHTS, Choice, NetSpec
 
 if TYPE_CHECKING:
     from bgcbench.experiments.session import Session
@@ -279,6 +279,8 @@ class Transfer(Train):
 
 def _is_path(model: str) -> bool:
     """Whether MODEL names a file, and not a network."""
+    if FACTORY.fullmatch(model):
+        return False
     is_below = bool(os.path.dirname(model)) and not model.startswith(TIMM_PREFIX)
     return is_below or model.endswith(CHECKPOINTS) or os.path.isfile(model)
 

@@ -33,6 +33,7 @@ from bgcbench.experiments.profile import row_seed
 from bgcbench.experiments.session import Session
 from bgcbench.measure.device import backend_state, describe_failure
 from bgcbench.models import build_model
+from bgcbench.models.own import is_own
 from bgcbench.models.weights import Loaded, Weights, has_default
 from bgcbench.results import Document, Json
 from bgcbench.results.rows import Counts, LayerErrors, LayerParams, LayerRow, Moments, NetworkFacts, Replaced, Status
@@ -141,7 +142,8 @@ def prepare(config: ApproxNetworkConfig) -> Prepared:
     skip_invalid).
     """
     published = has_default(config.spec)
-    weights = Weights(config.model, config.weights or ("default" if published else "none"), config.weights_key)
+    usual = "own" if is_own(config.model) else "default" if published else "none"
+    weights = Weights(config.model, config.weights or usual, config.weights_key)
     config = sized(config, weights)
     spec = config.spec
     images = prepared_for(config, open_images(config.data, (spec.size[1], spec.size[2])), weights)
@@ -163,7 +165,7 @@ def prepare(config: ApproxNetworkConfig) -> Prepared:
     portions = passes(found.chosen, memory)
     held = max(sum(moment_bytes(layer) for layer in portion) for portion in portions)
     warnings = [*found.notes, *loaded.notes, *warned(images.preprocessing, weights, config.model)]
-    if config.weights is None and not published:
+    if config.weights is None and usual == "none":
         warnings.append(f"{config.model}: {UNTRAINED}")
     there, asked = len(images), config.calibration_images
     if there < asked:

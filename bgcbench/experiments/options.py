@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from bgcbench.errors import UsageError
-from bgcbench.specs import FORMATS, TIMM_PREFIX, VARIANTS, check_choice, check_positive, spelt
+from bgcbench.specs import FACTORY, FORMATS, TIMM_PREFIX, VARIANTS, check_choice, check_positive, may_run, spelt
 
 # The panels of --help, in this order. What a user wants every day stands before them all.
 WORKLOAD = "Workload"
@@ -209,10 +209,28 @@ def word_or_path(words: Iterable[str]) -> Reader:
     return lambda name, text: spelt(text, words)
 
 
+EXPORTED = (".pt2", ".ts", ".torchscript", ".ptl", ".onnx")
+
+
 def network(name: str, text: str) -> str:
-    """A network's name, whose case does not matter, or the path of a file."""
+    """A network's name, whose case does not matter, the path of a checkpoint, or a function that makes a network.
+
+    Raises UsageError for a file that no network can be made of.
+    """
+    home = text.rpartition(":")[0]
+    if FACTORY.fullmatch(text):
+        if home.endswith(".py") and not os.path.isfile(home):
+            raise UsageError(f"MODEL {text}: there is no file {home}")
+        return may_run(text)
+    if text.endswith(".py"):
+        raise UsageError(f"MODEL {text} must name the function that makes the network, too, such as {text}:make")
+    if text.casefold().endswith(EXPORTED):
+        raise UsageError(
+            f"MODEL {text} is an exported program, whose convolutions cannot be replaced; name the function that makes "
+            "the network, such as net.py:make"
+        )
     is_path = os.path.exists(text) or (os.path.dirname(text) and not text.casefold().startswith(TIMM_PREFIX))
-    return text if is_path or ":" in text else text.casefold()
+    return text if is_path else text.casefold()
 
 
 def size(name: str, text: str) -> tuple[int, int]:

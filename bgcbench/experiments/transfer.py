@@ -21,7 +21,7 @@ from bgcbench.experiments.options import CONVERSION, GRID, RECIPE, WORKLOAD, Opt
 from bgcbench.experiments.train import CLASSES, READ_BY_WORKERS, TrainConfig, params_of, planned
 from bgcbench.results import Json
 from bgcbench.results.rows import TrainParams, TransferRow
-from bgcbench.specs import HELD_OUT, OWN, TIMM_PREFIX, WEIGHTS, Choice, check_choice
+from bgcbench.specs import FACTORY, HELD_OUT, OWN, TIMM_PREFIX, WEIGHTS, Choice, check_choice
 from bgcbench.theory import paper
 from bgcbench.training.launcher import processes
 from bgcbench.training.recipes import Recipe, make_transfer_recipe
@@ -125,7 +125,7 @@ class TransferConfig(ImageChoice, TrainConfig):
     GRIDS: ClassVar[tuple[str, ...]] = (*TrainConfig.GRIDS, "inits", "weights", "control")
 
     def __post_init__(self) -> None:
-        self._settle("weights", "default")
+        self._settle("weights", "own" if FACTORY.fullmatch(self.model) else "default")
         self._settle("calibration_images", QUICK_CALIBRATION if self.quick else CALIBRATION_IMAGES)
         self._check_images(self.weights, in_memory=self.data not in (*READ_BY_WORKERS, NO_IMAGES))
         super().__post_init__()
