@@ -47,8 +47,8 @@ def test_no_line_is_wider_than_the_terminal_and_no_number_is_cut(width: int) -> 
         (0.5, (0.4, 0.625), "2.0x slower than standard (95% CI 1.6-2.5)"),
         (1.001, (0.996, 1.006), "as fast as standard: no detectable difference (< 0.60 %)"),
         (1.2, (0.8, 2.0), "not significantly different from standard (95% CI of the speed-up 0.80-2.00)"),
-        (3.0, None, "about 3.00x faster than standard (no interval)"),
-        (0.5, None, "about 2.00x slower than standard (no interval)"),
+        (3.0, None, "not compared with standard: too few rounds for an interval"),
+        (0.5, None, "not compared with standard: too few rounds for an interval"),
     ],
 )
 def test_a_comparison_in_plain_words(value: float, ends: tuple[float, float] | None, words: str) -> None:
@@ -129,6 +129,49 @@ def test_flags_tell_what_to_know_before_a_number_is_used() -> None:
         summary["q3_s"] = summary["q1_s"] + spread * summary["median_s"]
         assert f"fwd {word}" in flags()
     assert "fwd launch-bound" in flags()
+
+
+def test_too_few_rounds_give_no_verdict_and_no_best() -> None:
+    document = example_document()
+    for row in document["results"]:
+        row["params"] |= {"model": "net"}
+        for phase in row["phases"].values():
+            phase["rounds"] = [1] * len(phase["rounds"])
+    text = render(document, "markdown")
+    assert "GC N=2 is not compared with the dense network: too few rounds for an interval; it has half the para" in text
+    assert "fwd: not known yet, from too few rounds for an interval" in text
+    assert not re.search(r"(faster|slower) than|x the time", text)
+    assert re.search(r"\| GC \| 2 \|.*\| [12]\.\d\d \[\?\] \|", text)
+    change = compared(document, document, 0.0)[0].tables[0].by_title["verdict"]
+    assert set(change) == {"not known: too few rounds for an interval"}
+
+
+def test_a_time_that_cannot_be_is_flagged_and_gets_no_verdict() -> None:
+    document = example_document()
+    assert "doubtful" not in render(document, "markdown")
+    reference, gc = document["results"][:2]
+    for phase in gc["phases"].values():  # half the work in a hundredth of the time
+        phase["samples_s"] = [sample / 50 for sample in phase["samples_s"]]
+        phase["summary"]["median_s"] /= 50
+    text = render(document, "markdown")
+    assert "GC N=2 is doubtful (40 samples): measure again, on a quiet machine" in text
+    assert re.search(r"\| GC \| 2 \|.*doubtful", text)
+    assert "GC N=2, " not in text  # is no best
+    gc["phases"]["fwd_bwd"]["derived"]["roofline_fraction"] = 4.01
+    assert report_of(document).tables[0].by_title["roofline"][1] == "doubtful"
+    reference["phases"]["fwd"]["summary"]["median_s"] = 0.02
+    reference["phases"]["fwd"]["derived"]["roofline_fraction"] = 0.004
+    assert re.search(r"\| SC \| 1 \|.*fwd doubtful", render(document, "markdown"))
+
+
+def test_rows_that_shared_the_processor_are_flagged() -> None:
+    document = example_document()
+    for row, cores in zip(document["results"][:2], (0.2, 0.4), strict=True):
+        for phase in row["phases"].values():
+            phase["derived"]["contended_cores"] = cores
+    text = render(document, "markdown")
+    assert not re.search(r"\| SC \| 1 \|.*busy CPU", text)
+    assert re.search(r"\| GC \| 2 \|.*busy CPU", text)
 
 
 @pytest.mark.parametrize(

@@ -158,6 +158,17 @@ def test_fewer_than_three_seeds_are_too_few(seeds: tuple[int, ...], words: str) 
     assert not any("chance does that" in line for line in notes(document))
 
 
+def test_networks_that_guess_are_named() -> None:
+    document = train_document()
+    assert not any("guessing" in line for line in notes(document))
+    for row in document["results"]:
+        row["params"]["classes"] = 10
+        if (row["params"]["variant"], row["params"]["groups"]) == ("gc", 4):
+            row["error_final"] = 88.5
+    (line,) = [line for line in notes(document) if "guessing" in line]
+    assert line.startswith("as good as guessing, which errs on 90 %: GC N=4 (88.50 %); nothing follows")
+
+
 def test_a_comparison_needs_both_sides() -> None:
     document = train_document(variants=("gc", "bgc"), groups=(4,))
     for seed in range(3):

@@ -173,6 +173,19 @@ def test_notes_say_when_no_training_or_no_control_ran() -> None:
         assert not any(text.startswith("no control") for text in notes(document))
 
 
+@pytest.mark.parametrize(("error", "told"), [(81.0, True), (80.0, False)])  # guesses among 10 classes err on 90 %
+def test_a_network_that_guesses_is_told_as_such(error: float, told: bool) -> None:
+    document = transfer_document()
+    for row in document["results"]:
+        row["params"]["classes"] = 10
+        if row["params"]["variant"] == "standard":
+            row["error_initial"] = error
+    line = (
+        "as good as guessing, which errs on 90 %: the untouched network (81.00 %); nothing follows from such a network"
+    )
+    assert (line in (report_of(document).notes or ())) is told
+
+
 def test_layers_with_few_images_and_layers_left_white_are_named_but_not_all() -> None:
     document = transfer_document()
     assert not any(text.startswith(("few images", "white weights")) for text in notes(document))

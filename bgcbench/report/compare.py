@@ -28,14 +28,15 @@ class Comparison(Ratio):
 
     @property
     def faster(self) -> bool:
-        """Whether the one is faster, and not by what may be chance."""
-        return self.value > 1 and self.is_significant is not False
+        """Whether the one is known to be faster: not by what may be chance, and from rounds enough to tell."""
+        return self.value > 1 and self.is_significant is True
 
     @property
     def text(self) -> str:
-        """ "2.00 [1.90, 2.10]" """
-        ends = None if self.ci95 is None else (self.ci95.low, self.ci95.high)
-        return ratio_text(self.value) + bounds_text(ends, ratio_text)
+        """ "2.00 [1.90, 2.10]", and "2.00 [?]" from too few rounds for an interval."""
+        if self.ci95 is None:
+            return f"{ratio_text(self.value)} [?]"
+        return ratio_text(self.value) + bounds_text((self.ci95.low, self.ci95.high), ratio_text)
 
     @property
     def _bound(self) -> float:
@@ -44,10 +45,10 @@ class Comparison(Ratio):
 
     def versus(self, other: str) -> str:
         """ "2.9x faster than standard (95% CI 2.8-3.0)" """
+        if self.ci95 is None:
+            return f"not compared with {other}: too few rounds for an interval"
         how = "faster" if self.value >= 1 else "slower"
         value = max(self.value, 1 / self.value)
-        if self.ci95 is None:
-            return f"about {ratio_text(value)}x {how} than {other} (no interval)"
         low, high = self.ci95.low, self.ci95.high
         apart = "" if self.paired else ", measured apart"
         if not self.is_significant and self._bound > 0.1:
@@ -64,7 +65,7 @@ class Comparison(Ratio):
     def change(self) -> str:
         """The ratio as that of the time after a change to the time before it."""
         if self.ci95 is None:
-            return f"about {self.value:.2f}x the time (too few rounds for an interval)"
+            return "not known: too few rounds for an interval"
         if not self.is_significant:
             return f"no detectable difference (< {significant(100 * self._bound, 2)} %)"
         return f"{self.value:.2f}x the time (95% CI {self.ci95.low:.2f}-{self.ci95.high:.2f})"

@@ -6,11 +6,11 @@ The report of ``transfer`` shares its columns of cells, the title, the recipe, a
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from bgcbench.report.format import label_of, named, scaled, share_words, significant
+from bgcbench.report.format import label_of, listed, named, scaled, share_words, significant
 from bgcbench.report.notes import chosen_algorithms, kept_dense, notes, together
 from bgcbench.report.table import Column, Report, Table, flat, group_columns, label, words
 from bgcbench.results.aggregate import (
@@ -281,10 +281,25 @@ def error_notes(rows: Rows, cells: Iterable[Cell], *more: str) -> list[str]:
     return lines + ([FLATTERS] if partly else [])
 
 
+def at_chance(rows: Rows, errors: Mapping[str, Iterable[float]]) -> list[str]:
+    """Which of ``errors`` (percent, over the seeds, by name) are those of guesses: nothing follows from them."""
+    classes = rows[0].params.classes if rows else None
+    if not classes or is_synthetic(rows):
+        return []
+    guessed = 100 * (1 - 1 / classes)
+    means = {name: statistics.fmean(found) for name, values in errors.items() if (found := list(values))}
+    names = [f"{name} ({mean:.2f} %)" for name, mean in means.items() if mean >= CHANCE * guessed]
+    told = f"as good as guessing, which errs on {guessed:.0f} %: {listed(names)}; nothing follows from such a network"
+    return [told] if names else []
+
+
+CHANCE = 0.9  # of the error of guesses
+
+
 def _facts(document: Document, cells: Cells, compared: Sequence[Compared]) -> list[str]:
     rows = document.results
     lines = [recipe_line(document, rows)] if rows else []
-    lines += error_notes(rows, cells)
+    lines += error_notes(rows, cells, *at_chance(rows, {cell_name(cell): cell.errors.values() for cell in cells}))
     lines += together((cell_name(cell), learnt) for cell in cells if (learnt := _learnt(cell)))
     lines += kept_dense((cell_name(cell), cell, cell.indivisible) for cell in cells) + _about_paper(rows)
     lines += chosen_algorithms(rows, lambda row: row.key)

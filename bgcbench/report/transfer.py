@@ -212,7 +212,8 @@ def _facts(document: Document, run: Conversions) -> list[str]:
         lines.append("nothing was trained: the errors are those of the conversions")
     if any(row.params.distill for row in trained):
         lines.append("distilled: the untouched network's outputs were targets beside the labels")
-    lines += training.error_notes(rows, run.cells, *([NO_CONTROL] if run.epochs and not run.control else []))
+    guesses = training.at_chance(rows, {"the untouched network": filter(None, [run.untouched])})
+    lines += training.error_notes(rows, run.cells, *guesses, *([NO_CONTROL] if run.epochs and not run.control else []))
     lines += kept_dense((training.cell_name(cell), cell, cell.indivisible) for cell in run.converted)
     lines += _about_calibration(run)
     if ran := next((row.time for row in rows if row.time), None):

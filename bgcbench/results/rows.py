@@ -248,7 +248,10 @@ class Summary(Data, frozen=True):
 
 
 class Derived(Data, frozen=True):
-    """What follows from a median: rates, the share of what the measured ceilings allow, and flags."""
+    """What follows from a median: rates, the share of what the measured ceilings allow, and flags.
+
+    contended_cores: how many more CPU cores this run and other processes wanted, on average, than there are.
+    """
 
     images_per_s: Nonnegative
     tflops: Nonnegative
@@ -257,6 +260,7 @@ class Derived(Data, frozen=True):
     bound: Literal["compute", "memory"] | None
     launch_bound: bool | None
     page_faults: bool | None = None
+    contended_cores: Nonnegative | None = None
 
 
 class Discarded(Data, frozen=True):
