@@ -58,6 +58,31 @@ def test_a_comparison_in_plain_words(value: float, ends: tuple[float, float] | N
     assert apart == (words if ends is None else f"{words[:-1]}, measured apart)")
 
 
+def test_the_first_table_has_a_row_for_each_n_and_the_variants_side_by_side() -> None:
+    table = report_of(example_document()).tables[0]
+    assert [column.title for column in table.columns] == [
+        "N", "GC ms", "speed-up", "params", "MiB", "BGC ms", "speed-up", "params", "MiB"
+    ]  # fmt: skip
+    n, gc_ms, gc, gc_params, _, bgc_ms, bgc, bgc_params, _ = table.cells
+    assert n == ["1", "2", "3", "4"]
+    assert gc_ms[:2] == ["8.018", "4.012"]  # of fwd+bwd; N = 1 is every variant's
+    assert (bgc_ms[0], gc[0], bgc[0]) == ("8.018", "1", "1")
+    assert (gc[2], bgc[2]) == ("invalid", "invalid")
+    assert gc_params[1] == bgc_params[3] == "4.72 M"
+    assert [text.endswith("*") for text in gc] == [False, True, False, False]  # versus BGC N=4 of its size
+    assert not any(text.endswith("*") for text in bgc)
+
+
+def test_a_terminal_shows_every_column_only_if_it_is_asked_to() -> None:
+    lines = {wide: render(example_document(), "table", 80, wide=wide).splitlines() for wide in (False, True)}
+    assert any("roofline" in line for line in lines[True])
+    assert not any("roofline" in line for line in lines[False])
+    assert "all columns: bgcbench show FILE --wide, or --format csv" in lines[False]
+    assert "without MiB, for which there is no room; all columns: --wide" in lines[False]
+    assert "without MiB, params, " in render(example_document(), "table", 60)
+    assert "roofline" in render(example_document(), "markdown")
+
+
 def test_a_speed_up_is_the_others_time_over_the_rows_paired_within_one_run() -> None:
     standard, gc, _, invalid = profile_rows(example_document())[:4]  # 8 and 4 ms
     compared = report.speed_up(gc, standard, "fwd_bwd")
@@ -158,7 +183,7 @@ def test_a_time_that_cannot_be_is_flagged_and_gets_no_verdict() -> None:
     assert re.search(r"\| GC \| 2 \|.*doubtful", text)
     assert "GC N=2, " not in text  # is no best
     gc["phases"]["fwd_bwd"]["derived"]["roofline_fraction"] = 4.01
-    assert report_of(document).tables[0].by_title["roofline"][1] == "doubtful"
+    assert report_of(document).tables[-1].by_title["roofline"][1] == "doubtful"
     reference["phases"]["fwd"]["summary"]["median_s"] = 0.02
     reference["phases"]["fwd"]["derived"]["roofline_fraction"] = 0.004
     assert re.search(r"\| SC \| 1 \|.*fwd doubtful", render(document, "markdown"))

@@ -73,6 +73,7 @@ class Output:
     to_stdout: bool
     replace: bool
     form: str
+    wide: bool
     quiet: bool
     resumes: bool = False
     plot: Path | None = None
@@ -96,6 +97,7 @@ class Output:
             to_stdout=out == "-",
             replace=force or resumed is not None,
             form="json" if out == "-" else asked.form,
+            wide=asked.wide,
             quiet=asked.quiet,
             resumes=resumed is not None,
             plot=asked.plot,
@@ -152,19 +154,19 @@ class Output:
         return dataclasses.replace(self, path=default_path(command, what, name))
 
 
-def print_document(document: Document, form: str, *, explain: bool = False) -> None:
+def print_document(document: Document, form: str, *, explain: bool = False, wide: bool = False) -> None:
     """Print a result document on stdout, or what the columns of its tables mean."""
     from bgcbench.report import document_report, explained
 
     report = document_report(document)
-    emit(explained(report) if explain else report, form, None if explain else document)
+    emit(explained(report) if explain else report, form, None if explain else document, wide=wide)
 
 
-def emit(report: Report, form: str, document: Document | None = None) -> None:
-    """Print a report on stdout; ``document`` is what JSON prints in its place."""
+def emit(report: Report, form: str, document: Document | None = None, *, wide: bool = False) -> None:
+    """Print a report on stdout; ``document`` is what JSON prints in its place. wide: with every column."""
     from bgcbench.report import emit as emit_report
 
-    emit_report(report, form, stdout(report), document)
+    emit_report(report, form, stdout(report), document, wide=wide)
 
 
 def stdout(report: Report) -> Console:

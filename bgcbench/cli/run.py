@@ -362,7 +362,7 @@ class _Execution:
                 if writer is not None:
                     writer.write(document)
                 if failed is not None and document.results and self.world.is_main:
-                    print_document(document, output.form)  # what there is; the error follows
+                    print_document(document, output.form, wide=output.wide)  # what there is; the error follows
             done = len(document.done)
             if not self.world.is_main:
                 return document, interrupts.exit_code if interrupts.requested() else int(done < planned)
@@ -395,7 +395,7 @@ class _Execution:
         if not document.results and self.output.form != "json":  # a run that was stopped at once has nothing to show
             return
         try:
-            print_document(document, self.output.form)
+            print_document(document, self.output.form, wide=self.output.wide)
         except OutputError as error:
             path = writer.path if writer is not None else results.rescue(document, f"{document.command}.json")
             kept = f"the result is in {path}" if path else "the result is lost"

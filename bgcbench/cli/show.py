@@ -64,6 +64,12 @@ def show(
     explain: Annotated[
         bool, typer.Option("--explain", help="Print what the columns of FILE's tables mean, and all notes.")
     ] = False,
+    wide: Annotated[
+        bool,
+        typer.Option(
+            "--wide", help="Show every column of every table on a terminal, too.", rich_help_panel=options.OUTPUT
+        ),
+    ] = False,
     form: Format = "auto",
 ) -> int:
     """Print a result file again, or Table 1 for any layer. Measures nothing.
@@ -88,7 +94,7 @@ def show(
     _check_plot(plot, picture, force=force, drawable=not table1)
     if document is not None and not table1:
         with _consistent(str(file)):
-            output.print_document(document, form, explain=explain)
+            output.print_document(document, form, explain=explain, wide=wide)
             if plot is not None:
                 output.draw(document, plot, picture)
         return 0

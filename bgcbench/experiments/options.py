@@ -297,6 +297,7 @@ class Asked:
         shown=None,
         check=one_of(FORMATS, "format"),
     )
+    wide: bool = option(False, "Show every column of every table on a terminal, too.")
     quiet: bool = option(False, "No progress and no notes on stderr.")
     plot: Path | None = None
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from functools import partial
+from typing import Protocol
 
 from bgcbench.report.compare import PHASE_TITLES, speed_up
 from bgcbench.report.format import bounds_text, label_of, mebibytes, scaled, significant, time_unit
@@ -88,17 +90,28 @@ FLAGS = (
 )
 
 
-def time_column(rows: Rows, phase: str) -> Column[ProfileRow]:
+class TimeForm(Protocol):
+    def __call__(self, seconds: float, like: float | None = None) -> str:
+        """Seconds as text, with as many decimals as ``like`` has."""
+
+
+def time_form(rows: Rows, phase: str) -> tuple[str, TimeForm]:
+    """The unit of the times in ``phase``, and the form of a time in it: with four digits."""
     factor, unit = time_unit(filter(None, (row.median_s(phase) for row in rows)))
 
+    def form(seconds: float, like: float | None = None) -> str:
+        digits = 3 - math.floor(math.log10((like or seconds) * factor))
+        return f"{seconds * factor:.{min(max(0, digits), 4)}f}"
+
+    return unit, form
+
+
+def time_column(rows: Rows, phase: str) -> Column[ProfileRow]:
+    unit, form = time_form(rows, phase)
+
     def time(measured: Phase) -> str:
-        summary = measured.summary
-        digits = min(max(0, 3 - math.floor(math.log10(summary.median_s * factor))), 4)
-
-        def form(seconds: float) -> str:
-            return f"{seconds * factor:.{digits}f}"
-
-        return form(summary.median_s) + bounds_text(summary.ci95_s, form)
+        median = measured.summary.median_s
+        return form(median) + bounds_text(measured.summary.ci95_s, partial(form, like=median))
 
     meaning = "Median time of a batch, with its 95 % confidence interval."
     return Column(f"{PHASE_TITLES[phase]} {unit}", lambda row: row.phases.get(phase), meaning, time, "time")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -20,6 +21,7 @@ from bgcbench.report.measured import (
     white_error,
 )
 from bgcbench.report.notes import chosen_algorithms, kept_dense, notes, run_lines
+from bgcbench.report.side_by_side import comparison_table
 from bgcbench.report.table import Report, Table, flat, row_record
 from bgcbench.results.aggregate import at_equal_n, at_equal_params
 from bgcbench.results.document import Document
@@ -45,7 +47,14 @@ def profile_report(document: Document) -> Report:
         lines = [line for row in rows if (line := _versus_gc(row, rows, phases[-1]))]
         sections |= {f"BGC versus GC ({PHASE_TITLES[phases[-1]]})": lines} if lines else {}
     columns = profile_columns("network" if network else "variant", rows, phases, reference)
-    tables = [Table(_title(document, network), columns, rows, sections)]
+    title = _title(document, network)
+    tables = [comparison_table(title if not number else [], rows, reference, phase)
+              for number, phase in enumerate(phases if network else phases[-1:])]  # fmt: skip
+    if tables:
+        tables[-1] = replace(tables[-1], sections=sections)
+        tables.append(Table(["All columns"], columns, rows, full=True))
+    else:  # nothing was measured
+        tables.append(Table(title, columns, rows, sections))
     tables += [layers_table(layers, reference)] if layers else []
     name = partial(numbered, rows=rows)
     facts = kept_dense((name(row), row.params, row.convert.indivisible) for row in rows if row.convert)
