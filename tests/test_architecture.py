@@ -176,7 +176,8 @@ def test_no_row_is_subscripted_by_a_string(path: Path) -> None:
      ["transfer", "wrn_10_2", "--data", "digits"], ["transfer", "--preset", "table3"],
      ["transfer", "gone.pt", "--data", "digits"], ["transfer", "README.md", "--data", "digits", "--lr", "-1"],
      ["transfer", "resnet50", "--data", "imagenet", "--weights", "gone.pth"],
-     ["profile", "--out", "/dev/null/x.json"]],
+     ["profile", "--out", "/dev/null/x.json"], ["convert", "wrn_10_1"],
+     ["convert", "wrn_10_1", "-o", "/dev/null/x.pt"]],
 )  # fmt: skip
 def test_torch_is_not_imported_before_a_device_is_needed(arguments: list[str]) -> None:
     code = (

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Annotated, Any
 
 import typer
@@ -17,10 +18,7 @@ BY_NAME = "_by_name"  # what the parameter of --model is called beside MODEL's
 
 
 def command_options(command: Command) -> list[Option]:
-    """The options of a command: of its configurations, those of none, and where a run begins and ends.
-
-    Everyday ones come first, then panel by panel.
-    """
+    """The options of a command: of its configurations, those of none, and where a run begins and ends; in order."""
     found: dict[str, Option] = {}
     kinds: tuple[type, ...] = (*command.kinds, command.asked)
     for kind in kinds:
@@ -29,28 +27,44 @@ def command_options(command: Command) -> list[Option]:
             if first.shown != each.shown:
                 found[each.name] = dataclasses.replace(first, shown=f"{first.shown}; with --model {each.shown}")
     found |= {each.name: each for each in command.extra}
-    return sorted(found.values(), key=lambda each: (not each.argument, not each.everyday, PANELS.index(each.panel)))
+    return in_order(found.values())
+
+
+def in_order(options: Iterable[Option]) -> list[Option]:
+    """As --help shows them: everyday ones first, then panel by panel."""
+    return sorted(options, key=lambda each: (not each.argument, not each.everyday, PANELS.index(each.panel)))
 
 
 def register(app: typer.Typer, command: Command) -> None:
-    """Make ``command`` one of ``app``; typer reads the parameters and the help of the function that it calls."""
+    """Make ``command`` one of ``app``."""
+    call = functools.partial(run_command, command)
+    register_options(app, command.name, command.summary, command.__doc__ or "", command_options(command), call)
+
+
+def register_options(
+    app: typer.Typer, name: str, summary: str, about: str, options: Iterable[Option], call: Callable[..., int]
+) -> None:
+    """Make ``call(context, parsed)`` the command ``name`` with these options.
+
+    typer reads the parameters and the help of the function that it calls.
+    """
 
     def callback(context: typer.Context, **parsed: Any) -> int:
-        for name in [name for name in parsed if name.endswith(BY_NAME)]:
-            by_name, place = parsed.pop(name), name.removesuffix(BY_NAME)
+        for place in [each.removesuffix(BY_NAME) for each in parsed if each.endswith(BY_NAME)]:
+            by_name = parsed.pop(place + BY_NAME)
             if by_name is not None and parsed[place] is not None:
                 raise UsageError(f"{place.upper()} {parsed[place]} and --{place} {by_name} are the same; give one")
             parsed[place] = by_name if parsed[place] is None else parsed[place]
-        return run_command(command, context, parsed)
+        return call(context, parsed)
 
     parameters = [
         inspect.Parameter("context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context),
-        *(parameter for option in command_options(command) for parameter in _parameters(option)),
+        *(parameter for option in in_order(options) for parameter in _parameters(option)),
     ]
-    callback.__doc__ = command.__doc__
+    callback.__doc__ = about
     callback.__annotations__ = {each.name: each.annotation for each in parameters} | {"return": int}
     callback.__signature__ = inspect.Signature(parameters, return_annotation=int)  # type: ignore[attr-defined]
-    app.command(command.name, short_help=command.summary)(callback)
+    app.command(name, short_help=summary)(callback)
 
 
 def _parameters(option: Option) -> Iterator[inspect.Parameter]:

@@ -43,7 +43,7 @@ UNTRAINED = "no published weights: the network is untrained, and so are its acti
 
 
 @dataclass
-class _Batches:
+class Batches:
     """The calibration images, the same every time they are gone through."""
 
     images: Images
@@ -81,7 +81,7 @@ class Prepared:
     config: ApproxNetworkConfig
     model: nn.Module
     loaded: Loaded
-    batches: _Batches
+    batches: Batches
     layers: Candidates
     portions: int
     moment_bytes: int
@@ -170,7 +170,7 @@ def prepare(config: ApproxNetworkConfig) -> Prepared:
     there, asked = len(images), config.calibration_images
     if there < asked:
         warnings.append(f"{images.name} has {there} images, fewer than the {asked} asked for; all are used")
-    batches = _Batches(images, min(there, asked), config.batch, config.seed, config.calibration_views)
+    batches = Batches(images, min(there, asked), config.batch, config.seed, config.calibration_views)
     said = told(images.preprocessing, weights)
     return Prepared(config, model, loaded, batches, found, len(portions), held, said, warnings)
 

@@ -195,6 +195,17 @@ class Record(Data, frozen=True):
             raise ResultFileError(f"this is no record of a conversion: {problem}") from None
 
 
+class Conversion(Data, frozen=True, kw_only=True):
+    """What ``bgcbench convert`` did to a network, and what that costs an image before and after."""
+
+    model: str
+    weights: str
+    before: Counts
+    after: Counts
+    record: Record
+    notes: tuple[str, ...] = ()
+
+
 def upgraded_record(stored: dict[str, Any]) -> dict[str, Any]:
     """A record with what older ones leave to be concluded: what each layer is, and the code of what is indivisible."""
     asked = {name: stored[name] for name in ("variant", "algorithm", "init") if name in stored}
