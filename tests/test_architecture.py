@@ -53,8 +53,9 @@ ALLOWED = {
         "plots",
         "interrupts",
     },
+    "profiling": {"errors", "experiments", "models", "report", "results"},
     "__main__": {"cli"},
-    "__init__": {"conversion", "convs", "data", "errors", "models", "planning", "specs"},
+    "__init__": {"conversion", "convs", "data", "errors", "models", "planning", "profiling", "specs"},
 }
 MONOPOLIES = {
     "triton": {"kernels"},

@@ -17,15 +17,17 @@ import torch
 from torch import nn
 
 from bgcbench.errors import UsageError, did_you_mean, reason_of
-from bgcbench.specs import FACTORY, NetSpec
+from bgcbench.specs import FACTORY, NetSpec, may_run
 
 
 def build_own(spec: NetSpec) -> nn.Module:
     """What the function that ``spec`` names returns, called without arguments; a copy, as it may return one twice.
 
-    Raises UsageError for a file, module or function that is not there, fails, or returns anything but a network whose
-    convolutions can be replaced.
+    A network that is :func:`held` is copied. Raises UsageError for a file, module or function that is not there, fails,
+    or returns anything but a network whose convolutions can be replaced.
     """
+    if spec.name in _held:
+        return copy.deepcopy(_held[spec.name])
     home, _, name = spec.name.rpartition(":")
     folder = str(Path(home).resolve().parent) if home.endswith(".py") else os.getcwd()
     with _importing_from(folder):
@@ -48,6 +50,20 @@ def build_own(spec: NetSpec) -> nn.Module:
     if isinstance(getattr(made, "_orig_mod", None), nn.Module):
         raise UsageError(f"MODEL {spec.name} returns a compiled network; {_WANTED}, and bgcbench compiles it")
     return copy.deepcopy(made)
+
+
+_held: dict[str, nn.Module] = {}
+
+
+@contextlib.contextmanager
+def held(model: nn.Module) -> Iterator[str]:
+    """A name under which :func:`build_own` finds ``model`` meanwhile."""
+    name = may_run(f"memory:{type(model).__name__}")
+    _held[name] = model
+    try:
+        yield name
+    finally:
+        del _held[name]
 
 
 _WANTED = "return the torch.nn.Module itself"
