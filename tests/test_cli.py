@@ -201,6 +201,7 @@ class TestProfile:
 
     def test_an_existing_file_is_refused_without_force(self, here: Path, capsys) -> None:
         (here / "r.json").write_text("mine")
+        assert main([*LIGHT, "--out", "r.json", "--dry-run"]) == 4  # what the run would refuse
         assert main([*LIGHT, "--out", "r.json"]) == 4
         assert "exists; use --force" in capsys.readouterr().err
         assert (here / "r.json").read_text() == "mine"

@@ -59,5 +59,6 @@ def test_the_help_says_what_it_said(command: str) -> None:
             declared = (about.default, *(about.param_decls or ()))  # typer takes a first name for a default
             flags = "/".join(filter(lambda word: isinstance(word, str), declared)) or f"--{name.replace('_', '-')}"
             default = f" [default: {about.show_default}]" if isinstance(about.show_default, str) else ""
-            lines.append(f"{about.rich_help_panel or ''} | {flags}: {about.help or ''}{default}")
+            said = (about.help or "").replace("\\[", "[")
+            lines.append(f"{about.rich_help_panel or ''} | {flags}: {said}{default}")
     held("\n".join(lines) + "\n", f"help/{command}.txt")

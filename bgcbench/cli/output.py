@@ -106,12 +106,15 @@ class Output:
     def probe(self, *, dry_run: bool) -> None:
         """Raise OutputError now where a file could not be written in the end; a dry run writes none."""
         from bgcbench.results import ResultWriter
+        from bgcbench.results.files import check_free
 
         if self.plot is not None:
             from bgcbench.plots import check_plot
 
-            check_plot(self.plot, replace=self.replace or dry_run)
-        if self.path is not None and not dry_run:
+            check_plot(self.plot, replace=self.replace)
+        if self.path is not None and dry_run:
+            check_free(self.path, "--out", replace=self.replace)
+        elif self.path is not None:
             writer = ResultWriter(self.path)
             writer.claim(replace=self.replace)
             writer.release()  # it is claimed for the run once that is ready

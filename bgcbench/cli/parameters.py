@@ -78,10 +78,12 @@ def _parameters(option: Option) -> Iterator[inspect.Parameter]:
             option.parameter,
             typer.Argument(help=option.help, show_default=False, metavar=option.parameter.upper()),
         )
+    default = f"\\[default: {option.shown}]" if option.shown else ""  # typer would put a text into brackets of its own
     about = typer.Option(
         *([option.flag or f"--{option.name}"] + ([f"-{option.short}"] if option.short else [])),
-        help=option.help or None,
-        show_default=option.shown or False,
+        help=f"{option.help} {default}".strip() or None,
+        show_default=False,
+        metavar="" if _is_switch(option) else None,
         envvar=option.envvar,
         rich_help_panel=None if option.everyday else option.panel,
         hidden=option.argument,
@@ -90,10 +92,14 @@ def _parameters(option: Option) -> Iterator[inspect.Parameter]:
 
 
 def _parameter(option: Option, name: str, about: Any) -> inspect.Parameter:
-    is_switch = option.on is not None
+    one_way = option.on is not None
     return inspect.Parameter(
         name,
         inspect.Parameter.KEYWORD_ONLY,
-        default=False if is_switch else None,
-        annotation=Annotated[bool if is_switch else option.kind | None, about],
+        default=False if one_way else None,
+        annotation=Annotated[bool if one_way else option.kind | None, about],
     )
+
+
+def _is_switch(option: Option) -> bool:
+    return option.on is not None or option.kind is bool

@@ -196,7 +196,7 @@ def settled(command: Command, given: Json, asked: Asked) -> tuple[Any, Document 
     path, stored = _file_to_resume(command, asked, given)
     output = Output.asked(asked, path, saves="save" in given)
     config = resolve_config(command, given, stored, str(path))
-    command.check(config, fresh=stored is None, replace=asked.force or asked.dry_run)
+    command.check(config, fresh=stored is None, replace=asked.force)
     if own_rank() == 0:  # which alone writes
         output.probe(dry_run=asked.dry_run)
     if asked.is_auto and path is not None and not asked.quiet and own_rank() == 0:

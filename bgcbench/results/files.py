@@ -44,6 +44,11 @@ def check_folder(path: Path, option: str) -> None:
 def check_new(path: Path, option: str, *, replace: bool) -> None:
     """Raise OutputError, which names the ``option``, unless ``path`` can be written and is not there, or may go."""
     check_folder(path, option)
+    check_free(path, option, replace=replace)
+
+
+def check_free(path: Path, option: str, *, replace: bool) -> None:
+    """Raise OutputError, which names the ``option``, for a file that is there and may not be replaced."""
     if path.exists() and not replace:
         raise OutputError(f"{option} {path} exists; use --force to replace it, or another name")
 
