@@ -298,6 +298,7 @@ INTERPOLATIONS: tuple[str, ...] = ("nearest", "bilinear", "bicubic", "box", "ham
 CROPS: tuple[str, ...] = ("center", "squash")
 PHASES: tuple[str, ...] = ("fwd", "bwd", "fwd_bwd")
 NETWORK_PHASES: tuple[str, ...] = ("fwd", "train_step")
+PHASE_TITLES = {"fwd": "fwd", "bwd": "bwd", "fwd_bwd": "fwd+bwd", "train_step": "train step"}  # in tables and pictures
 MEMORY: tuple[str, ...] = ("kept", "fresh")  # whether a CPU's tensors reuse memory, or come anew at each call
 MODES: tuple[str, ...] = ("eager", "graph", "compile")
 FORMATS: tuple[str, ...] = ("auto", "table", "markdown", "csv", "json")

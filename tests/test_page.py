@@ -127,13 +127,13 @@ def test_a_folder_is_its_result_files_with_pictures_that_are_told_in_words(files
     said = capsys.readouterr()
     assert said.out == ""
     assert said.err.splitlines()[0].startswith("left out: runs/other.json is not a bgcbench result")
-    assert said.err.splitlines()[1] == "page.html: 2 result files, 2 pictures"
+    assert said.err.splitlines()[1] == "page.html: 2 result files, 3 pictures"
     page = (files / "page.html").read_text(encoding="utf-8")
     reader = Reader(page)
     pictures = [about for tag, about in reader.elements if tag == "svg"]
-    assert [about["role"] for about in pictures] == ["img", "img"]
-    assert (pictures[0]["aria-label"] or "").startswith("Test error after the last epoch, ")
-    assert "Legend: SC, GC" in (pictures[0]["aria-label"] or "")
+    assert [about["role"] for about in pictures] == ["img"] * 3
+    assert (pictures[1]["aria-label"] or "").startswith("Test error after the last epoch, ")
+    assert "Legend: SC, GC" in (pictures[1]["aria-label"] or "")
     commands = [text for text in reader.texts if text.startswith("bgcbench ")]
     assert commands[-2:] == [f"bgcbench show runs/trained.json --plot trained-{name}.svg --picture {name}"
                              for name in ("errors", "curves")]  # fmt: skip

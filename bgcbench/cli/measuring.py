@@ -44,6 +44,7 @@ class Profile(Command):
     name = "profile"
     summary = "Measure what convolution variants cost here."
     empty_file = False
+    asked = AskedOfPicture
     kinds = (ProfileConfig, NetworkConfig)
     preset = "table4: the paper's Table 4 (also what no shape means)."
 

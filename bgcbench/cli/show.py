@@ -50,13 +50,13 @@ def show(
     groups: Annotated[str | None, typer.Option(help="Group counts N.", show_default="2,4,8,16")] = None,
     plot: Annotated[
         Path | None,
-        typer.Option(help="Also draw an approx, train or transfer file: a .png, .svg or .pdf file (extra: plot)."),
+        typer.Option(help="Also draw FILE, but not a plan: a .png, .svg or .pdf file (extra: plot)."),
     ] = None,
     picture: Annotated[
         str | None,
         typer.Option(
-            help="Which one: figure1, figure2, pareto, heatmap (approx); errors, curves (train); errors, layers "
-            "(transfer).",
+            help="Which one: speedups (profile); figure1, figure2, pareto, heatmap (approx); errors, curves (train); "
+            "errors, layers (transfer).",
             show_default="what there is to draw",
         ),
     ] = None,

@@ -1,5 +1,6 @@
-"""Pictures of ``approx``, ``train`` and ``transfer`` results. matplotlib is imported when one is drawn, and only here.
+"""Pictures of result files. matplotlib is imported when one is drawn, and only here.
 
+    speedups     how much faster a variant is, against its parameters              a layer, a network
     figure1      log E against log(1 - 1/N), as Figure 1 of Lee, Park & Lee       sampled convolutions
     figure2      the error over (1 - 1/N)^p against N, as their Figure 2          sampled convolutions
     pareto       the share of the output that is lost against parameters and MACs

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 from xml.etree import ElementTree
 
+import matplotlib
 from matplotlib.figure import Figure
 
 from bgcbench.plots.style import styled
@@ -19,10 +20,10 @@ _REFERENCE = re.compile(r"(?:(?<=url\(#)|(?<=^#))[^)]+")
 def inline_svg(figure: Figure, prefix: str, metadata: dict[str, Any]) -> str:
     """``figure`` as an ``<svg>`` for HTML, with :func:`described` as its alternative text.
 
-    Its ids and classes begin with ``prefix``. Texts are outlines, so that it looks alike everywhere.
+    Its ids and classes begin with ``prefix``. Texts are texts, whose font the page gives: outlines are twice the size.
     """
     image = io.BytesIO()
-    with styled():
+    with styled(), matplotlib.rc_context({"svg.fonttype": "none"}):
         figure.savefig(image, format="svg", metadata=metadata)
     root = ElementTree.fromstring(image.getvalue())  # which drops comments and the document type
     used = {

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Annotation
 
 from bgcbench.errors import UsageError
-from bgcbench.plots import conversions, curves, errors, figure1, figure2, heatmap, layers, pareto
+from bgcbench.plots import conversions, curves, errors, figure1, figure2, heatmap, layers, pareto, speedups
 from bgcbench.plots.inline import inline_svg
 from bgcbench.plots.style import AROUND, DPI, ROW, WIDTH, NothingToDraw, Part, styled
 from bgcbench.results.document import Document
@@ -18,12 +18,14 @@ from bgcbench.specs import check_choice
 
 # By command, in the order in which they stand in a figure of all.
 PICTURES_OF: dict[str, dict[str, Callable[[Document], Part]]] = {
+    "profile": {"speedups": speedups.part},
     "approx": {"figure1": figure1.part, "figure2": figure2.part, "pareto": pareto.part, "heatmap": heatmap.part},
     "train": {"errors": errors.part, "curves": curves.part},
     "transfer": {"errors": conversions.part, "layers": layers.part},
 }
 PICTURES = tuple(dict.fromkeys(picture for pictures in PICTURES_OF.values() for picture in pictures))
 NOTHING = {
+    "profile": "the result has no row with an interval beside the standard convolution's",
     "approx": "the result has no finished row with an error above 0; run approx first",
     "train": "the result has no test error, which only finished trainings on real images have",
     "transfer": "the result has neither the test error of a conversion, which takes real images, nor a calibration",

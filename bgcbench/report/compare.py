@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import functools
 import json
 from dataclasses import dataclass
 
 import msgspec
 
 from bgcbench.errors import UsageError
-from bgcbench.measure.statistics import Ratio, Series, ratio_of_medians
+from bgcbench.measure.statistics import Ratio
 from bgcbench.report.format import bounds_text, ratio_text, significant, time_unit
 from bgcbench.report.table import Column, Report, Table, label, words
 from bgcbench.results.document import Document
 from bgcbench.results.rows import ProfileRow
-
-PHASE_TITLES = {"fwd": "fwd", "bwd": "bwd", "fwd_bwd": "fwd+bwd", "train_step": "train step"}
+from bgcbench.results.times import ratio_between, time_ratio
+from bgcbench.specs import PHASE_TITLES
 
 
 @dataclass(frozen=True)
@@ -73,10 +72,8 @@ class Comparison(Ratio):
 
 def speed_up(row: ProfileRow | None, other: ProfileRow | None, phase: str) -> Comparison | None:
     """Time of ``other`` over time of ``row``; None where one of them was not measured."""
-    if row is None or other is None or phase not in row.phases or phase not in other.phases:
-        return None
-    paired = row.interleaved is not None and row.interleaved == other.interleaved
-    return _ratio(_series(other, phase), _series(row, phase), paired)
+    ratio = time_ratio(row, other, phase)
+    return Comparison.of(ratio) if ratio else None
 
 
 def ratio_record(compared: Ratio | None, name: str) -> dict[str, float | None]:
@@ -87,16 +84,6 @@ def ratio_record(compared: Ratio | None, name: str) -> dict[str, float | None]:
         f"{name}_low": ends.low if ends else None,
         f"{name}_high": ends.high if ends else None,
     }
-
-
-def _series(row: ProfileRow, phase: str) -> Series:
-    measured = row.phases[phase]
-    return Series(measured.samples_s, measured.rounds)
-
-
-@functools.lru_cache(maxsize=2048)  # the table, the verdict and the records all ask for it
-def _ratio(over: Series, under: Series, paired: bool) -> Comparison:
-    return Comparison.of(ratio_of_medians(over, under, paired=paired))
 
 
 # ----------------------------------------------------------------------------------------------------- two result files
@@ -170,7 +157,7 @@ def compare_report(
 
 def _change(before: ProfileRow, after: ProfileRow, phase: str, limit: float | None) -> Change:
     # Two files were never measured in one interleaved run, whatever their group numbers say.
-    ratio = _ratio(_series(after, phase), _series(before, phase), False)
+    ratio = Comparison.of(ratio_between(after, before, phase, paired=False))
     slower = limit is not None and ratio.ci95 is not None and ratio.ci95.low > 1 + limit
     times = before.phases[phase].summary.median_s, after.phases[phase].summary.median_s
     return Change(after.key, phase, *times, ratio, slower)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from bgcbench.report.compare import PHASE_TITLES, Comparison, speed_up
+from bgcbench.report.compare import Comparison, speed_up
 from bgcbench.report.format import listed, ratio_text, significant
 from bgcbench.report.measured import Rows, flags_column, measured_phases, numbered, time_column
 from bgcbench.report.table import Column, Table, label, words
 from bgcbench.results.rows import ProfileRow
+from bgcbench.specs import PHASE_TITLES
 
 NETWORK_PHASES = {"fwd": "fwd", "fwd_bwd": "train_step"}  # the network's phase that goes with a layer's
 SHARE = (

@@ -7,10 +7,12 @@ from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Protocol
 
-from bgcbench.report.compare import PHASE_TITLES, speed_up
+from bgcbench.report.compare import speed_up
 from bgcbench.report.format import bounds_text, label_of, mebibytes, scaled, significant, time_unit
 from bgcbench.report.table import Column, group_columns, label, words
 from bgcbench.results.rows import Phase, ProfileRow
+from bgcbench.results.times import is_doubtful
+from bgcbench.specs import PHASE_TITLES
 from bgcbench.theory import paper
 
 Rows = Sequence[ProfileRow]
@@ -217,22 +219,6 @@ def _phase_flags(measured: Phase) -> list[str]:
 
 BUSY = 0.25  # of a core
 BEYOND = 4.0  # times the roofline: so much no algorithm saves, and something held the ceilings down
-
-
-def is_doubtful(row: ProfileRow, phase: str, reference: ProfileRow | None) -> bool:
-    """Whether a time cannot be: by far shorter than what there is to do explains, or by far longer than it takes."""
-    derived, seconds = row.phases[phase].derived, row.median_s(phase) or 0.0
-    if derived.roofline_fraction is not None and derived.roofline_fraction < 0.005 and seconds >= 0.01:
-        return True
-    compared = speed_up(row, reference, phase)
-    if compared is None or reference is None or not (row.ran and reference.ran and row.counts and reference.counts):
-        return False
-    less = (
-        (reference.ran.macs, row.ran.macs),
-        (reference.ran.params, row.ran.params),
-        (reference.counts.bytes_min, row.counts.bytes_min),
-    )
-    return compared.value > 2 * max(theirs / ours for theirs, ours in less if theirs and ours)
 
 
 def ending(row: ProfileRow, phase: str) -> str:

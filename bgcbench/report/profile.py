@@ -6,13 +6,12 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from bgcbench.report.compare import PHASE_TITLES, ratio_record, speed_up
+from bgcbench.report.compare import ratio_record, speed_up
 from bgcbench.report.format import scaled, share_words
 from bgcbench.report.layers import layers_table
 from bgcbench.report.measured import (
     Rows,
     ending,
-    is_doubtful,
     measured_phases,
     network_speed,
     numbered,
@@ -26,6 +25,8 @@ from bgcbench.report.table import Report, Table, flat, row_record
 from bgcbench.results.aggregate import at_equal_n, at_equal_params
 from bgcbench.results.document import Document
 from bgcbench.results.rows import Counts, Derived, Memory, ProfileRow, White
+from bgcbench.results.times import is_doubtful
+from bgcbench.specs import PHASE_TITLES
 
 DENSE = "the dense network"
 

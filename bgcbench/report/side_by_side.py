@@ -6,11 +6,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bgcbench.report.compare import PHASE_TITLES, speed_up
+from bgcbench.report.compare import speed_up
 from bgcbench.report.format import MIB, scaled, significant
 from bgcbench.report.measured import PEAK, SPEED_UP, Rows, ending, peak, time_form, variant_name
 from bgcbench.report.table import Column, Table, label
 from bgcbench.results.rows import ProfileRow
+from bgcbench.specs import PHASE_TITLES
 
 ALIKE = 0.01  # up to this share of a difference, two numbers of parameters are equal
 TIME = "Median time of a batch, forward and backward where both were measured."

@@ -8,7 +8,7 @@ from typing import Any
 
 from bgcbench.measure.statistics import Interval
 from bgcbench.report import training
-from bgcbench.report.compare import PHASE_TITLES, Comparison, ratio_record
+from bgcbench.report.compare import Comparison, ratio_record
 from bgcbench.report.format import label_of, listed, loss_text
 from bgcbench.report.notes import chosen_algorithms, kept_dense, notes
 from bgcbench.report.table import Column, Report, Table, label, words
@@ -25,6 +25,7 @@ from bgcbench.results.aggregate import (
 )
 from bgcbench.results.document import Document
 from bgcbench.results.rows import CalibratedLayer, Ratio, TransferRow
+from bgcbench.specs import PHASE_TITLES
 from bgcbench.theory import paper
 
 NOTHING = 1e-6  # a share of a layer's output that is rounding
