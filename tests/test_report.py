@@ -255,6 +255,30 @@ def test_compare_says_what_is_in_one_file_only_and_that_machines_differ() -> Non
     assert any("different machines" in note for note in sections["Notes"])
 
 
+def test_compare_names_what_differs_between_the_machines_and_how_busy_they_were() -> None:
+    before, after = example_document(), example_document()
+    after["environment"] |= {"fingerprint": "1" * 64, "torch": "9.9"}
+    after["environment"]["cpu"]["threads"] = 7
+    for phase in after["results"][0]["phases"].values():
+        phase["derived"]["contended_cores"] = 1.0
+    notes = compared(before, after, None)[0].tables[0].sections["Notes"]
+    assert "cpu threads was 2 and is 7; torch was 2.15.0 and is 9.9" in notes[1]
+    assert "warning: other processes kept the CPU busy in 0 rows before and 1 after" in notes
+
+
+def test_compare_pairs_rows_by_all_but_the_setting_that_differs() -> None:
+    before, after = example_document(), slower(example_document(), 2.0)
+    after["settings"]["layout"] = "nhwc"
+    for row in after["results"]:
+        row["key"] = row["key"].replace("nchw", "nhwc")
+        row["params"]["layout"] = "nhwc"
+    assert not {row["key"] for row in before["results"]} & {row["key"] for row in after["results"]}
+    table, _ = compared(before, after, None)
+    assert len(table.records) == 10
+    assert all(record["ratio"] == pytest.approx(2.0) for record in table.records)
+    assert any("layout was" in note for note in table.tables[0].sections["Notes"])
+
+
 def test_compare_trips_on_a_row_that_is_no_longer_measured() -> None:
     before, after = example_document(), example_document()
     after["results"][1] |= {"status": "oom", "reason": "out of memory", "phases": {}}

@@ -13,8 +13,8 @@ from bgcbench.report.format import bounds_text, ratio_text, significant, time_un
 from bgcbench.report.table import Column, Report, Table, label, words
 from bgcbench.results.document import Document
 from bgcbench.results.rows import ProfileRow
-from bgcbench.results.times import ratio_between, time_ratio
-from bgcbench.specs import PHASE_TITLES
+from bgcbench.results.times import BUSY, ratio_between, time_ratio
+from bgcbench.specs import FINGERPRINT_FIELDS, PHASE_TITLES
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,8 @@ class Comparison(Ratio):
         """The ratio as that of the time after a change to the time before it."""
         if self.ci95 is None:
             return "not known: too few rounds for an interval"
+        if not self.is_significant and self._bound > 0.1:
+            return f"not significantly different (95% CI {self.ci95.low:.2f}-{self.ci95.high:.2f})"
         if not self.is_significant:
             return f"no detectable difference (< {significant(100 * self._bound, 2)} %)"
         return f"{self.value:.2f}x the time (95% CI {self.ci95.low:.2f}-{self.ci95.high:.2f})"
@@ -123,13 +125,56 @@ def settings_that_differ(before: Document, after: Document) -> list[tuple[str, s
     return [(name, plain(one), plain(other)) for name, one, other in pairs if one != other]
 
 
+ByName = dict[object, ProfileRow]
+SET_BY_ROW = ("precision", "layout", "mode")  # settings that a row's key has
+
+
+def _by_what_both_have(before: Document, after: Document) -> tuple[ByName, ByName]:
+    """The rows by key; where a setting differs that keys have, by all the others: variant, N, shape."""
+    differing = {name for name, *_ in settings_that_differ(before, after)} & set(SET_BY_ROW)
+
+    def name_of(row: ProfileRow) -> object:
+        if not differing:
+            return row.key
+        # 'auto' may have found another algorithm there; one that was asked for is part of what was measured.
+        found = row.forms or row.params.algorithm in ("auto", "stock")
+        algorithm = {"algorithm": "auto"} if found else {}
+        return msgspec.structs.replace(row.params, **dict.fromkeys(differing, ""), **algorithm)
+
+    one, other = ({name_of(row): row for row in document.results} for document in (before, after))
+    return one, other
+
+
+def environments_that_differ(before: Document, after: Document) -> list[str]:
+    """What decides a measurement and is not the same: "torch was 2.6.0 and is 2.14.1"."""
+
+    def flat(document: Document) -> dict[str, object]:
+        found = msgspec.to_builtins(document.environment)
+        fields = {name: found[name] for name in FINGERPRINT_FIELDS}
+        return {
+            f"{name} {part}" if part else name: value
+            for name, whole in fields.items()
+            for part, value in (whole.items() if isinstance(whole, dict) else [("", whole)])
+        }
+
+    one, other = flat(before), flat(after)
+    return [f"{name} was {one[name]} and is {other.get(name)}" for name in one if one[name] != other.get(name)]
+
+
+def _busy(document: Document) -> int:
+    """How many rows shared the CPU with other processes."""
+    return sum(
+        any((phase.derived.contended_cores or 0.0) > BUSY for phase in row.phases.values()) for row in document.results
+    )
+
+
 def compare_report(
     before: Document, after: Document, names: tuple[str, str], limit: float | None
 ) -> tuple[Report, bool]:
     """Two profile documents row by row, and whether any is significantly slower by more than ``limit`` (a share)."""
-    old, new = ({row.key: row for row in document.results} for document in (before, after))
+    old, new = _by_what_both_have(before, after)
     gone = [
-        f"{PHASE_TITLES[phase]} of {key}: {new[key].status if key in new else 'not in the file'}"
+        f"{PHASE_TITLES[phase]} of {row.key}: {new[key].status if key in new else 'not in the file'}"
         for key, row in old.items()
         for phase in row.phases
         if key not in new or phase not in new[key].phases
@@ -144,10 +189,13 @@ def compare_report(
         raise UsageError(f"{names[0]} and {names[1]} have no measured row in common; compare runs of one workload")
     notes = [f"before: {names[0]}; after: {names[1]}"]
     if before.environment.fingerprint != after.environment.fingerprint:
-        notes.append("warning: the two files come from different machines or software")
+        told = "; ".join(environments_that_differ(before, after)) or "their fingerprints differ"
+        notes.append(f"warning: the two files come from different machines or software: {told}")
+    if any(busy := (_busy(before), _busy(after))):
+        notes.append(f"warning: other processes kept the CPU busy in {busy[0]} rows before and {busy[1]} after")
     differing = [f"{name} was {one} and is {other}" for name, one, other in settings_that_differ(before, after)]
     notes += [f"warning: {'; '.join(differing)}"] if differing else []
-    added = sorted(new.keys() - old.keys())
+    added = sorted(row.key for key, row in new.items() if key not in old)
     notes += [f"new: {', '.join(added)}"] if added else []
     tripped = any(change.slower for change in changes) or (limit is not None and bool(gone))
     sections = {"Measured before and no longer": gone} if gone else {}

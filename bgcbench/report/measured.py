@@ -11,7 +11,7 @@ from bgcbench.report.compare import speed_up
 from bgcbench.report.format import bounds_text, label_of, mebibytes, scaled, significant, time_unit
 from bgcbench.report.table import Column, group_columns, label, words
 from bgcbench.results.rows import Phase, ProfileRow
-from bgcbench.results.times import is_doubtful
+from bgcbench.results.times import BUSY, is_doubtful
 from bgcbench.specs import PHASE_TITLES
 from bgcbench.theory import paper
 
@@ -217,7 +217,6 @@ def _phase_flags(measured: Phase) -> list[str]:
     return [flag for flag, raised in found.items() if raised]
 
 
-BUSY = 0.25  # of a core
 BEYOND = 4.0  # times the roofline: so much no algorithm saves, and something held the ceilings down
 
 

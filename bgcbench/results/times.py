@@ -7,6 +7,7 @@ import functools
 from bgcbench.measure.statistics import Ratio, Series, ratio_of_medians
 from bgcbench.results.rows import ProfileRow
 
+BUSY = 0.25  # of a core too few, from which on a row is flagged
 FAR = 2.0  # times what there is less to do: no variant is so much faster
 SLOW, LONG_S = 0.005, 0.01  # so little of the roofline is doubtful in a call that takes so long
 
