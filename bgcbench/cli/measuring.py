@@ -96,6 +96,10 @@ class Profile(Command):
         ]
         return lines + [f"  {row.key}" + (f"  invalid: {row.invalid}" if row.invalid else "") for row in run.planned]
 
+    def is_first_look(self, update: Update, run: ProfileRun) -> bool:
+        done = update.progress is not None and update.progress.round_done
+        return done and not run.config.quick and bool(update.progress and update.progress.round == 1)
+
     def said(self, update: Update, run: ProfileRun) -> Said:
         progress = update.progress
         if progress is None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
 import os
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,17 +54,23 @@ app = typer.Typer(
 @dataclasses.dataclass(frozen=True)
 class Said:
     """What is shown of an update of a run: ``text`` and ``share`` (0 to 1, None where unknown) by a bar; ``warnings``
-    by both; ``line``, where there is one, by a log."""
+    by both, and so is a ``table``; ``line``, where there is one, by a log."""
 
     text: str
     share: float | None = None
     line: str | None = None
     warnings: tuple[str, ...] = ()
+    table: tuple[str, ...] = ()
+
+    @property
+    def by_both(self) -> tuple[str, ...]:
+        """What a bar shows above itself, and a log holds."""
+        return (*self.warnings, *self.table)
 
     @property
     def lines(self) -> tuple[str, ...]:
         """What a log is to hold of it."""
-        return self.warnings if self.line is None else (*self.warnings, self.line)
+        return self.by_both if self.line is None else (*self.by_both, self.line)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,8 +206,24 @@ def draw(document: Document, path: Path, picture: str | None) -> None:
     draw_plot(document, path, picture)
 
 
+EVERY_S = 15.0  # of a log
+
+
+def first_look(document: Document) -> tuple[str, ...]:
+    """The first table of a run that goes on, in lines for stderr."""
+    from rich.console import Console
+
+    from bgcbench import report
+
+    text = io.StringIO()
+    console = Console(file=text, width=Console(stderr=True).width, no_color=True, highlight=False)
+    table = dataclasses.replace(report.document_report(document).tables[0], sections={})
+    report.emit(report.Report([table]), "table", console)
+    return ("after one round, and it goes on:", *text.getvalue().splitlines(), "")
+
+
 def with_progress(updates: Iterator[Said], *, quiet: bool) -> None:
-    """Go through a run with a bar on a terminal, with what a log is to hold elsewhere."""
+    """Go through a run with a bar on a terminal, with what a log is to hold elsewhere: at least a line each EVERY_S."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -207,15 +231,18 @@ def with_progress(updates: Iterator[Said], *, quiet: bool) -> None:
 
     console = Console(stderr=True)
     if quiet or not console.is_terminal:
+        told = time.monotonic()
         for said in updates:
-            for line in said.lines if not quiet else ():
+            lines = said.lines or ((said.text,) if time.monotonic() - told >= EVERY_S else ())
+            for line in lines if not quiet else ():
                 say(line)
+                told = time.monotonic()
         return
     columns = TextColumn("{task.description}", markup=False), BarColumn(bar_width=16), TimeElapsedColumn()
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("starting", total=None)
         for said in updates:
-            for line in said.warnings:
+            for line in said.by_both:
                 bar.console.print(printable(line), markup=False, highlight=False)
             share = said.share
             bar.update(task, description=said.text, total=None if share is None else 1.0, completed=share or 0.0)

@@ -16,7 +16,7 @@ import msgspec
 import typer
 
 from bgcbench import results
-from bgcbench.cli.output import Output, Said, closing, draw, print_document, say, with_progress
+from bgcbench.cli.output import Output, Said, closing, draw, first_look, print_document, say, with_progress
 from bgcbench.errors import OutputError, ResultFileError, UsageError
 from bgcbench.experiments.config import RunConfig
 from bgcbench.experiments.options import (
@@ -132,6 +132,10 @@ class Command(ABC):
     @abstractmethod
     def said(self, update: Any, run: Any) -> Said:
         """What is shown of an update of the run."""
+
+    def is_first_look(self, update: Any, run: Any) -> bool:
+        """Whether there is something of every row now, and much more to come."""
+        return False
 
     def is_drawable(self, row: AnyRow) -> bool:
         """Whether there is anything in a row that a picture shows."""
@@ -380,14 +384,16 @@ class _Execution:
 
     def _saved(self, document: Document, writer: results.ResultWriter | None) -> Iterator[Said]:
         """What is to be shown of the run; each update that is worth it is already in the document and on the disk."""
-        told = len(self.run.warnings)
+        told, looked = len(self.run.warnings), self.output.quiet
         for update in self.run.run():
             if update.save:
                 self.run.take_into(document)
                 if writer is not None:
                     writer.write(document)
             said = self.command.said(update, self.run)
-            yield dataclasses.replace(said, warnings=tuple(self.run.warnings[told:]))
+            table = () if looked or not self.command.is_first_look(update, self.run) else first_look(document)
+            looked = looked or bool(table)
+            yield dataclasses.replace(said, warnings=tuple(self.run.warnings[told:]), table=table)
             told = len(self.run.warnings)
 
     def _show(self, document: Document, writer: results.ResultWriter | None) -> None:
