@@ -19,7 +19,7 @@ _HOMES = {
     "Converted": "bgcbench.conversion.record",
     "LayerError": "bgcbench.conversion.approximability",
     "Choice": "bgcbench.specs",
-    "Plan": "bgcbench.planning.plan",
+    "Plan": "bgcbench.planning.decision",
     "Views": "bgcbench.data.views",
     "approximability": "bgcbench.conversion.approximability",
     "build_conv": "bgcbench.convs",
@@ -84,7 +84,8 @@ if TYPE_CHECKING:
     from bgcbench.data.views import Views
     from bgcbench.errors import BgcbenchError
     from bgcbench.models import build_model
-    from bgcbench.planning.plan import Plan, plan
+    from bgcbench.planning.decision import Plan
+    from bgcbench.planning.plan import plan
     from bgcbench.profiling import profile
     from bgcbench.specs import Choice, ConvSpec
 

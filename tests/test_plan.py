@@ -24,6 +24,9 @@ RUN = [
 ASKED = [*RUN, "--variants", "gc,bgc,lowrank", "--groups", "2,4,8"]
 
 
+STAGES = ["cost", "loss", "trial", "choice", "proof"]
+
+
 def rows_of(document: dict[str, Any], stage: str) -> dict[str, dict[str, Any]]:
     return {row["key"]: row for row in document["results"] if row["params"]["stage"] == stage}
 
@@ -44,7 +47,7 @@ def test_every_stage_leaves_its_rows(folder: Path) -> None:
     layers = {row["params"]["layer"] for row in costs.values()}
     assert all({row["params"]["layer"] for row in found.values()} == layers for found in (losses, choices))
     assert len(costs) == len(losses)
-    assert all(row["status"] == "ok" for row in document["results"])
+    assert {row["key"] for row in document["results"] if row["status"] != "ok"} <= {"trial-again"}
     plan, own = document["plan"], proof["proof-plan"]
     assert (plan["kind"], plan["asked"]) == ("params", 0.4)
     assert own["params_ratio"] == pytest.approx(plan["predicted"]) == pytest.approx(plan["measured"])
@@ -57,6 +60,13 @@ def test_every_stage_leaves_its_rows(folder: Path) -> None:
     for subject in ("gc", "bgc", "lowrank"):
         assert proof[f"proof-{subject}"]["params_ratio"] <= 0.4
         assert proof[f"proof-{subject}"]["time_ratio"] > 0
+    tried = {row["key"]: row for row in rows_of(document, "trial").values() if row["status"] == "ok"}
+    assert set(tried) >= {f"trial-{name}" for name in ("felt", "plain", "gc", "bgc", "lowrank")}
+    best = min(tried.values(), key=lambda row: row["logit_error"])
+    assert plan["by"] == best["key"].removeprefix("trial-")
+    assert best["params_ratio"] == pytest.approx(plan["predicted"])
+    assert all(row["test_images"] == 6 for row in tried.values())
+    assert {row["error"] for row in proof.values()} <= {100 * n / 40 for n in range(41)}
     assert plan["curve"][-1] == {"cost": pytest.approx(1.0), "loss": 0.0}
 
 
@@ -80,12 +90,11 @@ def test_it_is_shown_with_the_answer_in_words(folder: Path, capsys: pytest.Captu
     assert "felt" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("stage", ["cost", "loss", "choice", "proof"])
+@pytest.mark.parametrize("stage", STAGES)
 def test_a_run_that_was_stopped_in_a_stage_goes_on_to_the_same_plan(stage: str, folder: Path, tmp_path: Path) -> None:
     """Everything from the middle of that stage on is taken away."""
     document = json.loads((folder / "p.json").read_text())
-    stages = ["cost", "loss", "choice", "proof"]
-    after = [row for row in document["results"] if stages.index(row["params"]["stage"]) >= stages.index(stage)]
+    after = [row for row in document["results"] if STAGES.index(row["params"]["stage"]) >= STAGES.index(stage)]
     here = [row for row in after if row["params"]["stage"] == stage]
     gone = {row["key"] for row in after} - {row["key"] for row in here[: len(here) // 2]}
     document["results"] = [row for row in document["results"] if row["key"] not in gone]
@@ -100,6 +109,27 @@ def test_a_run_that_was_stopped_in_a_stage_goes_on_to_the_same_plan(stage: str, 
     assert again["complete"]
     for row in rows_of(before, "loss").values():
         assert rows_of(again, "loss")[row["key"]]["felt"] == pytest.approx(row["felt"], rel=1e-4, abs=1e-9)
+
+
+def test_costs_and_losses_of_another_run_are_taken_over(folder: Path, tmp_path: Path) -> None:
+    out, monkeypatch = tmp_path / "other.json", pytest.MonkeyPatch()
+    words = [*ASKED, "--params", "0.6", "--measured", str(folder / "p.json"), "--out", str(out), "--quiet"]
+    with monkeypatch.context() as patched:
+        patched.setattr(plan_run, "score", lambda *_, **__: pytest.fail("measured again"))
+        assert main(words) == 0
+    for stage in ("cost", "loss"):
+        assert rows_of(stored(out), stage) == rows_of(stored(folder / "p.json"), stage)
+    assert 0.4 < stored(out)["plan"]["predicted"] <= 0.6
+
+
+def test_costs_and_losses_of_something_else_are_refused(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [*ASKED, "--params", "0.6", "--measured", str(folder / "p.json"), "--out", str(tmp_path / "x.json")]
+    assert main([*words, "--calibration-images", "28"]) != 0
+    assert "its calibration_images is 24, and 28 is asked for; leave --measured out" in capsys.readouterr().err
+    assert main([*words[:-4], "--measured", str(tmp_path / "none.json"), "--out", str(tmp_path / "x.json")]) != 0
+    assert "none.json" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("brisk")

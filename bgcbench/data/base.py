@@ -77,11 +77,25 @@ class Images(Source, ABC):
         not touched. Raises ShapeError for a count or batch below 1, UsageError (while iterating) for an image that
         cannot be read.
         """
-        check_positive("count", count)
         check_positive("batch", batch)
-        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))[:count].tolist()
-        return (self._normalised(order[start : start + batch]) for start in range(0, len(order), batch))
+        order = self.order(count, seed)
+        return (self.normalised(order[start : start + batch]) for start in range(0, len(order), batch))
 
-    def _normalised(self, chosen: Sequence[int]) -> Tensor:
+    def order(self, count: int, seed: int) -> list[int]:
+        """The numbers of ``count`` images (all where there are fewer) as ``batches`` has them."""
+        check_positive("count", count)
+        return torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))[:count].tolist()
+
+    def labels_of(self, chosen: Sequence[int]) -> Tensor | None:
+        """The classes (B,) of these images; None where they are not known."""
+        return None
+
+    @property
+    def test_split(self) -> Images | None:
+        """The images of another split, to test with; None where there is none."""
+        return None
+
+    def normalised(self, chosen: Sequence[int]) -> Tensor:
+        """These images as a network takes them: (B, 3, h, w) in fp32 on the CPU."""
         mean, std = (torch.tensor(values).view(3, 1, 1) for values in (self.mean, self.std))
         return self.read(chosen).to(torch.float32).div_(255).sub_(mean).div_(std)

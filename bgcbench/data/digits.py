@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -51,6 +51,13 @@ class Digits(Images):
 
     def read(self, chosen: Sequence[int]) -> Tensor:
         return self.pixels[[self.train[number] for number in chosen]]
+
+    def labels_of(self, chosen: Sequence[int]) -> Tensor:
+        return self.labels[[self.train[number] for number in chosen]]
+
+    @property
+    def test_split(self) -> Digits:
+        return replace(self, train=self.test)
 
 
 def open_digits(size: Pair | None = None) -> Digits:

@@ -6,7 +6,7 @@ import hashlib
 import os
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -47,6 +47,24 @@ class Folder(Images):
     def read(self, chosen: Sequence[int]) -> Tensor:
         return torch.stack([load_image(self.root / self.files[number], self.preprocessing) for number in chosen])
 
+    def labels_of(self, chosen: Sequence[int]) -> Tensor | None:
+        """Where every image is in a folder of ``root``, that folder's place among them by name."""
+        if self.num_classes is None:
+            return None
+        classes = _classes(self.files)
+        return torch.tensor([classes.index(self.files[number].split("/")[0]) for number in chosen])
+
+    @property
+    def test_split(self) -> Folder | None:
+        """The validation split beside the training one; None where there is none, or none with the same classes."""
+        if self.root.name != "train" or not _is_split(self.root.parent):
+            return None
+        for name in OTHER_SPLITS:
+            files = image_files(self.root.parent / name) if (self.root.parent / name).is_dir() else ()
+            if files and _classes(files) == _classes(self.files):
+                return replace(self, root=self.root.parent / name, files=files)
+        return None
+
 
 def open_folder(path: str, size: Pair | None = None) -> Folder:
     """The images in ``path`` and its subfolders, or in its subfolder ``train`` where it has that and no other splits.
@@ -65,7 +83,14 @@ def open_folder(path: str, size: Pair | None = None) -> Folder:
         raise UsageError(
             f"{root} has no images, in its subfolders neither; looked for files ending in {', '.join(IMG_EXTENSIONS)}"
         )
-    return Folder(folder_name(given), IMAGENET_EVALUATION.at(size or IMAGENET_EVALUATION.size), None, root, files)
+    how = IMAGENET_EVALUATION.at(size or IMAGENET_EVALUATION.size)
+    return Folder(folder_name(given), how, len(_classes(files)) or None, root, files)
+
+
+def _classes(files: Sequence[str]) -> list[str]:
+    """The folders that the images are in, by name; none where some image is in none."""
+    parts = [name.split("/") for name in files]
+    return sorted({part[0] for part in parts}) if all(len(part) > 1 for part in parts) else []
 
 
 def folder_name(path: Path) -> str:

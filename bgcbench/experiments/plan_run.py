@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -22,7 +23,8 @@ from torch import Tensor, nn
 from bgcbench.conversion.approximability import shape_of
 from bgcbench.conversion.convert import convert, save_converted
 from bgcbench.conversion.lockstep import Stopped
-from bgcbench.errors import UsageError
+from bgcbench.conversion.record import Converted
+from bgcbench.errors import ResultFileError, UsageError
 from bgcbench.experiments import approx_network_run
 from bgcbench.experiments.approx_run import Step
 from bgcbench.experiments.base import Run
@@ -35,15 +37,18 @@ from bgcbench.measure.allocator import memory_state
 from bgcbench.measure.batches import Passing
 from bgcbench.measure.device import backend_state, describe_failure
 from bgcbench.measure.undisturbed import undisturbed
-from bgcbench.planning.plan import LayerOptions, Plan, Problem, Scored, choices_for, choose, counted, score, timed
+from bgcbench.planning.choices import LayerOptions, Problem, Scored, best_families, choices_for, counted
+from bgcbench.planning.decision import AGAIN, FELT, PLAIN, Contender, Plan, choose, planned
+from bgcbench.planning.plan import decided, held_outputs, losses_of, score, timed, tryout
 from bgcbench.planning.times import interleaved
-from bgcbench.results import Document, write_atomically
+from bgcbench.results import Document, check_command, check_resumable, write_atomically
 from bgcbench.results.rows import Counts, CurvePoint, PlanFacts, PlanParams, PlanRow, Replaced
 from bgcbench.specs import HELD_OUT, Choice
 
 PLAN_FILE, NETWORK_FILE = "plan.json", "network.pt"
 DENSE, PLAN = "dense", "plan"  # subjects of a proof, besides the variants
 READ = 64  # images that are read at a time
+NO_FAMILY = "no N of it keeps to the budget"
 UNSEEN = 3  # of so many images one is never planned on, where there are too few for all that is asked
 
 
@@ -80,6 +85,23 @@ class Prepared:
         config = self.config
         return {layer.name: choices_for(layer, config.variants, config.groups, config.ranks) for layer in self.layers}
 
+    @property
+    def bare(self) -> Problem:
+        """Every layer with what its choices cost by formula; of the losses nothing is known yet."""
+        return Problem(tuple(_counted(layer, self.choices[layer.name]) for layer in self.layers))
+
+    def unseen(self) -> tuple[list[Tensor], Tensor | None]:
+        """Images that nothing was planned on, and their labels where they are the network's classes."""
+        images, seed = self.network.batches.images, self.network.batches.seed
+        source = images.test_split
+        if source is None:
+            source, chosen = images, images.order(self.images + self.test_images, seed)[self.images :]
+        else:
+            chosen = source.order(self.test_images, seed)
+        labelled = source.num_classes == self.network.config.spec.classes
+        batches = [source.normalised(chosen[start : start + READ]) for start in range(0, len(chosen), READ)]
+        return batches, source.labels_of(chosen) if labelled else None
+
     def rows(self) -> list[PlannedRow]:
         """Of every layer its costs and losses, what it becomes, and the networks that are compared."""
         made = []
@@ -99,9 +121,15 @@ class Prepared:
         for layer in self.layers:
             params = PlanParams(stage="choice", layer=layer.name, **shared)
             made.append(PlannedRow(f"choice-{layer.name}", params, layer))
-        for subject in (DENSE, PLAN, *(name for name in self.config.variants if name != "standard")):
-            params = PlanParams(stage="proof", subject=subject, **shared)
-            made.append(PlannedRow(f"proof-{subject}", params))
+        variants = [name for name in self.config.variants if name != "standard"]
+        tried = (FELT, PLAIN, *variants, AGAIN)
+        for stage, subjects in (
+            ("trial", tried if self.config.budget[1] < 1 else ()),
+            ("proof", (DENSE, PLAN, *variants)),
+        ):
+            for subject in subjects:
+                params = PlanParams(stage=stage, subject=subject, **shared)
+                made.append(PlannedRow(f"{stage}-{subject}", params))
         return made
 
 
@@ -112,17 +140,17 @@ def prepare(config: PlanConfig) -> Prepared:
     """
     network = approx_network_run.prepare(config)
     network.config = dataclasses.replace(config, height=network.config.height, width=network.config.width)
-    there = len(network.batches.images)
-    test = min(config.test_images, there // UNSEEN)
-    planned_on = min(config.calibration_images, there - test)
+    images = network.batches.images
+    there, other = len(images), images.test_split
+    test = min(config.test_images, there // UNSEEN if other is None else len(other))
+    planned_on = min(config.calibration_images, there - test if other is None else there)
     if planned_on < HELD_OUT or test < 1:
         raise UsageError(f"--data {config.data} has {there} images; {HELD_OUT * 2} are needed to plan on and to test")
     network.batches.count, network.batches.batch = planned_on, READ
     prepared = Prepared(network, network.config, planned_on, test)
     kind, budget = config.budget
     if kind in ("params", "macs"):
-        options = [_counted(layer, prepared.choices[layer.name]) for layer in prepared.layers]
-        choose(options, kind, budget, most_variants=config.most_variants)  # raises where it cannot be met
+        choose(prepared.bare, kind, budget, most_variants=config.most_variants)  # raises where it cannot be met
     return prepared
 
 
@@ -156,6 +184,7 @@ class PlanRun(Run[PlanRow]):
         asked: Any = {"kind": kind, "asked": budget}
         self.facts = facts or PlanFacts(**asked)
         self.plan: Plan | None = None
+        self._networks: dict[frozenset[tuple[str, Choice]], Converted] = {}
         self._replace = replace
 
     def make_room(self) -> None:
@@ -190,7 +219,9 @@ class PlanRun(Run[PlanRow]):
             yield from self._losses(model)
             if self.stop():
                 return
-            self._choose()
+            yield from self._try_out(model)
+            if self.plan is None:
+                return
             yield Step("chosen", save=True)
             yield from self._prove(model)
 
@@ -212,10 +243,9 @@ class PlanRun(Run[PlanRow]):
         seconds: dict[tuple[str, Choice], float | None] = {}
         if self.config.budget[0] == "time":
             yield Step(f"measuring {len(left)} choices of {len(self.prepared.layers)} convolutions")
-            bare = Problem(tuple(_counted(layer, self.prepared.choices[layer.name]) for layer in self.prepared.layers))
             try:
                 found = timed(
-                    model, bare, Passing(), self._example(), quick=self.config.quick,
+                    model, self.prepared.bare, Passing(), self._example(), quick=self.config.quick,
                     seed=row_seed(self.config.seed, "times"), stop=self.stop,
                 )  # fmt: skip
             except Stopped:
@@ -247,6 +277,7 @@ class PlanRun(Run[PlanRow]):
             pictures=network.batches.pictures,
             memory_bytes=round(config.memory_gib * 2**30),
             seed=row_seed(config.seed, "positions"),
+            quick=config.quick,
             stop=self.stop,
         )
         for number, options in enumerate(scored, 1):
@@ -262,7 +293,8 @@ class PlanRun(Run[PlanRow]):
 
     # ---------------------------------------------------------------------------------------------------------- choice
 
-    def options(self) -> list[LayerOptions]:
+    @property
+    def problem(self) -> Problem:
         """Every layer with what is known of its choices."""
         made: dict[str, list[Scored]] = {}
         for row in (row for row in self.planned if row.params.stage == "cost"):
@@ -273,13 +305,50 @@ class PlanRun(Run[PlanRow]):
             made.setdefault(layer.name, []).append(
                 Scored(choice, cost.counts.params, cost.counts.macs, loss.loss or 0.0, loss.felt or 0.0, cost.seconds)
             )
-        return [LayerOptions(layer, tuple(made[layer.name])) for layer in self.prepared.layers]
+        layers = tuple(LayerOptions(layer, tuple(made[layer.name])) for layer in self.prepared.layers)
+        return Problem(layers, rest_s=self.facts.rest_s, factors=self.facts.factors)
 
-    def _choose(self) -> None:
-        kind, budget = self.config.budget
-        self.plan = choose(
-            self.options(), kind, budget, most_variants=self.config.most_variants, rest=self.facts.rest_s
-        )
+    def _try_out(self, model: nn.Module) -> Iterator[Step]:
+        """Convert the network as each contender, and choose."""
+        problem, (kind, budget), most = self.problem, self.config.budget, self.config.most_variants
+        if budget == 1:
+            self._choose(planned(problem, kind, budget, choose(problem, kind, budget, most_variants=most)))
+            return
+        rows = {row.params.subject: row for row in self.planned if row.params.stage == "trial"}
+        seen = list(self.prepared.network.batches)
+        images = self.prepared.images * self.config.calibration_views
+        original = held_outputs(model, seen, images, Passing(), self.prepared.network.batches.pictures)
+
+        def converted(contender: Contender) -> tuple[float, Mapping[str, float]]:
+            row, choices = rows[contender.name], contender.choices
+            if (known := self.known.get(row.key)) is not None and known.logit_error is not None:
+                return known.logit_error, self.facts.real
+            row = dataclasses.replace(row, params=msgspec.structs.replace(row.params, subject=contender.label))
+            done = self._converted(model, row, choices, seen)
+            if done is None:
+                return math.inf, {}
+            error, lost = original.error(done.model), losses_of(done.record)
+            if contender.name == FELT:
+                self.facts = msgspec.structs.replace(self.facts, real=lost)
+            held_out = sum(len(part.numbers) for part in original.parts)
+            self._done(row, logit_error=error, test_images=held_out, **ratios(problem, choices))
+            return error, lost
+
+        tried: dict[str, tuple[Contender, float]] = {}
+        try:
+            for each, error in tryout(problem, kind, budget, converted, most):
+                tried[each.name] = each, error
+                yield Step(f"tried out: {each.label}", len(tried) / len(rows), save=True)
+        except Stopped:
+            return
+        for name, row in rows.items():
+            if name not in tried and row.key not in self.known:
+                reason = "the same as another" if name == AGAIN else NO_FAMILY
+                self.known[row.key] = PlanRow(row.key, "invalid", reason, params=row.params)
+        self._choose(decided(problem, kind, budget, tried))
+
+    def _choose(self, plan: Plan) -> None:
+        self.plan = plan
         found = {layer.name: layer for layer in self.plan.layers}
         for row in (row for row in self.planned if row.params.stage == "choice"):
             layer = found[row.params.layer or ""]
@@ -299,6 +368,7 @@ class PlanRun(Run[PlanRow]):
             self.facts,
             predicted=self.plan.cost,
             loss=self.plan.loss,
+            by=self.plan.by,
             choices={name: choice.to_json() for name, choice in self.plan.choices.items()},
             curve=tuple(CurvePoint(cost=point.cost, loss=point.loss) for point in self.plan.curve),
         )
@@ -314,105 +384,78 @@ class PlanRun(Run[PlanRow]):
         except OSError as problem:
             self.warnings.append(f"--save {path} could not be written ({problem.strerror or problem}); the run goes on")
 
-    def uniform(self, variant: str) -> dict[str, Choice] | None:
-        """The most costly choice of ``variant`` for all layers that it fits which keeps the budget; None for none."""
-        options, (kind, budget) = self.options(), self.config.budget
-        cost_kind = "macs" if kind == "loss" else kind
-        whole = self.facts.rest_s + sum(each.dense.cost(cost_kind) for each in options)
-        best: tuple[float, dict[str, Choice]] | None = None
-        for choice in dict.fromkeys(one.choice for each in options for one in each.options if not one.choice.is_dense):
-            if choice.variant != variant:
-                continue
-            chosen = {
-                each.layer.name: next((o for o in each.options if o.choice == choice), each.dense) for each in options
-            }
-            cost = (self.facts.rest_s + sum(each.cost(cost_kind) for each in chosen.values())) / whole
-            felt = sum(each.felt for each in chosen.values())
-            keeps = felt <= budget if kind == "loss" else cost <= budget
-            rank = -cost if kind == "loss" else cost  # of a budget of loss the cheapest, else the one that loses least
-            if keeps and (best is None or rank > best[0]):
-                best = rank, {name: each.choice for name, each in chosen.items()}
-        return None if best is None else best[1]
-
     # ----------------------------------------------------------------------------------------------------------- proof
 
     def _prove(self, model: nn.Module) -> Iterator[Step]:
         left = [row for row in self._left("proof") if row.params.subject != DENSE]
         if self.plan is None or not left:
             return
+        problem, (kind, budget) = self.problem, self.config.budget
+        families = best_families(problem, kind, budget)
         seen = list(self.prepared.network.batches)
-        unseen = self._unseen()
+        unseen, labels = self.prepared.unseen()
         original = outputs_of(model, unseen)
-        networks: dict[str, nn.Module] = {DENSE: model}
+        networks: dict[str, nn.Module] = {"proof-dense": model}
+        shared = {"test_images": self.prepared.test_images}
         for number, row in enumerate(left):
-            if self.stop():
-                return
             subject = row.params.subject or ""
-            choices = self.plan.choices if subject == PLAN else self.uniform(subject)
-            if choices is None:
-                self.known[row.key] = PlanRow(row.key, "invalid", "no N of it keeps to the budget", params=row.params)
+            if subject != PLAN and subject not in families:
+                self.known[row.key] = PlanRow(row.key, "invalid", NO_FAMILY, params=row.params)
                 continue
-            yield Step(f"converting as {subject}", number / len(left))
+            label, choices = (PLAN, self.plan.choices) if subject == PLAN else families[subject]
+            yield Step(f"converting as {label}", number / len(left))
+            row = dataclasses.replace(row, params=msgspec.structs.replace(row.params, subject=label))  # noqa: PLW2901
             try:
-                network = self._converted(model, subject, choices, seen)
+                done = self._converted(model, row, choices, seen)
             except Stopped:
                 return
-            except Exception as problem:  # noqa: BLE001 - whatever it is, the others are worth having
-                failure = describe_failure(problem, self.session.device)
-                self.known[row.key] = PlanRow(row.key, failure.status, failure.reason, params=row.params)
+            if done is None:
                 continue
-            networks[subject] = network
-            compared = compare(original, outputs_of(network, unseen))
-            found: Any = {**self._ratios(choices), **compared, "test_images": self.prepared.test_images}
+            networks[row.key] = done.model
+            if subject == PLAN and self.config.save is not None:
+                self._save(NETWORK_FILE, partial(_write_network, done))
+            found: Any = {
+                **ratios(problem, choices),
+                **compare(original, outputs_of(done.model, unseen), labels),
+                **shared,
+            }
             # Not done before it is timed: a run that is stopped here must not go on without times.
-            params = _named(row, choices).params
-            self.known[row.key] = PlanRow(row.key, "interrupted", "not timed yet", params=params, **found)
+            self.known[row.key] = PlanRow(row.key, "interrupted", "not timed yet", params=row.params, **found)
         dense = next(row for row in self.planned if row.key == "proof-dense")
-        ratios = dict.fromkeys(("params_ratio", "macs_ratio", "time_ratio"), 1.0)
-        self._done(dense, **ratios, **compare(original, original), test_images=self.prepared.test_images)
+        same = dict.fromkeys(("params_ratio", "macs_ratio", "time_ratio"), 1.0)
+        self._done(dense, **same, **compare(original, original, labels), **shared)
         yield Step("measuring the networks", save=True)
         self._time(networks)
         yield Step("proved", 1.0, save=True)
 
-    def _unseen(self) -> list[Tensor]:
-        """Images that nothing was planned on."""
-        batches, test = self.prepared.network.batches, self.prepared.test_images
-        every = batches.images.batches(self.prepared.images + test, batches.batch, batches.seed)
-        return list(torch.cat(list(every))[self.prepared.images :].split(batches.batch))
-
     def _converted(
-        self, model: nn.Module, subject: str, choices: Mapping[str, Choice], seen: list[Tensor]
-    ) -> nn.Module:
-        config, network = self.config, self.prepared.network
-        if all(choice.is_dense for choice in choices.values()):
-            return model
-        converted = convert(
-            model,
-            plan=choices,
-            init="calibrated",
-            calibration=seen,
-            calibration_images=self.prepared.images * config.calibration_views,
-            calibration_pictures=network.batches.pictures,
-            example_input=network.config.spec.size,
-            seed=row_seed(config.seed, "positions"),
-            stop=self.stop,
-        )
-        self.warnings += [f"{subject}: {note}" for note in converted.record.notes]
-        if subject == PLAN and config.save is not None:
-            buffer = io.BytesIO()
-            save_converted(converted, buffer)
-            self._save(NETWORK_FILE, lambda path: write_atomically(path, buffer.getvalue()))
-        return converted.model
-
-    def _ratios(self, choices: Mapping[str, Choice]) -> dict[str, float]:
-        """Of all convolutions together, to what they are."""
-        sums = {"params": [0.0, 0.0], "macs": [0.0, 0.0]}
-        for layer in self.prepared.layers:
-            after, before = counted(layer, choices[layer.name]), counted(layer, Choice())
-            for kind, own, dense in zip(sums, after, before, strict=True):
-                sums[kind][0] += own
-                sums[kind][1] += dense
-        return {f"{kind}_ratio": own / dense for kind, (own, dense) in sums.items()}
+        self, model: nn.Module, row: PlannedRow, choices: Mapping[str, Choice], seen: list[Tensor]
+    ) -> Converted | None:
+        """The network as ``choices``, converted once in a run; None, with the row saying why, where it cannot be."""
+        config, network, key = self.config, self.prepared.network, frozenset(choices.items())
+        if key in self._networks:
+            return self._networks[key]
+        try:
+            done = convert(
+                model,
+                plan=choices,
+                init="calibrated",
+                calibration=seen,
+                calibration_images=self.prepared.images * config.calibration_views,
+                calibration_pictures=network.batches.pictures,
+                example_input=network.config.spec.size,
+                seed=row_seed(config.seed, "positions"),
+                stop=self.stop,
+            )
+        except Stopped:
+            raise
+        except Exception as problem:  # noqa: BLE001 - whatever it is, the others are worth having
+            failure = describe_failure(problem, self.session.device)
+            self.known[row.key] = PlanRow(row.key, failure.status, failure.reason, params=row.params)
+            return None
+        self.warnings += [f"{row.params.subject}: {note}" for note in done.record.notes]
+        self._networks[key] = done
+        return done
 
     def _time(self, networks: Mapping[str, nn.Module]) -> None:
         """Measure the networks in turn; their rows are done then, those that could not be measured without a time."""
@@ -426,17 +469,41 @@ class PlanRun(Run[PlanRow]):
             found = interleaved(calls, device, rules, seed=row_seed(self.config.seed, "proof"), stop=self.stop)
         if self.stop():
             return
-        for subject in networks:
-            row = msgspec.structs.replace(self.known[f"proof-{subject}"], status="ok", reason=None)
-            if subject in found and DENSE in found:
-                ratio, ends = found[subject].ratio_to(found[DENSE])
-                times = {"seconds": found[subject].median_s, "time_ratio": ratio, "time_ratio_ci95": ends}
+        for key in networks:
+            row = msgspec.structs.replace(self.known[key], status="ok", reason=None)
+            if key in found and "proof-dense" in found:
+                ratio, ends = found[key].ratio_to(found["proof-dense"])
+                times = {"seconds": found[key].median_s, "time_ratio": ratio, "time_ratio_ci95": ends}
                 row = msgspec.structs.replace(row, **times)
-            self.known[row.key] = row
+            self.known[key] = row
         plan = self.known.get("proof-plan")
         if plan is not None:
             field = "logit_error" if self.facts.kind == "loss" else f"{self.facts.kind}_ratio"
             self.facts = msgspec.structs.replace(self.facts, measured=getattr(plan, field))
+
+
+def measured(document: Document, name: str, run: PlanRun) -> None:
+    """Give ``run`` the costs and losses that ``document``, file ``name``, has of the same network on the same images.
+
+    Raises ResultFileError for a file of anything else, or of another machine.
+    """
+    check_command(document, "plan", name)
+    wanted = run.config.to_json()
+    for field, value in wanted.items():
+        if field not in run.config.AFTERWARDS and document.config.get(field) != value:
+            raise ResultFileError(
+                f"{name} has other costs and losses: its {field} is {document.config.get(field)}, and {value} is asked "
+                "for; leave --measured out"
+            )
+    check_resumable(document, run.session.conditions, run.session.environment, name)
+    keys = {row.key for row in run.planned}
+    facts, by_time = document.plan or PlanFacts(kind="params", asked=1), run.config.budget[0] == "time"
+    for row in document.results:
+        fresh = row.params.stage == "cost" and by_time and facts.kind != "time"
+        if row.params.stage in ("cost", "loss") and row.key in keys and row.is_done and not fresh:
+            run.known.setdefault(row.key, row)
+    if by_time and facts.kind == "time":
+        run.facts = msgspec.structs.replace(run.facts, rest_s=facts.rest_s, factors=facts.factors)
 
 
 def _of(row: PlannedRow) -> tuple[Replaced, Choice]:
@@ -446,14 +513,15 @@ def _of(row: PlannedRow) -> tuple[Replaced, Choice]:
     return row.layer, row.choice
 
 
-def _named(row: PlannedRow, choices: Mapping[str, Choice]) -> PlannedRow:
-    """``row`` of a uniform network with its variant and N."""
-    used = {choice for choice in choices.values() if not choice.is_dense}
-    if row.params.subject == PLAN or len(used) != 1:
-        return row
-    choice = used.pop()
-    params = msgspec.structs.replace(row.params, variant=choice.variant, groups=choice.groups, rank=choice.rank)
-    return dataclasses.replace(row, params=params)
+def _write_network(done: Converted, path: Path) -> None:
+    buffer = io.BytesIO()
+    save_converted(done, buffer)
+    write_atomically(path, buffer.getvalue())
+
+
+def ratios(problem: Problem, choices: Mapping[str, Choice]) -> dict[str, float]:
+    """Of all convolutions together, to what they are."""
+    return {f"{kind}_ratio": problem.share(choices, kind) for kind in ("params", "macs")}
 
 
 @torch.no_grad()
@@ -464,8 +532,10 @@ def outputs_of(network: nn.Module, batches: Sequence[Tensor]) -> Tensor:
         return torch.cat([network(batch.to(device)).double().cpu() for batch in batches])
 
 
-def compare(original: Tensor, other: Tensor) -> dict[str, float]:
-    """How ``other`` class scores (B, classes) compare with the original ones.
+def compare(original: Tensor, other: Tensor, labels: Tensor | None = None) -> dict[str, float]:
+    """How ``other`` class scores (B, classes) compare with the original ones, and with ``labels`` (B,).
+
+    error: percent of images whose first guess is wrong, where there are labels.
 
     agreement, top5: percent of images on which the original's first guess is the first, or among the first five. kl:
     the mean of KL(original || other) in nats. logit_error: sum |z - z'|^2 / sum |z - mean z|^2.
@@ -473,7 +543,8 @@ def compare(original: Tensor, other: Tensor) -> dict[str, float]:
     first, log = original.argmax(1), original.log_softmax(1)
     five = other.topk(min(5, other.shape[1])).indices
     variance = float((original - original.mean(0)).square().sum())
-    return {
+    wrong = {} if labels is None else {"error": 100 * float((other.argmax(1) != labels).double().mean())}
+    return wrong | {
         "agreement": 100 * float((first == other.argmax(1)).double().mean()),
         "top5": 100 * float((first[:, None] == five).any(1).double().mean()),
         "kl": float((log.exp() * (log - other.log_softmax(1))).sum(1).mean()),

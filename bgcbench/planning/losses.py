@@ -3,14 +3,15 @@
 One pass of the network over the images serves all choices: what any kernel V in place of W does to a layer's output
 follows from the second moments of its inputs. A layer's loss is the share of its output's variance that calibrated
 weights leave, on pictures held out. What the network makes of that differs by orders of magnitude from layer to layer,
-so each layer is put into the network once, as one of its choices, and the error of the outputs is measured: the
-network's sensitivity to that layer is that error over the layer's loss. The predicted loss of a plan is the sum of loss
-times sensitivity over its layers: the share of the logits' variance that is expected to be wrong, as long as errors are
-small and have nothing to do with one another.
+so each layer is put into the network once for each variant, as one of its choices, and the error of the outputs is
+measured: the network's sensitivity to that layer is that error over the layer's loss. The predicted loss of a plan is
+the sum of loss times sensitivity over its layers: the share of the logits' variance that is expected to be wrong, as
+long as errors are small and have nothing to do with one another.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,8 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from bgcbench.conversion.approximability import LayerMoments, stream
-from bgcbench.conversion.layer_moments import Part, Pictures, on_input
-from bgcbench.conversion.solve import best_of
+from bgcbench.conversion.layer_moments import Part, Pictures, moments_device, on_input
+from bgcbench.conversion.norms import NormMoments
+from bgcbench.conversion.solve import SETTLED, best_of
 from bgcbench.conversion.survey import is_norm, survey
 from bgcbench.convs.base import VariantConv2d
 from bgcbench.errors import UsageError
@@ -31,6 +33,7 @@ from bgcbench.measure.undisturbed import seed_everything, undisturbed
 from bgcbench.results.rows import Replaced
 from bgcbench.specs import Choice, load_layer
 from bgcbench.theory.fits import EXACT
+from bgcbench.theory.leastsquares import Fit
 from bgcbench.theory.moments import PatchMoments
 
 SENSITIVITY_IMAGES = 64  # to put layers into the network with, at most
@@ -102,7 +105,7 @@ def choice_losses(
 def _losses(
     layer: Replaced, weight: Tensor, moments: LayerMoments, choices: Sequence[Choice], *, centred: bool
 ) -> list[ChoiceLoss]:
-    fit, unseen = (_Inputs.of(each, centred=centred) for each in (moments.fit, moments.held_out))
+    inputs, unseen = (_Inputs.of(each, centred=centred) for each in (moments.fit, moments.held_out))
     exact = weight.to(unseen.moment)
     whole = unseen.energy(exact)
     found = []
@@ -112,8 +115,8 @@ def _losses(
         def lost(
             projection: str, ridge: float, choice: Choice = choice, kernels: dict[tuple[str, float], Tensor] = kernels
         ) -> float:
-            given = {"second_moment": fit.moment, "ridge": ridge} if projection == "least_squares" else {}
-            kernel = _solved(choice, exact, projection, **given)
+            fit = Fit(inputs.moment, ridge=ridge, settled=SETTLED) if projection == "least_squares" else None
+            kernel = _solved(choice, exact, projection, fit)
             kernels[projection, ridge] = kernel.to(weight)
             return unseen.energy(exact - kernel) / whole if whole > 0 else 0.0
 
@@ -124,10 +127,11 @@ def _losses(
     return found
 
 
-def _solved(choice: Choice, weight: Tensor, projection: str, **given: Any) -> Tensor:
+def _solved(choice: Choice, weight: Tensor, projection: str, fit: Fit | None) -> Tensor:
     """The dense kernel of the choice that stands in for ``weight``."""
     kind: type[VariantConv2d] = load_layer(choice.variant)
-    layer: VariantConv2d = kind.from_dense(weight, choice.groups, rank=choice.rank, projection=projection, **given)
+    layer: VariantConv2d = kind.from_dense(weight, choice.groups, rank=choice.rank, projection="copy")
+    layer.load_projected(layer.project(weight, projection, fit))
     return layer.dense_weight()
 
 
@@ -151,58 +155,85 @@ def _put_in(model: nn.Module, layer: Replaced, kernel: Tensor, *, centred: bool)
         handle.remove()
 
 
-@contextmanager
-def _norms_of_the_batch(model: nn.Module) -> Iterator[None]:
-    """Meanwhile every batch norm takes the statistics of what comes to it, as it will when they are re-estimated."""
-    before: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+class _Norms:
+    """Meanwhile every batch norm of ``model`` has the statistics that it would get if they were re-estimated.
 
-    def measure(norm: Any, x: Tensor) -> None:
-        before.setdefault(norm, (norm.running_mean.clone(), norm.running_var.clone()))
-        axes = [axis for axis in range(x.dim()) if axis != 1]
-        norm.running_mean.copy_(x.mean(axes))
-        norm.running_var.copy_(x.var(axes, unbiased=False))
+    As of a calibrated conversion (NormMoments.put_into): relative to what comes to it in the unchanged network, which
+    must be what runs first.
+    """
 
-    handles = [on_input(module, partial(measure, module)) for module in model.modules() if is_norm(module)]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        for norm, (mean, variance) in before.items():
-            norm.running_mean.copy_(mean)  # type: ignore[operator]
-            norm.running_var.copy_(variance)  # type: ignore[operator]
+    def __init__(self, model: nn.Module) -> None:
+        self.norms: list[Any] = [module for module in model.modules() if is_norm(module)]
+        self.own = [(norm.running_mean.clone(), norm.running_var.clone()) for norm in self.norms]
+        self.before: list[list[NormMoments]] = [[] for _ in self.norms]
+        self.calls = [0 for _ in self.norms]
+
+    @contextmanager
+    def estimated(self, *, observe: bool) -> Iterator[None]:
+        """observe: the network is unchanged, and what comes to its norms is to be remembered."""
+        self.calls = [0 for _ in self.norms]
+        handles = [on_input(norm, partial(self._see, number, observe)) for number, norm in enumerate(self.norms)]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            for number in range(len(self.norms)):
+                self._reset(number)
+
+    def _reset(self, number: int) -> None:
+        norm, (mean, variance) = self.norms[number], self.own[number]
+        norm.running_mean.copy_(mean)
+        norm.running_var.copy_(variance)
+
+    def _see(self, number: int, observe: bool, x: Tensor) -> None:
+        moments = NormMoments(x.shape[1], moments_device(x.device))
+        moments.add(x.to(moments.mean.device))
+        if observe:
+            self.before[number].append(moments)
+            return
+        call, self.calls[number] = self.calls[number], self.calls[number] + 1
+        if call < len(self.before[number]):
+            self._reset(number)
+            moments.put_into(self.norms[number], self.before[number][call])
 
 
 class Outputs:
     """What a network puts out on some images, and how far off a changed one is.
 
-    model: run in eval mode. parts: of the images (see parts_of); images of one size go through together, so that norms
-    see enough of them.
+    model: run in eval mode, unchanged for now. parts: of the images (see parts_of); images of one size go through
+    together, so that norms see enough of them.
     """
 
     def __init__(self, model: nn.Module, parts: Sequence[Part], passing: Passing) -> None:
         self.model, self.parts, self.passing = model, _together(parts), passing
-        self.original = self._run()
+        self.norms = _Norms(model)
+        self.original = self._run(observe=True)
         alike = len({values.shape[1] for values in self.original}) == 1
         groups = [torch.cat(self.original)] if alike else self.original
         self.variance = sum(float((values - values.mean(0)).double().square().sum()) for values in groups)
 
     @torch.no_grad()
-    def _run(self) -> list[Tensor]:
+    def _run(self, other: nn.Module | None = None, *, observe: bool = False) -> list[Tensor]:
         """The outputs of each part, (images, numbers)."""
         found = []
-        with undisturbed(self.model), _norms_of_the_batch(self.model):
+        model = other or self.model
+        norms = contextlib.nullcontext() if other else self.norms.estimated(observe=observe)
+        with undisturbed(model), norms:
             for part in self.parts:
                 seed_everything(part.seed)
-                output = self.passing(self.model, part.batch)
+                output = self.passing(model, part.batch)
                 values = [value for value in tensors_of(output) if value.is_floating_point() and value.dim() > 1]
                 found.append(torch.cat([value.flatten(1).float() for value in values], 1))
         return found
 
-    def error(self) -> float:
-        """The squared error of the outputs now, as a share of their variance over the images."""
-        off = sum(float((a - b).double().square().sum()) for a, b in zip(self._run(), self.original, strict=True))
-        return off / self.variance
+    def error(self, other: nn.Module | None = None) -> float:
+        """The squared error of the outputs, as a share of their variance over the images (1 at most where that is 0).
+
+        Of the network as it is now, its norms estimated anew; or of ``other``, in which that has been done.
+        """
+        off = sum(float((a - b).double().square().sum()) for a, b in zip(self._run(other), self.original, strict=True))
+        return off / self.variance if self.variance > 0 else float(off > 0)
 
 
 def _together(parts: Sequence[Part]) -> Sequence[Part]:
@@ -215,17 +246,23 @@ def _together(parts: Sequence[Part]) -> Sequence[Part]:
     return [Part((torch.cat(tensors),), numbers, parts[0].held_out)]
 
 
-def sensitivity(outputs: Outputs, layer: Replaced, losses: Sequence[ChoiceLoss], *, centred: bool) -> float:
-    """The error of the network's outputs for each unit of the layer's loss; 0 where it loses nothing as any choice.
+def felt_losses(
+    outputs: Outputs, layer: Replaced, losses: Sequence[ChoiceLoss], *, centred: bool
+) -> dict[Choice, float]:
+    """What the network's outputs feel of the layer as each choice: its loss times the network's sensitivity to it.
 
-    It is put in as the choice whose loss is in the middle. 1 where the outputs are the same for all images, as of some
-    untrained networks: then the layers' losses are all there is to go by.
+    Sensitivity is the error of the outputs for each unit of loss, by variant: the layer is put in once as the one of
+    its choices whose loss is in the middle. It is 1 where the outputs are the same for all images, as of some untrained
+    networks: then the layers' losses are all there is to go by.
     """
-    if outputs.variance == 0:
-        return 1.0
-    some = sorted((each for each in losses if each.loss > EXACT), key=lambda each: each.loss)
-    if not some:
-        return 0.0
-    middle = some[len(some) // 2]
-    with _put_in(outputs.model, layer, middle.kernel, centred=centred):
-        return outputs.error() / middle.loss
+    felt: dict[Choice, float] = {}
+    for variant in dict.fromkeys(each.choice.variant for each in losses):
+        own = sorted((each for each in losses if each.choice.variant == variant), key=lambda each: each.loss)
+        some = [each for each in own if each.loss > EXACT]
+        weight = 1.0 if outputs.variance == 0 else 0.0
+        if some and outputs.variance > 0:
+            middle = some[len(some) // 2]
+            with _put_in(outputs.model, layer, middle.kernel, centred=centred):
+                weight = outputs.error() / middle.loss
+        felt |= {each.choice: each.loss * weight for each in own}
+    return felt

@@ -4,162 +4,41 @@
     print(plan)
     converted = bgcbench.convert(model, plan=plan, init="calibrated", calibration=loader)
 
-The choice is exact for the costs and losses that it is given (:mod:`bgcbench.planning.knapsack`): costs are counted,
-losses are measured on the images (:mod:`bgcbench.planning.losses`).
+The choice is exact for the costs and losses that it is given (:mod:`bgcbench.planning.knapsack`): costs are counted or
+measured (:mod:`bgcbench.planning.times`), losses are measured on the images (:mod:`bgcbench.planning.losses`). Then the
+best plans are tried out: converted and compared with the original on images held out.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
-import json
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
-from os import PathLike
-from pathlib import Path
 from typing import Any
 
 import torch
 from msgspec.structs import replace
 from torch import nn
 
-from bgcbench.conversion.convert import candidates
+from bgcbench.conversion.convert import candidates, convert
 from bgcbench.conversion.layer_moments import Holding, Part, Pictures, first_of, parts_of
 from bgcbench.conversion.lockstep import Stopped
-from bgcbench.conversion.record import spec_of
 from bgcbench.conversion.selection import checked_example
-from bgcbench.errors import ResultFileError, UsageError, reason_of
+from bgcbench.errors import UsageError
 from bgcbench.measure import timing
 from bgcbench.measure.allocator import memory_state
 from bgcbench.measure.batches import Forward, Passing, count_images, device_of, first_image, reference_of
-from bgcbench.measure.counts import Counts, count
 from bgcbench.measure.undisturbed import random_state_kept, undisturbed
-from bgcbench.planning import TRIED, asked_for, knapsack
-from bgcbench.planning.losses import SENSITIVITY_IMAGES, Outputs, absorbed, choice_losses, sensitivity
+from bgcbench.planning import TRIED, asked_for
+from bgcbench.planning.choices import LayerOptions, Problem, Scored, choices_for, counted
+from bgcbench.planning.decision import AGAIN, FELT, Contender, Plan, again, choose, contenders, planned, taken
+from bgcbench.planning.losses import SENSITIVITY_IMAGES, Outputs, absorbed, choice_losses, felt_losses
 from bgcbench.planning.times import corrections, in_network, layer_times, network_times
-from bgcbench.results import write_atomically
-from bgcbench.results.rows import Replaced
+from bgcbench.results.rows import Record, Replaced
 from bgcbench.specs import VARIANTS, Choice, check_choice, check_positive
 
 GROUPS_TRIED = (2, 4, 8, 16)
 DEFAULT_IMAGES = 256
-FORMAT = "bgcbench.plan/1"
-
-
-@dataclass(frozen=True)
-class Scored:
-    """A choice for a layer, and what it comes to.
-
-    params, macs: of the layer as that, biases apart, one image, all calls. loss: the share of its output's variance
-    that is lost; felt: of the variance of the network's outputs, by the network's sensitivity to the layer. seconds: of
-    one call of the network, where it was measured.
-    """
-
-    choice: Choice
-    params: int
-    macs: int
-    loss: float
-    felt: float
-    seconds: float | None = None
-
-    def cost(self, kind: str) -> float:
-        found: float | None = {"params": self.params, "macs": self.macs, "time": self.seconds}[kind]
-        if found is None:
-            raise UsageError("a budget of time needs measured times")
-        return found
-
-
-@dataclass(frozen=True)
-class LayerOptions:
-    """A convolution and what it may become; the first option is the layer as it is."""
-
-    layer: Replaced
-    options: tuple[Scored, ...]
-
-    @property
-    def dense(self) -> Scored:
-        return self.options[0]
-
-
-@dataclass(frozen=True)
-class PlannedLayer:
-    """What becomes of a convolution: ``chosen`` in the place of ``dense``.
-
-    better: the least costly option that loses less, None where there is none.
-    """
-
-    name: str
-    shape: str
-    dense: Scored
-    chosen: Scored
-    better: Scored | None
-
-
-@dataclass(frozen=True)
-class Point:
-    """A point of the curve: shares of the convolutions' cost, the predicted loss, and the choices that have them."""
-
-    cost: float
-    loss: float
-    choices: Mapping[str, Choice]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Which convolution becomes what; ``choices`` by name, those that stay among them.
-
-    kind, asked: the budget. cost: of what the convolutions cost as they were (params, macs; with kind 'time' of the
-    network's time), predicted; loss: predicted, as a share of the variance of the network's outputs. curve: the best
-    plans from the least cost to no loss. notes: what the user should know.
-    """
-
-    choices: Mapping[str, Choice]
-    kind: str = "params"
-    asked: float | None = None
-    cost: float | None = None
-    loss: float | None = None
-    layers: tuple[PlannedLayer, ...] = ()
-    curve: tuple[Point, ...] = ()
-    notes: tuple[str, ...] = ()
-
-    def to_json(self) -> dict[str, Any]:
-        """What :meth:`load` reads; ``choices`` may be edited."""
-        return {
-            "format": FORMAT,
-            "budget": {"kind": self.kind, "asked": self.asked, "cost": self.cost, "loss": self.loss},
-            "choices": {name: choice.to_json() for name, choice in self.choices.items()},
-        }
-
-    def save(self, path: str | PathLike[str]) -> None:
-        """Write the choices as JSON, whole or not at all."""
-        write_atomically(Path(path), (json.dumps(self.to_json(), indent=1) + "\n").encode())
-
-    @classmethod
-    def load(cls, path: str | PathLike[str]) -> Plan:
-        """A plan from its file, or from one that holds the choices alone; raises ResultFileError."""
-        try:
-            stored = json.loads(Path(path).read_text(encoding="utf-8"))
-            choices = stored.get("choices", stored)
-            budget = stored.get("budget", {}) if "choices" in stored else {}
-            return cls({str(name): Choice.of(choice) for name, choice in choices.items()}, **budget)
-        except OSError as problem:
-            raise ResultFileError(f"{path} cannot be read ({problem.strerror})") from problem
-        except (ValueError, AttributeError, TypeError, UsageError) as problem:
-            raise ResultFileError(f"{path} is no plan: {reason_of(problem)}") from problem
-
-    def __str__(self) -> str:
-        widest = max((len(layer.name) for layer in self.layers), default=0)
-        lines = [
-            f"{layer.name:{widest}}  {layer.shape:24}  {layer.chosen.choice.label:10}  "
-            f"params {layer.chosen.params / layer.dense.params:5.0%}  loss {layer.chosen.loss:7.2%}"
-            for layer in self.layers
-        ]
-        if self.cost is not None and self.loss is not None:
-            lines.append(f"{self.kind}: {self.cost:.3f} of the original's, predicted loss {self.loss:.3g}")
-        lines += [f"note: {note}" for note in self.notes]
-        return "\n".join(lines)
 
 
 def plan(
@@ -174,6 +53,7 @@ def plan(
     groups: Sequence[int] = GROUPS_TRIED,
     ranks: Sequence[int] = (),
     quick: bool = False,
+    try_out: bool = True,
     most_variants: int | None = None,
     where: str = "auto",
     include: str | Sequence[str] | None = None,
@@ -194,6 +74,9 @@ def plan(
     samples). loss: the plan has the fewest MACs with at most that predicted share of the variance of the network's
     outputs lost. With none of them the plan keeps everything, and its ``curve`` has the best plan for every budget of
     MACs.
+    try_out: convert the network by the best plans and by the best choices for all layers alike, calibrated on these
+    images, and take what is nearest to the original on those held out (:func:`bgcbench.planning.decision.contenders`);
+    otherwise the plan by the predicted loss is taken.
     variants, groups, ranks: what is tried for every layer. most_variants: use so many different ones at most. where,
     include, exclude, example_input, forward_fn, pictures, memory_bytes, seed: as in :func:`bgcbench.convert`
     (calibration_pictures); the loader's batches are held in memory, ``images`` of them at most, without labels.
@@ -203,20 +86,84 @@ def plan(
     """
     kind, budget = asked_for({"params": params, "macs": macs, "time": time, "loss": loss})
     check_budget(kind, budget)
+    check_positive("images", images)
+    passing = Passing(forward_fn)
+    pictures = pictures or getattr(loader, "pictures", None)
+    with random_state_kept(model):
+        first, loader = first_of(loader)
+        batches = _held(loader, images, passing, model)
+    example = passing.of(first, model) if example_input is None else checked_example(example_input)
+    selected: dict[str, Any] = {"where": where, "include": include, "exclude": exclude, "forward_fn": forward_fn}
     problem = scored(
-        model, loader, variants=variants, groups=groups, ranks=ranks, where=where, include=include, exclude=exclude,
-        example_input=example_input, forward_fn=forward_fn, pictures=pictures, images=images,
-        memory_bytes=memory_bytes, seed=seed, stop=stop,
+        model, batches, variants=variants, groups=groups, ranks=ranks, example_input=example_input, pictures=pictures,
+        images=images, memory_bytes=memory_bytes, seed=seed, quick=quick, stop=stop, **selected,
     )  # fmt: skip
     if kind == "time":
-        if example_input is None and iter(loader) is loader:
-            raise UsageError("time= needs example_input= where the loader can be gone through once only")
-        passing = Passing(forward_fn)
-        example = passing.of(first_of(loader)[0], model) if example_input is None else checked_example(example_input)
         problem = timed(model, problem, passing, _filled(example, model), quick=quick, seed=seed, stop=stop)
     if stop():
         raise Stopped
-    return choose(problem.layers, kind, budget, most_variants=most_variants, rest=problem.rest_s, notes=problem.notes)
+    if not try_out or budget == 1:
+        return planned(problem, kind, budget, choose(problem, kind, budget, most_variants=most_variants))
+    original = held_outputs(model, batches, images, passing, pictures)
+
+    def converted(contender: Contender) -> tuple[float, Mapping[str, float]]:
+        done = convert(
+            model, plan=contender.choices, init="calibrated", calibration=batches, calibration_images=images,
+            calibration_pictures=pictures, example_input=example_input, forward_fn=forward_fn, seed=seed, stop=stop,
+        )  # fmt: skip
+        return original.error(done.model), losses_of(done.record)
+
+    tried = {each.name: (each, error) for each, error in tryout(problem, kind, budget, converted, most_variants)}
+    return decided(problem, kind, budget, tried)
+
+
+def tryout(
+    problem: Problem,
+    kind: str,
+    budget: float,
+    converted: Callable[[Contender], tuple[float, Mapping[str, float]]],
+    most_variants: int | None = None,
+) -> Iterator[tuple[Contender, float]]:
+    """Every contender for the plan with the error of its outputs, as it is known.
+
+    converted: returns that error for a contender, and what its layers lose, after converting the network. What is
+    chosen by the real losses of the first of them comes last.
+    """
+    real: Mapping[str, float] = {}
+    found = contenders(problem, kind, budget, most_variants=most_variants)
+    for each in found:
+        error, lost = converted(each)
+        real = lost if each.name == FELT else real
+        yield each, error
+    choices = choose(again(problem, real, found[0].choices), kind, budget, most_variants=most_variants)
+    if all(choices != each.choices for each in found):
+        last = Contender(AGAIN, "by its real losses", choices)
+        yield last, converted(last)[0]
+
+
+def losses_of(record: Record) -> dict[str, float]:
+    """What each layer of a calibrated conversion loses in it, on images held out."""
+    layers = record.calibration.layers if record.calibration else ()
+    return {layer.name: layer.after for layer in layers if layer.after is not None}
+
+
+def decided(problem: Problem, kind: str, budget: float, tried: Mapping[str, tuple[Contender, float]]) -> Plan:
+    """The plan, of the contenders and their errors by name."""
+    errors = {name: error for name, (_, error) in tried.items()}
+    cost_kind = "macs" if kind == "loss" else kind
+    costs = {name: problem.share(each.choices, cost_kind) for name, (each, _) in tried.items()}
+    name = taken(kind, budget, errors, costs)
+    return planned(problem, kind, budget, tried[name][0].choices, tried=errors, by=name)
+
+
+def held_outputs(
+    model: nn.Module, batches: Sequence[Any], images: int, passing: Passing, pictures: Pictures
+) -> Outputs:
+    """What ``model`` puts out on the images that calibration holds out; raises UsageError for too few."""
+    holding = Holding(pictures)
+    parts = list(parts_of(batches, images, passing, model, holding))
+    holding.check_enough()
+    return Outputs(model, [part for part in parts if part.held_out], passing)
 
 
 def check_budget(kind: str, budget: float) -> None:
@@ -226,40 +173,6 @@ def check_budget(kind: str, budget: float) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------ costs, losses
-
-
-@dataclass(frozen=True)
-class Problem:
-    """Every convolution that may be replaced with its options, and what the user should know.
-
-    rest_s: seconds of the network besides these convolutions, where times are measured. factors: of a variant's savings
-    alone, what the network saves (see planning.times).
-    """
-
-    layers: tuple[LayerOptions, ...]
-    notes: tuple[str, ...] = ()
-    rest_s: float = 0.0
-    factors: Mapping[str, float] = field(default_factory=dict)
-
-
-def choices_for(
-    layer: Replaced, variants: Sequence[str], groups: Sequence[int], ranks: Sequence[int] = ()
-) -> list[Choice]:
-    """What a convolution may become besides what it is; what does not fit it is left out."""
-    shape = layer.in_channels, layer.out_channels, math.prod(layer.kernel)
-    tried = [
-        Choice(variant, n) for variant, n in itertools.product(variants, groups) if variant != "standard" and n > 1
-    ]
-    tried += [Choice(v, rank=r) for v, r in itertools.product(variants, ranks) if VARIANTS[v].has_rank]
-    return [choice for choice in tried if choice.unfit(*shape) is None]
-
-
-def counted(layer: Replaced, choice: Choice) -> tuple[int, int]:
-    """Parameters (biases apart) and MACs of one image, of a convolution as ``choice``."""
-    spec = spec_of(replace(layer, variant=choice.variant, groups=choice.groups, rank=choice.rank, bias=False))
-    least = [d * (k - 1) + 1 for d, k in zip(layer.dilation, layer.kernel, strict=True)]  # where no size is known
-    found: Counts = count(spec, layer.height or least[0], layer.width or least[1])
-    return found.params, found.macs * (layer.calls or 1)
 
 
 def scored(
@@ -278,6 +191,7 @@ def scored(
     images: int = DEFAULT_IMAGES,
     memory_bytes: int = 4 * 2**30,
     seed: int = 0,
+    quick: bool = False,
     stop: Callable[[], bool] = lambda: False,
 ) -> Problem:
     """The convolutions of ``model`` with what every choice costs and loses; arguments as of :func:`plan`."""
@@ -294,7 +208,7 @@ def scored(
         options: dict[str, Any] = {"where": where, "include": include, "exclude": exclude, "passing": passing}
         found = candidates(model, example_input=example, **options)
         choices = {layer.name: choices_for(layer, variants, groups, ranks) for layer in found.chosen}
-        options = {"images": images, "memory_bytes": memory_bytes, "seed": seed, "stop": stop}
+        options = {"images": images, "memory_bytes": memory_bytes, "seed": seed, "quick": quick, "stop": stop}
         made = tuple(score(model, found.chosen, choices, batches, passing=passing, pictures=pictures, **options))
     return Problem(made, (*found.notes, *passing.notes))
 
@@ -310,24 +224,26 @@ def score(
     pictures: Pictures = None,
     memory_bytes: int = 4 * 2**30,
     seed: int = 0,
+    quick: bool = False,
     stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[LayerOptions]:
     """Each of ``layers`` with what it costs and loses as it is and as each of its ``choices`` (by name), one by one.
 
-    batches: gone through more than once. Raises UsageError for too few images.
+    batches: gone through more than once. quick: sensitivity by few images. Raises UsageError for too few images.
     """
     holding = Holding(pictures)
     parts = list(parts_of(batches, images, passing, model, holding))
     holding.check_enough()
     centred = absorbed(model, layers, lambda: passing(model, first_image(parts[0].batch)))
-    outputs = Outputs(model, _some([part for part in parts if part.held_out], SENSITIVITY_IMAGES), passing)
+    put_in = SENSITIVITY_IMAGES // 4 if quick else SENSITIVITY_IMAGES
+    outputs = Outputs(model, _some([part for part in parts if part.held_out], put_in), passing)
     options: dict[str, Any] = {"images": images, "memory_bytes": memory_bytes, "seed": seed, "stop": stop}
     losses = choice_losses(
         model, layers, choices, batches, centred=centred, passing=passing, pictures=pictures, **options
     )
     for layer, found in losses:
-        weight = sensitivity(outputs, layer, found, centred=layer.name in centred)
-        own = [Scored(each.choice, *counted(layer, each.choice), each.loss, each.loss * weight) for each in found]
+        felt = felt_losses(outputs, layer, found, centred=layer.name in centred)
+        own = [Scored(each.choice, *counted(layer, each.choice), each.loss, felt[each.choice]) for each in found]
         yield LayerOptions(layer, (Scored(Choice(), *counted(layer, Choice()), 0.0, 0.0), *own))
 
 
@@ -430,86 +346,3 @@ def _some(parts: Sequence[Part], images: int) -> list[Part]:
             kept.append(fewer)
             left -= len(fewer.numbers)
     return kept
-
-
-# ------------------------------------------------------------------------------------------------------------- choice
-
-
-def choose(
-    layers: Sequence[LayerOptions],
-    kind: str,
-    budget: float,
-    *,
-    most_variants: int | None = None,
-    rest: float = 0.0,
-    notes: Sequence[str] = (),
-) -> Plan:
-    """The best choices for a budget. rest: what the network costs besides its convolutions (of kind 'time').
-
-    Raises UsageError where even the cheapest choices cost more, with what they cost.
-    """
-    cost_kind = "macs" if kind == "loss" else kind
-    whole = rest + sum(options.dense.cost(cost_kind) for options in layers)
-    best: knapsack.Solution[Choice] | None = None
-    for allowed in _allowed(layers, most_variants):
-        tables = _table(layers, cost_kind, allowed)
-        if kind == "loss":
-            turned = knapsack.best(knapsack.swapped(tables), budget)
-            found = None if turned is None else knapsack.Solution(turned.keys, turned.loss, turned.cost)
-            if found is not None and (best is None or (found.cost, found.loss) < (best.cost, best.loss)):
-                best = found
-        else:
-            found = knapsack.best(tables, budget * whole - rest)
-            if found is not None and (best is None or (found.loss, found.cost) < (best.loss, best.cost)):
-                best = found
-    everything = _table(layers, cost_kind, None)
-    if best is None:
-        least = knapsack.cheapest(everything)
-        commonest = max(set(least.keys.values()), key=list(least.keys.values()).count)
-        raise UsageError(
-            f"{kind}={budget:g} cannot be met: the least is {(least.cost + rest) / whole:.3g} "
-            f"(mostly {commonest.label}); give more, or try other variants and groups"
-        )
-    points = tuple(Point((rest + point.cost) / whole, point.loss, point.keys) for point in knapsack.curve(everything))
-    return Plan(
-        choices={options.layer.name: best.keys[options.layer.name] for options in layers},
-        kind=kind,
-        asked=budget,
-        cost=(rest + best.cost) / whole,
-        loss=best.loss,
-        layers=tuple(_planned(options, best.keys[options.layer.name], cost_kind) for options in layers),
-        curve=points,
-        notes=tuple(notes),
-    )
-
-
-def _table(
-    layers: Sequence[LayerOptions], kind: str, allowed: Sequence[str] | None
-) -> dict[str, list[knapsack.Option[Choice]]]:
-    return {
-        options.layer.name: [
-            knapsack.Option(each.choice, each.cost(kind), each.felt)
-            for each in options.options
-            if each.choice.is_dense or allowed is None or each.choice.variant in allowed
-        ]
-        for options in layers
-    }
-
-
-def _allowed(layers: Sequence[LayerOptions], most: int | None) -> list[Sequence[str] | None]:
-    """The sets of variants that a plan may be made of; None is all of them."""
-    if most is None:
-        return [None]
-    check_positive("most_variants", most)
-    there = list(dict.fromkeys(s.choice.variant for o in layers for s in o.options if not s.choice.is_dense))
-    return list(itertools.combinations(there, min(most, len(there))))
-
-
-def _planned(options: LayerOptions, choice: Choice, kind: str) -> PlannedLayer:
-    layer = options.layer
-    chosen = next(each for each in options.options if each.choice == choice)
-    better = [each for each in options.options if each.felt < chosen.felt and each.cost(kind) > chosen.cost(kind)]
-    height, width = layer.kernel
-    shape = f"{layer.in_channels} -> {layer.out_channels} {height}x{width}"
-    least = min(better, key=lambda each: each.cost(kind), default=None)
-    return PlannedLayer(layer.name, shape, options.dense, chosen, least)

@@ -25,6 +25,9 @@ def plan_report(document: Document) -> Report:
     if proof:
         sections = {"In words": _said(document.plan, proof)} if document.plan else {}
         tables.append(Table([*title, "The networks, on images never planned on"], PROOF, proof, sections))
+    trials = [row for row in rows if row.params.stage == "trial" and row.status == "ok"]
+    if trials:
+        tables.append(Table(["What was tried out, on images held out of calibration"], TRIALS, trials))
     if chosen or not proof:
         tables.append(Table([*([] if proof else title), "What each convolution becomes"], CHOICES, chosen))
     if document.plan and document.plan.curve:
@@ -52,6 +55,8 @@ OF_ALL = "Of all convolutions that may be replaced, to the original's."
 OF_NETWORK = "Of the whole network, to the original's, with a 95 % confidence interval."
 OF_LAYER = "To the layer's own."
 AGREES = "Images on which the first guess is the original's. Labels are not needed."
+WRONG = "Labelled images on which the first guess is wrong."
+HELD_OUT = "Squared error of the class scores on images held out of calibration, as a share of their variance."
 LOGITS = "Squared error of the class scores, as a share of their variance over the images."
 FELT = "Predicted share of the variance of the network's outputs: the loss times the sensitivity to the layer."
 BETTER = "The least costly choice that loses less; the budget has no room for it."
@@ -63,11 +68,19 @@ PROOF: list[Column[PlanRow]] = [
     Column(
         "time", _time, "Of the whole network, to the original's, with a 95 % confidence interval.", name="time, network"
     ),
+    Column("error %", lambda row: row.error, WRONG, "{:.2f}".format, optional=True),
     Column("agrees %", lambda row: row.agreement, AGREES, "{:.1f}".format),
     Column("top-5 %", lambda row: row.top5, "The original's first guess is among the first five.", "{:.1f}".format),
     Column("KL", lambda row: row.kl, "Mean of KL(original || network) over the images, in nats.", "{:.3g}".format),
     Column("logit error", lambda row: row.logit_error, LOGITS, "{:.3g}".format),
 ]
+TRIALS: list[Column[PlanRow]] = [
+    label("tried out", _subject, "The plan by what the network feels of each layer, by the layers' own losses, by its "
+          "real losses, and the best choice of each variant for all layers."),
+    Column("params", lambda row: row.params_ratio, OF_ALL, SHARE),
+    Column("MACs", lambda row: row.macs_ratio, OF_ALL, SHARE),
+    Column("error of outputs", lambda row: row.logit_error, HELD_OUT, "{:.3g}".format),
+]  # fmt: skip
 CHOICES: list[Column[PlanRow]] = [
     label("layer", lambda row: row.params.layer, "A convolution, in the order of execution."),
     words("convolution", lambda row: row.params.shape, "Channels and kernel."),
@@ -96,11 +109,14 @@ def _said(plan: PlanFacts, proof: Sequence[PlanRow]) -> list[str]:
         ends = f" (95% CI {bounds[0]:.2f}-{bounds[1]:.2f})" if bounds else ""
         measured = "is measured" if plan.kind in ("time", "loss") else "is kept"
         lines.append(f"{plan.asked:g} of the {WHAT[plan.kind]} was asked, {plan.measured:.3g}{ends} {measured}")
+    dense = next((row for row in proof if row.params.subject == "dense"), None)
     lines.append(f"the first guess agrees with the original's on {own.agreement:.1f} % of {own.test_images} images")
+    if own.error is not None and dense is not None and dense.error is not None:
+        lines[-1] += f", and is wrong on {own.error:.1f} % (the original's: {dense.error:.1f} %)"
     others = [row for row in proof if row.params.subject not in ("dense", "plan") and row.agreement is not None]
     if others:
         best = max(others, key=lambda row: row.agreement or 0.0)
-        lines.append(f"the best single choice at that budget, {_choice(best)}, on {best.agreement:.1f} %")
+        lines.append(f"the best single choice at that budget, {_subject(best)}, on {best.agreement:.1f} %")
     return lines
 
 

@@ -637,9 +637,9 @@ class TransferRow(TrainRow, frozen=True, kw_only=True):
 
 
 class PlanParams(Data, frozen=True, kw_only=True, omit_defaults=True):
-    """Of a layer as a choice, or of a network as a whole (subject: dense, plan, or one choice for all layers)."""
+    """Of a layer as a choice, or of a network as a whole (subject: dense, plan, what is tried out, or one choice)."""
 
-    stage: Literal["cost", "loss", "choice", "proof"]
+    stage: Literal["cost", "loss", "trial", "choice", "proof"]
     model: str
     weights: str
     data: str
@@ -657,7 +657,8 @@ class PlanRow(Row, frozen=True, kw_only=True, omit_defaults=True):
     counts: of the layer, biases apart; seconds: of a call, as its saving shows in the network. loss: the share of the
     layer's output variance; felt: of the network's. better: the least costly choice that loses less. *_ratio: of the
     replaced convolutions (params, macs) or of the network (time), to the original. agreement, top5: percent of the
-    images on which the original's first guess is the first, or among the first five.
+    images on which the original's first guess is the first, or among the first five. error: percent of labelled images
+    whose first guess is wrong. logit_error of a trial: on the images held out of calibration.
     """
 
     params: PlanParams
@@ -670,6 +671,7 @@ class PlanRow(Row, frozen=True, kw_only=True, omit_defaults=True):
     macs_ratio: Nonnegative | None = None
     time_ratio: Nonnegative | None = None
     time_ratio_ci95: Ends | None = None
+    error: Percent | None = None
     agreement: Percent | None = None
     top5: Percent | None = None
     kl: float | None = None
@@ -687,7 +689,8 @@ class CurvePoint(Data, frozen=True):
 class PlanFacts(Data, frozen=True, kw_only=True):
     """The plan of a run. asked, predicted, measured: shares of ``kind``. choices: by convolution, as in a plan file.
     rest_s, factors: the network's time besides its convolutions, and by variant the share of their savings alone that
-    shows in the network; predicted times follow from them."""
+    shows in the network; predicted times follow from them. by: which of the plans tried out it is. real: what each
+    layer loses in the network that is converted by sensitivity."""
 
     kind: Literal["params", "macs", "time", "loss"]
     asked: Nonnegative
@@ -698,6 +701,8 @@ class PlanFacts(Data, frozen=True, kw_only=True):
     curve: tuple[CurvePoint, ...] = ()
     rest_s: float = 0.0
     factors: dict[str, float] = {}
+    by: str | None = None
+    real: dict[str, Nonnegative] = {}
 
 
 AnyRow = PlanRow | ProfileRow | SampledRow | LayerRow | TrainRow | TransferRow

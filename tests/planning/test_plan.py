@@ -7,6 +7,7 @@ import json
 import random
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,8 +17,11 @@ import bgcbench
 from bgcbench.conversion.lockstep import Stopped
 from bgcbench.errors import BgcbenchError, UsageError
 from bgcbench.measure.batches import Passing
+from bgcbench.planning.choices import LayerOptions, Problem, families
+from bgcbench.planning.decision import Plan, again, planned, taken
+from bgcbench.planning.decision import choose as best_choices
 from bgcbench.planning.losses import _put_in
-from bgcbench.planning.plan import LayerOptions, Plan, Problem, choose, scored, timed
+from bgcbench.planning.plan import scored, timed
 from bgcbench.specs import Choice
 
 
@@ -49,6 +53,10 @@ def images(count: int, seed: int = 0) -> torch.Tensor:
     mixed = torch.einsum("ij,bjhw->bihw", torch.randn(3, 3, generator=torch.Generator().manual_seed(9)), small)
     smooth = nn.functional.interpolate(mixed, (12, 12), mode="bilinear")
     return smooth + 0.3 * torch.randn(count, 3, 12, 12, generator=generator)
+
+
+def choose(problem: Problem, kind: str, budget: float, most_variants: int | None = None) -> Plan:
+    return planned(problem, kind, budget, best_choices(problem, kind, budget, most_variants=most_variants))
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +128,7 @@ def test_no_uniform_plan_at_the_same_cost_is_predicted_to_lose_less(problem: Pro
     whole = sum(options.dense.params for options in problem.layers)
     for choice in (Choice("gc", 2), Choice("gc", 4), Choice("bgc", 4), Choice("lowrank", 2), Choice("lowrank", 4)):
         same = [next(each for each in options.options if each.choice == choice) for options in problem.layers]
-        plan = choose(problem.layers, "params", sum(each.params for each in same) / whole)
+        plan = choose(problem, "params", sum(each.params for each in same) / whole)
         assert plan.loss is not None
         assert plan.loss <= sum(each.felt for each in same) * (1 + 1e-9)
 
@@ -130,20 +138,59 @@ def test_a_plan_is_the_best_of_all(problem: Problem, kind: str) -> None:
     every = list(itertools.product(*(options.options for options in problem.layers)))
     whole = sum(options.dense.cost(kind) for options in problem.layers)
     for budget in (0.3, 0.5, 0.8):
-        plan = choose(problem.layers, kind, budget)
+        plan = choose(problem, kind, budget)
         fits = [each for each in every if sum(one.cost(kind) for one in each) <= budget * whole]
         assert plan.loss == pytest.approx(min(sum(one.felt for one in each) for each in fits), rel=1e-8)
         assert plan.cost is not None
         assert plan.cost <= budget
-        few = choose(problem.layers, kind, budget, most_variants=1)
+        few = choose(problem, kind, budget, most_variants=1)
         assert len({choice.variant for choice in few.choices.values()} - {"standard"}) <= 1
         assert few.loss is not None
         assert few.loss >= plan.loss
 
 
+def test_what_is_the_same_choice_for_all_layers(problem: Problem) -> None:
+    alike = families(problem)
+    assert set(alike) >= {"GC N=2", "GC N=4", "BGC N=4", "LR N=2", "LR 7/8", "LR 6/8", "LR 5/8", "LR 3/8"}
+    for options in problem.layers:
+        assert alike["GC N=4"][options.layer.name] == Choice("gc", 4)
+        share = options.of(alike["LR 5/8"][options.layer.name]).params / options.dense.params
+        assert 0.5 < share <= 0.625
+
+
+def test_the_plan_is_what_is_nearest_to_the_original_of_what_is_tried_out() -> None:
+    model, loader = network(), [images(64, 1), images(64, 2)]
+    given: dict[str, Any] = {"params": 0.4, "groups": (2, 4, 8), "variants": ("gc", "lowrank")}
+    plan = bgcbench.plan(model, loader, **given)
+    assert set(plan.tried) >= {"felt", "plain", "gc", "lowrank"}
+    assert plan.tried[plan.by] == min(plan.tried.values())
+    done = bgcbench.convert(model, plan=plan, init="calibrated", calibration=loader)
+    assert lost(model, done.model) < 2 * plan.tried[plan.by]
+    assert plan.cost is not None
+    assert plan.cost <= 0.4
+    assert not bgcbench.plan(model, loader, **given, try_out=False).tried
+
+
+def test_real_losses_scale_what_is_felt(problem: Problem) -> None:
+    choices = {options.layer.name: Choice("gc", 4) for options in problem.layers}
+    first, second, *_ = problem.layers
+    lost = {first.layer.name: 2 * first.of(Choice("gc", 4)).loss, second.layer.name: 1e6}
+    scaled = again(problem, lost, choices)
+    for choice in (Choice("gc", 2), Choice("lowrank", 2)):
+        assert scaled.layers[0].of(choice).felt == pytest.approx(2 * first.of(choice).felt)
+        assert scaled.layers[1].of(choice).felt == pytest.approx(4 * second.of(choice).felt)
+        assert scaled.layers[2].of(choice).felt == problem.layers[2].of(choice).felt
+
+
+def test_of_a_budget_of_loss_the_cheapest_that_keeps_to_it_is_taken() -> None:
+    tried, costs = {"felt": 0.08, "gc": 0.2, "bgc": 0.09}, {"felt": 0.5, "gc": 0.1, "bgc": 0.4}
+    assert taken("loss", 0.1, tried, costs) == "bgc"
+    assert taken("loss", 0.01, tried, costs) == taken("params", 0.1, tried, costs) == "felt"
+
+
 def test_a_budget_of_loss_gives_the_fewest_multiply_adds(problem: Problem) -> None:
-    loose = choose(problem.layers, "loss", 0.5)
-    tight = choose(problem.layers, "loss", 0.01)
+    loose = choose(problem, "loss", 0.5)
+    tight = choose(problem, "loss", 0.01)
     assert loose.loss is not None
     assert tight.loss is not None
     assert loose.cost is not None
@@ -178,8 +225,7 @@ def test_a_budget_of_time_measures_every_layer_and_choice() -> None:
     assert plan.cost is not None
     assert plan.cost <= 1.0 + 1e-9
     assert all(layer.chosen.seconds is not None for layer in plan.layers)
-    with pytest.raises(UsageError, match="time= needs example_input="):
-        bgcbench.plan(model, iter([x]), time=0.9)
+    assert bgcbench.plan(model, iter([x]), time=1.0, quick=True, groups=(2,), variants=("gc",)).kind == "time"
 
 
 @pytest.mark.usefixtures("brisk")

@@ -10,7 +10,7 @@ import torch
 import bgcbench
 from bgcbench.measure.batches import Passing
 from bgcbench.measure.timing import Rules
-from bgcbench.planning.plan import choices_for
+from bgcbench.planning.choices import choices_for
 from bgcbench.planning.times import corrections, in_network, layer_times, network_times
 from bgcbench.specs import Choice
 from tests.planning.test_plan import images, network

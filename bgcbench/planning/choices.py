@@ -1,0 +1,152 @@
+"""What a convolution may become, what that costs and loses, and what is the same choice for all convolutions."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+
+from msgspec.structs import replace
+
+from bgcbench.conversion.record import spec_of
+from bgcbench.errors import UsageError
+from bgcbench.measure.counts import Counts, count
+from bgcbench.results.rows import Replaced
+from bgcbench.specs import VARIANTS, Choice, rank_of
+
+# Shares of a layer's parameters for which there is no N, and a rank.
+SHARES = (Fraction(7, 8), Fraction(6, 8), Fraction(5, 8), Fraction(3, 8))
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A choice for a layer, and what it comes to.
+
+    params, macs: of the layer as that, biases apart, one image, all calls. loss: the share of its output's variance
+    that is lost; felt: of the variance of the network's outputs, by the network's sensitivity to the layer. seconds: of
+    one call of the network, where it was measured.
+    """
+
+    choice: Choice
+    params: int
+    macs: int
+    loss: float
+    felt: float
+    seconds: float | None = None
+
+    def cost(self, kind: str) -> float:
+        found: float | None = {"params": self.params, "macs": self.macs, "time": self.seconds}[kind]
+        if found is None:
+            raise UsageError("a budget of time needs measured times")
+        return found
+
+
+@dataclass(frozen=True)
+class LayerOptions:
+    """A convolution and what it may become; the first option is the layer as it is."""
+
+    layer: Replaced
+    options: tuple[Scored, ...]
+
+    @property
+    def dense(self) -> Scored:
+        return self.options[0]
+
+    def of(self, choice: Choice) -> Scored:
+        """The option that is this choice."""
+        return {each.choice: each for each in self.options}[choice]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Every convolution that may be replaced with its options, and what the user should know.
+
+    rest_s: seconds of the network besides these convolutions, where times are measured. factors: of a variant's savings
+    alone, what the network saves (see planning.times).
+    """
+
+    layers: tuple[LayerOptions, ...]
+    notes: tuple[str, ...] = ()
+    rest_s: float = 0.0
+    factors: Mapping[str, float] = field(default_factory=dict)
+
+    def whole(self, kind: str) -> float:
+        """What the network costs as it is: its convolutions (params, macs), or all of it (time)."""
+        return self._rest(kind) + sum(each.dense.cost(kind) for each in self.layers)
+
+    def share(self, choices: Mapping[str, Choice], kind: str) -> float:
+        """What these choices cost, as a share of :meth:`whole`."""
+        return (self._rest(kind) + sum(each.cost(kind) for each in self._chosen(choices))) / self.whole(kind)
+
+    def felt(self, choices: Mapping[str, Choice]) -> float:
+        """The predicted loss."""
+        return sum(each.felt for each in self._chosen(choices))
+
+    def _chosen(self, choices: Mapping[str, Choice]) -> list[Scored]:
+        return [each.of(choices[each.layer.name]) for each in self.layers]
+
+    def _rest(self, kind: str) -> float:
+        return self.rest_s if kind == "time" else 0.0
+
+
+def choices_for(
+    layer: Replaced, variants: Sequence[str], groups: Sequence[int], ranks: Sequence[int] = ()
+) -> list[Choice]:
+    """What a convolution may become besides what it is; what does not fit it is left out.
+
+    Without ``ranks``, low rank also has those at SHARES of the parameters.
+    """
+    shape = layer.in_channels, layer.out_channels, math.prod(layer.kernel)
+    tried = [
+        Choice(variant, n) for variant, n in itertools.product(variants, groups) if variant != "standard" and n > 1
+    ]
+    ranked = [variant for variant in variants if VARIANTS[variant].has_rank]
+    between = sorted({int(rank_of(shape[0], shape[1], 1, shape[2]) * share) for share in SHARES} - {0}, reverse=True)
+    tried += [Choice(variant, rank=rank) for variant, rank in itertools.product(ranked, ranks or between)]
+    return [choice for choice in tried if choice.unfit(*shape) is None]
+
+
+def counted(layer: Replaced, choice: Choice) -> tuple[int, int]:
+    """Parameters (biases apart) and MACs of one image, of a convolution as ``choice``."""
+    spec = spec_of(replace(layer, variant=choice.variant, groups=choice.groups, rank=choice.rank, bias=False))
+    least = [d * (k - 1) + 1 for d, k in zip(layer.dilation, layer.kernel, strict=True)]  # where no size is known
+    found: Counts = count(spec, layer.height or least[0], layer.width or least[1])
+    return found.params, found.macs * (layer.calls or 1)
+
+
+def families(problem: Problem) -> dict[str, dict[str, Choice]]:
+    """Choices for all layers that are the same choice, by its label; a layer that it does not fit stays as it is.
+
+    Low rank is the same with the same rank, or with the same share of every layer's parameters ("LR 6/8").
+    """
+    alike: dict[str, dict[str, Choice]] = {}
+    for options in problem.layers:
+        for each in options.options[1:]:
+            labels = [each.choice.label]
+            if each.choice.rank is not None:
+                eighths = math.ceil(8 * each.params / options.dense.params - 1e-9)
+                labels.append(f"{VARIANTS[each.choice.variant].label} {eighths}/8")
+            for label in labels:
+                alike.setdefault(label, {})[options.layer.name] = each.choice
+    names = [options.layer.name for options in problem.layers]
+    return {label: {name: chosen.get(name, Choice()) for name in names} for label, chosen in alike.items()}
+
+
+def best_families(problem: Problem, kind: str, budget: float) -> dict[str, tuple[str, dict[str, Choice]]]:
+    """By variant the label and the choices of the family that is predicted to lose least within the budget.
+
+    Of a budget of loss, the one that costs least. Variants of which none keeps to it are left out.
+    """
+    best: dict[str, tuple[tuple[float, float], str, dict[str, Choice]]] = {}
+    for label, choices in families(problem).items():
+        variant = next(choice.variant for choice in choices.values() if not choice.is_dense)
+        felt = problem.felt(choices)
+        share = problem.share(choices, "macs" if kind == "loss" else kind)
+        if (felt if kind == "loss" else share) > budget * (1 + 1e-9):
+            continue
+        rank = (share, felt) if kind == "loss" else (felt, share)
+        if variant not in best or rank < best[variant][0]:
+            best[variant] = rank, label, choices
+    return {variant: (label, choices) for variant, (_, label, choices) in best.items()}
