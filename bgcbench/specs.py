@@ -333,6 +333,14 @@ def check_positive(what: str, value: int, least: int = 1) -> int:
     return value
 
 
+def shard_of(text: str) -> tuple[int, int]:
+    """'2/8' as (2, 8): the second of eight parts of a plan; raises UsageError for anything else."""
+    found = re.fullmatch(r"([1-9][0-9]*)/([1-9][0-9]*)", text)
+    if found is None or not int(found[1]) <= int(found[2]):
+        raise UsageError(f"--shard {text} must be K/M, part K of M, such as 2/8")
+    return int(found[1]), int(found[2])
+
+
 def check_on_cpu(precision: str, mode: str) -> None:
     """Raise UsageError for a precision or mode that only CUDA devices have."""
     if precision == "tf32":

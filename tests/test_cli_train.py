@@ -720,6 +720,8 @@ def test_what_auto_has_found_stands_in_the_row_and_under_the_table(
     assert main([*arguments, "auto", "--out", "auto.json"]) == 0
     (row,) = document("auto.json")["results"]
     assert sum(row["forms"]["training"].values()) == len(row["convert"]["replaced"])
+    capsys.readouterr()
+    assert main(["show", "auto.json", "--explain"]) == 0  # which prints all notes
     assert "fastest algorithms, as measured: wrn_10_1-digits-bgc-n2-s0: inference" in capsys.readouterr().out
     jsonschema.validate(document("auto.json"), results.schema())
     assert main([*arguments, "split", "--out", "split.json"]) == 0

@@ -14,7 +14,7 @@ from bgcbench.experiments.approx import PRESETS, ApproxConfig
 from bgcbench.experiments.approx import plan as approx_plan
 from bgcbench.experiments.approx_network import ApproxNetworkConfig
 from bgcbench.experiments.network import NetworkConfig
-from bgcbench.experiments.options import Asked, AskedOfPicture
+from bgcbench.experiments.options import Asked, AskedOfPicture, in_shard
 from bgcbench.experiments.profile import ProfileConfig, plan
 from bgcbench.specs import DATA_SETS, WEIGHTS, check_choice
 
@@ -85,8 +85,10 @@ class Profile(Command):
         interleaved = beginning.stored.interleaved if beginning.stored else ()
         shared: Json = {"kept": beginning.kept, "interleaved": interleaved, "stop": beginning.stop}
         if isinstance(prepared, ProfileConfig):
-            return ProfileRun(prepared, session, plan(prepared), **shared)
-        return ProfileRun(prepared.config, session, prepared.rows, subjects=prepared.subjects, **shared)
+            return ProfileRun(prepared, session, in_shard(prepared.shard, plan(prepared)), **shared)
+        rows = in_shard(prepared.config.shard, prepared.rows)
+        subjects = {row.key: prepared.subjects[row.key] for row in rows if row.key in prepared.subjects}
+        return ProfileRun(prepared.config, session, rows, subjects=subjects, **shared)
 
     def plan_lines(self, run: ProfileRun, *, full: bool) -> list[str]:
         config, device = run.config, run.session.environment.device

@@ -33,6 +33,7 @@ def register(app: typer.Typer) -> None:
     """Make them commands of ``app``."""
     app.command(short_help="Print a result file again, or Table 1.")(show)
     app.command(short_help="Make one HTML page of result files.")(report)
+    app.command(short_help="Join the parts of one plan.")(merge)
     app.command(short_help="Print what could spoil a measurement here.")(doctor)
     app.command(short_help="Compare two profile files.")(compare)
 
@@ -147,6 +148,38 @@ def report(
     drawn = sum(len(part.pictures) for part in parts)
     output.say(f"{out}: {len(parts)} result files, {no_pictures or f'{drawn} pictures'}")
     return 0
+
+
+def merge(
+    files: Annotated[
+        list[Path], typer.Argument(help="The parts: result files of runs with --shard.", show_default=False)
+    ],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="The result file of all rows.", show_default=False)
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
+) -> int:
+    """Join the parts of one plan, which runs with --shard 1/M to M/M have made, into one result file.
+
+    Parts of other plans, settings or machines are refused. Rows of different parts were not measured in turn:
+    their ratios have wider intervals.
+
+    [bold]bgcbench profile --channels 256 --shard 1/2 -o one.json[/bold]
+
+    [bold]bgcbench merge one.json two.json -o all.json[/bold]
+    """
+    from bgcbench import results
+    from bgcbench.results import files as writing
+    from bgcbench.results import merging
+
+    if out is None:
+        raise UsageError("name the file for all rows: -o FILE")
+    writing.check_new(out, "--out", replace=force)
+    joined = merging.merged([(str(path), results.read(path)) for path in files])
+    writing.write_named(out, "--out", results.dumps(joined).encode())
+    missing = "" if joined.complete else "; not complete: parts, or rows of parts, are missing"
+    output.say(f"{out}: {len(joined.results)} rows of {len(files)} parts{missing}")
+    return 0 if joined.complete else BgcbenchError.exit_code
 
 
 def _documents(paths: list[Path]) -> Iterator[tuple[str, Document]]:

@@ -11,13 +11,23 @@ import inspect
 import os
 import re
 import types
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from bgcbench.errors import UsageError
-from bgcbench.specs import FACTORY, FORMATS, TIMM_PREFIX, VARIANTS, check_choice, check_positive, may_run, spelt
+from bgcbench.specs import (
+    FACTORY,
+    FORMATS,
+    TIMM_PREFIX,
+    VARIANTS,
+    check_choice,
+    check_positive,
+    may_run,
+    shard_of,
+    spelt,
+)
 
 # The panels of --help, in this order. What a user wants every day stands before them all.
 WORKLOAD = "Workload"
@@ -29,6 +39,7 @@ MEASURE = "How it is measured"
 OUTPUT = "Output"
 PANELS = (WORKLOAD, CONVERSION, NETWORK, GRID, RECIPE, MEASURE, OUTPUT)
 
+T = TypeVar("T")
 Check = Callable[[str, Any], object]
 Reader = Callable[[str, Any], Any]
 
@@ -239,6 +250,17 @@ def size(name: str, text: str) -> tuple[int, int]:
     if len(parts) > 2 or not all(re.fullmatch("[0-9]+", part) for part in parts):
         raise UsageError(f"--{name} {text} must be a number of pixels or HEIGHTxWIDTH, such as 7 or 7x14")
     return int(parts[0]), int(parts[-1])
+
+
+def is_shard(field: str, value: str) -> None:
+    """A check: part K of M of a plan."""
+    shard_of(value)
+
+
+def in_shard(shard: str | None, rows: Sequence[T]) -> list[T]:
+    """The rows of a plan that part K of M has: each M-th, from the K-th on; all without a ``shard``."""
+    number, of = shard_of(shard) if shard else (1, 1)
+    return list(rows[number - 1 :: of])
 
 
 def three(name: str, text: str) -> tuple[float, ...]:

@@ -23,6 +23,7 @@ from bgcbench.experiments.options import (
     WORKLOAD,
     Option,
     alone,
+    is_shard,
     listed,
     option,
     positive,
@@ -142,6 +143,12 @@ class TrainConfig(NetworkChoice, RunConfig):
         1, "Parts that a batch goes through the network in, for little memory.", panel=MEASURE, check=positive
     )
     sync_bn: bool = option(False, "Batch-norm statistics over all processes (CUDA, torchrun).", panel=MEASURE)
+    shard: str | None = option(
+        None,
+        "K/M: only part K of M of the rows, as for a batch queue's array job; bgcbench merge joins the parts.",
+        panel=GRID,
+        check=is_shard,
+    )
     seeds: tuple[int, ...] = option(
         (0,), "Each row is done once a seed: 0,1,2 gives mean and standard deviation.", panel=GRID, everyday=True
     )

@@ -80,6 +80,7 @@ class TransferConfig(ImageChoice, TrainConfig):
     weight_decay: float = option(None, shown="1e-4")
     seeds: tuple[int, ...] = option((0,), everyday=False)
     reference: bool = option(True, hidden=True)
+    shard: str | None = option(None, hidden=True)
     weights: str = option(
         None,
         "default (torchvision's published ones), a file, or none (untrained, to try things out).",
