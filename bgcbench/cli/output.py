@@ -81,10 +81,10 @@ class Output:
     to_stdout: bool
     replace: bool
     form: str
-    wide: bool
     quiet: bool
     resumes: bool = False
     plot: Path | None = None
+    wide: bool = False
 
     @classmethod
     def asked(cls, asked: Asked, resumed: Path | None, *, saves: bool) -> Output:
