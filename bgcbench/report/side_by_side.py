@@ -1,4 +1,4 @@
-"""What a profile was asked for, as the paper's Table 4 is laid out: a row for each N, the variants side by side."""
+"""What was asked for, as the paper's Table 4 is laid out: a row for each N, the variants side by side."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from bgcbench.report.compare import speed_up
-from bgcbench.report.format import MIB, scaled, significant
+from bgcbench.report.format import MIB, label_of, scaled, significant
 from bgcbench.report.measured import PEAK, SPEED_UP, Rows, ending, peak, time_form, variant_name
 from bgcbench.report.table import Column, Table, label
+from bgcbench.results.aggregate import Cell, Start, variant_place
 from bgcbench.results.rows import ProfileRow
 from bgcbench.specs import PHASE_TITLES
 
 ALIKE = 0.01  # up to this share of a difference, two numbers of parameters are equal
+GROUPS = "Groups, or the rank (r=) of LR."
 TIME = "Median time of a batch, forward and backward where both were measured."
 PARAMS = "Parameters of the algorithm that ran."
 FASTER = " *: significantly faster than every other variant here that has as many parameters."
@@ -39,9 +41,7 @@ def comparison_table(title: Sequence[str], rows: Rows, reference: ProfileRow | N
         at |= dict.fromkeys(names, row) if alone else {variant_name(row, rows): row}
     shown = [Line(str(n) if rank is None else f"r={rank}", at) for (n, rank), at in lines.items()]
     unit, form = time_form(rows, phase)
-    columns: list[Column[Line]] = [
-        label("N", lambda line: line.name, "Groups, or the rank (r=) of LR.", name="N, by N")
-    ]
+    columns: list[Column[Line]] = [label("N", lambda line: line.name, GROUPS, name="N, by N")]
     for name in names:
         columns += _variant_columns(name, rows, reference, phase, f"{name} {unit}", form)
     return Table([*title, f"{PHASE_TITLES[phase]}, by N:"], columns, shown)
@@ -92,3 +92,63 @@ def is_fastest_of_its_size(row: ProfileRow, rows: Rows, phase: str) -> bool:
     ]
     compared = [found for other in alike if (found := speed_up(row, other, phase))]
     return bool(compared) and all(found.faster for found in compared)
+
+
+# ------------------------------------------------------------------------------------------------ trained and converted
+
+
+@dataclass(frozen=True)
+class ErrorLine:
+    """The cells of one N, or rank, and start, by variant. The standard convolution is N = 1 of all of them."""
+
+    name: str
+    start: Start | None
+    at: dict[str, Cell]
+
+
+ERROR = "Test error in percent, mean ± standard deviation over the seeds."
+INIT, REBN = "The weights that a conversion starts from.", "Whether batch norm's statistics were estimated again."
+
+
+def errors_table(title: Sequence[str], cells: Sequence[Cell], errors: Callable[[Cell], str | None]) -> Table | None:
+    """The test errors of trainings or conversions: a row for each N and start, the variants side by side.
+
+    None where there are fewer than two errors, which a table would not compare.
+    """
+    if sum(errors(cell) is not None for cell in cells) < 2:
+        return None
+    converted = [cell for cell in cells if not cell.dense]
+    variants = sorted({cell.variant for cell in converted}, key=variant_place) or ["standard"]
+    lines: dict[tuple[int, int | None, Start | None], dict[str, Cell]] = {}
+    for cell in cells:
+        if cell.dense:
+            lines.setdefault((1, None, None), {}).update(dict.fromkeys(variants, cell))
+        else:
+            lines.setdefault((cell.groups, cell.rank, cell.start), {})[cell.variant] = cell
+    shown = [
+        ErrorLine(str(n) if rank is None else f"r={rank}", start, at)
+        for (n, rank, start), at in lines.items()
+        if any(errors(cell) is not None for cell in at.values())
+    ]
+    starts = {line.start for line in shown if line.start}
+    columns: list[Column[ErrorLine]] = [label("N", lambda line: line.name, GROUPS, name="N, by N")]
+    if len({start.init for start in starts}) > 1:
+        columns.append(label("init", lambda line: line.start and line.start.init, INIT, name="init, by N"))
+    if len({start.rebn for start in starts}) > 1:
+        columns.append(
+            label("rebn", lambda line: line.start and ("no", "yes")[line.start.rebn], REBN, name="rebn, by N")
+        )
+    columns += [_errors_column(variant, errors) for variant in variants]
+    return Table(title, columns, shown)
+
+
+def _rebn(line: ErrorLine) -> str | None:
+    return line.start and ("yes" if line.start.rebn else "no")
+
+
+def _errors_column(variant: str, errors: Callable[[Cell], str | None]) -> Column[ErrorLine]:
+    def error(line: ErrorLine) -> str | None:
+        cell = line.at.get(variant)
+        return errors(cell) if cell else None
+
+    return Column(label_of(variant), error, ERROR, name="error %, by N")

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from bgcbench.report.format import label_of, listed, named, scaled, share_words, significant
 from bgcbench.report.notes import chosen_algorithms, kept_dense, notes, together
+from bgcbench.report.side_by_side import errors_table
 from bgcbench.report.table import Column, Report, Table, flat, group_columns, label, words
 from bgcbench.results.aggregate import (
     MIN_SEEDS,
@@ -68,9 +70,22 @@ def train_report(document: Document) -> Report:
     compared = _compared(cells)
     sections = {"What this shows": [_sentence(*each, image_points(rows)) for each in compared]} if compared else {}
     trained = standard.errors if standard else {}
-    table = Table(title_lines(document), train_columns(document, trained), cells, sections)
+    columns, title = train_columns(document, trained), title_lines(document)
+    by_n = errors_table(
+        [*title, "test error % after the last epoch, by N:"], cells, lambda cell: spread_text(cell.errors)
+    )
+    tables = with_all_columns([by_n] if by_n else [], title, columns, cells, sections)
     noted = notes(document, _facts(document, cells, compared), endings(cells), QUICK)
-    return Report([table], noted, [_record(row, trained) for row in rows])
+    return Report(tables, noted, [_record(row, trained) for row in rows])
+
+
+def with_all_columns(
+    first: Sequence[Table], title: Sequence[str], columns: list[Column[Cell]], cells: Cells, sections: Mapping[str, Any]
+) -> list[Table]:
+    """``first`` with ``sections`` below, and every column for --wide; without a first table that alone."""
+    if not first:
+        return [Table(title, columns, cells, sections)]
+    return [*first[:-1], replace(first[-1], sections=sections), Table(["All columns"], columns, cells, full=True)]
 
 
 def train_columns(document: Document, trained: BySeed) -> list[Column[Cell]]:

@@ -11,6 +11,7 @@ from bgcbench.report import training
 from bgcbench.report.compare import Comparison, ratio_record
 from bgcbench.report.format import label_of, listed, loss_text
 from bgcbench.report.notes import chosen_algorithms, kept_dense, notes
+from bgcbench.report.side_by_side import errors_table
 from bgcbench.report.table import Column, Report, Table, label, words
 from bgcbench.results.aggregate import (
     MIN_SEEDS,
@@ -28,6 +29,10 @@ from bgcbench.results.rows import CalibratedLayer, Ratio, TransferRow
 from bgcbench.specs import PHASE_TITLES
 from bgcbench.theory import paper
 
+BY_N: dict[Moment, str] = {
+    "initial": "test error % before any training, by N:",
+    "final": "test error % after the last epoch, by N:",
+}
 NOTHING = 1e-6  # a share of a layer's output that is rounding
 TITLES: dict[Moment, str] = {"initial": "initial", "final": "last"}
 
@@ -37,13 +42,27 @@ def transfer_report(document: Document) -> Report:
     run = Conversions.of(document)
     weights = next((row.params.weights for row in run.rows), "none")
     title = training.title_lines(document, "" if weights == "none" else f" (weights {weights})")
-    tables = [Table(title, transfer_columns(run, planned_seeds(document)), run.cells)]
+    first = [
+        table
+        for number, moment in enumerate(run.moments)
+        if (
+            table := errors_table(
+                [*([] if number else title), BY_N[moment]], run.cells, partial(_errors, moment=moment)
+            )
+        )
+    ]
+    columns = transfer_columns(run, planned_seeds(document))
+    tables = training.with_all_columns(first, title, columns, run.cells, {})
     pairs = [pair for start in run.starts for pair in (*run.at_equal_n(start), *run.at_equal_params(start))]
     pairs = [pair for pair in pairs if ratio_of(pair[0].params, pair[1].params)]  # without those that failed
     if pairs:
         tables.append(Table(["BGC versus GC, at equal N and at equal parameters"], pair_columns(run), pairs))
     noted = notes(document, _facts(document, run), training.endings(run.cells), training.QUICK)
     return Report(tables, noted, [_record(run, row) for row in run.rows])
+
+
+def _errors(cell: Cell, moment: Moment) -> str | None:
+    return training.spread_text(cell.errors_at(moment))
 
 
 # -------------------------------------------------------------------------------------------------------------- columns
