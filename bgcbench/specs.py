@@ -628,7 +628,7 @@ WRN = re.compile(r"wrn_([1-9]\d*)_([1-9]\d*)")
 RESNEXT29 = re.compile(r"resnext29_([1-9]\d*)x([1-9]\d*)d")
 OWN = re.compile(f"{WRN.pattern}|{RESNEXT29.pattern}|wide_resnet34_2")  # networks of this package
 TIMM_PREFIX = "timm/"
-# A network of the user's own, by the function that makes it: net.py:make or package.module:make.
+# What is the user's own, by the function that makes it: net.py:make or package.module:make.
 FACTORY = re.compile(r"(?:.+\.py|[A-Za-z_]\w*(?:\.\w+)*):[A-Za-z_]\w*")
 _named_by_user: set[str] = set()
 _STRIDED_STEM = re.compile(r"efficientnet_.+|mobilenet_v[23].*")
@@ -636,9 +636,23 @@ SMALL_IMAGE_PX = 64  # up to here a stem of stride 2 throws away what later stri
 DEFAULT_PX = 224  # a side of the images of most networks
 
 
+def is_own(name: str) -> bool:
+    """Whether ``name`` is a function of the user's own, and not a network's or a data set's name, or a path."""
+    return FACTORY.fullmatch(name) is not None
+
+
 def may_run(factory: str) -> str:
     """``factory``, which is called only where the user has named it: a file that names code does not make it run."""
     _named_by_user.add(factory)
+    return factory
+
+
+def check_named(factory: str) -> str:
+    """``factory``, if the user has named it; otherwise raise UsageError."""
+    if factory not in _named_by_user:
+        raise UsageError(
+            f"{factory} is code of somebody's, and a file asks for it; name it on the command line for it to be run"
+        )
     return factory
 
 
@@ -663,11 +677,9 @@ class NetSpec:
     stem_stride: int | None = None
 
     def __post_init__(self) -> None:
-        own = FACTORY.fullmatch(self.name)
-        if own and self.name not in _named_by_user:
-            raise UsageError(
-                f"{self.name} is code of somebody's, and a file asks for it; name it as MODEL, too, for it to be run"
-            )
+        own = is_own(self.name)
+        if own:
+            check_named(self.name)
         small = WRN.fullmatch(self.name) or RESNEXT29.fullmatch(self.name)
         if (found := WRN.fullmatch(self.name)) and ((depth := int(found[1])) < 10 or depth % 6 != 4):
             below = max(10, depth - (depth - 4) % 6)

@@ -16,7 +16,7 @@ from bgcbench.experiments.approx_network import ApproxNetworkConfig
 from bgcbench.experiments.network import NetworkConfig
 from bgcbench.experiments.options import Asked, AskedOfPicture, in_shard
 from bgcbench.experiments.profile import ProfileConfig, plan
-from bgcbench.specs import DATA_SETS, WEIGHTS, check_choice
+from bgcbench.specs import DATA_SETS, WEIGHTS, check_choice, is_own
 
 if TYPE_CHECKING:
     from bgcbench.experiments.approx_network_run import ApproxNetworkRun
@@ -196,7 +196,7 @@ def check_reference(given: Json) -> None:
 def check_images(given: Json) -> None:
     """Raise UsageError for a folder of images or a file of weights that is clearly not there."""
     data, weights = given.get("data"), given.get("weights")
-    if data is not None and data not in DATA_SETS and _is_missing(data):
+    if data is not None and data not in DATA_SETS and not is_own(data) and _is_missing(data):
         raise UsageError(f"--data {data} is not there; give {', '.join(DATA_SETS)}, or a folder of images")
     if weights is not None and weights not in WEIGHTS and _is_missing(weights):
         raise UsageError(f"--weights {weights}: there is no such file; choose a file, {' or '.join(WEIGHTS)}")

@@ -33,11 +33,10 @@ from bgcbench.experiments.profile import row_seed
 from bgcbench.experiments.session import Session
 from bgcbench.measure.device import backend_state, describe_failure
 from bgcbench.models import build_model
-from bgcbench.models.own import is_own
 from bgcbench.models.weights import Loaded, Weights, has_default
 from bgcbench.results import Document, Json
 from bgcbench.results.rows import Counts, LayerErrors, LayerParams, LayerRow, Moments, NetworkFacts, Replaced, Status
-from bgcbench.specs import HELD_OUT, Choice
+from bgcbench.specs import HELD_OUT, Choice, is_own
 
 UNTRAINED = "no published weights: the network is untrained, and so are its activations; give --weights FILE"
 

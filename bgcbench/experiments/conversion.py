@@ -19,12 +19,13 @@ from bgcbench.experiments.options import (
     NETWORK,
     Option,
     check_options,
+    images,
     one_of,
     option,
     positive,
     word_or_path,
 )
-from bgcbench.specs import DATA_SETS, FORMATS, HELD_OUT, RANKED, VARIANTS, WEIGHTS, Choice
+from bgcbench.specs import DATA_SETS, FORMATS, HELD_OUT, RANKED, VARIANTS, WEIGHTS, Choice, is_own
 
 INITS = ("copy", "white", "calibrated")
 
@@ -66,11 +67,11 @@ class ConversionConfig(ImageChoice, NetworkChoice):
     )
     data: str = option(
         "",
-        "Images to calibrate with, without labels: digits, or a folder of images.",
+        "Images to calibrate with, without labels: digits, a folder of images, or your own: data.py:load.",
         short="d",
         panel=NETWORK,
         everyday=True,
-        read=word_or_path(DATA_SETS),
+        read=images(DATA_SETS),
     )
     calibration_images: int = option(256, "How many of them; one in four is held out to choose by.", panel=NETWORK)
     skip_invalid: bool = option(False, "Keep dense what N or the rank does not fit.", panel=CONVERSION)
@@ -96,7 +97,7 @@ class ConversionConfig(ImageChoice, NetworkChoice):
             raise UsageError("--init calibrated needs images: --data digits, or --data FOLDER")
         if self.data and self.calibration_images < HELD_OUT:
             raise UsageError(f"--calibration-images {self.calibration_images} must be at least {HELD_OUT}")
-        self._check_images(self.weights or "default", in_memory=self.data in DATA_SETS)
+        self._check_images(self.weights or "default", in_memory=self.data in DATA_SETS or is_own(self.data))
         self._resolve_network()
 
     @property

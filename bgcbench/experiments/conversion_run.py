@@ -17,9 +17,9 @@ from bgcbench.experiments.network_run import network_counts
 from bgcbench.experiments.profile import row_seed
 from bgcbench.measure.trace import trace
 from bgcbench.models import build_model
-from bgcbench.models.own import is_own
 from bgcbench.models.weights import Weights, has_default
 from bgcbench.results.rows import Conversion
+from bgcbench.specs import is_own
 
 BATCH = 32
 

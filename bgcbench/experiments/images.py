@@ -11,10 +11,10 @@ from bgcbench.data.base import SourceT, prepared_as
 from bgcbench.errors import UsageError
 from bgcbench.experiments.config import NetworkChoice
 from bgcbench.measure.trace import Trace, trace
-from bgcbench.models.own import class_count, is_own
+from bgcbench.models.own import class_count
 from bgcbench.models.preprocessing import own_size
 from bgcbench.models.weights import Weights
-from bgcbench.specs import DEFAULT_PX, NetSpec, Preprocessing
+from bgcbench.specs import DEFAULT_PX, NetSpec, Preprocessing, is_own
 
 Config = TypeVar("Config", bound=NetworkChoice)
 

@@ -34,10 +34,10 @@ from bgcbench.measure.counts import CallWork, count
 from bgcbench.measure.trace import Call, Trace, trace
 from bgcbench.measure.workload import Like, NetworkWorkload, Workload
 from bgcbench.models import build_empty, build_model
-from bgcbench.models.own import class_count, is_own
+from bgcbench.models.own import class_count
 from bgcbench.results import Json
 from bgcbench.results.rows import Counts, DistinctLayer, Memory, Record
-from bgcbench.specs import PRECISIONS, Choice, ConvSpec, NetSpec
+from bgcbench.specs import PRECISIONS, Choice, ConvSpec, NetSpec, is_own
 
 PASSES = {"fwd": 1, "train_step": 3}  # convolution-sized passes: y; and dx and dW
 

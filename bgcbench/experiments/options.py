@@ -18,12 +18,12 @@ from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from bgcbench.errors import UsageError
 from bgcbench.specs import (
-    FACTORY,
     FORMATS,
     TIMM_PREFIX,
     VARIANTS,
     check_choice,
     check_positive,
+    is_own,
     may_run,
     shard_of,
     spelt,
@@ -220,6 +220,19 @@ def word_or_path(words: Iterable[str]) -> Reader:
     return lambda name, text: spelt(text, words)
 
 
+def images(words: Iterable[str]) -> Reader:
+    """The same of images, which a function may load."""
+    return lambda name, text: own(f"--{name}", text) if is_own(text) else spelt(text, words)
+
+
+def own(option: str, text: str) -> str:
+    """A function of the user's own, who has named it; raises UsageError for a file that is not there."""
+    home = text.rpartition(":")[0]
+    if home.endswith(".py") and not os.path.isfile(home):
+        raise UsageError(f"{option} {text}: there is no file {home}")
+    return may_run(text)
+
+
 EXPORTED = (".pt2", ".ts", ".torchscript", ".ptl", ".onnx")
 
 
@@ -228,11 +241,8 @@ def network(name: str, text: str) -> str:
 
     Raises UsageError for a file that no network can be made of.
     """
-    home = text.rpartition(":")[0]
-    if FACTORY.fullmatch(text):
-        if home.endswith(".py") and not os.path.isfile(home):
-            raise UsageError(f"MODEL {text}: there is no file {home}")
-        return may_run(text)
+    if is_own(text):
+        return own("MODEL", text)
     if text.endswith(".py"):
         raise UsageError(f"MODEL {text} must name the function that makes the network, too, such as {text}:make")
     if text.casefold().endswith(EXPORTED):

@@ -23,13 +23,13 @@ from bgcbench.experiments.options import (
     WORKLOAD,
     Option,
     alone,
+    images,
     is_shard,
     listed,
     option,
     positive,
     shorthand,
     word,
-    word_or_path,
 )
 from bgcbench.results import Json
 from bgcbench.results.rows import PaperError, TrainParams, TrainRow
@@ -42,6 +42,7 @@ from bgcbench.specs import (
     NetSpec,
     check_choice,
     check_on_cpu,
+    is_own,
 )
 from bgcbench.theory import paper
 from bgcbench.training.launcher import processes
@@ -87,11 +88,11 @@ class TrainConfig(NetworkChoice, RunConfig):
     data: str = option(
         "",
         "digits (extra: digits), cifar10, imagenet, folder, synthetic (speed only), or the path of a folder with "
-        "train/ and val/.",
+        "train/ and val/, or your own: data.py:load.",
         short="d",
         panel=WORKLOAD,
         everyday=True,
-        read=word_or_path((*TRAINING_SETS, "none")),
+        read=images((*TRAINING_SETS, "none")),
     )
     data_dirs: tuple[str, ...] = option(
         (), "Where it is looked for (repeatable).", name="data-dir", panel=WORKLOAD, everyday=True, kind=list[Path],
@@ -180,7 +181,7 @@ class TrainConfig(NetworkChoice, RunConfig):
             self._settle("epochs", QUICK_EPOCHS)
             self._settle("subset", QUICK_IMAGES)
         # How many classes a folder has is known when it is opened.
-        unknown = self.num_classes is None and self.data == "folder"
+        unknown = self.num_classes is None and (self.data == "folder" or is_own(self.data))
         self._resolve_network()
         if unknown:
             object.__setattr__(self, "num_classes", None)
@@ -207,7 +208,8 @@ class TrainConfig(NetworkChoice, RunConfig):
         if not self.data:
             raise UsageError(f"--data is missing: choose from {', '.join(TRAINING_SETS)}, or give a folder of images")
         try:
-            check_choice("data set", self.data, TRAINING_SETS)
+            if not is_own(self.data):
+                check_choice("data set", self.data, TRAINING_SETS)
         except UsageError as unknown:
             raise UsageError(f"{unknown}, or give the path of a folder with train/ and val/") from None
         if self.download and self.data != "cifar10":
@@ -354,7 +356,7 @@ def identity(config: TrainConfig, params: TrainParams) -> Json:
 def as_folder(given: Mapping[str, Any]) -> dict[str, Any]:
     """``given`` with a --data that is the path of a folder as the data set 'folder' in that place."""
     data = given.get("data")
-    if data is None or data in TRAINING_SETS or not (os.path.dirname(data) or os.path.exists(data)):
+    if data is None or data in TRAINING_SETS or is_own(data) or not (os.path.dirname(data) or os.path.exists(data)):
         return dict(given)
     return {**given, "data": "folder", "data_dirs": (data,)}
 

@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 from bgcbench.models import zoo
-from bgcbench.models.own import build_own, is_own
+from bgcbench.models.own import build_own
 from bgcbench.models.resnext import ResNeXt29
 from bgcbench.models.wide_resnet import WideResNet34
 from bgcbench.models.wrn import WideResNet
-from bgcbench.specs import FACTORY, RESNEXT29, TIMM_PREFIX, WRN, NetSpec, may_run
+from bgcbench.specs import FACTORY, RESNEXT29, TIMM_PREFIX, WRN, NetSpec, is_own, may_run
 
 __all__ = ["MODELS", "build_empty", "build_model", "identify"]
 

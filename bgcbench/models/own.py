@@ -4,20 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import functools
-import importlib
-import importlib.util
-import os
-import sys
 from collections.abc import Iterator
-from pathlib import Path
-from types import ModuleType
 
 import torch
 from torch import nn
 
-from bgcbench.errors import UsageError, did_you_mean, reason_of
-from bgcbench.specs import FACTORY, NetSpec, may_run
+from bgcbench.errors import UsageError
+from bgcbench.factories import made_by
+from bgcbench.specs import NetSpec, may_run
 
 
 def build_own(spec: NetSpec) -> nn.Module:
@@ -28,21 +22,7 @@ def build_own(spec: NetSpec) -> nn.Module:
     """
     if spec.name in _held:
         return copy.deepcopy(_held[spec.name])
-    home, _, name = spec.name.rpartition(":")
-    folder = str(Path(home).resolve().parent) if home.endswith(".py") else os.getcwd()
-    with _importing_from(folder):
-        try:
-            module = _file(Path(home).resolve()) if home.endswith(".py") else importlib.import_module(home)
-        except Exception as problem:  # whatever the user's code raises
-            raise UsageError(f"MODEL {spec.name}: importing {home} failed: {_said(problem)}") from problem
-        make = getattr(module, name, None)
-        if not callable(make):
-            hint = did_you_mean(name, [each for each in vars(module) if callable(getattr(module, each))])
-            raise UsageError(f"MODEL {spec.name}: {hint}{home} has no function '{name}'")
-        try:
-            made = make()
-        except Exception as problem:
-            raise UsageError(f"MODEL {spec.name}: calling it without arguments failed: {_said(problem)}") from problem
+    made = made_by(spec.name, "MODEL")
     if isinstance(made, torch.jit.ScriptModule):
         raise UsageError(f"MODEL {spec.name} returns TorchScript, which cannot be changed; {_WANTED}")
     if not isinstance(made, nn.Module):
@@ -79,34 +59,3 @@ def class_count(model: nn.Module, spec: NetSpec) -> int:
     if spec.num_classes not in (None, scores.shape[1]):
         raise UsageError(f"MODEL {spec.name} tells {scores.shape[1]} classes apart, and {spec.num_classes} are needed")
     return int(scores.shape[1])
-
-
-@functools.cache
-def _file(path: Path) -> ModuleType:
-    """The module that a file is, imported once."""
-    found = importlib.util.spec_from_file_location(f"_bgcbench_own_{path.stem}", path)
-    if found is None or found.loader is None:
-        raise ImportError(f"{path} is no Python file")
-    module = importlib.util.module_from_spec(found)
-    sys.modules[found.name] = module  # where dataclasses and pickle look for what is defined in it
-    found.loader.exec_module(module)
-    return module
-
-
-@contextlib.contextmanager
-def _importing_from(folder: str) -> Iterator[None]:
-    """What stands in ``folder`` can be imported, as from a script in it."""
-    sys.path.insert(0, folder)
-    try:
-        yield
-    finally:
-        sys.path.remove(folder)
-
-
-def _said(problem: Exception) -> str:
-    return f"{type(problem).__name__}: {reason_of(problem)}"
-
-
-def is_own(name: str) -> bool:
-    """Whether ``name`` is a function that makes a network, and not a network's name."""
-    return FACTORY.fullmatch(name) is not None

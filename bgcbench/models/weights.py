@@ -20,9 +20,8 @@ from torch import nn
 
 from bgcbench.errors import UsageError, did_you_mean, reason_of
 from bgcbench.models import files
-from bgcbench.models.own import is_own
 from bgcbench.models.preprocessing import members, of_published, published, stated
-from bgcbench.specs import TIMM_PREFIX, WEIGHTS, NetSpec, Preprocessing
+from bgcbench.specs import TIMM_PREFIX, WEIGHTS, NetSpec, Preprocessing, is_own
 
 # torchvision switches these networks' input to the other scale that their published weights were trained with.
 _OTHER_INPUT = ("googlenet", "inception_v3")

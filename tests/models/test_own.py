@@ -98,8 +98,8 @@ def test_a_file_that_names_a_function_does_not_make_it_run(here: Path, capsys: A
     specs._named_by_user.clear()
     capsys.readouterr()
     assert main(["profile", "--resume", "r.json", "--quiet"]) == 2
-    assert "a file asks for it; name it as MODEL, too" in capsys.readouterr().err
-    with pytest.raises(UsageError, match="name it as MODEL"):
+    assert "a file asks for it; name it on the command line" in capsys.readouterr().err
+    with pytest.raises(UsageError, match="name it on the command line"):
         NetSpec("mine/net.py:make")
     assert main(["profile", "mine/net.py:make", "--resume", "r.json", "--quiet"]) == 0
 
