@@ -52,7 +52,8 @@ def random_plan(problem: Problem, draw: random.Random) -> dict[str, bgcbench.Cho
 def tried(path: Path, plans: int) -> list[Tried]:
     """Random plans of the network whose weights are in ``path``."""
     model = bgcbench.build_model("wrn_16_4")
-    model.load_state_dict(torch.load(path, weights_only=True)["model"])
+    checkpoint: dict[str, Any] = torch.load(path, weights_only=True)
+    model.load_state_dict(checkpoint["model"])
     digits = open_digits()
     batches = list(digits.batches(IMAGES, 64, seed=0))
     test = list(digits.test_split.batches(500, 100, seed=0))

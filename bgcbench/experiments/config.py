@@ -17,12 +17,14 @@ from bgcbench.experiments.options import (
     Option,
     check_options,
     listed,
+    network,
     one_of,
     option,
     positive,
     size,
     three,
     variants,
+    word,
 )
 from bgcbench.results import Json
 from bgcbench.specs import PRECISIONS, RANKED, VARIANTS, WEIGHTS, WHERE, Choice, NetSpec, Preprocessing, check_positive
@@ -48,18 +50,22 @@ class RunConfig:
     """The settings that all commands share; valid once constructed (raises UsageError or ShapeError)."""
 
     variants: tuple[str, ...] = option(
-        ("standard", "gc", "bgc"), "Variants, or all.", panel=GRID, everyday=True, read=variants,
+        ("standard", "gc", "bgc"), "Variants, or all.", short="v", panel=GRID, everyday=True, read=variants,
         check=one_of(VARIANTS, "variant"),
     )  # fmt: skip
-    groups: tuple[int, ...] = option((2, 4, 8, 16), "Group counts N.", panel=GRID, everyday=True, check=positive)
+    groups: tuple[int, ...] = option(
+        (2, 4, 8, 16), "Group counts N.", short="g", panel=GRID, everyday=True, check=positive
+    )
     ranks: tuple[int, ...] = option(
         (), "Ranks of low rank (LR), such as 8,16: a row each, besides those by N.", panel=GRID
     )
     precision: str = option("fp32", panel=MEASURE, check=one_of(PRECISIONS))
-    device: str = option("auto", "auto, cpu, cuda or cuda:K.", panel=MEASURE, everyday=True, check=_is_device)
+    device: str = option(
+        "auto", "auto, cpu, cuda or cuda:K.", panel=MEASURE, everyday=True, read=word, check=_is_device
+    )
     threads: int | None = option(None, "CPU threads.", panel=MEASURE, shown="torch's", check=positive)
     seed: int = option(0, panel=MEASURE, check=_is_seed)
-    quick: bool = option(False, panel=MEASURE, everyday=True)
+    quick: bool = option(False, short="q", panel=MEASURE, everyday=True)
     skip_invalid: bool = option(False, "Go on when N or a rank does not fit the channels; the row says so.", panel=GRID)
 
     SHORTHANDS: ClassVar[tuple[Option, ...]] = ()  # options of several fields
@@ -111,7 +117,7 @@ class NetworkChoice:
     :func:`bgcbench.convert`.
     """
 
-    model: str = option("resnet50", panel=NETWORK, everyday=True, shown="")
+    model: str = option("resnet50", panel=NETWORK, everyday=True, shown="", argument=True, read=network)
     height: int | None = None
     width: int | None = None
     num_classes: int | None = option(
@@ -167,7 +173,11 @@ class ImageChoice:
         read=size,
     )
     interpolation: str | None = option(
-        None, "Of image files: bilinear, bicubic, nearest, box, hamming, lanczos.", panel=WORKLOAD, shown=_OF_WEIGHTS
+        None,
+        "Of image files: bilinear, bicubic, nearest, box, hamming, lanczos.",
+        panel=WORKLOAD,
+        shown=_OF_WEIGHTS,
+        read=word,
     )
     calibration_views: int = option(
         1,

@@ -28,9 +28,7 @@ class PlanConfig(ApproxNetworkConfig):
     test_images: never used to plan, to compare the planned network with the original one.
     """
 
-    model: str = option(
-        "", "resnet50, wrn_28_10, any classification network of torchvision, or timm/NAME.", argument=True
-    )
+    model: str = option("", "resnet50, wrn_28_10, any classification network of torchvision, or timm/NAME.")
     variants: tuple[str, ...] = option(TRIED)
     params: float | None = option(
         None, "Keep at most this share of the convolutions' parameters.", panel=GRID, everyday=True, check=_share
