@@ -138,8 +138,9 @@ class Variant:
     costs: its counting rule for N >= 2; at N = 1 every variant is the standard convolution.
     table1: Table 1's columns: whether groups exchange information, the channels that an output sees, how groups are
     found. algorithms: the exact algorithms of its layer, the default first. measured: whether 'auto' measures which of
-    them is the fastest; otherwise it is the first. unfit: why there can be no such layer, given n, m, N and K, None
-    where there can; misfit: that in words, between N and the channels.
+    them is the fastest; otherwise it is the first. plain: those that it has where bgcbench is not, made of standard
+    operations (see bgcbench.deployment). unfit: why there can be no such layer, given n, m, N and K, None where there
+    can; misfit: that in words, between N and the channels.
     has_rank: whether a layer may be given a rank in the place of N.
     has_lasso: whether its layers offer a group lasso to the training's loss.
     solver: how ``bgcbench approx`` finds the least error: 'schur' solves a linear space of kernels for all convolutions
@@ -156,6 +157,7 @@ class Variant:
     costs: Callable[[Sizes], Costs]
     table1: tuple[str, str, str] = ("yes", "n/N", "deterministic")
     algorithms: tuple[str, ...] = ("stock",)
+    plain: tuple[str, ...] = ("dense",)
     measured: bool = False
     unfit: Callable[[int, int, int, int], str | None] = indivisible
     misfit: str = "does not divide"
@@ -200,6 +202,7 @@ VARIANTS: dict[str, Variant] = {
             one_block,
             table1=("no", "n/N", "deterministic"),
             algorithms=("stock", "triton"),
+            plain=("stock", "dense"),
             solver="schur",
             look=("#D55E00", "s", 7.5),
         ),
@@ -209,6 +212,7 @@ VARIANTS: dict[str, Variant] = {
             "GC and a channel shuffle",
             "bgcbench.convs.shuffle:ShuffleGroupConv2d",
             one_block,  # a shuffle moves numbers and computes none
+            plain=("stock", "matrix", "dense"),
             solver="schur",
             look=("#E69F00", "D", 4.0),
         ),
@@ -220,6 +224,7 @@ VARIANTS: dict[str, Variant] = {
             _lgc,
             table1=("yes", "n/N", "adaptive"),
             algorithms=TRAINED_AND_DEPLOYED,
+            plain=("deployed", "dense"),
             has_lasso=True,
             solver="column-search",
             look=("#009E73", "^", 6.5),
@@ -232,6 +237,7 @@ VARIANTS: dict[str, Variant] = {
             _flgc,
             table1=("yes", "varies", "adaptive"),
             algorithms=TRAINED_AND_DEPLOYED,
+            plain=("deployed", "dense"),
             unfit=too_many_groups,
             solver="partition-search",
             look=("#CC79A7", "v", 6.5),
@@ -242,6 +248,7 @@ VARIANTS: dict[str, Variant] = {
             "two-level",
             "bgcbench.convs.tlgc:TwoLevelGroupConv2d",
             _tlgc,
+            plain=("stock", "matrix", "dense"),
             solver="als",
             unknowns=lambda p, groups: p + groups,
             look=("#56B4E9", "P", 7.0),
@@ -253,6 +260,7 @@ VARIANTS: dict[str, Variant] = {
             "bgcbench.convs.bgc:BalancedGroupConv2d",
             _bgc,
             algorithms=("two_conv", "concat", "dense", "split", "matmul", "triton"),
+            plain=("two_conv", "matrix", "split", "dense"),
             measured=True,
             solver="schur",
             sees_mean=True,
@@ -267,6 +275,7 @@ VARIANTS: dict[str, Variant] = {
             _lowrank,
             table1=("yes", "n", "none"),
             algorithms=("two_conv", "dense", "matmul"),
+            plain=("two_conv", "dense"),
             measured=True,
             unfit=no_rank,
             misfit="leaves no rank for",
@@ -434,6 +443,11 @@ class ConvSpec:
         """The algorithms that this convolution can run, the default first."""
         every = VARIANTS[self.variant].algorithms
         return every if self.is_pointwise else tuple(name for name in every if name not in POINTWISE_ALGORITHMS)
+
+    @property
+    def plain(self) -> tuple[str, ...]:
+        """The algorithms that this convolution has where bgcbench is not, the default first."""
+        return ("dense",) if self.is_dense else VARIANTS[self.variant].plain
 
     @property
     def kernel_positions(self) -> int:

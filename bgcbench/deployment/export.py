@@ -1,0 +1,225 @@
+"""``bgcbench.export``: a network in a file that runs without bgcbench, checked against the network."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bgcbench.conversion.record import Converted, copied
+from bgcbench.conversion.selection import checked_example, look, what_to_run
+from bgcbench.deployment.fastest import fastest_algorithms
+from bgcbench.deployment.onnx_file import EXPORTERS, OPSET
+from bgcbench.deployment.plain import chosen_algorithms, counted, made_plain, settled
+from bgcbench.deployment.targets import CodeTarget, Inputs, OnnxTarget, ProgramTarget, Run, Target
+from bgcbench.errors import BgcbenchError, OutputError, UsageError
+from bgcbench.measure.batches import Passing, copied_to, reference_of, tensors_of
+from bgcbench.results import write_atomically
+from bgcbench.results.files import check_folder
+from bgcbench.specs import check_choice, check_positive
+
+TARGETS = ("onnx", "torch", "exported")
+TOLERANCE = 1e-5  # of the outputs, relative to their norm
+TRIED = (1, 3)  # images of the random inputs that a file for any batch is tried on
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written; ``str()`` says it in one line.
+
+    paths: the files. algorithms: of the layers of variants, by name. nodes: how many of which operator ('torch': of
+    which part). error: the largest ||y - y'|| / ||y|| over all outputs of all inputs tried, ``tried`` of them. seconds:
+    of the networks compared where the algorithms were chosen by measuring in ONNX Runtime, by what they were made of.
+    """
+
+    to: str
+    paths: tuple[Path, ...]
+    algorithms: Mapping[str, str]
+    nodes: Mapping[str, int]
+    error: float
+    tried: int
+    seconds: Mapping[str, float]
+
+    def __str__(self) -> str:
+        most = ", ".join(f"{count} {name}" for name, count in list(self.nodes.items())[:4])
+        line = (
+            f"{' and '.join(map(str, self.paths))}: {sum(self.nodes.values())} nodes ({most}); outputs within "
+            f"{self.error:.1e} of the network's on {self.tried} inputs"
+        )
+        if self.algorithms:
+            found = ", ".join(f"{count} {name}" for name, count in counted(self.algorithms.values()).items())
+            line += f"; algorithms: {found}"
+        if self.seconds:
+            line += f"; in ONNX Runtime {', '.join(f'{name} {s * 1e3:.3g} ms' for name, s in self.seconds.items())}"
+        return line
+
+
+def export(
+    model: nn.Module | Converted,
+    path: str | PathLike[str],
+    to: str = "onnx",
+    *,
+    example_input: Any = None,
+    algorithm: str = "auto",
+    batch: int | None = None,
+    exporter: str = EXPORTERS[0],
+    opset: int = OPSET,
+    tolerance: float = TOLERANCE,
+    force: bool = False,
+) -> Exported:
+    """Write ``model`` to ``path`` such that it runs without bgcbench, and check that it computes the same.
+
+    to:
+        'onnx'      an ONNX file (.onnx), weights inside, of standard operators alone
+        'torch'     a state dict (.pt) for ``torch.load(weights_only=True)``, and beside it, as .py, the module of
+                    torch.nn parts that it belongs to: code to read, to train on, to quantise
+        'exported'  torch.export's file (.pt2) for ``torch.export.load(path).module()``
+
+    The network is written in eval mode: LGC and FLGC deployed, batch norm folded, and every layer of a variant as
+    standard operations, by ``algorithm`` where the layer has it (see VariantConv2d.plain). 'auto' is for ONNX what is
+    the fastest in ONNX Runtime here, on one image or on ``batch``, with as many threads as torch has; otherwise what
+    multiplies least. ``model`` itself stays as it is.
+
+    example_input: (channels, height, width) of an image, or what the network is called with, a tensor or a tuple of
+    them; such inputs are tried besides random ones. The first axis is the batch, which may have any size in the file
+    unless ``batch`` fixes it; other sizes are fixed. exporter: 'dynamo' or 'torchscript', both torch's. opset: ONNX's.
+    tolerance: the largest ||y - y'|| / ||y|| between the outputs of ``model`` and those of the file, in float32.
+    force: replace existing files.
+
+    Raises UsageError for a wrong argument, a missing package (pip install 'bgcbench[onnx]') and a layer that is not
+    ready (LGC before its last drop), OutputError where a file exists or cannot be written, and BgcbenchError for a
+    network that cannot be written, naming the module, or whose file computes something else.
+    """
+    path = Path(path)
+    target = target_of(to, path, type(model).__name__, exporter, opset)
+    paths = room_for(path, target, force=force)
+    network = model.model if isinstance(model, Converted) else model
+    inputs, tried = inputs_of(network, example_input, batch)
+    own = copied(network).cpu().eval()
+    ready = settled(own, inputs.args)
+    files: dict[frozenset[tuple[str, str]], list[bytes]] = {}
+
+    def written(algorithms: Mapping[str, str]) -> list[bytes]:
+        made = frozenset(algorithms.items())
+        if made not in files:
+            files[made] = target.written(made_plain(ready, algorithms), inputs)
+        return files[made]
+
+    algorithms = chosen_algorithms(ready, algorithm)
+    seconds: dict[str, float] = {}
+    if isinstance(target, OnnxTarget) and algorithm == "auto":
+        timed = inputs.args if batch else inputs.one
+        algorithms, seconds = fastest_algorithms(ready, timed, lambda found: written(found)[0], target)
+    contents = written(algorithms)
+    nodes = target.nodes(contents)
+    error = largest_error(own, target.opened(contents), tried)
+    if not error <= tolerance:
+        raise BgcbenchError(
+            f"the network as {target.what} computes something else: its outputs differ by {error:.1e} of their norm, "
+            f"and {tolerance:.1e} is allowed; nothing was written"
+        )
+    for file, content in zip(paths, contents, strict=True):
+        try:
+            write_atomically(file, content)
+        except OSError as problem:
+            raise OutputError(f"{file} cannot be written ({problem.strerror or problem}); choose another") from problem
+    return Exported(to, paths, algorithms, nodes, error, len(tried), seconds)
+
+
+def target_of(to: str, path: Path, network: str, exporter: str, opset: int) -> Target:
+    """The kind of file; raises UsageError for an unknown one, a missing package and a name that it cannot have."""
+    check_choice("to", to, TARGETS)
+    check_choice("exporter", exporter, EXPORTERS)
+    check_positive("opset", opset)
+    if to == "onnx":
+        target: Target = OnnxTarget(exporter, opset)
+    else:
+        target = CodeTarget(path.stem, network) if to == "torch" else ProgramTarget()
+    if path.suffix != target.suffix:
+        raise UsageError(f"{path}: a file for '{to}' ends with {target.suffix}; name it so")
+    if to == "torch" and not path.stem.isidentifier():
+        better = "".join(letter if letter.isalnum() else "_" for letter in path.stem)
+        raise UsageError(f"{path}: Python is to import the module of that name; name it {path.with_stem(better)}")
+    return target
+
+
+def room_for(path: Path, target: Target, *, force: bool) -> tuple[Path, ...]:
+    """The files to be written; raises OutputError where one exists, unless ``force``, or cannot be written."""
+    check_folder(path, "the file")
+    paths = tuple(path.with_suffix(suffix) for suffix in target.suffixes())
+    for each in paths:
+        if each.exists() and not force:
+            raise OutputError(f"{each} exists; --force (force=True) replaces it, or choose another name")
+    return paths
+
+
+def inputs_of(model: nn.Module, example_input: Any, batch: int | None) -> tuple[Inputs, list[tuple[Tensor, ...]]]:
+    """What ``model`` is followed on, and what the file is tried on.
+
+    Raises UsageError for what a network cannot be exported with, or does not run on.
+    """
+    if batch is not None:
+        check_positive("batch", batch)
+    example = checked_example(example_input)
+    found, notes = look(model, example, Passing())
+    if found is None:
+        raise UsageError(notes[0])
+    given, _ = what_to_run(found, example, Passing())
+    if isinstance(given, dict):
+        given = inspect.signature(model.forward).bind(**given).args
+    if not all(isinstance(part, Tensor) for part in given):
+        raise UsageError("a network that is exported is called with tensors alone; wrap it in a module that is")
+    given = tuple(part.cpu() for part in copied_to(given, model))
+    if reference_of(model).dtype != torch.float32:
+        raise UsageError(f"the network is in {reference_of(model).dtype}; export its float() version")
+    images = len(given[0])
+    batched = tuple(part.dim() > 0 and len(part) == images for part in given)
+
+    def of(size: int, *, random: bool) -> tuple[Tensor, ...]:
+        """The input with ``size`` images: its own, over and over, or random numbers in the place of its numbers."""
+        generator = torch.Generator().manual_seed(size)
+        made = []
+        for part, is_batched in zip(given, batched, strict=True):
+            rows = part[torch.arange(size) % images] if is_batched else part
+            is_drawn = random and part.is_floating_point()
+            made.append(torch.randn(rows.shape, generator=generator) if is_drawn else rows.contiguous())
+        return tuple(made)
+
+    tried = [of(size, random=True) for size in (TRIED if batch is None else (batch,))]
+    if example is not None and not isinstance(example[0], int):
+        tried.append(given if batch is None else of(batch, random=False))
+    names = list(inspect.signature(model.forward).parameters)[: len(given)]
+    if len(names) < len(given):
+        names = [f"x{number}" for number in range(len(given))]
+    # Two at least where there may be any number: exporters take a 1 for a constant.
+    args = of(max(2, images) if batch is None else batch, random=False)
+    return Inputs(args, tuple(names), tuple(batch is None and each for each in batched)), tried
+
+
+def largest_error(network: nn.Module, run: Run, tried: list[tuple[Tensor, ...]]) -> float:
+    """The largest ||y - y'|| / ||y|| over the outputs of all inputs.
+
+    Raises UsageError for outputs that are not finite, BgcbenchError for others than the network has.
+    """
+    largest = 0.0
+    for args in tried:
+        with torch.no_grad():
+            expected = list(tensors_of(network(*(arg.clone() for arg in args))))
+        found = list(run(*args))
+        if [y.shape for y in found] != [y.shape for y in expected]:
+            raise BgcbenchError(
+                f"the file gives outputs of {[tuple(y.shape) for y in found]}, the network of "
+                f"{[tuple(y.shape) for y in expected]}; nothing was written"
+            )
+        for y, right in zip(found, expected, strict=True):
+            if not right.isfinite().all():
+                raise UsageError("the network's outputs are not finite, so that nothing can be checked")
+            size = float(right.double().norm()) or 1.0
+            largest = max(largest, float((y.double() - right.double()).norm()) / size)
+    return largest

@@ -1,0 +1,91 @@
+"""Which exact algorithms make a network the fastest in ONNX Runtime: measured layer by layer, then as networks.
+
+A layer's time depends on what stands around it: ONNX Runtime keeps channels in blocks between convolutions, and what
+does not compute in blocks costs a reorder before and one behind it. So a layer is measured between two depthwise
+convolutions. What wins by itself need not win together, so the network made of the winners is measured against the
+uniform ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bgcbench.convs.autotune import measured
+from bgcbench.convs.base import VariantConv2d
+from bgcbench.deployment.plain import chosen_algorithms, variants_in
+from bgcbench.deployment.targets import Inputs, OnnxTarget
+from bgcbench.measure.runtime import Session
+
+LAYERS = "layer by layer"
+LEAST = "least work"
+
+
+def fastest_algorithms(
+    model: nn.Module, args: tuple[Tensor, ...], write: Callable[[Mapping[str, str]], bytes], target: OnnxTarget
+) -> tuple[dict[str, str], dict[str, float]]:
+    """An algorithm for every layer of a variant in ``model``, by name, and the seconds of the networks compared.
+
+    args: the network's inputs, whose sizes the layers are measured at. write: the ONNX file of ``model`` with the
+    algorithms that it is given. The seconds are the least of several calls on ``args``.
+    """
+    layers = variants_in(model)
+    offered = dict.fromkeys(name for layer in layers.values() for name in layer.spec.plain)
+    least = chosen_algorithms(model, "auto")
+    if len(offered) < 2:
+        return least, {}
+    candidates = {LAYERS: _by_layer(model, layers, args, target), LEAST: least}
+    for name in offered:
+        candidates[name] = chosen_algorithms(model, name)
+    calls: dict[str, Callable[[], object]] = {}
+    for name, algorithms in candidates.items():
+        if algorithms not in [candidates[other] for other in calls]:
+            session = Session(write(algorithms))
+            calls[name] = session.bound(dict(zip(session.inputs, args, strict=True)))
+    found = measured(lambda: calls, torch.device("cpu"))
+    return candidates[found.form], dict(found.seconds)
+
+
+def _by_layer(
+    model: nn.Module, layers: Mapping[str, VariantConv2d], args: tuple[Tensor, ...], target: OnnxTarget
+) -> dict[str, str]:
+    """The fastest algorithm of each layer by itself; layers that are alike share a measurement."""
+    inputs = _inputs(model, layers, args)
+    alike: dict[Hashable, list[str]] = {}
+    for name, layer in layers.items():
+        sizes = tuple(tuple(weight.shape) for weight in layer.plain(layer.spec.plain[0]).parameters())
+        alike.setdefault((layer.spec, layer.padding_mode, sizes, tuple(inputs[name].shape)), []).append(name)
+    found: dict[str, str] = {}
+    for names in alike.values():
+        layer, given = layers[names[0]], Inputs((inputs[names[0]],), ("x",), (False,))
+        calls: dict[str, Callable[[], Any]] = {}
+        for algorithm in layer.spec.plain:
+            (content,) = target.contents(_surrounded(layer, algorithm), given)
+            calls[algorithm] = Session(content).bound({"x": given.args[0]})
+        found |= dict.fromkeys(names, measured(partial(dict, calls), torch.device("cpu")).form)
+    return {name: found[name] for name in layers}
+
+
+def _surrounded(layer: VariantConv2d, algorithm: str) -> nn.Module:
+    """The layer between two depthwise convolutions, which leave their outputs as they compute."""
+    before, after = (nn.Conv2d(c, c, 1, groups=c, bias=False) for c in (layer.in_channels, layer.out_channels))
+    return nn.Sequential(before, layer.plain(algorithm), after).eval()
+
+
+def _inputs(model: nn.Module, layers: Mapping[str, nn.Module], args: tuple[Tensor, ...]) -> dict[str, Tensor]:
+    """What each layer is called with first."""
+    found: dict[str, Tensor] = {}
+
+    def see(name: str, module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+        found.setdefault(name, (given[0] if given else named["input"]).clone())
+
+    with ExitStack() as hooks, torch.no_grad():
+        for name, layer in layers.items():
+            hooks.enter_context(layer.register_forward_pre_hook(partial(see, name), with_kwargs=True))
+        model(*(arg.clone() for arg in args))
+    return found
