@@ -288,6 +288,8 @@ VARIANTS: dict[str, Variant] = {
 ALGORITHMS: tuple[str, ...] = tuple(
     dict.fromkeys(algorithm for v in VARIANTS.values() for algorithm in v.algorithms if algorithm != "stock")
 )
+# The exact algorithms of what runs without bgcbench (see bgcbench.deployment).
+PLAIN_ALGORITHMS: tuple[str, ...] = tuple(dict.fromkeys(algorithm for v in VARIANTS.values() for algorithm in v.plain))
 # How --algorithm of a training may be answered: the first one of each variant, the fastest one, or one by name.
 TRAINING_ALGORITHMS: tuple[str, ...] = ("fixed", "auto", *(a for a in ALGORITHMS if a not in TRAINED_AND_DEPLOYED))
 PRECISIONS: dict[str, int] = {"fp64": 8, "fp32": 4, "tf32": 4, "bf16": 2, "fp16": 2}  # bytes a number
@@ -309,6 +311,10 @@ PHASES: tuple[str, ...] = ("fwd", "bwd", "fwd_bwd")
 NETWORK_PHASES: tuple[str, ...] = ("fwd", "train_step")
 MEMORY: tuple[str, ...] = ("kept", "fresh")  # whether a CPU's tensors reuse memory, or come anew at each call
 MODES: tuple[str, ...] = ("eager", "graph", "compile")
+TARGETS: dict[str, str] = {"onnx": ".onnx", "torch": ".pt", "exported": ".pt2"}  # of an export, with its file's suffix
+EXPORTERS: tuple[str, ...] = ("dynamo", "torchscript")  # torch's newer and older one to ONNX
+OPSET = 18  # of ONNX: has all that convolutional networks use, and ONNX Runtime 1.14 and later read it
+OUTPUT_TOLERANCE = 1e-5  # of an export's outputs, relative to their norm
 FORMATS: tuple[str, ...] = ("auto", "table", "markdown", "csv", "json")
 # The parts of a result file's environment that decide a measurement: equal in all rows of one file.
 FINGERPRINT_FIELDS: tuple[str, ...] = ("cpu", "torch", "cuda", "cudnn", "driver", "device")

@@ -27,7 +27,9 @@ ALLOWED = {
     "results": {"errors", "specs", "locks", "measure", "theory"},
     "report": {"errors", "specs", "measure", "theory", "results"},
     "plots": {"errors", "specs", "theory", "results"},
+    "deployment": {"errors", "specs", "measure", "convs", "conversion", "results"},
     "experiments": {
+        "deployment",
         "errors",
         "specs",
         "measure",
@@ -42,6 +44,7 @@ ALLOWED = {
     },
     "interrupts": set(),
     "cli": {
+        "deployment",
         "errors",
         "specs",
         "measure",
@@ -54,7 +57,7 @@ ALLOWED = {
         "interrupts",
     },
     "__main__": {"cli"},
-    "__init__": {"conversion", "convs", "data", "errors", "models", "planning", "specs"},
+    "__init__": {"conversion", "convs", "data", "deployment", "errors", "models", "planning", "specs"},
 }
 MONOPOLIES = {
     "triton": {"kernels"},
@@ -67,6 +70,8 @@ MONOPOLIES = {
     "sklearn": {"data"},
     "psutil": {"measure"},
     "safetensors": {"models"},
+    "onnx": {"deployment"},
+    "onnxruntime": {"measure"},
 }
 
 
@@ -167,7 +172,9 @@ def test_no_row_is_subscripted_by_a_string(path: Path) -> None:
      ["transfer", "wrn_10_2", "--data", "digits"], ["transfer", "--preset", "table3"],
      ["transfer", "gone.pt", "--data", "digits"], ["transfer", "README.md", "--data", "digits", "--lr", "-1"],
      ["transfer", "resnet50", "--data", "imagenet", "--weights", "gone.pth"],
-     ["profile", "--out", "/dev/null/x.json"]],
+     ["profile", "--out", "/dev/null/x.json"],
+     ["export", "--help"], ["export", "gone.pt", "--to", "onnx", "-o", "x.onnx"],
+     ["export", "README.md", "--to", "onnx", "-o", "x.pt"]],
 )  # fmt: skip
 def test_torch_is_not_imported_before_a_device_is_needed(arguments: list[str]) -> None:
     code = (

@@ -51,6 +51,7 @@ def written(model: nn.Module, stem: str, what: str, version: str) -> tuple[str, 
     names: dict[str, str] = {}
     parts: dict[str, Any] = {}
     for node in list(graph.nodes):
+        node.type = None  # an annotation, which may be a name of another module's
         if node.op == "call_module":
             module = model.get_submodule(str(node.target))
             if isinstance(module, nn.Identity):

@@ -15,17 +15,14 @@ from torch import Tensor, nn
 from bgcbench.conversion.record import Converted, copied
 from bgcbench.conversion.selection import checked_example, look, what_to_run
 from bgcbench.deployment.fastest import fastest_algorithms
-from bgcbench.deployment.onnx_file import EXPORTERS, OPSET
+from bgcbench.deployment.paths import files_of
 from bgcbench.deployment.plain import chosen_algorithms, counted, made_plain, settled
 from bgcbench.deployment.targets import CodeTarget, Inputs, OnnxTarget, ProgramTarget, Run, Target
 from bgcbench.errors import BgcbenchError, OutputError, UsageError
 from bgcbench.measure.batches import Passing, copied_to, reference_of, tensors_of
 from bgcbench.results import write_atomically
-from bgcbench.results.files import check_folder
-from bgcbench.specs import check_choice, check_positive
+from bgcbench.specs import EXPORTERS, OPSET, OUTPUT_TOLERANCE, check_choice, check_positive
 
-TARGETS = ("onnx", "torch", "exported")
-TOLERANCE = 1e-5  # of the outputs, relative to their norm
 TRIED = (1, 3)  # images of the random inputs that a file for any batch is tried on
 
 
@@ -70,7 +67,7 @@ def export(
     batch: int | None = None,
     exporter: str = EXPORTERS[0],
     opset: int = OPSET,
-    tolerance: float = TOLERANCE,
+    tolerance: float = OUTPUT_TOLERANCE,
     force: bool = False,
 ) -> Exported:
     """Write ``model`` to ``path`` such that it runs without bgcbench, and check that it computes the same.
@@ -97,9 +94,9 @@ def export(
     network that cannot be written, naming the module, or whose file computes something else.
     """
     path = Path(path)
-    target = target_of(to, path, type(model).__name__, exporter, opset)
-    paths = room_for(path, target, force=force)
+    paths = files_of(path, to, force=force)
     network = model.model if isinstance(model, Converted) else model
+    target = target_of(to, path, type(network).__name__, exporter, opset)
     inputs, tried = inputs_of(network, example_input, batch)
     own = copied(network).cpu().eval()
     ready = settled(own, inputs.args)
@@ -133,30 +130,12 @@ def export(
 
 
 def target_of(to: str, path: Path, network: str, exporter: str, opset: int) -> Target:
-    """The kind of file; raises UsageError for an unknown one, a missing package and a name that it cannot have."""
-    check_choice("to", to, TARGETS)
+    """The kind of file; raises UsageError for an exporter or opset that cannot be, and for a missing package."""
     check_choice("exporter", exporter, EXPORTERS)
     check_positive("opset", opset)
     if to == "onnx":
-        target: Target = OnnxTarget(exporter, opset)
-    else:
-        target = CodeTarget(path.stem, network) if to == "torch" else ProgramTarget()
-    if path.suffix != target.suffix:
-        raise UsageError(f"{path}: a file for '{to}' ends with {target.suffix}; name it so")
-    if to == "torch" and not path.stem.isidentifier():
-        better = "".join(letter if letter.isalnum() else "_" for letter in path.stem)
-        raise UsageError(f"{path}: Python is to import the module of that name; name it {path.with_stem(better)}")
-    return target
-
-
-def room_for(path: Path, target: Target, *, force: bool) -> tuple[Path, ...]:
-    """The files to be written; raises OutputError where one exists, unless ``force``, or cannot be written."""
-    check_folder(path, "the file")
-    paths = tuple(path.with_suffix(suffix) for suffix in target.suffixes())
-    for each in paths:
-        if each.exists() and not force:
-            raise OutputError(f"{each} exists; --force (force=True) replaces it, or choose another name")
-    return paths
+        return OnnxTarget(exporter, opset)
+    return CodeTarget(path.stem, network) if to == "torch" else ProgramTarget()
 
 
 def inputs_of(model: nn.Module, example_input: Any, batch: int | None) -> tuple[Inputs, list[tuple[Tensor, ...]]]:

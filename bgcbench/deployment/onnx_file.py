@@ -15,8 +15,6 @@ from torch import Tensor, nn
 
 from bgcbench.errors import BgcbenchError, import_extra
 
-EXPORTERS = ("dynamo", "torchscript")  # torch's newer one and its older one
-OPSET = 18  # has all that convolutional networks use; ONNX Runtime 1.14 and later read it
 STANDARD = ("", "ai.onnx")
 
 
@@ -32,8 +30,8 @@ def written(
     names: tuple[Sequence[str], Sequence[str]],
     dynamic: Sequence[bool],
     *,
-    exporter: str = EXPORTERS[0],
-    opset: int = OPSET,
+    exporter: str,
+    opset: int,
 ) -> bytes:
     """``model`` on ``args`` as an ONNX file with all its weights inside.
 
@@ -85,6 +83,23 @@ def quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(before)
+
+
+def part_of(content: bytes, output: str) -> bytes:
+    """The nodes of an ONNX file that ``output`` depends on, with the inputs that they read, as a file of their own."""
+    onnx = import_extra("onnx", "onnx is not installed; pip install 'bgcbench[onnx]'")
+    proto = onnx.load_from_string(content)
+    makers = {name: node for node in proto.graph.node for name in node.output}
+    wanted, read = [output], set()
+    while wanted:
+        node = makers.get(name := wanted.pop())
+        if node is None:
+            read.add(name)
+        else:
+            wanted.extend(node.input)
+    inputs = [value.name for value in proto.graph.input if value.name in read]
+    part: bytes = onnx.utils.Extractor(proto).extract_model(inputs, [output]).SerializeToString()
+    return part
 
 
 def nodes_in(content: bytes) -> dict[str, int]:

@@ -13,9 +13,7 @@ from bgcbench.conversion.record import copied, exchanged
 from bgcbench.convs.base import VariantConv2d
 from bgcbench.convs.masked import MaskedConv2d
 from bgcbench.errors import UsageError
-from bgcbench.specs import VARIANTS, check_choice
-
-PLAIN: tuple[str, ...] = tuple(dict.fromkeys(name for variant in VARIANTS.values() for name in variant.plain))
+from bgcbench.specs import PLAIN_ALGORITHMS, check_choice
 
 
 def settled(model: nn.Module, example: Any) -> nn.Module:
@@ -46,7 +44,7 @@ def chosen_algorithms(model: nn.Module, algorithm: str) -> dict[str, str]:
     """
     layers = variants_in(model)
     if algorithm != "auto":
-        check_choice("algorithm", algorithm, PLAIN)
+        check_choice("algorithm", algorithm, PLAIN_ALGORITHMS)
         if not any(algorithm in layer.spec.plain for layer in layers.values()):
             there = dict.fromkeys(name for layer in layers.values() for name in layer.spec.plain)
             offered = f"they have {', '.join(there)}" if there else "the network has no layer of a variant"

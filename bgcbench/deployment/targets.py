@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from bgcbench.deployment import code, onnx_file
 from bgcbench.errors import BgcbenchError, reason_of
 from bgcbench.measure.batches import tensors_of
 from bgcbench.measure.runtime import Session
+from bgcbench.specs import EXPORTERS
 
 Run = Callable[..., Sequence[Tensor]]
 
@@ -37,9 +38,8 @@ class Inputs:
 
 
 class Target(ABC):
-    """One kind of file. suffix: of its name. what: for messages. way_out: what to try where it cannot be written."""
+    """One kind of file. what: for messages. way_out: what to try where it cannot be written."""
 
-    suffix: ClassVar[str]
     what: str
     way_out: str
 
@@ -54,10 +54,6 @@ class Target(ABC):
     @abstractmethod
     def nodes(self, contents: Sequence[bytes]) -> Mapping[str, int]:
         """How many of which operators there are, the most frequent first; raises BgcbenchError for custom ones."""
-
-    def suffixes(self) -> tuple[str, ...]:
-        """Of the files, the first of which is named by the user."""
-        return (self.suffix,)
 
     def written(self, model: nn.Module, inputs: Inputs) -> list[bytes]:
         """``contents``; raises BgcbenchError that names the module that cannot be written, why, and what to try."""
@@ -119,7 +115,6 @@ class OnnxTarget(Target):
 
     exporter: str
     opset: int
-    suffix = ".onnx"
 
     def __post_init__(self) -> None:
         onnx_file.check_packages(self.exporter)
@@ -130,7 +125,7 @@ class OnnxTarget(Target):
 
     @property
     def way_out(self) -> str:  # type: ignore[override]
-        return f"exporter '{next(name for name in onnx_file.EXPORTERS if name != self.exporter)}'"
+        return f"exporter '{next(name for name in EXPORTERS if name != self.exporter)}'"
 
     def contents(self, model: nn.Module, inputs: Inputs) -> list[bytes]:
         with torch.no_grad():
@@ -155,14 +150,12 @@ class CodeTarget(Target):
 
     stem: str
     network: str
-    suffix = ".pt"
     what = "code of torch.nn parts"
     way_out = "'exported'"
 
-    def suffixes(self) -> tuple[str, ...]:
-        return self.suffix, ".py"
-
     def contents(self, model: nn.Module, inputs: Inputs) -> list[bytes]:
+        if type(model).__module__.startswith("torch.nn."):
+            model = nn.Sequential(model)  # parts are used as they are, not looked into
         source, state = code.written(model, self.stem, self.network, bgcbench.__version__)
         return [_saved(state), source.encode()]
 
@@ -180,7 +173,6 @@ class CodeTarget(Target):
 class ProgramTarget(Target):
     """torch.export's program in its file."""
 
-    suffix = ".pt2"
     what = "torch.export's program"
     way_out = "'onnx' with the exporter 'torchscript'"
 
