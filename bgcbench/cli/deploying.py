@@ -70,7 +70,7 @@ def export(
     check_choice("target", to, TARGETS)
     if algorithm != "auto":
         check_choice("algorithm", algorithm, PLAIN_ALGORITHMS)
-    if exporter != EXPORTERS[0] and to != "onnx":
+    if (exporter, opset) != (EXPORTERS[0], OPSET) and to != "onnx":
         raise UsageError(f"--exporter and --opset are for --to onnx, not {to}; leave them out")
     for name, value in (("batch", batch), ("threads", threads), ("opset", opset)):
         if value is not None:

@@ -59,8 +59,6 @@ class Target(ABC):
         """``contents``; raises BgcbenchError that names the module that cannot be written, why, and what to try."""
         try:
             return self.contents(model, inputs)
-        except BgcbenchError:
-            raise
         except Exception as problem:
             name, reason = self._culprit(model, inputs) or ("the network", reason_of(problem))
             raise BgcbenchError(f"{name} cannot be written as {self.what} ({reason}); try {self.way_out}") from problem
