@@ -310,7 +310,8 @@ CROPS: tuple[str, ...] = ("center", "squash")
 PHASES: tuple[str, ...] = ("fwd", "bwd", "fwd_bwd")
 NETWORK_PHASES: tuple[str, ...] = ("fwd", "train_step")
 MEMORY: tuple[str, ...] = ("kept", "fresh")  # whether a CPU's tensors reuse memory, or come anew at each call
-MODES: tuple[str, ...] = ("eager", "graph", "compile")
+RUNTIME = "onnxruntime"  # as a mode: not torch runs the network
+MODES: tuple[str, ...] = ("eager", "graph", "compile", RUNTIME)
 TARGETS: dict[str, str] = {"onnx": ".onnx", "torch": ".pt", "exported": ".pt2"}  # of an export, with its file's suffix
 EXPORTERS: tuple[str, ...] = ("dynamo", "torchscript")  # torch's newer and older one to ONNX
 OPSET = 18  # of ONNX: has all that convolutional networks use, and ONNX Runtime 1.14 and later read it
@@ -347,7 +348,7 @@ def check_on_cpu(precision: str, mode: str) -> None:
     if precision == "tf32":
         raise UsageError("--precision tf32 is a mode of CUDA devices; on a CPU use fp32 or bf16")
     if mode == "graph":
-        raise UsageError("--mode graph replays CUDA graphs; on a CPU use eager or compile")
+        raise UsageError("--mode graph replays CUDA graphs; on a CPU use eager, compile or onnxruntime")
 
 
 def unfit(variant: str, in_channels: int, out_channels: int, groups: int, kernel_positions: int) -> str | None:

@@ -100,33 +100,16 @@ def export(
     inputs, tried = inputs_of(network, example_input, batch)
     own = copied(network).cpu().eval()
     ready = settled(own, inputs.args)
-    files: dict[frozenset[tuple[str, str]], list[bytes]] = {}
-
-    def written(algorithms: Mapping[str, str]) -> list[bytes]:
-        made = frozenset(algorithms.items())
-        if made not in files:
-            files[made] = target.written(made_plain(ready, algorithms), inputs)
-        return files[made]
-
-    algorithms = chosen_algorithms(ready, algorithm)
-    seconds: dict[str, float] = {}
-    if isinstance(target, OnnxTarget) and algorithm == "auto":
-        timed = inputs.args if batch else inputs.one
-        algorithms, seconds = fastest_algorithms(ready, timed, lambda found: written(found)[0], target)
-    contents = written(algorithms)
-    nodes = target.nodes(contents)
-    error = largest_error(own, target.opened(contents), tried)
-    if not error <= tolerance:
-        raise BgcbenchError(
-            f"the network as {target.what} computes something else: its outputs differ by {error:.1e} of their norm, "
-            f"and {tolerance:.1e} is allowed; nothing was written"
-        )
-    for file, content in zip(paths, contents, strict=True):
+    made = written(ready, inputs, target, algorithm)
+    nodes = target.nodes(made.contents)
+    error = largest_error(own, target.opened(made.contents), tried)
+    check_error(error, target, tolerance)
+    for file, content in zip(paths, made.contents, strict=True):
         try:
             write_atomically(file, content)
         except OSError as problem:
             raise OutputError(f"{file} cannot be written ({problem.strerror or problem}); choose another") from problem
-    return Exported(to, paths, algorithms, nodes, error, len(tried), seconds)
+    return Exported(to, paths, made.algorithms, nodes, error, len(tried), made.seconds)
 
 
 def target_of(to: str, path: Path, network: str, exporter: str, opset: int) -> Target:
@@ -181,6 +164,40 @@ def inputs_of(model: nn.Module, example_input: Any, batch: int | None) -> tuple[
     return Inputs(args, tuple(names), tuple(batch is None and each for each in batched)), tried
 
 
+@dataclass(frozen=True)
+class Made:
+    """The contents of the files, the algorithm of each layer by name, and the seconds of what was compared for it."""
+
+    contents: list[bytes]
+    algorithms: Mapping[str, str]
+    seconds: Mapping[str, float]
+
+
+def written(ready: nn.Module, inputs: Inputs, target: Target, algorithm: str) -> Made:
+    """The network ``ready`` (see ``settled``) by ``algorithm``, which is as for :func:`export`."""
+    files: dict[frozenset[tuple[str, str]], list[bytes]] = {}
+
+    def by(algorithms: Mapping[str, str]) -> list[bytes]:
+        made = frozenset(algorithms.items())
+        if made not in files:
+            files[made] = target.written(made_plain(ready, algorithms), inputs)
+        return files[made]
+
+    algorithms, seconds = chosen_algorithms(ready, algorithm), dict[str, float]()
+    if isinstance(target, OnnxTarget) and algorithm == "auto":
+        algorithms, seconds = fastest_algorithms(ready, inputs.one, lambda found: by(found)[0], target)
+    return Made(by(algorithms), algorithms, seconds)
+
+
+def check_error(error: float, target: Target, tolerance: float = OUTPUT_TOLERANCE) -> None:
+    """Raise BgcbenchError where a file's outputs differ by more than ``tolerance``."""
+    if not error <= tolerance:
+        raise BgcbenchError(
+            f"the network as {target.what} computes something else: its outputs differ by {error:.1e} of their norm, "
+            f"and {tolerance:.1e} is allowed"
+        )
+
+
 def largest_error(network: nn.Module, run: Run, tried: list[tuple[Tensor, ...]]) -> float:
     """The largest ||y - y'|| / ||y|| over the outputs of all inputs.
 
@@ -194,7 +211,7 @@ def largest_error(network: nn.Module, run: Run, tried: list[tuple[Tensor, ...]])
         if [y.shape for y in found] != [y.shape for y in expected]:
             raise BgcbenchError(
                 f"the file gives outputs of {[tuple(y.shape) for y in found]}, the network of "
-                f"{[tuple(y.shape) for y in expected]}; nothing was written"
+                f"{[tuple(y.shape) for y in expected]}"
             )
         for y, right in zip(found, expected, strict=True):
             if not right.isfinite().all():

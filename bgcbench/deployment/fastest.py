@@ -44,7 +44,11 @@ def fastest_algorithms(
     least = chosen_algorithms(model, "auto")
     if len(offered) < 2:
         return least, {}
-    candidates = {LAYERS: _by_layer(model, layers, args, target), LEAST: least, DENSE: chosen_algorithms(model, DENSE)}
+    if len(layers) == 1:
+        candidates = {name: chosen_algorithms(model, name) for name in offered}
+    else:
+        mixed = _by_layer(model, layers, args, target)
+        candidates = {LAYERS: mixed, LEAST: least, DENSE: chosen_algorithms(model, DENSE)}
     calls: dict[str, Callable[[], object]] = {}
     for name, algorithms in candidates.items():
         if algorithms not in [candidates[other] for other in calls]:
