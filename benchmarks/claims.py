@@ -317,6 +317,34 @@ NETWORK: Columns = {
 }
 
 
+def runtimes() -> Table:
+    """Networks in eager PyTorch, compiled, and in ONNX Runtime: the dense one's time, and what others save of it."""
+    claims = []
+    for name in found("runtimes-*.json"):
+        document: Document = opened(ROOT, name)
+        params = document.results[0].params
+        where = f"{params.model}, {params.batch} image{'s' * (params.batch > 1)} of {params.height} px"
+        for at in dict.fromkeys((row.params.variant, row.params.groups) for row in document.results):
+            modes = (document.settings.mode or "").split(",")
+            columns: Columns = {"params": params_share, **{mode: in_mode(mode) for mode in modes}}
+            claims += claims_of(name, {(where, condition_of(name)[0], named(*at)): at}, columns)
+    about = (
+        "The dense network's time in each mode, and the speed-up over it in the same mode (95 % interval). Inference; "
+        "onnxruntime runs what `bgcbench export` writes, with the norms folded and the algorithms that are fastest there."
+    )
+    return Table("Runtimes", about, ("network", "device", "as"), claims)
+
+
+def in_mode(mode: str) -> Callable[[Document, At], Value]:
+    def field(document: Document, at: At) -> Value:
+        rows = {(row.params.variant, row.params.groups): row for row in document.results if row.params.mode == mode}
+        if at == DENSE:
+            return f"{1e3 * (rows[at].median_s('fwd') or 0.0):.1f} ms"
+        return faster(rows[at], rows[DENSE], "fwd")
+
+    return field
+
+
 def every_variant() -> Table:
     def times(phase: str, form: str) -> Callable[[Document, At], Value]:
         def field(document: Document, at: At) -> Value:
@@ -708,6 +736,7 @@ TABLES: tuple[Callable[[], Table], ...] = (
         memory,
         networks,
         peers,
+        runtimes,
         every_variant,
         where_time_goes,
         training_speed,

@@ -115,6 +115,7 @@ TYPED = ("bgcbench/cli", "bgcbench/experiments", "bgcbench/report", "bgcbench/pl
 SUBSCRIPTED = {
     "run.py": {"parsed": "options by parameter"},
     "training.py": {"given": "options that were typed", "found": "what a checkpoint says of its network"},
+    "export_run.py": {"stored": "what a checkpoint holds"},
     "options.py": {"about": "what is declared of an option", "made": "what is concluded for it"},
     "profile.py": {"WORKLOAD": "the paper's layer"},
     "network_run.py": {"params": "parameters of a row to be made"},
