@@ -329,8 +329,8 @@ def runtimes() -> Table:
             columns: Columns = {"params": params_share, **{mode: in_mode(mode) for mode in modes}}
             claims += claims_of(name, {(where, condition_of(name)[0], named(*at)): at}, columns)
     about = (
-        "The dense network's time in each mode, and the speed-up over it in the same mode (95 % interval). Inference; "
-        "onnxruntime runs what `bgcbench export` writes, with the norms folded and the algorithms that are fastest there."
+        "Inference: the dense network's time in each mode, and the speed-up over it in the same mode (95 % interval). "
+        "onnxruntime runs what `bgcbench export` writes: norms folded, and the algorithms that are the fastest there."
     )
     return Table("Runtimes", about, ("network", "device", "as"), claims)
 
