@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from bgcbench.deployment.export import check_error, largest_error, written
+from bgcbench.deployment.export import check_error, compared, written
 from bgcbench.deployment.plain import counted, settled
 from bgcbench.deployment.targets import Inputs, OnnxTarget
 from bgcbench.errors import UsageError
@@ -33,7 +33,7 @@ def runtime_file(module: nn.Module, x: Tensor, algorithm: str) -> RuntimeFile:
     inputs, target = Inputs((x,), ("x",), (False,)), OnnxTarget(EXPORTERS[0], OPSET)
     made = written(settled(module, (x,)), inputs, target, algorithm)
     with torch.no_grad():
-        check_error(largest_error(module.eval(), target.opened(made.contents), [(x,)]), target)
+        check_error(compared(module.eval(), target.opened(made.contents), [(x,)]).error, target)
     return RuntimeFile(made.contents[0], counted(made.algorithms.values()))
 
 

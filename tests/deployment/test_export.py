@@ -152,6 +152,16 @@ def test_what_computes_something_else_is_not_written(to: str, tmp_path: Path, mo
     assert not list(tmp_path.iterdir())
 
 
+def test_outputs_that_are_the_same_for_all_images_are_no_proof(tmp_path: Path) -> None:
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    said = str(bgcbench.export(network, tmp_path / "net.pt", "torch", example_input=(3, 8, 8)))
+    assert "hardly depend" not in said
+    nn.init.zeros_(network[0].weight)  # type: ignore[arg-type]
+    written = bgcbench.export(network, tmp_path / "net.pt", "torch", example_input=(3, 8, 8), force=True)
+    assert written.spread < 1e-12
+    assert "they hardly depend on the images" in str(written)
+
+
 @pytest.mark.parametrize("to", WRITABLE)
 def test_what_cannot_be_followed_is_named(to: str, tmp_path: Path) -> None:
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Sequential(nn.ReLU(), Undecided()), nn.Conv2d(4, 4, 1))
