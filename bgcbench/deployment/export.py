@@ -54,7 +54,7 @@ class Exported:
         if self.algorithms:
             found = ", ".join(f"{count} {name}" for name, count in counted(self.algorithms.values()).items())
             line += f"; algorithms: {found}"
-        if self.seconds:
+        if len(self.seconds) > 1:
             line += f"; in ONNX Runtime {', '.join(f'{name} {s * 1e3:.3g} ms' for name, s in self.seconds.items())}"
         if self.spread < LEAST_SPREAD:
             line += f"; they hardly depend on the images ({self.spread:.0e} of their norm), so that this says little"
