@@ -80,37 +80,37 @@ def export(
     if size is not None and inputs is not None:
         raise UsageError("--inputs are images of a size; leave --size out")
     side = None if size is None else options.size("size", size)
-    for path in (network, *([] if inputs is None else [inputs])):
-        if not path.is_file():
-            what = "is a folder; name a file in it" if path.is_dir() else "is not there"
-            raise UsageError(f"{path} {what}; NETWORK is a file that {MADE_BY} wrote")
+    for what, path in (("NETWORK", network), ("--inputs", inputs)):
+        if path is not None and not path.is_file():
+            wrong = "is a folder; name a file in it" if path.is_dir() else "is not there"
+            made = f"a file that {MADE_BY} wrote" if path is network else "a .pt or .npy file with a tensor"
+            raise UsageError(f"{what} {path} {wrong}; give {made}")
     from bgcbench.deployment.paths import files_of
 
-    files_of(out, to, force=force)
-    return _export(network, inputs, side, threads, out, to,
-                   {"algorithm": algorithm, "batch": batch, "exporter": exporter, "opset": opset,
-                    "tolerance": tolerance, "force": force})  # fmt: skip
-
-
-def _export(
-    network: Path,
-    inputs: Path | None,
-    side: tuple[int, int] | None,
-    threads: int | None,
-    out: Path,
-    to: str,
-    chosen: dict[str, Any],
-) -> int:
+    files_of(out, to, force=force)  # what can be wrong with it is said before torch is imported
     import torch
 
-    from bgcbench.deployment.export import export
+    from bgcbench.deployment.export import export as write
     from bgcbench.experiments.export_run import load_network, read_inputs
 
     if threads is not None:
         torch.set_num_threads(threads)
     model, own = load_network(network)
     example: Any = own if side is None else (own[0] if own else 3, *side)
-    say(f"{network}: {type(model).__name__} on images of {'x'.join(map(str, example)) if example else 'any size'}")
-    written = export(model, out, to, example_input=example if inputs is None else read_inputs(inputs), **chosen)
+    if inputs is not None:
+        example = read_inputs(inputs)
+    say(f"{network}: {type(model).__name__} on {_size_of(example)}")
+    written = write(
+        model, out, to, example_input=example, algorithm=algorithm, batch=batch, exporter=exporter, opset=opset,
+        tolerance=tolerance, force=force,
+    )  # fmt: skip
     print(written)
     return 0
+
+
+def _size_of(example: Any) -> str:
+    """Of the images that a network is exported for."""
+    if example is None:
+        return "images of the first size that it takes"
+    channels, height, width = example if isinstance(example, tuple) else example.shape[-3:]
+    return f"images of {channels}x{height}x{width}"

@@ -101,7 +101,8 @@ def run(source: str, state: dict[str, Tensor]) -> nn.Module:
 def _flat(name: str, taken: dict[str, str]) -> str:
     """'layer1.0.conv1' as 'layer1_0_conv1', and never the same for two."""
     flat = re.sub(r"\W", "_", name)
-    flat = f"_{flat}" if flat[0].isdigit() or keyword.iskeyword(flat) or hasattr(nn.Module, flat) else flat
+    if flat[0].isdigit() or keyword.iskeyword(flat) or hasattr(nn.Module(), flat):
+        flat = f"_{flat}"
     while flat in taken.values():
         flat += "_"
     return flat

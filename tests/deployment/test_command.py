@@ -51,8 +51,8 @@ def test_a_checkpoint_of_a_training_is_written_too(saved: bgcbench.Converted, ca
 @pytest.mark.parametrize(
     ("words", "code", "says"),
     [
-        (["gone.pt", "--to", "torch", "-o", "net.pt"], 2, "gone.pt is not there; NETWORK is a file that"),
-        ([".", "--to", "torch", "-o", "net.pt"], 2, ". is a folder; name a file in it"),
+        (["gone.pt", "--to", "torch", "-o", "net.pt"], 2, "NETWORK gone.pt is not there; give a file that"),
+        ([".", "--to", "torch", "-o", "net.pt"], 2, "NETWORK . is a folder; name a file in it"),
         (["converted.pt", "--to", "torch", "-o", "converted.pt"], 4, "converted.pt exists; --force"),
         (["converted.pt", "--to", "torch", "-o", "gone/x/net.onnx"], 2, "ends with .pt"),
         (["converted.pt", "--to", "torch", "-o", "converted.pt/net.pt"], 4, "converted.pt is no folder"),
@@ -62,7 +62,11 @@ def test_a_checkpoint_of_a_training_is_written_too(saved: bgcbench.Converted, ca
         (["converted.pt", "--to", "torch", "-o", "net.pt", "--batch", "0"], 2, "batch=0 must be"),
         (["converted.pt", "--to", "torch", "-o", "net.pt", "--size", "big"], 2, "--size big must be"),
         (["converted.pt", "--to", "torch", "-o", "net.pt", "--tolerance", "0"], 2, "--tolerance 0 must be"),
-        (["converted.pt", "--to", "torch", "-o", "net.pt", "--inputs", "other.pt"], 2, "other.pt is not there"),
+        (
+            ["converted.pt", "--to", "torch", "-o", "net.pt", "--inputs", "other.pt"],
+            2,
+            "--inputs other.pt is not",
+        ),
         (["other.txt", "--to", "torch", "-o", "net.pt"], 2, "other.txt holds no network that bgcbench wrote"),
         (["converted.pt", "--to", "torch", "-o", "net.pt", "--inputs", "other.txt"], 2, "cannot be read"),
         (["converted.pt", "--to", "torch", "-o", "net.pt", "--tolerance", "1e-12"], 1, "computes something else"),
