@@ -61,6 +61,10 @@ OWN: dict[str, type[files.File]] = {
 SCRIPTS = {
     DIGITS: "python -m benchmarks.approx_digits",
     TRANSFERRED: "python -m benchmarks.transfer_digits --train-groups 4",
+    **{
+        f"runtimes-{model}-cpu.json": f"python -m benchmarks.runtimes {model}"
+        for model in ("resnet50", "mobilenet_v2", "efficientnet_b0")
+    },
 }
 
 

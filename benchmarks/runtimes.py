@@ -1,9 +1,10 @@
 """Networks at half of their convolutions' parameters on the CPU: eager versus torch.compile versus ONNX Runtime.
 
-    python -m benchmarks.runtimes resnet50 [--max-time 10] [--folder results]
+    python -m benchmarks.runtimes resnet50 [--threads 1] [--max-time 10] [--folder results]
 
-Dense, GC N=2, BGC N=4 and low rank N=2, one image at a time, all modes and networks interleaved: what
-``bgcbench profile --model resnet50 --mode eager,compile,onnxruntime`` measures, of these rows alone. The result files
+Dense, GC N=2, BGC N=4 and low rank N=2, one image at a time, all modes interleaved: what
+``bgcbench profile --model resnet50 --mode eager,compile,onnxruntime`` measures, of these rows alone. One thread, because
+on a shared machine the threads of a call wait for the one that another program has kept from running. The result files
 are runtimes-MODEL-cpu.json.
 """
 
@@ -20,23 +21,15 @@ from bgcbench.results import Document, new_document, write_atomically
 from bgcbench.results.document import dumps
 
 CELLS = (("standard", 1), ("gc", 2), ("bgc", 4), ("lowrank", 2))
-MODES = "eager,compile,onnxruntime"
 
 
-def measure(
-    model: str, path: Path, *, max_time_s: float | None = None, quick: bool = False, size: int | None = None
-) -> Document:
-    """Measure ``model`` and write the result to ``path``."""
-    config = NetworkConfig(
-        model=model, groups=(2, 4), variants=("gc", "bgc", "lowrank"), batch=1, phases=("fwd",), mode=MODES,
-        device="cpu", skip_invalid=True, max_time_s=max_time_s, quick=quick, height=size, width=size,
-    )  # fmt: skip
+def measured(config: NetworkConfig) -> Document:
+    """The result of ``CELLS`` among the rows of ``config``."""
     session, planned = open_session(config), plan_network(config)
     rows = [row for row in planned.rows if row.params.cell[:2] in CELLS]
     run = ProfileRun(planned.config, session, rows, subjects=planned.subjects)
-    words = ["profile", "--model", model, "--mode", MODES]
     document = new_document(
-        "profile", words, planned.config.to_json(), session.environment, session.conditions, quick=quick
+        "profile", sys.argv[1:], run.config.to_json(), session.environment, session.conditions, quick=config.quick
     )
     said = ""
     for update in run.run():
@@ -44,7 +37,6 @@ def measure(
             print(said := update.doing, file=sys.stderr, flush=True)
     run.take_into(document)
     document.finish(len(rows), interrupted=False, failed=None)
-    write_atomically(path, dumps(document).encode())
     return document
 
 
@@ -52,14 +44,20 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="+")
     parser.add_argument("--folder", type=Path, default=Path("results"))
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--max-time", type=float, help="seconds of sampling a row")
-    parser.add_argument("--quick", action="store_true")
     parser.add_argument("--size", type=int, help="px of a side, where it is not the network's own")
+    parser.add_argument("--quick", action="store_true")
     asked = parser.parse_args(argv)
     failed = 0
     for model in asked.models:
-        path = asked.folder / f"runtimes-{model}-cpu.json"
-        document = measure(model, path, max_time_s=asked.max_time, quick=asked.quick, size=asked.size)
+        config = NetworkConfig(
+            model=model, groups=(2, 4), variants=("gc", "bgc", "lowrank"), batch=1, phases=("fwd",),
+            mode="eager,compile,onnxruntime", device="cpu", skip_invalid=True, threads=asked.threads,
+            max_time_s=asked.max_time, quick=asked.quick, height=asked.size, width=asked.size,
+        )  # fmt: skip
+        document = measured(config)
+        write_atomically(asked.folder / f"runtimes-{model}-cpu.json", dumps(document).encode())
         for row in document.results:
             print(row.key, row.status, row.reason or f"{(row.median_s('fwd') or 0) * 1e3:.2f} ms", row.forms)
         failed += sum(row.status != "ok" for row in document.results)
