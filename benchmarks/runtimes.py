@@ -3,9 +3,9 @@
     python -m benchmarks.runtimes resnet50 [--threads 1] [--max-time 10] [--folder results]
 
 Dense, GC N=2, BGC N=4 and low rank N=2, one image at a time, all modes interleaved: what
-``bgcbench profile --model resnet50 --mode eager,compile,onnxruntime`` measures, of these rows alone. One thread, because
-on a shared machine the threads of a call wait for the one that another program has kept from running. The result files
-are runtimes-MODEL-cpu.json.
+``bgcbench profile --model resnet50 --mode eager,compile,onnxruntime`` measures, of these rows alone. One thread: on a
+shared machine all threads of a call wait for the one that another program keeps from running. The result files are
+runtimes-MODEL-cpu.json.
 """
 
 from __future__ import annotations
