@@ -1,4 +1,4 @@
-"""docs/results.md and the README's tables, computed from the files under results/.
+"""docs/results.md and the tables of README.md and docs/deploy.md, computed from the files under results/.
 
     python -m benchmarks.claims            exit code 1 if a document does not say what the files say
     python -m benchmarks.claims --write    write the documents anew
@@ -747,10 +747,11 @@ TABLES: tuple[Callable[[], Table], ...] = (
     ),
     *(kernels, slopes, lost_by_variant, lost_by_layers, trainings, conversions, photographed, single_numbers),
 )
-README: dict[str, Callable[[], Table]] = {
+MARKED: dict[str, Callable[[], Table]] = {  # tables of README.md and docs/deploy.md
     "speed": lambda: layer_speed((4, 16)),
     "networks": lambda: networks(largest=True),
     "accuracy": accuracy,
+    "runtimes": runtimes,
 }
 HEAD = """# Results
 
@@ -771,9 +772,9 @@ def results_page() -> str:
 
 
 def put_into(text: str) -> str:
-    """``text`` of the README with its tables between their marks, where it has these."""
+    """``text`` of a page with its tables between their marks, where it has these."""
     end = "<!-- end of claims -->"
-    for name, make in README.items():
+    for name, make in MARKED.items():
         start = f"<!-- claims: {name} -->"
         if start in text:
             head, _, rest = text.partition(start)
@@ -784,8 +785,8 @@ def put_into(text: str) -> str:
 def documents() -> Iterator[tuple[Path, str]]:
     """Each document and what it should say."""
     yield ROOT / "docs" / "results.md", results_page()
-    readme = ROOT / "README.md"
-    yield readme, put_into(readme.read_text(encoding="utf-8"))
+    for page in (ROOT / "README.md", ROOT / "docs" / "deploy.md"):
+        yield page, put_into(page.read_text(encoding="utf-8"))
 
 
 def write() -> None:

@@ -45,6 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("models", nargs="+")
     parser.add_argument("--folder", type=Path, default=Path("results"))
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--mode", default="eager,compile,onnxruntime")
     parser.add_argument("--max-time", type=float, help="seconds of sampling a row")
     parser.add_argument("--size", type=int, help="px of a side, where it is not the network's own")
     parser.add_argument("--quick", action="store_true")
@@ -53,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
     for model in asked.models:
         config = NetworkConfig(
             model=model, groups=(2, 4), variants=("gc", "bgc", "lowrank"), batch=1, phases=("fwd",),
-            mode="eager,compile,onnxruntime", device="cpu", skip_invalid=True, threads=asked.threads,
+            mode=asked.mode, device="cpu", skip_invalid=True, threads=asked.threads,
             max_time_s=asked.max_time, quick=asked.quick, height=asked.size, width=asked.size,
         )  # fmt: skip
         document = measured(config)
