@@ -172,7 +172,8 @@ def condition_of(name: str) -> tuple[str, str]:
     """The device and the precision, layout and mode of a file of ``profile``."""
     document: Document = opened(ROOT, name)
     device, settings = document.environment.device, document.settings
-    where = device.name if device.type == "cuda" else f"{document.environment.cpu.threads} CPU threads"
+    threads = document.environment.cpu.threads
+    where = device.name if device.type == "cuda" else f"{threads} CPU thread{'s' * (threads > 1)}"
     return where, f"{settings.precision}, {settings.layout}, {settings.mode or 'eager'}"
 
 
@@ -331,7 +332,8 @@ def runtimes() -> Table:
         for at in dict.fromkeys((row.params.variant, row.params.groups) for row in document.results):
             modes = (document.settings.mode or "").split(",")
             columns: Columns = {"params": params_share, **{mode: in_mode(mode) for mode in modes}}
-            claims += claims_of(name, {(where, condition_of(name)[0], named(*at)): at}, columns)
+            label = "dense" if at == DENSE else named(*at)
+            claims += claims_of(name, {(where, condition_of(name)[0], label): at}, columns)
     about = (
         "Inference: the dense network's time in each mode, and the speed-up over it in the same mode (95 % interval). "
         "onnxruntime runs what `bgcbench export` writes: norms folded, and the algorithms that are the fastest there."
@@ -343,7 +345,7 @@ def in_mode(mode: str) -> Callable[[Document, At], Value]:
     def field(document: Document, at: At) -> Value:
         rows = {(row.params.variant, row.params.groups): row for row in document.results if row.params.mode == mode}
         if at == DENSE:
-            return f"{1e3 * (rows[at].median_s('fwd') or 0.0):.1f} ms"
+            return f"{1e3 * (rows[at].median_s('fwd') or 0.0):.3g} ms"
         return faster(rows[at], rows[DENSE], "fwd")
 
     return field
