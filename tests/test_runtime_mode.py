@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -127,3 +128,14 @@ def test_an_algorithm_of_another_mode_is_refused() -> None:
 def test_a_cuda_device_is_refused() -> None:
     with pytest.raises(UsageError, match="measured on the CPU alone; use --device cpu"):
         check_combination(torch.device("cuda", 0), "fp32", "onnxruntime")
+
+
+@pytest.mark.parametrize("package", ["onnx", "onnxscript", "onnxruntime"])
+def test_a_missing_package_is_said_before_anything_is_measured(
+    package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, package, None)
+    assert main(["profile", *LAYER, *MODES, "--out", "run.json"]) == 2
+    assert f"{package} is not installed; pip install 'bgcbench[onnx]'" in capsys.readouterr().err
+    assert not Path("run.json").exists()

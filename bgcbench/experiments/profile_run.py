@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from bgcbench.convs import VariantConv2d, build_conv
+from bgcbench.deployment import onnx_file
 from bgcbench.deployment.workload import RuntimeFile, RuntimeWorkload, runtime_file
 from bgcbench.experiments.base import Run
 from bgcbench.experiments.profile import MeasureConfig, PlannedRow, ProfileConfig, row_seed
@@ -53,7 +54,7 @@ from bgcbench.results.rows import (
     ProfileRow,
     Summary,
 )
-from bgcbench.specs import NETWORK_PHASES, PHASES, PRECISIONS, RUNTIME, ConvSpec
+from bgcbench.specs import EXPORTERS, NETWORK_PHASES, PHASES, PRECISIONS, RUNTIME, ConvSpec
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,10 @@ class TimingProtocol:
 
 
 def open_session(config: MeasureConfig) -> Session:
-    """The device to measure; raises DeviceError where it is not there, UsageError for what it cannot do."""
+    """The device to measure; raises DeviceError where it is not there, UsageError for what it cannot do and for a
+    package that a mode needs."""
+    if RUNTIME in config.modes:
+        onnx_file.check_packages(EXPORTERS[0])
     session = open_device(config, config.device, modes=config.modes, layout=config.layout)
     protocol = TimingProtocol.of(config, session.device)
     session.settings |= {
