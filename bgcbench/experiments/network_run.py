@@ -23,6 +23,7 @@ from bgcbench.experiments.profile import (
     PlannedRow,
     ProfileConfig,
     Wanted,
+    labelled,
     planned_layer,
     row_seed,
     unmeasured,
@@ -60,7 +61,7 @@ class NetworkPlan:
         what = f"{model}-{wanted.choice.key}-{where}"
         facts = {"counts": subject.counts, "memory": subject.memory, "convert": subject.record}
         row = unmeasured(self.config, wanted, what, {"model": model, "where": where}, **facts)
-        self.rows.append(PlannedRow(row, wanted.choice.label, group="network"))
+        self.rows.append(PlannedRow(row, labelled(self.config, wanted), group="network"))
         self.subjects[row.key] = subject
 
     def add_layers(self, found: Trace) -> None:
@@ -76,14 +77,14 @@ class NetworkPlan:
                 params["kernel_width"] = call.kernel[1]
             wanted = wanted_rows(config) if layer.replaced else []
             if not config.reference or not wanted:
-                wanted = [Wanted(Choice()), *wanted]
+                wanted = [*(Wanted(Choice(), mode=mode) for mode in config.modes), *wanted]
             rows = [
                 planned_layer(
                     shape,
                     each,
                     own,
                     f"{model}-layer{number}-{each.choice.key}",
-                    f"{each.choice.label} of {layer.label}",
+                    labelled(config, each, f" of {layer.label}"),
                     f"layer {number}",
                     layer,
                     params,
@@ -110,14 +111,14 @@ def plan_network(config: NetworkConfig) -> NetworkPlan:
     problems: list[str] = []
     for wanted in wanted_rows(config):
         if wanted.choice.is_dense:
-            planned.add_network(wanted, NetworkSubject(config, None, dense))
+            planned.add_network(wanted, NetworkSubject(config, None, dense, wanted))
             continue
         try:
-            converted = converted_as_chosen(config, dense, *wanted)
+            converted = converted_as_chosen(config, dense, wanted.choice, wanted.in_torch)
         except ShapeError as problem:
             problems.append(str(problem))
         else:
-            planned.add_network(wanted, NetworkSubject(config, converted.record, converted.model))
+            planned.add_network(wanted, NetworkSubject(config, converted.record, converted.model, wanted))
     refuse_misfits(problems)
     if found.uncounted:
         names = ", ".join(f"{name} ({times}x)" for name, times in found.uncounted.items())
@@ -175,8 +176,9 @@ class NetworkSubject(Subject):
 
     quick_share = 5.0
 
-    def __init__(self, config: NetworkConfig, record: Record | None, empty: nn.Module) -> None:
+    def __init__(self, config: NetworkConfig, record: Record | None, empty: nn.Module, wanted: Wanted) -> None:
         self.config, self.record = config, record
+        self.mode, self.algorithm = wanted.mode, wanted.algorithm
         self.phases, self.batch, self.input_grad = config.phases, config.batch, False
         self.input_shape = (config.batch, *config.spec.size)
         self.item = PRECISIONS[config.precision]
@@ -205,10 +207,10 @@ class NetworkSubject(Subject):
                 model = replay(model, self.record)
         return on_device(model, self.config, session)
 
-    def workload(self, session: Session, x: torch.Tensor, like: Like | None) -> Workload:
+    def in_torch(self, session: Session, x: torch.Tensor, like: Like | None) -> Workload:
         generator = torch.Generator().manual_seed(row_seed(self.config.seed, "labels"))
         labels = torch.randint(self.config.spec.classes, (self.batch,), generator=generator).to(session.device)
-        return NetworkWorkload(self.module(session), x, self.config.mode, like, labels=labels)
+        return NetworkWorkload(self.module(session), x, self.mode, like, labels=labels)
 
     def work(self, phase: str) -> CallWork:
         moved = self.found.values_moved * self.batch + self.params

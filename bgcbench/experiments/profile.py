@@ -39,12 +39,15 @@ from bgcbench.specs import (
     MEMORY,
     MODES,
     PHASES,
+    PLAIN_ALGORITHMS,
     POINTWISE_ALGORITHMS,
     PRECISIONS,
+    RUNTIME,
     TRAINED_AND_DEPLOYED,
     VARIANTS,
     Choice,
     ConvSpec,
+    check_choice,
     check_on_cpu,
 )
 from bgcbench.theory import paper
@@ -52,6 +55,15 @@ from bgcbench.theory.exact import white_error
 
 # Fields that only say which rows there are: a resumed run may add to them.
 GRID_FIELDS = ("variants", "groups", "ranks", "algorithm", "reference", "skip_invalid", "layers", "inputs", "seeds")
+
+
+def _modes(field: str, value: str) -> None:
+    """A check: some modes, each once."""
+    names = value.split(",")
+    for name in names:
+        check_choice(field, name, MODES)
+    if len(names) > len(set(names)):
+        raise UsageError(f"--mode {value} has a mode twice; name each once")
 
 
 @dataclass(frozen=True)
@@ -67,14 +79,18 @@ class MeasureConfig(RunConfig):
     batch: int = option(1, "Images a call.", panel=WORKLOAD, everyday=True, check=positive)
     layout: str = option("nchw", "nchw, or nhwc (channels_last).", panel=MEASURE, check=one_of(LAYOUTS))
     mode: str = option(
-        "eager", "eager, compile (torch.compile) or graph (CUDA graphs).", panel=MEASURE, check=one_of(MODES)
+        "eager",
+        "eager, compile (torch.compile), graph (CUDA graphs) or onnxruntime (extra: onnx); several are compared.",
+        panel=MEASURE,
+        check=_modes,
     )
     algorithm: str = option(
         "auto",
         "Algorithm to run: BGC two_conv, concat, dense, split, matmul (1x1), triton (CUDA), or auto, the fastest; GC "
-        "triton; LGC, FLGC masked, deployed; LR two_conv, dense, matmul (1x1); all measures each.",
+        "triton; LGC, FLGC masked, deployed; LR two_conv, dense, matmul (1x1); in ONNX Runtime matrix, too; all "
+        "measures each.",
         panel=GRID,
-        check=one_of(("auto", "all", *ALGORITHMS)),
+        check=one_of(dict.fromkeys(("auto", "all", *ALGORITHMS, *PLAIN_ALGORITHMS))),
     )
     phases: tuple[str, ...] = option(
         ("fwd",),
@@ -122,7 +138,19 @@ class MeasureConfig(RunConfig):
         if not self.input_grad and self.phases == ("fwd",):
             raise UsageError("--no-input-grad changes the backward pass, and --phases fwd has none")
         if self.device == "cpu":
-            check_on_cpu(self.precision, self.mode)
+            for mode in self.modes:
+                check_on_cpu(self.precision, mode)
+        if RUNTIME in self.modes:
+            for name, only in (("phases", ("fwd",)), ("precision", "fp32"), ("layout", "nchw")):
+                value = getattr(self, name)
+                if value != only:
+                    asked, has = (",".join(each) if isinstance(each, tuple) else each for each in (value, only))
+                    raise UsageError(f"--mode {RUNTIME} has --{name} {has} alone, not {asked}; ask for that")
+
+    @property
+    def modes(self) -> tuple[str, ...]:
+        """The modes that are compared."""
+        return tuple(self.mode.split(","))
 
     @property
     def is_pointwise(self) -> bool:
@@ -222,6 +250,22 @@ class Wanted(NamedTuple):
 
     choice: Choice
     algorithm: str = "auto"
+    mode: str = "eager"
+
+    @property
+    def in_torch(self) -> str:
+        """The algorithm of the layer that is built: in ONNX Runtime a plain one is made of it afterwards."""
+        if self.mode != RUNTIME:
+            return self.algorithm
+        return "deployed" if VARIANTS[self.choice.variant].algorithms == TRAINED_AND_DEPLOYED else "auto"
+
+    @property
+    def settled(self) -> str:
+        """The algorithm that runs, 'auto' where it is found by measuring."""
+        variant = VARIANTS[self.choice.variant]
+        if self.mode == RUNTIME:
+            return variant.plain[0] if len(variant.plain) == 1 else self.algorithm
+        return variant.settled(self.algorithm)
 
 
 def plan(config: ProfileConfig) -> list[PlannedRow]:
@@ -233,7 +277,7 @@ def plan(config: ProfileConfig) -> list[PlannedRow]:
     own = ConvSpec("standard", *channels, kernel, config.stride, (kernel - 1) // 2, bias=False)
     shape = f"{config.in_channels}x{config.out_channels}-k{kernel}-s{config.stride}"
     rows = [
-        planned_layer(config, wanted, own, f"{wanted.choice.key}-{shape}", wanted.choice.label)
+        planned_layer(config, wanted, own, f"{wanted.choice.key}-{shape}", labelled(config, wanted))
         for wanted in wanted_rows(config)
     ]
     if not config.skip_invalid:
@@ -250,19 +294,35 @@ def wanted_rows(config: MeasureConfig) -> list[Wanted]:
     """
     wanted = [Choice()] * config.reference + config.choices
     if config.algorithm not in ("auto", "all") and not any(
-        config.algorithm in VARIANTS[choice.variant].algorithms for choice in wanted
+        config.algorithm in _offered(choice.variant, mode) for choice in wanted for mode in config.modes
     ):
-        raise UsageError(f"--algorithm {config.algorithm}: no variant asked for has it; add bgc, or leave it out")
-    return [Wanted(choice, each) for choice in wanted for each in _algorithms(choice.variant, config)]
+        raise UsageError(
+            f"--algorithm {config.algorithm}: no variant asked for has it in this mode; add bgc, or leave it out"
+        )
+    return [
+        Wanted(choice, each, mode)
+        for mode in config.modes
+        for choice in wanted
+        for each in _algorithms(choice.variant, mode, config)
+    ]
 
 
-def _algorithms(variant: str, config: MeasureConfig) -> tuple[str, ...]:
+def labelled(config: MeasureConfig, wanted: Wanted, of: str = "") -> str:
+    """A row in a line of progress."""
+    return f"{wanted.choice.label}{of}" + (f" in {wanted.mode}" if len(config.modes) > 1 else "")
+
+
+def _offered(variant: str, mode: str) -> tuple[str, ...]:
+    return VARIANTS[variant].plain if mode == RUNTIME else VARIANTS[variant].algorithms
+
+
+def _algorithms(variant: str, mode: str, config: MeasureConfig) -> tuple[str, ...]:
     """The algorithms to measure a variant in; variants without a choice have their one.
 
     What a masked variant costs in training and when deployed are two answers, and both are given.
     """
-    offered, algorithm = VARIANTS[variant].algorithms, config.algorithm
-    if algorithm == "all":
+    offered, algorithm = _offered(variant, mode), config.algorithm
+    if algorithm == "all" and mode != RUNTIME:
         on_cuda = config.device.startswith("cuda")  # what 'auto' will be is not known yet
         unfit = (() if on_cuda else CUDA_ALGORITHMS) + (() if config.is_pointwise else POINTWISE_ALGORITHMS)
         offered = tuple(each for each in offered if each not in unfit)
@@ -276,10 +336,10 @@ def unmeasured(config: Any, wanted: Wanted, what: str, params: Json, **facts: An
 
     config: a ProfileConfig or a NetworkConfig. params, facts: fields of the row's own.
     """
-    conditions = {name: getattr(config, name) for name in ("batch", "height", "width", "precision", "layout", "mode")}
-    key = f"{what}-b{config.batch}-{config.height}x{config.width}-{config.precision}-{config.layout}-{config.mode}"
+    conditions = {name: getattr(config, name) for name in ("batch", "height", "width", "precision", "layout")}
+    key = f"{what}-b{config.batch}-{config.height}x{config.width}-{config.precision}-{config.layout}-{wanted.mode}"
     choice = wanted.choice
-    conditions |= {"algorithm": VARIANTS[choice.variant].settled(wanted.algorithm)}
+    conditions |= {"mode": wanted.mode, "algorithm": wanted.settled}
     unknown: Json = dict.fromkeys(("counts", "approximability", "memory", "paper"))
     return ProfileRow(
         key=key if wanted.algorithm == "auto" else f"{key}-{wanted.algorithm}",
@@ -310,7 +370,7 @@ def planned_layer(
         row = unmeasured(config, wanted, what, params, status="invalid", reason=reason)
         return PlannedRow(row, label, group=group)
     asked: Json = {} if choice.is_dense else dataclasses.asdict(choice)
-    spec = dataclasses.replace(own, algorithm=wanted.algorithm, **asked)
+    spec = dataclasses.replace(own, algorithm=wanted.in_torch, **asked)
     size, item = (config.height, config.width), PRECISIONS[config.precision]
     counts = count(spec, *size, batch=config.batch, precision=config.precision)
     facts = {
