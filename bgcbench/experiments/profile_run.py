@@ -22,6 +22,7 @@ from bgcbench.convs import VariantConv2d, build_conv
 from bgcbench.deployment import onnx_file
 from bgcbench.deployment.workload import RuntimeFile, RuntimeWorkload, runtime_file
 from bgcbench.experiments.base import Run
+from bgcbench.experiments.plan import PlanConfig
 from bgcbench.experiments.profile import MeasureConfig, PlannedRow, ProfileConfig, row_seed
 from bgcbench.experiments.session import Session, open_device
 from bgcbench.measure import ceilings, environment, runtime, timing
@@ -191,7 +192,7 @@ def measured_forms(module: nn.Module) -> Forms:
     return {phase: dict(sorted(counted.items())) for phase, counted in sorted(found.items())}
 
 
-def on_device(module: nn.Module, config: MeasureConfig, session: Session) -> nn.Module:
+def on_device(module: nn.Module, config: MeasureConfig | PlanConfig, session: Session) -> nn.Module:
     """``module`` on the session's device in the run's precision and layout."""
     module.to(device=session.device, dtype=DTYPES[config.precision])
     return module.to(memory_format=torch.channels_last) if config.layout == "nhwc" else module
