@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -41,7 +41,6 @@ from bgcbench.specs import (
     POINTWISE_ALGORITHMS,
     PRECISIONS,
     TRAINED_AND_DEPLOYED,
-    VARIANTS,
     Choice,
     ConvSpec,
     check_on_cpu,
@@ -177,8 +176,13 @@ def check_same_fields(stored: Mapping[str, Any], wanted: Mapping[str, Any], free
         value = list(given) if isinstance(given, tuple) else given
         if field_name in (*GRID_FIELDS, *free, "device") or stored.get(field_name) == value:
             continue
+        was, of = stored.get(field_name), ""
+        if isinstance(value, Mapping):  # a plan: the first convolution of which it says another thing is enough
+            was = was or {}
+            entry = next(entry for entry in (*value, *was) if was.get(entry) != value.get(entry))
+            was, value, of = was.get(entry), value.get(entry), f" of {entry}"
         raise ResultFileError(
-            f"{name} cannot be resumed: its {field_name} is {stored.get(field_name)} and {value} is asked for; "
+            f"{name} cannot be resumed: its {field_name}{of} is {was} and {value} is asked for; "
             "leave the option out, or start a new file with --out"
         )
 
@@ -241,25 +245,32 @@ def wanted_rows(config: MeasureConfig) -> list[Wanted]:
 
     Raises UsageError for an algorithm that none of them has.
     """
-    wanted = [Choice()] * config.reference + config.choices
+    choices = [Choice()] * config.reference + config.choices
     if config.algorithm not in ("auto", "all") and not any(
-        config.algorithm in VARIANTS[choice.variant].algorithms for choice in wanted
+        config.algorithm in config.algorithms_of(choice) for choice in choices
     ):
         raise UsageError(f"--algorithm {config.algorithm}: no variant asked for has it; add bgc, or leave it out")
-    return [Wanted(choice, each) for choice in wanted for each in _algorithms(choice.variant, config)]
+    return wanted_of(config, choices)
 
 
-def _algorithms(variant: str, config: MeasureConfig) -> tuple[str, ...]:
-    """The algorithms to measure a variant in; variants without a choice have their one.
+def wanted_of(config: MeasureConfig, choices: Iterable[Choice]) -> list[Wanted]:
+    """Each of ``choices`` in each algorithm that is to be measured."""
+    return [Wanted(choice, each) for choice in choices for each in _algorithms(choice, config)]
+
+
+def _algorithms(choice: Choice, config: MeasureConfig) -> tuple[str, ...]:
+    """The algorithms to measure a choice in; variants without several have their one.
 
     What a masked variant costs in training and when deployed are two answers, and both are given.
     """
-    offered, algorithm = VARIANTS[variant].algorithms, config.algorithm
+    offered, algorithm = config.algorithms_of(choice), config.algorithm
     if algorithm == "all":
         on_cuda = config.device.startswith("cuda")  # what 'auto' will be is not known yet
         unfit = (() if on_cuda else CUDA_ALGORITHMS) + (() if config.is_pointwise else POINTWISE_ALGORITHMS)
         offered = tuple(each for each in offered if each not in unfit)
-    if algorithm == "all" or (algorithm == "auto" and offered == TRAINED_AND_DEPLOYED):
+    if algorithm == "auto" and set(TRAINED_AND_DEPLOYED) <= set(offered):
+        return TRAINED_AND_DEPLOYED
+    if algorithm == "all":
         return offered if len(offered) > 1 else ("auto",)
     return (algorithm if algorithm in offered else "auto",)
 
@@ -272,7 +283,7 @@ def unmeasured(config: Any, wanted: Wanted, what: str, params: Json, **facts: An
     conditions = {name: getattr(config, name) for name in ("batch", "height", "width", "precision", "layout", "mode")}
     key = f"{what}-b{config.batch}-{config.height}x{config.width}-{config.precision}-{config.layout}-{config.mode}"
     choice = wanted.choice
-    conditions |= {"algorithm": VARIANTS[choice.variant].settled(wanted.algorithm)}
+    conditions |= {"algorithm": choice.settled(wanted.algorithm)}
     unknown: Json = dict.fromkeys(("counts", "approximability", "memory", "paper"))
     return ProfileRow(
         key=key if wanted.algorithm == "auto" else f"{key}-{wanted.algorithm}",

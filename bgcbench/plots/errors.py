@@ -35,7 +35,7 @@ def part(document: Document) -> style.Part:
     ]
 
     def paint(panel: SubFigure) -> None:
-        by_n = [cell for cell in spreads if cell.rank is None]
+        by_n = [cell for cell in spreads if cell.rank is None and not cell.planned]
         at_groups = {cell: _place(cell, variants_of(by_n)) for cell in by_n}
         by_groups, by_params = panel.subplots(1, 2, sharey=True, width_ratios=(1.2, 1))
         style.training_title(panel, document, "Test error after the last epoch")

@@ -62,7 +62,8 @@ def part(document: Document) -> Part:
         places = [[at.get((variant, asked)) for variant in variants] for asked in lines]
         grid = grid_of(panel, places, "" if spelt else "layer", "output lost (%)")
         for axes, cell in grid:
-            axes.set_title(f"{label_of(cell.variant)}, {asked_of(cell.groups, cell.rank)}")
+            at_n = "" if cell.planned else f", {asked_of(cell.groups, cell.rank)}"
+            axes.set_title(f"{label_of(cell.variant)}{at_n}")
             _panel(axes, names, cell, 1.0 if spelt else 0.6)
             if spelt:
                 axes.set_xticks(range(1, len(names) + 1), map(printable, names), rotation=90, fontsize=6.5)

@@ -18,7 +18,7 @@ from bgcbench.report.measured import (
     reference_of,
     white_error,
 )
-from bgcbench.report.notes import chosen_algorithms, kept_dense, notes, run_lines
+from bgcbench.report.notes import chosen_algorithms, kept_dense, notes, replaced_lines, run_lines
 from bgcbench.report.table import Report, Table, flat, row_record
 from bgcbench.results.aggregate import at_equal_n, at_equal_params
 from bgcbench.results.document import Document
@@ -44,7 +44,7 @@ def profile_report(document: Document) -> Report:
         lines = [line for row in rows if (line := _versus_gc(row, rows, phases[-1]))]
         sections |= {f"BGC versus GC ({PHASE_TITLES[phases[-1]]})": lines} if lines else {}
     columns = profile_columns("network" if network else "variant", rows, phases, reference)
-    tables = [Table(_title(document, network), columns, rows, sections)]
+    tables = [Table(_title(document, rows, network), columns, rows, sections)]
     tables += [layers_table(layers, reference)] if layers else []
     name = partial(numbered, rows=rows)
     facts = kept_dense((name(row), row.params, row.convert.indivisible) for row in rows if row.convert)
@@ -52,12 +52,14 @@ def profile_report(document: Document) -> Report:
     return Report(tables, notes(document, facts), profile_records(document.results))
 
 
-def _title(document: Document, network: bool) -> list[str]:
+def _title(document: Document, rows: Rows, network: bool) -> list[str]:
     asked, lines = document.asked, run_lines(document)
     if network and asked.model:
         stem = f", stem stride {asked.stem_stride}" if asked.stem_stride else ""
         size = f"{asked.batch} x 3 x {asked.height} x {asked.width}"
-        return [f"{asked.model}, {asked.num_classes} classes{stem}, input {size}; replaced: {asked.where}", *lines]
+        where, planned = replaced_lines(rows, asked.where)
+        about = f"{asked.model}, {asked.num_classes} classes{stem}, input {size}; replaced: {where}"
+        return [about, *planned, *lines]
     if not document.results or network:
         return lines
     p = document.results[0].params
