@@ -29,6 +29,7 @@ _HOMES = {
     "load_converted": "bgcbench.conversion.convert",
     "parameter_groups": "bgcbench.convs.masked",
     "plan": "bgcbench.planning.plan",
+    "profile": "bgcbench.profiling",
     "save_converted": "bgcbench.conversion.convert",
 }
 
@@ -60,6 +61,7 @@ __all__ = [
     "load_converted",
     "parameter_groups",
     "plan",
+    "profile",
     "save_converted",
 ]
 
@@ -84,6 +86,7 @@ if TYPE_CHECKING:
     from bgcbench.models import build_model
     from bgcbench.planning.decision import Plan
     from bgcbench.planning.plan import plan
+    from bgcbench.profiling import profile
     from bgcbench.specs import Choice, ConvSpec
 
 

@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 
 from bgcbench.errors import ShapeError, UsageError, did_you_mean
 
+BUDGETS = {"params": "parameters", "macs": "MACs", "time": "time", "loss": "predicted loss"}  # of a plan, in words
 Pair = tuple[int, int]
 Channels = tuple[float, float, float]  # a number for red, green and blue
 
@@ -294,11 +295,12 @@ HELD_OUT = 4  # of so many calibration images one is held out to evaluate on; fe
 DATA_SETS: tuple[str, ...] = ("digits",)  # by name; anything else is a folder
 TRAINING_SETS: tuple[str, ...] = ("digits", "cifar10", "imagenet", "folder", "synthetic")
 DIGITS_PX = 16  # a side of the digits for networks that are made for small images
-WEIGHTS: tuple[str, ...] = ("none", "default")  # what --weights may be besides a file
+WEIGHTS: tuple[str, ...] = ("none", "default", "own")  # what --weights may be besides a file
 INTERPOLATIONS: tuple[str, ...] = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")  # Pillow's
 CROPS: tuple[str, ...] = ("center", "squash")
 PHASES: tuple[str, ...] = ("fwd", "bwd", "fwd_bwd")
 NETWORK_PHASES: tuple[str, ...] = ("fwd", "train_step")
+PHASE_TITLES = {"fwd": "fwd", "bwd": "bwd", "fwd_bwd": "fwd+bwd", "train_step": "train step"}  # in tables and pictures
 MEMORY: tuple[str, ...] = ("kept", "fresh")  # whether a CPU's tensors reuse memory, or come anew at each call
 MODES: tuple[str, ...] = ("eager", "graph", "compile")
 FORMATS: tuple[str, ...] = ("auto", "table", "markdown", "csv", "json")
@@ -311,6 +313,11 @@ def load_layer(name: str) -> Any:
     check_choice("variant", name, VARIANTS)
     module, _, attribute = VARIANTS[name].layer.partition(":")
     return getattr(importlib.import_module(module), attribute)
+
+
+def spelt(value: str, choices: Iterable[str]) -> str:
+    """The one of ``choices`` that is ``value`` but for its case; ``value`` as it is where there is none."""
+    return next((choice for choice in choices if choice.casefold() == value.casefold()), value)
 
 
 def check_choice(what: str, value: str, choices: Iterable[str]) -> str:
@@ -326,6 +333,14 @@ def check_positive(what: str, value: int, least: int = 1) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ShapeError(f"{what}={value} must be a whole number of at least {least}")
     return value
+
+
+def shard_of(text: str) -> tuple[int, int]:
+    """'2/8' as (2, 8): the second of eight parts of a plan; raises UsageError for anything else."""
+    found = re.fullmatch(r"([1-9][0-9]*)/([1-9][0-9]*)", text)
+    if found is None or not int(found[1]) <= int(found[2]):
+        raise UsageError(f"--shard {text} must be K/M, part K of M, such as 2/8")
+    return int(found[1]), int(found[2])
 
 
 def check_on_cpu(precision: str, mode: str) -> None:
@@ -641,9 +656,32 @@ WRN = re.compile(r"wrn_([1-9]\d*)_([1-9]\d*)")
 RESNEXT29 = re.compile(r"resnext29_([1-9]\d*)x([1-9]\d*)d")
 OWN = re.compile(f"{WRN.pattern}|{RESNEXT29.pattern}|wide_resnet34_2")  # networks of this package
 TIMM_PREFIX = "timm/"
+# What is the user's own, by the function that makes it: net.py:make or package.module:make.
+FACTORY = re.compile(r"(?:.+\.py|[A-Za-z_]\w*(?:\.\w+)*):[A-Za-z_]\w*")
+_named_by_user: set[str] = set()
 _STRIDED_STEM = re.compile(r"efficientnet_.+|mobilenet_v[23].*")
 SMALL_IMAGE_PX = 64  # up to here a stem of stride 2 throws away what later strides need
 DEFAULT_PX = 224  # a side of the images of most networks
+
+
+def is_own(name: str) -> bool:
+    """Whether ``name`` is a function of the user's own, and not a network's or a data set's name, or a path."""
+    return FACTORY.fullmatch(name) is not None
+
+
+def may_run(factory: str) -> str:
+    """``factory``, which is called only where the user has named it: a file that names code does not make it run."""
+    _named_by_user.add(factory)
+    return factory
+
+
+def check_named(factory: str) -> str:
+    """``factory``, if the user has named it; otherwise raise UsageError."""
+    if factory not in _named_by_user:
+        raise UsageError(
+            f"{factory} is code of somebody's, and a file asks for it; name it on the command line for it to be run"
+        )
+    return factory
 
 
 @dataclass(frozen=True)
@@ -655,6 +693,7 @@ class NetSpec:
     (:func:`bgcbench.models.preprocessing.own_size`); until then height and width are None, and 224 stand in for them.
     stem_stride: stride of the first convolution of EfficientNets and MobileNets; by default theirs, 2, and 1 for images
     of up to 64 px (the paper does not say what it used on 32 px). None for networks that have no such choice.
+    A network of the user's own (name: FACTORY) has the classes that it has; num_classes is then what is needed.
     Raises ShapeError for a depth that is no wide residual network's, UsageError for a stem stride where none applies.
     Whether torchvision or timm knows the name is found out when it is built.
     """
@@ -666,6 +705,9 @@ class NetSpec:
     stem_stride: int | None = None
 
     def __post_init__(self) -> None:
+        own = is_own(self.name)
+        if own:
+            check_named(self.name)
         small = WRN.fullmatch(self.name) or RESNEXT29.fullmatch(self.name)
         if (found := WRN.fullmatch(self.name)) and ((depth := int(found[1])) < 10 or depth % 6 != 4):
             below = max(10, depth - (depth - 4) % 6)
@@ -674,7 +716,7 @@ class NetSpec:
                 f"{below + 6}"
             )
         side = (32 if small else DEFAULT_PX) if OWN.fullmatch(self.name) else None
-        defaults = {"num_classes": 10 if small else 1000, "height": side, "width": self.height or side}
+        defaults = {"num_classes": None if own else 10 if small else 1000, "height": side, "width": self.height or side}
         for field, default in defaults.items():
             if getattr(self, field) is None:
                 object.__setattr__(self, field, default)

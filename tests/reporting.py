@@ -24,9 +24,10 @@ def report_of(document: Json | Document) -> report.Report:
     return report.document_report(typed(document))
 
 
-def render(document: Json | Document, form: str, width: int = 80) -> str:
+def render(document: Json | Document, form: str, width: int = 80, *, wide: bool = False) -> str:
     out, found = io.StringIO(), typed(document)
-    report.emit(report_of(found), form, Console(file=out, width=width, no_color=True, highlight=False), found)
+    console = Console(file=out, width=width, no_color=True, highlight=False)
+    report.emit(report_of(found), form, console, found, wide=wide)
     return out.getvalue()
 
 
@@ -35,9 +36,10 @@ def profile_rows(document: Json) -> tuple[ProfileRow, ...]:
 
 
 def check_width(document: Json, width: int) -> None:
-    """No line is wider than the terminal, and no cell is cut."""
-    text = render(document, "table", width)
-    assert max(len(line) for line in text.splitlines()) <= width
+    """No line is wider than the terminal, and with every column no cell is cut."""
+    for wide in (False, True):
+        text = render(document, "table", width, wide=wide)
+        assert max(len(line) for line in text.splitlines()) <= width
     for table in report_of(document).tables:
         for cells in table.cells:
             assert all(cell in text for cell in cells)

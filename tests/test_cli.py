@@ -20,7 +20,8 @@ import torch
 
 import bgcbench
 from bgcbench import results
-from bgcbench.cli import main
+from bgcbench.cli import main, output
+from bgcbench.cli.output import Said
 from bgcbench.convs.gc import GroupConv2d
 from bgcbench.experiments.profile_run import ProfileRun, Update
 from bgcbench.results import files
@@ -199,8 +200,29 @@ class TestProfile:
         assert "bgc-n2-16x16" in err
         assert list(here.iterdir()) == []
 
+    def test_after_one_round_there_is_a_first_table_with_the_final_columns(self, here: Path, capsys) -> None:
+        assert main([*SMALL, "--out", "r.json", "--format", "table"]) == 0
+        out, err = capsys.readouterr()
+        _, found, first = err.partition("after one round, and it goes on:\n")
+        assert found
+        assert "after one round" not in first
+        (heads,) = [line for line in first.splitlines() if line.startswith("N  ")]
+        assert heads.split() in [line.split() for line in out.splitlines()]
+        for more in (["--quick"], ["--quiet"]):
+            assert main([*SMALL, *more, "--out", "r.json", "--force"]) == 0
+            assert "after one round" not in capsys.readouterr().err
+
+    def test_a_log_hears_of_a_long_wait(self, monkeypatch, capsys) -> None:
+        times = iter([0.0, 1.0, 16.0, 17.0, 18.0, 31.5, 40.0])
+        monkeypatch.setattr(output.time, "monotonic", lambda: next(times))
+        output.with_progress(
+            iter([Said("first call"), Said("second call"), Said("round 1"), Said("round 2")]), quiet=False
+        )
+        assert capsys.readouterr().err.splitlines() == ["second call"]
+
     def test_an_existing_file_is_refused_without_force(self, here: Path, capsys) -> None:
         (here / "r.json").write_text("mine")
+        assert main([*LIGHT, "--out", "r.json", "--dry-run"]) == 4  # what the run would refuse
         assert main([*LIGHT, "--out", "r.json"]) == 4
         assert "exists; use --force" in capsys.readouterr().err
         assert (here / "r.json").read_text() == "mine"

@@ -458,7 +458,7 @@ def test_a_dry_run_touches_nothing_even_with_force(here: Path) -> None:
     assert main(arguments) == 0
     before = {path: path.read_bytes() for path in here.rglob("*") if path.is_file()}
     assert main([*arguments, "--force", "--dry-run"]) == 0
-    assert main([*arguments, "--dry-run"]) == 0
+    assert main([*arguments, "--dry-run"]) == 4  # as the run itself
     assert {path: path.read_bytes() for path in here.rglob("*") if path.is_file()} == before
 
 
@@ -720,6 +720,8 @@ def test_what_auto_has_found_stands_in_the_row_and_under_the_table(
     assert main([*arguments, "auto", "--out", "auto.json"]) == 0
     (row,) = document("auto.json")["results"]
     assert sum(row["forms"]["training"].values()) == len(row["convert"]["replaced"])
+    capsys.readouterr()
+    assert main(["show", "auto.json", "--explain"]) == 0  # which prints all notes
     assert "fastest algorithms, as measured: wrn_10_1-digits-bgc-n2-s0: inference" in capsys.readouterr().out
     jsonschema.validate(document("auto.json"), results.schema())
     assert main([*arguments, "split", "--out", "split.json"]) == 0

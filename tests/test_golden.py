@@ -55,8 +55,10 @@ def test_the_help_says_what_it_said(command: str) -> None:
     found = next(each for each in app.registered_commands if (each.name or each.callback.__name__) == command)
     lines = [f"{command}: {found.help or inspect.cleandoc(found.callback.__doc__)}", ""]
     for name, hint in get_type_hints(found.callback, include_extras=True).items():
-        for about in getattr(hint, "__metadata__", ()):
-            flags = "/".join(about.param_decls or ()) or f"--{name.replace('_', '-')}"
+        for about in [about for about in getattr(hint, "__metadata__", ()) if not about.hidden]:
+            declared = (about.default, *(about.param_decls or ()))  # typer takes a first name for a default
+            flags = "/".join(filter(lambda word: isinstance(word, str), declared)) or f"--{name.replace('_', '-')}"
             default = f" [default: {about.show_default}]" if isinstance(about.show_default, str) else ""
-            lines.append(f"{about.rich_help_panel or ''} | {flags}: {about.help or ''}{default}")
+            said = (about.help or "").replace("\\[", "[")
+            lines.append(f"{about.rich_help_panel or ''} | {flags}: {said}{default}")
     held("\n".join(lines) + "\n", f"help/{command}.txt")

@@ -17,6 +17,7 @@ from bgcbench.cli.parameters import command_options, register
 from bgcbench.cli.run import Command
 from bgcbench.cli.training import Train, Transfer
 from bgcbench.errors import ShapeError, UsageError
+from bgcbench.experiments.network import NetworkConfig
 from bgcbench.experiments.options import (
     GRID,
     OUTPUT,
@@ -31,6 +32,7 @@ from bgcbench.experiments.options import (
     size,
 )
 from bgcbench.experiments.profile import ProfileConfig
+from bgcbench.experiments.transfer import TransferConfig
 from bgcbench.specs import VARIANTS
 
 COMMANDS = [Profile(), Approx(), Train(), Transfer()]
@@ -130,6 +132,42 @@ def test_a_new_field_of_a_configuration_is_an_option_and_reaches_the_run(tmp_pat
     assert "Calls before the first sample." in CliRunner().invoke(app, ["profile", "--help"]).output
     wrong = CliRunner().invoke(app, [*small, "--warm-calls", "0"])
     assert isinstance(wrong.exception, ShapeError)
+
+
+def test_words_are_known_whatever_their_case_and_paths_keep_theirs(tmp_path: Path, monkeypatch: Any) -> None:
+    found = given(NetworkConfig, model="ResNet18", variants="GC,Bgc", precision="FP32", phases="FWD", device="CPU")
+    assert found == {"model": "resnet18", "variants": ("gc", "bgc"), "precision": "fp32", "phases": ("fwd",),
+                     "device": "cpu"}  # fmt: skip
+    assert given(ProfileConfig, variants="All")["variants"] == tuple(VARIANTS)
+    assert given(TransferConfig, model="TIMM/ResNet18", data="Digits", weights="NONE", init="White,COPY") == {
+        "model": "timm/resnet18", "data": "digits", "weights": "none", "inits": ("white", "copy")
+    }  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "Run.PT").touch()
+    assert given(TransferConfig, model="Run.PT", data="My/Images", weights="W.pth") == {
+        "model": "Run.PT", "data": "My/Images", "weights": "W.pth"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.name)
+def test_a_network_is_named_by_its_place_or_by_name_and_not_twice(command: Command) -> None:
+    asked: list[Any] = []
+
+    class Listening(type(command)):  # type: ignore[misc]
+        def given(self, given: Any, *more: Any) -> Any:
+            asked.append(given["model"])
+            raise typer.Exit(0)
+
+    app = typer.Typer()
+    app.callback()(lambda: None)
+    register(app, Listening())
+    for words in (["wrn_10_1"], ["--model", "wrn_10_1"]):
+        assert (
+            CliRunner().invoke(app, [command.name, *words, "-g", "4", "-v", "gc", "-q", "-o", "r.json"]).exit_code == 0
+        )
+    assert asked == ["wrn_10_1"] * 2
+    twice = CliRunner().invoke(app, [command.name, "wrn_10_1", "--model", "wrn_16_4"])
+    assert "give one" in str(twice.exception)
 
 
 def test_where_several_may_be_named_one_must_be() -> None:

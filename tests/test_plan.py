@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import torch
 import bgcbench
 from bgcbench.cli import main
 from bgcbench.experiments import plan_run
+from bgcbench.measure.timing import Rules
 from bgcbench.planning.plan import Plan
 from tests.example_plan import plan_document
 from tests.reporting import report_of
@@ -19,7 +22,7 @@ from tests.stored import stored
 
 RUN = [
     "plan", "wrn_10_1", "--weights", "none", "--data", "digits", "--size", "8", "--calibration-images", "24",
-    "--test-images", "40", "--batch", "2", "--device", "cpu", "--threads", "1", "--quick",
+    "--test-images", "40", "--batch", "2", "--device", "cpu", "--threads", "1",
 ]  # fmt: skip
 ASKED = [*RUN, "--variants", "gc,bgc,lowrank", "--groups", "2,4,8"]
 
@@ -29,6 +32,20 @@ STAGES = ["cost", "loss", "trial", "choice", "proof"]
 
 def rows_of(document: dict[str, Any], stage: str) -> dict[str, dict[str, Any]]:
     return {row["key"]: row for row in document["results"] if row["params"]["stage"] == stage}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quickly() -> Iterator[None]:
+    """Networks are timed for a moment only, and without --quick, which would also try out fewer of them."""
+    of_device = Rules.for_device
+
+    def quick(device: str, **options: Any) -> Rules:
+        rules = of_device(device, **{**options, "quick": True})
+        return replace(rules, warmup_min_s=0.01, warmup_max_s=0.02, max_time_s=0.1)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Rules, "for_device", quick)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -111,10 +128,41 @@ def test_a_run_that_was_stopped_in_a_stage_goes_on_to_the_same_plan(stage: str, 
         assert rows_of(again, "loss")[row["key"]]["felt"] == pytest.approx(row["felt"], rel=1e-4, abs=1e-9)
 
 
+def test_costs_and_losses_of_another_run_are_taken_over(folder: Path, tmp_path: Path) -> None:
+    out, monkeypatch = tmp_path / "other.json", pytest.MonkeyPatch()
+    words = [*ASKED, "--params", "0.6", "--measured", str(folder / "p.json"), "--out", str(out), "--quiet"]
+    with monkeypatch.context() as patched:
+        patched.setattr(plan_run, "score", lambda *_, **__: pytest.fail("measured again"))
+        assert main(words) == 0
+    for stage in ("cost", "loss"):
+        assert rows_of(stored(out), stage) == rows_of(stored(folder / "p.json"), stage)
+    assert 0.4 < stored(out)["plan"]["predicted"] <= 0.6
+
+
+def test_costs_and_losses_of_something_else_are_refused(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [*ASKED, "--params", "0.6", "--measured", str(folder / "p.json"), "--out", str(tmp_path / "x.json")]
+    assert main([*words, "--calibration-images", "28"]) != 0
+    assert "its calibration_images is 24, and 28 is asked for; leave --measured out" in capsys.readouterr().err
+    assert main([*words[:-4], "--measured", str(tmp_path / "none.json"), "--out", str(tmp_path / "x.json")]) != 0
+    assert "none.json" in capsys.readouterr().err
+
+
+def test_a_quick_run_tries_two_networks_out(tmp_path: Path) -> None:
+    out = tmp_path / "quick.json"
+    assert main([*ASKED, "--params", "0.4", "--quick", "--out", str(out), "--quiet"]) == 0
+    for stage, others in (("trial", {"felt"}), ("proof", {"dense", "plan"})):
+        done = {row["key"].split("-")[1] for row in rows_of(stored(out), stage).values() if row["status"] == "ok"}
+        assert done >= others
+        assert len(done - others) == 1
+        assert done - others < {"gc", "bgc", "lowrank"}
+
+
 @pytest.mark.usefixtures("brisk")
 def test_time_is_measured_and_a_budget_of_time_is_planned(tmp_path: Path) -> None:
     out = tmp_path / "t.json"
-    words = [*RUN, "--variants", "gc", "--groups", "2"]
+    words = [*RUN, "--quick", "--variants", "gc", "--groups", "2"]
     assert main([*words, "--time", "1", "--out", str(out), "--quiet"]) == 0
     document = stored(out)
     assert all(row["seconds"] is not None for row in rows_of(document, "cost").values())

@@ -131,7 +131,7 @@ class TestProfile:
         ({REPLACED[0]: {"variant": "gc", "groups": 7}}, [],
          f"--plan: the plan does not fit the network: {REPLACED[0]} as GC N=7: in_channels=16 is not divisible by"),
         ({REPLACED[0]: {"variant": "gc", "groups": 7}}, ["--skip-invalid", "--groups", "2"], "plan does not fit"),
-        ({REPLACED[0]: {"variant": "standard"}}, [], "bad.json keeps every convolution as it is"),
+        ({REPLACED[0]: {"variant": "standard"}}, [], "--plan keeps every convolution as it is"),
         ([1], [], "bad.json is no plan"),
         (CHOICES, ["--where", "3x3"], "--where is for variants, and --plan names each convolution"),
         (CHOICES, ["--skip-invalid"], "--skip-invalid is for variants"),

@@ -47,8 +47,8 @@ def test_no_line_is_wider_than_the_terminal_and_no_number_is_cut(width: int) -> 
         (0.5, (0.4, 0.625), "2.0x slower than standard (95% CI 1.6-2.5)"),
         (1.001, (0.996, 1.006), "as fast as standard: no detectable difference (< 0.60 %)"),
         (1.2, (0.8, 2.0), "not significantly different from standard (95% CI of the speed-up 0.80-2.00)"),
-        (3.0, None, "about 3.00x faster than standard (no interval)"),
-        (0.5, None, "about 2.00x slower than standard (no interval)"),
+        (3.0, None, "not compared with standard: too few rounds for an interval"),
+        (0.5, None, "not compared with standard: too few rounds for an interval"),
     ],
 )
 def test_a_comparison_in_plain_words(value: float, ends: tuple[float, float] | None, words: str) -> None:
@@ -56,6 +56,31 @@ def test_a_comparison_in_plain_words(value: float, ends: tuple[float, float] | N
     assert compared.versus("standard") == words
     apart = report.Comparison(value, compared.ci95, paired=False).versus("standard")
     assert apart == (words if ends is None else f"{words[:-1]}, measured apart)")
+
+
+def test_the_first_table_has_a_row_for_each_n_and_the_variants_side_by_side() -> None:
+    table = report_of(example_document()).tables[0]
+    assert [column.title for column in table.columns] == [
+        "N", "GC ms", "speed-up", "params", "MiB", "BGC ms", "speed-up", "params", "MiB"
+    ]  # fmt: skip
+    n, gc_ms, gc, gc_params, _, bgc_ms, bgc, bgc_params, _ = table.cells
+    assert n == ["1", "2", "3", "4"]
+    assert gc_ms[:2] == ["8.018", "4.012"]  # of fwd+bwd; N = 1 is every variant's
+    assert (bgc_ms[0], gc[0], bgc[0]) == ("8.018", "1", "1")
+    assert (gc[2], bgc[2]) == ("invalid", "invalid")
+    assert gc_params[1] == bgc_params[3] == "4.72 M"
+    assert [text.endswith("*") for text in gc] == [False, True, False, False]  # versus BGC N=4 of its size
+    assert not any(text.endswith("*") for text in bgc)
+
+
+def test_a_terminal_shows_every_column_only_if_it_is_asked_to() -> None:
+    lines = {wide: render(example_document(), "table", 80, wide=wide).splitlines() for wide in (False, True)}
+    assert any("roofline" in line for line in lines[True])
+    assert not any("roofline" in line for line in lines[False])
+    assert "all columns: bgcbench show FILE --wide, or --format csv" in lines[False]
+    assert "without MiB, for which there is no room; all columns: --wide" in lines[False]
+    assert "without MiB, params, " in render(example_document(), "table", 60)
+    assert "roofline" in render(example_document(), "markdown")
 
 
 def test_a_speed_up_is_the_others_time_over_the_rows_paired_within_one_run() -> None:
@@ -131,6 +156,49 @@ def test_flags_tell_what_to_know_before_a_number_is_used() -> None:
     assert "fwd launch-bound" in flags()
 
 
+def test_too_few_rounds_give_no_verdict_and_no_best() -> None:
+    document = example_document()
+    for row in document["results"]:
+        row["params"] |= {"model": "net"}
+        for phase in row["phases"].values():
+            phase["rounds"] = [1] * len(phase["rounds"])
+    text = render(document, "markdown")
+    assert "GC N=2 is not compared with the dense network: too few rounds for an interval; it has half the para" in text
+    assert "fwd: not known yet, from too few rounds for an interval" in text
+    assert not re.search(r"(faster|slower) than|x the time", text)
+    assert re.search(r"\| GC \| 2 \|.*\| [12]\.\d\d \[\?\] \|", text)
+    change = compared(document, document, 0.0)[0].tables[0].by_title["verdict"]
+    assert set(change) == {"not known: too few rounds for an interval"}
+
+
+def test_a_time_that_cannot_be_is_flagged_and_gets_no_verdict() -> None:
+    document = example_document()
+    assert "doubtful" not in render(document, "markdown")
+    reference, gc = document["results"][:2]
+    for phase in gc["phases"].values():  # half the work in a hundredth of the time
+        phase["samples_s"] = [sample / 50 for sample in phase["samples_s"]]
+        phase["summary"]["median_s"] /= 50
+    text = render(document, "markdown")
+    assert "GC N=2 is doubtful (40 samples): measure again, on a quiet machine" in text
+    assert re.search(r"\| GC \| 2 \|.*doubtful", text)
+    assert "GC N=2, " not in text  # is no best
+    gc["phases"]["fwd_bwd"]["derived"]["roofline_fraction"] = 4.01
+    assert report_of(document).tables[-1].by_title["roofline"][1] == "doubtful"
+    reference["phases"]["fwd"]["summary"]["median_s"] = 0.02
+    reference["phases"]["fwd"]["derived"]["roofline_fraction"] = 0.004
+    assert re.search(r"\| SC \| 1 \|.*fwd doubtful", render(document, "markdown"))
+
+
+def test_rows_that_shared_the_processor_are_flagged() -> None:
+    document = example_document()
+    for row, cores in zip(document["results"][:2], (0.2, 0.4), strict=True):
+        for phase in row["phases"].values():
+            phase["derived"]["contended_cores"] = cores
+    text = render(document, "markdown")
+    assert not re.search(r"\| SC \| 1 \|.*busy CPU", text)
+    assert re.search(r"\| GC \| 2 \|.*busy CPU", text)
+
+
 @pytest.mark.parametrize(
     ("value", "text"),
     [(9437184, "9.44 M"), (589824, "590 k"), (1.37e11, "137 G"), (999, "999"), (0.5, "0.500"), (2.5e12, "2.50 T")],
@@ -185,6 +253,30 @@ def test_compare_says_what_is_in_one_file_only_and_that_machines_differ() -> Non
     sections = table.tables[0].sections
     assert f"fwd+bwd of {gone['key']}: not in the file" in sections["Measured before and no longer"]
     assert any("different machines" in note for note in sections["Notes"])
+
+
+def test_compare_names_what_differs_between_the_machines_and_how_busy_they_were() -> None:
+    before, after = example_document(), example_document()
+    after["environment"] |= {"fingerprint": "1" * 64, "torch": "9.9"}
+    after["environment"]["cpu"]["threads"] = 7
+    for phase in after["results"][0]["phases"].values():
+        phase["derived"]["contended_cores"] = 1.0
+    notes = compared(before, after, None)[0].tables[0].sections["Notes"]
+    assert "cpu threads was 2 and is 7; torch was 2.15.0 and is 9.9" in notes[1]
+    assert "warning: other processes kept the CPU busy in 0 rows before and 1 after" in notes
+
+
+def test_compare_pairs_rows_by_all_but_the_setting_that_differs() -> None:
+    before, after = example_document(), slower(example_document(), 2.0)
+    after["settings"]["layout"] = "nhwc"
+    for row in after["results"]:
+        row["key"] = row["key"].replace("nchw", "nhwc")
+        row["params"]["layout"] = "nhwc"
+    assert not {row["key"] for row in before["results"]} & {row["key"] for row in after["results"]}
+    table, _ = compared(before, after, None)
+    assert len(table.records) == 10
+    assert all(record["ratio"] == pytest.approx(2.0) for record in table.records)
+    assert any("layout was" in note for note in table.tables[0].sections["Notes"])
 
 
 def test_compare_trips_on_a_row_that_is_no_longer_measured() -> None:

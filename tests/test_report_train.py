@@ -19,8 +19,8 @@ Json = dict[str, Any]
 
 
 def shown(document: Json) -> dict[str, list[str]]:
-    """The table by header."""
-    return report_of(document).tables[0].by_title
+    """The table of all columns by header."""
+    return report_of(document).tables[-1].by_title
 
 
 def cell(document: Json, header: str, variant: str, groups: int) -> str:
@@ -35,7 +35,7 @@ def notes(document: Json) -> list[str]:
 
 
 def findings(document: Json) -> list[str]:
-    return list(report_of(document).tables[0].sections.get("What this shows", ()))
+    return [line for table in report_of(document).tables for line in table.sections.get("What this shows", ())]
 
 
 # ------------------------------------------------------------------------------------------------------------ the table
@@ -53,6 +53,16 @@ def test_one_row_worked_out_by_hand() -> None:
     assert cell(document, "MACs", "gc", 4) == "5.89 M"
     # 1004, 1014 and 1024 images/s
     assert cell(document, "images/s", "gc", 4) == "1014"
+
+
+def test_the_first_table_has_a_row_for_each_n_and_the_variants_side_by_side() -> None:
+    document = train_document()
+    table = report_of(document).tables[0]
+    assert table.by_title["N"] == ["1", "2", "4", "8"]
+    for variant, title in (("gc", "GC"), ("bgc", "BGC")):
+        errors = table.by_title[title]
+        assert errors[0] == cell(document, "error last %", "standard", 1)
+        assert errors[1:] == [cell(document, "error last %", variant, n) for n in (2, 4, 8)]
 
 
 def test_masked_variants_show_what_they_train_and_what_is_deployed() -> None:
@@ -156,6 +166,17 @@ def test_fewer_than_three_seeds_are_too_few(seeds: tuple[int, ...], words: str) 
     document = train_document(variants=("gc", "bgc"), groups=(4,), seeds=seeds)
     assert findings(document)[0].endswith(words)
     assert not any("chance does that" in line for line in notes(document))
+
+
+def test_networks_that_guess_are_named() -> None:
+    document = train_document()
+    assert not any("guessing" in line for line in notes(document))
+    for row in document["results"]:
+        row["params"]["classes"] = 10
+        if (row["params"]["variant"], row["params"]["groups"]) == ("gc", 4):
+            row["error_final"] = 88.5
+    (line,) = [line for line in notes(document) if "guessing" in line]
+    assert line.startswith("as good as guessing, which errs on 90 %: GC N=4 (88.50 %); nothing follows")
 
 
 def test_a_comparison_needs_both_sides() -> None:

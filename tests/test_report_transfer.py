@@ -20,7 +20,7 @@ ALL = {"inits": ("copy", "white", "calibrated"), "rebn": (False, True)}
 
 def shown(document: Json) -> dict[str, list[str]]:
     """The main table by header."""
-    return report_of(document).tables[0].by_title
+    return next(table for table in report_of(document).tables if "variant" in table.by_title).by_title
 
 
 def cell(document: Json, header: str, variant: str, groups: int, init: str = "calibrated") -> str:
@@ -32,7 +32,7 @@ def cell(document: Json, header: str, variant: str, groups: int, init: str = "ca
 
 def versus(document: Json) -> list[dict[str, str]]:
     """The table of BGC versus GC, line by line."""
-    table = report_of(document).tables[1].by_title
+    table = report_of(document).tables[-1].by_title
     return [dict(zip(table, line, strict=True)) for line in zip(*table.values(), strict=True)]
 
 
@@ -79,6 +79,21 @@ def test_one_row_worked_out_by_hand() -> None:
     # 10 ms over 4 ms, and 5 % to either side
     assert cell(document, "speed-up fwd", "gc", 4) == "2.50 [2.38, 2.62]"
     assert (cell(document, "params", "gc", 4), cell(document, "MACs", "gc", 4)) == ("92.0 k", "5.89 M")
+
+
+def test_the_first_tables_have_the_errors_of_each_n_and_start_side_by_side() -> None:
+    document = transfer_document(epochs=3, inits=("copy", "calibrated"))
+    before, after = report_of(document).tables[:2]
+    assert [table.title[-1] for table in (before, after)] == [
+        "test error % before any training, by N:", "test error % after the last epoch, by N:"
+    ]  # fmt: skip
+    lines = list(zip(before.by_title["N"], before.by_title["init"], before.by_title["BGC"], strict=True))
+    assert lines[0][:2] == ("1", "-")
+    for n, init, error in lines[1:]:
+        assert error == cell(document, "error initial %", "bgc", int(n), init)
+    for n, init, error in zip(*(after.by_title[name] for name in ("N", "init", "GC")), strict=True):
+        assert n == "1" or error == cell(document, "error last %", "gc", int(n), init)
+    assert "rebn" not in before.by_title
 
 
 def test_the_untouched_network_is_one_without_seeds_until_it_is_the_control() -> None:
@@ -173,6 +188,19 @@ def test_notes_say_when_no_training_or_no_control_ran() -> None:
         assert not any(text.startswith("no control") for text in notes(document))
 
 
+@pytest.mark.parametrize(("error", "told"), [(81.0, True), (80.0, False)])  # guesses among 10 classes err on 90 %
+def test_a_network_that_guesses_is_told_as_such(error: float, told: bool) -> None:
+    document = transfer_document()
+    for row in document["results"]:
+        row["params"]["classes"] = 10
+        if row["params"]["variant"] == "standard":
+            row["error_initial"] = error
+    line = (
+        "as good as guessing, which errs on 90 %: the untouched network (81.00 %); nothing follows from such a network"
+    )
+    assert (line in (report_of(document).notes or ())) is told
+
+
 def test_layers_with_few_images_and_layers_left_white_are_named_but_not_all() -> None:
     document = transfer_document()
     assert not any(text.startswith(("few images", "white weights")) for text in notes(document))
@@ -244,7 +272,7 @@ def test_a_variant_that_is_not_there_is_not_missed(lost: str, pairs: int) -> Non
     document = transfer_document(epochs=3)
     document["results"] = [row for row in document["results"] if row["params"]["variant"] != lost]
     assert render(document, "markdown")
-    assert sum(len(table.rows) for table in report_of(document).tables[1:]) == pairs
+    assert sum(len(table.rows) for table in report_of(document).tables if "versus" in table.by_title) == pairs
 
 
 # ------------------------------------------------------------------------------------------------------------ rendering

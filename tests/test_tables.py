@@ -16,6 +16,7 @@ from bgcbench.results.document import read
 from tests.conftest import ROOT
 from tests.example import example_document
 from tests.example_approx import network, sampled
+from tests.example_conversion import conversion
 from tests.example_plan import plan_document
 from tests.example_train import train_document
 from tests.example_transfer import transfer_document
@@ -32,6 +33,7 @@ TITLES = {
     "compare": "bgcbench compare",
     "table1": "bgcbench show --table1",
     "doctor": "bgcbench doctor",
+    "convert": "bgcbench convert",
 }
 HEAD = """# Columns of the tables
 
@@ -73,6 +75,7 @@ def reports() -> Iterator[tuple[str, report.Report]]:
     measured = document_of(example_document(), "the example")
     yield "compare", report.compare_report(measured, measured, ("a.json", "b.json"), None)[0]
     yield "table1", report.table1_report(8, 8, 3, (7, 7), (2,))
+    yield "convert", report.conversion_report(conversion())
     yield "doctor", report.doctor_report(example_document()["environment"], [])
 
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 import bgcbench
-from bgcbench.cli import show
+from bgcbench.cli import converting, show
 from bgcbench.cli.measuring import Approx, Profile
 from bgcbench.cli.output import app, say
 from bgcbench.cli.parameters import register
@@ -25,6 +25,7 @@ __all__ = ["app", "main", "run"]
 # --help lists them in this order.
 for command in (Profile(), Approx(), PlanCommand(), Train(), Transfer()):
     register(app, command)
+converting.register(app)
 show.register(app)
 
 

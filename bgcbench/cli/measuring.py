@@ -14,9 +14,9 @@ from bgcbench.experiments.approx import PRESETS, ApproxConfig
 from bgcbench.experiments.approx import plan as approx_plan
 from bgcbench.experiments.approx_network import ApproxNetworkConfig
 from bgcbench.experiments.network import NetworkConfig
-from bgcbench.experiments.options import Asked, AskedOfPicture
+from bgcbench.experiments.options import Asked, AskedOfPicture, in_shard
 from bgcbench.experiments.profile import ProfileConfig, plan
-from bgcbench.specs import DATA_SETS, WEIGHTS, check_choice
+from bgcbench.specs import DATA_SETS, WEIGHTS, check_choice, is_own
 
 if TYPE_CHECKING:
     from bgcbench.experiments.approx_network_run import ApproxNetworkRun
@@ -38,12 +38,13 @@ class Profile(Command):
 
     [bold]bgcbench profile --channels 256 --size 14 --precision bf16 --layout nhwc --variants all --quick[/bold]
 
-    [bold]bgcbench profile --model resnet50 --groups 4 --batch 4 --layers --quick[/bold]
+    [bold]bgcbench profile resnet50 --groups 4 --batch 4 --layers --quick[/bold]
     """
 
     name = "profile"
     summary = "Measure what convolution variants cost here."
     empty_file = False
+    asked = AskedOfPicture
     kinds = (ProfileConfig, NetworkConfig)
     preset = "table4: the paper's Table 4 (also what no shape means)."
 
@@ -84,8 +85,10 @@ class Profile(Command):
         interleaved = beginning.stored.interleaved if beginning.stored else ()
         shared: Json = {"kept": beginning.kept, "interleaved": interleaved, "stop": beginning.stop}
         if isinstance(prepared, ProfileConfig):
-            return ProfileRun(prepared, session, plan(prepared), **shared)
-        return ProfileRun(prepared.config, session, prepared.rows, subjects=prepared.subjects, **shared)
+            return ProfileRun(prepared, session, in_shard(prepared.shard, plan(prepared)), **shared)
+        rows = in_shard(prepared.config.shard, prepared.rows)
+        subjects = {row.key: prepared.subjects[row.key] for row in rows if row.key in prepared.subjects}
+        return ProfileRun(prepared.config, session, rows, subjects=subjects, **shared)
 
     def plan_lines(self, run: ProfileRun, *, full: bool) -> list[str]:
         config, device = run.config, run.session.environment.device
@@ -94,6 +97,10 @@ class Profile(Command):
             f"{config.precision}, {config.layout}, {config.mode}; roughly {run.estimated_s() / 60:.1f} min"
         ]
         return lines + [f"  {row.key}" + (f"  invalid: {row.invalid}" if row.invalid else "") for row in run.planned]
+
+    def is_first_look(self, update: Update, run: ProfileRun) -> bool:
+        done = update.progress is not None and update.progress.round_done
+        return done and not run.config.quick and bool(update.progress and update.progress.round == 1)
 
     def said(self, update: Update, run: ProfileRun) -> Said:
         progress = update.progress
@@ -121,7 +128,7 @@ class Approx(Command):
 
     [bold]bgcbench approx --variants all --channels 64 --groups 2,4,8 --input normal,relu,factor:0.5[/bold]
 
-    [bold]bgcbench approx --model resnet50 --data path/to/images --plot heatmap.png[/bold]
+    [bold]bgcbench approx resnet50 --data path/to/images --plot heatmap.png[/bold]
     """
 
     name = "approx"
@@ -197,7 +204,7 @@ def with_plan(given: Json, asked: Asked) -> Json:
 def check_images(given: Json) -> None:
     """Raise UsageError for a folder of images or a file of weights that is clearly not there."""
     data, weights = given.get("data"), given.get("weights")
-    if data is not None and data not in DATA_SETS and _is_missing(data):
+    if data is not None and data not in DATA_SETS and not is_own(data) and _is_missing(data):
         raise UsageError(f"--data {data} is not there; give {', '.join(DATA_SETS)}, or a folder of images")
     if weights is not None and weights not in WEIGHTS and _is_missing(weights):
         raise UsageError(f"--weights {weights}: there is no such file; choose a file, {' or '.join(WEIGHTS)}")

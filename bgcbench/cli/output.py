@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
 import os
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,17 +54,23 @@ app = typer.Typer(
 @dataclasses.dataclass(frozen=True)
 class Said:
     """What is shown of an update of a run: ``text`` and ``share`` (0 to 1, None where unknown) by a bar; ``warnings``
-    by both; ``line``, where there is one, by a log."""
+    by both, and so is a ``table``; ``line``, where there is one, by a log."""
 
     text: str
     share: float | None = None
     line: str | None = None
     warnings: tuple[str, ...] = ()
+    table: tuple[str, ...] = ()
+
+    @property
+    def by_both(self) -> tuple[str, ...]:
+        """What a bar shows above itself, and a log holds."""
+        return (*self.warnings, *self.table)
 
     @property
     def lines(self) -> tuple[str, ...]:
         """What a log is to hold of it."""
-        return self.warnings if self.line is None else (*self.warnings, self.line)
+        return self.by_both if self.line is None else (*self.by_both, self.line)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +84,7 @@ class Output:
     quiet: bool
     resumes: bool = False
     plot: Path | None = None
+    wide: bool = False
 
     @classmethod
     def asked(cls, asked: Asked, resumed: Path | None, *, saves: bool) -> Output:
@@ -96,6 +105,7 @@ class Output:
             to_stdout=out == "-",
             replace=force or resumed is not None,
             form="json" if out == "-" else asked.form,
+            wide=asked.wide,
             quiet=asked.quiet,
             resumes=resumed is not None,
             plot=asked.plot,
@@ -104,12 +114,15 @@ class Output:
     def probe(self, *, dry_run: bool) -> None:
         """Raise OutputError now where a file could not be written in the end; a dry run writes none."""
         from bgcbench.results import ResultWriter
+        from bgcbench.results.files import check_free
 
         if self.plot is not None:
             from bgcbench.plots import check_plot
 
-            check_plot(self.plot, replace=self.replace or dry_run)
-        if self.path is not None and not dry_run:
+            check_plot(self.plot, replace=self.replace)
+        if self.path is not None and dry_run:
+            check_free(self.path, "--out", replace=self.replace)
+        elif self.path is not None:
             writer = ResultWriter(self.path)
             writer.claim(replace=self.replace)
             writer.release()  # it is claimed for the run once that is ready
@@ -152,19 +165,19 @@ class Output:
         return dataclasses.replace(self, path=default_path(command, what, name))
 
 
-def print_document(document: Document, form: str, *, explain: bool = False) -> None:
+def print_document(document: Document, form: str, *, explain: bool = False, wide: bool = False) -> None:
     """Print a result document on stdout, or what the columns of its tables mean."""
     from bgcbench.report import document_report, explained
 
     report = document_report(document)
-    emit(explained(report) if explain else report, form, None if explain else document)
+    emit(explained(report) if explain else report, form, None if explain else document, wide=wide)
 
 
-def emit(report: Report, form: str, document: Document | None = None) -> None:
-    """Print a report on stdout; ``document`` is what JSON prints in its place."""
+def emit(report: Report, form: str, document: Document | None = None, *, wide: bool = False) -> None:
+    """Print a report on stdout; ``document`` is what JSON prints in its place. wide: with every column."""
     from bgcbench.report import emit as emit_report
 
-    emit_report(report, form, stdout(report), document)
+    emit_report(report, form, stdout(report), document, wide=wide)
 
 
 def stdout(report: Report) -> Console:
@@ -193,8 +206,24 @@ def draw(document: Document, path: Path, picture: str | None) -> None:
     draw_plot(document, path, picture)
 
 
+EVERY_S = 15.0  # of a log
+
+
+def first_look(document: Document) -> tuple[str, ...]:
+    """The first table of a run that goes on, in lines for stderr."""
+    from rich.console import Console
+
+    from bgcbench import report
+
+    text = io.StringIO()
+    console = Console(file=text, width=Console(stderr=True).width, no_color=True, highlight=False)
+    table = dataclasses.replace(report.document_report(document).tables[0], sections={})
+    report.emit(report.Report([table]), "table", console)
+    return ("after one round, and it goes on:", *text.getvalue().splitlines(), "")
+
+
 def with_progress(updates: Iterator[Said], *, quiet: bool) -> None:
-    """Go through a run with a bar on a terminal, with what a log is to hold elsewhere."""
+    """Go through a run with a bar on a terminal, with what a log is to hold elsewhere: at least a line each EVERY_S."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -202,15 +231,18 @@ def with_progress(updates: Iterator[Said], *, quiet: bool) -> None:
 
     console = Console(stderr=True)
     if quiet or not console.is_terminal:
+        told = time.monotonic()
         for said in updates:
-            for line in said.lines if not quiet else ():
+            lines = said.lines or ((said.text,) if time.monotonic() - told >= EVERY_S else ())
+            for line in lines if not quiet else ():
                 say(line)
+                told = time.monotonic()
         return
     columns = TextColumn("{task.description}", markup=False), BarColumn(bar_width=16), TimeElapsedColumn()
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("starting", total=None)
         for said in updates:
-            for line in said.warnings:
+            for line in said.by_both:
                 bar.console.print(printable(line), markup=False, highlight=False)
             share = said.share
             bar.update(task, description=said.text, total=None if share is None else 1.0, completed=share or 0.0)

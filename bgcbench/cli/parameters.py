@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
+from collections.abc import Callable, Iterable, Iterator
 from typing import Annotated, Any
 
 import typer
 
 from bgcbench.cli.run import Command, run_command
+from bgcbench.errors import UsageError
 from bgcbench.experiments.options import PANELS, Option, options_of
+
+BY_NAME = "_by_name"  # what the parameter of --model is called beside MODEL's
 
 
 def command_options(command: Command) -> list[Option]:
-    """The options of a command: of its configurations, those of none, and where a run begins and ends.
-
-    Everyday ones come first, then panel by panel.
-    """
+    """The options of a command: of its configurations, those of none, and where a run begins and ends; in order."""
     found: dict[str, Option] = {}
     kinds: tuple[type, ...] = (*command.kinds, command.asked)
     for kind in kinds:
@@ -25,43 +27,79 @@ def command_options(command: Command) -> list[Option]:
             if first.shown != each.shown:
                 found[each.name] = dataclasses.replace(first, shown=f"{first.shown}; with --model {each.shown}")
     found |= {each.name: each for each in command.extra}
-    return sorted(found.values(), key=lambda each: (not each.argument, not each.everyday, PANELS.index(each.panel)))
+    return in_order(found.values())
+
+
+def in_order(options: Iterable[Option]) -> list[Option]:
+    """As --help shows them: everyday ones first, then panel by panel."""
+    return sorted(options, key=lambda each: (not each.argument, not each.everyday, PANELS.index(each.panel)))
 
 
 def register(app: typer.Typer, command: Command) -> None:
-    """Make ``command`` one of ``app``; typer reads the parameters and the help of the function that it calls."""
+    """Make ``command`` one of ``app``."""
+    call = functools.partial(run_command, command)
+    register_options(app, command.name, command.summary, command.__doc__ or "", command_options(command), call)
+
+
+def register_options(
+    app: typer.Typer, name: str, summary: str, about: str, options: Iterable[Option], call: Callable[..., int]
+) -> None:
+    """Make ``call(context, parsed)`` the command ``name`` with these options.
+
+    typer reads the parameters and the help of the function that it calls.
+    """
 
     def callback(context: typer.Context, **parsed: Any) -> int:
-        return run_command(command, context, parsed)
+        for place in [each.removesuffix(BY_NAME) for each in parsed if each.endswith(BY_NAME)]:
+            by_name = parsed.pop(place + BY_NAME)
+            if by_name is not None and parsed[place] is not None:
+                raise UsageError(f"{place.upper()} {parsed[place]} and --{place} {by_name} are the same; give one")
+            parsed[place] = by_name if parsed[place] is None else parsed[place]
+        return call(context, parsed)
 
     parameters = [
         inspect.Parameter("context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context),
-        *map(_parameter, command_options(command)),
+        *(parameter for option in in_order(options) for parameter in _parameters(option)),
     ]
-    callback.__doc__ = command.__doc__
+    callback.__doc__ = about
     callback.__annotations__ = {each.name: each.annotation for each in parameters} | {"return": int}
     callback.__signature__ = inspect.Signature(parameters, return_annotation=int)  # type: ignore[attr-defined]
-    app.command(command.name, short_help=command.summary)(callback)
+    app.command(name, short_help=summary)(callback)
 
 
-def _parameter(option: Option) -> inspect.Parameter:
-    """What typer reads of an option; all but switches are None where they are left out."""
-    flag = option.flag or f"--{option.name}"
-    about: Any = (
-        typer.Argument(help=option.help, show_default=False)
-        if option.argument
-        else typer.Option(
-            flag,
-            help=option.help or None,
-            show_default=option.shown or False,
-            envvar=option.envvar,
-            rich_help_panel=None if option.everyday else option.panel,
+def _parameters(option: Option) -> Iterator[inspect.Parameter]:
+    """What typer reads of an option; all but switches are None where they are left out.
+
+    One that may be given by its place has a second parameter for its name, which --help need not repeat.
+    """
+    if option.argument:
+        yield _parameter(
+            option,
+            option.parameter,
+            typer.Argument(help=option.help, show_default=False, metavar=option.parameter.upper()),
         )
+    default = f"\\[default: {option.shown}]" if option.shown else ""  # typer would put a text into brackets of its own
+    about = typer.Option(
+        *([option.flag or f"--{option.name}"] + ([f"-{option.short}"] if option.short else [])),
+        help=f"{option.help} {default}".strip() or None,
+        show_default=False,
+        metavar="" if _is_switch(option) else None,
+        envvar=option.envvar,
+        rich_help_panel=None if option.everyday else option.panel,
+        hidden=option.argument,
     )
-    is_switch = option.on is not None
+    yield _parameter(option, option.parameter + BY_NAME * option.argument, about)
+
+
+def _parameter(option: Option, name: str, about: Any) -> inspect.Parameter:
+    one_way = option.on is not None
     return inspect.Parameter(
-        option.parameter,
+        name,
         inspect.Parameter.KEYWORD_ONLY,
-        default=False if is_switch else None,
-        annotation=Annotated[bool if is_switch else option.kind | None, about],
+        default=False if one_way else None,
+        annotation=Annotated[bool if one_way else option.kind | None, about],
     )
+
+
+def _is_switch(option: Option) -> bool:
+    return option.on is not None or option.kind is bool

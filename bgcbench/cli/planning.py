@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
+from bgcbench import results
 from bgcbench.cli.measuring import check_images
 from bgcbench.cli.output import Said
 from bgcbench.cli.run import Beginning, Command
@@ -59,11 +61,14 @@ class PlanCommand(Command):
         return prepared
 
     def start(self, prepared: Any, session: Session, world: World, beginning: Beginning) -> PlanRun:
-        from bgcbench.experiments.plan_run import PlanRun
+        from bgcbench.experiments.plan_run import PlanRun, measured
 
         facts = beginning.stored.plan if beginning.stored else None
         replace = beginning.replace or not beginning.afresh
-        return PlanRun(prepared, session, kept=beginning.kept, facts=facts, replace=replace, stop=beginning.stop)
+        run = PlanRun(prepared, session, kept=beginning.kept, facts=facts, replace=replace, stop=beginning.stop)
+        if run.config.measured is not None and facts is None:
+            measured(results.read(Path(run.config.measured)), run.config.measured, run)
+        return run
 
     def plan_lines(self, run: PlanRun, *, full: bool) -> list[str]:
         lines = run.plan_lines

@@ -16,7 +16,7 @@ import msgspec
 import typer
 
 from bgcbench import results
-from bgcbench.cli.output import Output, Said, closing, draw, print_document, say, with_progress
+from bgcbench.cli.output import Output, Said, closing, draw, first_look, print_document, say, with_progress
 from bgcbench.errors import OutputError, ResultFileError, UsageError
 from bgcbench.experiments.config import RunConfig
 from bgcbench.experiments.options import (
@@ -133,6 +133,10 @@ class Command(ABC):
     def said(self, update: Any, run: Any) -> Said:
         """What is shown of an update of the run."""
 
+    def is_first_look(self, update: Any, run: Any) -> bool:
+        """Whether there is something of every row now, and much more to come."""
+        return False
+
     def is_drawable(self, row: AnyRow) -> bool:
         """Whether there is anything in a row that a picture shows."""
         return True
@@ -144,7 +148,7 @@ class Command(ABC):
 
 def run_command(command: Command, context: typer.Context, parsed: Mapping[str, Any]) -> int:
     """Do what the options ask for, and return the exit code."""
-    preset = parsed.get("preset")
+    preset = parsed["preset"].casefold() if parsed.get("preset") else None
     with only_first_speaks():
         asked = command.asked(**given_fields(options_of(command.asked).values(), parsed))
         check_options(asked)
@@ -196,7 +200,7 @@ def settled(command: Command, given: Json, asked: Asked) -> tuple[Any, Document 
     path, stored = _file_to_resume(command, asked, given)
     output = Output.asked(asked, path, saves="save" in given)
     config = resolve_config(command, given, stored, str(path))
-    command.check(config, fresh=stored is None, replace=asked.force or asked.dry_run)
+    command.check(config, fresh=stored is None, replace=asked.force)
     if own_rank() == 0:  # which alone writes
         output.probe(dry_run=asked.dry_run)
     if asked.is_auto and path is not None and not asked.quiet and own_rank() == 0:
@@ -362,7 +366,7 @@ class _Execution:
                 if writer is not None:
                     writer.write(document)
                 if failed is not None and document.results and self.world.is_main:
-                    print_document(document, output.form)  # what there is; the error follows
+                    print_document(document, output.form, wide=output.wide)  # what there is; the error follows
             done = len(document.done)
             if not self.world.is_main:
                 return document, interrupts.exit_code if interrupts.requested() else int(done < planned)
@@ -380,14 +384,16 @@ class _Execution:
 
     def _saved(self, document: Document, writer: results.ResultWriter | None) -> Iterator[Said]:
         """What is to be shown of the run; each update that is worth it is already in the document and on the disk."""
-        told = len(self.run.warnings)
+        told, looked = len(self.run.warnings), self.output.quiet
         for update in self.run.run():
             if update.save:
                 self.run.take_into(document)
                 if writer is not None:
                     writer.write(document)
             said = self.command.said(update, self.run)
-            yield dataclasses.replace(said, warnings=tuple(self.run.warnings[told:]))
+            table = () if looked or not self.command.is_first_look(update, self.run) else first_look(document)
+            looked = looked or bool(table)
+            yield dataclasses.replace(said, warnings=tuple(self.run.warnings[told:]), table=table)
             told = len(self.run.warnings)
 
     def _show(self, document: Document, writer: results.ResultWriter | None) -> None:
@@ -395,7 +401,7 @@ class _Execution:
         if not document.results and self.output.form != "json":  # a run that was stopped at once has nothing to show
             return
         try:
-            print_document(document, self.output.form)
+            print_document(document, self.output.form, wide=self.output.wide)
         except OutputError as error:
             path = writer.path if writer is not None else results.rescue(document, f"{document.command}.json")
             kept = f"the result is in {path}" if path else "the result is lost"

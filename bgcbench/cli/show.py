@@ -1,4 +1,4 @@
-"""``bgcbench show``, ``doctor`` and ``compare``: what needs a result file or the machine, and no measurement."""
+"""``bgcbench show``, ``report``, ``doctor`` and ``compare``: what needs files or the machine, and no measurement."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -15,6 +15,9 @@ from bgcbench.errors import BgcbenchError, ResultFileError, UsageError
 from bgcbench.experiments import options
 from bgcbench.experiments.profile import ProfileConfig
 from bgcbench.specs import FORMATS, check_choice
+
+if TYPE_CHECKING:
+    from bgcbench.results import Document
 
 Format = Annotated[
     str,
@@ -29,6 +32,8 @@ Format = Annotated[
 def register(app: typer.Typer) -> None:
     """Make them commands of ``app``."""
     app.command(short_help="Print a result file again, or Table 1.")(show)
+    app.command(short_help="Make one HTML page of result files.")(report)
+    app.command(short_help="Join the parts of one plan.")(merge)
     app.command(short_help="Print what could spoil a measurement here.")(doctor)
     app.command(short_help="Compare two profile files.")(compare)
 
@@ -46,19 +51,25 @@ def show(
     groups: Annotated[str | None, typer.Option(help="Group counts N.", show_default="2,4,8,16")] = None,
     plot: Annotated[
         Path | None,
-        typer.Option(help="Also draw an approx, train or transfer file: a .png, .svg or .pdf file (extra: plot)."),
+        typer.Option(help="Also draw FILE, but not a plan: a .png, .svg or .pdf file (extra: plot)."),
     ] = None,
     picture: Annotated[
         str | None,
         typer.Option(
-            help="Which one: figure1, figure2, pareto, heatmap (approx); errors, curves (train); errors, layers "
-            "(transfer).",
+            help="Which one: speedups (profile); figure1, figure2, pareto, heatmap (approx); errors, curves (train); "
+            "errors, layers (transfer).",
             show_default="what there is to draw",
         ),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing --plot file.")] = False,
     explain: Annotated[
         bool, typer.Option("--explain", help="Print what the columns of FILE's tables mean, and all notes.")
+    ] = False,
+    wide: Annotated[
+        bool,
+        typer.Option(
+            "--wide", help="Show every column of every table on a terminal, too.", rich_help_panel=options.OUTPUT
+        ),
     ] = False,
     form: Format = "auto",
 ) -> int:
@@ -70,7 +81,7 @@ def show(
     """
     from bgcbench import results
 
-    check_choice("format", form, FORMATS)
+    form = check_choice("format", form.casefold(), FORMATS)
     shape = {"channels": channels, "in_channels": in_channels, "out_channels": out_channels, "kernel": kernel,
              "size": size, "groups": groups}  # fmt: skip
     given = [f"--{name.replace('_', '-')}" for name, value in shape.items() if value is not None]
@@ -84,7 +95,7 @@ def show(
     _check_plot(plot, picture, force=force, drawable=not table1)
     if document is not None and not table1:
         with _consistent(str(file)):
-            output.print_document(document, form, explain=explain)
+            output.print_document(document, form, explain=explain, wide=wide)
             if plot is not None:
                 output.draw(document, plot, picture)
         return 0
@@ -103,6 +114,90 @@ def show(
     shown = config.in_channels, config.out_channels, config.kernel, (config.height, config.width), config.groups
     output.emit(table1_report(*shown), form)
     return 0
+
+
+def report(
+    files: Annotated[list[Path], typer.Argument(help="Result files, or folders of them.", show_default=False)],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The page, a .html file.")] = Path("report.html"),
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing page.")] = False,
+) -> int:
+    """Make one HTML page of result files, to be read or sent without bgcbench: verdicts, sortable tables, pictures.
+
+    The page has everything in it and loads nothing. Of a folder it shows every result file, and names the others.
+
+    [bold]bgcbench report results -o report.html[/bold]
+    """
+    from bgcbench.plots import inline_pictures
+    from bgcbench.report import document_report, html
+    from bgcbench.results import files as writing
+
+    if out.suffix.lower() not in (".html", ".htm"):
+        raise UsageError(f"--out {out}: the name must end in .html")
+    writing.check_new(out, "--out", replace=force)
+    parts, no_pictures = [], ""
+    for number, (name, document) in enumerate(_documents(files), 1):
+        with _consistent(name):
+            try:
+                pictures = inline_pictures(document, f"f{number}")
+            except UsageError as missing:  # of matplotlib: the page is whole without
+                pictures, no_pictures = [], str(missing)
+            parts.append(html.Part(number, name, document, document_report(document), pictures))
+    if not parts:
+        raise UsageError(f"no result file in {', '.join(map(str, files))}; name files that a bgcbench command wrote")
+    writing.write_named(out, "--out", html.page(parts, no_pictures).encode())
+    drawn = sum(len(part.pictures) for part in parts)
+    output.say(f"{out}: {len(parts)} result files, {no_pictures or f'{drawn} pictures'}")
+    return 0
+
+
+def merge(
+    files: Annotated[
+        list[Path], typer.Argument(help="The parts: result files of runs with --shard.", show_default=False)
+    ],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="The result file of all rows.", show_default=False)
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
+) -> int:
+    """Join the parts of one plan, which runs with --shard 1/M to M/M have made, into one result file.
+
+    Parts of other plans, settings or machines are refused. Rows of different parts were not measured in turn:
+    their ratios have wider intervals.
+
+    [bold]bgcbench profile --channels 256 --shard 1/2 -o one.json[/bold]
+
+    [bold]bgcbench merge one.json two.json -o all.json[/bold]
+    """
+    from bgcbench import results
+    from bgcbench.results import files as writing
+    from bgcbench.results import merging
+
+    if out is None:
+        raise UsageError("name the file for all rows: -o FILE")
+    writing.check_new(out, "--out", replace=force)
+    joined = merging.merged([(str(path), results.read(path)) for path in files])
+    writing.write_named(out, "--out", results.dumps(joined).encode())
+    missing = "" if joined.complete else "; not complete: parts, or rows of parts, are missing"
+    output.say(f"{out}: {len(joined.results)} rows of {len(files)} parts{missing}")
+    return 0 if joined.complete else BgcbenchError.exit_code
+
+
+def _documents(paths: list[Path]) -> Iterator[tuple[str, Document]]:
+    """The name and the document of each result file, and of those in folders; says which files there are no results."""
+    from bgcbench import results
+
+    seen: set[Path] = set()
+    for path in paths:
+        for file in sorted(path.glob("*.json")) if path.is_dir() else [path]:
+            if file.resolve() in seen:
+                continue
+            seen.add(file.resolve())
+            try:
+                yield file.as_posix(), results.read(file)
+            except ResultFileError as error:
+                if not path.is_dir():
+                    raise
+                output.say(f"left out: {error}")
 
 
 @contextlib.contextmanager
@@ -136,7 +231,7 @@ def doctor(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:K.")] = "auto", form: Format = "auto"
 ) -> int:
     """Print this machine's environment and what on it could spoil a measurement."""
-    check_choice("format", form, FORMATS)
+    form, device = check_choice("format", form.casefold(), FORMATS), device.casefold()
     ProfileConfig(device=device)  # the name is checked before torch is imported
     from bgcbench.measure.device import resolve_device
     from bgcbench.measure.environment import describe_environment, diagnose
@@ -166,7 +261,7 @@ def compare(
     """
     from bgcbench import results
 
-    check_choice("format", form, FORMATS)
+    form = check_choice("format", form.casefold(), FORMATS)
     if fail_on is not None and not 0 <= fail_on < float("inf"):
         raise UsageError(f"--fail-on {fail_on} must be 0 or a positive number of percent")
     documents = [results.read(path) for path in (before, after)]

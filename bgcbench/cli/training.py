@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import statistics
 from pathlib import Path
@@ -15,13 +16,13 @@ from bgcbench.cli.output import Said, say
 from bgcbench.cli.run import Beginning, Command, settled
 from bgcbench.errors import UsageError
 from bgcbench.experiments import train, transfer
-from bgcbench.experiments.options import Asked, AskedOfTraining, AskedOfTransfer
+from bgcbench.experiments.options import Asked, AskedOfTraining, AskedOfTransfer, in_shard
 from bgcbench.experiments.train import IN_FILES, TrainConfig, as_folder
 from bgcbench.experiments.transfer import NO_IMAGES, TransferConfig, room_to_save, saved_name, with_images
 from bgcbench.results import Json
 from bgcbench.results.document import Command as CommandName
 from bgcbench.results.rows import CellKey, Epoch, TransferRow
-from bgcbench.specs import TIMM_PREFIX, WEIGHTS, NetSpec
+from bgcbench.specs import FACTORY, TIMM_PREFIX, WEIGHTS, NetSpec
 
 if TYPE_CHECKING:
     from bgcbench.experiments.session import Session
@@ -93,7 +94,8 @@ class Train(Command):
     def start(self, prepared: Any, session: Session, world: World, beginning: Beginning) -> TrainRun[Any]:
         from bgcbench.experiments.train_run import TrainRun
 
-        return TrainRun(prepared, session, world, **beginning.of_training)
+        rows = in_shard(prepared.config.shard, prepared.rows)
+        return TrainRun(dataclasses.replace(prepared, rows=rows), session, world, **beginning.of_training)
 
     def plan_lines(self, run: Any, *, full: bool) -> list[str]:
         return [*self.own_lines(run), *_network_lines(run, full=full)]
@@ -279,6 +281,8 @@ class Transfer(Train):
 
 def _is_path(model: str) -> bool:
     """Whether MODEL names a file, and not a network."""
+    if FACTORY.fullmatch(model):
+        return False
     is_below = bool(os.path.dirname(model)) and not model.startswith(TIMM_PREFIX)
     return is_below or model.endswith(CHECKPOINTS) or os.path.isfile(model)
 

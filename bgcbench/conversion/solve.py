@@ -52,11 +52,16 @@ class Losses:
 
 def best_of(variant: str, lost: Callable[[str, float], float]) -> Losses:
     """Choose the ridge of ``variant``. lost: what is lost with a projection and a ridge, on the images held out."""
-    copied, white = lost("copy", 0.0), lost("white", 0.0)
+    return Losses(lost("copy", 0.0), *best_calibrated(variant, lost))
+
+
+def best_calibrated(variant: str, lost: Callable[[str, float], float]) -> tuple[float, float, float | None]:
+    """What is lost with white and with calibrated weights, and the ridge of these, as in :class:`Losses`."""
+    white = lost("white", 0.0)
     if white <= EXACT:
-        return Losses(copied, white, white, None)
+        return white, white, None
     ridges = RIDGES if variant in CLOSED_FORM else (SEARCH_RIDGE,)
-    return Losses(copied, white, *best_ridge(ridges, lambda ridge: lost("least_squares", ridge), white))
+    return white, *best_ridge(ridges, lambda ridge: lost("least_squares", ridge), white)
 
 
 def is_scarce(variant: str, patch_length: int, groups: int, rows: int) -> bool:

@@ -13,9 +13,10 @@ from bgcbench.data.feeds import Batch, Feed, epoch_order
 from bgcbench.data.folder import open_folder
 from bgcbench.data.imagefolder import open_imagefolder, open_imagenet
 from bgcbench.data.labelled import LabelledData
+from bgcbench.data.own import open_labelled_own, open_own
 from bgcbench.data.synthetic import open_synthetic
 from bgcbench.errors import UsageError
-from bgcbench.specs import Pair, check_choice
+from bgcbench.specs import Pair, check_choice, is_own
 
 __all__ = ["DATASETS", "LABELLED", "Batch", "Feed", "Images", "LabelledData", "epoch_order", "open_images",
            "open_labelled"]  # fmt: skip
@@ -35,11 +36,14 @@ LABELLED: dict[str, Callable[..., LabelledData]] = {
 
 
 def open_images(data: str, size: Pair | None = None) -> Images:
-    """The images that ``data`` names: one of DATASETS or, where it is none of these names, the path of a folder.
+    """The images that ``data`` names: one of DATASETS or, where it is none of these names, the path of a folder or a
+    function of the user's own (:mod:`bgcbench.data.own`).
 
     size: (height, width) in px, None for the source's own: 16 x 16 for digits, 224 x 224 for a folder. Raises
     UsageError for what is neither name nor folder, for a folder without images and for a package that is missing.
     """
+    if is_own(data):
+        return open_own(data, size)
     if _is_path(data, DATASETS):
         return open_folder(data, size)
     return DATASETS[_known(data, DATASETS, "a folder of images")](size)
@@ -63,6 +67,8 @@ def open_labelled(
     UsageError for an unknown name, for an option that is not the data set's, and for files that are missing,
     incomplete, damaged or not in their places.
     """
+    if is_own(name):
+        return open_labelled_own(name, size)
     if _is_path(name, LABELLED):
         name, dirs = "folder", (Path(name),)
     _known(name, LABELLED, "a folder with the folders train and val")

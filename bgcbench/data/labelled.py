@@ -50,7 +50,7 @@ class LabelledData(Source, ABC):
 
 
 @dataclass(frozen=True, eq=False)
-class _Resident(Images):
+class Resident(Images):
     """Images in memory: ``pixels`` (count, 3, h, w) in uint8 on the CPU."""
 
     pixels: Tensor
@@ -89,7 +89,7 @@ class ResidentData(LabelledData):
         return ResidentFeed(train, test, device, pad=self.pad, flip=self.flip)
 
     def calibration(self) -> Images:
-        return _Resident(self.name, self.preprocessing, self.num_classes, self.train_images)
+        return Resident(self.name, self.preprocessing, self.num_classes, self.train_images)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

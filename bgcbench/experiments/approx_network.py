@@ -11,8 +11,8 @@ from typing import ClassVar
 
 from bgcbench.errors import UsageError
 from bgcbench.experiments.config import ImageChoice, NetworkChoice, RunConfig
-from bgcbench.experiments.options import NETWORK, SIZE, Option, option, positive
-from bgcbench.specs import DATA_SETS, DIGITS_PX, HELD_OUT, NetSpec
+from bgcbench.experiments.options import NETWORK, SIZE, Option, images, option, positive, word_or_path
+from bgcbench.specs import DATA_SETS, DIGITS_PX, HELD_OUT, WEIGHTS, NetSpec, is_own
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,16 @@ class ApproxNetworkConfig(ImageChoice, NetworkChoice, RunConfig):
         panel=NETWORK,
         everyday=True,
         shown="default where there are any",
+        read=word_or_path(WEIGHTS),
     )
-    data: str = option("", "Images to run through it: digits, or a folder of images.", panel=NETWORK, everyday=True)
+    data: str = option(
+        "",
+        "Images to run through it: digits, a folder of images, or your own: data.py:load.",
+        short="d",
+        panel=NETWORK,
+        everyday=True,
+        read=images(DATA_SETS),
+    )
     calibration_images: int = option(
         None, "How many of them; one in four is held out to evaluate.", panel=NETWORK, shown="256"
     )
@@ -78,7 +86,7 @@ class ApproxNetworkConfig(ImageChoice, NetworkChoice, RunConfig):
             raise UsageError(f"--memory {self.memory_gib} must be a positive number of GiB")
         if not self.choices:
             raise UsageError("a standard convolution (N = 1) loses nothing; name another variant and N of 2 or more")
-        self._check_images(self.weights or "default", in_memory=self.data in DATA_SETS)
+        self._check_images(self.weights or "default", in_memory=self.data in DATA_SETS or is_own(self.data))
         self._resolve_network()
 
     @property

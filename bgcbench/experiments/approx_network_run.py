@@ -36,13 +36,13 @@ from bgcbench.models import build_model
 from bgcbench.models.weights import Loaded, Weights, has_default
 from bgcbench.results import Document, Json
 from bgcbench.results.rows import Counts, LayerErrors, LayerParams, LayerRow, Moments, NetworkFacts, Replaced, Status
-from bgcbench.specs import HELD_OUT, Choice
+from bgcbench.specs import HELD_OUT, Choice, is_own
 
 UNTRAINED = "no published weights: the network is untrained, and so are its activations; give --weights FILE"
 
 
 @dataclass
-class _Batches:
+class Batches:
     """The calibration images, the same every time they are gone through."""
 
     images: Images
@@ -80,7 +80,7 @@ class Prepared:
     config: ApproxNetworkConfig
     model: nn.Module
     loaded: Loaded
-    batches: _Batches
+    batches: Batches
     layers: Candidates
     portions: int
     moment_bytes: int
@@ -141,7 +141,8 @@ def prepare(config: ApproxNetworkConfig) -> Prepared:
     skip_invalid).
     """
     published = has_default(config.spec)
-    weights = Weights(config.model, config.weights or ("default" if published else "none"), config.weights_key)
+    usual = "own" if is_own(config.model) else "default" if published else "none"
+    weights = Weights(config.model, config.weights or usual, config.weights_key)
     config = sized(config, weights)
     spec = config.spec
     images = prepared_for(config, open_images(config.data, (spec.size[1], spec.size[2])), weights)
@@ -163,12 +164,12 @@ def prepare(config: ApproxNetworkConfig) -> Prepared:
     portions = passes(found.chosen, memory)
     held = max(sum(moment_bytes(layer) for layer in portion) for portion in portions)
     warnings = [*found.notes, *loaded.notes, *warned(images.preprocessing, weights, config.model)]
-    if config.weights is None and not published:
+    if config.weights is None and usual == "none":
         warnings.append(f"{config.model}: {UNTRAINED}")
     there, asked = len(images), config.calibration_images
     if there < asked:
         warnings.append(f"{images.name} has {there} images, fewer than the {asked} asked for; all are used")
-    batches = _Batches(images, min(there, asked), config.batch, config.seed, config.calibration_views)
+    batches = Batches(images, min(there, asked), config.batch, config.seed, config.calibration_views)
     said = told(images.preprocessing, weights)
     return Prepared(config, model, loaded, batches, found, len(portions), held, said, warnings)
 

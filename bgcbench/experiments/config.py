@@ -18,12 +18,14 @@ from bgcbench.experiments.options import (
     Option,
     check_options,
     listed,
+    network,
     one_of,
     option,
     positive,
     size,
     three,
     variants,
+    word,
 )
 from bgcbench.planning import read_plan
 from bgcbench.results import Json
@@ -61,18 +63,22 @@ class RunConfig:
     """The settings that all commands share; valid once constructed (raises UsageError or ShapeError)."""
 
     variants: tuple[str, ...] = option(
-        ("standard", "gc", "bgc"), "Variants, or all.", panel=GRID, everyday=True, read=variants,
+        ("standard", "gc", "bgc"), "Variants, or all.", short="v", panel=GRID, everyday=True, read=variants,
         check=one_of(VARIANTS, "variant"),
     )  # fmt: skip
-    groups: tuple[int, ...] = option((2, 4, 8, 16), "Group counts N.", panel=GRID, everyday=True, check=positive)
+    groups: tuple[int, ...] = option(
+        (2, 4, 8, 16), "Group counts N.", short="g", panel=GRID, everyday=True, check=positive
+    )
     ranks: tuple[int, ...] = option(
         (), "Ranks of low rank (LR), such as 8,16: a row each, besides those by N.", panel=GRID
     )
     precision: str = option("fp32", panel=MEASURE, check=one_of(PRECISIONS))
-    device: str = option("auto", "auto, cpu, cuda or cuda:K.", panel=MEASURE, everyday=True, check=_is_device)
+    device: str = option(
+        "auto", "auto, cpu, cuda or cuda:K.", panel=MEASURE, everyday=True, read=word, check=_is_device
+    )
     threads: int | None = option(None, "CPU threads.", panel=MEASURE, shown="torch's", check=positive)
     seed: int = option(0, panel=MEASURE, check=_is_seed)
-    quick: bool = option(False, panel=MEASURE, everyday=True)
+    quick: bool = option(False, short="q", panel=MEASURE, everyday=True)
     skip_invalid: bool = option(False, "Go on when N or a rank does not fit the channels; the row says so.", panel=GRID)
 
     SHORTHANDS: ClassVar[tuple[Option, ...]] = ()  # options of several fields
@@ -128,7 +134,7 @@ class NetworkChoice:
     :func:`bgcbench.convert`.
     """
 
-    model: str = option("resnet50", panel=NETWORK, everyday=True, shown="")
+    model: str = option("resnet50", panel=NETWORK, everyday=True, shown="", argument=True, read=network)
     height: int | None = None
     width: int | None = None
     num_classes: int | None = option(
@@ -162,19 +168,15 @@ class NetworkChoice:
 
 
 def _plan_in(name: str, path: Path) -> Json:
-    """The plan in a file, as a configuration keeps it; raises UsageError for one that changes nothing."""
-    choices, _ = read_plan(path)
-    if all(choice.is_dense for choice in choices.values()):
-        raise UsageError(f"--{name} {path} keeps every convolution as it is; give a plan that replaces one at least")
-    return {layer: choice.to_json() for layer, choice in choices.items()}
+    return {layer: choice.to_json() for layer, choice in read_plan(path)[0].items()}
 
 
 @dataclass(frozen=True)
 class PlanChoice:
     """The part of a network's configuration that may hold a plan: what each convolution becomes, by its name.
 
-    plan: as in a plan file, so that a result file says what ran. A planned network is a row of its own, to which where,
-    include, exclude and skip_invalid mean nothing.
+    plan: as in a plan file, or a bgcbench.Plan; kept as JSON, so that a result file says what ran. A planned network is
+    a row of its own, to which where, include, exclude and skip_invalid mean nothing.
     """
 
     plan: Mapping[str, Any] | None = option(
@@ -188,7 +190,7 @@ class PlanChoice:
 
     @property
     def planned(self) -> dict[str, Choice]:
-        """What each convolution becomes that the plan names; raises UsageError for what is no choice."""
+        """What each convolution becomes that the plan names."""
         return {name: Choice.of(choice) for name, choice in (self.plan or {}).items()}
 
     @property
@@ -204,8 +206,17 @@ class PlanChoice:
         every = (name for each in self.planned.values() for name in VARIANTS[each.variant].algorithms)
         return tuple(dict.fromkeys(name for name in every if name != "stock"))
 
-    def _check_plan(self) -> None:
-        """Raise UsageError for what is said of the variants where there is only a plan."""
+    def _settle_plan(self) -> None:
+        """Write the plan out as JSON.
+
+        Raises UsageError for one that changes nothing, and for what is said of variants where there is only a plan.
+        """
+        if self.plan is None:
+            return
+        choices = {name: Choice.of(each) for name, each in getattr(self.plan, "choices", self.plan).items()}
+        if all(choice.is_dense for choice in choices.values()):
+            raise UsageError("--plan keeps every convolution as it is; give a plan that replaces one at least")
+        object.__setattr__(self, "plan", {name: choice.to_json() for name, choice in choices.items()})
         about = {"where": "auto", "include": (), "exclude": (), "skip_invalid": False}
         said = [name for name, usual in about.items() if getattr(self, name) != usual]
         if self.choices == [PLANNED] and said:
@@ -238,7 +249,11 @@ class ImageChoice:
         read=size,
     )
     interpolation: str | None = option(
-        None, "Of image files: bilinear, bicubic, nearest, box, hamming, lanczos.", panel=WORKLOAD, shown=_OF_WEIGHTS
+        None,
+        "Of image files: bilinear, bicubic, nearest, box, hamming, lanczos.",
+        panel=WORKLOAD,
+        shown=_OF_WEIGHTS,
+        read=word,
     )
     calibration_views: int = option(
         1,

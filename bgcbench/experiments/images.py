@@ -11,9 +11,10 @@ from bgcbench.data.base import SourceT, prepared_as
 from bgcbench.errors import UsageError
 from bgcbench.experiments.config import NetworkChoice
 from bgcbench.measure.trace import Trace, trace
+from bgcbench.models.own import class_count
 from bgcbench.models.preprocessing import own_size
 from bgcbench.models.weights import Weights
-from bgcbench.specs import DEFAULT_PX, NetSpec, Preprocessing
+from bgcbench.specs import DEFAULT_PX, NetSpec, Preprocessing, is_own
 
 Config = TypeVar("Config", bound=NetworkChoice)
 
@@ -30,13 +31,16 @@ def sized(config: Config, weights: Weights | None = None) -> Config:
 def traced(model: nn.Module, spec: NetSpec) -> Trace:
     """What ``model``, the network of ``spec``, does on an image; raises UsageError where it takes none of that size."""
     try:
-        return trace(model, spec.size)
+        found = trace(model, spec.size)
     except Exception as problem:
         _, height, width = spec.size
         own = own_size(spec.name)
         way_out = "try another --size" if own is None else f"its own --size is {own[0]}x{own[1]}"
         reason = (str(problem) or type(problem).__name__).splitlines()[0][:120]
         raise UsageError(f"{spec.name} takes no images of {height}x{width} px ({reason}); {way_out}") from problem
+    if is_own(spec.name):
+        class_count(model, spec)
+    return found
 
 
 def prepared_for(config: Any, images: SourceT, weights: Weights) -> SourceT:

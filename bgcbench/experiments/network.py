@@ -41,7 +41,7 @@ class NetworkConfig(PlanChoice, NetworkChoice, MeasureConfig):
         if not self.input_grad:
             raise UsageError("--no-input-grad is for one layer; a network's images take no gradient")
         self._resolve_network()
-        self._check_plan()
+        self._settle_plan()
 
     @property
     def is_pointwise(self) -> bool:

@@ -37,9 +37,10 @@ from bgcbench.measure.counts import CallWork, count
 from bgcbench.measure.trace import Call, Trace, trace
 from bgcbench.measure.workload import Like, NetworkWorkload, Workload
 from bgcbench.models import build_empty, build_model
+from bgcbench.models.own import class_count
 from bgcbench.results import Json
 from bgcbench.results.rows import Counts, DistinctLayer, Memory, Record
-from bgcbench.specs import PRECISIONS, VARIANTS, Choice, ConvSpec, NetSpec
+from bgcbench.specs import PRECISIONS, VARIANTS, Choice, ConvSpec, NetSpec, is_own
 
 PASSES = {"fwd": 1, "train_step": 3}  # convolution-sized passes: y; and dx and dW
 
@@ -107,6 +108,8 @@ def plan_network(config: NetworkConfig) -> NetworkPlan:
     config = sized(config)
     dense = build_empty(config.spec)
     found = traced(dense, config.spec)
+    if is_own(config.model):
+        config = dataclasses.replace(config, num_classes=class_count(dense, config.spec))
     planned = NetworkPlan(config, [], {}, [])
     problems: list[str] = []
     for wanted in wanted_rows(config):

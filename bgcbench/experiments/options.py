@@ -8,15 +8,26 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import os
 import re
 import types
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from bgcbench.errors import UsageError
-from bgcbench.specs import FORMATS, VARIANTS, check_choice, check_positive
+from bgcbench.specs import (
+    FORMATS,
+    TIMM_PREFIX,
+    VARIANTS,
+    check_choice,
+    check_positive,
+    is_own,
+    may_run,
+    shard_of,
+    spelt,
+)
 
 # The panels of --help, in this order. What a user wants every day stands before them all.
 WORKLOAD = "Workload"
@@ -28,6 +39,7 @@ MEASURE = "How it is measured"
 OUTPUT = "Output"
 PANELS = (WORKLOAD, CONVERSION, NETWORK, GRID, RECIPE, MEASURE, OUTPUT)
 
+T = TypeVar("T")
 Check = Callable[[str, Any], object]
 Reader = Callable[[str, Any], Any]
 
@@ -36,11 +48,13 @@ Reader = Callable[[str, Any], Any]
 class Option:
     """One option of a command.
 
-    name: as it is typed, without the dashes. fills: the fields that it gives values. kind: what typer parses: int,
-    float, str, bool, Path or list[str]. flag: how a switch is typed, such as "--no-reference" or "--flip/--no-flip".
+    name: as it is typed, without the dashes; short: the same in one letter. fills: the fields that it gives values.
+    kind: what typer parses: int, float, str, bool, Path or list[str]. flag: how a switch is typed, such as
+    "--no-reference" or "--flip/--no-flip".
     read: makes what it fills of what typer has parsed, (name, parsed) -> value, one for each field where there are
     several. check: called with the first field's name and value; raises UsageError. shown: the default in words.
-    everyday: stands first in --help. argument: has no dashes. on: what a switch that can only be turned one way means.
+    everyday: stands first in --help. argument: may be given by its place, too. on: what a
+    switch that can only be turned one way means.
     """
 
     name: str
@@ -49,6 +63,7 @@ class Option:
     kind: Any = str
     panel: str = OUTPUT
     shown: str | None = None
+    short: str = ""
     flag: str = ""
     read: Reader = lambda name, parsed: parsed
     check: Check | None = None
@@ -67,6 +82,8 @@ class Option:
         if parsed is None or parsed == [] or (self.on is not None and not parsed):
             return {}
         value: Any = self.read(self.name, parsed) if self.on is None else self.on
+        if isinstance(self.check, one_of):
+            value = self.check.spelt(value)
         return dict(zip(self.fills, value if len(self.fills) > 1 else (value,), strict=True))
 
 
@@ -153,9 +170,19 @@ def given_fields(options: Iterable[Option], parsed: Mapping[str, Any]) -> dict[s
 positive: Check = check_positive
 
 
-def one_of(choices: Iterable[str], what: str = "") -> Check:
-    """A check: the value is one of ``choices``."""
-    return lambda field, value: check_choice(what or field, value, choices)
+@dataclass(frozen=True)
+class one_of:
+    """A check: the value is one of ``choices``, whatever its case where it is typed."""
+
+    choices: Iterable[str]
+    what: str = ""
+
+    def __call__(self, field: str, value: str) -> None:
+        check_choice(self.what or field, value, self.choices)
+
+    def spelt(self, value: Any) -> Any:
+        """A word that was typed, or each of several, as it stands among the choices."""
+        return tuple(map(self.spelt, value)) if isinstance(value, tuple) else spelt(value, self.choices)
 
 
 # ---------------------------------------------------------------------------------------------- what is read from text
@@ -180,7 +207,51 @@ def names(name: str, text: str) -> tuple[str, ...]:
 
 def variants(name: str, text: str) -> tuple[str, ...]:
     """``names``, where all is every variant."""
-    return tuple(VARIANTS) if text == "all" else names(name, text)
+    return tuple(VARIANTS) if text.strip().casefold() == "all" else names(name, text)
+
+
+def word(name: str, text: str) -> str:
+    """One of a few words, all of which are in small letters."""
+    return text.casefold()
+
+
+def word_or_path(words: Iterable[str]) -> Reader:
+    """A reader of what is one of ``words``, whatever its case, or else a path."""
+    return lambda name, text: spelt(text, words)
+
+
+def images(words: Iterable[str]) -> Reader:
+    """The same of images, which a function may load."""
+    return lambda name, text: own(f"--{name}", text) if is_own(text) else spelt(text, words)
+
+
+def own(option: str, text: str) -> str:
+    """A function of the user's own, who has named it; raises UsageError for a file that is not there."""
+    home = text.rpartition(":")[0]
+    if home.endswith(".py") and not os.path.isfile(home):
+        raise UsageError(f"{option} {text}: there is no file {home}")
+    return may_run(text)
+
+
+EXPORTED = (".pt2", ".ts", ".torchscript", ".ptl", ".onnx")
+
+
+def network(name: str, text: str) -> str:
+    """A network's name, whose case does not matter, the path of a checkpoint, or a function that makes a network.
+
+    Raises UsageError for a file that no network can be made of.
+    """
+    if is_own(text):
+        return own("MODEL", text)
+    if text.endswith(".py"):
+        raise UsageError(f"MODEL {text} must name the function that makes the network, too, such as {text}:make")
+    if text.casefold().endswith(EXPORTED):
+        raise UsageError(
+            f"MODEL {text} is an exported program, whose convolutions cannot be replaced; name the function that makes "
+            "the network, such as net.py:make"
+        )
+    is_path = os.path.exists(text) or (os.path.dirname(text) and not text.casefold().startswith(TIMM_PREFIX))
+    return text if is_path else text.casefold()
 
 
 def size(name: str, text: str) -> tuple[int, int]:
@@ -189,6 +260,17 @@ def size(name: str, text: str) -> tuple[int, int]:
     if len(parts) > 2 or not all(re.fullmatch("[0-9]+", part) for part in parts):
         raise UsageError(f"--{name} {text} must be a number of pixels or HEIGHTxWIDTH, such as 7 or 7x14")
     return int(parts[0]), int(parts[-1])
+
+
+def is_shard(field: str, value: str) -> None:
+    """A check: part K of M of a plan."""
+    shard_of(value)
+
+
+def in_shard(shard: str | None, rows: Sequence[T]) -> list[T]:
+    """The rows of a plan that part K of M has: each M-th, from the K-th on; all without a ``shard``."""
+    number, of = shard_of(shard) if shard else (1, 1)
+    return list(rows[number - 1 :: of])
 
 
 def three(name: str, text: str) -> tuple[float, ...]:
@@ -230,6 +312,7 @@ class Asked:
     out: str | None = option(
         None,
         "Result file; - is stdout (JSON).",
+        short="o",
         shown="results/COMMAND-WHAT-DEVICE-TIME.json",
         everyday=True,
     )
@@ -246,6 +329,7 @@ class Asked:
         shown=None,
         check=one_of(FORMATS, "format"),
     )
+    wide: bool = option(False, "Show every column of every table on a terminal, too.")
     quiet: bool = option(False, "No progress and no notes on stderr.")
     plot: Path | None = None
 
@@ -256,18 +340,18 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class AskedOfPlan(Asked):
-    """The same of a run that saves a plan and its network."""
-
-    force: bool = option(False, "Replace existing --out and --save files.")
-
-
-@dataclass(frozen=True)
 class AskedOfPicture(Asked):
     """The same of a run that can be drawn."""
 
     force: bool = option(False, "Replace existing --out and --plot files.")
     plot: Path | None = option(None, "Draw the result: a .png, .svg or .pdf file (extra: plot).")
+
+
+@dataclass(frozen=True)
+class AskedOfPlan(AskedOfPicture):
+    """The same of a run that saves a plan and its network."""
+
+    force: bool = option(False, "Replace existing --out, --plot and --save files.")
 
 
 @dataclass(frozen=True)

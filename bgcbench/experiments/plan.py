@@ -28,9 +28,7 @@ class PlanConfig(ApproxNetworkConfig):
     test_images: never used to plan, to compare the planned network with the original one.
     """
 
-    model: str = option(
-        "", "resnet50, wrn_28_10, any classification network of torchvision, or timm/NAME.", argument=True
-    )
+    model: str = option("", "resnet50, wrn_28_10, any classification network of torchvision, or timm/NAME.")
     variants: tuple[str, ...] = option(TRIED)
     params: float | None = option(
         None, "Keep at most this share of the convolutions' parameters.", panel=GRID, everyday=True, check=_share
@@ -55,11 +53,19 @@ class PlanConfig(ApproxNetworkConfig):
         None, "A folder for plan.json, which you can edit, and the planned network.", panel=NETWORK, everyday=True
     )
 
+    measured: str | None = option(
+        None, "Take costs and losses from this plan's result file, such as for another budget.", panel=MEASURE
+    )
+
     SHORTHANDS: ClassVar[tuple[Option, ...]] = tuple(
         dataclasses.replace(each, everyday=False) for each in ApproxNetworkConfig.SHORTHANDS
     )
     PRECISIONS: ClassVar[tuple[str, ...]] = ("fp32",)
-    FREE: ClassVar[tuple[str, ...]] = ("memory_gib", "save")
+    FREE: ClassVar[tuple[str, ...]] = ("memory_gib", "save", "measured")
+    # What is chosen by and compared with, once costs and losses are known.
+    AFTERWARDS: ClassVar[frozenset[str]] = frozenset(
+        ("params", "macs", "time", "loss", "most_variants", "test_images", "save", "measured", "memory_gib", "device")
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -10,6 +10,7 @@ import dataclasses
 import io
 import itertools
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -22,9 +23,10 @@ from torch import Tensor, nn
 
 from bgcbench.conversion.approximability import shape_of
 from bgcbench.conversion.convert import convert, save_converted
+from bgcbench.conversion.layer_moments import patch_length, positions_an_image
 from bgcbench.conversion.lockstep import Stopped
 from bgcbench.conversion.record import Converted
-from bgcbench.errors import UsageError
+from bgcbench.errors import ResultFileError, UsageError
 from bgcbench.experiments import approx_network_run
 from bgcbench.experiments.approx_run import Step
 from bgcbench.experiments.base import Run
@@ -38,16 +40,22 @@ from bgcbench.measure.batches import Passing
 from bgcbench.measure.device import backend_state, describe_failure
 from bgcbench.measure.undisturbed import undisturbed
 from bgcbench.planning.choices import LayerOptions, Problem, Scored, best_families, choices_for, counted
-from bgcbench.planning.decision import AGAIN, FELT, PLAIN, Contender, Plan, choose, planned
+from bgcbench.planning.decision import AGAIN, FELT, PLAIN, Contender, Plan, choose, contenders, planned
+from bgcbench.planning.losses import SENSITIVITY_IMAGES
 from bgcbench.planning.plan import decided, held_outputs, losses_of, score, timed, tryout
 from bgcbench.planning.times import interleaved
-from bgcbench.results import Document, write_atomically
+from bgcbench.results import Document, check_command, check_resumable, write_atomically
 from bgcbench.results.rows import Counts, CurvePoint, PlanFacts, PlanParams, PlanRow, Replaced
 from bgcbench.specs import HELD_OUT, Choice
 
 PLAN_FILE, NETWORK_FILE = "plan.json", "network.pt"
-DENSE, PLAN = "dense", "plan"  # subjects of a proof, besides the variants
+DENSE, PLAN, DENSE_KEY = "dense", "plan", "proof-dense"  # subjects of a proof, besides the variants
 READ = 64  # images that are read at a time
+QUICKLY = "left out by --quick"
+LOOK = 8  # images of a look at how fast the network is
+# Operations of solving a layer as a choice, for each s^2 of a patch vector of s numbers: for each output channel, and
+# of TLGC's search.
+SOLVING, SEARCHING = 12.0, 2.5e4
 NO_FAMILY = "no N of it keeps to the budget"
 UNSEEN = 3  # of so many images one is never planned on, where there are too few for all that is asked
 
@@ -201,10 +209,45 @@ class PlanRun(Run[PlanRow]):
         return [
             f"plan: {len(prepared.layers)} convolutions of {self.config.model} (weights: {network.loaded.name}), "
             f"{options} choices, {asked}; {prepared.images} images to plan on, {prepared.test_images} others to test",
+            f"roughly {self.estimated_s() / 60:.0f} min, by a look at the device",
             *network.told,
             *(f"  {name}: {', '.join(each.label for each in found)}" for name, found in prepared.choices.items()),
             *(f"  kept: {kept.name} ({kept.reason})" for kept in network.layers.kept),
         ]
+
+    def estimated_s(self) -> float:
+        """A rough guess of the run's length: passes over the images, moments and solutions, and what is timed.
+
+        A pass of one image and a product of matrices are timed for it. Moments take some twenty rows for each entry of
+        a patch vector of s numbers, 40 s^3 operations, where there are as many.
+        """
+        config, prepared, device = self.config, self.prepared, self.session.device
+        network = prepared.network
+        with backend_state("fp32", config.threads):
+            model = network.model.to(device).eval()
+            image_s = _seconds(partial(outputs_of, model, [torch.randn(LOOK, *network.config.spec.size)])) / LOOK
+            square = torch.randn(LOOK * 128, LOOK * 128, dtype=torch.float64)
+            rate = 2 * len(square) ** 3 / _seconds(lambda: square @ square)
+        variants = [name for name in config.variants if name != "standard"]
+        converted = 2 if config.quick else 3 + len(variants)
+        put_in = SENSITIVITY_IMAGES // 4 if config.quick else SENSITIVITY_IMAGES
+        images, seconds = prepared.images * config.calibration_views, 0.0
+        for layer in prepared.layers:
+            size, choices = patch_length(layer), prepared.choices[layer.name]
+            rows = images * min(positions_an_image(layer, images), (layer.height or 1) * (layer.width or 1))
+            solving = [
+                (SEARCHING if choice.variant == "tlgc" else SOLVING * layer.out_channels) * size**2
+                for choice in choices
+            ]
+            moments = 2 * rows * size**2
+            seconds += (moments + sum(solving)) / rate + len(variants) * min(put_in, images // HELD_OUT) * image_s
+            seconds += converted * (2 * moments + sum(solving) / max(1, len(solving))) / rate
+        seconds += (images * (1 + 2 * converted) + prepared.test_images * (1 + converted)) * image_s
+        if config.budget[0] == "time":
+            rules = timing.Rules.for_device(device.type, quick=config.quick, max_time_s=0.1 if config.quick else 1.0)
+            seconds += rules.max_time_s * sum(len(choices) + 1 for choices in prepared.choices.values()) / 2
+            seconds += 2 * len(variants) * rules.min_rounds * config.batch * image_s
+        return seconds + len(variants) * 10 * config.batch * image_s
 
     def take_into(self, document: Document) -> None:
         super().take_into(document)
@@ -251,8 +294,8 @@ class PlanRun(Run[PlanRow]):
             except Stopped:
                 return
             seconds = {(each.layer.name, one.choice): one.seconds for each in found.layers for one in each.options}
-            facts = {"rest_s": found.rest_s, "factors": dict(found.factors)}
-            self.facts = msgspec.structs.replace(self.facts, **facts)
+            self.warnings += found.notes
+            self.facts = msgspec.structs.replace(self.facts, rest_s=found.rest_s, factors=dict(found.factors))
         for row in left:
             layer, choice = _of(row)
             params, macs = counted(layer, choice)
@@ -336,7 +379,7 @@ class PlanRun(Run[PlanRow]):
 
         tried: dict[str, tuple[Contender, float]] = {}
         try:
-            for each, error in tryout(problem, kind, budget, converted, most):
+            for each, error in tryout(problem, kind, budget, converted, most, quick=self.config.quick):
                 tried[each.name] = each, error
                 yield Step(f"tried out: {each.label}", len(tried) / len(rows), save=True)
         except Stopped:
@@ -344,8 +387,11 @@ class PlanRun(Run[PlanRow]):
         for name, row in rows.items():
             if name not in tried and row.key not in self.known:
                 reason = "the same as another" if name == AGAIN else NO_FAMILY
-                self.known[row.key] = PlanRow(row.key, "invalid", reason, params=row.params)
+                self._leave_out(row, QUICKLY if self.config.quick else reason)
         self._choose(decided(problem, kind, budget, tried))
+
+    def _leave_out(self, row: PlannedRow, reason: str) -> None:
+        self.known[row.key] = PlanRow(row.key, "invalid", reason, params=row.params)
 
     def _choose(self, plan: Plan) -> None:
         self.plan = plan
@@ -392,15 +438,19 @@ class PlanRun(Run[PlanRow]):
             return
         problem, (kind, budget) = self.problem, self.config.budget
         families = best_families(problem, kind, budget)
+        tried = [each.name for each in contenders(problem, kind, budget, quick=True)] if self.config.quick else families
         seen = list(self.prepared.network.batches)
         unseen, labels = self.prepared.unseen()
         original = outputs_of(model, unseen)
-        networks: dict[str, nn.Module] = {"proof-dense": model}
+        networks: dict[str, nn.Module] = {DENSE_KEY: model}
         shared = {"test_images": self.prepared.test_images}
         for number, row in enumerate(left):
             subject = row.params.subject or ""
             if subject != PLAN and subject not in families:
-                self.known[row.key] = PlanRow(row.key, "invalid", NO_FAMILY, params=row.params)
+                self._leave_out(row, NO_FAMILY)
+                continue
+            if subject not in (PLAN, *tried):
+                self._leave_out(row, QUICKLY)
                 continue
             label, choices = (PLAN, self.plan.choices) if subject == PLAN else families[subject]
             yield Step(f"converting as {label}", number / len(left))
@@ -421,7 +471,7 @@ class PlanRun(Run[PlanRow]):
             }
             # Not done before it is timed: a run that is stopped here must not go on without times.
             self.known[row.key] = PlanRow(row.key, "interrupted", "not timed yet", params=row.params, **found)
-        dense = next(row for row in self.planned if row.key == "proof-dense")
+        dense = next(row for row in self.planned if row.key == DENSE_KEY)
         same = dict.fromkeys(("params_ratio", "macs_ratio", "time_ratio"), 1.0)
         self._done(dense, **same, **compare(original, original, labels), **shared)
         yield Step("measuring the networks", save=True)
@@ -471,8 +521,8 @@ class PlanRun(Run[PlanRow]):
             return
         for key in networks:
             row = msgspec.structs.replace(self.known[key], status="ok", reason=None)
-            if key in found and "proof-dense" in found:
-                ratio, ends = found[key].ratio_to(found["proof-dense"])
+            if key in found and DENSE_KEY in found:
+                ratio, ends = found[key].ratio_to(found[DENSE_KEY])
                 times = {"seconds": found[key].median_s, "time_ratio": ratio, "time_ratio_ci95": ends}
                 row = msgspec.structs.replace(row, **times)
             self.known[key] = row
@@ -480,6 +530,41 @@ class PlanRun(Run[PlanRow]):
         if plan is not None:
             field = "logit_error" if self.facts.kind == "loss" else f"{self.facts.kind}_ratio"
             self.facts = msgspec.structs.replace(self.facts, measured=getattr(plan, field))
+
+
+def measured(document: Document, name: str, run: PlanRun) -> None:
+    """Give ``run`` the costs and losses that ``document``, file ``name``, has of the same network on the same images.
+
+    Raises ResultFileError for a file of anything else, or of another machine.
+    """
+    check_command(document, "plan", name)
+    wanted = run.config.to_json()
+    for field, value in wanted.items():
+        if field not in run.config.AFTERWARDS and document.config.get(field) != value:
+            raise ResultFileError(
+                f"{name} has other costs and losses: its {field} is {document.config.get(field)}, and {value} is asked "
+                "for; leave --measured out"
+            )
+    check_resumable(document, run.session.conditions, run.session.environment, name)
+    keys = {row.key for row in run.planned}
+    facts, by_time = document.plan or PlanFacts(kind="params", asked=1), run.config.budget[0] == "time"
+    for row in document.results:
+        fresh = row.params.stage == "cost" and by_time and facts.kind != "time"
+        if row.params.stage in ("cost", "loss") and row.key in keys and row.is_done and not fresh:
+            run.known.setdefault(row.key, row)
+    if by_time and facts.kind == "time":
+        run.facts = msgspec.structs.replace(run.facts, rest_s=facts.rest_s, factors=facts.factors)
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    """How long a call takes at best, of three after a first one."""
+    call()
+    found = []
+    for _ in range(3):
+        begun = time.perf_counter()
+        call()
+        found.append(time.perf_counter() - begun)
+    return min(found)
 
 
 def _of(row: PlannedRow) -> tuple[Replaced, Choice]:

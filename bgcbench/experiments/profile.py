@@ -24,6 +24,7 @@ from bgcbench.experiments.options import (
     SIZE,
     WORKLOAD,
     Option,
+    is_shard,
     one_of,
     option,
     positive,
@@ -106,6 +107,12 @@ class MeasureConfig(RunConfig):
         shown="10",
     )
     reference: bool = option(True, "Leave the standard convolution out.", name="no-reference", panel=GRID)
+    shard: str | None = option(
+        None,
+        "K/M: only part K of M of the rows, as for a batch queue's array job; bgcbench merge joins the parts.",
+        panel=GRID,
+        check=is_shard,
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

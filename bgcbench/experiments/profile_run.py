@@ -39,6 +39,7 @@ from bgcbench.measure.device import (
     make_stopwatch,
     random_input,
 )
+from bgcbench.measure.environment import diagnose
 from bgcbench.measure.memory import Peak, measure_peak
 from bgcbench.measure.workload import Cell, Like, Workload
 from bgcbench.results import Document, rows
@@ -86,6 +87,9 @@ def open_session(config: MeasureConfig) -> Session:
         "input_grad": config.input_grad,
         "timing": {"protocol": timing.PROTOCOL, **dataclasses.asdict(protocol.rules)},
     }
+    with backend_state(config.precision, config.threads):
+        found = diagnose(session.device)
+    session.warnings.extend(f"{what} {state}: {advice}" for what, state, advice in found if advice)
     return session
 
 
@@ -290,6 +294,7 @@ class ProfileRun(Run[ProfileRow]):
         self.rows = [
             _Row(row, self.subjects[row.key]) for row in planned if row.key in self.subjects and row.key not in done
         ]
+        self._contention: environment.Contention | None = None  # on a CPU, of the group that is measured
         self._inputs: dict[tuple[tuple[int, ...], bool], torch.Tensor] = {}
 
     def take_into(self, document: Document) -> None:
@@ -453,6 +458,8 @@ class ProfileRun(Run[ProfileRow]):
         order = random.Random(row_seed(config.seed, f"order-{identity}"))
         tracks = [track for row in rows for track in row.tracks.values()]
         group = timing.Group(tracks, stopwatch, rules, order, self.stop)
+        if device.type == "cpu":
+            self._contention = environment.Contention(self.session.environment.cpu.threads)
         alone = any(row.alone for row in rows)
         self.interleaved.append(Group(id=identity, max_time_s=rules.max_time_s, alone=alone, rows=len(rows)))
         for progress in group.run():
@@ -548,6 +555,7 @@ class ProfileRun(Run[ProfileRow]):
                 # meet where it does.
                 launch_bound=None if host is None or self.config.mode == "graph" else host >= 0.9 * median,
                 # Memory that is to be kept and comes from the system all the same: another allocator, or not room.
+                contended_cores=self._contention.cores if self._contention else None,
                 page_faults=None
                 if faults is None or self.protocol.memory != "kept"
                 else faults * FAULT_S > 0.01 * median,

@@ -23,10 +23,13 @@ from bgcbench.experiments.options import (
     WORKLOAD,
     Option,
     alone,
+    images,
+    is_shard,
     listed,
     option,
     positive,
     shorthand,
+    word,
 )
 from bgcbench.results import Json
 from bgcbench.results.rows import PaperError, TrainParams, TrainRow
@@ -39,6 +42,7 @@ from bgcbench.specs import (
     NetSpec,
     check_choice,
     check_on_cpu,
+    is_own,
 )
 from bgcbench.theory import paper
 from bgcbench.training.launcher import processes
@@ -73,19 +77,22 @@ class TrainConfig(PlanChoice, NetworkChoice, RunConfig):
         "resnet50",
         "wrn_10_2, wrn_28_10, resnext29_8x64d, wide_resnet34_2, any classification network of torchvision, or "
         "timm/NAME.",
-        argument=True,
     )
     num_classes: int | None = option(None, "Classes of synthetic data.", shown="the data's")
     groups: tuple[int, ...] = option((2, 4, 8))
-    precision: str = option("", "fp32, tf32, fp64; bf16 and fp16 are autocast.", panel=RECIPE, shown="fp32; fast bf16")
+    precision: str = option(
+        "", "fp32, tf32, fp64; bf16 and fp16 are autocast.", panel=RECIPE, shown="fp32; fast bf16", read=word
+    )
     quick: bool = option(False, "A look: 2 epochs of 512 images. No claim.")
     seed: int = option(0, hidden=True)
     data: str = option(
         "",
         "digits (extra: digits), cifar10, imagenet, folder, synthetic (speed only), or the path of a folder with "
-        "train/ and val/.",
+        "train/ and val/, or your own: data.py:load.",
+        short="d",
         panel=WORKLOAD,
         everyday=True,
+        read=images((*TRAINING_SETS, "none")),
     )
     data_dirs: tuple[str, ...] = option(
         (), "Where it is looked for (repeatable).", name="data-dir", panel=WORKLOAD, everyday=True, kind=list[Path],
@@ -98,12 +105,13 @@ class TrainConfig(PlanChoice, NetworkChoice, RunConfig):
         panel=RECIPE,
         everyday=True,
         shown="digits for digits, else paper",
+        read=word,
     )
     epochs: int = option(None, panel=RECIPE, everyday=True, shown="20; paper 200, ImageNet 90")
     batch_size: int = option(None, "Images a step, over all processes.", panel=RECIPE, shown="64; paper 128")
     lr: float = option(None, "Learning rate.", panel=RECIPE, shown="0.1")
     schedule: str = option(
-        None, "multistep, onecycle, cosine or constant.", panel=RECIPE, shown="onecycle; paper multistep"
+        None, "multistep, onecycle, cosine or constant.", panel=RECIPE, shown="onecycle; paper multistep", read=word
     )
     milestones: tuple[int, ...] = option(
         None,
@@ -117,7 +125,7 @@ class TrainConfig(PlanChoice, NetworkChoice, RunConfig):
     weight_decay: float = option(None, panel=RECIPE, shown="5e-4; ImageNet 1e-4")
     label_smoothing: float = option(None, panel=RECIPE, shown="0")
     group_lasso: float = option(None, "Strength of LGC's group lasso.", panel=RECIPE, shown="0")
-    layout: str = option("", "nchw, or nhwc (channels_last).", panel=RECIPE, shown="nchw; fast nhwc")
+    layout: str = option("", "nchw, or nhwc (channels_last).", panel=RECIPE, shown="nchw; fast nhwc", read=word)
     compile: bool = option(None, "torch.compile.", panel=RECIPE, shown="fast only", flag="--compile/--no-compile")
     algorithm: str = option(
         None,
@@ -126,6 +134,7 @@ class TrainConfig(PlanChoice, NetworkChoice, RunConfig):
         "matmul.",
         panel=RECIPE,
         shown="fixed; fast auto",
+        read=word,
     )
     pad: int | None = option(
         None, "Zeros around an image, in px, that crops are taken from.", panel=RECIPE, shown="digits 2, cifar10 4"
@@ -135,6 +144,12 @@ class TrainConfig(PlanChoice, NetworkChoice, RunConfig):
         1, "Parts that a batch goes through the network in, for little memory.", panel=MEASURE, check=positive
     )
     sync_bn: bool = option(False, "Batch-norm statistics over all processes (CUDA, torchrun).", panel=MEASURE)
+    shard: str | None = option(
+        None,
+        "K/M: only part K of M of the rows, as for a batch queue's array job; bgcbench merge joins the parts.",
+        panel=GRID,
+        check=is_shard,
+    )
     seeds: tuple[int, ...] = option(
         (0,), "Each row is done once a seed: 0,1,2 gives mean and standard deviation.", panel=GRID, everyday=True
     )
@@ -166,7 +181,7 @@ class TrainConfig(PlanChoice, NetworkChoice, RunConfig):
             self._settle("epochs", QUICK_EPOCHS)
             self._settle("subset", QUICK_IMAGES)
         # How many classes a folder has is known when it is opened.
-        unknown = self.num_classes is None and self.data == "folder"
+        unknown = self.num_classes is None and (self.data == "folder" or is_own(self.data))
         self._resolve_network()
         if unknown:
             object.__setattr__(self, "num_classes", None)
@@ -177,7 +192,7 @@ class TrainConfig(PlanChoice, NetworkChoice, RunConfig):
         self._check_device()
         object.__setattr__(self, "seed", self.seeds[0])
         super().__post_init__()
-        self._check_plan()
+        self._settle_plan()
         self._check_rows()
 
     def _settle(self, name: str, value: Any) -> None:
@@ -194,7 +209,8 @@ class TrainConfig(PlanChoice, NetworkChoice, RunConfig):
         if not self.data:
             raise UsageError(f"--data is missing: choose from {', '.join(TRAINING_SETS)}, or give a folder of images")
         try:
-            check_choice("data set", self.data, TRAINING_SETS)
+            if not is_own(self.data):
+                check_choice("data set", self.data, TRAINING_SETS)
         except UsageError as unknown:
             raise UsageError(f"{unknown}, or give the path of a folder with train/ and val/") from None
         if self.download and self.data != "cifar10":
@@ -343,7 +359,7 @@ def identity(config: TrainConfig, params: TrainParams) -> Json:
 def as_folder(given: Mapping[str, Any]) -> dict[str, Any]:
     """``given`` with a --data that is the path of a folder as the data set 'folder' in that place."""
     data = given.get("data")
-    if data is None or data in TRAINING_SETS or not (os.path.dirname(data) or os.path.exists(data)):
+    if data is None or data in TRAINING_SETS or is_own(data) or not (os.path.dirname(data) or os.path.exists(data)):
         return dict(given)
     return {**given, "data": "folder", "data_dirs": (data,)}
 

@@ -17,11 +17,11 @@ from bgcbench.errors import OutputError, UsageError
 from bgcbench.experiments import train
 from bgcbench.experiments.config import ImageChoice, NetworkChoice
 from bgcbench.experiments.network import NetworkConfig
-from bgcbench.experiments.options import CONVERSION, GRID, RECIPE, WORKLOAD, Option, one_of, option
+from bgcbench.experiments.options import CONVERSION, GRID, RECIPE, WORKLOAD, Option, one_of, option, word_or_path
 from bgcbench.experiments.train import CLASSES, READ_BY_WORKERS, TrainConfig, params_of, planned
 from bgcbench.results import Json
 from bgcbench.results.rows import TrainParams, TransferRow
-from bgcbench.specs import HELD_OUT, OWN, TIMM_PREFIX, Choice, check_choice
+from bgcbench.specs import FACTORY, HELD_OUT, OWN, TIMM_PREFIX, WEIGHTS, Choice, check_choice
 from bgcbench.theory import paper
 from bgcbench.training.launcher import processes
 from bgcbench.training.recipes import Recipe, make_transfer_recipe
@@ -80,12 +80,14 @@ class TransferConfig(ImageChoice, TrainConfig):
     weight_decay: float = option(None, shown="1e-4")
     seeds: tuple[int, ...] = option((0,), everyday=False)
     reference: bool = option(True, hidden=True)
+    shard: str | None = option(None, hidden=True)
     weights: str = option(
         None,
         "default (torchvision's published ones), a file, or none (untrained, to try things out).",
         panel=WORKLOAD,
         everyday=True,
         shown="default",
+        read=word_or_path(WEIGHTS),
     )
     inits: tuple[str, ...] = option(
         ("calibrated",),
@@ -124,7 +126,7 @@ class TransferConfig(ImageChoice, TrainConfig):
     GRIDS: ClassVar[tuple[str, ...]] = (*TrainConfig.GRIDS, "inits", "weights", "control")
 
     def __post_init__(self) -> None:
-        self._settle("weights", "default")
+        self._settle("weights", "own" if FACTORY.fullmatch(self.model) else "default")
         self._settle("calibration_images", QUICK_CALIBRATION if self.quick else CALIBRATION_IMAGES)
         self._check_images(self.weights, in_memory=self.data not in (*READ_BY_WORKERS, NO_IMAGES))
         super().__post_init__()

@@ -11,10 +11,11 @@ import torch
 from torch import nn
 
 from bgcbench.models import zoo
+from bgcbench.models.own import build_own
 from bgcbench.models.resnext import ResNeXt29
 from bgcbench.models.wide_resnet import WideResNet34
 from bgcbench.models.wrn import WideResNet
-from bgcbench.specs import RESNEXT29, TIMM_PREFIX, WRN, NetSpec
+from bgcbench.specs import FACTORY, RESNEXT29, TIMM_PREFIX, WRN, NetSpec, is_own, may_run
 
 __all__ = ["MODELS", "build_empty", "build_model", "identify"]
 
@@ -31,6 +32,7 @@ MODELS: dict[re.Pattern[str], Callable[[NetSpec], nn.Module]] = {
     RESNEXT29: lambda spec: ResNeXt29(*_numbers(RESNEXT29, spec.name), spec.classes),
     re.compile("wide_resnet34_2"): lambda spec: WideResNet34(2, spec.classes),
     re.compile(f"{TIMM_PREFIX}.+"): zoo.build_timm,
+    FACTORY: build_own,
     re.compile(".*"): zoo.build_torchvision,
 }
 
@@ -38,18 +40,23 @@ MODELS: dict[re.Pattern[str], Callable[[NetSpec], nn.Module]] = {
 def build_model(spec: NetSpec | str, **options: Any) -> nn.Module:
     """The untrained network that ``spec`` (or a name, with NetSpec's options) describes, on the CPU in fp32.
 
-    Names: wrn_D_K, resnext29_CxWd, wide_resnet34_2, torchvision's classification networks, timm/NAME. It is initialised
-    from torch's global random state. Raises UsageError for an unknown name, ShapeError for numbers that fit no network.
+    Names: wrn_D_K, resnext29_CxWd, wide_resnet34_2, torchvision's classification networks, timm/NAME, and the function
+    that makes one of your own, as net.py:make or package.module:make, which is called without arguments. It is
+    initialised from torch's global random state. Raises UsageError for an unknown name, ShapeError for numbers that fit
+    no network.
     """
-    asked = NetSpec(spec, **options) if isinstance(spec, str) else spec
+    asked = NetSpec(may_run(spec), **options) if isinstance(spec, str) else spec
     build = next(build for pattern, build in MODELS.items() if pattern.fullmatch(asked.name))
     model = build(asked)
-    model._bgcbench_source = asked.source  # type: ignore[assignment]
+    if not is_own(asked.name):  # which no file may name, so that its record is none of how to build it
+        model._bgcbench_source = asked.source  # type: ignore[assignment]
     return model
 
 
 def build_empty(spec: NetSpec) -> nn.Module:
     """The network without numbers (on the meta device), or with them where its initialisation needs some."""
+    if is_own(spec.name):  # it may read weights
+        return build_model(spec)
     try:
         with torch.device("meta"):
             return build_model(spec)

@@ -21,7 +21,7 @@ from torch import nn
 from bgcbench.errors import UsageError, did_you_mean, reason_of
 from bgcbench.models import files
 from bgcbench.models.preprocessing import members, of_published, published, stated
-from bgcbench.specs import TIMM_PREFIX, WEIGHTS, NetSpec, Preprocessing
+from bgcbench.specs import TIMM_PREFIX, WEIGHTS, NetSpec, Preprocessing, is_own
 
 # torchvision switches these networks' input to the other scale that their published weights were trained with.
 _OTHER_INPUT = ("googlenet", "inception_v3")
@@ -51,7 +51,8 @@ class Weights:
     """The weights of one network, found but not yet loaded.
 
     weights:
-        'none'     the network stays as it is
+        'none'     the network stays as it is, untrained
+        'own'      the same for a network of the user's own, as the function that makes it returns it
         'default'  torchvision's published weights (for resnet50 IMAGENET1K_V1, otherwise its DEFAULT where the network
                    can take it), from torch.hub's cache or else downloaded into it
         a path     of a file that torch.save or safetensors wrote, with a state dict somewhere in it (see
@@ -68,7 +69,9 @@ class Weights:
         self.contents: files.Contents | None = None
         self.preprocessing: Preprocessing | None = None
         self._published: Any = published(name) if weights == "default" else None
-        if weights == "none":
+        if weights == "own" and not is_own(name):
+            raise UsageError(f"--weights own is for a network of your own, such as net.py:make, and not for {name}")
+        if weights in ("none", "own"):
             return
         if weights != "default":
             path = _existing(weights)
@@ -81,7 +84,7 @@ class Weights:
 
     @property
     def name(self) -> str:
-        """'none', torchvision's name such as 'IMAGENET1K_V1', or the file's name without its folder."""
+        """'none', 'own', torchvision's name such as 'IMAGENET1K_V1', or the file's name without its folder."""
         if self.weights == "default" and self._published is not None:
             return str(self._published.name)
         return Path(self.weights).name
@@ -92,8 +95,8 @@ class Weights:
         GoogLeNet and Inception v3 with their published weights, by either way, scale their input as these expect
         (transform_input). Raises UsageError for weights that cannot be had or do not fit; ``model`` is then unchanged.
         """
-        if self.weights == "none":
-            return Loaded("none", None)
+        if self.weights in ("none", "own"):
+            return Loaded(self.weights, None)
         contents = self.contents
         if contents is None:
             _check_published(spec, self._published)

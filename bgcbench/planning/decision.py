@@ -167,18 +167,24 @@ class Contender:
     choices: Mapping[str, Choice]
 
 
-def contenders(problem: Problem, kind: str, budget: float, *, most_variants: int | None = None) -> list[Contender]:
+def contenders(
+    problem: Problem, kind: str, budget: float, *, most_variants: int | None = None, quick: bool = False
+) -> list[Contender]:
     """The plans that keep to a budget and are worth trying out, by name; the best ones first.
+
+    quick: the first of them, and of the families the one of the least predicted loss.
 
     What is predicted is the loss of every layer by itself. In the network a layer makes up for what those before it
     lose, and errors mask one another; so the plan by what the network feels is tried out against the one that weighs
     all layers alike, and against the best family (the same choice everywhere) of every variant.
     """
     made = [Contender(FELT, "by sensitivity", choose(problem, kind, budget, most_variants=most_variants))]
-    if kind != "loss":
+    families = best_families(problem, kind, budget)
+    if quick:
+        families = dict(sorted(families.items(), key=lambda each: problem.felt(each[1][1]))[:1])
+    elif kind != "loss":
         plain = choose(problem, kind, budget, most_variants=most_variants, weigh=PLAIN)
         made.append(Contender(PLAIN, "by the layers' losses", plain))
-    families = best_families(problem, kind, budget)
     return made + [Contender(variant, label, choices) for variant, (label, choices) in families.items()]
 
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from bgcbench.conversion.approximability import LayerMoments, stream
 from bgcbench.conversion.layer_moments import Part, Pictures, moments_device, on_input
 from bgcbench.conversion.norms import NormMoments
-from bgcbench.conversion.solve import SETTLED, best_of
+from bgcbench.conversion.solve import SETTLED, best_calibrated
 from bgcbench.conversion.survey import is_norm, survey
 from bgcbench.convs.base import VariantConv2d
 from bgcbench.errors import UsageError
@@ -87,50 +87,56 @@ def choice_losses(
     seed: int = 0,
     passing: Passing | None = None,
     pictures: Pictures = None,
+    settled: float = SETTLED,
     stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[tuple[Replaced, list[ChoiceLoss]]]:
     """Each of ``layers`` with what it loses as each of its ``choices`` (by name), in the order of execution.
 
-    centred: see :func:`absorbed`; the others as in :func:`bgcbench.approximability`. Ends early where stop() says so.
-    Raises UsageError for inputs that are not finite.
+    centred: see :func:`absorbed`; settled: see :class:`bgcbench.theory.leastsquares.Fit`; the others as in
+    :func:`bgcbench.approximability`. Ends early where stop() says so. Raises UsageError for inputs that are not finite.
     """
     options: dict[str, Any] = {"images": images, "memory_bytes": memory_bytes, "seed": seed, "passing": passing}
     for layer, moments in stream(model, layers, batches, pictures=pictures, stop=stop, **options):
         if moments.problem is not None:
             raise UsageError(moments.problem)
         weight: Any = model.get_submodule(layer.name).weight
-        yield layer, _losses(layer, weight.detach(), moments, choices[layer.name], centred=layer.name in centred)
+        found = []
+        for each in _losses(weight.detach(), moments, choices[layer.name], settled, centred=layer.name in centred):
+            if stop():
+                return
+            found.append(each)
+        yield layer, found
 
 
 def _losses(
-    layer: Replaced, weight: Tensor, moments: LayerMoments, choices: Sequence[Choice], *, centred: bool
-) -> list[ChoiceLoss]:
+    weight: Tensor, moments: LayerMoments, choices: Sequence[Choice], settled: float, *, centred: bool
+) -> Iterator[ChoiceLoss]:
     inputs, unseen = (_Inputs.of(each, centred=centred) for each in (moments.fit, moments.held_out))
     exact = weight.to(unseen.moment)
     whole = unseen.energy(exact)
-    found = []
     for choice in choices:
         kernels: dict[tuple[str, float], Tensor] = {}
 
         def lost(
             projection: str, ridge: float, choice: Choice = choice, kernels: dict[tuple[str, float], Tensor] = kernels
         ) -> float:
-            fit = Fit(inputs.moment, ridge=ridge, settled=SETTLED) if projection == "least_squares" else None
+            fit = Fit(inputs.moment, ridge=ridge, settled=settled) if projection == "least_squares" else None
             kernel = _solved(choice, exact, projection, fit)
             kernels[projection, ridge] = kernel.to(weight)
             return unseen.energy(exact - kernel) / whole if whole > 0 else 0.0
 
         with torch.random.fork_rng(devices=[weight.device] if weight.is_cuda else []), torch.no_grad():
-            losses = best_of(choice.variant, lost)
-        chosen = ("white", 0.0) if losses.ridge is None else ("least_squares", losses.ridge)
-        found.append(ChoiceLoss(choice, losses.calibrated, losses.ridge, kernels[chosen]))
-    return found
+            _, loss, chosen = best_calibrated(choice.variant, lost)
+        kernel = kernels["white", 0.0] if chosen is None else kernels["least_squares", chosen]
+        yield ChoiceLoss(choice, loss, chosen, kernel)
 
 
 def _solved(choice: Choice, weight: Tensor, projection: str, fit: Fit | None) -> Tensor:
     """The dense kernel of the choice that stands in for ``weight``."""
     kind: type[VariantConv2d] = load_layer(choice.variant)
-    layer: VariantConv2d = kind.from_dense(weight, choice.groups, rank=choice.rank, projection="copy")
+    out_channels, in_channels, height, width = weight.shape
+    own: Any = {"groups": choice.groups, "rank": choice.rank, "device": weight.device, "dtype": weight.dtype}
+    layer = kind(in_channels, out_channels, (height, width), bias=False, **own)
     layer.load_projected(layer.project(weight, projection, fit))
     return layer.dense_weight()
 

@@ -24,6 +24,7 @@ from bgcbench.conversion.convert import candidates, convert
 from bgcbench.conversion.layer_moments import Holding, Part, Pictures, first_of, parts_of
 from bgcbench.conversion.lockstep import Stopped
 from bgcbench.conversion.selection import checked_example
+from bgcbench.conversion.solve import SETTLED
 from bgcbench.errors import UsageError
 from bgcbench.measure import timing
 from bgcbench.measure.allocator import memory_state
@@ -33,12 +34,13 @@ from bgcbench.planning import TRIED, asked_for
 from bgcbench.planning.choices import LayerOptions, Problem, Scored, choices_for, counted
 from bgcbench.planning.decision import AGAIN, FELT, Contender, Plan, again, choose, contenders, planned, taken
 from bgcbench.planning.losses import SENSITIVITY_IMAGES, Outputs, absorbed, choice_losses, felt_losses
-from bgcbench.planning.times import corrections, in_network, layer_times, network_times
+from bgcbench.planning.times import corrections, doubtful, in_network, layer_times, network_times
 from bgcbench.results.rows import Record, Replaced
 from bgcbench.specs import VARIANTS, Choice, check_choice, check_positive
 
 GROUPS_TRIED = (2, 4, 8, 16)
 DEFAULT_IMAGES = 256
+QUICKLY_SETTLED = 1e-2  # instead of calibration's: TLGC's losses are then known to some percent
 
 
 def plan(
@@ -113,7 +115,9 @@ def plan(
         )  # fmt: skip
         return original.error(done.model), losses_of(done.record)
 
-    tried = {each.name: (each, error) for each, error in tryout(problem, kind, budget, converted, most_variants)}
+    tried = {
+        each.name: (each, error) for each, error in tryout(problem, kind, budget, converted, most_variants, quick=quick)
+    }
     return decided(problem, kind, budget, tried)
 
 
@@ -123,18 +127,22 @@ def tryout(
     budget: float,
     converted: Callable[[Contender], tuple[float, Mapping[str, float]]],
     most_variants: int | None = None,
+    *,
+    quick: bool = False,
 ) -> Iterator[tuple[Contender, float]]:
     """Every contender for the plan with the error of its outputs, as it is known.
 
     converted: returns that error for a contender, and what its layers lose, after converting the network. What is
-    chosen by the real losses of the first of them comes last.
+    chosen by the real losses of the first of them comes last. quick: only two of them (see :func:`contenders`).
     """
     real: Mapping[str, float] = {}
-    found = contenders(problem, kind, budget, most_variants=most_variants)
+    found = contenders(problem, kind, budget, most_variants=most_variants, quick=quick)
     for each in found:
         error, lost = converted(each)
         real = lost if each.name == FELT else real
         yield each, error
+    if quick:
+        return
     choices = choose(again(problem, real, found[0].choices), kind, budget, most_variants=most_variants)
     if all(choices != each.choices for each in found):
         last = Contender(AGAIN, "by its real losses", choices)
@@ -229,7 +237,8 @@ def score(
 ) -> Iterator[LayerOptions]:
     """Each of ``layers`` with what it costs and loses as it is and as each of its ``choices`` (by name), one by one.
 
-    batches: gone through more than once. quick: sensitivity by few images. Raises UsageError for too few images.
+    batches: gone through more than once. quick: sensitivity by few images, and TLGC's search ends early. Raises
+    UsageError for too few images.
     """
     holding = Holding(pictures)
     parts = list(parts_of(batches, images, passing, model, holding))
@@ -238,8 +247,9 @@ def score(
     put_in = SENSITIVITY_IMAGES // 4 if quick else SENSITIVITY_IMAGES
     outputs = Outputs(model, _some([part for part in parts if part.held_out], put_in), passing)
     options: dict[str, Any] = {"images": images, "memory_bytes": memory_bytes, "seed": seed, "stop": stop}
+    settled = QUICKLY_SETTLED if quick else SETTLED
     losses = choice_losses(
-        model, layers, choices, batches, centred=centred, passing=passing, pictures=pictures, **options
+        model, layers, choices, batches, centred=centred, passing=passing, pictures=pictures, settled=settled, **options
     )
     for layer, found in losses:
         felt = felt_losses(outputs, layer, found, centred=layer.name in centred)
@@ -293,8 +303,10 @@ def timed(
         there = (each for each in options.options if each.choice in seconds)
         own = tuple(dataclasses.replace(each, seconds=seconds[each.choice]) for each in there)
         made.append(LayerOptions(options.layer, own))
+    layers_s = sum(times[Choice()] for times in alone.values())
+    notes = (*problem.notes, *filter(None, [doubtful(dense_s, layers_s, factors)]))
     rest = dense_s - sum(options.dense.cost("time") for options in made)
-    return dataclasses.replace(problem, layers=tuple(made), rest_s=rest, factors=factors)
+    return dataclasses.replace(problem, layers=tuple(made), notes=notes, rest_s=rest, factors=factors)
 
 
 def _uniform(layers: Sequence[Replaced], choices: Mapping[str, Sequence[Choice]], choice: Choice) -> list[Replaced]:

@@ -33,6 +33,8 @@ from bgcbench.measure.workload import Cell
 from bgcbench.results.rows import Replaced
 from bgcbench.specs import Choice
 
+NOISE = 0.02  # of a network's time
+FAR = 2.5  # times that savings in a network may differ from those of its layers alone
 Calls = Mapping[str, Callable[[], object]]
 
 
@@ -188,15 +190,33 @@ def corrections(
     """By variant, how much of what its layers save alone a network saves: least squares over the uniform networks.
 
     dense_s: seconds of the network as it is; uniform_s: with every layer that it fits as that choice. alone_s: of each
-    layer (by name) as each choice, the dense one among them. 1 for a variant of which no network is known.
+    layer (by name) as each choice, the dense one among them. 1 for a variant of which no network is known, and nearer
+    to it the less there is to save: savings are taken to be known to NOISE of the network's time.
     """
+    noise = (NOISE * dense_s) ** 2
     products: dict[str, float] = defaultdict(float)
     squares: dict[str, float] = defaultdict(float)
     for choice, seconds in uniform_s.items():
         alone = sum(times[Choice()] - times[choice] for times in alone_s.values() if choice in times)
         products[choice.variant] += alone * (dense_s - seconds)
         squares[choice.variant] += alone**2
-    return {variant: products[variant] / squares[variant] for variant in squares if squares[variant] > 0}
+    return {variant: (products[variant] + noise) / (squares[variant] + noise) for variant in squares}
+
+
+def doubtful(dense_s: float, layers_s: float, factors: Mapping[str, float]) -> str | None:
+    """Why these times cannot be trusted; None where nothing speaks against them.
+
+    layers_s: what all of the dense convolutions take by themselves.
+    """
+    odd = [f"{variant} {factor:.2g}" for variant, factor in factors.items() if not 1 / FAR < factor < FAR]
+    if layers_s > 1.1 * dense_s:
+        odd.append(f"the convolutions alone take {layers_s / dense_s:.2g} times the network's time")
+    if not odd:
+        return None
+    return (
+        f"times are doubtful (what networks save of what their layers save alone: {', '.join(odd)}): the device does "
+        "other work, or they are too few; measure again when it is quiet, without --quick"
+    )
 
 
 def in_network(alone_s: Mapping[Choice, float], factors: Mapping[str, float]) -> dict[Choice, float]:

@@ -1,9 +1,12 @@
-"""Pictures of ``approx``, ``train`` and ``transfer`` results. matplotlib is imported when one is drawn, and only here.
+"""Pictures of result files. matplotlib is imported when one is drawn, and only here.
 
+    speedups     how much faster a variant is, against its parameters              a layer, a network
     figure1      log E against log(1 - 1/N), as Figure 1 of Lee, Park & Lee       sampled convolutions
     figure2      the error over (1 - 1/N)^p against N, as their Figure 2          sampled convolutions
     pareto       the share of the output that is lost against parameters and MACs
     heatmap      the same by layer and N                                          a network's layers
+    plans        predicted loss against cost, with the networks measured          plans
+    cost         each layer's cost before and after                               plans
     errors       the test error against N and against parameters                  trained networks
                  before and after training against parameters                     converted networks
     curves       the test error by epoch                                          trained networks
@@ -18,9 +21,9 @@ import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bgcbench.errors import OutputError, UsageError
+from bgcbench.errors import UsageError
 from bgcbench.results.document import Document
-from bgcbench.results.files import check_folder, unwritable, write_atomically
+from bgcbench.results.files import check_new, write_named
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -31,7 +34,7 @@ FORMATS: dict[str, dict[str, Any]] = {
     ".svg": {"Date": None, "Creator": None},
     ".pdf": {"CreationDate": None, "Creator": None, "Producer": None},
 }
-MISSING = "--plot needs matplotlib, which is not installed; pip install 'bgcbench[plot]'"
+MISSING = "pictures need matplotlib, which is not installed; pip install 'bgcbench[plot]'"
 
 
 def check_plot(path: Path, *, replace: bool) -> None:
@@ -41,9 +44,7 @@ def check_plot(path: Path, *, replace: bool) -> None:
     folder that cannot be written.
     """
     _metadata(path)
-    check_folder(path, "--plot")
-    if path.exists() and not replace:
-        raise OutputError(f"--plot {path} exists; use --force to replace it, or another name")
+    check_new(path, "--plot", replace=replace)
 
 
 def draw(document: Document, path: Path, picture: str | None = None) -> None:
@@ -57,11 +58,7 @@ def draw(document: Document, path: Path, picture: str | None = None) -> None:
 
     with styled():
         drawn.savefig(image, format=path.suffix[1:].lower(), dpi=drawn.dpi, metadata=metadata)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, image.getvalue())
-    except OSError as error:
-        raise unwritable(path, "--plot", error) from error
+    write_named(path, "--plot", image.getvalue())
 
 
 def _metadata(path: Path) -> dict[str, Any]:
@@ -71,15 +68,30 @@ def _metadata(path: Path) -> dict[str, Any]:
 
 
 def figure(document: Document, picture: str | None = None) -> Figure:
-    """``picture`` of an ``approx``, ``train`` or ``transfer`` document, or all that fit it, one below the other.
+    """``picture`` of a document (see above for whose there are), or all that fit it, one below the other.
 
     Raises UsageError if matplotlib is missing, if the picture is another command's, or if the document has no rows for
     it.
     """
+    drawn: Figure = _pictures().figure(document, picture)
+    return drawn
+
+
+def inline_pictures(document: Document, prefix: str) -> list[tuple[str, str]]:
+    """(name, ``<svg>`` element with alternative text) of each picture that fits a document of any command.
+
+    prefix: what the ids begin with, for a page that has several. Raises UsageError if matplotlib is missing.
+    """
+    drawn: list[tuple[str, str]] = _pictures().inline_pictures(document, prefix, FORMATS[".svg"])
+    return drawn
+
+
+def _pictures() -> Any:
+    """The module that draws; raises UsageError if matplotlib is missing."""
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
         raise UsageError(MISSING) from error
     from bgcbench.plots import pictures
 
-    return pictures.figure(document, picture)
+    return pictures

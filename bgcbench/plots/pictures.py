@@ -10,20 +10,25 @@ from matplotlib.figure import Figure
 from matplotlib.text import Annotation
 
 from bgcbench.errors import UsageError
-from bgcbench.plots import conversions, curves, errors, figure1, figure2, heatmap, layers, pareto
+from bgcbench.plots import conversions, curves, errors, figure1, figure2, heatmap, layers, pareto, plan, speedups
+from bgcbench.plots.inline import inline_svg
 from bgcbench.plots.style import AROUND, DPI, ROW, WIDTH, NothingToDraw, Part, styled
 from bgcbench.results.document import Document
 from bgcbench.specs import check_choice
 
 # By command, in the order in which they stand in a figure of all.
 PICTURES_OF: dict[str, dict[str, Callable[[Document], Part]]] = {
+    "profile": {"speedups": speedups.part},
     "approx": {"figure1": figure1.part, "figure2": figure2.part, "pareto": pareto.part, "heatmap": heatmap.part},
+    "plan": {"plans": plan.curve, "cost": plan.cost},
     "train": {"errors": errors.part, "curves": curves.part},
     "transfer": {"errors": conversions.part, "layers": layers.part},
 }
 PICTURES = tuple(dict.fromkeys(picture for pictures in PICTURES_OF.values() for picture in pictures))
 NOTHING = {
+    "profile": "the result has no row with an interval beside the standard convolution's",
     "approx": "the result has no finished row with an error above 0; run approx first",
+    "plan": "the result has no plan yet; resume it",
     "train": "the result has no test error, which only finished trainings on real images have",
     "transfer": "the result has neither the test error of a conversion, which takes real images, nor a calibration",
 }
@@ -33,11 +38,7 @@ def figure(document: Document, picture: str | None = None) -> Figure:
     """``picture`` of the document, or all that fit it; raises UsageError where it has none."""
     if picture is not None:
         check_choice("picture", picture, PICTURES)
-    pictures = PICTURES_OF.get(document.command)
-    if pictures is None:
-        *others, last = (f"'{name}'" for name in PICTURES_OF)
-        known = f"{', '.join(others)} and {last}"
-        raise UsageError(f"--plot draws {known} results, and this is a '{document.command}' run; give another file")
+    pictures = PICTURES_OF[document.command]
     if picture is None:
         return _composed(_fitting(document))
     if picture not in pictures:
@@ -47,6 +48,15 @@ def figure(document: Document, picture: str | None = None) -> Figure:
         return _composed([pictures[picture](document)])
     except NothingToDraw as missing:
         raise UsageError(f"nothing to draw: {picture} needs {missing}") from missing
+
+
+def inline_pictures(document: Document, prefix: str, metadata: dict[str, Any]) -> list[tuple[str, str]]:
+    """(name, ``<svg>`` element) of each picture that fits the document; ``prefix`` begins their ids."""
+    drawn = []
+    for name, part_of in PICTURES_OF.get(document.command, {}).items():
+        with contextlib.suppress(NothingToDraw):
+            drawn.append((name, inline_svg(_composed([part_of(document)]), f"{prefix}-{name}", metadata)))
+    return drawn
 
 
 def _fitting(document: Document) -> list[Part]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from bgcbench.report.approx import approx_report
 from bgcbench.report.compare import Comparison, compare_report, settings_that_differ, speed_up
+from bgcbench.report.conversion import conversion_report
 from bgcbench.report.machine import doctor_report
 from bgcbench.report.measured import flags
 from bgcbench.report.plan import plan_report
@@ -25,6 +26,7 @@ __all__ = [
     "as_csv",
     "as_markdown",
     "compare_report",
+    "conversion_report",
     "doctor_report",
     "document_report",
     "emit",

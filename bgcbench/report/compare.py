@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import functools
 import json
 from dataclasses import dataclass
 
 import msgspec
 
 from bgcbench.errors import UsageError
-from bgcbench.measure.statistics import Ratio, Series, ratio_of_medians
+from bgcbench.measure.statistics import Ratio
 from bgcbench.report.format import bounds_text, ratio_text, significant, time_unit
 from bgcbench.report.table import Column, Report, Table, label, words
 from bgcbench.results.document import Document
 from bgcbench.results.rows import ProfileRow
-
-PHASE_TITLES = {"fwd": "fwd", "bwd": "bwd", "fwd_bwd": "fwd+bwd", "train_step": "train step"}
+from bgcbench.results.times import BUSY, ratio_between, time_ratio
+from bgcbench.specs import FINGERPRINT_FIELDS, PHASE_TITLES
 
 
 @dataclass(frozen=True)
@@ -28,14 +27,15 @@ class Comparison(Ratio):
 
     @property
     def faster(self) -> bool:
-        """Whether the one is faster, and not by what may be chance."""
-        return self.value > 1 and self.is_significant is not False
+        """Whether the one is known to be faster: not by what may be chance, and from rounds enough to tell."""
+        return self.value > 1 and self.is_significant is True
 
     @property
     def text(self) -> str:
-        """ "2.00 [1.90, 2.10]" """
-        ends = None if self.ci95 is None else (self.ci95.low, self.ci95.high)
-        return ratio_text(self.value) + bounds_text(ends, ratio_text)
+        """ "2.00 [1.90, 2.10]", and "2.00 [?]" from too few rounds for an interval."""
+        if self.ci95 is None:
+            return f"{ratio_text(self.value)} [?]"
+        return ratio_text(self.value) + bounds_text((self.ci95.low, self.ci95.high), ratio_text)
 
     @property
     def _bound(self) -> float:
@@ -44,10 +44,10 @@ class Comparison(Ratio):
 
     def versus(self, other: str) -> str:
         """ "2.9x faster than standard (95% CI 2.8-3.0)" """
+        if self.ci95 is None:
+            return f"not compared with {other}: too few rounds for an interval"
         how = "faster" if self.value >= 1 else "slower"
         value = max(self.value, 1 / self.value)
-        if self.ci95 is None:
-            return f"about {ratio_text(value)}x {how} than {other} (no interval)"
         low, high = self.ci95.low, self.ci95.high
         apart = "" if self.paired else ", measured apart"
         if not self.is_significant and self._bound > 0.1:
@@ -64,7 +64,9 @@ class Comparison(Ratio):
     def change(self) -> str:
         """The ratio as that of the time after a change to the time before it."""
         if self.ci95 is None:
-            return f"about {self.value:.2f}x the time (too few rounds for an interval)"
+            return "not known: too few rounds for an interval"
+        if not self.is_significant and self._bound > 0.1:
+            return f"not significantly different (95% CI {self.ci95.low:.2f}-{self.ci95.high:.2f})"
         if not self.is_significant:
             return f"no detectable difference (< {significant(100 * self._bound, 2)} %)"
         return f"{self.value:.2f}x the time (95% CI {self.ci95.low:.2f}-{self.ci95.high:.2f})"
@@ -72,10 +74,8 @@ class Comparison(Ratio):
 
 def speed_up(row: ProfileRow | None, other: ProfileRow | None, phase: str) -> Comparison | None:
     """Time of ``other`` over time of ``row``; None where one of them was not measured."""
-    if row is None or other is None or phase not in row.phases or phase not in other.phases:
-        return None
-    paired = row.interleaved is not None and row.interleaved == other.interleaved
-    return _ratio(_series(other, phase), _series(row, phase), paired)
+    ratio = time_ratio(row, other, phase)
+    return Comparison.of(ratio) if ratio else None
 
 
 def ratio_record(compared: Ratio | None, name: str) -> dict[str, float | None]:
@@ -86,16 +86,6 @@ def ratio_record(compared: Ratio | None, name: str) -> dict[str, float | None]:
         f"{name}_low": ends.low if ends else None,
         f"{name}_high": ends.high if ends else None,
     }
-
-
-def _series(row: ProfileRow, phase: str) -> Series:
-    measured = row.phases[phase]
-    return Series(measured.samples_s, measured.rounds)
-
-
-@functools.lru_cache(maxsize=2048)  # the table, the verdict and the records all ask for it
-def _ratio(over: Series, under: Series, paired: bool) -> Comparison:
-    return Comparison.of(ratio_of_medians(over, under, paired=paired))
 
 
 # ----------------------------------------------------------------------------------------------------- two result files
@@ -135,13 +125,56 @@ def settings_that_differ(before: Document, after: Document) -> list[tuple[str, s
     return [(name, plain(one), plain(other)) for name, one, other in pairs if one != other]
 
 
+ByName = dict[object, ProfileRow]
+SET_BY_ROW = ("precision", "layout", "mode")  # settings that a row's key has
+
+
+def _by_what_both_have(before: Document, after: Document) -> tuple[ByName, ByName]:
+    """The rows by key; where a setting differs that keys have, by all the others: variant, N, shape."""
+    differing = {name for name, *_ in settings_that_differ(before, after)} & set(SET_BY_ROW)
+
+    def name_of(row: ProfileRow) -> object:
+        if not differing:
+            return row.key
+        # 'auto' may have found another algorithm there; one that was asked for is part of what was measured.
+        found = row.forms or row.params.algorithm in ("auto", "stock")
+        algorithm = {"algorithm": "auto"} if found else {}
+        return msgspec.structs.replace(row.params, **dict.fromkeys(differing, ""), **algorithm)
+
+    one, other = ({name_of(row): row for row in document.results} for document in (before, after))
+    return one, other
+
+
+def environments_that_differ(before: Document, after: Document) -> list[str]:
+    """What decides a measurement and is not the same: "torch was 2.6.0 and is 2.14.1"."""
+
+    def flat(document: Document) -> dict[str, object]:
+        found = msgspec.to_builtins(document.environment)
+        fields = {name: found[name] for name in FINGERPRINT_FIELDS}
+        return {
+            f"{name} {part}" if part else name: value
+            for name, whole in fields.items()
+            for part, value in (whole.items() if isinstance(whole, dict) else [("", whole)])
+        }
+
+    one, other = flat(before), flat(after)
+    return [f"{name} was {one[name]} and is {other.get(name)}" for name in one if one[name] != other.get(name)]
+
+
+def _busy(document: Document) -> int:
+    """How many rows shared the CPU with other processes."""
+    return sum(
+        any((phase.derived.contended_cores or 0.0) > BUSY for phase in row.phases.values()) for row in document.results
+    )
+
+
 def compare_report(
     before: Document, after: Document, names: tuple[str, str], limit: float | None
 ) -> tuple[Report, bool]:
     """Two profile documents row by row, and whether any is significantly slower by more than ``limit`` (a share)."""
-    old, new = ({row.key: row for row in document.results} for document in (before, after))
+    old, new = _by_what_both_have(before, after)
     gone = [
-        f"{PHASE_TITLES[phase]} of {key}: {new[key].status if key in new else 'not in the file'}"
+        f"{PHASE_TITLES[phase]} of {row.key}: {new[key].status if key in new else 'not in the file'}"
         for key, row in old.items()
         for phase in row.phases
         if key not in new or phase not in new[key].phases
@@ -156,10 +189,13 @@ def compare_report(
         raise UsageError(f"{names[0]} and {names[1]} have no measured row in common; compare runs of one workload")
     notes = [f"before: {names[0]}; after: {names[1]}"]
     if before.environment.fingerprint != after.environment.fingerprint:
-        notes.append("warning: the two files come from different machines or software")
+        told = "; ".join(environments_that_differ(before, after)) or "their fingerprints differ"
+        notes.append(f"warning: the two files come from different machines or software: {told}")
+    if any(busy := (_busy(before), _busy(after))):
+        notes.append(f"warning: other processes kept the CPU busy in {busy[0]} rows before and {busy[1]} after")
     differing = [f"{name} was {one} and is {other}" for name, one, other in settings_that_differ(before, after)]
     notes += [f"warning: {'; '.join(differing)}"] if differing else []
-    added = sorted(new.keys() - old.keys())
+    added = sorted(row.key for key, row in new.items() if key not in old)
     notes += [f"new: {', '.join(added)}"] if added else []
     tripped = any(change.slower for change in changes) or (limit is not None and bool(gone))
     sections = {"Measured before and no longer": gone} if gone else {}
@@ -169,7 +205,7 @@ def compare_report(
 
 def _change(before: ProfileRow, after: ProfileRow, phase: str, limit: float | None) -> Change:
     # Two files were never measured in one interleaved run, whatever their group numbers say.
-    ratio = _ratio(_series(after, phase), _series(before, phase), False)
+    ratio = Comparison.of(ratio_between(after, before, phase, paired=False))
     slower = limit is not None and ratio.ci95 is not None and ratio.ci95.low > 1 + limit
     times = before.phases[phase].summary.median_s, after.phases[phase].summary.median_s
     return Change(after.key, phase, *times, ratio, slower)

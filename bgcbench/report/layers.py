@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from bgcbench.report.compare import PHASE_TITLES, Comparison, speed_up
+from bgcbench.report.compare import Comparison, speed_up
 from bgcbench.report.format import listed, ratio_text, significant
 from bgcbench.report.measured import Rows, flags_column, measured_phases, numbered, time_column
 from bgcbench.report.table import Column, Table, label, words
 from bgcbench.results.rows import ProfileRow
+from bgcbench.specs import PHASE_TITLES
 
 NETWORK_PHASES = {"fwd": "fwd", "fwd_bwd": "train_step"}  # the network's phase that goes with a layer's
 SHARE = (
@@ -18,6 +19,7 @@ SHARE = (
 FASTEST = (
     "The fastest variant in its place, and its speed-up; itself: none is significantly faster; kept: not replaced."
 )
+POSSIBLE = 1.5  # of the network's time; its convolutions by themselves lack what is fused with them
 Compared = list[tuple[str, ProfileRow, Comparison]]  # a variant and N, in place of a row, and its speed-up
 
 
@@ -48,7 +50,7 @@ def _phase_columns(own: Rows, phase: str, whole: float | None, compared: Compare
     def fastest(row: ProfileRow) -> str | None:
         if row.layer and not row.layer.replaced:
             return "kept"
-        mine = [(found, name) for name, place, found in compared if place is row]
+        mine = [(found, name) for name, place, found in compared if place is row and found.ci95]
         if not mine:
             return None
         first, name = max(mine, key=lambda pair: pair[0].value)
@@ -91,6 +93,11 @@ def _where_time_goes(own: Rows, whole: float | None, phase: str) -> list[str]:
         return sum(_total(row, phase) for row in rows) / whole
 
     replaced = share([row for row in measured if row.layer and row.layer.replaced])
+    if share(measured) > POSSIBLE:
+        return [
+            f"not known: all convolutions, each by itself, take {share(measured):.0%} of the network's time, which "
+            "cannot be; something disturbed the measurement"
+        ]
     top = ", ".join(f"{_shape(row)} ({_times(row)}x, {share([row]):.1%})" for row in measured[:3])
     return [
         f"all convolutions, each by itself, take {share(measured):.0%} of the network's time; those that are replaced "
@@ -103,7 +110,10 @@ def _sped_up(compared: Compared, phase: str) -> list[str]:
     """For each variant and N: in how many of the replaced shapes it is significantly faster, and where it is not."""
     lines = []
     for name in dict.fromkeys(name for name, *_ in compared):
-        mine = [(row, found) for at, row, found in compared if at == name]
+        mine = [(row, found) for at, row, found in compared if at == name and found.ci95]
+        if not mine:
+            lines.append(f"{name}: not known, from too few rounds for an interval")
+            continue
         saved = [_total(row, phase) * (1 - 1 / found.value) for row, found in mine if found.faster]
         rest = [f"{_shape(row)} ({ratio_text(found.value)}x)" for row, found in mine if not found.faster]
         line = f"{name} is faster in {len(saved)} of {len(mine)} replaced shapes"

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from functools import partial
+from typing import Protocol
 
-from bgcbench.report.compare import PHASE_TITLES, speed_up
+from bgcbench.report.compare import speed_up
 from bgcbench.report.format import bounds_text, label_of, mebibytes, scaled, significant, time_unit
 from bgcbench.report.table import Column, group_columns, label, words
 from bgcbench.results.rows import Phase, ProfileRow
-from bgcbench.specs import PLAN
+from bgcbench.results.times import BUSY, is_doubtful
+from bgcbench.specs import PHASE_TITLES, PLAN
 from bgcbench.theory import paper
 
 Rows = Sequence[ProfileRow]
@@ -39,7 +42,7 @@ def profile_columns(
         ),
         Column("paper MiB", lambda row: row.paper and row.paper.memory_bytes, PAPER_MEMORY, mebibytes, optional=True),
         Column("paper err %", lambda row: row.paper and row.paper.error, PAPER_ERROR, "{:.2f}".format, optional=True),
-        flags_column(phases),
+        flags_column(phases, reference),
     ]
 
 
@@ -62,7 +65,10 @@ VARIANT = (
 )
 MACS = "Multiply-accumulate operations of one image, forward, in convolutions and fully connected layers."
 WHITE_ERROR = "Smallest share of the output's energy that the variant loses on white input (closed form)."
-SPEED_UP = "Time of the standard convolution, or dense network, over the row's, with its 95 % confidence interval."
+SPEED_UP = (
+    "Time of the standard convolution, or dense network, over the row's, with its 95 % confidence interval; [?]: too "
+    "few rounds for one."
+)
 PAPER_BYTES = "Input, weights and, for BGC, the mean: what the paper calls memory."
 PEAK = (
     "Weights, momentum and input, and the most that one step held beyond them: by CUDA's allocator, or on the CPU by "
@@ -70,7 +76,8 @@ PEAK = (
 )
 ROOFLINE = (
     "Share of what the measured ceilings allow for the row's own work in the last phase: C compute-bound, M "
-    "memory-bound. It exceeds 100 % where padding is skipped or the convolution beats the matrix product."
+    "memory-bound. It exceeds 100 % where padding is skipped or the convolution beats the matrix product; doubtful: "
+    "over 400 %, and something held the ceilings down."
 )
 PAPER_TIME = f"Time that Table 4 of Lee, Park & Lee prints, of an {paper.DEVICE}, forward and backward."
 PAPER_MEMORY = "Memory that Table 4 prints (as Mb), which is input, weights and mean, and no peak."
@@ -79,28 +86,41 @@ FLAGS = (
     "n=: samples, where the median is not known to the aim of 0.5 %. uneven, noisy: the middle half of the samples "
     "spreads over more than 3 %, 10 % of the median. launch-bound: the host is the limit. page faults: memory came "
     "anew from the system although it was to be kept, which takes over 1 % of the time. kept dense: convolutions that "
-    "N or the rank does not fit."
+    "N or the rank does not fit. busy CPU: this run and other processes wanted more cores than there are. doubtful: "
+    "the speed-up is over twice what the parameters, MACs and bytes explain, or under 0.5 % of the roofline is reached "
+    "in 10 ms or more; measure again."
 )
 
 
-def time_column(rows: Rows, phase: str) -> Column[ProfileRow]:
+class TimeForm(Protocol):
+    def __call__(self, seconds: float, like: float | None = None) -> str:
+        """Seconds as text, with as many decimals as ``like`` has."""
+
+
+def time_form(rows: Rows, phase: str) -> tuple[str, TimeForm]:
+    """The unit of the times in ``phase``, and the form of a time in it: with four digits."""
     factor, unit = time_unit(filter(None, (row.median_s(phase) for row in rows)))
 
+    def form(seconds: float, like: float | None = None) -> str:
+        digits = 3 - math.floor(math.log10((like or seconds) * factor))
+        return f"{seconds * factor:.{min(max(0, digits), 4)}f}"
+
+    return unit, form
+
+
+def time_column(rows: Rows, phase: str) -> Column[ProfileRow]:
+    unit, form = time_form(rows, phase)
+
     def time(measured: Phase) -> str:
-        summary = measured.summary
-        digits = min(max(0, 3 - math.floor(math.log10(summary.median_s * factor))), 4)
-
-        def form(seconds: float) -> str:
-            return f"{seconds * factor:.{digits}f}"
-
-        return form(summary.median_s) + bounds_text(summary.ci95_s, form)
+        median = measured.summary.median_s
+        return form(median) + bounds_text(measured.summary.ci95_s, partial(form, like=median))
 
     meaning = "Median time of a batch, with its 95 % confidence interval."
     return Column(f"{PHASE_TITLES[phase]} {unit}", lambda row: row.phases.get(phase), meaning, time, "time")
 
 
-def flags_column(phases: Sequence[str]) -> Column[ProfileRow]:
-    return words("flags", lambda row: ", ".join(flags(row, phases)), FLAGS)
+def flags_column(phases: Sequence[str], reference: ProfileRow | None = None) -> Column[ProfileRow]:
+    return words("flags", lambda row: ", ".join(flags(row, phases, reference)), FLAGS)
 
 
 # ---------------------------------------------------------------------------------------------------- what a row holds
@@ -154,14 +174,16 @@ def _roofline(row: ProfileRow, phases: Sequence[str]) -> str | None:
     derived = row.phases[phases[-1]].derived if phases and phases[-1] in row.phases else None
     if derived is None or derived.roofline_fraction is None:
         return None
+    if derived.roofline_fraction > BEYOND:
+        return "doubtful"
     letter = {"compute": "C", "memory": "M"}.get(derived.bound or "", "")
     return f"{derived.roofline_fraction:.0%} {letter}"
 
 
-def flags(row: ProfileRow, phases: Sequence[str]) -> list[str]:
+def flags(row: ProfileRow, phases: Sequence[str], reference: ProfileRow | None = None) -> list[str]:
     """What to know before a row's numbers are used."""
     dense = row.convert.indivisible if row.convert else []
-    found = _failed(row) if row.status != "ok" else _measured_flags(row, phases)
+    found = _failed(row) if row.status != "ok" else _measured_flags(row, phases, reference)
     return found + ([f"{len(dense)} kept dense"] if dense else [])
 
 
@@ -171,8 +193,12 @@ def _failed(row: ProfileRow) -> list[str]:
     return [f"{PHASE_TITLES.get(phase, phase)} {failure.status}" for phase, failure in row.failures.items()]
 
 
-def _measured_flags(row: ProfileRow, phases: Sequence[str]) -> list[str]:
-    by_phase = {PHASE_TITLES[phase]: _phase_flags(row.phases[phase]) for phase in phases if phase in row.phases}
+def _measured_flags(row: ProfileRow, phases: Sequence[str], reference: ProfileRow | None) -> list[str]:
+    by_phase = {
+        PHASE_TITLES[phase]: ["doubtful"] * is_doubtful(row, phase, reference) + _phase_flags(row.phases[phase])
+        for phase in phases
+        if phase in row.phases
+    }
     first, *others = by_phase.values() or [[]]
     if all(found == first for found in others):
         return first
@@ -188,8 +214,12 @@ def _phase_flags(measured: Phase) -> list[str]:
         f"n={summary.n}": not measured.converged,
         "launch-bound": derived.launch_bound,
         "page faults": derived.page_faults,
+        "busy CPU": (derived.contended_cores or 0.0) > BUSY,
     }
     return [flag for flag, raised in found.items() if raised]
+
+
+BEYOND = 4.0  # times the roofline: so much no algorithm saves, and something held the ceilings down
 
 
 def ending(row: ProfileRow, phase: str) -> str:

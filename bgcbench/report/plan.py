@@ -10,8 +10,7 @@ from bgcbench.report.notes import notes
 from bgcbench.report.table import Column, Report, Table, flat, label, row_record, words
 from bgcbench.results.document import Document
 from bgcbench.results.rows import CurvePoint, PlanFacts, PlanRow
-
-WHAT = {"params": "parameters", "macs": "MACs", "time": "time", "loss": "predicted loss"}
+from bgcbench.specs import BUDGETS
 
 
 def plan_report(document: Document) -> Report:
@@ -32,7 +31,7 @@ def plan_report(document: Document) -> Report:
         tables.append(Table([*([] if proof else title), "What each convolution becomes"], CHOICES, chosen))
     if document.plan and document.plan.curve:
         cost = "macs" if document.plan.kind == "loss" else document.plan.kind
-        tables.append(Table([f"The best plans, by {WHAT[cost]}"], CURVE, document.plan.curve))
+        tables.append(Table([f"The best plans, by {BUDGETS[cost]}"], CURVE, document.plan.curve))
     facts = ["predicted loss ranks plans; what a plan really loses is in the table of networks"] if chosen else []
     return Report(tables, notes(document, facts), [_record(row) for row in rows])
 
@@ -108,7 +107,7 @@ def _said(plan: PlanFacts, proof: Sequence[PlanRow]) -> list[str]:
         bounds = own.time_ratio_ci95 if plan.kind == "time" else None
         ends = f" (95% CI {bounds[0]:.2f}-{bounds[1]:.2f})" if bounds else ""
         measured = "is measured" if plan.kind in ("time", "loss") else "is kept"
-        lines.append(f"{plan.asked:g} of the {WHAT[plan.kind]} was asked, {plan.measured:.3g}{ends} {measured}")
+        lines.append(f"{plan.asked:g} of the {BUDGETS[plan.kind]} was asked, {plan.measured:.3g}{ends} {measured}")
     dense = next((row for row in proof if row.params.subject == "dense"), None)
     lines.append(f"the first guess agrees with the original's on {own.agreement:.1f} % of {own.test_images} images")
     if own.error is not None and dense is not None and dense.error is not None:
@@ -116,7 +115,7 @@ def _said(plan: PlanFacts, proof: Sequence[PlanRow]) -> list[str]:
     others = [row for row in proof if row.params.subject not in ("dense", "plan") and row.agreement is not None]
     if others:
         best = max(others, key=lambda row: row.agreement or 0.0)
-        lines.append(f"the best single choice at that budget, {_choice(best)}, on {best.agreement:.1f} %")
+        lines.append(f"the best single choice at that budget, {_subject(best)}, on {best.agreement:.1f} %")
     return lines
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from bgcbench.report.compare import PHASE_TITLES, ratio_record, speed_up
+from bgcbench.report.compare import ratio_record, speed_up
 from bgcbench.report.format import scaled, share_words
 from bgcbench.report.layers import layers_table
 from bgcbench.report.measured import (
@@ -19,10 +20,13 @@ from bgcbench.report.measured import (
     white_error,
 )
 from bgcbench.report.notes import chosen_algorithms, kept_dense, notes, replaced_lines, run_lines
+from bgcbench.report.side_by_side import comparison_table
 from bgcbench.report.table import Report, Table, flat, row_record
 from bgcbench.results.aggregate import at_equal_n, at_equal_params
 from bgcbench.results.document import Document
 from bgcbench.results.rows import Counts, Derived, Memory, ProfileRow, White
+from bgcbench.results.times import is_doubtful
+from bgcbench.specs import PHASE_TITLES
 
 DENSE = "the dense network"
 
@@ -44,7 +48,14 @@ def profile_report(document: Document) -> Report:
         lines = [line for row in rows if (line := _versus_gc(row, rows, phases[-1]))]
         sections |= {f"BGC versus GC ({PHASE_TITLES[phases[-1]]})": lines} if lines else {}
     columns = profile_columns("network" if network else "variant", rows, phases, reference)
-    tables = [Table(_title(document, rows, network), columns, rows, sections)]
+    title = _title(document, rows, network)
+    tables = [comparison_table(title if not number else [], rows, reference, phase)
+              for number, phase in enumerate(phases if network else phases[-1:])]  # fmt: skip
+    if tables:
+        tables[-1] = replace(tables[-1], sections=sections)
+        tables.append(Table(["All columns"], columns, rows, full=True))
+    else:  # nothing was measured
+        tables.append(Table(title, columns, rows, sections))
     tables += [layers_table(layers, reference)] if layers else []
     name = partial(numbered, rows=rows)
     facts = kept_dense((name(row), row.params, row.convert.indivisible) for row in rows if row.convert)
@@ -78,13 +89,16 @@ def _verdict(row: ProfileRow, reference: ProfileRow | None, phase: str, rows: Ro
         failure = row.failures.get(phase, row)
         return f"{name}: {failure.status}: {failure.reason}"
     more = f"; {speed} images/s" if speed else "" if error is None else f"; white error {error:.3g}"
+    if is_doubtful(row, phase, reference):
+        return f"{name} is doubtful ({row.phases[phase].summary.n} samples): measure again, on a quiet machine"
     ours, theirs = (counted.ran.params if counted and counted.ran else 0 for counted in (row, reference))
     compared = speed_up(row, reference, phase)
     if compared is None:
         return f"{name} has {scaled(ours)} parameters{more} (no reference was measured)"
     size = share_words(ours / theirs) if ours and theirs else "unknown parameters"
     other = DENSE if row.params.model else "standard"
-    return f"{name} is {compared.versus(other)} with {size}{more}" + ("" if how == "ok" else f" [{how}]")
+    joined = " with" if compared.ci95 else "; it has"
+    return f"{name} is {compared.versus(other)}{joined} {size}{more}" + ("" if how == "ok" else f" [{how}]")
 
 
 def _versus_gc(row: ProfileRow, rows: Rows, phase: str) -> str | None:
@@ -96,7 +110,7 @@ def _versus_gc(row: ProfileRow, rows: Rows, phase: str) -> str | None:
     parts = []
     for pairs, why in ((at_equal_n(at), "with twice its parameters"), (at_equal_params(at), "with as many parameters")):
         for _, gc in pairs:
-            if compared := speed_up(row, gc, phase):
+            if (compared := speed_up(row, gc, phase)) and compared.ci95:
                 parts.append(f"{compared.versus(f'GC N={gc.params.groups}')} {why}")
     return f"{numbered(row, rows)} is " + "; ".join(parts) if parts else None
 
@@ -104,18 +118,21 @@ def _versus_gc(row: ProfileRow, rows: Rows, phase: str) -> str | None:
 def _best(rows: Rows, reference: ProfileRow | None, phase: str) -> str | None:
     """The row with the shortest time in ``phase``, versus the dense network and versus the next one."""
     there = [row for row in rows if phase in row.phases and row is not reference]
+    there = [row for row in there if not is_doubtful(row, phase, reference)]
     if not there or any(row.status == "interrupted" for row in rows):
         return None
     first, *others = sorted(there, key=lambda row: row.median_s(phase) or 0.0)
     title, name, compared = PHASE_TITLES[phase], numbered(first, rows), speed_up(first, reference, phase)
     if compared is None:
         return None
+    if compared.is_significant is None:
+        return f"{title}: not known yet, from too few rounds for an interval"
     if not compared.faster:
         return f"{title}: none is significantly faster than {DENSE}; the shortest time is {name}'s"
     text = f"{title}: {name}, {compared.versus(DENSE)}"
     if others:
         ahead, after = speed_up(first, others[0], phase), numbered(others[0], rows)
-        alike = ahead is not None and ahead.is_significant is False
+        alike = ahead is not None and ahead.is_significant is not True
         text += f"; {after} is not significantly slower" if alike else f"; next is {after}"
     return text
 

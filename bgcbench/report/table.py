@@ -11,7 +11,7 @@ import io
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Generic, TypeVar
 
 from rich.cells import cell_len
@@ -35,7 +35,7 @@ class Column(Generic[R]):
 
     name: under which it is explained, where the title also says a phase, a unit or an N. right: aligned to the right.
     lead: repeated in front of every part of a table that is split because the terminal is narrow. optional: left out
-    where no row has a value.
+    where no row has a value. drop: left out, those with the highest number first, before a table is split.
     """
 
     title: str
@@ -46,6 +46,7 @@ class Column(Generic[R]):
     right: bool = True
     lead: bool = False
     optional: bool = False
+    drop: int = 0
 
     def cell(self, row: R) -> str:
         value = self.value(row)
@@ -81,12 +82,13 @@ def group_columns(of: Callable[[R], Any]) -> list[Column[R]]:
 
 @dataclass(frozen=True)
 class Table:
-    """A title, columns over rows, and lines under them by heading."""
+    """A title, columns over rows, and lines under them by heading. full: a terminal shows it with --wide only."""
 
     title: Sequence[str]
     declared: Sequence[Column[Any]]
     rows: Sequence[Any]
     sections: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    full: bool = False
 
     @functools.cached_property
     def columns(self) -> list[Column[Any]]:
@@ -138,9 +140,14 @@ class Report:
         return [*self.notes[: NOTES - 1], f"and {rest} more; {EXPLAIN}" if rest > 0 else EXPLAIN]
 
 
+def meanings(report: Report) -> dict[str, str]:
+    """What the columns of a report mean, by the name under which each is explained."""
+    return {column.name or column.title: column.meaning for table in report.tables for column in table.columns}
+
+
 def explained(report: Report) -> Report:
     """What each column of a report means, and all of its notes."""
-    columns = {column.name or column.title: column.meaning for table in report.tables for column in table.columns}
+    columns = meanings(report)
     shown: list[Column[tuple[str, str]]] = [
         label("column", lambda of: of[0], ""),
         words("meaning", lambda of: of[1], ""),
@@ -229,8 +236,11 @@ def _csv_cell(value: Any) -> Any:
 # ------------------------------------------------------------------------------------------------------------ terminal
 
 
-def as_rich(report: Report, width: int) -> RenderableType:
-    """Rich tables that fit ``width``: columns that find no room go into a further table below, led by the same rows."""
+def as_rich(report: Report, width: int, *, wide: bool = False) -> RenderableType:
+    """Rich tables that fit ``width``: columns that find no room go into a further table below, led by the same rows.
+
+    Without ``wide``, full tables are not shown, and columns that may be dropped are, with a line that names them.
+    """
 
     def text(content: str, style: str = "") -> Text:
         return Text(printable(content), style=style)
@@ -244,7 +254,8 @@ def as_rich(report: Report, width: int) -> RenderableType:
         return parts
 
     parts: list[RenderableType] = []
-    for table in report.tables:
+    for whole in [table for table in report.tables if wide or not table.full]:
+        table, dropped = (whole, []) if wide else fitted(whole, width)
         parts += [*([Text("")] if parts else []), *map(text, table.title)]
         for chosen in split_columns(table, width):
             drawn = RichTable(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
@@ -254,10 +265,25 @@ def as_rich(report: Report, width: int) -> RenderableType:
             for texts in zip(*(table.cells[number] for number in chosen), strict=True):
                 drawn.add_row(*map(text, texts))
             parts += [Text(""), drawn]
+        if dropped:
+            parts += [text(f"without {', '.join(dropped)}, for which there is no room; all columns: --wide", "dim")]
         for heading, entries in table.sections.items():
             parts += section(heading, entries)
+    if not wide and any(table.full for table in report.tables):
+        parts += [Text(""), text("all columns: bgcbench show FILE --wide, or --format csv", "dim")]
     parts += section("Notes", report.shown_notes) if report.shown_notes else []
     return Group(*parts)
+
+
+def fitted(table: Table, width: int) -> tuple[Table, list[str]]:
+    """``table`` without as many of the columns that may be dropped as it takes to fit ``width``, and their titles."""
+    dropped: list[str] = []
+    for drop in sorted({column.drop for column in table.columns} - {0}, reverse=True):
+        if sum(table.widths) - 2 <= width:
+            break
+        dropped += [column.title for column in table.columns if column.drop == drop]
+        table = replace(table, declared=[column for column in table.declared if column.drop != drop])
+    return table, list(dict.fromkeys(dropped))
 
 
 def split_columns(table: Table, width: int) -> list[list[int]]:
@@ -278,13 +304,16 @@ def split_columns(table: Table, width: int) -> list[list[int]]:
     return parts or [lead]
 
 
-def emit(report: Report, form: str, console: Console, document: Document | None = None) -> None:
-    """Print ``report`` on ``console`` in ``form``; 'auto' is a table on a terminal and Markdown elsewhere."""
+def emit(report: Report, form: str, console: Console, document: Document | None = None, *, wide: bool = False) -> None:
+    """Print ``report`` on ``console`` in ``form``; 'auto' is a table on a terminal and Markdown elsewhere.
+
+    wide: whether a table shows every column.
+    """
     if form == "auto":
         form = "table" if console.is_terminal else "markdown"
     if form == "table":
         with console.capture() as captured:  # rich would end the process where the reader of a pipe has gone
-            console.print(as_rich(report, console.width))
+            console.print(as_rich(report, console.width, wide=wide))
         text = captured.get()
     elif form == "json":
         text = dumps(document) if document is not None else json.dumps(report.records, indent=1) + "\n"

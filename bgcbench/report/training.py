@@ -6,12 +6,14 @@ The report of ``transfer`` shares its columns of cells, the title, the recipe, a
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from bgcbench.report.format import label_of, named, scaled, share_words, significant
+from bgcbench.report.format import label_of, listed, named, scaled, share_words, significant
 from bgcbench.report.notes import chosen_algorithms, kept_dense, notes, replaced_lines, together
+from bgcbench.report.side_by_side import errors_table
 from bgcbench.report.table import Column, Report, Table, flat, group_columns, label, words
 from bgcbench.results.aggregate import (
     MIN_SEEDS,
@@ -68,9 +70,22 @@ def train_report(document: Document) -> Report:
     compared = _compared(cells)
     sections = {"What this shows": [_sentence(*each, image_points(rows)) for each in compared]} if compared else {}
     trained = standard.errors if standard else {}
-    table = Table(title_lines(document), train_columns(document, trained), cells, sections)
+    columns, title = train_columns(document, trained), title_lines(document)
+    by_n = errors_table(
+        [*title, "test error % after the last epoch, by N:"], cells, lambda cell: spread_text(cell.errors)
+    )
+    tables = with_all_columns([by_n] if by_n else [], title, columns, cells, sections)
     noted = notes(document, _facts(document, cells, compared), endings(cells), QUICK)
-    return Report([table], noted, [_record(row, trained) for row in rows])
+    return Report(tables, noted, [_record(row, trained) for row in rows])
+
+
+def with_all_columns(
+    first: Sequence[Table], title: Sequence[str], columns: list[Column[Cell]], cells: Cells, sections: Mapping[str, Any]
+) -> list[Table]:
+    """``first`` with ``sections`` below, and every column for --wide; without a first table that alone."""
+    if not first:
+        return [Table(title, columns, cells, sections)]
+    return [*first[:-1], replace(first[-1], sections=sections), Table(["All columns"], columns, cells, full=True)]
 
 
 def train_columns(document: Document, trained: BySeed) -> list[Column[Cell]]:
@@ -283,10 +298,25 @@ def error_notes(rows: Rows, cells: Iterable[Cell], *more: str) -> list[str]:
     return lines + ([FLATTERS] if partly else [])
 
 
+def at_chance(rows: Rows, errors: Mapping[str, Iterable[float]]) -> list[str]:
+    """Which of ``errors`` (percent, over the seeds, by name) are those of guesses: nothing follows from them."""
+    classes = rows[0].params.classes if rows else None
+    if not classes or is_synthetic(rows):
+        return []
+    guessed = 100 * (1 - 1 / classes)
+    means = {name: statistics.fmean(found) for name, values in errors.items() if (found := list(values))}
+    names = [f"{name} ({mean:.2f} %)" for name, mean in means.items() if mean >= CHANCE * guessed]
+    told = f"as good as guessing, which errs on {guessed:.0f} %: {listed(names)}; nothing follows from such a network"
+    return [told] if names else []
+
+
+CHANCE = 0.9  # of the error of guesses
+
+
 def _facts(document: Document, cells: Cells, compared: Sequence[Compared]) -> list[str]:
     rows = document.results
     lines = [recipe_line(document, rows)] if rows else []
-    lines += error_notes(rows, cells)
+    lines += error_notes(rows, cells, *at_chance(rows, {cell_name(cell): cell.errors.values() for cell in cells}))
     lines += together((cell_name(cell), learnt) for cell in cells if (learnt := _learnt(cell)))
     lines += kept_dense((cell_name(cell), cell, cell.indivisible) for cell in cells) + _about_paper(rows)
     lines += chosen_algorithms(rows, lambda row: row.key)

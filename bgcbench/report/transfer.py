@@ -8,9 +8,10 @@ from typing import Any
 
 from bgcbench.measure.statistics import Interval
 from bgcbench.report import training
-from bgcbench.report.compare import PHASE_TITLES, Comparison, ratio_record
+from bgcbench.report.compare import Comparison, ratio_record
 from bgcbench.report.format import label_of, listed, loss_text
 from bgcbench.report.notes import chosen_algorithms, kept_dense, notes
+from bgcbench.report.side_by_side import errors_table
 from bgcbench.report.table import Column, Report, Table, label, words
 from bgcbench.results.aggregate import (
     MIN_SEEDS,
@@ -25,8 +26,13 @@ from bgcbench.results.aggregate import (
 )
 from bgcbench.results.document import Document
 from bgcbench.results.rows import CalibratedLayer, Ratio, TransferRow
+from bgcbench.specs import PHASE_TITLES
 from bgcbench.theory import paper
 
+BY_N: dict[Moment, str] = {
+    "initial": "test error % before any training, by N:",
+    "final": "test error % after the last epoch, by N:",
+}
 NOTHING = 1e-6  # a share of a layer's output that is rounding
 TITLES: dict[Moment, str] = {"initial": "initial", "final": "last"}
 
@@ -36,13 +42,27 @@ def transfer_report(document: Document) -> Report:
     run = Conversions.of(document)
     weights = next((row.params.weights for row in run.rows), "none")
     title = training.title_lines(document, "" if weights == "none" else f" (weights {weights})")
-    tables = [Table(title, transfer_columns(run, planned_seeds(document)), run.cells)]
+    first = [
+        table
+        for number, moment in enumerate(run.moments)
+        if (
+            table := errors_table(
+                [*([] if number else title), BY_N[moment]], run.cells, partial(_errors, moment=moment)
+            )
+        )
+    ]
+    columns = transfer_columns(run, planned_seeds(document))
+    tables = training.with_all_columns(first, title, columns, run.cells, {})
     pairs = [pair for start in run.starts for pair in (*run.at_equal_n(start), *run.at_equal_params(start))]
     pairs = [pair for pair in pairs if ratio_of(pair[0].params, pair[1].params)]  # without those that failed
     if pairs:
         tables.append(Table(["BGC versus GC, at equal N and at equal parameters"], pair_columns(run), pairs))
     noted = notes(document, _facts(document, run), training.endings(run.cells), training.QUICK)
     return Report(tables, noted, [_record(run, row) for row in run.rows])
+
+
+def _errors(cell: Cell, moment: Moment) -> str | None:
+    return training.spread_text(cell.errors_at(moment))
 
 
 # -------------------------------------------------------------------------------------------------------------- columns
@@ -212,7 +232,8 @@ def _facts(document: Document, run: Conversions) -> list[str]:
         lines.append("nothing was trained: the errors are those of the conversions")
     if any(row.params.distill for row in trained):
         lines.append("distilled: the untouched network's outputs were targets beside the labels")
-    lines += training.error_notes(rows, run.cells, *([NO_CONTROL] if run.epochs and not run.control else []))
+    guesses = training.at_chance(rows, {"the untouched network": filter(None, [run.untouched])})
+    lines += training.error_notes(rows, run.cells, *guesses, *([NO_CONTROL] if run.epochs and not run.control else []))
     lines += kept_dense((training.cell_name(cell), cell, cell.indivisible) for cell in run.converted)
     lines += _about_calibration(run)
     if ran := next((row.time for row in rows if row.time), None):

@@ -41,6 +41,27 @@ def check_folder(path: Path, option: str) -> None:
         raise unwritable(path, option, error) from error
 
 
+def check_new(path: Path, option: str, *, replace: bool) -> None:
+    """Raise OutputError, which names the ``option``, unless ``path`` can be written and is not there, or may go."""
+    check_folder(path, option)
+    check_free(path, option, replace=replace)
+
+
+def check_free(path: Path, option: str, *, replace: bool) -> None:
+    """Raise OutputError, which names the ``option``, for a file that is there and may not be replaced."""
+    if path.exists() and not replace:
+        raise OutputError(f"{option} {path} exists; use --force to replace it, or another name")
+
+
+def write_named(path: Path, option: str, content: bytes) -> None:
+    """Write a file that the user named by ``option``, whole or not at all; raises OutputError."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, content)
+    except OSError as error:
+        raise unwritable(path, option, error) from error
+
+
 def unwritable(path: Path, option: str, error: OSError) -> OutputError:
     return OutputError(f"{option} {path} cannot be written ({error.strerror or error}); choose another folder")
 

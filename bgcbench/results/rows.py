@@ -196,6 +196,17 @@ class Record(Data, frozen=True):
             raise ResultFileError(f"this is no record of a conversion: {problem}") from None
 
 
+class Conversion(Data, frozen=True, kw_only=True):
+    """What ``bgcbench convert`` did to a network, and what that costs an image before and after."""
+
+    model: str
+    weights: str
+    before: Counts
+    after: Counts
+    record: Record
+    notes: tuple[str, ...] = ()
+
+
 def upgraded_record(stored: dict[str, Any]) -> dict[str, Any]:
     """A record with what older ones leave to be concluded: what each layer is, and the code of what is indivisible."""
     asked = {name: stored[name] for name in ("variant", "algorithm", "init") if name in stored}
@@ -254,7 +265,10 @@ class Summary(Data, frozen=True):
 
 
 class Derived(Data, frozen=True):
-    """What follows from a median: rates, the share of what the measured ceilings allow, and flags."""
+    """What follows from a median: rates, the share of what the measured ceilings allow, and flags.
+
+    contended_cores: how many more CPU cores this run and other processes wanted, on average, than there are.
+    """
 
     images_per_s: Nonnegative
     tflops: Nonnegative
@@ -263,6 +277,7 @@ class Derived(Data, frozen=True):
     bound: Literal["compute", "memory"] | None
     launch_bound: bool | None
     page_faults: bool | None = None
+    contended_cores: Nonnegative | None = None
 
 
 class Discarded(Data, frozen=True):

@@ -99,3 +99,13 @@ def test_a_size_below_one_pixel_is_refused() -> None:
 
 def test_the_fingerprint_is_that_of_the_pixels() -> None:
     assert open_digits().fingerprint == open_digits((16, 16)).fingerprint != open_digits((8, 8)).fingerprint
+
+
+def test_the_test_split_has_the_other_images_and_their_labels() -> None:
+    digits = open_digits()
+    other = digits.test_split
+    assert len(other) == 500
+    assert other.test == digits.test
+    numbers = other.order(7, seed=3)
+    assert torch.equal(other.read(numbers), digits.pixels[[digits.test[n] for n in numbers]])
+    assert torch.equal(other.labels_of(numbers), digits.labels[[digits.test[n] for n in numbers]])

@@ -98,7 +98,7 @@ def test_where_there_is_a_folder_train_only_its_images_count(tmp_path: Path) -> 
     save(tmp_path / "imagenet" / "val" / "n01" / "2.png")
     folder = open_folder(str(tmp_path / "imagenet"))
     assert folder.files == ("n01/1.png",)
-    assert (folder.name, folder.num_classes, folder.size) == ("imagenet", None, (224, 224))
+    assert (folder.name, folder.num_classes, folder.size) == ("imagenet", 1, (224, 224))
 
 
 def test_links_to_folders_are_followed_but_not_in_circles(tmp_path: Path) -> None:
@@ -192,3 +192,35 @@ def test_the_fingerprint_changes_with_names_sizes_and_the_crop(tmp_path: Path) -
     assert open_folder(str(tmp_path / "a"), (32, 32)).fingerprint != first
     (tmp_path / "a" / "1.png").rename(tmp_path / "a" / "2.png")
     assert open_folder(str(tmp_path / "a")).fingerprint != first
+
+
+def test_labels_are_the_places_of_the_classes_folders_and_the_other_split_has_them_too(tmp_path: Path) -> None:
+    for split, count in (("train", 3), ("val", 2)):
+        for label, name in enumerate(("ant", "bee")):
+            (tmp_path / split / name).mkdir(parents=True)
+            for number in range(count):
+                Image.new("RGB", (8, 8), (100 * label, 0, 0)).save(tmp_path / split / name / f"{number}.png")
+    folder = open_folder(str(tmp_path), (8, 8))
+    other = folder.test_split
+    assert other is not None
+    for source, count in ((folder, 3), (other, 2)):
+        numbers = source.order(99, seed=0)
+        labels = source.labels_of(numbers)
+        assert labels is not None
+        assert sorted(labels.tolist()) == [0] * count + [1] * count
+        assert torch.equal(source.read(numbers)[:, 0, 0, 0], 100 * labels)
+    assert folder.num_classes == 2
+    (tmp_path / "val" / "cat").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "val" / "cat" / "0.png")
+    assert folder.test_split is None  # of other classes
+    alone = open_folder(str(tmp_path / "val"), (8, 8))
+    assert alone.test_split is None
+
+
+def test_images_beside_folders_have_no_labels(tmp_path: Path) -> None:
+    (tmp_path / "ant").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "ant" / "0.png")
+    Image.new("RGB", (8, 8)).save(tmp_path / "1.png")
+    folder = open_folder(str(tmp_path), (8, 8))
+    assert folder.num_classes is None
+    assert folder.labels_of([0, 1]) is None

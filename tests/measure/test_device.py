@@ -20,7 +20,7 @@ from bgcbench.measure.device import (
     resolve_device,
     tf32_state,
 )
-from bgcbench.measure.environment import describe_environment, diagnose, fingerprint
+from bgcbench.measure.environment import Contention, describe_environment, diagnose, fingerprint
 from bgcbench.measure.memory import measure_peak
 from bgcbench.measure.workload import Cell, Workload
 
@@ -270,6 +270,19 @@ def test_the_environment_names_what_decides_a_measurement() -> None:
     assert environment["fingerprint"] == fingerprint(environment)
     assert fingerprint({**environment, "torch": "0.0"}) != environment["fingerprint"]
     assert fingerprint({**environment, "os": "another"}) == environment["fingerprint"]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "spent", "cores"),
+    [(10.0, 0.0, 0.0), (10.0, 20.0, 0.0), (10.0, 25.0, 0.5), (0.1, 20.0, None)],  # 2 of 4 cores are this run's
+)
+def test_contention_is_what_is_wanted_beyond_the_cores_there_are(
+    seconds: float, spent: float, cores: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    readings = iter([(100.0, 7.0), (100.0 + seconds, 7.0 + spent)])
+    monkeypatch.setattr(Contention, "_now", staticmethod(lambda: next(readings)))
+    monkeypatch.setattr("psutil.cpu_count", lambda: 4)
+    assert Contention(2).cores == (None if cores is None else pytest.approx(cores))
 
 
 def test_the_doctor_names_every_concern_with_an_advice() -> None:

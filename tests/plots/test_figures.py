@@ -16,6 +16,7 @@ import pytest
 
 from bgcbench import plots, results
 from bgcbench.errors import OutputError, UsageError
+from tests.example import example_document
 from tests.example_approx import network, new_document, sampled
 from tests.example_train import papers, stop, train_document
 from tests.example_transfer import transfer_document
@@ -72,11 +73,6 @@ def test_dollars_in_a_name_are_no_formula(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("document", "picture", "why"),
     [
-        (
-            new_document(command="profile"),
-            None,
-            "--plot draws 'approx', 'train' and 'transfer' results, and this is a 'profile' run",
-        ),
         (new_document(), None, "nothing to draw: the result has no finished row"),
         (sampled(variants=("standard",)), None, "nothing to draw"),
         (sampled(variants=("standard",)), "figure1", "figure1 needs rows of sampled convolutions with N > 1"),
@@ -85,7 +81,7 @@ def test_dollars_in_a_name_are_no_formula(tmp_path: Path) -> None:
         (network(), "figure1", "figure1 needs rows of sampled convolutions"),
         (network(), "figure2", "figure2 needs rows of gc or bgc on sampled convolutions"),
         (network(), "pareto", "pareto needs finished rows of sampled convolutions"),
-        (sampled(), "figure3", r"unknown picture 'figure3': did you mean 'figure[12]'\? choose from figure1, figure2"),
+        (sampled(), "figure3", r"unknown picture 'figure3': did you mean 'figure[12]'\? choose from speedups, figure1"),
         (train_document(dataset="synthetic"), None, "nothing to draw: the result has no test error"),
         (train_document(dataset="synthetic"), "errors", "errors needs finished trainings on real images"),
         (train_document(dataset="synthetic"), "curves", "curves needs test errors by epoch"),
@@ -94,7 +90,8 @@ def test_dollars_in_a_name_are_no_formula(tmp_path: Path) -> None:
         (train_document(), "pareto", "pareto is no picture of 'train' results; they have errors, curves"),
         (new_document(), "curves", "'approx' results; they have figure1, figure2, pareto, heatmap"),
         (train_document(), "curve", "unknown picture 'curve': did you mean 'curves'"),
-        (new_document(command="profile"), "errors", "--plot draws 'approx', 'train' and 'transfer' results"),
+        ({**example_document(), "results": []}, None, "nothing to draw: the result has no row with an interval"),
+        (example_document(), "errors", "errors is no picture of 'profile' results; they have speedups"),
         (transfer_document(dataset="synthetic"), "errors", "errors needs conversions evaluated on real images"),
         (transfer_document(inits=("copy",)), "layers", "layers needs calibrated conversions"),
         ({**transfer_document(), "results": []}, None, "nothing to draw: the result has neither"),
@@ -211,5 +208,5 @@ def test_matplotlib_that_is_missing_is_named_with_the_way_out(tmp_path: Path, mo
     for call in (lambda: figure_of(sampled()), lambda: draw(sampled(), tmp_path / "p.png")):
         with pytest.raises(UsageError) as caught:
             call()
-        assert str(caught.value) == ("--plot needs matplotlib, which is not installed; pip install 'bgcbench[plot]'")
+        assert str(caught.value) == ("pictures need matplotlib, which is not installed; pip install 'bgcbench[plot]'")
     assert list(tmp_path.iterdir()) == []

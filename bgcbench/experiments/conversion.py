@@ -1,0 +1,130 @@
+"""``bgcbench convert``: one conversion of one network, into a file. No torch here.
+
+:mod:`bgcbench.experiments.conversion_run` carries it out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from bgcbench.errors import UsageError
+from bgcbench.experiments.approx_network import ApproxNetworkConfig
+from bgcbench.experiments.config import ImageChoice, NetworkChoice
+from bgcbench.experiments.options import (
+    CONVERSION,
+    MEASURE,
+    NETWORK,
+    Option,
+    check_options,
+    images,
+    one_of,
+    option,
+    positive,
+    word_or_path,
+)
+from bgcbench.specs import DATA_SETS, FORMATS, HELD_OUT, RANKED, VARIANTS, WEIGHTS, Choice, is_own
+
+INITS = ("copy", "white", "calibrated")
+
+
+@dataclass(frozen=True)
+class ConversionConfig(ImageChoice, NetworkChoice):
+    """One network, what its convolutions become, and with which weights; valid once constructed.
+
+    init: None for calibrated where there are images, and white without. Raises UsageError or ShapeError.
+    """
+
+    model: str = option(
+        "",
+        "resnet50, wrn_28_10, any classification network of torchvision, timm/NAME, or your own: net.py:make.",
+    )
+    variant: str = option(
+        "bgc", "What they become.", short="v", panel=CONVERSION, everyday=True,
+        check=one_of([name for name in VARIANTS if name != "standard"], "variant"),
+    )  # fmt: skip
+    groups: int | None = option(
+        None, "N.", short="g", panel=CONVERSION, everyday=True, shown="4; none with --rank", check=positive
+    )
+    rank: int | None = option(None, "Rank of low rank, in place of N.", panel=CONVERSION, check=positive)
+    init: str | None = option(
+        None,
+        "How the weights are found: calibrated (on --data), white (closed form), copy.",
+        panel=CONVERSION,
+        everyday=True,
+        shown="calibrated with --data, white without",
+        check=one_of(INITS, "init"),
+    )
+    weights: str | None = option(
+        None,
+        "A file, default (torchvision's published ones) or none (untrained).",
+        panel=NETWORK,
+        everyday=True,
+        shown="default where there are any",
+        read=word_or_path(WEIGHTS),
+    )
+    data: str = option(
+        "",
+        "Images to calibrate with, without labels: digits, a folder of images, or your own: data.py:load.",
+        short="d",
+        panel=NETWORK,
+        everyday=True,
+        read=images(DATA_SETS),
+    )
+    calibration_images: int = option(256, "How many of them; one in four is held out to choose by.", panel=NETWORK)
+    skip_invalid: bool = option(False, "Keep dense what N or the rank does not fit.", panel=CONVERSION)
+    seed: int = option(0, panel=MEASURE)
+
+    SHORTHANDS: ClassVar[tuple[Option, ...]] = (
+        dataclasses.replace(ApproxNetworkConfig.SHORTHANDS[0], shown="the network's own"),
+    )
+
+    def __post_init__(self) -> None:
+        check_options(self)
+        if not self.model:
+            raise UsageError("name a MODEL to convert, such as resnet50")
+        if self.rank is not None and self.groups is not None:
+            raise UsageError(f"--rank {self.rank} stands in place of --groups {self.groups}; leave one of them out")
+        if self.rank is not None and self.variant not in RANKED:
+            raise UsageError(f"--rank is for {' and '.join(RANKED)}, not for {self.variant}; give --groups N")
+        if self.rank is None and self.groups is None:
+            object.__setattr__(self, "groups", 4)
+        if self.init is None:
+            object.__setattr__(self, "init", "calibrated" if self.data else "white")
+        if self.init == "calibrated" and not self.data:
+            raise UsageError("--init calibrated needs images: --data digits, or --data FOLDER")
+        if self.data and self.calibration_images < HELD_OUT:
+            raise UsageError(f"--calibration-images {self.calibration_images} must be at least {HELD_OUT}")
+        self._check_images(self.weights or "default", in_memory=self.data in DATA_SETS or is_own(self.data))
+        self._resolve_network()
+
+    @property
+    def choice(self) -> Choice:
+        return Choice(self.variant, self.groups or 1, self.rank)
+
+
+@dataclass(frozen=True)
+class AskedOfConversion:
+    """Where the network goes, and what is shown."""
+
+    out: str | None = option(None, "The converted network, for bgcbench.load_converted.", short="o", everyday=True)
+    force: bool = option(False, "Replace an existing --out file.")
+    form: str = option(
+        "auto",
+        "auto (a table on a terminal, Markdown elsewhere), table, markdown, csv, json.",
+        name="format",
+        shown=None,
+        check=one_of(FORMATS, "format"),
+    )
+    quiet: bool = option(False, "No notes on stderr.")
+
+    def __post_init__(self) -> None:
+        check_options(self)
+        if self.out is None:
+            raise UsageError("name the file for the converted network: -o FILE")
+
+    @property
+    def path(self) -> Path:
+        return Path(self.out or "")

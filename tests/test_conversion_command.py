@@ -1,0 +1,82 @@
+"""``bgcbench convert``: what it writes is the conversion that Python makes, and what it says of it is true."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import bgcbench
+from bgcbench import report
+from bgcbench.cli import main
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def weights_of(model: torch.nn.Module, path: str) -> None:
+    torch.save(model.state_dict(), path)
+
+
+def test_the_file_is_the_network_that_convert_makes_of_the_same_weights() -> None:
+    dense = bgcbench.build_model("wrn_10_1").eval()
+    weights_of(dense, "dense.pt")
+    assert main(["convert", "WRN_10_1", "--weights", "dense.pt", "-v", "GC", "-g", "2", "-o", "gc.pt", "--quiet"]) == 0
+    expected = bgcbench.convert(dense, "gc", groups=2, init="white", example_input=(3, 32, 32)).model.eval()
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(bgcbench.load_converted("gc.pt")(x), expected(x))
+
+
+def test_with_images_the_weights_are_calibrated_and_lose_less_than_white_ones(capsys: Any) -> None:
+    pytest.importorskip("sklearn")
+    common = ["convert", "wrn_10_1", "--weights", "none", "--groups", "4", "--size", "16", "--quiet", "--format", "csv"]
+    assert main([*common, "--data", "digits", "--calibration-images", "16", "-o", "c.pt"]) == 0
+    lines = [line.split(",") for line in capsys.readouterr().out.splitlines()]
+    place = {name: number for number, name in enumerate(lines[0])}
+    assert {line[place["init"]] for line in lines[1:]} == {"calibrated"}
+    assert all(0 <= float(line[place["lost"]]) < 0.75 for line in lines[1:])
+    assert main([*common, "-o", "white.pt"]) == 0
+    assert {line.split(",")[place["init"]] for line in capsys.readouterr().out.splitlines()[1:]} == {"white"}
+
+
+def test_what_is_said_is_what_the_saved_network_has(capsys: Any) -> None:
+    assert main(["convert", "wrn_10_1", "--weights", "none", "-v", "gc", "-g", "4", "-o", "c.pt"]) == 0
+    said = capsys.readouterr()
+    params = sum(p.numel() for p in bgcbench.load_converted("c.pt").parameters())
+    before = sum(p.numel() for p in bgcbench.build_model("wrn_10_1").parameters())
+    assert f"parameters: {report.format.scaled(params)} instead of {report.format.scaled(before)}" in said.out
+    assert "6 of 9 convolutions are GC N=4 now (white weights)" in said.out
+    assert "- stem: the first convolution" in said.out
+    assert said.err.splitlines() == ["saved to c.pt"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        ([], 2, "name a MODEL to convert"),
+        (["wrn_10_1"], 2, "name the file for the converted network: -o FILE"),
+        (["wrn_10_1", "-o", "there.pt"], 4, "--out there.pt exists; use --force"),
+        (["wrn_10_1", "-g", "3", "-o", "c.pt"], 2, "groups=3 does not divide the channels of 6 convolutions"),
+        (["wrn_10_1", "-g", "0", "-o", "c.pt"], 2, "groups=0 must be a whole number"),
+        (["wrn_10_1", "--rank", "4", "-o", "c.pt"], 2, "--rank is for lowrank, not for bgc"),
+        (["wrn_10_1", "-v", "lowrank", "--rank", "4", "-g", "2", "-o", "c.pt"], 2, "stands in place of --groups 2"),
+        (["wrn_10_1", "--init", "calibrated", "-o", "c.pt"], 2, "--init calibrated needs images"),
+        (["wrn_10_1", "--data", "./gone", "-o", "c.pt"], 2, "--data ./gone is not there"),
+        (["wrn_10_1", "-v", "standard", "-o", "c.pt"], 2, "unknown variant 'standard'"),
+    ],
+)
+def test_what_is_wrong_is_one_line_and_no_file(arguments: list[str], code: int, words: str, capsys: Any) -> None:
+    Path("there.pt").write_text("mine")
+    assert main(["convert", *arguments]) == code
+    (line,) = capsys.readouterr().err.splitlines()
+    assert words in line
+    assert Path("there.pt").read_text() == "mine"
+    assert not Path("c.pt").exists()
