@@ -18,6 +18,10 @@ from bgcbench.experiments.network import NetworkConfig
 from bgcbench.experiments.network_run import plan_network
 from bgcbench.models import build_empty
 from bgcbench.specs import PLANNED, Choice
+from tests.example_plan import with_plan
+from tests.example_train import train_document
+from tests.example_transfer import transfer_document
+from tests.reporting import report_of
 from tests.stored import stored
 
 pytestmark = pytest.mark.usefixtures("brisk", "one_thread", "tried_once")
@@ -31,7 +35,20 @@ CHOICES = {
 REPLACED = [name for name, choice in CHOICES.items() if choice["variant"] != "standard"]
 PROFILE = ["profile", "--model", "wrn_10_1", "--size", "8", "--batch", "2", "--device", "cpu", "--threads", "1",
            "--quick", "--max-time", "0.01", "--plan"]  # fmt: skip
-DIGITS = ["--data", "digits", "--device", "cpu", "--threads", "1", "--subset", "64", "--epochs", "1"]
+DIGITS = [
+    "--data",
+    "digits",
+    "--device",
+    "cpu",
+    "--threads",
+    "1",
+    "--subset",
+    "64",
+    "--epochs",
+    "1",
+    "--batch-size",
+    "32",
+]
 
 
 @pytest.fixture
@@ -170,25 +187,38 @@ def test_plan_is_no_variant_and_no_choice_of_a_convolution() -> None:
     assert PLANNED not in NetworkConfig(variants=("gc",)).choices
 
 
-class TestTraining:
-    @pytest.fixture(scope="class")
-    def folder(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
-        """A network trained dense and as planned, then transferred to the plan, trained on and timed."""
-        place = tmp_path_factory.mktemp("planned")
-        before = Path.cwd()
-        os.chdir(place)
-        try:
-            plan = written(CHOICES)
-            train = ["train", "wrn_10_1", "--size", "8", *DIGITS, "--plan", plan, "--quiet"]
-            assert main([*train, "--out", "t.json", "--plot", "t.png"]) == 0
-            (dense,) = Path("t.checkpoints/wrn_10_1-digits-standard-n1-s0").glob("final-*.pt")
-            transfer = ["transfer", str(dense), *DIGITS, "--calibration-images", "16", "--plan", plan, "--quiet"]
-            more = ["--variants", "gc", "--groups", "2", "--distill", "--time", "--save", "nets", "--plot", "r.png"]
-            assert main([*transfer, *more, "--out", "r.json"]) == 0
-        finally:
-            os.chdir(before)
-        return place
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A network trained dense and as planned, then transferred to the plan, trained on and timed."""
+    place = tmp_path_factory.mktemp("planned")
+    before = Path.cwd()
+    os.chdir(place)
+    try:
+        plan = written(CHOICES)
+        train = ["train", "wrn_10_1", "--size", "8", *DIGITS, "--plan", plan, "--quiet"]
+        assert main([*train, "--out", "t.json", "--plot", "t.png"]) == 0
+        (dense,) = Path("t.checkpoints/wrn_10_1-digits-standard-n1-s0").glob("final-*.pt")
+        transfer = ["transfer", str(dense), *DIGITS, "--calibration-images", "16", "--plan", plan, "--quiet"]
+        more = [
+            "--variants",
+            "gc",
+            "--groups",
+            "2",
+            "--distill",
+            "--time",
+            "--quick",
+            "--save",
+            "nets",
+            "--plot",
+            "r.png",
+        ]
+        assert main([*transfer, *more, "--out", "r.json"]) == 0
+    finally:
+        os.chdir(before)
+    return place
 
+
+class TestTraining:
     def test_a_planned_network_is_trained_beside_the_dense_one(self, folder: Path) -> None:
         rows = rows_of(str(folder / "t.json"))
         assert set(rows) == {("standard", 1), ("plan", 1)}
@@ -247,3 +277,32 @@ class TestTraining:
         assert losses[REPLACED[0]] == pytest.approx(1 - 1 / 2, abs=0.05)
         assert losses[REPLACED[1]] == pytest.approx(1 - 2 / 4, abs=0.05)
         assert "plan: 3 convolutions replaced" in capsys.readouterr().out
+
+
+class TestReports:
+    """A plan is no variant at an N: it stands beside all of them, and in none of their comparisons."""
+
+    def test_trainings(self) -> None:
+        document = train_document(variants=("standard", "gc", "bgc"), groups=(2, 4))
+        without, planned = report_of(document), report_of(with_plan(document))
+        (side_by_side, table), (before, _) = planned.tables, without.tables
+        assert side_by_side.by_title["N"] == ["1", "plan", "2", "4"]
+        assert {cells[1] for title, cells in side_by_side.by_title.items() if title != "N"} == {"3.40 ± 0.40"}
+        assert table.by_title["variant"][:2] == ["SC", "plan"]
+        assert table.by_title["N"][:2] == ["1", "-"]
+        assert side_by_side.title[1] == "plan: 3 convolutions replaced, GC N=4 x2, LR r=8 x1"
+        assert before.sections["What this shows"]
+        assert side_by_side.sections == before.sections
+
+    def test_conversions(self) -> None:
+        document = transfer_document(("gc", "bgc"), epochs=3, control=True)
+        without, planned = report_of(document), report_of(with_plan(document))
+        pairs = planned.tables[-1]
+        assert pairs.title[0].startswith("BGC versus GC")
+        assert pairs.cells == without.tables[-1].cells
+        assert planned.tables[0].by_title["N"] == ["1", "plan", "2", "4", "8"]
+
+    def test_layers_stand_in_the_order_of_the_network(self) -> None:
+        layers = pytest.importorskip("bgcbench.plots.layers", reason="needs matplotlib, the extra 'plot'")
+        whole, some = ["b", "a", "d", "c"], ["b", "c"]
+        assert layers._in_order([some, whole, whole * 2]) == whole

@@ -30,7 +30,7 @@ def part(document: Document) -> style.Part:
         "Markers: mean over the seeds, which are the dots; bars and band: one standard deviation." if repeated else "",
         "Hollow: what Lee, Park & Lee print." if printed else "",
         "Left: variants of one N stand side by side." if len({*variants} - {"standard"}) > 1 else "",
-        "Right: N grows to the left." if len(spreads) > 1 else "",
+        "Right: N grows to the left." if sum(not cell.planned for cell in spreads) > 1 else "",
         unfinished(cells),
     ]
 
