@@ -180,12 +180,12 @@ def check_same_workload(stored: Mapping[str, Any], config: RunConfig, name: str)
 def check_same_fields(stored: Mapping[str, Any], wanted: Mapping[str, Any], free: Collection[str], name: str) -> None:
     """Raise ResultFileError for the first of the ``wanted`` fields that is another one in file ``name``."""
     for field_name, given in wanted.items():
-        value = list(given) if isinstance(given, tuple) else given
+        value: Any = list(given) if isinstance(given, tuple) else given
         if field_name in (*GRID_FIELDS, *free, "device") or stored.get(field_name) == value:
             continue
         was, of = stored.get(field_name), ""
-        if isinstance(value, Mapping):  # a plan: the first convolution of which it says another thing is enough
-            was = was or {}
+        if isinstance(value, Mapping) or isinstance(was, Mapping):  # plans: one convolution that differs is enough
+            value, was = value or {}, was or {}
             entry = next(entry for entry in (*value, *was) if was.get(entry) != value.get(entry))
             was, value, of = was.get(entry), value.get(entry), f" of {entry}"
         raise ResultFileError(

@@ -245,7 +245,9 @@ def title_lines(document: Document, weights: str = "") -> list[str]:
 def recipe_line(document: Document, rows: Rows) -> str:
     """The recipe and its terms in one line, as they ran; those that are off or unknown are left out."""
     asked, settings, params = document.asked, document.settings, rows[0].params
-    penalised = any(VARIANTS[r.params.variant].has_lasso for r in rows if r.params.variant in VARIANTS)
+    layers = [layer for row in rows if row.convert for layer in row.convert.layers]  # a plan has several variants
+    names = {row.params.variant for row in rows} | {layer.variant for layer in layers}
+    penalised = any(VARIANTS[name].has_lasso for name in names if name in VARIANTS)
     terms = {
         "{} epochs": params.epochs,
         "batch {}": params.batch_size or asked.batch_size,
