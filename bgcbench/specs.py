@@ -301,6 +301,7 @@ LINEAR: tuple[str, ...] = tuple(name for name, variant in VARIANTS.items() if va
 # Those whose least squares has a closed form; the others search.
 CLOSED_FORM: tuple[str, ...] = (*LINEAR, *(name for name, variant in VARIANTS.items() if variant.solver == "svd"))
 RANKED: tuple[str, ...] = tuple(name for name, variant in VARIANTS.items() if variant.has_rank)
+PLAN = "plan"  # in the place of a variant: of a network whose convolutions become what a plan says of each
 HELD_OUT = 4  # of so many calibration images one is held out to evaluate on; fewer images are too few
 DATA_SETS: tuple[str, ...] = ("digits",)  # by name; anything else is a folder
 TRAINING_SETS: tuple[str, ...] = ("digits", "cifar10", "imagenet", "folder", "synthetic")
@@ -536,6 +537,15 @@ class Choice:
         return self.groups == 1 and self.rank is None
 
     @property
+    def is_planned(self) -> bool:
+        """Whether it is PLANNED, and says nothing of any single convolution."""
+        return False
+
+    def settled(self, algorithm: str) -> str:
+        """``algorithm`` with 'auto' resolved where that does not take a measurement."""
+        return VARIANTS[self.variant].settled(algorithm)
+
+    @property
     def key(self) -> str:
         """In the keys of rows: "bgc-n4", "lowrank-r16"."""
         return f"{self.variant}-" + (f"n{self.groups}" if self.rank is None else f"r{self.rank}")
@@ -564,6 +574,23 @@ class Choice:
         if self.rank is None:
             return unfit(self.variant, *shape, self.groups, kernel_positions)
         return unfit_rank(self.variant, *shape, kernel_positions, self.rank)
+
+
+class _Planned(Choice):
+    """See PLANNED."""
+
+    is_dense, is_planned = False, True
+    key = label = PLAN
+
+    def __post_init__(self) -> None:
+        """There is nothing to check: a plan's own choices are."""
+
+    def settled(self, algorithm: str) -> str:
+        return algorithm
+
+
+# Stands among the choices of a network, which are the same for all of its convolutions, for what a plan says of each.
+PLANNED: Choice = _Planned(PLAN)
 
 
 @dataclass(frozen=True)

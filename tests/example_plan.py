@@ -36,3 +36,22 @@ def plan_document(**fields: Any) -> dict[str, Any]:
             "curve": [{"cost": 0.4, "loss": 0.3}, {"cost": 1.0, "loss": 0.0}]}  # fmt: skip
     own = {"command": "plan", "results": rows, "plan": plan, "interleaved": [], "config": {}, "ceilings": None}
     return example_document() | own | fields
+
+
+def with_plan(document: dict[str, Any], like: tuple[str, int] = ("gc", 4)) -> dict[str, Any]:
+    """A document of trainings or conversions with a planned network, whose numbers are those of another row."""
+    layers = [
+        {"name": f"stages.{stage}.0.conv2", "also": [], "in_channels": 16, "out_channels": 16, "bias": False,
+         **{side: [3, 3] for side in ("kernel", "stride", "padding", "dilation")}, "padding_mode": "zeros", "height": 8,
+         "width": 8, "calls": 1, "variant": variant, "groups": groups, "rank": rank}
+        for stage, (variant, groups, rank) in enumerate([("gc", 4, None), ("gc", 4, None), ("lowrank", 3, 8)])
+    ]  # fmt: skip
+    made = []
+    for found in document["results"]:
+        params = found["params"]
+        if (params["variant"], params["groups"]) == like:
+            key = found["key"].replace("{}-n{}".format(*like), "plan")
+            convert = {**(found.get("convert") or {}), "planned": True, "layers": layers, "replaced": [], "kept": []}
+            plan = {"variant": "plan", "groups": 1}
+            made.append({**found, "key": key, "params": {**params, **plan}, "convert": convert})
+    return {**document, "results": [*document["results"], *made]}

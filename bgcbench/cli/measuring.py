@@ -52,7 +52,7 @@ class Profile(Command):
     def given(self, given: Json, preset: str | None, asked: Asked, context: typer.Context) -> Json:
         check_reference(given)
         if preset is None:
-            return given
+            return with_plan(given, asked)
         check_choice("preset", preset, ("table4",))
         free = ("in_channels", "out_channels", "kernel", "stride", "batch", "height", "model")
         for field in (each for each in free if each in given):
@@ -196,6 +196,14 @@ def check_reference(given: Json) -> None:
     """Raise UsageError where the standard convolution is asked for and left out."""
     if given.get("reference") is False and (1 in given.get("groups", ()) or "standard" in given.get("variants", ())):
         raise UsageError("--no-reference leaves the standard convolution out, and it is asked for; drop one of the two")
+
+
+def with_plan(given: Json, asked: Asked) -> Json:
+    """``given`` with nothing beside a plan, where one is given and no variants, N or ranks are."""
+    goes_on = asked.resume is not None and not asked.is_auto
+    if "plan" not in given or goes_on or not given.keys().isdisjoint(("variants", "groups", "ranks")):
+        return given
+    return {**given, "variants": ("standard",)}
 
 
 def check_images(given: Json) -> None:

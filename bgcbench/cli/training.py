@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import typer
 
-from bgcbench.cli.measuring import check_reference
+from bgcbench.cli.measuring import check_reference, with_plan
 from bgcbench.cli.output import Said, say
 from bgcbench.cli.run import Beginning, Command, settled
 from bgcbench.errors import UsageError
@@ -22,7 +22,7 @@ from bgcbench.experiments.transfer import NO_IMAGES, TransferConfig, room_to_sav
 from bgcbench.results import Json
 from bgcbench.results.document import Command as CommandName
 from bgcbench.results.rows import CellKey, Epoch, TransferRow
-from bgcbench.specs import FACTORY, TIMM_PREFIX, WEIGHTS, Choice, NetSpec
+from bgcbench.specs import FACTORY, TIMM_PREFIX, WEIGHTS, NetSpec
 
 if TYPE_CHECKING:
     from bgcbench.experiments.session import Session
@@ -65,7 +65,7 @@ class Train(Command):
         seed, seeds = context.params.get("seed"), context.params.get("seeds")
         if seed is not None and seeds is not None:
             raise UsageError(f"--seed {seed} is the same as --seeds {seed}; leave one of them out")
-        return as_folder(given) if preset is None else self.experiment.preset(preset, given)
+        return with_plan(as_folder(given) if preset is None else self.experiment.preset(preset, given), asked)
 
     def check(self, config: Any, *, fresh: bool, replace: bool) -> None:
         if config.data in IN_FILES and not config.download and not any(map(os.path.exists, config.data_dirs)):
@@ -126,7 +126,7 @@ class Train(Command):
             if not quiet:
                 trained = f"{duration(epoch_s)} an epoch, {duration(all_s)} a training"
                 takes = trained if row.params.epochs else f"{duration(all_s)} to evaluate"
-                say(f"  {Choice(*row.params.cell).label}: {takes}")
+                say(f"  {row.params.choice.label}: {takes}")
         if interrupts.requested():
             return interrupts.exit_code
         todo = run.todo
@@ -289,7 +289,7 @@ def _is_path(model: str) -> bool:
 
 def _network_lines(run: TrainRun[Any], *, full: bool) -> list[str]:
     """The networks of the plan; ``full``: with every convolution that is replaced or kept."""
-    cells = {Choice(*row.params.cell).label: row for row in run.planned}
+    cells = {row.params.choice.label: row for row in run.planned}
     lines = [
         f"  {label}: {row.counts.params:,} parameters, {row.counts.macs / 1e6:,.1f} M MACs an image, "
         f"{len(row.convert.replaced)} convolutions replaced, {len(row.convert.kept)} kept"

@@ -77,7 +77,7 @@ def convert(
     exclude: str | Sequence[str] | None = None,
     init: str = "white",
     on_indivisible: str = "raise",
-    algorithm: str = "auto",
+    algorithm: str | Mapping[str, str] = "auto",
     example_input: Any = None,
     inplace: bool = False,
     calibration: Iterable[Any] | None = None,
@@ -116,7 +116,8 @@ def convert(
         :mod:`bgcbench.conversion.calibration`), 'scratch' (He initialisation).
     on_indivisible: what to do where N does not divide the channels: 'raise' a ShapeError that names each of them,
         'skip' (keep it dense) or 'gcd' (the largest N that does).
-    algorithm: that of the layers, where they have a choice, such as 'deployed'.
+    algorithm: that of the layers, where they have a choice, such as 'deployed'; or by variant, for a plan that has
+        several.
     example_input: what to run the network on, to find order, shapes, shortcuts and functional convolutions, and to see
         that it computes the same with other layers in it: (channels, height, width), a tensor, a tuple of its
         arguments, a dict of its keywords, a list of images. By default a size that works, or the first image of
@@ -148,7 +149,8 @@ def convert(
     """
     choices = None if plan is None else _checked_plan(plan, (variant, groups, rank, budget, include), where)
     choice = Choice() if plan is not None else _checked_choice(variant, groups, rank, budget, budget_of)
-    _check_options(choice.variant, where, init, on_indivisible, algorithm)
+    by_variant = {choice.variant: algorithm} if isinstance(algorithm, str) else algorithm
+    _check_options(by_variant, where, init, on_indivisible)
     check_wrapper(model)
     passing = Passing(forward_fn)
     _check_calibration(calibration is not None, init, calibration_images, rebn)
@@ -170,15 +172,15 @@ def convert(
         decide(model, convs, found, where, *named)
         choose(convs, choice, on_indivisible)
     else:
-        given = tuple(name for name, each in choices.items() if not each.is_dense)
-        decide(model, convs, found, "none", given, named[1])
-        follow(convs, choices)
+        follow(model, convs, found, choices, named[1])
     if found is not None and replaces:
         notes += keep_what_cannot_be_exchanged(model, convs, found, example, passing, fits=images is not None)
     chosen = [conv for conv in convs if conv.reason is None]
     if not chosen and replaces:
         raise UsageError(nothing_to_replace(convs, where))
-    layers = tuple(replace(describe(conv), algorithm=algorithm, init=init) for conv in chosen)
+    layers = tuple(
+        replace(describe(conv), algorithm=by_variant.get(conv.choice.variant, "auto"), init=init) for conv in chosen
+    )
     # What the original says comes first: a network that is converted in place cannot be asked any more.
     wanted = None
     if images is not None and chosen:
@@ -202,7 +204,7 @@ def convert(
         exclude=named[1],
         init=init,
         on_indivisible=on_indivisible,
-        algorithm=algorithm,
+        algorithm=algorithm if isinstance(algorithm, str) else "auto",
         source=source,
         size=found.size if found else None,
         replaced=tuple(layer.name for layer in layers),
@@ -292,12 +294,14 @@ def _check_calibration(given: bool, init: str, images: int | None, rebn: bool | 
         raise UsageError("calibration_images says how many of calibration=loader are used, and there is none")
 
 
-def _check_options(variant: str, where: str, init: str, on_indivisible: str, algorithm: str) -> None:
+def _check_options(algorithms: Mapping[str, str], where: str, init: str, on_indivisible: str) -> None:
     check_choice("where", where, WHERE)
     check_choice("init", init, INITS)
     check_choice("on_indivisible", on_indivisible, ON_INDIVISIBLE)
-    if algorithm != "auto":
-        check_choice(f"algorithm of {variant}", algorithm, VARIANTS[variant].algorithms)
+    for variant, algorithm in algorithms.items():
+        check_choice("variant", variant, VARIANTS)
+        if algorithm != "auto":
+            check_choice(f"algorithm of {variant}", algorithm, VARIANTS[variant].algorithms)
 
 
 def _checked_choice(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from bgcbench.convs.base import VariantConv2d
-from bgcbench.errors import ShapeError, UsageError
+from bgcbench.errors import ShapeError, UsageError, some
 from bgcbench.measure.batches import Images, Passing
 from bgcbench.measure.trace import SHORTCUT_NAME, Call, Trace, trace
 from bgcbench.results.rows import Kept, Replaced
@@ -178,9 +178,7 @@ def decide(
     """Give each convolution that stays its reason."""
     for pattern in (*include, *exclude):
         if not any(_matches(conv, [pattern]) for conv in convs):
-            near = difflib.get_close_matches(pattern, [conv.name for conv in convs], n=3, cutoff=0.3)
-            hint = f"; there are {', '.join(near)}" if near else ""
-            raise UsageError(f"no convolution of the network is called '{pattern}'{hint}")
+            raise UsageError(f"no convolution of the network is called '{pattern}'{_near(pattern, convs)}")
     owners: dict[Any, list[str]] = {}
     for name, module in model.named_modules():
         for parameter in module._parameters.values():
@@ -194,10 +192,16 @@ def decide(
         elif _matches(conv, include):
             named = any(name in include for name in (conv.name, *conv.also))
             if hard is not None and named:
-                raise UsageError(f"{conv.name} cannot be replaced: {hard.text}; leave it out of include")
+                raise UsageError(f"{conv.name} cannot be replaced: {hard.text}; leave it out")
             conv.reason = hard
         else:
             conv.reason = hard or selected.get(conv.name)
+
+
+def _near(name: str, convs: Iterable[Conv]) -> str:
+    """What convolutions are called that are called almost so, to follow a message; nothing where none is."""
+    near = difflib.get_close_matches(name, [conv.name for conv in convs], n=3, cutoff=0.3)
+    return f"; there are {', '.join(near)}" if near else ""
 
 
 def _identity(parameter: Tensor) -> Any:
@@ -362,13 +366,19 @@ def choose(convs: Iterable[Conv], choice: Choice, on_indivisible: str) -> None:
         raise Indivisible(f"{said} the channels of {count}: {', '.join(offenders)}")
 
 
-def follow(convs: Iterable[Conv], plan: Mapping[str, Choice]) -> None:
-    """Give each convolution the choice of ``plan``; raises UsageError for names that are not there, and one ShapeError
-    that names all that it does not fit."""
-    convs = list(convs)
+def follow(
+    model: nn.Module, convs: list[Conv], found: Trace | None, plan: Mapping[str, Choice], exclude: tuple[str, ...]
+) -> None:
+    """Give each convolution the choice of ``plan``, or its reason to stay.
+
+    Raises UsageError for names that are not there, and for what cannot be replaced; one ShapeError that names all that
+    it does not fit.
+    """
     known = {name for conv in convs for name in (conv.name, *conv.also)}
     if unknown := [name for name in plan if name not in known]:
-        raise UsageError(f"the plan is for another network: it names {', '.join(unknown)}, which is not there")
+        near = _near(unknown[0], convs)
+        raise UsageError(f"the plan is for another network: it names {some(unknown)}, which is not there{near}")
+    decide(model, convs, found, "none", tuple(name for name, each in plan.items() if not each.is_dense), exclude)
     offenders = []
     for conv in convs:
         choice = next((plan[name] for name in (conv.name, *conv.also) if name in plan), None)

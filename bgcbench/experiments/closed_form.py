@@ -93,7 +93,8 @@ class ClosedFormRun(TransferRun):
 
     def _convert_row(self, row: TransferRow) -> None:
         """Convert the network of ``row``, and write down what it costs and loses."""
-        expected = white_error(*row.params.cell) if row.params.init == "white" else None
+        alike = row.params.init == "white" and not row.params.choice.is_planned
+        expected = white_error(*row.params.cell) if alike else None
         loss = None if row.params.is_dense else WhiteLoss(expected, None)
         if self.prepared.loaded is None:
             self._note(row, "error", "the weights are missing", white_loss=loss)

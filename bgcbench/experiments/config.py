@@ -6,6 +6,7 @@ import dataclasses
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from bgcbench.errors import ShapeError, UsageError
@@ -26,8 +27,20 @@ from bgcbench.experiments.options import (
     variants,
     word,
 )
+from bgcbench.planning import read_plan
 from bgcbench.results import Json
-from bgcbench.specs import PRECISIONS, RANKED, VARIANTS, WEIGHTS, WHERE, Choice, NetSpec, Preprocessing, check_positive
+from bgcbench.specs import (
+    PLANNED,
+    PRECISIONS,
+    RANKED,
+    VARIANTS,
+    WEIGHTS,
+    WHERE,
+    Choice,
+    NetSpec,
+    Preprocessing,
+    check_positive,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -96,6 +109,10 @@ class RunConfig:
         by_groups = [Choice(name, groups) for groups in sorted(set(self.groups) - {1}) for name in others]
         return by_groups + [Choice(name, rank=rank) for rank in sorted(set(self.ranks)) for name in RANKED]
 
+    def algorithms_of(self, choice: Choice) -> tuple[str, ...]:
+        """The algorithms that layers of ``choice`` may run, the default first."""
+        return VARIANTS[choice.variant].algorithms
+
     @property
     def what(self) -> str:
         """The workload in a file name."""
@@ -148,6 +165,65 @@ class NetworkChoice:
         spec = self.spec
         for name in ("height", "width", "num_classes", "stem_stride"):
             object.__setattr__(self, name, getattr(spec, name))
+
+
+def _plan_in(name: str, path: Path) -> Json:
+    return {layer: choice.to_json() for layer, choice in read_plan(path)[0].items()}
+
+
+@dataclass(frozen=True)
+class PlanChoice:
+    """The part of a network's configuration that may hold a plan: what each convolution becomes, by its name.
+
+    plan: as in a plan file, or a bgcbench.Plan; kept as JSON, so that a result file says what ran. A planned network is
+    a row of its own, to which where, include, exclude and skip_invalid mean nothing.
+    """
+
+    plan: Mapping[str, Any] | None = option(
+        None,
+        "A plan of the network: plan.json of bgcbench plan --save, or its result file. Without --variants, --groups "
+        "and --ranks it is compared with the dense network alone.",
+        panel=GRID,
+        kind=Path,
+        read=_plan_in,
+    )
+
+    @property
+    def planned(self) -> dict[str, Choice]:
+        """What each convolution becomes that the plan names."""
+        return {name: Choice.of(choice) for name, choice in (self.plan or {}).items()}
+
+    @property
+    def choices(self) -> list[Choice]:
+        """What is compared besides the standard convolution: the plan first, then what is the same for all layers."""
+        uniform: list[Choice] = super().choices  # type: ignore[misc]
+        return [PLANNED] * (self.plan is not None) + uniform
+
+    def algorithms_of(self, choice: Choice) -> tuple[str, ...]:
+        """Of the plan, those that some of its variants have; a layer without the one asked for runs its own."""
+        if not choice.is_planned:
+            return VARIANTS[choice.variant].algorithms
+        every = (name for each in self.planned.values() for name in VARIANTS[each.variant].algorithms)
+        return tuple(dict.fromkeys(name for name in every if name != "stock"))
+
+    def _settle_plan(self) -> None:
+        """Write the plan out as JSON.
+
+        Raises UsageError for one that changes nothing, and for what is said of variants where there is only a plan.
+        """
+        if self.plan is None:
+            return
+        choices = {name: Choice.of(each) for name, each in getattr(self.plan, "choices", self.plan).items()}
+        if all(choice.is_dense for choice in choices.values()):
+            raise UsageError("--plan keeps every convolution as it is; give a plan that replaces one at least")
+        object.__setattr__(self, "plan", {name: choice.to_json() for name, choice in choices.items()})
+        about = {"where": "auto", "include": (), "exclude": (), "skip_invalid": False}
+        said = [name for name, usual in about.items() if getattr(self, name) != usual]
+        if self.choices == [PLANNED] and said:
+            raise UsageError(
+                f"--{said[0].replace('_', '-')} is for variants, and --plan names each convolution; leave it out, or "
+                "name --variants, too"
+            )
 
 
 @dataclass(frozen=True)

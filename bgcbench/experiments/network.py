@@ -10,14 +10,14 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from bgcbench.errors import UsageError
-from bgcbench.experiments.config import NetworkChoice
+from bgcbench.experiments.config import NetworkChoice, PlanChoice
 from bgcbench.experiments.options import NETWORK, SIZE, Option, one_of, option
 from bgcbench.experiments.profile import MeasureConfig
 from bgcbench.specs import NETWORK_PHASES
 
 
 @dataclass(frozen=True)
-class NetworkConfig(NetworkChoice, MeasureConfig):
+class NetworkConfig(PlanChoice, NetworkChoice, MeasureConfig):
     """One network to measure, dense and converted; valid once constructed (raises UsageError or ShapeError).
 
     layers adds each distinct convolution by itself.
@@ -41,6 +41,7 @@ class NetworkConfig(NetworkChoice, MeasureConfig):
         if not self.input_grad:
             raise UsageError("--no-input-grad is for one layer; a network's images take no gradient")
         self._resolve_network()
+        self._settle_plan()
 
     @property
     def is_pointwise(self) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -27,6 +28,7 @@ from bgcbench.experiments.profile import (
     planned_layer,
     row_seed,
     unmeasured,
+    wanted_of,
     wanted_rows,
 )
 from bgcbench.experiments.profile_run import Subject, layer_subjects, on_device
@@ -65,19 +67,20 @@ class NetworkPlan:
         self.subjects[row.key] = subject
 
     def add_layers(self, found: Trace) -> None:
-        """The network's own convolution of each shape, and where the conversion replaces it each variant beside it."""
+        """The network's own convolution of each shape, and where conversions replace it what they put in its place."""
         config, model = self.config, self.config.model
         records = [row.row.convert for row in self.rows if row.row.convert]
         replaced = {layer.name for record in records for layer in record.layers}
+        by_variant = {layer.name for record in records if not record.planned for layer in record.layers}
         for number, (call, layer) in enumerate(distinct_convolutions(found, replaced)):
             shape = _layer_config(config, call)
             own = ConvSpec("gc" if call.groups > 1 else "standard", *(getattr(call, name) for name in _SHAPE))
             params: Json = {"model": model, "layer": number}
             if call.kernel[0] != call.kernel[1]:
                 params["kernel_width"] = call.kernel[1]
-            wanted = wanted_rows(config) if layer.replaced else []
-            if not config.reference or not wanted:
-                wanted = [*(Wanted(Choice(), mode=mode) for mode in config.modes), *wanted]
+            uniform = [each for each in config.choices if not each.is_planned and by_variant & {*layer.names}]
+            planned = [config.planned[name] for name in layer.names if name in config.planned]
+            wanted = wanted_of(config, dict.fromkeys((Choice(), *uniform, *planned)))
             rows = [
                 planned_layer(
                     shape,
@@ -145,27 +148,51 @@ class Selection(Protocol):
     def exclude(self) -> tuple[str, ...]: ...
     @property
     def skip_invalid(self) -> bool: ...
+    @property
+    def planned(self) -> dict[str, Choice]: ...
 
 
-def converted_as_chosen(config: Selection, dense: nn.Module, choice: Choice, algorithm: str = "auto") -> Converted:
-    """``dense`` with the convolutions that ``config`` chooses replaced, freshly initialised.
+def conversion_of(config: Selection, choice: Choice, algorithm_of: Callable[[str], str]) -> Json:
+    """The arguments of ``convert`` that make of the network what ``choice`` says, and of PLANNED what the plan says.
 
-    Raises ShapeError where some of them do not fit, unless ``skip_invalid``, which keeps those dense.
+    algorithm_of: the algorithm of a variant's layers.
+    """
+    if choice.is_planned:
+        algorithms = {each.variant: algorithm_of(each.variant) for each in config.planned.values()}
+        return {"plan": config.planned, "algorithm": algorithms, "example_input": config.spec.size}
+    return {
+        **choice.to_json(),
+        "where": config.where,
+        "include": config.include,
+        "exclude": config.exclude,
+        "on_indivisible": "skip" if config.skip_invalid else "raise",
+        "algorithm": algorithm_of(choice.variant),
+        "example_input": config.spec.size,
+    }
+
+
+def converted_as_chosen(
+    config: Selection, dense: nn.Module, choice: Choice, algorithm_of: Callable[[str], str]
+) -> Converted:
+    """``dense`` with the convolutions that ``config`` chooses, or that its plan names, replaced, freshly initialised.
+
+    Raises ShapeError where some of them do not fit, unless ``skip_invalid``, which keeps those dense; UsageError for a
+    plan that is not for this network.
     """
     try:
-        return convert(
-            dense,
-            **choice.to_json(),
-            where=config.where,
-            include=config.include,
-            exclude=config.exclude,
-            init="scratch",
-            on_indivisible="skip" if config.skip_invalid else "raise",
-            algorithm=algorithm,
-            example_input=config.spec.size,
-        )
+        converted = convert(dense, init="scratch", **conversion_of(config, choice, algorithm_of))
     except Indivisible as problem:
         raise ShapeError(problem.fact) from None
+    except UsageError as problem:
+        if choice.is_planned:  # of which nothing is left out by --skip-invalid
+            raise UsageError(f"--plan: {problem}") from None
+        raise
+    if choice.is_planned:
+        record = converted.record
+        asked = {name for name, each in config.planned.items() if not each.is_dense}
+        for name, reason in ((kept.name, kept.reason) for kept in record.kept if kept.name in asked):
+            raise UsageError(f"--plan: {name} cannot be replaced: {reason}; leave it out")
+    return converted
 
 
 class NetworkSubject(Subject):
@@ -185,7 +212,7 @@ class NetworkSubject(Subject):
         self.found = trace(empty, config.spec.size)
         self.counts = network_counts(empty, self.found, self.batch, self.item)
         # What the algorithm that runs stores and multiplies: a masked one its dense kernels.
-        masked = record is not None and record.algorithm == "masked"
+        masked = record is not None and any(layer.algorithm == "masked" for layer in record.layers)
         self.params = (self.counts.params_training if masked else None) or self.counts.params
         self.macs = (self.counts.macs_training if masked else None) or self.counts.macs
         trains = "train_step" in config.phases

@@ -11,7 +11,6 @@ from bgcbench.experiments.network_run import plan_network
 from bgcbench.measure.statistics import Series, ratio_of_medians
 from bgcbench.results import Document, new_document
 from bgcbench.results.rows import CellKey, NetworkTime, Phase, ProfileRow, Ratio
-from bgcbench.specs import Choice
 
 STANDARD: CellKey = ("standard", 1, None)
 MEASURED_AS = {"fwd": "deployed", "train_step": "masked"}  # the algorithm, where a network is measured in both
@@ -41,7 +40,7 @@ class NetworkTimes:
         run.take_into(measured)
         failed = [row for row in measured.results if row.status != "ok"]
         self.warnings += measured.measurement_warnings
-        self.warnings += [f"{Choice(*row.params.cell).label} could not be measured: {row.reason}" for row in failed]
+        self.warnings += [f"{row.params.choice.label} could not be measured: {row.reason}" for row in failed]
         self.times = {cell: network_time(measured, cell) for cell in self.cells}
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -209,11 +209,16 @@ def check_same_workload(stored: Mapping[str, Any], config: RunConfig, name: str)
 def check_same_fields(stored: Mapping[str, Any], wanted: Mapping[str, Any], free: Collection[str], name: str) -> None:
     """Raise ResultFileError for the first of the ``wanted`` fields that is another one in file ``name``."""
     for field_name, given in wanted.items():
-        value = list(given) if isinstance(given, tuple) else given
+        value: Any = list(given) if isinstance(given, tuple) else given
         if field_name in (*GRID_FIELDS, *free, "device") or stored.get(field_name) == value:
             continue
+        was, of = stored.get(field_name), ""
+        if isinstance(value, Mapping) or isinstance(was, Mapping):  # plans: one convolution that differs is enough
+            value, was = value or {}, was or {}
+            entry = next(entry for entry in (*value, *was) if was.get(entry) != value.get(entry))
+            was, value, of = was.get(entry), value.get(entry), f" of {entry}"
         raise ResultFileError(
-            f"{name} cannot be resumed: its {field_name} is {stored.get(field_name)} and {value} is asked for; "
+            f"{name} cannot be resumed: its {field_name}{of} is {was} and {value} is asked for; "
             "leave the option out, or start a new file with --out"
         )
 
@@ -252,20 +257,20 @@ class Wanted(NamedTuple):
     algorithm: str = "auto"
     mode: str = "eager"
 
-    @property
-    def in_torch(self) -> str:
-        """The algorithm of the layer that is built: in ONNX Runtime a plain one is made of it afterwards."""
-        if self.mode != RUNTIME:
-            return self.algorithm
-        return "deployed" if VARIANTS[self.choice.variant].algorithms == TRAINED_AND_DEPLOYED else "auto"
+    def in_torch(self, variant: str) -> str:
+        """The algorithm of the layers of ``variant``: in ONNX Runtime plain ones are made of them afterwards."""
+        offered = VARIANTS[variant].algorithms
+        if self.mode == RUNTIME:
+            return "deployed" if offered == TRAINED_AND_DEPLOYED else "auto"
+        return self.algorithm if self.algorithm in offered else "auto"  # of a plan's variants, not all may have it
 
     @property
     def settled(self) -> str:
         """The algorithm that runs, 'auto' where it is found by measuring."""
-        variant = VARIANTS[self.choice.variant]
-        if self.mode == RUNTIME:
-            return variant.plain[0] if len(variant.plain) == 1 else self.algorithm
-        return variant.settled(self.algorithm)
+        if self.mode != RUNTIME or self.choice.is_planned:
+            return self.choice.settled(self.algorithm)
+        plain = VARIANTS[self.choice.variant].plain
+        return plain[0] if len(plain) == 1 else self.algorithm
 
 
 def plan(config: ProfileConfig) -> list[PlannedRow]:
@@ -292,18 +297,24 @@ def wanted_rows(config: MeasureConfig) -> list[Wanted]:
 
     Raises UsageError for an algorithm that none of them has.
     """
-    wanted = [Choice()] * config.reference + config.choices
+    choices = [Choice()] * config.reference + config.choices
     if config.algorithm not in ("auto", "all") and not any(
-        config.algorithm in _offered(choice.variant, mode) for choice in wanted for mode in config.modes
+        config.algorithm in _offered(choice, mode, config) for choice in choices for mode in config.modes
     ):
         raise UsageError(
             f"--algorithm {config.algorithm}: no variant asked for has it in this mode; add bgc, or leave it out"
         )
+    return wanted_of(config, choices)
+
+
+def wanted_of(config: MeasureConfig, choices: Iterable[Choice]) -> list[Wanted]:
+    """Each of ``choices`` in each mode and in each algorithm that is to be measured."""
+    every = list(choices)
     return [
         Wanted(choice, each, mode)
         for mode in config.modes
-        for choice in wanted
-        for each in _algorithms(choice.variant, mode, config)
+        for choice in every
+        for each in _algorithms(choice, mode, config)
     ]
 
 
@@ -312,21 +323,25 @@ def labelled(config: MeasureConfig, wanted: Wanted, of: str = "") -> str:
     return f"{wanted.choice.label}{of}" + (f" in {wanted.mode}" if len(config.modes) > 1 else "")
 
 
-def _offered(variant: str, mode: str) -> tuple[str, ...]:
-    return VARIANTS[variant].plain if mode == RUNTIME else VARIANTS[variant].algorithms
+def _offered(choice: Choice, mode: str, config: MeasureConfig) -> tuple[str, ...]:
+    if mode != RUNTIME:
+        return config.algorithms_of(choice)
+    return () if choice.is_planned else VARIANTS[choice.variant].plain
 
 
-def _algorithms(variant: str, mode: str, config: MeasureConfig) -> tuple[str, ...]:
-    """The algorithms to measure a variant in; variants without a choice have their one.
+def _algorithms(choice: Choice, mode: str, config: MeasureConfig) -> tuple[str, ...]:
+    """The algorithms to measure a choice in; variants without several have their one.
 
     What a masked variant costs in training and when deployed are two answers, and both are given.
     """
-    offered, algorithm = _offered(variant, mode), config.algorithm
+    offered, algorithm = _offered(choice, mode, config), config.algorithm
     if algorithm == "all" and mode != RUNTIME:
         on_cuda = config.device.startswith("cuda")  # what 'auto' will be is not known yet
         unfit = (() if on_cuda else CUDA_ALGORITHMS) + (() if config.is_pointwise else POINTWISE_ALGORITHMS)
         offered = tuple(each for each in offered if each not in unfit)
-    if algorithm == "all" or (algorithm == "auto" and offered == TRAINED_AND_DEPLOYED):
+    if algorithm == "auto" and set(TRAINED_AND_DEPLOYED) <= set(offered):
+        return TRAINED_AND_DEPLOYED
+    if algorithm == "all":
         return offered if len(offered) > 1 else ("auto",)
     return (algorithm if algorithm in offered else "auto",)
 
@@ -370,7 +385,7 @@ def planned_layer(
         row = unmeasured(config, wanted, what, params, status="invalid", reason=reason)
         return PlannedRow(row, label, group=group)
     asked: Json = {} if choice.is_dense else dataclasses.asdict(choice)
-    spec = dataclasses.replace(own, algorithm=wanted.in_torch, **asked)
+    spec = dataclasses.replace(own, algorithm=wanted.in_torch(choice.variant), **asked)
     size, item = (config.height, config.width), PRECISIONS[config.precision]
     counts = count(spec, *size, batch=config.batch, precision=config.precision)
     facts = {

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from bgcbench.errors import UsageError
-from bgcbench.experiments.config import NetworkChoice, RunConfig
+from bgcbench.experiments.config import NetworkChoice, PlanChoice, RunConfig
 from bgcbench.experiments.options import (
     GRID,
     MEASURE,
@@ -61,7 +61,7 @@ PRESETS = {"table5": ("cifar10", paper.TABLE5), "table6": ("imagenet", paper.TAB
 
 
 @dataclass(frozen=True)
-class TrainConfig(NetworkChoice, RunConfig):
+class TrainConfig(PlanChoice, NetworkChoice, RunConfig):
     """One network, one data set, one recipe, the variants and seeds; valid once constructed.
 
     data: one of TRAINING_SETS; :func:`as_folder` makes 'folder' of a path. data_dirs: where it is looked for.
@@ -192,6 +192,7 @@ class TrainConfig(NetworkChoice, RunConfig):
         self._check_device()
         object.__setattr__(self, "seed", self.seeds[0])
         super().__post_init__()
+        self._settle_plan()
         self._check_rows()
 
     def _settle(self, name: str, value: Any) -> None:
@@ -245,9 +246,10 @@ class TrainConfig(NetworkChoice, RunConfig):
             listed = ",".join(map(str, self.seeds))
             raise UsageError(f"--seeds {listed} must be whole numbers from 0 up, none twice")
         named = self.algorithm not in ("fixed", "auto")
-        if named and not any(self.algorithm in VARIANTS[choice.variant].algorithms for choice in self.choices):
+        if named and not any(self.algorithm in self.algorithms_of(choice) for choice in self.choices):
             raise UsageError(f"--algorithm {self.algorithm}: no variant asked for has it; add bgc, or leave it out")
-        if self.group_lasso and not any(VARIANTS[name].has_lasso for name in self.variants):
+        names = (*self.variants, *(choice.variant for choice in self.planned.values()))
+        if self.group_lasso and not any(VARIANTS[name].has_lasso for name in names):
             raise UsageError("--group-lasso is a penalty on lgc, which is not among --variants; leave it out")
         check_parts(self.hyper.batch_size, self.accumulate, processes())
         if self.subset is not None and self.subset < 1:
@@ -322,7 +324,7 @@ def params_of(config: TrainConfig, cell: Choice, seed: int, **others: Any) -> Tr
         dataset=config.data,
         classes=config.num_classes,
         **dataclasses.asdict(cell),
-        algorithm=VARIANTS[cell.variant].settled(config.algorithm_of(cell.variant)),
+        algorithm=None if cell.is_planned else cell.settled(config.algorithm_of(cell.variant)),
         seed=seed,
         **{"rebn": False, "distill": False, **others},
     )
@@ -347,10 +349,11 @@ def planned(kind: type[RowT], key: str, params: TrainParams, printed: float | No
 
 def identity(config: TrainConfig, params: TrainParams) -> Json:
     """What a checkpoint of a row must agree on: all that its training depends on but the data's contents."""
-    left_out = {*config.FREE, *config.GRIDS, "reference", "skip_invalid", "device", "quick"}
+    left_out = {*config.FREE, *config.GRIDS, "plan", "reference", "skip_invalid", "device", "quick"}
     shared = {name: value for name, value in config.to_json().items() if name not in left_out}
     rank = {} if params.rank is None else {"rank": params.rank}  # a file of an older version has none
-    return {**shared, "variant": params.variant, "groups": params.groups, **rank, "seed": params.seed}
+    plan = {"plan": config.plan} if params.choice.is_planned else {}
+    return {**shared, **plan, "variant": params.variant, "groups": params.groups, **rank, "seed": params.seed}
 
 
 def as_folder(given: Mapping[str, Any]) -> dict[str, Any]:

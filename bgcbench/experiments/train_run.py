@@ -155,7 +155,7 @@ def try_conversions(
         model, record, found = dense, _all_kept(config, dense), as_it_is
         if not cell.is_dense:
             try:
-                converted = converted_as_chosen(config, dense, cell, config.algorithm_of(cell.variant))
+                converted = converted_as_chosen(config, dense, cell, config.algorithm_of)
             except ShapeError as problem:
                 problems.append(str(problem))
                 continue
@@ -166,7 +166,7 @@ def try_conversions(
     refuse_misfits(problems)
 
     def completed(row: RowT) -> RowT:
-        counts, record = cells[Choice(*row.params.cell)]
+        counts, record = cells[row.params.choice]
         init = record.init if row.params.is_dense else row.params.init
         return replace(row, counts=counts, convert=replace(record, init=init), **facts)
 
@@ -292,7 +292,7 @@ class TrainRun(Run[RowT]):
     def title(self, row: TrainRow) -> str:
         """A row for people, as far as the run's rows differ: "BGC N=4", "BGC N=4 seed 1", "BGC N=4 white"."""
         inits = {planned.params.init for planned in self.planned if not planned.params.is_dense}
-        words = [Choice(*row.params.cell).label]
+        words = [row.params.choice.label]
         words += [f"seed {row.params.seed}"] * (len(self.config.seeds) > 1)
         words += [row.params.init] * (len(inits) > 1 and not row.params.is_dense)
         return " ".join(words)
@@ -406,7 +406,7 @@ class TrainRun(Run[RowT]):
     def _found(self, row: RowT, training: Training, *, learnt: bool = False) -> Json:
         """What a training has found so far, as fields of its row; learnt: with the structure that it has come to."""
         state, known = training.state, self._known(row)
-        found = self.prepared.traces[Choice(*row.params.cell)]
+        found = self.prepared.traces[row.params.choice]
         counts = counts_of(self.config, training.network, found, learnt=True) if learnt else known.counts
         initial = known.error_initial if state.initial is None else state.initial
         last = state.history[-1] if state.history else None
@@ -522,6 +522,6 @@ class TrainRun(Run[RowT]):
                     raise
                 except Exception as problem:
                     failure = describe_failure(problem, self.session.device, OUT_OF_MEMORY)
-                    raise BgcbenchError(f"{Choice(*row.params.cell).label}: {failure.reason}") from problem
+                    raise BgcbenchError(f"{row.params.choice.label}: {failure.reason}") from problem
                 yield row, epoch_s, epoch_s * max(1, row.params.epochs)
                 free_memory(self.session.device)

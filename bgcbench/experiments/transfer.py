@@ -212,7 +212,18 @@ class TransferConfig(ImageChoice, TrainConfig):
     def costs(self, device: str) -> NetworkConfig:
         """What to measure on ``device`` for --time: the networks, in small batches on a CPU, by the fastest algorithm
         unless another one is asked for by name."""
-        shared = ("variants", "groups", "ranks", "precision", "threads", "seed", "quick", "skip_invalid", "layout")
+        shared = (
+            "variants",
+            "groups",
+            "ranks",
+            "plan",
+            "precision",
+            "threads",
+            "seed",
+            "quick",
+            "skip_invalid",
+            "layout",
+        )
         batch = self.batch_size
         return NetworkConfig(
             **{name: getattr(self, name) for name in shared},

@@ -34,6 +34,7 @@ from bgcbench.data import Images
 from bgcbench.data.views import Views
 from bgcbench.errors import OutputError, UsageError
 from bgcbench.experiments.images import prepared_for, sized, told, warned
+from bgcbench.experiments.network_run import conversion_of
 from bgcbench.experiments.network_times import NetworkTimes
 from bgcbench.experiments.profile import row_seed
 from bgcbench.experiments.session import Session
@@ -52,7 +53,7 @@ from bgcbench.models import build_model
 from bgcbench.models.weights import Loaded, Weights
 from bgcbench.results import Json, write_atomically
 from bgcbench.results.rows import Record, TransferRow
-from bgcbench.specs import HELD_OUT, Choice
+from bgcbench.specs import HELD_OUT
 from bgcbench.training.distributed import World
 from bgcbench.training.loop import NotFinite, Scores, Training
 from bgcbench.training.recipes import Recipe
@@ -314,14 +315,8 @@ class TransferRun(TrainRun[TransferRow]):
         torch.manual_seed(row_seed(params.seed, row.key))  # for 'scratch'
         return convert(
             self.original,
-            **Choice(*params.cell).to_json(),
-            where=config.where,
-            include=config.include,
-            exclude=config.exclude,
+            **conversion_of(config, params.choice, config.algorithm_of),
             init=params.init,
-            on_indivisible="skip" if config.skip_invalid else "raise",
-            algorithm=config.algorithm_of(params.variant),
-            example_input=config.spec.size,
             calibration=batches,
             calibration_images=views * params.calibration_images if params.calibration_images else None,
             calibration_pictures=lambda number: number // views,

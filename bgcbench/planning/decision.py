@@ -11,13 +11,12 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from bgcbench.errors import ResultFileError, UsageError, reason_of
-from bgcbench.planning import knapsack
+from bgcbench.errors import UsageError
+from bgcbench.planning import FORMAT, knapsack, read_plan
 from bgcbench.planning.choices import LayerOptions, Problem, Scored, best_families
 from bgcbench.results import write_atomically
 from bgcbench.specs import Choice, check_positive
 
-FORMAT = "bgcbench.plan/1"
 # What plans are tried out besides the best family of every variant: by what the network feels, by the layers' losses
 # alone, and by what the network feels of the losses that the first of these really has.
 FELT, PLAIN, AGAIN = "felt", "plain", "again"
@@ -83,16 +82,12 @@ class Plan:
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> Plan:
-        """A plan from its file, or from one that holds the choices alone; raises ResultFileError."""
-        try:
-            stored = json.loads(Path(path).read_text(encoding="utf-8"))
-            choices = stored.get("choices", stored)
-            budget = stored.get("budget", {}) if "choices" in stored else {}
-            return cls({str(name): Choice.of(choice) for name, choice in choices.items()}, **budget)
-        except OSError as problem:
-            raise ResultFileError(f"{path} cannot be read ({problem.strerror})") from problem
-        except (ValueError, AttributeError, TypeError, UsageError) as problem:
-            raise ResultFileError(f"{path} is no plan: {reason_of(problem)}") from problem
+        """A plan from its file, from one that holds the choices alone, or from a result file of ``bgcbench plan``.
+
+        Raises ResultFileError.
+        """
+        choices, budget = read_plan(path)
+        return cls(choices, **budget)
 
     def __str__(self) -> str:
         widest = max((len(layer.name) for layer in self.layers), default=0)

@@ -117,7 +117,9 @@ def _title(run: Conversions, start: Start) -> str:
 def _notes(
     run: Conversions, variants: Sequence[str], spreads: Sequence[Spread], floor: float, *, trained: bool
 ) -> list[str]:
-    numbers = ", ".join(str(n) for n in sorted({cell.groups for cell in run.converted if cell.rank is None}))
+    numbers = ", ".join(
+        str(n) for n in sorted({cell.groups for cell in run.converted if cell.rank is None and not cell.planned})
+    )
     ranks = ", ".join(str(r) for r in sorted({cell.rank for cell in run.converted if cell.rank}, reverse=True))
     both = {"gc", "bgc"} <= {*variants}
     return [

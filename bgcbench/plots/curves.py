@@ -24,7 +24,8 @@ def part(document: Document) -> style.Part:
     curves = {cell: curve for cell in cells if (curve := _curve(cell))}
     if not curves:
         raise style.NothingToDraw("test errors by epoch; this result has none")
-    asked = list(dict.fromkeys((cell.groups, cell.rank) for cell in curves if not cell.dense))
+    everywhere = [cell for cell in curves if cell.dense or cell.planned]
+    asked = list(dict.fromkeys((cell.groups, cell.rank) for cell in curves if cell not in everywhere))
     places = style.wrapped(asked or [(1, None)], ACROSS)
     every = [error for curve in curves.values() for errors in curve.values() for error in errors]
     repeated = len(every) > sum(map(len, curves.values()))
@@ -34,9 +35,9 @@ def part(document: Document) -> style.Part:
         grid = style.grid_of(panel, places, "epoch", "test error (%)")
         for axes, at in grid:
             for cell, curve in curves.items():
-                if (cell.groups, cell.rank) == at or cell.dense:
+                if (cell.groups, cell.rank) == at or cell in everywhere:
                     _plot(axes, cell.variant, curve)
-            axes.set_title(style.asked_of(*at))
+            axes.set_title(style.asked_of(*at) if asked else "")
         first, _ = grid[0]
         style.scale_errors(first, every)
         first.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True))

@@ -30,12 +30,12 @@ def part(document: Document) -> style.Part:
         "Markers: mean over the seeds, which are the dots; bars and band: one standard deviation." if repeated else "",
         "Hollow: what Lee, Park & Lee print." if printed else "",
         "Left: variants of one N stand side by side." if len({*variants} - {"standard"}) > 1 else "",
-        "Right: N grows to the left." if len(spreads) > 1 else "",
+        "Right: N grows to the left." if sum(not cell.planned for cell in spreads) > 1 else "",
         unfinished(cells),
     ]
 
     def paint(panel: SubFigure) -> None:
-        by_n = [cell for cell in spreads if cell.rank is None]
+        by_n = [cell for cell in spreads if cell.rank is None and not cell.planned]
         at_groups = {cell: _place(cell, variants_of(by_n)) for cell in by_n}
         by_groups, by_params = panel.subplots(1, 2, sharey=True, width_ratios=(1.2, 1))
         style.training_title(panel, document, "Test error after the last epoch")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from graphlib import TopologicalSorter
 
 from matplotlib.axes import Axes
 from matplotlib.figure import SubFigure
@@ -46,7 +47,7 @@ def part(document: Document) -> Part:
         raise NothingToDraw("calibrated conversions; this result has none")
     variants, lines = sorted({v for v, _ in at}, key=variant_place), list(dict.fromkeys(asked for _, asked in at))
     every = [layer for cell in at.values() for layer in cell.layers]
-    names = list(dict.fromkeys(layer.name for layer in every))
+    names = _in_order([layer.name for layer in cell.layers] for cell in at.values())
     losses = [_percent(share) for layer in every for loss in LOSSES.values() if (share := loss(layer)) is not None]
     spelt = len(names) * len(variants) <= NAMES
     notes = [
@@ -62,7 +63,8 @@ def part(document: Document) -> Part:
         places = [[at.get((variant, asked)) for variant in variants] for asked in lines]
         grid = grid_of(panel, places, "" if spelt else "layer", "output lost (%)")
         for axes, cell in grid:
-            axes.set_title(f"{label_of(cell.variant)}, {asked_of(cell.groups, cell.rank)}")
+            at_n = "" if cell.planned else f", {asked_of(cell.groups, cell.rank)}"
+            axes.set_title(f"{label_of(cell.variant)}{at_n}")
             _panel(axes, names, cell, 1.0 if spelt else 0.6)
             if spelt:
                 axes.set_xticks(range(1, len(names) + 1), map(printable, names), rotation=90, fontsize=6.5)
@@ -71,6 +73,16 @@ def part(document: Document) -> Part:
         legend(panel, {name: {"linewidth": 1.0, **look} for name, look in LOOKS.items()}, notes)
 
     return Part(0.6 * len(lines) + (0.5 if spelt else 0.2), paint)
+
+
+def _in_order(cells: Iterable[Sequence[str]]) -> list[str]:
+    """The layers of all cells as they run in the network; a cell, such as a plan's, may have some of them only."""
+    order: TopologicalSorter[str] = TopologicalSorter()
+    for names in cells:
+        own = list(dict.fromkeys(names))  # of several seeds
+        for name, before in zip(own, [[], *([name] for name in own)], strict=False):
+            order.add(name, *before)
+    return list(order.static_order())
 
 
 def _percent(share: float) -> float:

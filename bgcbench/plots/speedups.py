@@ -14,7 +14,7 @@ from bgcbench.results.aggregate import variant_place
 from bgcbench.results.document import Document, printable
 from bgcbench.results.rows import ProfileRow
 from bgcbench.results.times import is_doubtful, time_ratio
-from bgcbench.specs import PHASE_TITLES
+from bgcbench.specs import PHASE_TITLES, PLAN
 
 NARROW = 2.5  # how often the least the largest value is up to which an axis is linear
 DASHES = ("-", "--", ":", "-.")  # of a variant's algorithms, where several were measured
@@ -93,8 +93,8 @@ def _points(
             known = ratio is not None and ratio.ci95 is not None and not is_doubtful(row, phase, reference)
             if known and ratio and ratio.ci95 and row.ran and reference and reference.ran:
                 share = 100 * row.ran.params / reference.ran.params
-                _, groups, rank = row.params.cell
-                name = str(groups) if rank is None else f"r={rank}"
+                variant, groups, rank = row.params.cell
+                name = PLAN if variant == PLAN else str(groups) if rank is None else f"r={rank}"
                 found.setdefault(key, []).append(Point(share, ratio.value, ratio.ci95.low, ratio.ci95.high, name))
     return {key: sorted(points) for key, points in found.items()}
 

@@ -19,7 +19,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from bgcbench.results.aggregate import Spread
 from bgcbench.results.document import Document, printable
-from bgcbench.specs import VARIANTS, Variant
+from bgcbench.specs import PLAN, VARIANTS, Variant
 
 DPI, WIDTH = 150, 7.5  # inches: a page's width, and about 900 px of a README
 ROW, AROUND = 2.5, 0.9  # inches: of a row of panels; of a picture's title, legend and notes
@@ -90,9 +90,12 @@ def asked_of(groups: int, rank: int | None) -> str:
     return f"N = {groups}" if rank is None else f"r = {rank}"
 
 
+LOOKS = {name: known.look for name, known in VARIANTS.items()} | {PLAN: ("#882255", "d", 7.0)}
+
+
 def look_of(variant: str, **more: Any) -> Look:
     """How a variant's line and markers look in every picture, but for what is given."""
-    colour, marker, size = VARIANTS[variant].look if variant in VARIANTS else Variant.look
+    colour, marker, size = LOOKS.get(variant, Variant.look)
     return {"color": colour, "marker": marker, "markersize": size, "linewidth": 0.9, "zorder": 3 + 1 / size, **more}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 
-from bgcbench.specs import VARIANTS
+from bgcbench.specs import PLAN, VARIANTS
 
 MIB = 2**20
 NAMED = 4  # of layers, rows or warnings that one line names
@@ -81,5 +81,5 @@ def label_of(variant: str) -> str:
 
 
 def named(variant: str, groups: int, rank: int | None = None) -> str:
-    """ "GC N=4", "LR r=16" """
-    return f"{label_of(variant)} " + (f"N={groups}" if rank is None else f"r={rank}")
+    """ "GC N=4", "LR r=16", "plan" """
+    return PLAN if variant == PLAN else f"{label_of(variant)} " + (f"N={groups}" if rank is None else f"r={rank}")

@@ -12,7 +12,7 @@ from bgcbench.report.format import bounds_text, label_of, mebibytes, scaled, sig
 from bgcbench.report.table import Column, group_columns, label, words
 from bgcbench.results.rows import Phase, ProfileRow
 from bgcbench.results.times import BUSY, is_doubtful
-from bgcbench.specs import PHASE_TITLES
+from bgcbench.specs import PHASE_TITLES, PLAN
 from bgcbench.theory import paper
 
 Rows = Sequence[ProfileRow]
@@ -60,8 +60,8 @@ def _phase_columns(rows: Rows, phase: str, reference: ProfileRow | None) -> list
 
 
 VARIANT = (
-    "SC: the standard convolution; dense: the network as it is. masked: the algorithm that is trained, with a dense "
-    "kernel; deployed: what runs afterwards."
+    "SC: the standard convolution; dense: the network as it is; plan: as --plan has it, layer by layer. masked: the "
+    "algorithm that is trained, with a dense kernel; deployed: what runs afterwards."
 )
 MACS = "Multiply-accumulate operations of one image, forward, in convolutions and fully connected layers."
 WHITE_ERROR = "Smallest share of the output's energy that the variant loses on white input (closed form)."
@@ -146,6 +146,8 @@ def variant_name(row: ProfileRow, rows: Rows) -> str:
 
 def numbered(row: ProfileRow, rows: Rows) -> str:
     _, groups, rank = row.params.cell
+    if row.params.variant == PLAN:
+        return variant_name(row, rows)
     return f"{variant_name(row, rows)} " + (f"N={groups}" if rank is None else f"r={rank}")
 
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import msgspec
 
-from bgcbench.report.format import listed, scaled
+from bgcbench.report.format import listed, named, scaled
 from bgcbench.results.document import Document
 from bgcbench.results.rows import ProfileRow, TrainRow
-from bgcbench.specs import VARIANTS, Preprocessing, Variant
+from bgcbench.specs import PLAN, VARIANTS, Preprocessing, Variant
 
 
 def run_lines(document: Document) -> list[str]:
@@ -71,6 +72,17 @@ def _warnings(document: Document) -> list[str]:
     plain = [warning for warning, (key, *_) in split.items() if key not in keys]
     of_rows = together((key, text) for key, _, text in split.values() if key in keys)
     return [f"warning: {warning}" for warning in (*plain, *of_rows)]
+
+
+def replaced_lines(rows: Sequence[ProfileRow | TrainRow], where: str | None) -> tuple[str | None, list[str]]:
+    """Which convolutions are replaced, for a title: of the variants, and in a line what a plan makes of them."""
+    record = next((row.convert for row in rows if row.convert and row.convert.planned), None)
+    if record is None:
+        return where, []
+    counted = Counter(named(layer.variant, layer.groups, layer.rank) for layer in record.layers)
+    told = listed([f"{name} x{number}" for name, number in counted.most_common()])
+    alone = all(row.params.variant in ("standard", PLAN) for row in rows)
+    return "as planned" if alone else where, [f"plan: {len(record.layers)} convolutions replaced, {told}"]
 
 
 def kept_dense(unfit: Iterable[tuple[str, Any, Sequence[str]]]) -> list[str]:

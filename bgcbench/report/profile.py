@@ -20,7 +20,7 @@ from bgcbench.report.measured import (
     reference_of,
     white_error,
 )
-from bgcbench.report.notes import chosen_algorithms, kept_dense, notes, run_lines
+from bgcbench.report.notes import chosen_algorithms, kept_dense, notes, replaced_lines, run_lines
 from bgcbench.report.side_by_side import comparison_table
 from bgcbench.report.table import Report, Table, flat, row_record
 from bgcbench.results.aggregate import at_equal_n, at_equal_params
@@ -107,7 +107,9 @@ def _title(document: Document, rows: Rows) -> list[str]:
     if network and asked.model:
         stem = f", stem stride {asked.stem_stride}" if asked.stem_stride else ""
         size = f"{asked.batch} x 3 x {asked.height} x {asked.width}"
-        return [f"{asked.model}, {asked.num_classes} classes{stem}, input {size}; replaced: {asked.where}", *lines]
+        where, planned = replaced_lines(rows, asked.where)
+        about = f"{asked.model}, {asked.num_classes} classes{stem}, input {size}; replaced: {where}"
+        return [about, *planned, *lines]
     if not document.results or network:
         return lines
     p = document.results[0].params

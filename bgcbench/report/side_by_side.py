@@ -12,10 +12,10 @@ from bgcbench.report.measured import PEAK, SPEED_UP, Rows, ending, peak, time_fo
 from bgcbench.report.table import Column, Table, label
 from bgcbench.results.aggregate import Cell, Start, variant_place
 from bgcbench.results.rows import ProfileRow
-from bgcbench.specs import PHASE_TITLES
+from bgcbench.specs import PHASE_TITLES, PLAN
 
 ALIKE = 0.01  # up to this share of a difference, two numbers of parameters are equal
-GROUPS = "Groups, or the rank (r=) of LR."
+GROUPS = "Groups, or the rank (r=) of LR; plan: as --plan has it, which is the same in all columns."
 TIME = "Median time of a batch, forward and backward where both were measured."
 PARAMS = "Parameters of the algorithm that ran."
 FASTER = " *: significantly faster than every other variant here that has as many parameters."
@@ -23,7 +23,8 @@ FASTER = " *: significantly faster than every other variant here that has as man
 
 @dataclass(frozen=True)
 class Line:
-    """The rows of one N, or of one rank, by variant. The standard convolution is N = 1 of all of them."""
+    """The rows of one N, or of one rank, by variant. The standard convolution is N = 1 of all of them, and a planned
+    network, which has neither, a line of its own in all of them."""
 
     name: str
     at: dict[str, ProfileRow]
@@ -31,20 +32,25 @@ class Line:
 
 def comparison_table(title: Sequence[str], rows: Rows, reference: ProfileRow | None, phase: str) -> Table:
     """Time, speed-up, parameters and memory in ``phase``. On a narrow terminal memory and parameters go first."""
-    others = [row for row in rows if row is not reference and row.params.variant != "standard"]
-    names = list(dict.fromkeys(variant_name(row, rows) for row in others)) or ["SC"]
-    lines: dict[tuple[int, int | None], dict[str, ProfileRow]] = {}
+    others = [row for row in rows if row.params.variant not in ("standard", PLAN)]
+    planned = [PLAN] if any(row.params.variant == PLAN for row in rows) else ["SC"]
+    names = list(dict.fromkeys(variant_name(row, rows) for row in others)) or planned
+    lines: dict[str, dict[str, ProfileRow]] = {}
     for row in rows:
-        alone = row.params.variant == "standard"
-        _, groups, rank = row.params.cell
-        at = lines.setdefault((1, None) if alone else (groups, rank), {})
-        at |= dict.fromkeys(names, row) if alone else {variant_name(row, rows): row}
-    shown = [Line(str(n) if rank is None else f"r={rank}", at) for (n, rank), at in lines.items()]
+        variant, groups, rank = row.params.cell
+        line = variant_name(row, rows) if variant == PLAN else _line(groups, rank)
+        at = lines.setdefault(line, {})
+        at |= {variant_name(row, rows): row} if row in others else dict.fromkeys(names, row)
+    shown = [Line(name, at) for name, at in lines.items()]
     unit, form = time_form(rows, phase)
     columns: list[Column[Line]] = [label("N", lambda line: line.name, GROUPS, name="N, by N")]
     for name in names:
         columns += _variant_columns(name, rows, reference, phase, f"{name} {unit}", form)
     return Table([*title, f"{PHASE_TITLES[phase]}, by N:"], columns, shown)
+
+
+def _line(groups: int, rank: int | None) -> str:
+    return str(groups) if rank is None else f"r={rank}"
 
 
 def _variant_columns(
@@ -99,7 +105,7 @@ def is_fastest_of_its_size(row: ProfileRow, rows: Rows, phase: str) -> bool:
 
 @dataclass(frozen=True)
 class ErrorLine:
-    """The cells of one N, or rank, and start, by variant. The standard convolution is N = 1 of all of them."""
+    """The cells of one N, or rank, and start, by variant; the standard convolution and a plan as in a Line."""
 
     name: str
     start: Start | None
@@ -117,17 +123,16 @@ def errors_table(title: Sequence[str], cells: Sequence[Cell], errors: Callable[[
     """
     if sum(errors(cell) is not None for cell in cells) < 2:
         return None
-    converted = [cell for cell in cells if not cell.dense]
-    variants = sorted({cell.variant for cell in converted}, key=variant_place) or ["standard"]
-    lines: dict[tuple[int, int | None, Start | None], dict[str, Cell]] = {}
+    uniform = {cell.variant for cell in cells if not cell.dense and not cell.planned}
+    variants = sorted(uniform or {cell.variant for cell in cells if cell.planned}, key=variant_place) or ["standard"]
+    lines: dict[tuple[str, Start | None], dict[str, Cell]] = {}
     for cell in cells:
-        if cell.dense:
-            lines.setdefault((1, None, None), {}).update(dict.fromkeys(variants, cell))
-        else:
-            lines.setdefault((cell.groups, cell.rank, cell.start), {})[cell.variant] = cell
+        name = PLAN if cell.planned else _line(cell.groups, cell.rank)
+        at = lines.setdefault((name, None if cell.dense else cell.start), {})
+        at |= {cell.variant: cell} if cell.variant in uniform else dict.fromkeys(variants, cell)
     shown = [
-        ErrorLine(str(n) if rank is None else f"r={rank}", start, at)
-        for (n, rank, start), at in lines.items()
+        ErrorLine(name, start, at)
+        for (name, start), at in lines.items()
         if any(errors(cell) is not None for cell in at.values())
     ]
     starts = {line.start for line in shown if line.start}

@@ -21,6 +21,7 @@ from rich.text import Text
 
 from bgcbench.results.document import Document, dumps, printable
 from bgcbench.results.rows import Data, Row
+from bgcbench.specs import PLAN
 
 LATER = ("rank", "limit_relative_error")  # fields of records that a CSV file has where some row does
 NOTES = 5  # lines under a report; show --explain prints all notes
@@ -63,11 +64,12 @@ def label(title: str, value: Callable[[R], Any], meaning: str, **more: Any) -> C
 
 
 def group_columns(of: Callable[[R], Any]) -> list[Column[R]]:
-    """N, and the rank where there is one; of: what has both. A rank may keep to no N above 1, or layers differ."""
+    """N, and the rank where there is one; of: what has both. A rank may keep to no N above 1, or layers differ, as
+    those of a plan do."""
 
     def groups(row: R) -> int | None:
         found: int = of(row).groups
-        return None if of(row).rank and found == 1 else found
+        return None if found == 1 and (of(row).rank or of(row).variant == PLAN) else found
 
     ranks = (
         "Rank of LR where --ranks asks for it; N is the reduction that it keeps to (- for none, or if layers differ)."

@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 from bgcbench.report.format import label_of, listed, named, scaled, share_words, significant
-from bgcbench.report.notes import chosen_algorithms, kept_dense, notes, together
+from bgcbench.report.notes import chosen_algorithms, kept_dense, notes, replaced_lines, together
 from bgcbench.report.side_by_side import errors_table
 from bgcbench.report.table import Column, Report, Table, flat, group_columns, label, words
 from bgcbench.results.aggregate import (
@@ -172,8 +172,9 @@ LAST = "Top-1 error on the test images after the last epoch: the figure to quote
 BEST = "Error of the epoch that was best on these same test images, which flatters."
 TOP5 = "Top-5 error, after the last epoch where there is one."
 FLAGS = "How seeds ended that are not done (s0: seed 0). kept dense: convolutions that N or the rank does not fit."
+VARIANT = "SC: the standard convolution, or the untouched network; plan: as --plan has it, layer by layer."
 VARIANT_COLUMNS: list[Column[Any]] = [
-    label("variant", lambda cell: label_of(cell.variant), "SC: the standard convolution, or the untouched network."),
+    label("variant", lambda cell: label_of(cell.variant), VARIANT),
     *group_columns(lambda cell: cell),
 ]
 FINAL_COLUMNS = [
@@ -233,17 +234,20 @@ def title_lines(document: Document, weights: str = "") -> list[str]:
     line = f"{model or 'a network'}{weights} " + ("without images" if dataset == NO_IMAGES else f"on {dataset}")
     line += f", {height} x {width} px" if height else ""
     line += f", {classes} classes" if height and classes else ""
+    where, planned = replaced_lines(rows, where)
     line += f"; convolutions: {where}" if where else ""
     ran = [(about and about.precision) or asked.precision, (about and about.layout) or asked.layout]
     processes = max((row.world_size for row in rows), default=1)
     ran += ["compiled" if asked.compile else "", f"{processes} processes" if processes > 1 else ""]
-    return [line, f"{', '.join(filter(None, ran))}; {document.environment.where}"]
+    return [line, *planned, f"{', '.join(filter(None, ran))}; {document.environment.where}"]
 
 
 def recipe_line(document: Document, rows: Rows) -> str:
     """The recipe and its terms in one line, as they ran; those that are off or unknown are left out."""
     asked, settings, params = document.asked, document.settings, rows[0].params
-    penalised = any(VARIANTS[r.params.variant].has_lasso for r in rows if r.params.variant in VARIANTS)
+    layers = [layer for row in rows if row.convert for layer in row.convert.layers]  # a plan has several variants
+    names = {row.params.variant for row in rows} | {layer.variant for layer in layers}
+    penalised = any(VARIANTS[name].has_lasso for name in names if name in VARIANTS)
     terms = {
         "{} epochs": params.epochs,
         "batch {}": params.batch_size or asked.batch_size,

@@ -17,7 +17,7 @@ from bgcbench.measure.statistics import Interval, Ratio
 from bgcbench.results.document import Document
 from bgcbench.results.rows import CalibratedLayer, Calibration, Counts, SampledRow, TrainRow, TransferRow
 from bgcbench.results.rows import Ratio as TimeRatio
-from bgcbench.specs import NETWORK_PHASES, VARIANTS
+from bgcbench.specs import NETWORK_PHASES, PLAN, VARIANTS
 from bgcbench.theory.pareto import front, uncertainty
 
 SYNTHETIC, NO_IMAGES = "synthetic", "none"  # data sets: of labels that mean nothing; of no images at all
@@ -75,6 +75,11 @@ class Cell:
     @property
     def dense(self) -> bool:
         return self.variant == "standard"
+
+    @property
+    def planned(self) -> bool:
+        """Whether a plan says what each convolution becomes: there is no N or rank to compare it at."""
+        return self.variant == PLAN
 
     @property
     def done(self) -> list[TrainRow]:

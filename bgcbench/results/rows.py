@@ -13,6 +13,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from bgcbench.errors import ResultFileError
+from bgcbench.specs import PLAN, PLANNED, Choice
 
 Count = Annotated[int, Meta(ge=0)]
 Whole = Annotated[int, Meta(ge=1)]
@@ -156,7 +157,7 @@ class Record(Data, frozen=True):
     on which the network was run to find shapes, order and roles; None where it could not be. functional: convolutions
     that are called as functions, which no module owns and nothing here replaces. rebn: whether batch norm's statistics
     were re-estimated. rank: as it was asked for. budget: what ranks were spread under. planned: whether a plan said
-    what each layer becomes; variant and groups then say nothing.
+    what each layer becomes; variant and groups, and algorithm if each variant has its own, then say nothing.
     """
 
     replaced: tuple[str, ...]
@@ -239,6 +240,11 @@ class Chosen(Data, frozen=True, kw_only=True):
     def cell(self) -> CellKey:
         """(variant, N, None), or (variant, 1, rank), where N follows from the layer."""
         return self.variant, self.groups if self.rank is None else 1, self.rank
+
+    @property
+    def choice(self) -> Choice:
+        """The cell as what was asked for."""
+        return PLANNED if self.variant == PLAN else Choice(*self.cell)
 
 
 # ----------------------------------------------------------------------------------------------------------- profile

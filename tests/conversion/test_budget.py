@@ -153,7 +153,7 @@ def test_a_choice_says_itself_in_json() -> None:
         ({"variant": "lowrank", "rank": 40, "where": "all"}, "rank=40 is too high for the channels of 3 convolutions"),
         ({"plan": {}}, "plan must be {name"),
         ({"plan": {"1": {"variant": "gc", "groups": 4}}, "groups": 2}, "leave out variant, groups"),
-        ({"plan": {"9": {"variant": "gc", "groups": 4}}}, "no convolution of the network is called '9'"),
+        ({"plan": {"9": {"variant": "gc", "groups": 4}}}, "the plan is for another network: it names 9"),
         ({"plan": {"9": Choice(), "1": Choice("gc", 2)}}, "the plan is for another network: it names 9"),
         ({"plan": {"1": {"variant": "gc", "groups": 5}}}, "1 as GC N=5: in_channels=16 is not divisible by groups=5"),
         ({"plan": {"1": {"variant": "gc", "N": 4}}}, "is no choice for a convolution"),

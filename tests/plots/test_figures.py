@@ -18,6 +18,7 @@ from bgcbench import plots, results
 from bgcbench.errors import OutputError, UsageError
 from tests.example import example_document
 from tests.example_approx import network, new_document, sampled
+from tests.example_plan import with_plan
 from tests.example_train import papers, stop, train_document
 from tests.example_transfer import transfer_document
 from tests.plots.looking import assert_nothing_is_cut_off_or_lies_on_another, draw, figure_of
@@ -54,9 +55,11 @@ DOCUMENTS: dict[str, Callable[[], Json]] = {
     "train paper": lambda: papers(train_document(dataset="cifar10")),
     "train one": lambda: train_document(variants=("gc",), groups=(4,), seeds=(1,)),
     "train two": lambda: train_document(variants=("gc", "bgc"), groups=(2,)),
+    "train plan": lambda: with_plan(train_document(variants=("standard", "gc", "bgc"), groups=(2, 4))),
     "train standard": lambda: train_document(variants=("standard",), seeds=(0,)),
     "transfer all": lambda: transfer_document(("gc", "tlgc", "bgc"), epochs=3, control=True),
     "transfer starts": lambda: transfer_document(inits=("copy", "white", "calibrated"), rebn=(False, True), epochs=3),
+    "transfer plan": lambda: with_plan(transfer_document(("gc", "bgc"), epochs=3, control=True)),
     "transfer one": lambda: transfer_document(("bgc",), (4,), (1,)),
 }
 
