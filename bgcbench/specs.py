@@ -139,8 +139,9 @@ class Variant:
     costs: its counting rule for N >= 2; at N = 1 every variant is the standard convolution.
     table1: Table 1's columns: whether groups exchange information, the channels that an output sees, how groups are
     found. algorithms: the exact algorithms of its layer, the default first. measured: whether 'auto' measures which of
-    them is the fastest; otherwise it is the first. unfit: why there can be no such layer, given n, m, N and K, None
-    where there can; misfit: that in words, between N and the channels.
+    them is the fastest; otherwise it is the first. plain: those that it has where bgcbench is not, made of standard
+    operations (see bgcbench.deployment). unfit: why there can be no such layer, given n, m, N and K, None where there
+    can; misfit: that in words, between N and the channels.
     has_rank: whether a layer may be given a rank in the place of N.
     has_lasso: whether its layers offer a group lasso to the training's loss.
     solver: how ``bgcbench approx`` finds the least error: 'schur' solves a linear space of kernels for all convolutions
@@ -157,6 +158,7 @@ class Variant:
     costs: Callable[[Sizes], Costs]
     table1: tuple[str, str, str] = ("yes", "n/N", "deterministic")
     algorithms: tuple[str, ...] = ("stock",)
+    plain: tuple[str, ...] = ("dense",)
     measured: bool = False
     unfit: Callable[[int, int, int, int], str | None] = indivisible
     misfit: str = "does not divide"
@@ -201,6 +203,7 @@ VARIANTS: dict[str, Variant] = {
             one_block,
             table1=("no", "n/N", "deterministic"),
             algorithms=("stock", "triton"),
+            plain=("stock", "dense"),
             solver="schur",
             look=("#D55E00", "s", 7.5),
         ),
@@ -210,6 +213,7 @@ VARIANTS: dict[str, Variant] = {
             "GC and a channel shuffle",
             "bgcbench.convs.shuffle:ShuffleGroupConv2d",
             one_block,  # a shuffle moves numbers and computes none
+            plain=("stock", "matrix", "dense"),
             solver="schur",
             look=("#E69F00", "D", 4.0),
         ),
@@ -221,6 +225,7 @@ VARIANTS: dict[str, Variant] = {
             _lgc,
             table1=("yes", "n/N", "adaptive"),
             algorithms=TRAINED_AND_DEPLOYED,
+            plain=("deployed", "dense"),
             has_lasso=True,
             solver="column-search",
             look=("#009E73", "^", 6.5),
@@ -233,6 +238,7 @@ VARIANTS: dict[str, Variant] = {
             _flgc,
             table1=("yes", "varies", "adaptive"),
             algorithms=TRAINED_AND_DEPLOYED,
+            plain=("deployed", "dense"),
             unfit=too_many_groups,
             solver="partition-search",
             look=("#CC79A7", "v", 6.5),
@@ -243,6 +249,7 @@ VARIANTS: dict[str, Variant] = {
             "two-level",
             "bgcbench.convs.tlgc:TwoLevelGroupConv2d",
             _tlgc,
+            plain=("stock", "matrix", "dense"),
             solver="als",
             unknowns=lambda p, groups: p + groups,
             look=("#56B4E9", "P", 7.0),
@@ -254,6 +261,7 @@ VARIANTS: dict[str, Variant] = {
             "bgcbench.convs.bgc:BalancedGroupConv2d",
             _bgc,
             algorithms=("two_conv", "concat", "dense", "split", "matmul", "triton"),
+            plain=("two_conv", "matrix", "split", "dense"),
             measured=True,
             solver="schur",
             sees_mean=True,
@@ -268,6 +276,7 @@ VARIANTS: dict[str, Variant] = {
             _lowrank,
             table1=("yes", "n", "none"),
             algorithms=("two_conv", "dense", "matmul"),
+            plain=("two_conv", "dense"),
             measured=True,
             unfit=no_rank,
             misfit="leaves no rank for",
@@ -280,6 +289,8 @@ VARIANTS: dict[str, Variant] = {
 ALGORITHMS: tuple[str, ...] = tuple(
     dict.fromkeys(algorithm for v in VARIANTS.values() for algorithm in v.algorithms if algorithm != "stock")
 )
+# The exact algorithms of what runs without bgcbench (see bgcbench.deployment).
+PLAIN_ALGORITHMS: tuple[str, ...] = tuple(dict.fromkeys(algorithm for v in VARIANTS.values() for algorithm in v.plain))
 # How --algorithm of a training may be answered: the first one of each variant, the fastest one, or one by name.
 TRAINING_ALGORITHMS: tuple[str, ...] = ("fixed", "auto", *(a for a in ALGORITHMS if a not in TRAINED_AND_DEPLOYED))
 PRECISIONS: dict[str, int] = {"fp64": 8, "fp32": 4, "tf32": 4, "bf16": 2, "fp16": 2}  # bytes a number
@@ -302,7 +313,12 @@ PHASES: tuple[str, ...] = ("fwd", "bwd", "fwd_bwd")
 NETWORK_PHASES: tuple[str, ...] = ("fwd", "train_step")
 PHASE_TITLES = {"fwd": "fwd", "bwd": "bwd", "fwd_bwd": "fwd+bwd", "train_step": "train step"}  # in tables and pictures
 MEMORY: tuple[str, ...] = ("kept", "fresh")  # whether a CPU's tensors reuse memory, or come anew at each call
-MODES: tuple[str, ...] = ("eager", "graph", "compile")
+RUNTIME = "onnxruntime"  # as a mode: not torch runs the network
+MODES: tuple[str, ...] = ("eager", "graph", "compile", RUNTIME)
+TARGETS: dict[str, str] = {"onnx": ".onnx", "torch": ".pt", "exported": ".pt2"}  # of an export, with its file's suffix
+EXPORTERS: tuple[str, ...] = ("dynamo", "torchscript")  # torch's newer and older one to ONNX
+OPSET = 18  # of ONNX: has all that convolutional networks use, and ONNX Runtime 1.14 and later read it
+OUTPUT_TOLERANCE = 1e-5  # of an export's outputs, relative to their norm
 FORMATS: tuple[str, ...] = ("auto", "table", "markdown", "csv", "json")
 # The parts of a result file's environment that decide a measurement: equal in all rows of one file.
 FINGERPRINT_FIELDS: tuple[str, ...] = ("cpu", "torch", "cuda", "cudnn", "driver", "device")
@@ -348,7 +364,7 @@ def check_on_cpu(precision: str, mode: str) -> None:
     if precision == "tf32":
         raise UsageError("--precision tf32 is a mode of CUDA devices; on a CPU use fp32 or bf16")
     if mode == "graph":
-        raise UsageError("--mode graph replays CUDA graphs; on a CPU use eager or compile")
+        raise UsageError("--mode graph replays CUDA graphs; on a CPU use eager, compile or onnxruntime")
 
 
 def unfit(variant: str, in_channels: int, out_channels: int, groups: int, kernel_positions: int) -> str | None:
@@ -452,6 +468,11 @@ class ConvSpec:
         return every if self.is_pointwise else tuple(name for name in every if name not in POINTWISE_ALGORITHMS)
 
     @property
+    def plain(self) -> tuple[str, ...]:
+        """The algorithms that this convolution has where bgcbench is not, the default first."""
+        return ("dense",) if self.is_dense else VARIANTS[self.variant].plain
+
+    @property
     def kernel_positions(self) -> int:
         """K, the number of kernel positions (taps) between one input and one output channel."""
         return math.prod(as_pair("kernel_size", self.kernel_size))
@@ -520,10 +541,6 @@ class Choice:
         """Whether it is PLANNED, and says nothing of any single convolution."""
         return False
 
-    def settled(self, algorithm: str) -> str:
-        """``algorithm`` with 'auto' resolved where that does not take a measurement."""
-        return VARIANTS[self.variant].settled(algorithm)
-
     @property
     def key(self) -> str:
         """In the keys of rows: "bgc-n4", "lowrank-r16"."""
@@ -563,9 +580,6 @@ class _Planned(Choice):
 
     def __post_init__(self) -> None:
         """There is nothing to check: a plan's own choices are."""
-
-    def settled(self, algorithm: str) -> str:
-        return algorithm
 
 
 # Stands among the choices of a network, which are the same for all of its convolutions, for what a plan says of each.

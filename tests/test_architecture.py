@@ -28,7 +28,9 @@ ALLOWED = {
     "results": {"errors", "specs", "locks", "measure", "theory"},
     "report": {"errors", "specs", "measure", "theory", "results"},
     "plots": {"errors", "specs", "theory", "results"},
+    "deployment": {"errors", "specs", "measure", "convs", "conversion", "results"},
     "experiments": {
+        "deployment",
         "errors",
         "specs",
         "measure",
@@ -43,6 +45,7 @@ ALLOWED = {
     },
     "interrupts": set(),
     "cli": {
+        "deployment",
         "errors",
         "specs",
         "measure",
@@ -56,7 +59,7 @@ ALLOWED = {
     },
     "profiling": {"errors", "experiments", "models", "report", "results"},
     "__main__": {"cli"},
-    "__init__": {"conversion", "convs", "data", "errors", "models", "planning", "profiling", "specs"},
+    "__init__": {"conversion", "convs", "data", "deployment", "errors", "models", "planning", "profiling", "specs"},
 }
 MONOPOLIES = {
     "triton": {"kernels"},
@@ -70,6 +73,8 @@ MONOPOLIES = {
     "sklearn": {"data"},
     "psutil": {"measure"},
     "safetensors": {"models"},
+    "onnx": {"deployment"},
+    "onnxruntime": {"measure"},
 }
 
 
@@ -113,6 +118,7 @@ TYPED = ("bgcbench/cli", "bgcbench/experiments", "bgcbench/report", "bgcbench/pl
 SUBSCRIPTED = {
     "run.py": {"parsed": "options by parameter"},
     "training.py": {"given": "options that were typed", "found": "what a checkpoint says of its network"},
+    "export_run.py": {"stored": "what a checkpoint holds"},
     "options.py": {"about": "what is declared of an option", "made": "what is concluded for it"},
     "profile.py": {"WORKLOAD": "the paper's layer"},
     "network_run.py": {"params": "parameters of a row to be made"},
@@ -180,7 +186,9 @@ def test_no_row_is_subscripted_by_a_string(path: Path) -> None:
      ["transfer", "gone.pt", "--data", "digits"], ["transfer", "README.md", "--data", "digits", "--lr", "-1"],
      ["transfer", "resnet50", "--data", "imagenet", "--weights", "gone.pth"],
      ["profile", "--out", "/dev/null/x.json"], ["convert", "wrn_10_1"],
-     ["convert", "wrn_10_1", "-o", "/dev/null/x.pt"]],
+     ["convert", "wrn_10_1", "-o", "/dev/null/x.pt"],
+     ["export", "--help"], ["export", "gone.pt", "--to", "onnx", "-o", "x.onnx"],
+     ["export", "README.md", "--to", "onnx", "-o", "x.pt"]],
 )  # fmt: skip
 def test_torch_is_not_imported_before_a_device_is_needed(arguments: list[str]) -> None:
     code = (

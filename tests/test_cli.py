@@ -206,11 +206,25 @@ class TestProfile:
         _, found, first = err.partition("after one round, and it goes on:\n")
         assert found
         assert "after one round" not in first
-        (heads,) = [line for line in first.splitlines() if line.startswith("N  ")]
-        assert heads.split() in [line.split() for line in out.splitlines()]
+        for text in (first, out):  # their units may differ
+            (heads,) = [line for line in text.splitlines() if line.startswith("N  ")]
+            assert {"N", "GC", "BGC", "speed-up", "params"} <= set(heads.split())
         for more in (["--quick"], ["--quiet"]):
             assert main([*SMALL, *more, "--out", "r.json", "--force"]) == 0
             assert "after one round" not in capsys.readouterr().err
+
+    def test_a_picture_is_drawn_or_it_is_said_why_not(self, here: Path, capsys) -> None:
+        pytest.importorskip("matplotlib")
+        assert main([*SMALL, "--out", "r.json", "--plot", "p.png"]) == 0
+        assert "drawn to p.png" in capsys.readouterr().err
+        assert (here / "p.png").exists()
+        for row in (document := stored(here / "r.json"))["results"]:  # as a quick look at a slow layer leaves it
+            for phase in row["phases"].values():
+                phase["rounds"] = [1] * len(phase["rounds"])
+        (here / "few.json").write_text(json.dumps(document))
+        assert main(["profile", "--resume", "few.json", "--plot", "q.png"]) == 0
+        assert "q.png is not drawn: no row has what a picture shows" in capsys.readouterr().err
+        assert not (here / "q.png").exists()
 
     def test_a_log_hears_of_a_long_wait(self, monkeypatch, capsys) -> None:
         times = iter([0.0, 1.0, 16.0, 17.0, 18.0, 31.5, 40.0])

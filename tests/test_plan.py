@@ -162,9 +162,10 @@ def test_a_quick_run_tries_two_networks_out(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("brisk")
 def test_time_is_measured_and_a_budget_of_time_is_planned(tmp_path: Path) -> None:
     out = tmp_path / "t.json"
-    words = [*RUN, "--quick", "--variants", "gc", "--groups", "2"]
+    words = [*RUN, "--quick", "--variants", "gc", "--groups", "2", "--precision", "bf16", "--layout", "nhwc"]
     assert main([*words, "--time", "1", "--out", str(out), "--quiet"]) == 0
     document = stored(out)
+    assert (document["settings"]["precision"], document["settings"]["layout"]) == ("bf16", "nhwc")
     assert all(row["seconds"] is not None for row in rows_of(document, "cost").values())
     assert document["plan"]["predicted"] <= 1 + 1e-9
     assert document["plan"]["measured"] > 0
@@ -180,7 +181,8 @@ def test_time_is_measured_and_a_budget_of_time_is_planned(tmp_path: Path) -> Non
         (["--data", "nowhere/at/all"], "--data nowhere/at/all is not there"),
         (["--calibration-images", "2"], "--calibration-images 2 must be at least 4"),
         (["--most-variants", "0"], "most_variants=0 must be a whole number"),
-        (["--precision", "bf16"], "No such option"),
+        (["--precision", "tf32"], "--precision tf32 is a mode of CUDA devices"),
+        (["--layout", "nhcw"], "unknown layout 'nhcw'"),
     ],
 )
 def test_bad_input_is_one_line(

@@ -79,6 +79,7 @@ def test_the_public_names() -> None:
         "build_model",
         "calibration",
         "convert",
+        "export",
         "fold_norms",
         "load_converted",
         "parameter_groups",

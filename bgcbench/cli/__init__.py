@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 import bgcbench
-from bgcbench.cli import converting, show
+from bgcbench.cli import converting, deploying, show
 from bgcbench.cli.measuring import Approx, Profile
 from bgcbench.cli.output import app, say
 from bgcbench.cli.parameters import register
@@ -26,6 +26,7 @@ __all__ = ["app", "main", "run"]
 for command in (Profile(), Approx(), PlanCommand(), Train(), Transfer()):
     register(app, command)
 converting.register(app)
+deploying.register(app)
 show.register(app)
 
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from bgcbench.training.distributed import World
 
 Json = dict[str, Any]
+ROUNDS_OF_INTERVAL = 6  # below, a ratio has no interval (bgcbench.measure.statistics)
 
 
 class Profile(Command):
@@ -97,6 +98,10 @@ class Profile(Command):
             f"{config.precision}, {config.layout}, {config.mode}; roughly {run.estimated_s() / 60:.1f} min"
         ]
         return lines + [f"  {row.key}" + (f"  invalid: {row.invalid}" if row.invalid else "") for row in run.planned]
+
+    def is_drawable(self, row: Any) -> bool:
+        rounds = [len(set(phase.rounds)) for phase in row.phases.values()]
+        return row.params.variant != "standard" and max(rounds, default=0) >= ROUNDS_OF_INTERVAL
 
     def is_first_look(self, update: Update, run: ProfileRun) -> bool:
         done = update.progress is not None and update.progress.round_done

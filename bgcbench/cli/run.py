@@ -173,6 +173,8 @@ def run_command(command: Command, context: typer.Context, parsed: Mapping[str, A
             draw(document, output.plot, command.picture(preset))
             if not output.quiet:
                 say(f"drawn to {output.plot}")
+        elif output.plot is not None:
+            say(f"{output.plot} is not drawn: no row has what a picture shows")
         return code
 
 

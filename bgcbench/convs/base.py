@@ -218,22 +218,43 @@ class VariantConv2d(nn.Module, ABC):
         For inference where that is faster (BGC at N = 2, narrow layers): the kernel is made once instead of at each
         call. It holds K m n weights and follows no later change of this layer.
         """
+        return self._stock(self.dense_weight(), self.bias)
+
+    def plain(self, algorithm: str) -> nn.Module:
+        """What this layer computes now as a module of standard operations alone, which needs nothing of bgcbench.
+
+        algorithm: one of ``spec.plain``; all of them compute the same map, equal to rounding. 'dense' is
+        :meth:`folded`; the layer's docstring has the others. A masked layer (LGC, FLGC) is to be deployed first. The
+        module follows no later change of this layer. Raises UsageError for another algorithm.
+        """
+        check_choice(f"plain algorithm of {self.variant}", algorithm, self.spec.plain)
+        with torch.no_grad():
+            module = self.folded() if algorithm == "dense" else self._plain(algorithm)
+        return module.train(self.training)
+
+    def _plain(self, algorithm: str) -> nn.Module:
+        """plain by an algorithm that is not 'dense'; of variants that have one."""
+        raise NotImplementedError(algorithm)
+
+    def _stock(self, kernel: Tensor, bias: Tensor | None = None, groups: int = 1) -> nn.Conv2d:
+        """PyTorch's convolution with copies of ``kernel`` and ``bias``, and this layer's geometry and layout."""
         conv = nn.Conv2d(
-            self.in_channels,
-            self.out_channels,
+            groups * kernel.shape[1],
+            len(kernel),
             self.kernel_size,
             self.stride,
             self.padding,
             self.dilation,
-            bias=self.bias is not None,
+            groups,
+            bias=bias is not None,
             padding_mode=cast("Any", self.padding_mode),
-            device=self.kernel.device,
-            dtype=self.kernel.dtype,
+            device=kernel.device,
+            dtype=kernel.dtype,
         )
         with torch.no_grad():
-            conv.weight.copy_(self.dense_weight())
-            if conv.bias is not None and self.bias is not None:
-                conv.bias.copy_(self.bias)
+            conv.weight.copy_(kernel)
+            if conv.bias is not None and bias is not None:
+                conv.bias.copy_(bias)
         if is_channels_last(self.kernel):
             conv = conv.to(memory_format=torch.channels_last)
         return conv.train(self.training)

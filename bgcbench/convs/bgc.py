@@ -23,6 +23,7 @@ from bgcbench.convs.blocks import diagonal_blocks, row_blocks
 from bgcbench.convs.followed import is_followed, is_symbolic, is_transformed
 from bgcbench.convs.gc import group_moments
 from bgcbench.convs.layouts import like_layout_of
+from bgcbench.convs.plain import Added, GroupSum, Sliced, fixed
 from bgcbench.theory.leastsquares import Fit, solve_normal
 
 MAX_SPLIT = 32  # groups; beyond, 'split' makes too many calls to be worth a try
@@ -44,6 +45,9 @@ class BalancedGroupConv2d(AutotunedConv2d):
         'matmul'    products of matrices; for 1x1 kernels without padding
         'triton'    one kernel of our own for both branches, forward and backward, on channels_last data (CUDA)
         'auto'      the fastest of these here, measured once for each shape (see bgcbench.convs.autotune)
+
+    Where bgcbench is not (:meth:`plain`): 'two_conv', 'split' and 'dense' as here, the mean by slices, and 'matrix',
+    which is 'two_conv' with the mean by a constant 1x1 convolution, for runtimes that lay channels out in blocks.
 
     N = 1: the mean is the input and B would only repeat A, so the layer holds A alone (``weight_mean`` is None) and
     is the standard convolution. N = n: one channel a group, a depthwise convolution plus one of the mean channel.
@@ -107,6 +111,19 @@ class BalancedGroupConv2d(AutotunedConv2d):
         if self.weight_mean is None:
             return self.weight_group
         return dense_kernel(self.weight_group, self.weight_mean, self.groups)
+
+    def _plain(self, algorithm: str) -> nn.Module:
+        a, groups = self.weight_group, self.groups
+        b: Any = self.weight_mean
+        if algorithm == "matrix":
+            one = torch.eye(self.in_channels // groups, device=a.device, dtype=a.dtype) / groups
+            shared = nn.Sequential(fixed(one.repeat(1, groups)), self._stock(b, self.bias))
+        else:
+            shared = nn.Sequential(GroupSum(self.in_channels, groups), self._stock(b / groups, self.bias))
+        if algorithm != "split":
+            return Added(self._stock(a, None, groups), shared)
+        starts = range(0, self.in_channels, self.in_channels // groups)
+        return Added(Sliced([self._stock(block) for block in a.chunk(groups)], starts), shared)
 
     def project(self, weight: Tensor, projection: str, fit: Fit | None) -> Mapping[str, Tensor]:
         """Theorem 3.6's construction ('copy'), the white optimum, or least squares on a second moment."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from bgcbench.convs.layouts import like_layout_of
 from bgcbench.convs.lgc import contributions
 from bgcbench.convs.masked import MaskedConv2d, gather_channels
+from bgcbench.convs.plain import Sliced, Taken
 from bgcbench.measure.counts import Counts, count
 from bgcbench.theory.leastsquares import Fit, shrunk, solve_normal
 from bgcbench.theory.partition import contiguous_partition, search_partition
@@ -133,6 +134,20 @@ class FullyLearnableGroupConv2d(MaskedConv2d):
             rows, columns = (torch.where(part == group)[0] for part in (self.group_out, self.group_in))
             dense[rows[:, None], columns] = block
         return dense
+
+    def _plain(self, algorithm: str) -> nn.Module:
+        convs, starts, first_in, first_out = [], [], 0, 0
+        bias = None if self.bias is None else self.bias[self.order_out]
+        for (m_g, n_g), block in zip(self._blocks, self._kernels(), strict=True):
+            own = None if bias is None else bias[first_out : first_out + m_g]
+            if m_g:  # outputs without inputs are constant: a kernel of zeros on any channel
+                convs.append(self._stock(block if n_g else block.new_zeros(m_g, 1, *self.kernel_size), own))
+                starts.append(first_in if n_g else 0)
+            first_in, first_out = first_in + n_g, first_out + m_g
+        if len(set(self._blocks)) == 1:
+            kernel, groups = torch.cat([conv.weight for conv in convs]), self.groups
+            return nn.Sequential(Taken(self.order_in), self._stock(kernel, bias, groups), Taken(self.place_out))
+        return nn.Sequential(Taken(self.order_in), Sliced(convs, starts), Taken(self.place_out))
 
     def _scale_outputs(self, scale: Tensor) -> None:
         if not self.is_packed:

@@ -39,6 +39,9 @@ class GroupConv2d(VariantConv2d):
     def dense_weight(self) -> Tensor:
         return block_diagonal(self.weight, self.groups)
 
+    def _plain(self, algorithm: str) -> nn.Module:
+        return self._stock(self.weight, self.bias, self.groups)
+
     def project(self, weight: Tensor, projection: str, fit: Fit | None) -> Mapping[str, Tensor]:
         """Diagonal blocks ('copy', which is the white optimum too: error 1 - 1/N), or least squares."""
         return {"weight": best_kernel(weight, self.groups, fit)}

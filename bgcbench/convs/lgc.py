@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bgcbench.convs.masked import MaskedConv2d, gather_channels
+from bgcbench.convs.plain import Shuffled, Taken
 from bgcbench.convs.shuffle import before_shuffle, shuffle_channels
 from bgcbench.errors import UsageError
 from bgcbench.theory.leastsquares import Fit, shrunk, solve_normal
@@ -69,6 +70,11 @@ class LearnedGroupConv2d(MaskedConv2d):
         for group in range(groups):
             dense[group, :, columns[group]] = rows[group]
         return dense.transpose(0, 1).flatten(0, 1)  # output j N + g is row j of group g
+
+    def _plain(self, algorithm: str) -> nn.Module:
+        bias = None if self.bias is None else before_shuffle(self.bias, self.groups)
+        conv = self._stock(self.kernel, bias, self.groups)
+        return nn.Sequential(Taken(self.columns), conv, Shuffled(self.groups))
 
     def _scale_outputs(self, scale: Tensor) -> None:
         super()._scale_outputs(before_shuffle(scale, self.groups) if self.is_deployed else scale)

@@ -9,6 +9,7 @@ outputs. Flattened to (m, nK) the dense kernel is D = P R, any matrix of rank r 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from bgcbench.convs.autotune import AutotunedConv2d
 from bgcbench.convs.bgc_algorithms import strided
 from bgcbench.convs.followed import is_symbolic
 from bgcbench.convs.layouts import is_channels_last, like_layout_of
+from bgcbench.convs.plain import fixed
 from bgcbench.specs import rank_of
 from bgcbench.theory.leastsquares import Fit, shrunk
 
@@ -88,6 +90,12 @@ class LowRankConv2d(AutotunedConv2d):
         if self.weight_expand is None:
             return self.weight_reduce
         return dense_kernel(self.weight_reduce, self.weight_expand)
+
+    def _plain(self, algorithm: str) -> nn.Module:
+        expand: Any = self.weight_expand
+        pointwise = fixed(expand[:, :, 0, 0])
+        pointwise.bias = None if self.bias is None else nn.Parameter(self.bias.detach().clone())
+        return nn.Sequential(self._stock(self.weight_reduce), pointwise)
 
     def project(self, weight: Tensor, projection: str, fit: Fit | None) -> Mapping[str, Tensor]:
         """The truncated singular value decomposition ('copy' and 'white'), or reduced-rank regression."""

@@ -12,6 +12,7 @@ from bgcbench.convs.base import VariantConv2d
 from bgcbench.convs.blocks import block_diagonal
 from bgcbench.convs.gc import best_kernel
 from bgcbench.convs.layouts import is_channels_last
+from bgcbench.convs.plain import Shuffled, fixed
 from bgcbench.theory.leastsquares import Fit
 
 
@@ -22,6 +23,8 @@ class ShuffleGroupConv2d(VariantConv2d):
     output; returns (B, m, H', W'). Parameters Kmn/N, MACs DKmn/N an image. Raises ShapeError if N does not divide n
     and m. The next grouped layer mixes evenly only if N divides m/N. (The authors' own code applies the inverse
     permutation; both mix, but their checkpoints are not interchangeable with these.)
+
+    Where bgcbench is not (:meth:`plain`): 'stock' as here, 'matrix' with the shuffle as a 1x1 convolution, 'dense'.
     """
 
     variant = "shuffle"
@@ -36,6 +39,15 @@ class ShuffleGroupConv2d(VariantConv2d):
     def dense_weight(self) -> Tensor:
         order = shuffle_order(self.out_channels, self.groups, self.weight_group.device)
         return block_diagonal(self.weight_group, self.groups)[order]
+
+    def _plain(self, algorithm: str) -> nn.Module:
+        bias = None if self.bias is None else before_shuffle(self.bias, self.groups)
+        conv = self._stock(self.weight_group, bias, self.groups)
+        if algorithm == "stock":
+            return nn.Sequential(conv, Shuffled(self.groups))
+        identity = torch.eye(self.out_channels, device=self.weight_group.device, dtype=self.weight_group.dtype)
+        order = shuffle_order(self.out_channels, self.groups, self.weight_group.device)
+        return nn.Sequential(conv, fixed(identity[order]))
 
     def project(self, weight: Tensor, projection: str, fit: Fit | None) -> Mapping[str, Tensor]:
         """GC's projection of the rows in pre-shuffle order: row pi(p) stands in for W's row p.

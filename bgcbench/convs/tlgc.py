@@ -14,6 +14,7 @@ and the N maps go to all m outputs pointwise (Nm numbers). That the kernel sits 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from torch.nn import functional as F
 from bgcbench.convs.base import VariantConv2d
 from bgcbench.convs.blocks import block_diagonal, diagonal_blocks, row_blocks
 from bgcbench.convs.layouts import like_layout_of
+from bgcbench.convs.plain import Added, fixed
 from bgcbench.theory.leastsquares import Fit, shrunk
 from bgcbench.theory.residual import explained
 
@@ -41,6 +43,9 @@ class TwoLevelGroupConv2d(VariantConv2d):
     He initialisation acts on each of the three kernels with its own fan (K n/N, K n/N, N).
     N = 1: the coarse level would only repeat A, so the layer holds A alone and is the standard convolution.
     Raises ShapeError if N does not divide n and m.
+
+    Where bgcbench is not (:meth:`plain`): 'stock' as here, 'matrix' with the N maps by a standard convolution, whose
+    kernel is r in its diagonal blocks and 0 elsewhere, 'dense'.
     """
 
     variant = "tlgc"
@@ -74,6 +79,16 @@ class TwoLevelGroupConv2d(VariantConv2d):
         if self.weight_coarse_in is None or self.weight_coarse is None:
             return self.weight_group
         return dense_kernel(self.weight_group, self.weight_coarse_in, self.weight_coarse)
+
+    def _plain(self, algorithm: str) -> nn.Module:
+        reduce: Any = self.weight_coarse_in
+        coarse: Any = self.weight_coarse
+        if algorithm == "stock":
+            to_maps = self._stock(reduce, None, self.groups)
+        else:
+            to_maps = self._stock(block_diagonal(reduce, self.groups))
+        own = self._stock(self.weight_group, self.bias, self.groups)
+        return Added(own, nn.Sequential(to_maps, fixed(coarse[:, :, 0, 0])))
 
     def project(self, weight: Tensor, projection: str, fit: Fit | None) -> Mapping[str, Tensor]:
         """The white optimum ('white', and 'copy': the paper copies nothing into this variant), or least squares."""

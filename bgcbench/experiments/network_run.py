@@ -6,7 +6,6 @@ import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -25,6 +24,7 @@ from bgcbench.experiments.profile import (
     PlannedRow,
     ProfileConfig,
     Wanted,
+    labelled,
     planned_layer,
     row_seed,
     unmeasured,
@@ -40,7 +40,7 @@ from bgcbench.models import build_empty, build_model
 from bgcbench.models.own import class_count
 from bgcbench.results import Json
 from bgcbench.results.rows import Counts, DistinctLayer, Memory, Record
-from bgcbench.specs import PRECISIONS, VARIANTS, Choice, ConvSpec, NetSpec, is_own
+from bgcbench.specs import PRECISIONS, Choice, ConvSpec, NetSpec, is_own
 
 PASSES = {"fwd": 1, "train_step": 3}  # convolution-sized passes: y; and dx and dW
 
@@ -63,7 +63,7 @@ class NetworkPlan:
         what = f"{model}-{wanted.choice.key}-{where}"
         facts = {"counts": subject.counts, "memory": subject.memory, "convert": subject.record}
         row = unmeasured(self.config, wanted, what, {"model": model, "where": where}, **facts)
-        self.rows.append(PlannedRow(row, wanted.choice.label, group="network"))
+        self.rows.append(PlannedRow(row, labelled(self.config, wanted), group="network"))
         self.subjects[row.key] = subject
 
     def add_layers(self, found: Trace) -> None:
@@ -87,7 +87,7 @@ class NetworkPlan:
                     each,
                     own,
                     f"{model}-layer{number}-{each.choice.key}",
-                    f"{each.choice.label} of {layer.label}",
+                    labelled(config, each, f" of {layer.label}"),
                     f"layer {number}",
                     layer,
                     params,
@@ -114,14 +114,14 @@ def plan_network(config: NetworkConfig) -> NetworkPlan:
     problems: list[str] = []
     for wanted in wanted_rows(config):
         if wanted.choice.is_dense:
-            planned.add_network(wanted, NetworkSubject(config, None, dense))
+            planned.add_network(wanted, NetworkSubject(config, None, dense, wanted))
             continue
         try:
-            converted = converted_as_chosen(config, dense, wanted.choice, partial(_offered, wanted.algorithm))
+            converted = converted_as_chosen(config, dense, wanted.choice, wanted.in_torch)
         except ShapeError as problem:
             problems.append(str(problem))
         else:
-            planned.add_network(wanted, NetworkSubject(config, converted.record, converted.model))
+            planned.add_network(wanted, NetworkSubject(config, converted.record, converted.model, wanted))
     refuse_misfits(problems)
     if found.uncounted:
         names = ", ".join(f"{name} ({times}x)" for name, times in found.uncounted.items())
@@ -133,11 +133,6 @@ def plan_network(config: NetworkConfig) -> NetworkPlan:
     if not planned.subjects:
         raise UsageError("nothing to measure: --groups and --variants leave no row")
     return planned
-
-
-def _offered(algorithm: str, variant: str) -> str:
-    """``algorithm`` where the variant has it; of a plan's variants, not all may."""
-    return algorithm if algorithm in VARIANTS[variant].algorithms else "auto"
 
 
 class Selection(Protocol):
@@ -208,8 +203,9 @@ class NetworkSubject(Subject):
 
     quick_share = 5.0
 
-    def __init__(self, config: NetworkConfig, record: Record | None, empty: nn.Module) -> None:
+    def __init__(self, config: NetworkConfig, record: Record | None, empty: nn.Module, wanted: Wanted) -> None:
         self.config, self.record = config, record
+        self.mode, self.algorithm = wanted.mode, wanted.algorithm
         self.phases, self.batch, self.input_grad = config.phases, config.batch, False
         self.input_shape = (config.batch, *config.spec.size)
         self.item = PRECISIONS[config.precision]
@@ -238,10 +234,10 @@ class NetworkSubject(Subject):
                 model = replay(model, self.record)
         return on_device(model, self.config, session)
 
-    def workload(self, session: Session, x: torch.Tensor, like: Like | None) -> Workload:
+    def in_torch(self, session: Session, x: torch.Tensor, like: Like | None) -> Workload:
         generator = torch.Generator().manual_seed(row_seed(self.config.seed, "labels"))
         labels = torch.randint(self.config.spec.classes, (self.batch,), generator=generator).to(session.device)
-        return NetworkWorkload(self.module(session), x, self.config.mode, like, labels=labels)
+        return NetworkWorkload(self.module(session), x, self.mode, like, labels=labels)
 
     def work(self, phase: str) -> CallWork:
         moved = self.found.values_moved * self.batch + self.params

@@ -11,8 +11,9 @@ from typing import ClassVar
 
 from bgcbench.errors import UsageError
 from bgcbench.experiments.approx_network import ApproxNetworkConfig
-from bgcbench.experiments.options import GRID, MEASURE, NETWORK, Option, option, positive
+from bgcbench.experiments.options import GRID, MEASURE, NETWORK, Option, one_of, option, positive
 from bgcbench.planning import TRIED, asked_for
+from bgcbench.specs import LAYOUTS, check_on_cpu
 
 
 def _share(field: str, value: float) -> None:
@@ -24,7 +25,8 @@ def _share(field: str, value: float) -> None:
 class PlanConfig(ApproxNetworkConfig):
     """One network, its images, one budget and what is tried; valid once constructed (raises UsageError or ShapeError).
 
-    params, macs, time, loss: of them one or none; see :func:`bgcbench.plan`. batch: images of a call that is timed.
+    params, macs, time, loss: of them one or none; see :func:`bgcbench.plan`. precision, layout, batch: of
+    a call that is timed.
     test_images: never used to plan, to compare the planned network with the original one.
     """
 
@@ -43,7 +45,10 @@ class PlanConfig(ApproxNetworkConfig):
     most_variants: int | None = option(
         None, "Use so many different variants at most.", panel=GRID, check=positive, shown="all"
     )
-    precision: str = option("fp32", hidden=True)
+    precision: str = option("fp32", "What is timed: fp32, tf32, bf16 or fp16.")
+    layout: str = option(
+        "nchw", "nchw, or nhwc (channels_last): of what is timed.", panel=MEASURE, check=one_of(LAYOUTS)
+    )
     batch: int = option(8, "Images of a call that is timed.", panel=MEASURE)
     test_images: int = option(
         512, "Images to compare with, none of which is planned on.", panel=NETWORK, check=positive
@@ -60,7 +65,7 @@ class PlanConfig(ApproxNetworkConfig):
     SHORTHANDS: ClassVar[tuple[Option, ...]] = tuple(
         dataclasses.replace(each, everyday=False) for each in ApproxNetworkConfig.SHORTHANDS
     )
-    PRECISIONS: ClassVar[tuple[str, ...]] = ("fp32",)
+    PRECISIONS: ClassVar[tuple[str, ...]] = ("fp32", "tf32", "bf16", "fp16")
     FREE: ClassVar[tuple[str, ...]] = ("memory_gib", "save", "measured")
     # What is chosen by and compared with, once costs and losses are known.
     AFTERWARDS: ClassVar[frozenset[str]] = frozenset(
@@ -70,6 +75,8 @@ class PlanConfig(ApproxNetworkConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         asked_for(self._budgets, "--")
+        if self.device == "cpu":
+            check_on_cpu(self.precision, "eager")
 
     @property
     def _budgets(self) -> dict[str, float | None]:

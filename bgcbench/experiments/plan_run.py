@@ -6,6 +6,7 @@ costs and losses alone, so a resumed run makes the same plan.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import io
 import itertools
@@ -32,12 +33,13 @@ from bgcbench.experiments.approx_run import Step
 from bgcbench.experiments.base import Run
 from bgcbench.experiments.plan import PlanConfig
 from bgcbench.experiments.profile import row_seed
+from bgcbench.experiments.profile_run import on_device
 from bgcbench.experiments.session import Session
 from bgcbench.experiments.transfer import room_to_save
 from bgcbench.measure import timing
 from bgcbench.measure.allocator import memory_state
 from bgcbench.measure.batches import Passing
-from bgcbench.measure.device import backend_state, describe_failure
+from bgcbench.measure.device import DTYPES, backend_state, describe_failure
 from bgcbench.measure.undisturbed import undisturbed
 from bgcbench.planning.choices import LayerOptions, Problem, Scored, best_families, choices_for, counted
 from bgcbench.planning.decision import AGAIN, FELT, PLAIN, Contender, Plan, choose, contenders, planned
@@ -273,11 +275,18 @@ class PlanRun(Run[PlanRow]):
     def _left(self, stage: str) -> list[PlannedRow]:
         return [row for row in self.planned if row.params.stage == stage and row.key not in self.known]
 
+    def _as_timed(self, network: nn.Module) -> nn.Module:
+        """``network``, or a copy of it, in the precision and layout of what is timed."""
+        if (self.config.precision, self.config.layout) == ("fp32", "nchw"):
+            return network
+        return on_device(copy.deepcopy(network), self.config, self.session).eval()
+
     def _example(self) -> tuple[Tensor]:
-        """A batch of random images, where the network is."""
+        """A batch of random images, where the network is, as it is timed."""
         generator = torch.Generator().manual_seed(row_seed(self.config.seed, "timed"))
         shape = (self.config.batch, *self.prepared.network.config.spec.size)
-        return (torch.randn(shape, generator=generator).to(self.session.device),)
+        x = torch.randn(shape, generator=generator).to(self.session.device, DTYPES[self.config.precision])
+        return (x.to(memory_format=torch.channels_last) if self.config.layout == "nhwc" else x,)
 
     def _costs(self, model: nn.Module) -> Iterator[Step]:
         left = self._left("cost")
@@ -287,10 +296,11 @@ class PlanRun(Run[PlanRow]):
         if self.config.budget[0] == "time":
             yield Step(f"measuring {len(left)} choices of {len(self.prepared.layers)} convolutions")
             try:
-                found = timed(
-                    model, self.prepared.bare, Passing(), self._example(), quick=self.config.quick,
-                    seed=row_seed(self.config.seed, "times"), stop=self.stop,
-                )  # fmt: skip
+                with backend_state(self.config.precision, self.config.threads):
+                    found = timed(
+                        self._as_timed(model), self.prepared.bare, Passing(), self._example(), quick=self.config.quick,
+                        seed=row_seed(self.config.seed, "times"), stop=self.stop,
+                    )  # fmt: skip
             except Stopped:
                 return
             seconds = {(each.layer.name, one.choice): one.seconds for each in found.layers for one in each.options}
@@ -510,12 +520,13 @@ class PlanRun(Run[PlanRow]):
     def _time(self, networks: Mapping[str, nn.Module]) -> None:
         """Measure the networks in turn; their rows are done then, those that could not be measured without a time."""
         example = self._example()
-        calls = {name: partial(network, *example) for name, network in networks.items()}
+        calls = {name: partial(self._as_timed(network), *example) for name, network in networks.items()}
         device = self.session.device
         rules = timing.Rules.for_device(device.type, quick=self.config.quick, max_time_s=None)
         rules = dataclasses.replace(rules, min_rounds=6)
         kept = memory_state("kept" if device.type == "cpu" else None)
-        with undisturbed(self.prepared.network.model), kept:
+        precise = backend_state(self.config.precision, self.config.threads)
+        with undisturbed(self.prepared.network.model), kept, precise:
             found = interleaved(calls, device, rules, seed=row_seed(self.config.seed, "proof"), stop=self.stop)
         if self.stop():
             return

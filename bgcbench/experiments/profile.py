@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -39,11 +39,15 @@ from bgcbench.specs import (
     MEMORY,
     MODES,
     PHASES,
+    PLAIN_ALGORITHMS,
     POINTWISE_ALGORITHMS,
     PRECISIONS,
+    RUNTIME,
     TRAINED_AND_DEPLOYED,
+    VARIANTS,
     Choice,
     ConvSpec,
+    check_choice,
     check_on_cpu,
 )
 from bgcbench.theory import paper
@@ -51,6 +55,15 @@ from bgcbench.theory.exact import white_error
 
 # Fields that only say which rows there are: a resumed run may add to them.
 GRID_FIELDS = ("variants", "groups", "ranks", "algorithm", "reference", "skip_invalid", "layers", "inputs", "seeds")
+
+
+def _modes(field: str, value: str) -> None:
+    """A check: some modes, each once."""
+    names = value.split(",")
+    for name in names:
+        check_choice(field, name, MODES)
+    if len(names) > len(set(names)):
+        raise UsageError(f"--mode {value} has a mode twice; name each once")
 
 
 @dataclass(frozen=True)
@@ -66,14 +79,18 @@ class MeasureConfig(RunConfig):
     batch: int = option(1, "Images a call.", panel=WORKLOAD, everyday=True, check=positive)
     layout: str = option("nchw", "nchw, or nhwc (channels_last).", panel=MEASURE, check=one_of(LAYOUTS))
     mode: str = option(
-        "eager", "eager, compile (torch.compile) or graph (CUDA graphs).", panel=MEASURE, check=one_of(MODES)
+        "eager",
+        "eager, compile (torch.compile), graph (CUDA graphs) or onnxruntime (extra: onnx); several are compared.",
+        panel=MEASURE,
+        check=_modes,
     )
     algorithm: str = option(
         "auto",
         "Algorithm to run: BGC two_conv, concat, dense, split, matmul (1x1), triton (CUDA), or auto, the fastest; GC "
-        "triton; LGC, FLGC masked, deployed; LR two_conv, dense, matmul (1x1); all measures each.",
+        "triton; LGC, FLGC masked, deployed; LR two_conv, dense, matmul (1x1); in ONNX Runtime matrix, too; all "
+        "measures each.",
         panel=GRID,
-        check=one_of(("auto", "all", *ALGORITHMS)),
+        check=one_of(dict.fromkeys(("auto", "all", *ALGORITHMS, *PLAIN_ALGORITHMS))),
     )
     phases: tuple[str, ...] = option(
         ("fwd",),
@@ -121,7 +138,19 @@ class MeasureConfig(RunConfig):
         if not self.input_grad and self.phases == ("fwd",):
             raise UsageError("--no-input-grad changes the backward pass, and --phases fwd has none")
         if self.device == "cpu":
-            check_on_cpu(self.precision, self.mode)
+            for mode in self.modes:
+                check_on_cpu(self.precision, mode)
+        if RUNTIME in self.modes:
+            for name, only in (("phases", ("fwd",)), ("precision", "fp32"), ("layout", "nchw")):
+                value = getattr(self, name)
+                if value != only:
+                    asked, has = (",".join(each) if isinstance(each, tuple) else each for each in (value, only))
+                    raise UsageError(f"--mode {RUNTIME} has --{name} {has} alone, not {asked}; ask for that")
+
+    @property
+    def modes(self) -> tuple[str, ...]:
+        """The modes that are compared."""
+        return tuple(self.mode.split(","))
 
     @property
     def is_pointwise(self) -> bool:
@@ -226,6 +255,25 @@ class Wanted(NamedTuple):
 
     choice: Choice
     algorithm: str = "auto"
+    mode: str = "eager"
+
+    def in_torch(self, variant: str) -> str:
+        """The algorithm that layers of ``variant`` are built with: the one that is asked for where they have it, as not
+        all of a plan do. In ONNX Runtime a plain one is made of it afterwards."""
+        offered = VARIANTS[variant].algorithms
+        if self.mode == RUNTIME:
+            return "deployed" if offered == TRAINED_AND_DEPLOYED else "auto"
+        return self.algorithm if self.algorithm in offered else "auto"
+
+    @property
+    def settled(self) -> str:
+        """The algorithm that runs, 'auto' where it is found by measuring."""
+        if self.choice.is_planned:
+            return self.algorithm
+        variant = VARIANTS[self.choice.variant]
+        if self.mode == RUNTIME:
+            return variant.plain[0] if len(variant.plain) == 1 else self.algorithm
+        return variant.settled(self.algorithm)
 
 
 def plan(config: ProfileConfig) -> list[PlannedRow]:
@@ -237,7 +285,7 @@ def plan(config: ProfileConfig) -> list[PlannedRow]:
     own = ConvSpec("standard", *channels, kernel, config.stride, (kernel - 1) // 2, bias=False)
     shape = f"{config.in_channels}x{config.out_channels}-k{kernel}-s{config.stride}"
     rows = [
-        planned_layer(config, wanted, own, f"{wanted.choice.key}-{shape}", wanted.choice.label)
+        planned_layer(config, wanted, own, f"{wanted.choice.key}-{shape}", labelled(config, wanted))
         for wanted in wanted_rows(config)
     ]
     if not config.skip_invalid:
@@ -254,24 +302,36 @@ def wanted_rows(config: MeasureConfig) -> list[Wanted]:
     """
     choices = [Choice()] * config.reference + config.choices
     if config.algorithm not in ("auto", "all") and not any(
-        config.algorithm in config.algorithms_of(choice) for choice in choices
+        config.algorithm in config.algorithms_of(choice, mode) for choice in choices for mode in config.modes
     ):
-        raise UsageError(f"--algorithm {config.algorithm}: no variant asked for has it; add bgc, or leave it out")
+        raise UsageError(
+            f"--algorithm {config.algorithm}: no variant asked for has it in this mode; add bgc, or leave it out"
+        )
     return wanted_of(config, choices)
 
 
-def wanted_of(config: MeasureConfig, choices: Iterable[Choice]) -> list[Wanted]:
-    """Each of ``choices`` in each algorithm that is to be measured."""
-    return [Wanted(choice, each) for choice in choices for each in _algorithms(choice, config)]
+def wanted_of(config: MeasureConfig, choices: Collection[Choice]) -> list[Wanted]:
+    """Each of ``choices`` in each mode and algorithm that is to be measured."""
+    return [
+        Wanted(choice, each, mode)
+        for mode in config.modes
+        for choice in choices
+        for each in _algorithms(choice, mode, config)
+    ]
 
 
-def _algorithms(choice: Choice, config: MeasureConfig) -> tuple[str, ...]:
+def labelled(config: MeasureConfig, wanted: Wanted, of: str = "") -> str:
+    """A row in a line of progress."""
+    return f"{wanted.choice.label}{of}" + (f" in {wanted.mode}" if len(config.modes) > 1 else "")
+
+
+def _algorithms(choice: Choice, mode: str, config: MeasureConfig) -> tuple[str, ...]:
     """The algorithms to measure a choice in; variants without several have their one.
 
     What a masked variant costs in training and when deployed are two answers, and both are given.
     """
-    offered, algorithm = config.algorithms_of(choice), config.algorithm
-    if algorithm == "all":
+    offered, algorithm = config.algorithms_of(choice, mode), config.algorithm
+    if algorithm == "all" and mode != RUNTIME:
         on_cuda = config.device.startswith("cuda")  # what 'auto' will be is not known yet
         unfit = (() if on_cuda else CUDA_ALGORITHMS) + (() if config.is_pointwise else POINTWISE_ALGORITHMS)
         offered = tuple(each for each in offered if each not in unfit)
@@ -287,10 +347,10 @@ def unmeasured(config: Any, wanted: Wanted, what: str, params: Json, **facts: An
 
     config: a ProfileConfig or a NetworkConfig. params, facts: fields of the row's own.
     """
-    conditions = {name: getattr(config, name) for name in ("batch", "height", "width", "precision", "layout", "mode")}
-    key = f"{what}-b{config.batch}-{config.height}x{config.width}-{config.precision}-{config.layout}-{config.mode}"
+    conditions = {name: getattr(config, name) for name in ("batch", "height", "width", "precision", "layout")}
+    key = f"{what}-b{config.batch}-{config.height}x{config.width}-{config.precision}-{config.layout}-{wanted.mode}"
     choice = wanted.choice
-    conditions |= {"algorithm": choice.settled(wanted.algorithm)}
+    conditions |= {"mode": wanted.mode, "algorithm": wanted.settled}
     unknown: Json = dict.fromkeys(("counts", "approximability", "memory", "paper"))
     return ProfileRow(
         key=key if wanted.algorithm == "auto" else f"{key}-{wanted.algorithm}",
@@ -321,7 +381,7 @@ def planned_layer(
         row = unmeasured(config, wanted, what, params, status="invalid", reason=reason)
         return PlannedRow(row, label, group=group)
     asked: Json = {} if choice.is_dense else dataclasses.asdict(choice)
-    spec = dataclasses.replace(own, algorithm=wanted.algorithm, **asked)
+    spec = dataclasses.replace(own, algorithm=wanted.in_torch(choice.variant), **asked)
     size, item = (config.height, config.width), PRECISIONS[config.precision]
     counts = count(spec, *size, batch=config.batch, precision=config.precision)
     facts = {

@@ -19,10 +19,13 @@ import torch
 from torch import nn
 
 from bgcbench.convs import VariantConv2d, build_conv
+from bgcbench.deployment import onnx_file
+from bgcbench.deployment.workload import RuntimeFile, RuntimeWorkload, runtime_file
 from bgcbench.experiments.base import Run
+from bgcbench.experiments.plan import PlanConfig
 from bgcbench.experiments.profile import MeasureConfig, PlannedRow, ProfileConfig, row_seed
 from bgcbench.experiments.session import Session, open_device
-from bgcbench.measure import ceilings, environment, timing
+from bgcbench.measure import ceilings, environment, runtime, timing
 from bgcbench.measure.allocator import FAULT_S, memory_state, resolve_memory
 from bgcbench.measure.counts import CallWork, call_work, count
 from bgcbench.measure.device import (
@@ -53,7 +56,7 @@ from bgcbench.results.rows import (
     ProfileRow,
     Summary,
 )
-from bgcbench.specs import NETWORK_PHASES, PHASES, PRECISIONS, ConvSpec
+from bgcbench.specs import EXPORTERS, NETWORK_PHASES, PHASES, PRECISIONS, RUNTIME, ConvSpec
 
 
 @dataclass(frozen=True)
@@ -75,12 +78,16 @@ class TimingProtocol:
 
 
 def open_session(config: MeasureConfig) -> Session:
-    """The device to measure; raises DeviceError where it is not there, UsageError for what it cannot do."""
-    session = open_device(config, config.device, mode=config.mode, layout=config.layout)
+    """The device to measure; raises DeviceError where it is not there, UsageError for what it cannot do and for a
+    package that a mode needs."""
+    if RUNTIME in config.modes:
+        onnx_file.check_packages(EXPORTERS[0])
+    session = open_device(config, config.device, modes=config.modes, layout=config.layout)
     protocol = TimingProtocol.of(config, session.device)
     session.settings |= {
         "deterministic": False,
         "mode": config.mode,
+        "runtime": f"onnxruntime {runtime.version()}" if RUNTIME in config.modes else None,
         "cache": "cold" if protocol.cold else "warm",
         "memory": protocol.memory,
         "phases": list(config.phases),
@@ -100,16 +107,27 @@ class Subject(ABC):
     batch: int
     input_shape: tuple[int, ...]
     input_grad: bool
+    mode: str
+    algorithm: str  # as it was asked for
     quick_share: float = 1.0  # of a quick look's time a row; a network's calls are long
+    _file: RuntimeFile | None = None
     held_bytes: int  # what stays in memory between calls
 
     @abstractmethod
     def module(self, session: Session) -> nn.Module:
         """A fresh module on the session's device; the same weights every time."""
 
-    @abstractmethod
     def workload(self, session: Session, x: torch.Tensor, like: Like | None) -> Workload:
         """The cells of a fresh module on ``x``."""
+        if self.mode != RUNTIME:
+            return self.in_torch(session, x, like)
+        if self._file is None:  # written once: its algorithms were measured
+            self._file = runtime_file(self.module(session), x, self.algorithm)
+        return RuntimeWorkload(self._file, x)
+
+    @abstractmethod
+    def in_torch(self, session: Session, x: torch.Tensor, like: Like | None) -> Workload:
+        """The same where torch runs it."""
 
     @abstractmethod
     def work(self, phase: str) -> CallWork:
@@ -129,6 +147,7 @@ class LayerSubject(Subject):
 
     def __init__(self, config: ProfileConfig, row: ProfileRow, spec: ConvSpec) -> None:
         self.config, self.key, self.spec = config, row.key, spec
+        self.mode, self.algorithm = row.params.mode, row.params.algorithm
         self.phases, self.batch, self.input_grad = config.phases, config.batch, config.input_grad
         self.input_shape = (config.batch, spec.in_channels, config.height, config.width)
         self.counts = count(spec, config.height, config.width, batch=config.batch, precision=config.precision)
@@ -141,8 +160,8 @@ class LayerSubject(Subject):
             module: nn.Module = build_conv(self.spec)
         return on_device(module, self.config, session)
 
-    def workload(self, session: Session, x: torch.Tensor, like: Like | None) -> Workload:
-        return Workload(self.module(session), x, self.config.mode, like)
+    def in_torch(self, session: Session, x: torch.Tensor, like: Like | None) -> Workload:
+        return Workload(self.module(session), x, self.mode, like)
 
     def work(self, phase: str) -> CallWork:
         return call_work(self.executed, self.batch, phase, input_grad=self.input_grad)
@@ -173,7 +192,7 @@ def measured_forms(module: nn.Module) -> Forms:
     return {phase: dict(sorted(counted.items())) for phase, counted in sorted(found.items())}
 
 
-def on_device(module: nn.Module, config: MeasureConfig, session: Session) -> nn.Module:
+def on_device(module: nn.Module, config: MeasureConfig | PlanConfig, session: Session) -> nn.Module:
     """``module`` on the session's device in the run's precision and layout."""
     module.to(device=session.device, dtype=DTYPES[config.precision])
     return module.to(memory_format=torch.channels_last) if config.layout == "nhwc" else module
@@ -322,7 +341,7 @@ class ProfileRun(Run[ProfileRow]):
         if not self.rows:
             yield self._update("nothing left to measure", save=True)
             return
-        compiling = compile_state() if config.mode == "compile" else contextlib.nullcontext()
+        compiling = compile_state() if "compile" in config.modes else contextlib.nullcontext()
         state = backend_state(config.precision, config.threads)
         with memory_state(self.protocol.memory), frozen_heap(), state, current(session.device), compiling:
             yield self._update("measuring the device's ceilings")
@@ -366,7 +385,8 @@ class ProfileRun(Run[ProfileRow]):
         workload = self._workload(row)
         # A quick look at a slow layer takes one call for both. On CUDA a first call has the workspace of the library's
         # search, and a short one on a CPU what libraries set up once; both are measured again below.
-        combined = self.config.quick and self.session.device.type == "cpu" and self.config.mode == "eager"
+        mode, on_cpu = row.subject.mode, self.session.device.type == "cpu"
+        combined = self.config.quick and on_cpu and mode == "eager"
         for phase in row.alive:
             try:
                 self._first_call(row, workload, phase, stopwatch, peak=combined and phase == row.fullest)
@@ -374,7 +394,10 @@ class ProfileRun(Run[ProfileRow]):
                 self._fail(row, failure, phase)
                 free_memory(self.session.device)
         row.like, row.forms = workload.like, measured_forms(workload.plain)
-        if row.alive and (row.peak is None or row.first_call_s[row.fullest] < 0.25):
+        if workload.forms:
+            row.forms = {"inference": workload.forms}
+        # What ONNX Runtime has taken from the system it keeps, so that a later call shows nothing.
+        if mode != RUNTIME and row.alive and (row.peak is None or row.first_call_s[row.fullest] < 0.25):
             cell = workload.cell(row.fullest)
             row.peak = measure_peak(cell.eager or cell, self.session.device, passes=1 if self.config.quick else 2)
 
@@ -435,7 +458,7 @@ class ProfileRun(Run[ProfileRow]):
             deltas = [row.peak.delta_bytes for row in members if row.peak]
             # A captured graph keeps what it works on; an eager call gives it back.
             graphs = max(len(row.subject.phases) for row in members)
-            held = graphs * sum(deltas) if self.config.mode == "graph" else max(deltas, default=0)
+            held = graphs * sum(deltas) if "graph" in self.config.modes else max(deltas, default=0)
             held += sum(row.subject.held_bytes for row in members)
             if held > 0.8 * environment.available_bytes(self.session.device):
                 for row in members:
@@ -485,7 +508,7 @@ class ProfileRun(Run[ProfileRow]):
             return
         row.interleaved = identity
         # On a CPU a first call tells how long the next will take; elsewhere it has tuned or compiled.
-        plain = self.session.device.type == "cpu" and self.config.mode == "eager"
+        plain = self.session.device.type == "cpu" and row.subject.mode == "eager"
         for phase in row.alive:
             try:
                 cell = workload.cell(phase)
@@ -553,7 +576,7 @@ class ProfileRun(Run[ProfileRow]):
                 bound=self.ceilings.bound(work) if self.ceilings else None,
                 # Without launch gaps in the way (a graph) the host is not what limits; in eager mode the two times
                 # meet where it does.
-                launch_bound=None if host is None or self.config.mode == "graph" else host >= 0.9 * median,
+                launch_bound=None if host is None or row.subject.mode == "graph" else host >= 0.9 * median,
                 # Memory that is to be kept and comes from the system all the same: another allocator, or not room.
                 contended_cores=self._contention.cores if self._contention else None,
                 page_faults=None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,13 +34,16 @@ class Session:
         return msgspec.convert(self.settings, Settings)
 
 
-def open_device(config: RunConfig, name: str, *, mode: str = "eager", layout: str = "nchw", **settings: Any) -> Session:
+def open_device(
+    config: RunConfig, name: str, *, modes: Sequence[str] = ("eager",), layout: str = "nchw", **settings: Any
+) -> Session:
     """Find the device ``name`` and describe it; nothing is computed on it yet. settings: others that a run sets.
 
     Raises DeviceError where the device asked for is not there, UsageError for what it cannot do.
     """
     device, warning = resolve_device(name)
-    check_combination(device, config.precision, mode)
+    for mode in modes:
+        check_combination(device, config.precision, mode)
     with backend_state(config.precision, config.threads):
         shared = {
             "seed": config.seed,

@@ -18,7 +18,7 @@ from torch import Tensor
 from bgcbench.errors import BgcbenchError, DeviceError, UsageError
 from bgcbench.measure.allocator import minor_faults, trim_heap
 from bgcbench.measure.workload import Cell
-from bgcbench.specs import check_on_cpu
+from bgcbench.specs import RUNTIME, check_on_cpu
 
 DTYPES = {
     "fp64": torch.float64, "fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16,
@@ -53,6 +53,8 @@ def check_combination(device: torch.device, precision: str, mode: str) -> None:
     """Raise UsageError for a precision or mode that ``device`` does not have."""
     if device.type != "cuda":
         check_on_cpu(precision, mode)
+    elif mode == RUNTIME:
+        raise UsageError(f"--mode {RUNTIME} is measured on the CPU alone; use --device cpu")
     elif precision == "bf16":
         with torch.cuda.device(device):
             native = torch.cuda.is_bf16_supported(including_emulation=False)

@@ -60,6 +60,7 @@ class Workload:
         self.leaves = [*module.parameters(), x]
         self._grad_out: Tensor | None = None
         self.like = like
+        self.forms: dict[str, int] = {}  # how many layers run which algorithm, where something else has chosen them
         self._y: Tensor | None = None
 
     def cell(self, phase: str) -> Cell:

@@ -36,6 +36,7 @@ from bgcbench.theory.fits import EXACT
 from bgcbench.theory.leastsquares import Fit
 from bgcbench.theory.moments import PatchMoments
 
+NO_ROWS = "the network puts out no tensors with a row of numbers for each image"
 SENSITIVITY_IMAGES = 64  # to put layers into the network with, at most
 
 
@@ -230,6 +231,8 @@ class Outputs:
                 seed_everything(part.seed)
                 output = self.passing(model, part.batch)
                 values = [value for value in tensors_of(output) if value.is_floating_point() and value.dim() > 1]
+                if not values or len({len(value) for value in values}) > 1:
+                    raise UsageError(f"{NO_ROWS}; give a forward_fn that returns such a tensor")
                 found.append(torch.cat([value.flatten(1).float() for value in values], 1))
         return found
 
@@ -238,7 +241,13 @@ class Outputs:
 
         Of the network as it is now, its norms estimated anew; or of ``other``, in which that has been done.
         """
-        off = sum(float((a - b).double().square().sum()) for a, b in zip(self._run(other), self.original, strict=True))
+        found = list(zip(self._run(other), self.original, strict=True))
+        if any(a.shape != b.shape for a, b in found):
+            raise UsageError(
+                "the outputs have other sizes with other weights, so they cannot be compared; give a forward_fn that "
+                "returns what has the same size in any case, such as the scores of all classes"
+            )
+        off = sum(float((a - b).double().square().sum()) for a, b in found)
         return off / self.variance if self.variance > 0 else float(off > 0)
 
 

@@ -115,7 +115,7 @@ class Change:
 
 def settings_that_differ(before: Document, after: Document) -> list[tuple[str, str, str]]:
     """(name, before, after) of every setting that makes two files' times different things."""
-    names = ("precision", "layout", "mode", "cache", "memory", "input_grad", "tf32", "cudnn_benchmark")
+    names = ("precision", "layout", "mode", "runtime", "cache", "memory", "input_grad", "tf32", "cudnn_benchmark")
     pairs = [(name, getattr(before.settings, name), getattr(after.settings, name)) for name in names]
     pairs.append(("quality", before.quality, after.quality))
 

@@ -72,7 +72,7 @@ SPEED_UP = (
 PAPER_BYTES = "Input, weights and, for BGC, the mean: what the paper calls memory."
 PEAK = (
     "Weights, momentum and input, and the most that one step held beyond them: by CUDA's allocator, or on the CPU by "
-    "sampled resident memory."
+    "sampled resident memory. Not of ONNX Runtime, which keeps what it has taken."
 )
 ROOFLINE = (
     "Share of what the measured ceilings allow for the row's own work in the last phase: C compute-bound, M "

@@ -20,7 +20,7 @@ def run_lines(document: Document) -> list[str]:
     memory = f", memory {settings.memory or 'unknown'}" if environment.device.type == "cpu" else ""
     lines = [
         f"{settings.precision}, {settings.layout}, {settings.mode or 'eager'}, {settings.cache or 'unknown'} cache"
-        f"{memory}; {environment.where}"
+        f"{memory}; {environment.where}{f', {settings.runtime}' if settings.runtime else ''}"
     ]
     if ceilings:
         lines.append(f"measured ceilings: {scaled(ceilings.flops_per_s)}FLOP/s, {scaled(ceilings.bytes_per_s)}B/s")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 from bgcbench.report.compare import ratio_record, speed_up
@@ -32,11 +33,36 @@ DENSE = "the dense network"
 
 
 def profile_report(document: Document) -> Report:
-    """The table of a layer or a network with verdicts on its rows, and of a network's convolutions (--layers)."""
-    rows = [row for row in document.results if row.params.layer is None]
-    layers = [row for row in document.results if row.params.layer is not None]
-    reference, phases = reference_of(rows), measured_phases(rows)
-    network = document.asked.model is not None or any(row.params.model for row in rows)
+    """The table of a layer or a network with verdicts on its rows, and of a network's convolutions (--layers).
+
+    Of several modes each has its own, versus the standard convolution in that mode, and the modes are compared.
+    """
+    by_mode: dict[str, list[ProfileRow]] = {}
+    for row in document.results:
+        by_mode.setdefault(row.params.mode, []).append(row)
+    several = len(by_mode) > 1
+    tables: list[Table] = []
+    for mode, rows in (by_mode or {"": []}).items():
+        title = [f"mode: {mode}"] if several else []
+        tables += _tables(document, rows, title if tables else [*_title(document, rows), *title])
+    if several:
+        last = max(number for number, table in enumerate(tables) if not table.full)  # that a terminal shows
+        tables[last] = replace(tables[last], sections={**tables[last].sections, **_modes_compared(by_mode)})
+
+    def name(row: Any) -> str:
+        return numbered(row, by_mode[row.params.mode]) + (f" in {row.params.mode}" if several else "")
+
+    whole = [row for row in document.results if row.params.layer is None]
+    facts = kept_dense((name(row), row.params, row.convert.indivisible) for row in whole if row.convert)
+    facts += chosen_algorithms(whole, name)
+    return Report(tables, notes(document, facts), profile_records(document.results))
+
+
+def _tables(document: Document, every: Rows, title: list[str]) -> list[Table]:
+    """Those of one mode."""
+    rows = [row for row in every if row.params.layer is None]
+    layers = [row for row in every if row.params.layer is not None]
+    reference, phases, network = reference_of(rows), measured_phases(rows), _is_network(document, rows)
     sections = {}
     for phase in phases if network else phases[-1:]:
         verdicts = [_verdict(row, reference, phase, rows) for row in rows if row is not reference]
@@ -48,27 +74,40 @@ def profile_report(document: Document) -> Report:
         lines = [line for row in rows if (line := _versus_gc(row, rows, phases[-1]))]
         sections |= {f"BGC versus GC ({PHASE_TITLES[phases[-1]]})": lines} if lines else {}
     columns = profile_columns("network" if network else "variant", rows, phases, reference)
-    title = _title(document, rows, network)
-    tables = [comparison_table(title if not number else [], rows, reference, phase)
-              for number, phase in enumerate(phases if network else phases[-1:])]  # fmt: skip
-    if tables:
-        tables[-1] = replace(tables[-1], sections=sections)
-        tables.append(Table(["All columns"], columns, rows, full=True))
+    made = [comparison_table(title if not number else [], rows, reference, phase)
+            for number, phase in enumerate(phases if network else phases[-1:])]  # fmt: skip
+    if made:
+        made[-1] = replace(made[-1], sections=sections)
+        made.append(Table(["All columns"], columns, rows, full=True))
     else:  # nothing was measured
-        tables.append(Table(title, columns, rows, sections))
-    tables += [layers_table(layers, reference)] if layers else []
-    name = partial(numbered, rows=rows)
-    facts = kept_dense((name(row), row.params, row.convert.indivisible) for row in rows if row.convert)
-    facts += chosen_algorithms(rows, name)
-    return Report(tables, notes(document, facts), profile_records(document.results))
+        made.append(Table(title, columns, rows, sections))
+    return [*made, *([layers_table(layers, reference)] if layers else [])]
 
 
-def _title(document: Document, rows: Rows, network: bool) -> list[str]:
-    asked, lines = document.asked, run_lines(document)
+def _modes_compared(by_mode: Mapping[str, Rows]) -> dict[str, list[str]]:
+    """Each row of the first mode versus the same in the others, by the heading of its phase."""
+    (first, own), *others = ((mode, [row for row in rows if not row.layer]) for mode, rows in by_mode.items())
+    found: dict[str, list[str]] = {}
+    for phase in measured_phases(own):
+        found[f"Modes ({PHASE_TITLES[phase]})"] = lines = []
+        for base, (mode, rows) in itertools.product(own, others):
+            for row in (each for each in rows if each.params.cell == base.params.cell):
+                if compared := speed_up(row, base, phase):
+                    versus = compared.versus(f"{numbered(base, own)} in {first}")
+                    lines.append(f"{numbered(row, rows)} in {mode} is {versus}")
+    return {heading: lines for heading, lines in found.items() if lines}
+
+
+def _is_network(document: Document, rows: Rows) -> bool:
+    return document.asked.model is not None or any(row.params.model for row in rows)
+
+
+def _title(document: Document, rows: Rows) -> list[str]:
+    asked, lines, network = document.asked, run_lines(document), _is_network(document, rows)
     if network and asked.model:
         stem = f", stem stride {asked.stem_stride}" if asked.stem_stride else ""
         size = f"{asked.batch} x 3 x {asked.height} x {asked.width}"
-        where, planned = replaced_lines(rows, asked.where)
+        where, planned = replaced_lines([row for row in rows if row.params.layer is None], asked.where)
         about = f"{asked.model}, {asked.num_classes} classes{stem}, input {size}; replaced: {where}"
         return [about, *planned, *lines]
     if not document.results or network:
@@ -145,16 +184,18 @@ def profile_records(rows: Rows) -> list[dict[str, Any]]:
 
     Each is held against its own reference: the standard convolution, the dense network, or the network's own layer.
     """
-    references: dict[int | None, ProfileRow] = {}
+    references: dict[tuple[int | None, str], ProfileRow] = {}
     for row in rows:
         if row.params.variant == "standard" and row.phases:
-            references.setdefault(row.params.layer, row)
+            references.setdefault((row.params.layer, row.params.mode), row)
     records = []
     for row in rows:
         # The width of a network's few kernels that are not square is in the file alone.
         about = row_record(row, row.params, without=("kernel_width",)) | flat(row.counts, Counts)
         about |= flat(row.approximability, White) | flat(row.memory, Memory)
-        records += [about | _measured(row, references.get(row.params.layer), phase) for phase in row.phases]
+        records += [
+            about | _measured(row, references.get((row.params.layer, row.params.mode)), phase) for phase in row.phases
+        ]
         records += [] if row.phases else [about | {"phase": None}]
     return records
 

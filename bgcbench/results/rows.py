@@ -803,7 +803,10 @@ class Preprocessing(Data, frozen=True):
 
 
 class Settings(Data, frozen=True):
-    """The conditions that a run set on purpose; a resumed run must have the same."""
+    """The conditions that a run set on purpose; a resumed run must have the same.
+
+    mode: one or several with commas. runtime: what besides torch runs networks, with its version.
+    """
 
     seed: Count
     precision: str
@@ -812,6 +815,7 @@ class Settings(Data, frozen=True):
     cudnn_benchmark: bool
     deterministic: bool | None = None
     mode: str | None = None
+    runtime: str | None = None
     cache: str | None = None
     memory: Literal["kept", "fresh"] | None = None
     phases: tuple[str, ...] | None = None

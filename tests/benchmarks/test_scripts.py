@@ -12,13 +12,25 @@ import pytest
 import torch
 import torchvision
 
-from benchmarks import bgc_forms, convert_resnet50, files, kernels_cuda, networks_cuda, runs, table4_cuda, train_cuda
+from benchmarks import (
+    bgc_forms,
+    convert_resnet50,
+    files,
+    kernels_cuda,
+    networks_cuda,
+    runs,
+    runtimes,
+    table4_cuda,
+    train_cuda,
+)
 from benchmarks.runs import Run
 from bgcbench.cli import main as bgcbench
 from bgcbench.errors import DeviceError
 from bgcbench.measure.device import tf32_state
 from bgcbench.models import build_model
+from bgcbench.results.document import read
 from bgcbench.specs import VARIANTS
+from tests.deployment.example import needs_onnx
 from tests.example import example_document
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -285,3 +297,20 @@ def test_the_help_of_profile_names_every_algorithm(capsys: Any) -> None:
     for names, variant in zip(found.groups(), ("bgc", "gc", "lgc", "lowrank"), strict=True):
         shown_names = re.sub(r" \(.*?\)", "", names).split(", ")
         assert shown_names == [name for name in VARIANTS[variant].algorithms if name != "stock"]
+
+
+# ----------------------------------------------------------------------------------------------------------- runtimes
+
+
+@needs_onnx
+@pytest.mark.usefixtures("brisk", "one_thread")
+def test_the_rows_at_half_of_the_parameters_are_measured_in_every_mode(tmp_path: Path) -> None:
+    words = ["wrn_10_1", "--quick", "--size", "8", "--mode", "eager,onnxruntime", "--folder", str(tmp_path)]
+    assert runtimes.main(words) == 0
+    document = read(tmp_path / "runtimes-wrn_10_1-cpu.json")
+    assert document.complete
+    assert {(row.params.variant, row.params.groups, row.params.mode) for row in document.results} == {
+        (*cell, mode) for cell in runtimes.CELLS for mode in ("eager", "onnxruntime")
+    }
+    dense, *others = [row.counts.params for row in document.results if row.params.mode == "eager"]
+    assert all(0.4 * dense < params < 0.6 * dense for params in others)

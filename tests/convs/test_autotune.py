@@ -108,7 +108,7 @@ def test_an_algorithm_that_cannot_run_is_left_out_and_if_none_can_the_default_is
     fastest: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fastest(dense=1.0, concat=2.0)
-    run, measured = BalancedGroupConv2d._run, autotune._measured
+    run, measured = BalancedGroupConv2d._run, autotune.measured
     broken = {"dense"}
     measuring = threading.Event()
 
@@ -118,7 +118,7 @@ def test_an_algorithm_that_cannot_run_is_left_out_and_if_none_can_the_default_is
         measuring.clear()
         return found
 
-    monkeypatch.setattr(autotune, "_measured", watched)
+    monkeypatch.setattr(autotune, "measured", watched)
 
     def fails(self: BalancedGroupConv2d, algorithm: str, x: Tensor, weights: Any, bias: Any) -> Tensor:
         if algorithm in broken and measuring.is_set():

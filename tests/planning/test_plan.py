@@ -6,6 +6,7 @@ import itertools
 import json
 import random
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -273,6 +274,23 @@ def test_bad_input_is_refused(options: dict[str, object], message: str) -> None:
 def test_images_that_are_too_few_are_refused() -> None:
     with pytest.raises(UsageError, match="3 calibration images are too few"):
         bgcbench.plan(network(), [images(3)], params=0.5)
+
+
+@pytest.mark.parametrize(
+    ("outputs", "message"),
+    [
+        (lambda z: z.argmax(1), "no tensors with a row of numbers for each image; give a forward_fn"),
+        (lambda z: z[:, : 1 + int((1e3 * z.abs().sum()) % 7)], "other sizes with other weights"),
+    ],
+)
+def test_outputs_that_cannot_be_compared_are_refused(
+    outputs: Callable[[torch.Tensor], torch.Tensor], message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        bgcbench.plan(
+            network(), [images(32)], params=0.5, groups=(2, 4), variants=("gc", "lowrank"),
+            forward_fn=lambda model, batch: outputs(model(batch)),
+        )  # fmt: skip
 
 
 def test_a_plan_that_is_stopped_is_no_plan(problem: Problem) -> None:

@@ -1,0 +1,52 @@
+"""A layer or a network in ONNX Runtime as a timeable phase."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from bgcbench.deployment.export import check_error, compared, written
+from bgcbench.deployment.plain import counted, settled
+from bgcbench.deployment.targets import Inputs, OnnxTarget
+from bgcbench.errors import UsageError
+from bgcbench.measure.runtime import Session
+from bgcbench.measure.workload import Cell, Workload
+from bgcbench.specs import EXPORTERS, OPSET, RUNTIME
+
+
+@dataclass(frozen=True)
+class RuntimeFile:
+    """An ONNX file that computes what its module does, and how many of its layers run which algorithm."""
+
+    content: bytes
+    forms: dict[str, int]
+
+
+def runtime_file(module: nn.Module, x: Tensor, algorithm: str) -> RuntimeFile:
+    """``module`` in eval mode on inputs like ``x``, as :func:`bgcbench.export` writes it.
+
+    Raises what that does: BgcbenchError for what cannot be written or computes something else.
+    """
+    x = x.detach()
+    inputs, target = Inputs((x,), ("x",), (False,)), OnnxTarget(EXPORTERS[0], OPSET)
+    made = written(settled(module, (x,)), inputs, target, algorithm)
+    with torch.no_grad():
+        check_error(compared(module.eval(), target.opened(made.contents), [(x,)]).error, target)
+    return RuntimeFile(made.contents[0], counted(made.algorithms.values()))
+
+
+class RuntimeWorkload(Workload):
+    """The forward pass of a file in ONNX Runtime on ``x``, which it reads where it lies."""
+
+    def __init__(self, file: RuntimeFile, x: Tensor) -> None:
+        super().__init__(nn.Identity(), x, RUNTIME)
+        self.forms = dict(file.forms)
+        self.session = Session(file.content)
+
+    def cell(self, phase: str) -> Cell:
+        """The cell of 'fwd'; raises UsageError for another name."""
+        if phase != "fwd":
+            raise UsageError(f"ONNX Runtime runs the phase fwd alone, not '{phase}'")
+        return Cell(self.session.bound({self.session.inputs[0]: self.x}))
