@@ -61,8 +61,8 @@ def profile(
     example_input: a batch of images as the network takes them, (B, 3, height, width), of which only the shape counts;
     the network gives (B, classes). options: of ``bgcbench profile MODEL``, by the names of
     :class:`bgcbench.experiments.network.NetworkConfig`, such as where, plan (a bgcbench.Plan), phases, precision,
-    layout, device, threads, quick, max_time_s, skip_invalid. ``model`` is left as it is. A phase or a row that
-    fails says so in its row.
+    layout, device, threads, quick, max_time_s, skip_invalid. ``model`` is left as it is. A phase or a row that fails
+    says so in its row.
 
     Raises UsageError, ShapeError and DeviceError as the command does.
     """

@@ -541,10 +541,6 @@ class Choice:
         """Whether it is PLANNED, and says nothing of any single convolution."""
         return False
 
-    def settled(self, algorithm: str) -> str:
-        """``algorithm`` with 'auto' resolved where that does not take a measurement."""
-        return VARIANTS[self.variant].settled(algorithm)
-
     @property
     def key(self) -> str:
         """In the keys of rows: "bgc-n4", "lowrank-r16"."""
@@ -584,9 +580,6 @@ class _Planned(Choice):
 
     def __post_init__(self) -> None:
         """There is nothing to check: a plan's own choices are."""
-
-    def settled(self, algorithm: str) -> str:
-        return algorithm
 
 
 # Stands among the choices of a network, which are the same for all of its convolutions, for what a plan says of each.

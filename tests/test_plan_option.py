@@ -218,6 +218,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
+# Without --algorithm a training runs the first of each variant, so that two runs give the same bits.
+FIXED = {"gc": "auto", "bgc": "two_conv", "lowrank": "two_conv"}
+
+
+def algorithms_of(row: dict[str, Any]) -> dict[str, str]:
+    return {layer["variant"]: layer["algorithm"] for layer in row["convert"]["layers"]}
+
+
 class TestTraining:
     def test_a_planned_network_is_trained_beside_the_dense_one(self, folder: Path) -> None:
         rows = rows_of(str(folder / "t.json"))
@@ -225,9 +233,7 @@ class TestTraining:
         row = rows["plan", 1]
         assert (row["status"], row["key"], row["paper"]) == ("ok", "wrn_10_1-digits-plan-s0", None)
         assert row["counts"]["params"] == planned_params()
-        # 'fixed': the first of each variant, so that two runs give the same bits.
-        algorithms = {layer["variant"]: layer["algorithm"] for layer in row["convert"]["layers"]}
-        assert algorithms == {"gc": "auto", "bgc": "two_conv", "lowrank": "two_conv"}
+        assert algorithms_of(row) == FIXED
 
     def test_a_trained_network_is_converted_by_the_plan_and_trained_on(self, folder: Path) -> None:
         rows = rows_of(str(folder / "r.json"))
@@ -238,6 +244,7 @@ class TestTraining:
         assert row["params"]["distill"]
         assert row["error_initial"] is not None
         assert {layer["name"] for layer in row["convert"]["calibration"]["layers"]} == set(REPLACED)
+        assert algorithms_of(row) == FIXED
         assert set(row["time"]["phase"]) == {"fwd", "train_step"}
         network = bgcbench.load_converted(folder / "nets" / row["saved"])
         made = {name for name, layer in network.named_modules() if isinstance(layer, VariantConv2d)}
@@ -254,7 +261,7 @@ class TestTraining:
         assert "plan N=1" not in shown
         assert (folder / f"{name}.png").stat().st_size > 10_000
 
-    def test_other_rows_go_on_with_their_checkpoints_whatever_the_plan(self, folder: Path) -> None:
+    def test_other_rows_go_on_with_their_checkpoints_whatever_the_plan(self) -> None:
         """The dense network's checkpoint is that of a run without a plan."""
         from bgcbench.experiments.train import TrainConfig, identity, plan
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -33,6 +33,7 @@ from bgcbench.specs import (
     PLANNED,
     PRECISIONS,
     RANKED,
+    RUNTIME,
     VARIANTS,
     WEIGHTS,
     WHERE,
@@ -109,9 +110,10 @@ class RunConfig:
         by_groups = [Choice(name, groups) for groups in sorted(set(self.groups) - {1}) for name in others]
         return by_groups + [Choice(name, rank=rank) for rank in sorted(set(self.ranks)) for name in RANKED]
 
-    def algorithms_of(self, choice: Choice) -> tuple[str, ...]:
+    def algorithms_of(self, choice: Choice, mode: str = "eager") -> tuple[str, ...]:
         """The algorithms that layers of ``choice`` may run, the default first."""
-        return VARIANTS[choice.variant].algorithms
+        variant = VARIANTS[choice.variant]
+        return variant.plain if mode == RUNTIME else variant.algorithms
 
     @property
     def what(self) -> str:
@@ -199,11 +201,12 @@ class PlanChoice:
         uniform: list[Choice] = super().choices  # type: ignore[misc]
         return [PLANNED] * (self.plan is not None) + uniform
 
-    def algorithms_of(self, choice: Choice) -> tuple[str, ...]:
+    def algorithms_of(self, choice: Choice, mode: str = "eager") -> tuple[str, ...]:
         """Of the plan, those that some of its variants have; a layer without the one asked for runs its own."""
+        of: Callable[[Choice, str], tuple[str, ...]] = super().algorithms_of  # type: ignore[misc]
         if not choice.is_planned:
-            return VARIANTS[choice.variant].algorithms
-        every = (name for each in self.planned.values() for name in VARIANTS[each.variant].algorithms)
+            return of(choice, mode)
+        every = (name for each in self.planned.values() if not each.is_dense for name in of(each, mode))
         return tuple(dict.fromkeys(name for name in every if name != "stock"))
 
     def _settle_plan(self) -> None:

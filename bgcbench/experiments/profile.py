@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -258,19 +258,22 @@ class Wanted(NamedTuple):
     mode: str = "eager"
 
     def in_torch(self, variant: str) -> str:
-        """The algorithm of the layers of ``variant``: in ONNX Runtime plain ones are made of them afterwards."""
+        """The algorithm that layers of ``variant`` are built with: the one that is asked for where they have it, as not
+        all of a plan do. In ONNX Runtime a plain one is made of it afterwards."""
         offered = VARIANTS[variant].algorithms
         if self.mode == RUNTIME:
             return "deployed" if offered == TRAINED_AND_DEPLOYED else "auto"
-        return self.algorithm if self.algorithm in offered else "auto"  # of a plan's variants, not all may have it
+        return self.algorithm if self.algorithm in offered else "auto"
 
     @property
     def settled(self) -> str:
         """The algorithm that runs, 'auto' where it is found by measuring."""
-        if self.mode != RUNTIME or self.choice.is_planned:
-            return self.choice.settled(self.algorithm)
-        plain = VARIANTS[self.choice.variant].plain
-        return plain[0] if len(plain) == 1 else self.algorithm
+        if self.choice.is_planned:
+            return self.algorithm
+        variant = VARIANTS[self.choice.variant]
+        if self.mode == RUNTIME:
+            return variant.plain[0] if len(variant.plain) == 1 else self.algorithm
+        return variant.settled(self.algorithm)
 
 
 def plan(config: ProfileConfig) -> list[PlannedRow]:
@@ -299,7 +302,7 @@ def wanted_rows(config: MeasureConfig) -> list[Wanted]:
     """
     choices = [Choice()] * config.reference + config.choices
     if config.algorithm not in ("auto", "all") and not any(
-        config.algorithm in _offered(choice, mode, config) for choice in choices for mode in config.modes
+        config.algorithm in config.algorithms_of(choice, mode) for choice in choices for mode in config.modes
     ):
         raise UsageError(
             f"--algorithm {config.algorithm}: no variant asked for has it in this mode; add bgc, or leave it out"
@@ -307,13 +310,12 @@ def wanted_rows(config: MeasureConfig) -> list[Wanted]:
     return wanted_of(config, choices)
 
 
-def wanted_of(config: MeasureConfig, choices: Iterable[Choice]) -> list[Wanted]:
-    """Each of ``choices`` in each mode and in each algorithm that is to be measured."""
-    every = list(choices)
+def wanted_of(config: MeasureConfig, choices: Collection[Choice]) -> list[Wanted]:
+    """Each of ``choices`` in each mode and algorithm that is to be measured."""
     return [
         Wanted(choice, each, mode)
         for mode in config.modes
-        for choice in every
+        for choice in choices
         for each in _algorithms(choice, mode, config)
     ]
 
@@ -323,18 +325,12 @@ def labelled(config: MeasureConfig, wanted: Wanted, of: str = "") -> str:
     return f"{wanted.choice.label}{of}" + (f" in {wanted.mode}" if len(config.modes) > 1 else "")
 
 
-def _offered(choice: Choice, mode: str, config: MeasureConfig) -> tuple[str, ...]:
-    if mode != RUNTIME:
-        return config.algorithms_of(choice)
-    return () if choice.is_planned else VARIANTS[choice.variant].plain
-
-
 def _algorithms(choice: Choice, mode: str, config: MeasureConfig) -> tuple[str, ...]:
     """The algorithms to measure a choice in; variants without several have their one.
 
     What a masked variant costs in training and when deployed are two answers, and both are given.
     """
-    offered, algorithm = _offered(choice, mode, config), config.algorithm
+    offered, algorithm = config.algorithms_of(choice, mode), config.algorithm
     if algorithm == "all" and mode != RUNTIME:
         on_cuda = config.device.startswith("cuda")  # what 'auto' will be is not known yet
         unfit = (() if on_cuda else CUDA_ALGORITHMS) + (() if config.is_pointwise else POINTWISE_ALGORITHMS)

@@ -324,7 +324,7 @@ def params_of(config: TrainConfig, cell: Choice, seed: int, **others: Any) -> Tr
         dataset=config.data,
         classes=config.num_classes,
         **dataclasses.asdict(cell),
-        algorithm=None if cell.is_planned else cell.settled(config.algorithm_of(cell.variant)),
+        algorithm=None if cell.is_planned else VARIANTS[cell.variant].settled(config.algorithm_of(cell.variant)),
         seed=seed,
         **{"rebn": False, "distill": False, **others},
     )

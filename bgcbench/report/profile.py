@@ -107,7 +107,7 @@ def _title(document: Document, rows: Rows) -> list[str]:
     if network and asked.model:
         stem = f", stem stride {asked.stem_stride}" if asked.stem_stride else ""
         size = f"{asked.batch} x 3 x {asked.height} x {asked.width}"
-        where, planned = replaced_lines(rows, asked.where)
+        where, planned = replaced_lines([row for row in rows if row.params.layer is None], asked.where)
         about = f"{asked.model}, {asked.num_classes} classes{stem}, input {size}; replaced: {where}"
         return [about, *planned, *lines]
     if not document.results or network:
