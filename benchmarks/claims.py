@@ -43,6 +43,7 @@ TRAINED, QUICKSTART = "train-wrn_10_2-digits-cpu.json", "train-quickstart-cpu.js
 TUNED, KERNELS, SOLVER = "bgc-forms-cpu.json", "kernels-cuda.json", "approx-solver.json"
 PIPELINE, CONVERT = "train-speed-cpu.json", "convert-resnet50-cpu.json"
 PHOTOGRAPHS = "transfer-efficientnet_lite0-cpu.json"
+PLANNED = "plan-wrn_16_4-digits-cpu.json"
 AGREE, TWICE = "agree-with-torch.json", "same-row-twice.json"
 TABLE4, ALGORITHMS = "table4-cpu-fp32-nchw.json", "table4-cpu-fp32-nchw-algorithms.json"
 EVERY, LAYERS = "network-resnet50-cpu-fp32-nchw-all.json", "network-resnet50-cpu-fp32-nchw-layers.json"
@@ -56,6 +57,7 @@ OWN: dict[str, type[files.File]] = {
     TUNED: files.AlgorithmFile,
     KERNELS: files.KernelFile,
     PHOTOGRAPHS: files.PhotographFile,
+    PLANNED: files.PlannedFile,
 }
 # Files that a script made of several runs of the command line.
 SCRIPTS = {
@@ -579,6 +581,36 @@ def photographed() -> Table:
     return Table("On photographs", about, ("budget", "as", "seed"), claims_of(PHOTOGRAPHS, named_rows, columns))
 
 
+def planned() -> Table:
+    """wrn_16_4 on digits: the plan and the best choice of each variant for all layers, at the same budget."""
+
+    def said(what: str, form: str) -> Callable[[Any, tuple[float, str]], Value]:
+        def mean(content: Any, at: tuple[float, str]) -> Value:
+            rows = [row for row in content.results if (row.budget, row.network) == at]
+            return (
+                spread_of(getattr(row, what) for row in rows)
+                if form == ""
+                else Number(statistics.fmean(getattr(row, what) for row in rows), form)
+            )
+
+        return mean
+
+    columns: Columns = {
+        "params": said("params_ratio", ".3f"),
+        "error %": said("error", ""),
+        "agrees %": said("agreement", ".1f"),
+        "KL": said("kl", ".4f"),
+        "logit error": said("logit_error", ".4f"),
+    }
+    found = dict.fromkeys((row.budget, row.network) for row in opened(ROOT, PLANNED).results)
+    rows = {(f"{budget:g}", network): (budget, network) for budget, network in found}
+    about = (
+        "wrn_16_4 trained on digits, planned and converted without training; on the 500 test images, versus the "
+        "original network. Means of 3 seeds, of errors with the standard deviation."
+    )
+    return Table("Planned layer by layer", about, ("params asked", "network"), claims_of(PLANNED, rows, columns))
+
+
 def accuracy() -> Table:
     """The README's: SC, GC and BGC, trained from scratch and converted."""
     claims = []
@@ -747,7 +779,7 @@ TABLES: tuple[Callable[[], Table], ...] = (
         where_time_goes,
         training_speed,
     ),
-    *(kernels, slopes, lost_by_variant, lost_by_layers, trainings, conversions, photographed, single_numbers),
+    *(kernels, slopes, lost_by_variant, lost_by_layers, trainings, conversions, photographed, planned, single_numbers),
 )
 MARKED: dict[str, Callable[[], Table]] = {  # tables of README.md and docs/deploy.md
     "speed": lambda: layer_speed((4, 16)),

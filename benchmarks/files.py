@@ -216,3 +216,23 @@ class PhotographFile(File, kw_only=True):
 
     medians: dict[str, float]
     results: tuple[Photographed, ...]
+
+
+# -------------------------------------------------------------------------------------------------------- plan_digits
+
+
+class PlannedNetwork(msgspec.Struct, frozen=True, kw_only=True):
+    """A network at a budget: its error and what it has in common with the original, in percent, on the test images."""
+
+    weights: str
+    budget: float
+    network: str
+    params_ratio: float
+    error: float
+    agreement: float
+    kl: float
+    logit_error: float
+
+
+class PlannedFile(File):
+    results: list[PlannedNetwork]

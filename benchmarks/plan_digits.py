@@ -13,28 +13,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import msgspec
-
 from benchmarks.common import save
+from benchmarks.files import PlannedNetwork
 from bgcbench.cli import main as bgcbench
 from bgcbench.results import read
 from bgcbench.results.rows import PlanRow
 
 VARIANTS, BUDGETS = "gc,shuffle,bgc,lowrank", (0.125, 0.25)
-
-
-class Planned(msgspec.Struct, frozen=True, kw_only=True):
-    """A network at a budget: its error and what it has in common with the original, in percent, on the test images."""
-
-    weights: str
-    budget: float
-    network: str
-    params_ratio: float
-    error: float
-    agreement: float
-    kl: float
-    logit_error: float
-    time_ratio: float | None
 
 
 def planned(weights: Path, budget: float, folder: Path) -> Path:
@@ -51,14 +36,14 @@ def planned(weights: Path, budget: float, folder: Path) -> Path:
     return path
 
 
-def networks(path: Path, weights: Path, budget: float) -> list[Planned]:
+def networks(path: Path, weights: Path, budget: float) -> list[PlannedNetwork]:
     """What the file says of each network."""
     proof: list[PlanRow] = [row for row in read(path).results if row.params.stage == "proof" and row.status == "ok"]
     return [
-        Planned(
+        PlannedNetwork(
             weights=weights.name, budget=budget, network=row.params.subject or "", params_ratio=row.params_ratio or 0.0,
             error=row.error or 0.0, agreement=row.agreement or 0.0, kl=row.kl or 0.0,
-            logit_error=row.logit_error or 0.0, time_ratio=row.time_ratio,
+            logit_error=row.logit_error or 0.0,
         )
         for row in proof
     ]  # fmt: skip
@@ -71,7 +56,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="where to write what they say; nowhere without it")
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
-    found: list[Planned] = []
+    found: list[PlannedNetwork] = []
     for weights in options.weights:
         for budget in BUDGETS:
             own = networks(planned(weights, budget, options.folder), weights, budget)
