@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import keyword
 import re
 import types
@@ -125,15 +126,32 @@ def _declared(name: str, flat: str, part: Any) -> tuple[str, dict[str, Tensor]]:
         return f'self.register_buffer("{flat}", {kind})', {flat: part.detach()}
     text = f"nn.{_UNQUOTED.sub(lambda found: f'={found[1]!r}', repr(part))}"
     own = {key: value.detach() for key, value in part.state_dict().items()}
+    if not _makes(text, part):
+        raise BgcbenchError(f"{name} ({type(part).__name__}) cannot be written as a line of torch.nn")
+    return f"self.{flat} = {_shortest(text, part)}", {f"{flat}.{key}": value for key, value in own.items()}
+
+
+def _makes(text: str, part: nn.Module) -> bool:
+    """Whether ``text`` is a constructor of such a module."""
     try:
-        made = eval(text, {"nn": nn, "torch": torch})  # as the file will
-        is_alike = type(made) is type(part) and repr(made) == repr(part)
+        with torch.device("meta"):
+            made = eval(text, {"nn": nn, "torch": torch})  # as the file will
         shapes = {key: value.shape for key, value in made.state_dict().items()}
     except Exception:  # noqa: BLE001 - whatever becomes of a repr that is no constructor
-        is_alike, shapes = False, {}
-    if not is_alike or shapes != {key: value.shape for key, value in own.items()}:
-        raise BgcbenchError(f"{name} ({type(part).__name__}) cannot be written as a line of torch.nn")
-    return f"self.{flat} = {text}", {f"{flat}.{key}": value for key, value in own.items()}
+        return False
+    alike = type(made) is type(part) and repr(made) == repr(part)
+    return alike and shapes == {key: value.shape for key, value in part.state_dict().items()}
+
+
+def _shortest(text: str, part: nn.Module) -> str:
+    """``text`` without what is so by default: an older torch need not know it."""
+    call: Any = ast.parse(text, mode="eval").body
+    for given in list(getattr(call, "keywords", ())):
+        place = call.keywords.index(given)
+        call.keywords.remove(given)
+        if not _makes(ast.unparse(call), part):
+            call.keywords.insert(place, given)
+    return ast.unparse(call)
 
 
 def _check_function(node: fx.Node) -> None:
