@@ -87,8 +87,8 @@ class MeasureConfig(RunConfig):
     algorithm: str = option(
         "auto",
         "Algorithm to run: BGC two_conv, concat, dense, split, matmul (1x1), triton (CUDA), or auto, the fastest; GC "
-        "triton; LGC, FLGC masked, deployed; LR two_conv, dense, matmul (1x1); in ONNX Runtime matrix, too; all "
-        "measures each.",
+        "triton; LGC, FLGC masked, deployed; LR two_conv, dense, matmul (1x1); all measures each. In ONNX "
+        "Runtime there is matrix, too.",
         panel=GRID,
         check=one_of(dict.fromkeys(("auto", "all", *ALGORITHMS, *PLAIN_ALGORITHMS))),
     )
