@@ -336,7 +336,7 @@ def runtimes() -> Table:
             claims += claims_of(name, {(where, condition_of(name)[0], label): at}, columns)
     about = (
         "Inference: the dense network's time in each mode, and the speed-up over it in the same mode (95 % interval). "
-        "onnxruntime runs what `bgcbench export` writes: norms folded, and the algorithms that are the fastest there."
+        "onnxruntime runs what `bgcbench.export` writes: norms folded, and the algorithms that are the fastest there."
     )
     return Table("Runtimes", about, ("network", "device", "as"), claims)
 
