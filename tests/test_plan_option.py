@@ -101,6 +101,15 @@ class TestProfile:
         keys = [row.key.split("-auto")[0].split("-3x3")[0] for row in plan_network(config).rows]
         assert keys == ["wrn_10_1-standard-n1", "wrn_10_1-plan", "wrn_10_1-gc-n2"]
 
+    def test_in_each_mode_that_is_asked_for(self) -> None:
+        asked: dict[str, Any] = {"variants": ("standard",), "phases": ("fwd",), "mode": "eager,onnxruntime"}
+        rows = plan_network(NetworkConfig(model="wrn_10_1", plan=CHOICES, **asked)).rows
+        planned = [row for row in rows if row.params.variant == "plan"]
+        assert [(row.params.mode, row.params.algorithm) for row in planned] == [
+            ("eager", "auto"),
+            ("onnxruntime", "auto"),
+        ]
+
     def test_layers_has_what_the_plan_makes_of_each_shape(self, plan: str) -> None:
         config = NetworkConfig(model="wrn_10_1", plan=CHOICES, variants=("standard",), layers=True)
         layers = [row for row in plan_network(config).rows if row.params.layer is not None]
@@ -149,7 +158,7 @@ class TestProfile:
          f"--plan: the plan does not fit the network: {REPLACED[0]} as GC N=7: in_channels=16 is not divisible by"),
         ({REPLACED[0]: {"variant": "gc", "groups": 7}}, ["--skip-invalid", "--groups", "2"], "plan does not fit"),
         ({REPLACED[0]: {"variant": "standard"}}, [], "--plan keeps every convolution as it is"),
-        ([1], [], "bad.json is no plan"),
+        ([1], [], "--plan bad.json is no plan: it must be"),
         (CHOICES, ["--where", "3x3"], "--where is for variants, and --plan names each convolution"),
         (CHOICES, ["--skip-invalid"], "--skip-invalid is for variants"),
         (CHOICES, ["--algorithm", "masked"], "--algorithm masked: no variant asked for has it"),

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from bgcbench.errors import ShapeError, UsageError
+from bgcbench.errors import ResultFileError, ShapeError, UsageError
 from bgcbench.experiments.options import (
     GRID,
     MEASURE,
@@ -170,7 +170,10 @@ class NetworkChoice:
 
 
 def _plan_in(name: str, path: Path) -> Json:
-    return {layer: choice.to_json() for layer, choice in read_plan(path)[0].items()}
+    try:
+        return {layer: choice.to_json() for layer, choice in read_plan(path)[0].items()}
+    except ResultFileError as problem:
+        raise ResultFileError(f"--{name} {problem}") from None
 
 
 @dataclass(frozen=True)
