@@ -9,20 +9,24 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from msgspec.structs import replace
 from torch import nn
 
 from bgcbench.convs.base import VariantConv2d
 from bgcbench.convs.layouts import is_channels_last
 from bgcbench.errors import BgcbenchError, ResultFileError
+from bgcbench.measure.counts import Counts, count
 from bgcbench.measure.trace import without_numbers
 from bgcbench.results.rows import Record, Replaced
-from bgcbench.specs import ConvSpec, load_layer
+from bgcbench.specs import Choice, ConvSpec, load_layer
 
+NAMED = 5  # convolutions that are named for each reason to keep them
 SCRATCH, CALIBRATED = "scratch", "calibrated"  # initialisations that are no projection
 
 _HOOKS = (
@@ -34,12 +38,48 @@ _TAKEN_OVER = ("stride", "padding", "dilation", "padding_mode", "algorithm", "ra
 _OWN_ATTRIBUTES = set(vars(nn.Conv2d(1, 1, 1, device="meta")))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Converted:
-    """A converted network and the record of what was done to it."""
+    """A converted network and the record of what was done to it; printed, a summary of that."""
 
     model: nn.Module
     record: Record
+
+    def __str__(self) -> str:
+        layers, kept = self.record.layers, self.record.kept
+        labels = Counter(own_choice(layer).label for layer in layers)
+        shown = ", ".join(f"{times} as {label}" for label, times in labels.items())
+        lines = [f"{len(layers)} of {len(layers) + len(kept)} convolutions replaced{': ' * bool(shown)}{shown}"]
+        if layers:
+            before, after = (
+                [sum(numbers) for numbers in zip(*(counted(layer, choice(layer)) for layer in layers), strict=True)]
+                for choice in (lambda _: Choice(), own_choice)
+            )
+            macs = all(layer.height and layer.width for layer in layers)
+            said = [f"parameters {before[0]:,} -> {after[0]:,}", f"MACs of an image {before[1]:,} -> {after[1]:,}"]
+            lines.append(f"of these: {', '.join(said[: 1 + macs])}")
+        reasons: dict[str, list[str]] = {}
+        for each in kept:
+            reasons.setdefault(each.reason, []).append(each.name)
+        for reason, names in reasons.items():
+            more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+            lines.append(f"kept, {reason}: {', '.join(names[:NAMED])}{more}")
+        return "\n".join([*lines, *(f"note: {note}" for note in self.record.notes)])
+
+    __repr__ = __str__
+
+
+def own_choice(layer: Replaced) -> Choice:
+    """What a convolution has become."""
+    return Choice(layer.variant, rank=layer.rank) if layer.rank else Choice(layer.variant, layer.groups)
+
+
+def counted(layer: Replaced, choice: Choice) -> tuple[int, int]:
+    """Parameters (biases apart) and MACs of one image, of a convolution as ``choice``."""
+    spec = spec_of(replace(layer, variant=choice.variant, groups=choice.groups, rank=choice.rank, bias=False))
+    least = [d * (k - 1) + 1 for d, k in zip(layer.dilation, layer.kernel, strict=True)]  # where no size is known
+    found: Counts = count(spec, layer.height or least[0], layer.width or least[1])
+    return found.params, found.macs * (layer.calls or 1)
 
 
 def copied(model: nn.Module) -> nn.Module:

@@ -26,7 +26,7 @@ from bgcbench.conversion.approximability import shape_of
 from bgcbench.conversion.convert import convert, save_converted
 from bgcbench.conversion.layer_moments import patch_length, positions_an_image
 from bgcbench.conversion.lockstep import Stopped
-from bgcbench.conversion.record import Converted
+from bgcbench.conversion.record import Converted, counted
 from bgcbench.errors import ResultFileError, UsageError
 from bgcbench.experiments import approx_network_run
 from bgcbench.experiments.approx_run import Step
@@ -41,7 +41,7 @@ from bgcbench.measure.allocator import memory_state
 from bgcbench.measure.batches import Passing
 from bgcbench.measure.device import DTYPES, backend_state, describe_failure
 from bgcbench.measure.undisturbed import undisturbed
-from bgcbench.planning.choices import LayerOptions, Problem, Scored, best_families, choices_for, counted
+from bgcbench.planning.choices import LayerOptions, Problem, Scored, best_families, choices_for
 from bgcbench.planning.decision import AGAIN, FELT, PLAIN, Contender, Plan, choose, contenders, planned
 from bgcbench.planning.losses import SENSITIVITY_IMAGES
 from bgcbench.planning.plan import decided, held_outputs, losses_of, score, timed, tryout

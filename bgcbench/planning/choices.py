@@ -8,11 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 
-from msgspec.structs import replace
-
-from bgcbench.conversion.record import spec_of
 from bgcbench.errors import UsageError
-from bgcbench.measure.counts import Counts, count
 from bgcbench.results.rows import Replaced
 from bgcbench.specs import VARIANTS, Choice, rank_of
 
@@ -106,14 +102,6 @@ def choices_for(
     between = sorted({int(rank_of(shape[0], shape[1], 1, shape[2]) * share) for share in SHARES} - {0}, reverse=True)
     tried += [Choice(variant, rank=rank) for variant, rank in itertools.product(ranked, ranks or between)]
     return [choice for choice in tried if choice.unfit(*shape) is None]
-
-
-def counted(layer: Replaced, choice: Choice) -> tuple[int, int]:
-    """Parameters (biases apart) and MACs of one image, of a convolution as ``choice``."""
-    spec = spec_of(replace(layer, variant=choice.variant, groups=choice.groups, rank=choice.rank, bias=False))
-    least = [d * (k - 1) + 1 for d, k in zip(layer.dilation, layer.kernel, strict=True)]  # where no size is known
-    found: Counts = count(spec, layer.height or least[0], layer.width or least[1])
-    return found.params, found.macs * (layer.calls or 1)
 
 
 def families(problem: Problem) -> dict[str, dict[str, Choice]]:

@@ -23,6 +23,7 @@ from torch import nn
 from bgcbench.conversion.convert import candidates, convert
 from bgcbench.conversion.layer_moments import Holding, Part, Pictures, first_of, parts_of
 from bgcbench.conversion.lockstep import Stopped
+from bgcbench.conversion.record import counted
 from bgcbench.conversion.selection import checked_example
 from bgcbench.conversion.solve import SETTLED
 from bgcbench.errors import UsageError
@@ -31,7 +32,7 @@ from bgcbench.measure.allocator import memory_state
 from bgcbench.measure.batches import Forward, Passing, count_images, device_of, first_image, reference_of
 from bgcbench.measure.undisturbed import random_state_kept, undisturbed
 from bgcbench.planning import TRIED, asked_for
-from bgcbench.planning.choices import LayerOptions, Problem, Scored, choices_for, counted
+from bgcbench.planning.choices import LayerOptions, Problem, Scored, choices_for
 from bgcbench.planning.decision import AGAIN, FELT, Contender, Plan, again, choose, contenders, planned, taken
 from bgcbench.planning.losses import SENSITIVITY_IMAGES, Outputs, absorbed, choice_losses, felt_losses
 from bgcbench.planning.times import corrections, doubtful, in_network, layer_times, network_times

@@ -629,3 +629,17 @@ def test_the_size_of_a_layers_input_is_that_before_padding_whatever_the_padding(
     for mode in ("zeros", "circular", "reflect"):
         (layer,) = convert(Padded(mode), "gc", 2, example_input=(3, 12, 10)).record.layers
         assert (layer.height, layer.width) == (12, 10)
+
+
+def test_printed_a_conversion_is_its_summary() -> None:
+    """4 convolutions of 16 -> 16 channels, 3x3, as GC N=4 have a quarter of the parameters and MACs (8 x 8 positions)."""
+    model = nn.Sequential(*(nn.Conv2d(n, 16, 3, padding=1) for n in (3, 16, 16, 16, 16)))
+    converted = convert(model, "gc", groups=4, include="*", example_input=(3, 8, 8), on_indivisible="skip")
+    weights = 4 * 9 * 16 * 16
+    assert str(converted).splitlines() == [
+        "4 of 5 convolutions replaced: 4 as GC N=4",
+        f"of these: parameters {weights:,} -> {weights // 4:,}, MACs of an image {64 * weights:,} -> {16 * weights:,}",
+        f"kept, {converted.record.kept[0].reason}: 0",
+    ]
+    mixed = convert(model, plan={"1": {"variant": "lowrank", "rank": 2}, "4": {"variant": "bgc", "groups": 2}})
+    assert repr(mixed).splitlines()[0] == "2 of 5 convolutions replaced: 1 as LR r=2, 1 as BGC N=2"
