@@ -24,7 +24,8 @@ def part(document: Document) -> style.Part:
     curves = {cell: curve for cell in cells if (curve := _curve(cell))}
     if not curves:
         raise style.NothingToDraw("test errors by epoch; this result has none")
-    everywhere = [cell for cell in curves if cell.dense or cell.planned]
+    planned = [cell for cell in curves if cell.planned]
+    everywhere = [*planned, *(cell for cell in curves if cell.dense)]
     asked = list(dict.fromkeys((cell.groups, cell.rank) for cell in curves if cell not in everywhere))
     places = style.wrapped(asked or [(1, None)], ACROSS)
     every = [error for curve in curves.values() for errors in curve.values() for error in errors]
@@ -37,7 +38,7 @@ def part(document: Document) -> style.Part:
             for cell, curve in curves.items():
                 if (cell.groups, cell.rank) == at or cell in everywhere:
                     _plot(axes, cell.variant, curve)
-            axes.set_title(style.asked_of(*at) if asked else "")
+            axes.set_title("" if planned and not asked else style.asked_of(*at))
         first, _ = grid[0]
         style.scale_errors(first, every)
         first.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True))

@@ -90,12 +90,13 @@ def asked_of(groups: int, rank: int | None) -> str:
     return f"N = {groups}" if rank is None else f"r = {rank}"
 
 
-LOOKS = {name: known.look for name, known in VARIANTS.items()} | {PLAN: ("#882255", "d", 7.0)}
+PLAN_LOOK = "#882255", "d", 7.0
 
 
 def look_of(variant: str, **more: Any) -> Look:
     """How a variant's line and markers look in every picture, but for what is given."""
-    colour, marker, size = LOOKS.get(variant, Variant.look)
+    other = PLAN_LOOK if variant == PLAN else Variant.look
+    colour, marker, size = VARIANTS[variant].look if variant in VARIANTS else other
     return {"color": colour, "marker": marker, "markersize": size, "linewidth": 0.9, "zorder": 3 + 1 / size, **more}
 
 
