@@ -84,6 +84,7 @@ def test_the_public_names() -> None:
         "load_converted",
         "parameter_groups",
         "plan",
+        "profile",
         "save_converted",
     ]
     for name in bgcbench.__all__:
