@@ -632,7 +632,7 @@ def test_the_size_of_a_layers_input_is_that_before_padding_whatever_the_padding(
 
 
 def test_printed_a_conversion_is_its_summary() -> None:
-    """4 convolutions of 16 -> 16 channels, 3x3, as GC N=4 have a quarter of the parameters and MACs (8 x 8 positions)."""
+    """As GC N=4, 3x3 convolutions of 16 -> 16 channels have a quarter of the parameters and MACs (8 x 8 positions)."""
     model = nn.Sequential(*(nn.Conv2d(n, 16, 3, padding=1) for n in (3, 16, 16, 16, 16)))
     converted = convert(model, "gc", groups=4, include="*", example_input=(3, 8, 8), on_indivisible="skip")
     weights = 4 * 9 * 16 * 16
