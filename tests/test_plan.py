@@ -172,6 +172,17 @@ def test_time_is_measured_and_a_budget_of_time_is_planned(tmp_path: Path) -> Non
     assert "gc" in document["plan"]["factors"]
 
 
+@pytest.mark.usefixtures("brisk")
+def test_a_time_that_cannot_be_met_is_refused_before_losses_are_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan_run, "score", lambda *_, **__: pytest.fail("losses were measured"))
+    words = [*RUN, "--quick", "--variants", "gc", "--groups", "2", "--time", "0.001", "--out", str(tmp_path / "t.json")]
+    assert main(words) == 2
+    assert "time=0.001 cannot be met: the least is" in capsys.readouterr().err
+    assert rows_of(stored(tmp_path / "t.json"), "cost")
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

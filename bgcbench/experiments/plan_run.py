@@ -44,7 +44,7 @@ from bgcbench.measure.undisturbed import undisturbed
 from bgcbench.planning.choices import LayerOptions, Problem, Scored, best_families, choices_for
 from bgcbench.planning.decision import AGAIN, FELT, PLAIN, Contender, Plan, choose, contenders, planned
 from bgcbench.planning.losses import SENSITIVITY_IMAGES
-from bgcbench.planning.plan import decided, held_outputs, losses_of, score, timed, tryout
+from bgcbench.planning.plan import NETWORK_ROUNDS, decided, held_outputs, losses_of, score, timed, tryout
 from bgcbench.planning.times import interleaved
 from bgcbench.results import Document, check_command, check_resumable, write_atomically
 from bgcbench.results.rows import Counts, CurvePoint, PlanFacts, PlanParams, PlanRow, Replaced
@@ -261,6 +261,9 @@ class PlanRun(Run[PlanRow]):
         with backend_state("fp32", config.threads):
             model = self.prepared.network.model.to(self.session.device).eval()
             yield from self._costs(model)
+            if self.stop():
+                return
+            self._check_time()
             yield from self._losses(model)
             if self.stop():
                 return
@@ -312,6 +315,12 @@ class PlanRun(Run[PlanRow]):
             self._done(row, counts=Counts(params=params, macs=macs), seconds=seconds.get((layer.name, choice)))
         yield Step("costs are known", save=True)
 
+    def _check_time(self) -> None:
+        """Raise UsageError for a budget of time that no choice can meet, before losses are measured for it."""
+        kind, budget = self.config.budget
+        if kind == "time":
+            choose(self.problem, kind, budget, most_variants=self.config.most_variants)
+
     def _losses(self, model: nn.Module) -> Iterator[Step]:
         left = self._left("loss")
         names = {layer.name for layer, _ in map(_of, left)}
@@ -348,15 +357,16 @@ class PlanRun(Run[PlanRow]):
 
     @property
     def problem(self) -> Problem:
-        """Every layer with what is known of its choices."""
+        """Every layer with what is known of its choices; what is not known of its losses is 0."""
         made: dict[str, list[Scored]] = {}
         for row in (row for row in self.planned if row.params.stage == "cost"):
             layer, choice = _of(row)
-            cost, loss = self.known[row.key], self.known[f"loss-{layer.name}-{choice.key}"]
+            cost, loss = self.known[row.key], self.known.get(f"loss-{layer.name}-{choice.key}")
             if cost.counts is None or (self.facts.kind == "time" and cost.seconds is None):
                 continue  # it could not be measured
+            lost = (0.0, 0.0) if loss is None else (loss.loss or 0.0, loss.felt or 0.0)
             made.setdefault(layer.name, []).append(
-                Scored(choice, cost.counts.params, cost.counts.macs, loss.loss or 0.0, loss.felt or 0.0, cost.seconds)
+                Scored(choice, cost.counts.params, cost.counts.macs, *lost, cost.seconds)
             )
         layers = tuple(LayerOptions(layer, tuple(made[layer.name])) for layer in self.prepared.layers)
         return Problem(layers, rest_s=self.facts.rest_s, factors=self.facts.factors)
@@ -523,7 +533,7 @@ class PlanRun(Run[PlanRow]):
         calls = {name: partial(self._as_timed(network), *example) for name, network in networks.items()}
         device = self.session.device
         rules = timing.Rules.for_device(device.type, quick=self.config.quick, max_time_s=None)
-        rules = dataclasses.replace(rules, min_rounds=6)
+        rules = dataclasses.replace(rules, min_rounds=max(rules.min_rounds, NETWORK_ROUNDS))
         kept = memory_state("kept" if device.type == "cpu" else None)
         precise = backend_state(self.config.precision, self.config.threads)
         with undisturbed(self.prepared.network.model), kept, precise:

@@ -41,6 +41,7 @@ from bgcbench.specs import VARIANTS, Choice, check_choice, check_positive
 
 GROUPS_TRIED = (2, 4, 8, 16)
 DEFAULT_IMAGES = 256
+NETWORK_ROUNDS = 8  # of whole networks that are timed, at least
 QUICKLY_SETTLED = 1e-2  # instead of calibration's: TLGC's losses are then known to some percent
 
 
@@ -290,7 +291,9 @@ def timed(
         }
         uniform = {choice: _uniform(layers, choices, choice) for choice in _ends(choices)}
         networks = {choice.label: each for choice, each in uniform.items()}
-        whole = network_times(model, {"dense": (), **networks}, passing, example, device, rules, **shared)
+        # What layers save is scaled by these few, so they are measured with more care.
+        careful = dataclasses.replace(rules, min_rounds=max(rules.min_rounds, NETWORK_ROUNDS))
+        whole = network_times(model, {"dense": (), **networks}, passing, example, device, careful, **shared)
     if stop():
         raise Stopped
     if "dense" not in whole or not all(Choice() in times for times in alone.values()):

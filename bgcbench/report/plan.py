@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from bgcbench.report.format import bounds_text, named, ratio_text
-from bgcbench.report.notes import notes
+from bgcbench.report.notes import notes, together
 from bgcbench.report.table import Column, Report, Table, flat, label, row_record, words
 from bgcbench.results.document import Document
 from bgcbench.results.rows import CurvePoint, PlanFacts, PlanRow
@@ -15,7 +15,8 @@ from bgcbench.specs import BUDGETS
 
 def plan_report(document: Document) -> Report:
     rows: list[PlanRow] = list(document.results)
-    proof = [row for row in rows if row.params.stage == "proof"]
+    every = [row for row in rows if row.params.stage == "proof"]
+    proof = [row for row in every if row.status != "invalid"]
     chosen = [row for row in rows if row.params.stage == "choice"]
     about = rows[0].params if rows else None
     title = [f"{about.model} (weights {about.weights}) on {about.data}"] if about else ["plan"]
@@ -33,6 +34,8 @@ def plan_report(document: Document) -> Report:
         cost = "macs" if document.plan.kind == "loss" else document.plan.kind
         tables.append(Table([f"The best plans, by {BUDGETS[cost]}"], CURVE, document.plan.curve))
     facts = ["predicted loss ranks plans; what a plan really loses is in the table of networks"] if chosen else []
+    missing = together((row.params.subject or "", row.reason or "") for row in every if row.status == "invalid")
+    facts += [f"not among the networks: {line}" for line in missing]
     return Report(tables, notes(document, facts), [_record(row) for row in rows])
 
 
