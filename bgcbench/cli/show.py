@@ -146,7 +146,8 @@ def report(
         raise UsageError(f"no result file in {', '.join(map(str, files))}; name files that a bgcbench command wrote")
     writing.write_named(out, "--out", html.page(parts, no_pictures).encode())
     drawn = sum(len(part.pictures) for part in parts)
-    output.say(f"{out}: {len(parts)} result files, {no_pictures or f'{drawn} pictures'}")
+    drawn_words = no_pictures or f"{drawn} picture{'s' * (drawn != 1)}"
+    output.say(f"{out}: {len(parts)} result file{'s' * (len(parts) != 1)}, {drawn_words}")
     return 0
 
 
