@@ -7,6 +7,7 @@ import os
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -54,7 +55,7 @@ class Folder(Images):
         classes = _classes(self.files)
         return torch.tensor([classes.index(self.files[number].split("/")[0]) for number in chosen])
 
-    @property
+    @cached_property
     def test_split(self) -> Folder | None:
         """The validation split beside the training one; None where there is none, or none with the same classes."""
         if self.root.name != "train" or not _is_split(self.root.parent):

@@ -42,7 +42,7 @@ from bgcbench.measure.batches import Passing
 from bgcbench.measure.device import DTYPES, backend_state, describe_failure
 from bgcbench.measure.undisturbed import undisturbed
 from bgcbench.planning.choices import LayerOptions, Problem, Scored, best_families, choices_for
-from bgcbench.planning.decision import AGAIN, FELT, PLAIN, Contender, Plan, choose, contenders, planned
+from bgcbench.planning.decision import AGAIN, FELT, PLAIN, Contender, Plan, choose, planned
 from bgcbench.planning.losses import SENSITIVITY_IMAGES
 from bgcbench.planning.plan import NETWORK_ROUNDS, decided, held_outputs, losses_of, score, timed, tryout
 from bgcbench.planning.times import interleaved
@@ -457,8 +457,7 @@ class PlanRun(Run[PlanRow]):
         if self.plan is None or not left:
             return
         problem, (kind, budget) = self.problem, self.config.budget
-        families = best_families(problem, kind, budget)
-        tried = [each.name for each in contenders(problem, kind, budget, quick=True)] if self.config.quick else families
+        families = best_families(problem, kind, budget, quick=self.config.quick)
         seen = list(self.prepared.network.batches)
         unseen, labels = self.prepared.unseen()
         original = outputs_of(model, unseen)
@@ -467,10 +466,7 @@ class PlanRun(Run[PlanRow]):
         for number, row in enumerate(left):
             subject = row.params.subject or ""
             if subject != PLAN and subject not in families:
-                self._leave_out(row, NO_FAMILY)
-                continue
-            if subject not in (PLAN, *tried):
-                self._leave_out(row, QUICKLY)
+                self._leave_out(row, QUICKLY if self.config.quick else NO_FAMILY)
                 continue
             label, choices = (PLAN, self.plan.choices) if subject == PLAN else families[subject]
             yield Step(f"converting as {label}", number / len(left))
@@ -617,9 +613,8 @@ def outputs_of(network: nn.Module, batches: Sequence[Tensor]) -> Tensor:
 def compare(original: Tensor, other: Tensor, labels: Tensor | None = None) -> dict[str, float]:
     """How ``other`` class scores (B, classes) compare with the original ones, and with ``labels`` (B,).
 
-    error: percent of images whose first guess is wrong, where there are labels.
-
-    agreement, top5: percent of images on which the original's first guess is the first, or among the first five. kl:
+    error: percent of images whose first guess is wrong, where there are labels. agreement, top5: percent of images on
+    which the original's first guess is the first, or among the first five. kl:
     the mean of KL(original || other) in nats. logit_error: sum |z - z'|^2 / sum |z - mean z|^2.
     """
     first, log = original.argmax(1), original.log_softmax(1)

@@ -122,10 +122,13 @@ def families(problem: Problem) -> dict[str, dict[str, Choice]]:
     return {label: {name: chosen.get(name, Choice()) for name in names} for label, chosen in alike.items()}
 
 
-def best_families(problem: Problem, kind: str, budget: float) -> dict[str, tuple[str, dict[str, Choice]]]:
+def best_families(
+    problem: Problem, kind: str, budget: float, *, quick: bool = False
+) -> dict[str, tuple[str, dict[str, Choice]]]:
     """By variant the label and the choices of the family that is predicted to lose least within the budget.
 
-    Of a budget of loss, the one that costs least. Variants of which none keeps to it are left out.
+    Of a budget of loss, the one that costs least. Variants of which none keeps to it are left out. quick:
+    only the variant of the least predicted loss.
     """
     best: dict[str, tuple[tuple[float, float], str, dict[str, Choice]]] = {}
     for label, choices in families(problem).items():
@@ -137,4 +140,5 @@ def best_families(problem: Problem, kind: str, budget: float) -> dict[str, tuple
         rank = (share, felt) if kind == "loss" else (felt, share)
         if variant not in best or rank < best[variant][0]:
             best[variant] = rank, label, choices
-    return {variant: (label, choices) for variant, (_, label, choices) in best.items()}
+    found = {variant: (label, choices) for variant, (_, label, choices) in best.items()}
+    return dict(sorted(found.items(), key=lambda each: problem.felt(each[1][1]))[:1]) if quick else found

@@ -179,10 +179,8 @@ def contenders(
     all layers alike, and against the best family (the same choice everywhere) of every variant.
     """
     made = [Contender(FELT, "by sensitivity", choose(problem, kind, budget, most_variants=most_variants))]
-    families = best_families(problem, kind, budget)
-    if quick:
-        families = dict(sorted(families.items(), key=lambda each: problem.felt(each[1][1]))[:1])
-    elif kind != "loss":
+    families = best_families(problem, kind, budget, quick=quick)
+    if kind != "loss" and not quick:
         plain = choose(problem, kind, budget, most_variants=most_variants, weigh=PLAIN)
         made.append(Contender(PLAIN, "by the layers' losses", plain))
     return made + [Contender(variant, label, choices) for variant, (label, choices) in families.items()]

@@ -67,9 +67,7 @@ PROOF: list[Column[PlanRow]] = [
     label("network", _subject, SUBJECT),
     Column("params", lambda row: row.params_ratio, OF_ALL, SHARE, name="params, network"),
     Column("MACs", lambda row: row.macs_ratio, OF_ALL, SHARE, name="MACs, network"),
-    Column(
-        "time", _time, "Of the whole network, to the original's, with a 95 % confidence interval.", name="time, network"
-    ),
+    Column("time", _time, OF_NETWORK, name="time, network"),
     Column("error %", lambda row: row.error, WRONG, "{:.2f}".format, optional=True),
     Column("agrees %", lambda row: row.agreement, AGREES, "{:.1f}".format),
     Column("top-5 %", lambda row: row.top5, "The original's first guess is among the first five.", "{:.1f}".format),

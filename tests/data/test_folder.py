@@ -212,7 +212,7 @@ def test_labels_are_the_places_of_the_classes_folders_and_the_other_split_has_th
     assert folder.num_classes == 2
     (tmp_path / "val" / "cat").mkdir()
     Image.new("RGB", (8, 8)).save(tmp_path / "val" / "cat" / "0.png")
-    assert folder.test_split is None  # of other classes
+    assert open_folder(str(tmp_path), (8, 8)).test_split is None  # of other classes
     alone = open_folder(str(tmp_path / "val"), (8, 8))
     assert alone.test_split is None
 
