@@ -21,6 +21,11 @@ Pair = tuple[int, int]
 Channels = tuple[float, float, float]  # a number for red, green and blue
 
 
+def cost_kind(budget: str) -> str:
+    """What a plan saves under a kind of budget: that, and MACs where predicted loss is limited."""
+    return "macs" if budget == "loss" else budget
+
+
 def divisors(value: int) -> list[int]:
     """All positive divisors of ``value``, ascending."""
     small = [d for d in range(1, math.isqrt(value) + 1) if value % d == 0]

@@ -44,7 +44,7 @@ from bgcbench.measure.undisturbed import undisturbed
 from bgcbench.planning.choices import LayerOptions, Problem, Scored, best_families, choices_for
 from bgcbench.planning.decision import AGAIN, FELT, PLAIN, Contender, Plan, choose, planned
 from bgcbench.planning.losses import SENSITIVITY_IMAGES
-from bgcbench.planning.plan import NETWORK_ROUNDS, decided, held_outputs, losses_of, score, timed, tryout
+from bgcbench.planning.plan import NETWORK_ROUNDS, decided, held_outputs, layer_rules, losses_of, score, timed, tryout
 from bgcbench.planning.times import interleaved
 from bgcbench.results import Document, check_command, check_resumable, write_atomically
 from bgcbench.results.rows import Counts, CurvePoint, PlanFacts, PlanParams, PlanRow, Replaced
@@ -233,6 +233,7 @@ class PlanRun(Run[PlanRow]):
         variants = [name for name in config.variants if name != "standard"]
         converted = 2 if config.quick else 3 + len(variants)
         put_in = SENSITIVITY_IMAGES // 4 if config.quick else SENSITIVITY_IMAGES
+        losses_left = {row.params.layer for row in self._left("loss")}  # others are known, of an earlier run
         images, seconds = prepared.images * config.calibration_views, 0.0
         for layer in prepared.layers:
             size, choices = patch_length(layer), prepared.choices[layer.name]
@@ -242,13 +243,14 @@ class PlanRun(Run[PlanRow]):
                 for choice in choices
             ]
             moments = 2 * rows * size**2
-            seconds += (moments + sum(solving)) / rate + len(variants) * min(put_in, images // HELD_OUT) * image_s
+            if layer.name in losses_left:
+                seconds += (moments + sum(solving)) / rate + len(variants) * min(put_in, images // HELD_OUT) * image_s
             seconds += converted * (2 * moments + sum(solving) / max(1, len(solving))) / rate
         seconds += (images * (1 + 2 * converted) + prepared.test_images * (1 + converted)) * image_s
-        if config.budget[0] == "time":
-            rules = timing.Rules.for_device(device.type, quick=config.quick, max_time_s=0.1 if config.quick else 1.0)
+        if config.budget[0] == "time" and self._left("cost"):
+            rules = layer_rules(device.type, quick=config.quick)
             seconds += rules.max_time_s * sum(len(choices) + 1 for choices in prepared.choices.values()) / 2
-            seconds += 2 * len(variants) * rules.min_rounds * config.batch * image_s
+            seconds += 2 * len(variants) * NETWORK_ROUNDS * config.batch * image_s
         return seconds + len(variants) * 10 * config.batch * image_s
 
     def take_into(self, document: Document) -> None:

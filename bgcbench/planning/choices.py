@@ -10,7 +10,7 @@ from fractions import Fraction
 
 from bgcbench.errors import UsageError
 from bgcbench.results.rows import Replaced
-from bgcbench.specs import VARIANTS, Choice, rank_of
+from bgcbench.specs import VARIANTS, Choice, cost_kind, rank_of
 
 # Shares of a layer's parameters for which there is no N, and a rank.
 SHARES = (Fraction(7, 8), Fraction(6, 8), Fraction(5, 8), Fraction(3, 8))
@@ -70,11 +70,11 @@ class Problem:
 
     def whole(self, kind: str) -> float:
         """What the network costs as it is: its convolutions (params, macs), or all of it (time)."""
-        return self._rest(kind) + sum(each.dense.cost(kind) for each in self.layers)
+        return self.rest(kind) + sum(each.dense.cost(kind) for each in self.layers)
 
     def share(self, choices: Mapping[str, Choice], kind: str) -> float:
         """What these choices cost, as a share of :meth:`whole`."""
-        return (self._rest(kind) + sum(each.cost(kind) for each in self._chosen(choices))) / self.whole(kind)
+        return (self.rest(kind) + sum(each.cost(kind) for each in self._chosen(choices))) / self.whole(kind)
 
     def felt(self, choices: Mapping[str, Choice]) -> float:
         """The predicted loss."""
@@ -83,7 +83,8 @@ class Problem:
     def _chosen(self, choices: Mapping[str, Choice]) -> list[Scored]:
         return [each.of(choices[each.layer.name]) for each in self.layers]
 
-    def _rest(self, kind: str) -> float:
+    def rest(self, kind: str) -> float:
+        """What it costs besides its convolutions."""
         return self.rest_s if kind == "time" else 0.0
 
 
@@ -127,14 +128,14 @@ def best_families(
 ) -> dict[str, tuple[str, dict[str, Choice]]]:
     """By variant the label and the choices of the family that is predicted to lose least within the budget.
 
-    Of a budget of loss, the one that costs least. Variants of which none keeps to it are left out. quick:
-    only the variant of the least predicted loss.
+    Of a budget of loss, the one that costs least. Variants of which none keeps to it are left out. quick: only the
+    variant of the least predicted loss.
     """
     best: dict[str, tuple[tuple[float, float], str, dict[str, Choice]]] = {}
     for label, choices in families(problem).items():
         variant = next(choice.variant for choice in choices.values() if not choice.is_dense)
         felt = problem.felt(choices)
-        share = problem.share(choices, "macs" if kind == "loss" else kind)
+        share = problem.share(choices, cost_kind(kind))
         if (felt if kind == "loss" else share) > budget * (1 + 1e-9):
             continue
         rank = (share, felt) if kind == "loss" else (felt, share)

@@ -15,7 +15,7 @@ from bgcbench.errors import UsageError
 from bgcbench.planning import FORMAT, knapsack, read_plan
 from bgcbench.planning.choices import LayerOptions, Problem, Scored, best_families
 from bgcbench.results import write_atomically
-from bgcbench.specs import Choice, check_positive
+from bgcbench.specs import Choice, check_positive, cost_kind
 
 # What plans are tried out besides the best family of every variant: by what the network feels, by the layers' losses
 # alone, and by what the network feels of the losses that the first of these really has.
@@ -115,12 +115,11 @@ def choose(
 
     Raises UsageError where even the cheapest choices cost more, with what they cost.
     """
-    layers = problem.layers
-    cost_kind = "macs" if kind == "loss" else kind
-    rest, whole = problem.rest_s if kind == "time" else 0.0, problem.whole(cost_kind)
+    layers, of = problem.layers, cost_kind(kind)
+    rest, whole = problem.rest(of), problem.whole(of)
     best: knapsack.Solution[Choice] | None = None
     for allowed in _allowed(layers, most_variants):
-        tables = _table(layers, cost_kind, allowed, weigh)
+        tables = _table(layers, of, allowed, weigh)
         if kind == "loss":
             turned = knapsack.best(knapsack.swapped(tables), budget)
             found = None if turned is None else knapsack.Solution(turned.keys, turned.loss, turned.cost)
@@ -131,7 +130,7 @@ def choose(
             if found is not None and (best is None or (found.loss, found.cost) < (best.loss, best.cost)):
                 best = found
     if best is None:
-        least = knapsack.cheapest(_table(layers, cost_kind))
+        least = knapsack.cheapest(_table(layers, of))
         commonest = max(set(least.keys.values()), key=list(least.keys.values()).count)
         raise UsageError(
             f"{kind}={budget:g} cannot be met: the least is {(least.cost + rest) / whole:.3g} "
@@ -142,16 +141,16 @@ def choose(
 
 def planned(problem: Problem, kind: str, budget: float, choices: Mapping[str, Choice], **about: Any) -> Plan:
     """``choices`` as a plan: with what they cost and lose, and the curve of the best ones. about: see :class:`Plan`."""
-    cost_kind = "macs" if kind == "loss" else kind
-    rest, whole = problem.rest_s if kind == "time" else 0.0, problem.whole(cost_kind)
-    best = knapsack.curve(_table(problem.layers, cost_kind))
+    of = cost_kind(kind)
+    rest, whole = problem.rest(of), problem.whole(of)
+    best = knapsack.curve(_table(problem.layers, of))
     return Plan(
         choices={options.layer.name: choices[options.layer.name] for options in problem.layers},
         kind=kind,
         asked=budget,
-        cost=problem.share(choices, cost_kind),
+        cost=problem.share(choices, of),
         loss=problem.felt(choices),
-        layers=tuple(_planned(options, choices[options.layer.name], cost_kind) for options in problem.layers),
+        layers=tuple(_planned(options, choices[options.layer.name], of) for options in problem.layers),
         curve=tuple(Point((rest + point.cost) / whole, point.loss, point.keys) for point in best),
         notes=problem.notes,
         **about,

@@ -37,7 +37,7 @@ from bgcbench.planning.decision import AGAIN, FELT, Contender, Plan, again, choo
 from bgcbench.planning.losses import SENSITIVITY_IMAGES, Outputs, absorbed, choice_losses, felt_losses
 from bgcbench.planning.times import corrections, doubtful, in_network, layer_times, network_times
 from bgcbench.results.rows import Record, Replaced
-from bgcbench.specs import VARIANTS, Choice, check_choice, check_positive
+from bgcbench.specs import VARIANTS, Choice, check_choice, check_positive, cost_kind
 
 GROUPS_TRIED = (2, 4, 8, 16)
 DEFAULT_IMAGES = 256
@@ -160,8 +160,7 @@ def losses_of(record: Record) -> dict[str, float]:
 def decided(problem: Problem, kind: str, budget: float, tried: Mapping[str, tuple[Contender, float]]) -> Plan:
     """The plan, of the contenders and their errors by name."""
     errors = {name: error for name, (_, error) in tried.items()}
-    cost_kind = "macs" if kind == "loss" else kind
-    costs = {name: problem.share(each.choices, cost_kind) for name, (each, _) in tried.items()}
+    costs = {name: problem.share(each.choices, cost_kind(kind)) for name, (each, _) in tried.items()}
     name = taken(kind, budget, errors, costs)
     return planned(problem, kind, budget, tried[name][0].choices, tried=errors, by=name)
 
@@ -275,7 +274,7 @@ def timed(
     UsageError where the network or one of its convolutions could not be measured as it is.
     """
     device = device_of(model)
-    rules = timing.Rules.for_device(device.type, quick=quick, max_time_s=0.1 if quick else 1.0)
+    rules = layer_rules(device.type, quick=quick)
     layers = [options.layer for options in problem.layers]
     choices = {each.layer.name: [one.choice for one in each.options[1:]] for each in problem.layers}
     shared: dict[str, Any] = {"seed": seed, "stop": stop}
@@ -311,6 +310,11 @@ def timed(
     notes = (*problem.notes, *filter(None, [doubtful(dense_s, layers_s, factors)]))
     rest = dense_s - sum(options.dense.cost("time") for options in made)
     return dataclasses.replace(problem, layers=tuple(made), notes=notes, rest_s=rest, factors=factors)
+
+
+def layer_rules(device_type: str, *, quick: bool) -> timing.Rules:
+    """How a layer by itself is timed."""
+    return timing.Rules.for_device(device_type, quick=quick, max_time_s=0.1 if quick else 1.0)
 
 
 def _uniform(layers: Sequence[Replaced], choices: Mapping[str, Sequence[Choice]], choice: Choice) -> list[Replaced]:

@@ -10,7 +10,7 @@ from bgcbench.plots.layers import NAMES
 from bgcbench.plots.style import GREY, Look, NothingToDraw, Part, grid_of, label_of, legend, log_ticks, look_of, title
 from bgcbench.results.document import Document, printable
 from bgcbench.results.rows import PlanFacts, PlanRow
-from bgcbench.specs import BUDGETS, VARIANTS
+from bgcbench.specs import BUDGETS, VARIANTS, cost_kind
 
 PLANNED: Look = {"color": "#0072B2", "marker": "*", "markersize": 11.0, "markeredgecolor": "black", "zorder": 6}
 CURVE: Look = {"color": "#0072B2", "linewidth": 1.2, "zorder": 2}
@@ -106,7 +106,7 @@ def cost(document: Document) -> Part:
 def _facts(document: Document) -> tuple[PlanFacts, str]:
     if document.plan is None:
         raise NothingToDraw("a plan")
-    return document.plan, "macs" if document.plan.kind == "loss" else document.plan.kind
+    return document.plan, cost_kind(document.plan.kind)
 
 
 def _rows(document: Document, stage: str) -> list[PlanRow]:

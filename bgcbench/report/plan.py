@@ -10,7 +10,7 @@ from bgcbench.report.notes import notes, together
 from bgcbench.report.table import Column, Report, Table, flat, label, row_record, words
 from bgcbench.results.document import Document
 from bgcbench.results.rows import CurvePoint, PlanFacts, PlanRow
-from bgcbench.specs import BUDGETS
+from bgcbench.specs import BUDGETS, cost_kind
 
 
 def plan_report(document: Document) -> Report:
@@ -31,8 +31,9 @@ def plan_report(document: Document) -> Report:
     if chosen or not proof:
         tables.append(Table([*([] if proof else title), "What each convolution becomes"], CHOICES, chosen))
     if document.plan and document.plan.curve:
-        cost = "macs" if document.plan.kind == "loss" else document.plan.kind
-        tables.append(Table([f"The best plans, by {BUDGETS[cost]}"], CURVE, document.plan.curve))
+        tables.append(
+            Table([f"The best plans, by {BUDGETS[cost_kind(document.plan.kind)]}"], CURVE, document.plan.curve)
+        )
     facts = ["predicted loss ranks plans; what a plan really loses is in the table of networks"] if chosen else []
     missing = together((row.params.subject or "", row.reason or "") for row in every if row.status == "invalid")
     facts += [f"not among the networks: {line}" for line in missing]
