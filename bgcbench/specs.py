@@ -304,8 +304,12 @@ WHERE: tuple[str, ...] = ("auto", "3x3", "1x1", "all", "none")  # which convolut
 # Variants that are linear spaces of kernels, but the standard one.
 LINEAR: tuple[str, ...] = tuple(name for name, variant in VARIANTS.items() if variant.solver == "schur")
 # Those whose least squares has a closed form; the others search.
-CLOSED_FORM: tuple[str, ...] = (*LINEAR, *(name for name, variant in VARIANTS.items() if variant.solver == "svd"))
+CLOSED_FORM: tuple[str, ...] = (
+    "standard", *LINEAR, *(name for name, variant in VARIANTS.items() if variant.solver == "svd")
+)  # fmt: skip
 RANKED: tuple[str, ...] = tuple(name for name, variant in VARIANTS.items() if variant.has_rank)
+REFIT = "refit"
+SOLVED: tuple[str, ...] = ("calibrated", REFIT)  # initialisations by the network's own activations
 PLAN = "plan"  # in the place of a variant: of a network whose convolutions become what a plan says of each
 HELD_OUT = 4  # of so many calibration images one is held out to evaluate on; fewer images are too few
 DATA_SETS: tuple[str, ...] = ("digits",)  # by name; anything else is a folder

@@ -43,9 +43,11 @@ from bgcbench.conversion.layer_moments import (
 )
 from bgcbench.conversion.lockstep import Stop, Stopped, run_in_step
 from bgcbench.conversion.norms import NormMoments
+from bgcbench.conversion.record import spec_of
 from bgcbench.conversion.solve import overfitted, solve_layer
 from bgcbench.conversion.survey import Survey, is_norm, survey
 from bgcbench.conversion.trial import Kernel, standing_in
+from bgcbench.convs import build_conv
 from bgcbench.convs.base import VariantConv2d
 from bgcbench.errors import UsageError
 from bgcbench.measure.batches import Forward, Passing, device_of, first_image, input_bytes, reference_of
@@ -201,15 +203,18 @@ class Calibrator:
 
     # ------------------------------------------------------------------------------------------ the converted network
 
-    def settle(self, network: nn.Module, record: Record, wanted: Wanted) -> Calibration:
+    def settle(
+        self, network: nn.Module, record: Record, wanted: Wanted, refitted: Sequence[Replaced] = ()
+    ) -> Calibration:
         """Solve the layers of the converted ``network`` of which is known what is ``wanted``, and estimate its norms.
 
-        Returns what was done. Raises UsageError for inputs that are not finite, and Stopped.
+        refitted: convolutions that were not replaced and are solved anew. Returns what was done. Raises UsageError for
+        inputs that are not finite, and Stopped.
         """
-        settling = _Settling(self, network, wanted)
+        settling = _Settling(self, network, wanted, refitted)
         solvable = [layer for layer in record.layers if layer.name in wanted.kernels]
         with undisturbed(network):
-            stops = settling.layer_stops(solvable)
+            stops = settling.layer_stops([*solvable, *refitted])
             stops += settling.norm_stops(only_changed=True) if self.rebn else []
             settling.run_in_step(stops, [settling.modules[layer.name] for layer in record.layers])
         if missed := [layer.name for layer in solvable if layer.name not in settling.solved]:
@@ -217,7 +222,11 @@ class Calibrator:
             for name in missed:
                 layer = settling.modules[name]
                 layer.load_projected(layer.project(wanted.kernels[name][0].double(), "white", None))
-        self.notes += overfitted(list(settling.solved.values()))
+        layers, anew = (
+            tuple(settling.solved[layer.name] for layer in each if layer.name in settling.solved)
+            for each in (record.layers, refitted)
+        )
+        self.notes += overfitted(layers)
         return Calibration(
             images=self.images,
             held_out=sum(len(part.numbers) for part in self.parts if part.held_out),
@@ -227,7 +236,8 @@ class Calibrator:
             seconds=time.perf_counter() - self.begun,
             moment_bytes=self.moment_bytes,
             in_flight_bytes=self.in_flight_bytes,
-            layers=tuple(settling.solved[layer.name] for layer in record.layers if layer.name in settling.solved),
+            layers=layers,
+            refitted=anew,
         )
 
     def sampler(self, layer: Replaced) -> Sampler:
@@ -241,9 +251,12 @@ class _Settling:
     solved: the layers so far, with what they lose. norms: how many norms have been estimated.
     """
 
-    def __init__(self, images: Calibrator, network: nn.Module, wanted: Wanted) -> None:
+    def __init__(
+        self, images: Calibrator, network: nn.Module, wanted: Wanted, refitted: Sequence[Replaced] = ()
+    ) -> None:
         self.images, self.network, self.wanted = images, network, wanted
         self.modules: dict[str, Any] = dict(network.named_modules())
+        self.solvers = {layer.name: _standard(self.modules[layer.name], layer) for layer in refitted}
         self.solved: dict[str, CalibratedLayer] = {}
         self.norms = 0
 
@@ -278,7 +291,7 @@ class _Settling:
 
     def _solve(self, replaced: Replaced, come: Come) -> None:
         name, surveyed = replaced.name, self.wanted.survey
-        layer: VariantConv2d = self.modules[name]
+        layer: VariantConv2d = self.solvers.get(name, self.modules[name])
         norm = self.modules[surveyed.norms[name]] if name in surveyed.norms else None
         absorbed = name in surveyed.absorbed if self.images.rebn else norm is not None
         moments = _Moments(self.images, replaced, self.wanted.outputs.pop(name))
@@ -375,6 +388,13 @@ def reestimate_norms(
         settling = _Settling(found, model, found.survey(model, (), {}))
         settling.run_in_step(settling.norm_stops(only_changed=False))
     return settling.norms
+
+
+def _standard(conv: nn.Conv2d, layer: Replaced) -> VariantConv2d:
+    """A standard layer with the parameters of ``conv``, which can be solved for."""
+    made = build_conv(spec_of(layer), padding_mode=layer.padding_mode, device="meta")
+    made._parameters.update(conv._parameters)
+    return made
 
 
 def _kernel(model: nn.Module, name: str) -> Kernel:

@@ -24,7 +24,6 @@ from bgcbench.conversion.budget import COSTS, DENSE, centred, curve_of, principa
 from bgcbench.conversion.calibration import DEFAULT_IMAGES, MEMORY_BYTES, Calibrator, Wanted
 from bgcbench.conversion.layer_moments import Pictures
 from bgcbench.conversion.record import (
-    CALIBRATED,
     SCRATCH,
     Converted,
     copied,
@@ -48,6 +47,7 @@ from bgcbench.conversion.selection import (
     look,
     nothing_to_replace,
     patterns,
+    refittable,
     stay,
 )
 from bgcbench.conversion.trial import keep_what_cannot_be_exchanged
@@ -56,9 +56,9 @@ from bgcbench.errors import ResultFileError, UsageError
 from bgcbench.measure.batches import Forward, Passing
 from bgcbench.models import build_model, identify
 from bgcbench.results.rows import Budget, CalibratedLayer, Calibration, Kept, Record, Replaced
-from bgcbench.specs import VARIANTS, WHERE, Choice, NetSpec, check_choice, divisors
+from bgcbench.specs import REFIT, SOLVED, VARIANTS, WHERE, Choice, NetSpec, check_choice, divisors
 
-INITS = (*(name for name in PROJECTIONS if name != "least_squares"), CALIBRATED, SCRATCH)
+INITS = (*(name for name in PROJECTIONS if name != "least_squares"), *SOLVED, SCRATCH)
 ON_INDIVISIBLE = ("raise", "skip", "gcd")
 FORMAT = "bgcbench.converted/1"
 
@@ -113,7 +113,9 @@ def convert(
         convolution is an error; so is including one by its full name that cannot be replaced.
     init: 'copy' (the paper: weights are copied), 'white' (the closed-form optimum for uncorrelated inputs),
         'calibrated' (least squares on the network's own activations, layer by layer, see
-        :mod:`bgcbench.conversion.calibration`), 'scratch' (He initialisation).
+        :mod:`bgcbench.conversion.calibration`), 'refit' (as 'calibrated', and so are the convolutions behind the first
+        replaced one that stay, except what ``exclude`` names: they make up for what those before them lose, at no
+        cost), 'scratch' (He initialisation).
     on_indivisible: what to do where N does not divide the channels: 'raise' a ShapeError that names each of them,
         'skip' (keep it dense) or 'gcd' (the largest N that does).
     algorithm: that of the layers, where they have a choice, such as 'deployed'; or by variant, for a plan that has
@@ -184,13 +186,15 @@ def convert(
     # What the original says comes first: a network that is converted in place cannot be asked any more.
     wanted = None
     if images is not None and chosen:
-        wanted = images.observe(model, layers if init == CALIBRATED else ())
+        refitted = tuple(map(describe, refittable(convs))) if init == REFIT else ()
+        wanted = images.observe(model, (*layers, *refitted) if init in SOLVED else ())
     spent = None
     if budget is not None:
-        layers, spent = _within(budget, budget_of, model, layers, wanted if init == CALIBRATED else None)
+        layers, spent = _within(budget, budget_of, model, layers, wanted if init in SOLVED else None)
         stay(chosen, {layer.name for layer in layers})
+        refitted = tuple(map(describe, refittable(convs))) if init == REFIT else ()
         if wanted is not None:
-            wanted.keep_only(layers)
+            wanted.keep_only((*layers, *refitted))
     origins = {conv.name: origin for conv in convs if (origin := origin_of(conv.module)) is not None}
     functional = () if found is None else found.functional
     record = Record(
@@ -217,7 +221,7 @@ def convert(
     target = replay(model if inplace else copied(model), record)
     if images is None or wanted is None:
         return Converted(target, record)
-    report = images.settle(target, record, wanted)
+    report = images.settle(target, record, wanted, refitted)
     return Converted(target, replace(record, rebn=images.rebn, calibration=report, notes=(*notes, *images.notes)))
 
 
@@ -285,10 +289,10 @@ def candidates(
 
 def _check_calibration(given: bool, init: str, images: int | None, rebn: bool | None) -> None:
     """Raise UsageError where images to calibrate with are missing, or ``given`` and of no use."""
-    if given and rebn is False and init != CALIBRATED:
+    if given and rebn is False and init not in SOLVED:
         raise UsageError(f"calibration images are of no use with init='{init}' and rebn=False; leave them out")
-    if not given and (init == CALIBRATED or rebn):
-        what = "init='calibrated'" if init == CALIBRATED else "rebn=True"
+    if not given and (init in SOLVED or rebn):
+        what = f"init='{init}'" if init in SOLVED else "rebn=True"
         raise UsageError(f"{what} needs images: pass batches of them as calibration=loader (no labels are needed)")
     if not given and images is not None:
         raise UsageError("calibration_images says how many of calibration=loader are used, and there is none")

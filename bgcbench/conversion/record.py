@@ -24,10 +24,10 @@ from bgcbench.errors import BgcbenchError, ResultFileError
 from bgcbench.measure.counts import Counts, count
 from bgcbench.measure.trace import without_numbers
 from bgcbench.results.rows import Record, Replaced
-from bgcbench.specs import Choice, ConvSpec, load_layer
+from bgcbench.specs import SOLVED, Choice, ConvSpec, load_layer
 
 NAMED = 5  # convolutions that are named for each reason to keep them
-SCRATCH, CALIBRATED = "scratch", "calibrated"  # initialisations that are no projection
+SCRATCH = "scratch"
 
 _HOOKS = (
     "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
@@ -155,11 +155,11 @@ def _layer(old: nn.Conv2d, layer: Replaced, *, weights: bool) -> VariantConv2d:
     init = layer.init if weights else SCRATCH
     # Initialisation that is overwritten must not be seen in the random state.
     unseen = torch.random.fork_rng([old.weight.device] if old.weight.is_cuda else [])
-    if init in (SCRATCH, CALIBRATED) or old.weight.is_meta:
+    if init in (SCRATCH, *SOLVED) or old.weight.is_meta:
         with contextlib.nullcontext() if init == SCRATCH and weights else unseen:
             options: dict[str, Any] = {"device": old.weight.device, "dtype": old.weight.dtype}
             new = kind.of(spec_of(layer), padding_mode=layer.padding_mode, **options)
-            if init == CALIBRATED and new.bias is not None and old.bias is not None:
+            if init in SOLVED and new.bias is not None and old.bias is not None:
                 with torch.no_grad():  # the weights come later, and what is added to the bias with them
                     new.bias.copy_(old.bias)
     else:

@@ -25,6 +25,11 @@ from bgcbench.specs import Choice, as_pair
 _OTHER_CONVS = (nn.Conv1d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
+# Codes of what may be solved anew where it stays: nothing is in its way, and what comes to it may change.
+BY_CHOICE = {"classifier", "writes_image", "squeeze", "shortcut", "kernel", "last", "not_included", "standard",
+             "indivisible", "budget"}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Reason:
     """Why a convolution stays: a code that programs can rely on, and a text.
@@ -397,6 +402,12 @@ def stay(convs: Iterable[Conv], layers: Collection[str]) -> None:
     for conv in convs:
         if conv.name not in layers:
             conv.reason = Reason("budget", "no rank is worth its loss")
+
+
+def refittable(convs: Sequence[Conv]) -> list[Conv]:
+    """Those behind the first replaced one that stay though nothing is in their way: what comes to them may change."""
+    first = next((number for number, conv in enumerate(convs) if conv.reason is None), len(convs))
+    return [conv for conv in convs[first:] if conv.reason is not None and conv.reason.code in BY_CHOICE]
 
 
 def positions_of(module: nn.Module) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from bgcbench.convs.base import VariantConv2d
-from bgcbench.theory.leastsquares import Fit
+from bgcbench.theory.leastsquares import Fit, shrunk
 
 
 class StandardConv2d(VariantConv2d):
@@ -27,5 +27,5 @@ class StandardConv2d(VariantConv2d):
         return self.weight
 
     def project(self, weight: Tensor, projection: str, fit: Fit | None) -> Mapping[str, Tensor]:
-        """Every projection of a standard kernel onto standard kernels is itself."""
-        return {"weight": weight}
+        """The kernel itself; by least squares for outputs that are not its own, the best one for these."""
+        return {"weight": shrunk(weight, fit)[0] if projection == "least_squares" and fit is not None else weight}

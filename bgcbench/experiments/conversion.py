@@ -25,9 +25,9 @@ from bgcbench.experiments.options import (
     positive,
     word_or_path,
 )
-from bgcbench.specs import DATA_SETS, FORMATS, HELD_OUT, RANKED, VARIANTS, WEIGHTS, Choice, is_own
+from bgcbench.specs import DATA_SETS, FORMATS, HELD_OUT, RANKED, SOLVED, VARIANTS, WEIGHTS, Choice, is_own
 
-INITS = ("copy", "white", "calibrated")
+INITS = ("copy", "white", *SOLVED)
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,8 @@ class ConversionConfig(ImageChoice, NetworkChoice):
     rank: int | None = option(None, "Rank of low rank, in place of N.", panel=CONVERSION, check=positive)
     init: str | None = option(
         None,
-        "How the weights are found: calibrated (on --data), white (closed form), copy.",
+        "How the weights are found: calibrated (on --data), refit (so are the convolutions that stay), white (closed "
+        "form), copy.",
         panel=CONVERSION,
         everyday=True,
         shown="calibrated with --data, white without",
@@ -93,8 +94,8 @@ class ConversionConfig(ImageChoice, NetworkChoice):
             object.__setattr__(self, "groups", 4)
         if self.init is None:
             object.__setattr__(self, "init", "calibrated" if self.data else "white")
-        if self.init == "calibrated" and not self.data:
-            raise UsageError("--init calibrated needs images: --data digits, or --data FOLDER")
+        if self.init in SOLVED and not self.data:
+            raise UsageError(f"--init {self.init} needs images: --data digits, or --data FOLDER")
         if self.data and self.calibration_images < HELD_OUT:
             raise UsageError(f"--calibration-images {self.calibration_images} must be at least {HELD_OUT}")
         self._check_images(self.weights or "default", in_memory=self.data in DATA_SETS or is_own(self.data))

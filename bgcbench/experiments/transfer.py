@@ -21,12 +21,12 @@ from bgcbench.experiments.options import CONVERSION, GRID, RECIPE, WORKLOAD, Opt
 from bgcbench.experiments.train import CLASSES, READ_BY_WORKERS, TrainConfig, params_of, planned
 from bgcbench.results import Json
 from bgcbench.results.rows import TrainParams, TransferRow
-from bgcbench.specs import FACTORY, HELD_OUT, OWN, TIMM_PREFIX, WEIGHTS, Choice, check_choice
+from bgcbench.specs import FACTORY, HELD_OUT, OWN, SOLVED, TIMM_PREFIX, WEIGHTS, Choice, check_choice
 from bgcbench.theory import paper
 from bgcbench.training.launcher import processes
 from bgcbench.training.recipes import Recipe, make_transfer_recipe
 
-INITS = ("copy", "white", "calibrated", "scratch")
+INITS = ("copy", "white", *SOLVED, "scratch")
 CALIBRATION_IMAGES, QUICK_CALIBRATION = 512, 64
 IMAGENET_VAL = 50_000  # images: fewer are a part of ImageNet, whose errors are none of the paper's
 CPU_BATCH = 32  # images that --time measures with at most on a CPU
@@ -91,8 +91,9 @@ class TransferConfig(ImageChoice, TrainConfig):
     )
     inits: tuple[str, ...] = option(
         ("calibrated",),
-        "How the weights are found: calibrated (least squares on the network's own activations), white (the closed "
-        "form for uncorrelated inputs), copy (the paper), scratch. A list compares them.",
+        "How the weights are found: calibrated (least squares on the network's own activations), refit (so are the "
+        "convolutions that stay), white (the closed form for uncorrelated inputs), copy (the paper), scratch. A list "
+        "compares them.",
         name="init",
         panel=CONVERSION,
         everyday=True,
@@ -207,7 +208,7 @@ class TransferConfig(ImageChoice, TrainConfig):
     @property
     def calibrates(self) -> bool:
         """Whether any conversion looks at images."""
-        return self.rebn or "calibrated" in self.inits
+        return self.rebn or not set(SOLVED).isdisjoint(self.inits)
 
     def costs(self, device: str) -> NetworkConfig:
         """What to measure on ``device`` for --time: the networks, in small batches on a CPU, by the fastest algorithm
@@ -261,7 +262,7 @@ def _row(config: TransferConfig, cell: Choice, init: str, seed: int, weights: st
         rebn=rebn,
         distill=config.distill and trains,
         epochs=config.epochs if trains else 0,
-        calibration_images=images if rebn or init == "calibrated" else None,
+        calibration_images=images if rebn or init in SOLVED else None,
     )
     # Without images, conversions of a network for ImageNet's classes are compared with the paper's errors on it.
     of_imagenet = config.data == NO_IMAGES and config.num_classes == CLASSES["imagenet"]

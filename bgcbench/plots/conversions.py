@@ -13,7 +13,7 @@ from bgcbench.results.document import Document
 
 ACROSS = 3  # panels side by side
 MOMENTS: tuple[Moment, ...] = ("initial", "final")
-INITS = {"copy": "Copied", "white": "White", "calibrated": "Calibrated", "scratch": "From scratch"}
+INITS = {"copy": "Copied", "white": "White", "calibrated": "Calibrated", "refit": "Refit", "scratch": "From scratch"}
 # The untouched network's lines: their names, and how they are dashed.
 LEVELS = {"initial": ("untouched network", "-"), "final": ("trained as long (control)", ":")}
 HOLLOW: style.Look = {"linestyle": (0, (4, 2)), "markerfacecolor": "white", "markeredgewidth": 0.9}

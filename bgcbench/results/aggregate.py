@@ -17,11 +17,11 @@ from bgcbench.measure.statistics import Interval, Ratio
 from bgcbench.results.document import Document
 from bgcbench.results.rows import CalibratedLayer, Calibration, Counts, SampledRow, TrainRow, TransferRow
 from bgcbench.results.rows import Ratio as TimeRatio
-from bgcbench.specs import NETWORK_PHASES, PLAN, VARIANTS
+from bgcbench.specs import NETWORK_PHASES, PLAN, SOLVED, VARIANTS
 from bgcbench.theory.pareto import front, uncertainty
 
 SYNTHETIC, NO_IMAGES = "synthetic", "none"  # data sets: of labels that mean nothing; of no images at all
-INITS = ("none", "copy", "white", "calibrated", "scratch")  # in the order of tables; the untouched network has 'none'
+INITS = ("none", "copy", "white", *SOLVED, "scratch")  # in the order of tables; the untouched network has 'none'
 MIN_SEEDS = 3  # fewer seeds make no difference significant
 EQUAL = 0.02  # two counts that differ by no larger share are equal
 

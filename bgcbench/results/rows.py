@@ -127,7 +127,10 @@ class CalibratedLayer(Data, frozen=True):
 
 
 class Calibration(Data, frozen=True):
-    """What was done with images: how many, held out, norms re-estimated, memory held, and what each layer lost."""
+    """What was done with images: how many, held out, norms re-estimated, memory held, and what each layer lost.
+
+    refitted: convolutions that stayed and were solved anew (init 'refit').
+    """
 
     images: Count
     held_out: Count
@@ -138,6 +141,7 @@ class Calibration(Data, frozen=True):
     moment_bytes: Count
     in_flight_bytes: Count
     layers: tuple[CalibratedLayer, ...]
+    refitted: tuple[CalibratedLayer, ...] = ()
 
 
 class Budget(Data, frozen=True):

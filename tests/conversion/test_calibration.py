@@ -25,6 +25,7 @@ from bgcbench.convs import CONVS
 from bgcbench.errors import BgcbenchError, UsageError
 from bgcbench.measure.undisturbed import RandomState
 from bgcbench.results.rows import Record
+from bgcbench.specs import SOLVED
 from bgcbench.theory.moments import RegressionMoments
 
 LINEAR = ("gc", "shuffle", "bgc")
@@ -123,6 +124,39 @@ def test_every_layer_is_lstsq_of_the_originals_outputs_on_what_the_converted_net
         if name == "first":  # it has no bias: what is constant is taken care of by the norm
             got, expected = (part - part.mean(1, keepdim=True) for part in (got, expected))
         torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_refit_solves_what_stays_anew_where_something_before_it_was_replaced(no_ridge: None, tmp_path: Any) -> None:
+    model, x = network(), images()
+    plan = {"first": {"variant": "gc", "groups": 4}}
+    calibrated, refit = (convert(model, plan=plan, init=init, calibration=x.split(7)) for init in SOLVED)
+    net, found = refit.model, refit.record.calibration
+    assert found is not None
+    assert (refit.record.replaced, [layer.name for layer in found.refitted]) == (("first",), ["second"])
+    assert type(net.second) is nn.Conv2d
+    assert torch.equal(net.stem.weight, model.stem.weight)
+    wanted, got = (seen_by(each, "second", x)[1].transpose(0, 1).flatten(1) for each in (model, net))
+    u = patches(seen_by(net, "second", x)[0], model.second)
+    torch.testing.assert_close(got, best_outputs("gc", 1, u, wanted), rtol=1e-6, atol=1e-6)
+    off = (float((seen_by(each.model, "second", x)[1] - seen_by(model, "second", x)[1]).square().sum())
+           for each in (refit, calibrated))  # fmt: skip
+    assert next(off) < 0.9 * next(off)
+    save_converted(refit, tmp_path / "net.pt")
+    assert torch.equal(load_converted(tmp_path / "net.pt", model)(x), net(x))
+
+
+def test_refit_leaves_alone_what_is_excluded_and_what_nothing_changes() -> None:
+    model, x = network(), images()
+    given: dict[str, Any] = {"init": "refit", "calibration": [x]}
+    excluded = convert(model, "gc", 4, exclude="second", **given)
+    same = convert(model, plan={"first": {"variant": "bgc", "groups": 2}}, **given)  # which is the layer itself
+    assert torch.equal(excluded.model.second.weight, model.second.weight)
+    assert excluded.record.calibration is not None
+    assert excluded.record.calibration.refitted == ()
+    behind = convert(model, plan={"second": {"variant": "gc", "groups": 4}}, **given)
+    assert behind.record.calibration is not None
+    assert behind.record.calibration.refitted == ()
+    torch.testing.assert_close(same.model(x), model(x), rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("rebn", [True, False])
