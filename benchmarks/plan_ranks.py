@@ -64,7 +64,7 @@ def tried(path: Path, plans: int) -> list[Tried]:
         plan = random_plan(problem, draw)
         if all(choice.is_dense for choice in plan.values()):
             continue
-        done = bgcbench.convert(model, plan=plan, init="calibrated", calibration=batches, calibration_images=IMAGES)
+        done = bgcbench.convert(model, plan=plan, init="refit", calibration=batches, calibration_images=IMAGES)
         real = compare(original, outputs_of(done.model, test))
         plain = sum(each.of(plan[each.layer.name]).loss for each in problem.layers)
         shown = {name: real[name] for name in (*REAL, "agreement")}

@@ -48,7 +48,7 @@ from bgcbench.planning.plan import NETWORK_ROUNDS, decided, held_outputs, layer_
 from bgcbench.planning.times import interleaved
 from bgcbench.results import Document, check_command, check_resumable, write_atomically
 from bgcbench.results.rows import Counts, CurvePoint, PlanFacts, PlanParams, PlanRow, Replaced
-from bgcbench.specs import HELD_OUT, Choice
+from bgcbench.specs import HELD_OUT, REFIT, Choice
 
 PLAN_FILE, NETWORK_FILE = "plan.json", "network.pt"
 DENSE, PLAN, DENSE_KEY = "dense", "plan", "proof-dense"  # subjects of a proof, besides the variants
@@ -507,7 +507,7 @@ class PlanRun(Run[PlanRow]):
             done = convert(
                 model,
                 plan=choices,
-                init="calibrated",
+                init=REFIT,
                 calibration=seen,
                 calibration_images=self.prepared.images * config.calibration_views,
                 calibration_pictures=network.batches.pictures,

@@ -2,7 +2,7 @@
 
     plan = bgcbench.plan(model, loader, macs=0.5)
     print(plan)
-    converted = bgcbench.convert(model, plan=plan, init="calibrated", calibration=loader)
+    converted = bgcbench.convert(model, plan=plan, init="refit", calibration=loader)
 
 The choice is exact for the costs and losses that it is given (:mod:`bgcbench.planning.knapsack`): costs are counted or
 measured (:mod:`bgcbench.planning.times`), losses are measured on the images (:mod:`bgcbench.planning.losses`). Then the
@@ -37,7 +37,7 @@ from bgcbench.planning.decision import AGAIN, FELT, Contender, Plan, again, choo
 from bgcbench.planning.losses import SENSITIVITY_IMAGES, Outputs, absorbed, choice_losses, felt_losses
 from bgcbench.planning.times import corrections, doubtful, in_network, layer_times, network_times
 from bgcbench.results.rows import Record, Replaced
-from bgcbench.specs import VARIANTS, Choice, check_choice, check_positive, cost_kind
+from bgcbench.specs import REFIT, VARIANTS, Choice, check_choice, check_positive, cost_kind
 
 GROUPS_TRIED = (2, 4, 8, 16)
 DEFAULT_IMAGES = 256
@@ -112,7 +112,7 @@ def plan(
 
     def converted(contender: Contender) -> tuple[float, Mapping[str, float]]:
         done = convert(
-            model, plan=contender.choices, init="calibrated", calibration=batches, calibration_images=images,
+            model, plan=contender.choices, init=REFIT, calibration=batches, calibration_images=images,
             calibration_pictures=pictures, example_input=example_input, forward_fn=forward_fn, seed=seed, stop=stop,
         )  # fmt: skip
         return original.error(done.model), losses_of(done.record)

@@ -105,7 +105,7 @@ def test_predicted_losses_rank_plans_as_measured_ones_do() -> None:
     for _ in range(16):
         chosen = {options.layer.name: rng.choice(options.options) for options in layers if rng.random() < 0.7}
         plan = {name: each.choice for name, each in chosen.items()} | {"1.conv": Choice("gc", 2)}
-        done = bgcbench.convert(model, plan=plan, init="calibrated", calibration=loader)
+        done = bgcbench.convert(model, plan=plan, init="refit", calibration=loader)
         options = {each.layer.name: each.options for each in layers}
         felt = [next(o.felt for o in options[name] if o.choice == choice) for name, choice in plan.items()]
         predicted.append(sum(felt))
@@ -121,7 +121,7 @@ def test_what_the_network_feels_of_one_layer_is_what_its_conversion_loses(choice
     for options in scored(model, loader, groups=(4,), variants=("gc", "lowrank")).layers:
         felt = next(each.felt for each in options.options if each.choice == choice)
         plan = {options.layer.name: choice}
-        real = lost(model, bgcbench.convert(model, plan=plan, init="calibrated", calibration=loader).model)
+        real = lost(model, bgcbench.convert(model, plan=plan, init="refit", calibration=loader).model)
         assert real / 4 < felt < 4 * real
 
 
@@ -165,7 +165,7 @@ def test_the_plan_is_what_is_nearest_to_the_original_of_what_is_tried_out() -> N
     plan = bgcbench.plan(model, loader, **given)
     assert set(plan.tried) >= {"felt", "plain", "gc", "lowrank"}
     assert plan.tried[plan.by] == min(plan.tried.values())
-    done = bgcbench.convert(model, plan=plan, init="calibrated", calibration=loader)
+    done = bgcbench.convert(model, plan=plan, init="refit", calibration=loader)
     assert lost(model, done.model) < 2 * plan.tried[plan.by]
     assert plan.cost is not None
     assert plan.cost <= 0.4
@@ -204,7 +204,7 @@ def test_a_budget_of_loss_gives_the_fewest_multiply_adds(problem: Problem) -> No
 def test_a_plan_converts_and_keeps_its_budget() -> None:
     model, loader = network(), [images(64, 1)]
     plan = bgcbench.plan(model, loader, params=0.4, groups=(2, 4), variants=("gc", "bgc", "lowrank"))
-    done = bgcbench.convert(model, plan=plan, init="calibrated", calibration=loader)
+    done = bgcbench.convert(model, plan=plan, init="refit", calibration=loader)
     names = list(plan.choices)
     left = sum(p.numel() for name in names for p in done.model.get_submodule(name).parameters())
     assert left <= 0.4 * sum(model.get_submodule(name).weight.numel() for name in names)
