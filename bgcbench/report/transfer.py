@@ -90,7 +90,8 @@ def transfer_columns(run: Conversions, seeds: int) -> list[Column[Cell]]:
 
 INIT = (
     "Weights that the conversion starts from: copy, as in the paper; white, the closed-form optimum for white input; "
-    "calibrated, least squares on the network's own activations; scratch, random."
+    "calibrated, least squares on the network's own activations; refit, the same of the convolutions that stay, too; "
+    "scratch, random."
 )
 REBN = "Whether batch norm's statistics were re-estimated on training images without labels."
 LAYER_LOSS = (
