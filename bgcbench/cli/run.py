@@ -31,6 +31,7 @@ from bgcbench.experiments.options import (
 )
 from bgcbench.experiments.profile import check_same_fields, check_same_workload
 from bgcbench.interrupts import Interrupts
+from bgcbench.measure.allocator import memory_state
 from bgcbench.results import Document, Json
 from bgcbench.results.document import Command as CommandName
 from bgcbench.results.rows import AnyRow
@@ -155,7 +156,7 @@ def run_command(command: Command, context: typer.Context, parsed: Mapping[str, A
         options = {each.name: each for kind in command.kinds for each in options_of(kind).values()}
         given = command.given(given_fields(options.values(), parsed), preset, asked, context)
         config, stored, output = settled(command, given, asked)
-    with Interrupts(patient=processes() > 1) as interrupts:
+    with memory_state("kept"), Interrupts(patient=processes() > 1) as interrupts:
         with only_first_speaks():
             session = command.open_session(config)  # torch, and what needs it
         with command.joined(session) as world:

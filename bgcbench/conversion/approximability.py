@@ -39,6 +39,7 @@ from bgcbench.conversion.layer_moments import (
 from bgcbench.conversion.record import spec_of
 from bgcbench.conversion.solve import best_of, is_scarce
 from bgcbench.errors import UsageError
+from bgcbench.measure.allocator import memory_state
 from bgcbench.measure.batches import Forward, Passing, count_images, device_of, first_image
 from bgcbench.measure.counts import Counts, count
 from bgcbench.measure.undisturbed import first_not_finite, random_state_kept, undisturbed
@@ -91,6 +92,7 @@ class LayerError:
     rank: int | None = None
 
 
+@memory_state("kept")
 def approximability(
     model: nn.Module,
     batches: Iterable[Any],

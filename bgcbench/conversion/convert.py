@@ -53,6 +53,7 @@ from bgcbench.conversion.selection import (
 from bgcbench.conversion.trial import keep_what_cannot_be_exchanged
 from bgcbench.convs.base import PROJECTIONS, VariantConv2d
 from bgcbench.errors import ResultFileError, UsageError
+from bgcbench.measure.allocator import memory_state
 from bgcbench.measure.batches import Forward, Passing
 from bgcbench.models import build_model, identify
 from bgcbench.results.rows import Budget, CalibratedLayer, Calibration, Kept, Record, Replaced
@@ -63,6 +64,7 @@ ON_INDIVISIBLE = ("raise", "skip", "gcd")
 FORMAT = "bgcbench.converted/1"
 
 
+@memory_state("kept")
 def convert(
     model: nn.Module,
     variant: str | None = None,

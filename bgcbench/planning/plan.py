@@ -45,6 +45,7 @@ NETWORK_ROUNDS = 8  # of whole networks that are timed, at least
 QUICKLY_SETTLED = 1e-2  # instead of calibration's: TLGC's losses are then known to some percent
 
 
+@memory_state("kept")
 def plan(
     model: nn.Module,
     loader: Iterable[Any],
@@ -184,6 +185,7 @@ def check_budget(kind: str, budget: float) -> None:
 # ------------------------------------------------------------------------------------------------------ costs, losses
 
 
+@memory_state("kept")
 def scored(
     model: nn.Module,
     loader: Iterable[Any],

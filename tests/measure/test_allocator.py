@@ -68,6 +68,15 @@ for name, state in (("fresh", "fresh"), ("kept", "kept"), ("again", "kept"), ("l
     with memory_state(state):
         found[name] = faults(16)
 
+with memory_state("kept"):
+    faults(16)
+    with memory_state("kept"):
+        pass
+    found["inside"] = faults(8)  # nothing was given back
+    with memory_state("fresh"):
+        found["inner fresh"] = faults(8)
+    found["outer"] = faults(16)
+
 held, watch = [], CpuStopwatch(torch.device("cpu"))
 cells = {"prepared": Cell(call=held.clear, prepare=lambda: held.append(call())), "called": Cell(call=call)}
 with memory_state("fresh"):
@@ -85,6 +94,13 @@ def test_fresh_memory_has_a_fault_a_page_at_each_call_and_kept_memory_none_after
     for name in ("kept", "again"):  # what was kept has been given back in between
         assert found[name][0] >= 0.9 * PAGES
         assert found[name][-8:] == [0] * 8
+
+
+@GLIBC
+def test_blocks_in_one_another_leave_the_outer_ones_state(found: Any) -> None:
+    assert found["inside"] == [0] * 8
+    assert min(found["inner fresh"][1:]) >= PAGES
+    assert found["outer"][-8:] == [0] * 8
 
 
 @GLIBC

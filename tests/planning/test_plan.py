@@ -105,7 +105,7 @@ def test_predicted_losses_rank_plans_as_measured_ones_do() -> None:
     for _ in range(16):
         chosen = {options.layer.name: rng.choice(options.options) for options in layers if rng.random() < 0.7}
         plan = {name: each.choice for name, each in chosen.items()} | {"1.conv": Choice("gc", 2)}
-        done = bgcbench.convert(model, plan=plan, init="refit", calibration=loader)
+        done = bgcbench.convert(model, plan=plan, init="calibrated", calibration=loader)
         options = {each.layer.name: each.options for each in layers}
         felt = [next(o.felt for o in options[name] if o.choice == choice) for name, choice in plan.items()]
         predicted.append(sum(felt))
@@ -121,7 +121,7 @@ def test_what_the_network_feels_of_one_layer_is_what_its_conversion_loses(choice
     for options in scored(model, loader, groups=(4,), variants=("gc", "lowrank")).layers:
         felt = next(each.felt for each in options.options if each.choice == choice)
         plan = {options.layer.name: choice}
-        real = lost(model, bgcbench.convert(model, plan=plan, init="refit", calibration=loader).model)
+        real = lost(model, bgcbench.convert(model, plan=plan, init="calibrated", calibration=loader).model)
         assert real / 4 < felt < 4 * real
 
 
