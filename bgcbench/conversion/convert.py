@@ -20,7 +20,7 @@ import torch
 from msgspec.structs import replace
 from torch import Tensor, nn
 
-from bgcbench.conversion.budget import COSTS, DENSE, centred, curve_of, principal_energies, spread
+from bgcbench.conversion.budget import COSTS, centred, principal_energies, ranks_of
 from bgcbench.conversion.calibration import DEFAULT_IMAGES, MEMORY_BYTES, Calibrator, Wanted
 from bgcbench.conversion.layer_moments import Pictures
 from bgcbench.conversion.record import (
@@ -58,6 +58,7 @@ from bgcbench.measure.batches import Forward, Passing
 from bgcbench.models import build_model, identify
 from bgcbench.results.rows import Budget, CalibratedLayer, Calibration, Kept, Record, Replaced
 from bgcbench.specs import REFIT, SOLVED, VARIANTS, WHERE, Choice, NetSpec, check_choice, divisors
+from bgcbench.theory.knapsack import cheapest, greedy
 
 INITS = (*(name for name in PROJECTIONS if name != "least_squares"), *SOLVED, SCRATCH)
 ON_INDIVISIBLE = ("raise", "skip", "gcd")
@@ -239,13 +240,15 @@ def _within(
         weight: Any = model.get_submodule(name).weight
         return principal_energies([weight.detach().flatten(1)])
 
-    curves = {layer.name: curve_of(layer, energies(layer.name), cost) for layer in layers}
-    ranks = spread(curves, budget)
-    spent = sum(curves[name].cost(rank) for name, rank in ranks.items())
-    reached = spent / sum(curve.dense for curve in curves.values())
-    ranked = (replace(layer, rank=ranks[layer.name], groups=1) for layer in layers if ranks[layer.name] != DENSE)
+    options = {layer.name: ranks_of(layer, energies(layer.name), cost) for layer in layers}
+    whole = sum(ranks[-1].cost for ranks in options.values())
+    found = greedy(options, budget * whole)
+    if found is None:
+        least = cheapest(options).cost / whole
+        raise UsageError(f"budget={budget:g} cannot be met: rank 1 in every layer costs {least:.3g}; give more")
+    ranked = (replace(layer, rank=found.keys[layer.name], groups=1) for layer in layers if found.keys[layer.name])
     chosen = tuple(replace(layer, groups=spec_of(layer).groups) for layer in ranked)
-    return chosen, Budget(cost=cost, asked=budget, reached=reached)
+    return chosen, Budget(cost=cost, asked=budget, reached=found.cost / whole)
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from bgcbench.errors import UsageError
-from bgcbench.planning import FORMAT, knapsack, read_plan
+from bgcbench.planning import FORMAT, read_plan
 from bgcbench.planning.choices import LayerOptions, Problem, Scored, best_families
 from bgcbench.results import write_atomically
 from bgcbench.specs import Choice, check_positive, cost_kind
+from bgcbench.theory import knapsack
 
 # What plans are tried out besides the best family of every variant: by what the network feels, by the layers' losses
 # alone, and by what the network feels of the losses that the first of these really has.

@@ -4,7 +4,7 @@
     print(plan)
     converted = bgcbench.convert(model, plan=plan, init="refit", calibration=loader)
 
-The choice is exact for the costs and losses that it is given (:mod:`bgcbench.planning.knapsack`): costs are counted or
+The choice is exact for the costs and losses that it is given (:mod:`bgcbench.theory.knapsack`): costs are counted or
 measured (:mod:`bgcbench.planning.times`), losses are measured on the images (:mod:`bgcbench.planning.losses`). Then the
 best plans are tried out: converted and compared with the original on images held out.
 """

@@ -1,9 +1,8 @@
-"""Ranks under a budget against brute force, and conversions by a plan."""
+"""Ranks under a budget (tests/theory/test_knapsack.py holds how they are chosen), and conversions by a plan."""
 
 from __future__ import annotations
 
 import io
-import itertools
 import re
 
 import numpy as np
@@ -12,13 +11,11 @@ import torch
 from torch import nn
 
 import bgcbench
-from bgcbench.conversion.budget import DENSE, Curve, curve_of, principal_energies, spread
+from bgcbench.conversion.budget import DENSE, principal_energies, ranks_of
 from bgcbench.convs.bgc import BalancedGroupConv2d
 from bgcbench.convs.lowrank import LowRankConv2d
 from bgcbench.errors import BgcbenchError
 from bgcbench.specs import Choice
-
-Ranks = dict[str, int]
 
 
 def network() -> nn.Sequential:
@@ -36,49 +33,18 @@ def images(count: int = 16) -> torch.Tensor:
     )
 
 
-def loss(curves: dict[str, Curve], ranks: Ranks) -> float:
-    return sum(curves[name].lost(rank) for name, rank in ranks.items())
-
-
-def cost(curves: dict[str, Curve], ranks: Ranks) -> int:
-    return sum(curves[name].cost(rank) for name, rank in ranks.items())
-
-
-@pytest.mark.parametrize("budget", [0.2, 0.35, 0.5, 0.65, 0.9])
-def test_ranks_are_as_good_as_any_within_one_step(budget: float) -> None:
-    """Brute force over all ranks: the Lagrangian's lie on the best curve, and miss a budget by a step at most."""
-    rng = np.random.default_rng(int(100 * budget))
-    curves = {
-        name: Curve(tails=[*np.flip(np.cumsum(np.sort(energies / energies.sum()))), 0.0], step=step, dense=dense)
-        for name, energies, step, dense in (
-            ("a", rng.exponential(size=7) ** 3, 11, 70),
-            ("b", rng.exponential(size=8), 20, 150),
-            ("c", rng.exponential(size=5) ** 2, 30, 160),
-        )
-    }
-    found = spread(curves, budget)
-    allowed = budget * sum(curve.dense for curve in curves.values())
-    assert cost(curves, found) <= allowed
-    options = {n: [r for r in (*range(1, len(c.tails)), DENSE) if c.cost(r) <= c.dense] for n, c in curves.items()}
-    every = [dict(zip(options, ranks, strict=True)) for ranks in itertools.product(*options.values())]
-    best = min(loss(curves, ranks) for ranks in every if cost(curves, ranks) <= allowed)
-    one_step_less = allowed - max(curve.dense for curve in curves.values())
-    bound = min((loss(curves, ranks) for ranks in every if cost(curves, ranks) <= one_step_less), default=np.inf)
-    assert best <= loss(curves, found) <= bound
-    exact = [r for r in every if cost(curves, r) == cost(curves, found)]
-    assert loss(curves, found) <= min(loss(curves, ranks) for ranks in exact) + 0.05
-
-
 def test_a_curve_is_the_tail_of_the_singular_values() -> None:
     weight = torch.randn(12, 8, 3, 3, dtype=torch.float64)
     (layer,) = bgcbench.convert(
         nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 12, 3), nn.Conv2d(12, 3, 1)), "lowrank", rank=1, where="3x3"
     ).record.layers
-    curve = curve_of(layer, principal_energies([weight.flatten(1)]), "params")
+    *ranks, dense = ranks_of(layer, principal_energies([weight.flatten(1)]), "params")
     sigma = np.linalg.svd(weight.flatten(1).numpy(), compute_uv=False) ** 2
-    np.testing.assert_allclose(curve.tails, [sigma[r:].sum() / sigma.sum() for r in range(13)], atol=1e-12)
-    assert (curve.step, curve.dense) == (72 + 12, 72 * 12)
-    assert curve.hull[-1] == DENSE
+    assert [(each.key, each.cost) for each in ranks] == [(rank, rank * (72 + 12)) for rank in range(1, 11)]
+    np.testing.assert_allclose(
+        [each.loss for each in ranks], [sigma[r:].sum() / sigma.sum() for r in range(1, 11)], atol=1e-12
+    )
+    assert (dense.key, dense.cost, dense.loss) == (DENSE, 72 * 12, 0)
 
 
 @pytest.mark.parametrize("budget_of", ["params", "macs"])

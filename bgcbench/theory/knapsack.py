@@ -103,7 +103,7 @@ def best(layers: Mapping[str, Sequence[Option[Key]]], budget: float) -> Solution
     lists = [undominated(layers[name]) for name in names]
     rest = [_Relaxation(lists[number:]) for number in range(len(lists) + 1)]
     room = budget + ROUNDING * abs(budget)
-    known = _greedy(layers, room)
+    known = greedy(layers, room)
     if known is None:
         return None
     # A partial plan: cost, loss, and the way to it as (option, plan before).
@@ -131,18 +131,23 @@ def best(layers: Mapping[str, Sequence[Option[Key]]], budget: float) -> Solution
     return _summed(dict(zip(names, reversed(chosen), strict=True)))
 
 
-def _greedy(layers: Mapping[str, Sequence[Option[Key]]], room: float) -> Solution[Key] | None:
-    """A good solution: the Lagrangian's, filled up with what still fits."""
+def greedy(layers: Mapping[str, Sequence[Option[Key]]], budget: float) -> Solution[Key] | None:
+    """A good solution, at once: the Lagrangian's, which misses the optimum by a step of one layer at most.
+
+    From the cheapest options on, the step along a hull that gains most per unit of cost is taken as long as there is
+    room; where it does not fit, what does of the options that the hull leaves out. None as in :func:`best`.
+    """
     hulls = {name: hull(options) for name, options in layers.items()}
     now = {name: points[0] for name, points in hulls.items()}
-    room -= sum(option.cost for option in now.values())
+    room = budget - sum(option.cost for option in now.values())
     if room < 0:
         return None
-    steps = [(_slope(a, b), name, a, b) for name, points in hulls.items() for a, b in itertools.pairwise(points)]
-    for _, name, _, b in sorted(steps, key=lambda step: -step[0]):
-        if b.cost - now[name].cost <= room:
-            room -= b.cost - now[name].cost
-            now[name] = b
+    steps = [(_slope(a, b), name, b) for name, points in hulls.items() for a, b in itertools.pairwise(points)]
+    for _, name, step in sorted(steps, key=lambda step: -step[0]):
+        most = now[name].cost + room
+        fitting = [step] if step.cost <= most else [option for option in layers[name] if option.cost <= most]
+        now[name] = min(fitting, key=lambda option: (option.loss, option.cost))
+        room = most - now[name].cost
     return _summed(now)
 
 

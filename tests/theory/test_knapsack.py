@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from bgcbench.planning.knapsack import Option, best, cheapest, curve, hull, swapped, undominated
+from bgcbench.theory.knapsack import Option, best, cheapest, curve, greedy, hull, swapped, undominated
 
 Layers = dict[str, list[Option[int]]]
 
@@ -48,6 +48,33 @@ def test_it_is_the_optimum_of_all_plans(seed: int) -> None:
             assert found.cost <= share * dense * (1 + 1e-8)
             chosen = {name: next(o for o in layers[name] if o.key == key) for name, key in found.keys.items()}
             assert sum(option.cost for option in chosen.values()) == pytest.approx(found.cost)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_the_greedy_one_is_as_good_as_any_within_a_step(seed: int) -> None:
+    rng = random.Random(seed)
+    layers = random_layers(rng, 4, 6)
+    for share in (0.3, 0.5, 0.7, 0.9):
+        budget = share * sum(options[0].cost for options in layers.values())
+        longest = max(b.cost - a.cost for options in layers.values() for a, b in itertools.pairwise(hull(options)))
+        found, expected, tighter = (
+            greedy(layers, budget),
+            brute_force(layers, budget),
+            brute_force(layers, budget - longest),
+        )
+        assert (found is None) == (expected is None)
+        if found is not None and expected is not None:
+            assert found.cost <= budget
+            assert expected[0] <= found.loss * (1 + 1e-12)
+            assert tighter is None or found.loss <= tighter[0] * (1 + 1e-12)
+
+
+def test_the_greedy_one_fills_up_with_what_a_hull_leaves_out() -> None:
+    layers = {"a": [Option(0, 10.0, 0.0), Option(1, 1.0, 9.0), Option(2, 5.0, 8.0), Option(3, 7.0, 7.5)]}
+    assert [option.key for option in hull(layers["a"])] == [1, 0]
+    assert [getattr(greedy(layers, budget), "keys", None) for budget in (0.5, 4.0, 6.0, 9.0, 10.0)] == [
+        None, {"a": 1}, {"a": 2}, {"a": 3}, {"a": 0},
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("seed", range(4))
