@@ -11,8 +11,8 @@ from typing import ClassVar
 
 from bgcbench.errors import UsageError
 from bgcbench.experiments.config import ImageChoice, NetworkChoice, RunConfig
-from bgcbench.experiments.options import NETWORK, SIZE, Option, images, option, positive, word_or_path
-from bgcbench.specs import DATA_SETS, DIGITS_PX, HELD_OUT, WEIGHTS, NetSpec, is_own
+from bgcbench.experiments.options import NETWORK, SIZE, Option, images_option, option, positive, weights_option
+from bgcbench.specs import DATA_SETS, DIGITS_PX, HELD_OUT, NetSpec, is_own
 
 
 @dataclass(frozen=True)
@@ -33,22 +33,8 @@ class ApproxNetworkConfig(ImageChoice, NetworkChoice, RunConfig):
     variants: tuple[str, ...] = option(("gc", "bgc"))
     groups: tuple[int, ...] = option((2, 4, 8, 16))
     precision: str = option("fp64")
-    weights: str | None = option(
-        None,
-        "A file, default (torchvision's published ones) or none (untrained).",
-        panel=NETWORK,
-        everyday=True,
-        shown="default where there are any",
-        read=word_or_path(WEIGHTS),
-    )
-    data: str = option(
-        "",
-        "Images to run through it: digits, a folder of images, or your own: data.py:load.",
-        short="d",
-        panel=NETWORK,
-        everyday=True,
-        read=images(DATA_SETS),
-    )
+    weights: str | None = weights_option()
+    data: str = images_option("Images to run through it: digits, a folder of images, or your own: data.py:load.")
     calibration_images: int = option(
         None, "How many of them; one in four is held out to evaluate.", panel=NETWORK, shown="256"
     )

@@ -19,13 +19,14 @@ from bgcbench.experiments.options import (
     NETWORK,
     Option,
     check_options,
-    images,
+    form_option,
+    images_option,
     one_of,
     option,
     positive,
-    word_or_path,
+    weights_option,
 )
-from bgcbench.specs import DATA_SETS, FORMATS, HELD_OUT, RANKED, SOLVED, VARIANTS, WEIGHTS, Choice, is_own
+from bgcbench.specs import DATA_SETS, HELD_OUT, RANKED, SOLVED, VARIANTS, Choice, is_own
 
 INITS = ("copy", "white", *SOLVED)
 
@@ -58,21 +59,9 @@ class ConversionConfig(ImageChoice, NetworkChoice):
         shown="calibrated with --data, white without",
         check=one_of(INITS, "init"),
     )
-    weights: str | None = option(
-        None,
-        "A file, default (torchvision's published ones) or none (untrained).",
-        panel=NETWORK,
-        everyday=True,
-        shown="default where there are any",
-        read=word_or_path(WEIGHTS),
-    )
-    data: str = option(
-        "",
-        "Images to calibrate with, without labels: digits, a folder of images, or your own: data.py:load.",
-        short="d",
-        panel=NETWORK,
-        everyday=True,
-        read=images(DATA_SETS),
+    weights: str | None = weights_option()
+    data: str = images_option(
+        "Images to calibrate with, without labels: digits, a folder of images, or your own: data.py:load."
     )
     calibration_images: int = option(256, "How many of them; one in four is held out to choose by.", panel=NETWORK)
     skip_invalid: bool = option(False, "Keep dense what N or the rank does not fit.", panel=CONVERSION)
@@ -112,13 +101,7 @@ class AskedOfConversion:
 
     out: str | None = option(None, "The converted network, for bgcbench.load_converted.", short="o", everyday=True)
     force: bool = option(False, "Replace an existing --out file.")
-    form: str = option(
-        "auto",
-        "auto (a table on a terminal, Markdown elsewhere), table, markdown, csv, json.",
-        name="format",
-        shown=None,
-        check=one_of(FORMATS, "format"),
-    )
+    form: str = form_option()
     quiet: bool = option(False, "No notes on stderr.")
 
     def __post_init__(self) -> None:

@@ -18,9 +18,11 @@ from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from bgcbench.errors import UsageError
 from bgcbench.specs import (
+    DATA_SETS,
     FORMATS,
     TIMM_PREFIX,
     VARIANTS,
+    WEIGHTS,
     check_choice,
     check_positive,
     is_own,
@@ -294,7 +296,25 @@ def listed(name: str, values: Iterable[Any]) -> tuple[str, ...]:
     return tuple(map(str, values))
 
 
-# ------------------------------------------------------------------------------------ options that are no configuration
+# --------------------------------------------------------------------------------- what several configurations declare
+
+
+def form_option() -> Any:
+    """In which form a result is printed."""
+    words = "auto (a table on a terminal, Markdown elsewhere), table, markdown, csv, json."
+    return option("auto", words, name="format", shown=None, check=one_of(FORMATS, "format"))
+
+
+def weights_option() -> Any:
+    """The weights of a network that is not trained here."""
+    words = "A file, default (torchvision's published ones) or none (untrained)."
+    shown = "default where there are any"
+    return option(None, words, panel=NETWORK, everyday=True, shown=shown, read=word_or_path(WEIGHTS))
+
+
+def images_option(help: str) -> Any:
+    """Images without labels."""
+    return option("", help, short="d", panel=NETWORK, everyday=True, read=images(DATA_SETS))
 
 
 SIZE = shorthand("size", ("height", "width"), read=size, panel=WORKLOAD, everyday=True)
@@ -302,6 +322,9 @@ CHANNELS = shorthand(
     "channels", ("in_channels", "out_channels"), "Channels in and out.", kind=int, read=twice, panel=WORKLOAD,
     everyday=True,
 )  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------ options that are no configuration
 
 
 @dataclass(frozen=True)
@@ -322,13 +345,7 @@ class Asked:
         "Continue this result file: keep what it holds, do the rest. Its settings are used.",
         everyday=True,
     )
-    form: str = option(
-        "auto",
-        "auto (a table on a terminal, Markdown elsewhere), table, markdown, csv, json.",
-        name="format",
-        shown=None,
-        check=one_of(FORMATS, "format"),
-    )
+    form: str = form_option()
     wide: bool = option(False, "Show every column of every table on a terminal, too.")
     quiet: bool = option(False, "No progress and no notes on stderr.")
     plot: Path | None = None
