@@ -15,11 +15,15 @@ from bgcbench.measure.timing import Rules
 
 
 def shorten(put: Callable[[Any, str, Any], None]) -> None:
-    """``put`` in place what takes seconds of no interest to a test: warm-ups, the device's ceilings, the canary."""
+    """``put`` in place what takes seconds of no interest to a test.
+
+    Warm-ups, the device's ceilings, the canary, and the time of each row where none is asked for.
+    """
     for_device = Rules.for_device
 
-    def shortened(device_type: str, **options: Any) -> Rules:
-        return replace(for_device(device_type, **options), warmup_min_s=0.01, warmup_max_s=0.02)
+    def shortened(device_type: str, *, max_time_s: float | None = None, **options: Any) -> Rules:
+        rules = for_device(device_type, max_time_s=0.02 if max_time_s is None else max_time_s, **options)
+        return replace(rules, warmup_min_s=0.01, warmup_max_s=0.02)
 
     put(Rules, "for_device", shortened)
     put(ceilings, "measure_ceilings", lambda *_, **__: ceilings.Ceilings(1e11, 1e10, (1,), 1))

@@ -19,6 +19,7 @@ import torch
 
 from tests.brisk import shorten
 
+gc.disable()  # until all tests are known: what is read for them stays
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -28,6 +29,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="no CUDA device here"))
+
+
+def pytest_collection_finish() -> None:
+    gc.enable()
 
 
 _MODULES = [0]

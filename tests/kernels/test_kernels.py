@@ -186,9 +186,8 @@ def test_the_registration(case: Case) -> None:
         getattr(ops, f"{name}_weight_grads"): (x, dy, list(case.kernel), *rest),
     }
     for op, arguments in calls.items():
-        for needs in (False, True):
-            given = [t.detach().clone().requires_grad_(needs) if isinstance(t, Tensor) else t for t in arguments]
-            torch.library.opcheck(op.default, tuple(given))
+        given = [t.detach().clone().requires_grad_() if isinstance(t, Tensor) else t for t in arguments]
+        torch.library.opcheck(op.default, tuple(given))
 
 
 class Layer(nn.Module):

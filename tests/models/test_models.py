@@ -54,22 +54,15 @@ def millions(text: str) -> list[float]:
     return [float(number) for number in text.split("/")]
 
 
-# Whole-network parameters in millions by N: GC and Shuffle, TLGC, BGC, FLGC (its trained tensors).
+# Whole-network parameters in millions by the least and the greatest N: GC and Shuffle, TLGC, BGC, FLGC (as trained).
 ORACLE = [
-    ("resnet50", "auto", (2, 4, 8, 16), "19.898/17.069/15.654/14.947", "19.940/17.118/15.719/15.042",
-     "25.557/19.898/17.069/15.654", "25.572/25.587/25.617/25.678"),
-    ("resnet50", "all", (2, 4, 8, 16), "13.834/7.973/5.042/3.577", "13.940/8.132/5.307/4.054",
-     "25.557/13.834/7.973/5.042", "25.655/25.753/25.949/26.341"),
-    ("wrn_28_10", "auto", (2, 4, 8, 16), "18.381/9.332/4.808/2.546", "18.474/9.443/4.955/2.764",
-     "36.479/18.381/9.332/4.808", "36.514/36.548/36.618/36.756"),
-    ("wide_resnet34_2", "auto", (2, 4, 8), "43.900/22.833/12.299", "44.058/23.020/12.547",
-     "86.036/43.900/22.833", "86.095/86.153/86.270"),
-    ("resnext29_8x64d", "auto", (2, 4, 8, 16), "26.874/23.097/21.209/20.265", "26.921/23.177/21.353/20.538",
-     "34.427/26.874/23.097/21.209", "34.489/34.552/34.677/34.927"),
-    ("mobilenet_v2", "auto", (2, 4, 8), "2.647/2.219/2.004", "2.673/2.261/2.081", "3.505/2.647/2.219",
-     "3.539/3.573/3.640"),
-    ("efficientnet_b0", "auto", (2, 4, 8), "3.920/3.236/2.894", "3.952/3.290/2.990", "5.289/3.920/3.236",
-     "5.331/5.373/5.458"),
+    ("resnet50", "auto", (2, 16), "19.898/14.947", "19.940/15.042", "25.557/15.654", "25.572/25.678"),
+    ("resnet50", "all", (2, 16), "13.834/3.577", "13.940/4.054", "25.557/5.042", "25.655/26.341"),
+    ("wrn_28_10", "auto", (2, 16), "18.381/2.546", "18.474/2.764", "36.479/4.808", "36.514/36.756"),
+    ("wide_resnet34_2", "auto", (2, 8), "43.900/12.299", "44.058/12.547", "86.036/22.833", "86.095/86.270"),
+    ("resnext29_8x64d", "auto", (2, 16), "26.874/20.265", "26.921/20.538", "34.427/21.209", "34.489/34.927"),
+    ("mobilenet_v2", "auto", (2, 8), "2.647/2.004", "2.673/2.081", "3.505/2.219", "3.539/3.640"),
+    ("efficientnet_b0", "auto", (2, 8), "3.920/2.894", "3.952/2.990", "5.289/3.236", "5.331/5.458"),
 ]  # fmt: skip
 ROWS = [
     pytest.param(name, where, variant, counts, row, id=f"{name}-{where}-{variant}")
@@ -94,7 +87,7 @@ def test_a_converted_network_has_the_parameters_worked_out_elsewhere(
     name: str, where: str, variant: str, counts: tuple[int, ...], row: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     looked_at_once(name, monkeypatch)
-    if name != "resnet50":  # that the layers of the others can be exchanged is tried below
+    if (name, where) != ("resnet50", "all"):  # that the layers of the others can be exchanged is tried below
         monkeypatch.setattr(conversions, "keep_what_cannot_be_exchanged", lambda *_, **__: [])
     for groups, expected in zip(counts, millions(row), strict=True):
         converted = convert(without_numbers(NetSpec(name)), variant, groups, where=where, inplace=True)
