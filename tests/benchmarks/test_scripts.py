@@ -30,7 +30,6 @@ from bgcbench.measure.device import tf32_state
 from bgcbench.models import build_model
 from bgcbench.results.document import read
 from bgcbench.specs import VARIANTS
-from tests.deployment.example import needs_onnx
 from tests.example import example_document
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -302,15 +301,14 @@ def test_the_help_of_profile_names_every_algorithm(capsys: Any) -> None:
 # ----------------------------------------------------------------------------------------------------------- runtimes
 
 
-@needs_onnx
 @pytest.mark.usefixtures("brisk", "one_thread")
-def test_the_rows_at_half_of_the_parameters_are_measured_in_every_mode(tmp_path: Path) -> None:
-    words = ["wrn_10_1", "--quick", "--size", "8", "--mode", "eager,onnxruntime", "--folder", str(tmp_path)]
+def test_the_rows_at_half_of_the_parameters_are_measured_in_the_modes_asked_for(tmp_path: Path) -> None:
+    words = ["wrn_10_1", "--quick", "--size", "8", "--mode", "eager", "--folder", str(tmp_path)]
     assert runtimes.main(words) == 0
     document = read(tmp_path / "runtimes-wrn_10_1-cpu.json")
     assert document.complete
     assert {(row.params.variant, row.params.groups, row.params.mode) for row in document.results} == {
-        (*cell, mode) for cell in runtimes.CELLS for mode in ("eager", "onnxruntime")
+        (*cell, "eager") for cell in runtimes.CELLS
     }
-    dense, *others = [row.counts.params for row in document.results if row.params.mode == "eager"]
+    dense, *others = [row.counts.params for row in document.results]
     assert all(0.4 * dense < params < 0.6 * dense for params in others)
