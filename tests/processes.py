@@ -6,6 +6,7 @@ is tested of a start itself, of torchrun or of Python's hash seed needs a real o
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
 import json
@@ -173,7 +174,14 @@ def _become(argv: list[str], cwd: str, env: dict[str, str], files: list[str], br
         shorten(setattr)
     from bgcbench.cli import run
 
-    run()
+    try:
+        run()
+    except SystemExit as end:  # as Python ends, but for taking torch apart, which takes longer than most runs
+        threading._shutdown()
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(int(end.code or 0))
 
 
 if __name__ == "__main__":
