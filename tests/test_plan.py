@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from bgcbench.cli import main
 from bgcbench.experiments import plan_run
 from bgcbench.measure.timing import Rules
 from bgcbench.planning.plan import Plan
+from tests.brisk import shorten
 from tests.example_plan import plan_document
 from tests.reporting import report_of
 from tests.stored import stored
@@ -37,14 +37,10 @@ def rows_of(document: dict[str, Any], stage: str) -> dict[str, dict[str, Any]]:
 @pytest.fixture(scope="module", autouse=True)
 def quickly() -> Iterator[None]:
     """Networks are timed for a moment only, and without --quick, which would also try out fewer of them."""
-    of_device = Rules.for_device
-
-    def quick(device: str, **options: Any) -> Rules:
-        rules = of_device(device, **{**options, "quick": True})
-        return replace(rules, warmup_min_s=0.01, warmup_max_s=0.02, max_time_s=0.1)
-
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(Rules, "for_device", quick)
+        shorten(patched.setattr)
+        of_device = Rules.for_device
+        patched.setattr(Rules, "for_device", lambda *given, **options: of_device(*given, **options | {"quick": True}))
         yield
 
 
@@ -159,7 +155,6 @@ def test_a_quick_run_tries_two_networks_out(tmp_path: Path) -> None:
         assert done - others < {"gc", "bgc", "lowrank"}
 
 
-@pytest.mark.usefixtures("brisk")
 def test_time_is_measured_and_a_budget_of_time_is_planned(tmp_path: Path) -> None:
     out = tmp_path / "t.json"
     words = [*RUN, "--quick", "--variants", "gc", "--groups", "2", "--precision", "bf16", "--layout", "nhwc"]
@@ -172,7 +167,6 @@ def test_time_is_measured_and_a_budget_of_time_is_planned(tmp_path: Path) -> Non
     assert "gc" in document["plan"]["factors"]
 
 
-@pytest.mark.usefixtures("brisk")
 def test_a_time_that_cannot_be_met_is_refused_before_losses_are_measured(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
