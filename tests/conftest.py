@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import gc
 import os
 import subprocess
@@ -16,10 +17,14 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, share)))
 
 import torch
+import typer.main
 
 from tests.brisk import shorten
 
 gc.disable()  # until all tests are known: what is read for them stays
+os.fsync = lambda _: None  # what tests write need not outlive the machine
+# Of hundreds of command lines in this process, each would make all commands and their options anew.
+typer.main.get_command = functools.cache(typer.main.get_command)
 ROOT = Path(__file__).resolve().parent.parent
 
 
