@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+CLOSED = "&-"
 
 
 # --------------------------------------------------------------------------------------------------- what tests call
@@ -31,7 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 class Forked:
     """A process of the command line in ``folder``, with as much of subprocess.Popen as tests need.
 
-    brisk: as tests.brisk. out, errors: where its stdout and stderr go instead of to ``communicate``.
+    brisk: as tests.brisk. out, errors: where its stdout and stderr go instead of to ``communicate``; CLOSED as by >&-.
     """
 
     def __init__(
@@ -161,9 +162,13 @@ def _start(argv: list[str], cwd: str, env: dict[str, str], files: list[str], bri
 
 
 def _become(argv: list[str], cwd: str, env: dict[str, str], files: list[str], brisk: bool) -> None:
-    for number, name in enumerate(files, 1):
-        os.dup2(os.open(name, os.O_WRONLY | os.O_APPEND), number)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    for number, name in enumerate(files, 1):
+        if name == CLOSED:
+            os.close(number)
+            setattr(sys, {1: "stdout", 2: "stderr"}[number], None)
+        else:
+            os.dup2(os.open(name, os.O_WRONLY | os.O_APPEND), number)
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env)
@@ -179,8 +184,8 @@ def _become(argv: list[str], cwd: str, env: dict[str, str], files: list[str], br
     except SystemExit as end:  # as Python ends, but for taking torch apart, which takes longer than most runs
         threading._shutdown()
         atexit._run_exitfuncs()
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in filter(None, (sys.stdout, sys.stderr)):
+            stream.flush()
         os._exit(int(end.code or 0))
 
 

@@ -678,7 +678,10 @@ def test_the_same_command_twice_gives_the_same_bits(here: Path) -> None:
     one, two = here, here / "two"
     two.mkdir()
     seed = "2" if os.environ.get("PYTHONHASHSEED") == "1" else "1"
-    both = f"from bgcbench.cli import main; assert [main(words) for words in {commands!r}] == [0, 0]"
+    both = (
+        "import gc; from bgcbench.cli import main; from bgcbench.experiments import transfer_run; gc.freeze(); "
+        f"assert [main(words) for words in {commands!r}] == [0, 0]"
+    )
     other_order = subprocess.Popen(
         [sys.executable, "-c", both], cwd=two, env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONHASHSEED": seed},
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
