@@ -78,14 +78,16 @@ def cli(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     return run
 
 
-@pytest.fixture
-def brisk(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="module")
+def brisk() -> Iterator[None]:
     """Short warm-ups and no matrix products: what is tested here is not how long they are."""
-    shorten(monkeypatch.setattr)
-    monkeypatch.setattr(gc, "unfreeze", lambda: None)  # the heap stays small after a measurement
+    with pytest.MonkeyPatch.context() as patched:
+        shorten(patched.setattr)
+        patched.setattr(gc, "unfreeze", lambda: None)  # the heap stays small after a measurement
+        yield
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
     """Matrices this small are slower on several threads, much slower beside other work."""
     before = torch.get_num_threads()

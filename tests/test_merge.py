@@ -123,8 +123,8 @@ def test_merge_needs_a_file_to_write_and_parts_to_read(files: Path, capsys: Any)
 
 def test_a_part_of_a_training_trains_its_rows_alone(here: Path) -> None:
     pytest.importorskip("sklearn")
-    small = ["train", "wrn_10_1", "--data", "digits", "--subset", "64", "--epochs", "1", "--groups", "2", "--device",
-             "cpu", "--quiet"]  # fmt: skip
+    small = ["train", "wrn_10_1", "--data", "digits", "--size", "8", "--subset", "64", "--epochs", "1", "--groups",
+             "2", "--device", "cpu", "--quiet"]  # fmt: skip
     for number in (1, 2):
         assert main([*small, "--shard", f"{number}/2", "--out", f"{number}.json"]) == 0
     assert [len(keys(stored(here / f"{number}.json"))) for number in (1, 2)] == [2, 1]

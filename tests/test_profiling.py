@@ -18,7 +18,7 @@ from bgcbench.errors import OutputError, ShapeError, UsageError
 from bgcbench.profiling import Profile
 from tests.reporting import render
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("brisk", "one_thread")
 
 
 class Mine(nn.Sequential):
