@@ -460,8 +460,9 @@ class TestProcess:
     )  # fmt: skip
     def test_a_full_disk_behind_stdout_is_exit_4_and_one_line(self, arguments: list[str], tmp_path: Path) -> None:
         results.ResultWriter(tmp_path / "r.json").write(example_document())
-        done = in_shell(arguments, "> /dev/full", tmp_path)
-        assert (done.returncode, done.stderr) == (4, "bgcbench: stdout cannot be written (No space left on device)\n")
+        done = Forked(tmp_path, *arguments, out="/dev/full")
+        assert done.communicate()[1] == "bgcbench: stdout cannot be written (No space left on device)\n"
+        assert done.returncode == 4
 
     @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
     def test_what_was_measured_is_not_lost_with_stdout(self, tmp_path: Path) -> None:
