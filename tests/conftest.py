@@ -28,6 +28,11 @@ typer.main.get_command = functools.cache(typer.main.get_command)
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Files run in the order of their names; by their number of tests, those with few and long ones would end a run."""
+    config.option.loadscopereorder = False
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():
         return
