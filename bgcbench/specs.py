@@ -376,6 +376,15 @@ def check_on_cpu(precision: str, mode: str) -> None:
         raise UsageError("--mode graph replays CUDA graphs; on a CPU use eager, compile or onnxruntime")
 
 
+def check_in_runtime(**asked: Any) -> None:
+    """Raise UsageError for a precision, layout, phase or phases that are not measured in ONNX Runtime."""
+    has = {"phase": "fwd", "phases": ("fwd",), "precision": "fp32", "layout": "nchw"}
+    for name, value in asked.items():
+        if value != has[name]:
+            given, only = (",".join(each) if isinstance(each, tuple) else each for each in (value, has[name]))
+            raise UsageError(f"--mode {RUNTIME} has --{name} {only} alone, not {given}; ask for that")
+
+
 def unfit(variant: str, in_channels: int, out_channels: int, groups: int, kernel_positions: int) -> str | None:
     """Why ``variant`` cannot have these channels at N = ``groups``; None if it can."""
     return VARIANTS[variant].unfit(in_channels, out_channels, groups, kernel_positions)

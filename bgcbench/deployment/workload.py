@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from bgcbench.convs.base import VariantConv2d
 from bgcbench.deployment.export import check_error, compared, written
+from bgcbench.deployment.fastest import fastest_layers
 from bgcbench.deployment.plain import counted, settled
 from bgcbench.deployment.targets import Inputs, OnnxTarget
 from bgcbench.errors import UsageError
@@ -35,6 +38,20 @@ def runtime_file(module: nn.Module, x: Tensor, algorithm: str) -> RuntimeFile:
     with torch.no_grad():
         check_error(compared(module.eval(), target.opened(made.contents), [(x,)]).error, target)
     return RuntimeFile(made.contents[0], counted(made.algorithms.values()))
+
+
+def runtime_layers(layers: Mapping[str, VariantConv2d], x: Tensor) -> Iterator[tuple[str, Cell]]:
+    """The phase fwd of each of ``layers`` on ``x`` by itself: as of their files, but of one export, and never ``dense``
+    where there is another algorithm.
+
+    Raises what :func:`runtime_file` does.
+    """
+    target = OnnxTarget(EXPORTERS[0], OPSET)
+    ready = {name: made for name, layer in layers.items() if isinstance(made := settled(layer, (x,)), VariantConv2d)}
+    for name, session in fastest_layers(ready, x, target):
+        with torch.no_grad():
+            check_error(compared(layers[name].eval(), session, [(x,)]).error, target)
+        yield name, Cell(session.bound({session.inputs[0]: x}))
 
 
 class RuntimeWorkload(Workload):

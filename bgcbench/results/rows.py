@@ -877,6 +877,8 @@ class Config(Data, frozen=True, kw_only=True):
     seeds: tuple[Count, ...] = ()
     precision: str | None = None
     layout: str | None = None
+    mode: str | None = None
+    phase: str | None = None
     compile: bool = False
     recipe: str | None = None
     epochs: Count | None = None
