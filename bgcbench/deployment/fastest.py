@@ -52,9 +52,9 @@ def fastest_algorithms(
     calls: dict[str, Callable[[], object]] = {}
     for name, algorithms in candidates.items():
         if algorithms not in [candidates[other] for other in calls]:
-            session = Session(write(algorithms))
-            calls[name] = session.bound(dict(zip(session.inputs, args, strict=True)))
-    found = measured(lambda: calls, torch.device("cpu"))
+            session = Session(write(algorithms), target.device)
+            calls[name] = session.bound({k: x.to(target.device) for k, x in zip(session.inputs, args, strict=True)})
+    found = measured(lambda: calls, target.device)
     return candidates[found.form], dict(found.seconds)
 
 
@@ -80,7 +80,7 @@ def _by_layer(
     }
     found: dict[str, str] = {}
     for name, sessions in _opened(ways, inputs, target):
-        seconds = measured(partial(_bound, sessions, inputs[name]), torch.device("cpu")).seconds
+        seconds = measured(partial(_bound, sessions, inputs[name]), target.device).seconds
         best = min(seconds, key=seconds.__getitem__)
         found[name] = best if seconds[best] < WORTH * seconds[DENSE] else DENSE
     return {name: found[names[0]] for names in alike.values() for name in names}
@@ -96,7 +96,7 @@ def fastest_layers(layers: Mapping[str, VariantConv2d], x: Tensor, target: OnnxT
         for name, layer in layers.items()
     }
     for name, sessions in _opened(ways, dict.fromkeys(ways, x), target):
-        yield name, sessions[measured(partial(_bound, sessions, x), torch.device("cpu")).form]
+        yield name, sessions[measured(partial(_bound, sessions, x), target.device).form]
 
 
 def _opened(
@@ -119,11 +119,11 @@ def _opened(
         opset=target.opset,
     )
     for name, own in ways.items():
-        yield name, {way: Session(onnx_file.part_of(content, f"{name} {way}")) for way in own}
+        yield name, {way: Session(onnx_file.part_of(content, f"{name} {way}"), target.device) for way in own}
 
 
 def _bound(sessions: Mapping[str, Session], x: Tensor) -> dict[str, Callable[[], object]]:
-    return {name: session.bound({session.inputs[0]: x}) for name, session in sessions.items()}
+    return {name: session.bound({session.inputs[0]: x.to(session.device)}) for name, session in sessions.items()}
 
 
 class _Apart(nn.Module):
