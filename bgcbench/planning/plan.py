@@ -111,7 +111,9 @@ def plan(
         quick=quick, stop=stop,
     )  # fmt: skip
     options: dict[str, Any] = {"where": where, "include": include, "exclude": exclude, "passing": seen.passing}
-    found = candidates(model, example_input=first_image(first) if example_input is None else example_input, **options)
+    with random_state_kept(model):
+        shown = first_image(first) if example_input is None else example_input
+        found = candidates(model, example_input=shown, **options)
     problem = counted_problem(found.chosen, variants, groups, ranks)
     if kind == "time":
         example = first if example_input is None else _filled(checked_example(example_input), model)
