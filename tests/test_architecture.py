@@ -24,7 +24,7 @@ ALLOWED = {
     "models": {"errors", "specs", "factories"},
     "data": {"errors", "specs", "factories"},
     "conversion": {"errors", "specs", "measure", "theory", "convs", "models", "results"},
-    "planning": {"errors", "specs", "measure", "theory", "convs", "conversion", "results"},
+    "planning": {"errors", "specs", "measure", "theory", "convs", "conversion", "deployment", "results"},
     "training": {"errors", "specs", "measure", "convs", "data", "results"},
     "locks": set(),
     "results": {"errors", "specs", "locks", "measure", "theory"},

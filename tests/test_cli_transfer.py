@@ -13,11 +13,13 @@ from urllib.error import URLError
 import jsonschema
 import pytest
 import torch
+from PIL import Image
 
 import bgcbench
 from bgcbench import results
 from bgcbench.cli import main
 from bgcbench.data import imagefolder, open_labelled
+from bgcbench.data.labelled import ResidentData
 from bgcbench.models import build_model
 from bgcbench.specs import NetSpec
 from bgcbench.training.loop import Prepared
@@ -48,6 +50,67 @@ def _no_network(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPa
     monkeypatch.setattr(torch.hub, "urlopen", reached)
     monkeypatch.setattr(torch.hub, "_hub_dir", None)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path_factory.mktemp("torch")))
+
+
+UNLABELLED = ["transfer", "wrn_10_1", "--weights", "dense.pt", "--size", "8", "--groups", "4", "--variants", "gc",
+              "--device", "cpu", "--threads", "1", "--calibration-images", "16", "--batch-size", "16"]  # fmt: skip
+
+
+@pytest.fixture
+def photos(here: Path) -> Path:
+    """Digits without their labels, 40 and 24, and the weights of a network."""
+    data = open_labelled("digits", (8, 8), [])
+    assert isinstance(data, ResidentData)
+    for split, images in (("train", data.train_images[:40]), ("val", data.test_images[:24])):
+        (here / "photos" / split).mkdir(parents=True)
+        for number, pixels in enumerate(images):
+            image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
+            image.save(here / "photos" / split / f"{number:02}.png")
+    torch.manual_seed(0)
+    model = build_model(NetSpec("wrn_10_1", 10, 8)).train()
+    with torch.no_grad():
+        for _ in range(20):  # norms whose outputs tell images apart
+            model(data.train_images[:64].float() / 255)
+        model.fc.weight.mul_(20)  # type: ignore[union-attr, operator]
+    torch.save(model.state_dict(), "dense.pt")
+    return here / "photos"
+
+
+def test_without_labels_networks_agree_or_not_and_are_distilled(photos: Path, capsys: Any) -> None:
+    words = [*UNLABELLED, "--data", "photos", "--epochs", "2", "--distill", "--lr", "0.02", "--save", "saved"]
+    assert main([*words, "--out", "run.json", "--quiet"]) == 0
+    dense, row = (row for row in document("run.json")["results"])
+    assert row["params"]["dataset"] == "unlabelled"
+    assert (row["error_initial"], row["error_final"], dense["agreement_final"]) == (None, None, None)
+    assert [(each["test_error"], each["test_loss"]) for each in row["epochs"]] == [(None, None)] * 2
+    original = build_model(NetSpec("wrn_10_1", 10, 8)).eval()
+    original.load_state_dict(torch.load("dense.pt", weights_only=True))
+    final = bgcbench.load_converted(Path("saved", row["saved"])).eval()
+    data = open_labelled("unlabelled", (8, 8), [photos], classes=10)
+    (batch,) = data.feed(torch.device("cpu")).test([torch.arange(24)])
+    seen = [
+        Prepared(each, data.mean, data.std, torch.float32, "nchw")(batch[0]).argmax(1) for each in (original, final)
+    ]
+    assert len(seen[0].unique()) > 1
+    assert row["agreement_final"] == pytest.approx(100 * float((seen[0] == seen[1]).double().mean()))
+    shown = capsys.readouterr().out
+    assert "agrees trained %" in shown
+    assert "error" not in shown.partition("Notes")[0]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--epochs", "1"], "--epochs 1 needs labels, and photos has none"),
+        (["--distill", "--control"], "--control would train the original towards its own outputs"),
+        (["--distill", "--label-smoothing", "0.1"], "--label-smoothing 0.1 is of labels"),
+    ],
+)
+def test_what_only_labels_can_give_is_refused(words: list[str], message: str, photos: Path, capsys: Any) -> None:
+    assert main([*UNLABELLED, "--data", "photos", *words, "--out", "run.json"]) == 2
+    assert message in capsys.readouterr().err
+    assert main(["train", "wrn_10_1", "--data", "unlabelled", "--data-dir", "photos"]) == 2
+    assert "bgcbench transfer --distill takes it" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,10 @@ import bgcbench
 from bgcbench.cli import main
 from bgcbench.experiments import plan_run
 from bgcbench.measure.timing import Rules
+from bgcbench.planning.execution import Execution
 from bgcbench.planning.plan import Plan
 from tests.brisk import shorten
+from tests.deployment.example import needs_onnx
 from tests.example_plan import plan_document
 from tests.reporting import report_of
 from tests.stored import stored
@@ -167,6 +169,56 @@ def test_time_is_measured_and_a_budget_of_time_is_planned(tmp_path: Path) -> Non
     assert "gc" in document["plan"]["factors"]
 
 
+ONE_LAYER = [
+    *RUN, "--quick", "--variants", "gc", "--groups", "2", "--where", "none", "--include", "stages.1.0.conv2", "--time",
+    "1", "--quiet",
+]  # fmt: skip
+
+
+@pytest.mark.usefixtures("brisk")
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--phase", "train_step"], "timed in eager, train step"),
+        pytest.param(["--mode", "onnxruntime"], "timed in onnxruntime ", marks=needs_onnx),
+    ],
+)
+def test_time_is_measured_in_the_mode_and_phase_that_are_asked_for(
+    words: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ready, of_layers, of_networks = Execution.layers, set[Execution](), set[Execution]()
+    network = Execution.network
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Execution, "layers", lambda self, *a: (of_layers.add(self), ready(self, *a))[1])
+        patched.setattr(Execution, "network", lambda self, *a: (of_networks.add(self), network(self, *a))[1])
+        assert main([*ONE_LAYER, *words, "--out", str(tmp_path / "t.json")]) == 0
+    document = stored(tmp_path / "t.json")
+    asked = Execution(document["config"]["mode"], document["config"]["phase"])
+    assert of_layers == of_networks == {asked} != {Execution()}
+    assert rows_of(document, "proof")["proof-plan"]["time_ratio"] > 0
+    assert not [text for text in document["warnings"] if "measured:" in text or "could not be timed" in text]
+    assert said in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("brisk")
+def test_losses_of_another_mode_are_taken_over_and_times_are_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, other = tmp_path / "first.json", tmp_path / "other.json"
+    assert main([*ONE_LAYER, "--out", str(first)]) == 0
+    monkeypatch.setattr(plan_run, "score", lambda *_, **__: pytest.fail("losses were measured again"))
+    words = ["--phase", "train_step", "--precision", "bf16", "--batch", "3", "--measured", str(first)]
+    assert main([*ONE_LAYER, *words, "--out", str(other)]) == 0
+    assert rows_of(stored(other), "loss") == rows_of(stored(first), "loss")
+    assert rows_of(stored(other), "cost") != rows_of(stored(first), "cost")
+    (said,) = (text for text in stored(other)["warnings"] if text.startswith("--measured"))
+    assert "its precision is fp32, not bf16, its batch is 2, not 3, its phase is fwd, not train_step" in said
+    again = tmp_path / "again.json"
+    assert main([*ONE_LAYER, *words[:-1], str(other), "--out", str(again)]) == 0
+    assert rows_of(stored(again), "cost") == rows_of(stored(other), "cost")
+
+
+@pytest.mark.usefixtures("brisk")
 def test_a_time_that_cannot_be_met_is_refused_before_losses_are_measured(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -188,6 +240,9 @@ def test_a_time_that_cannot_be_met_is_refused_before_losses_are_measured(
         (["--most-variants", "0"], "most_variants=0 must be a whole number"),
         (["--precision", "tf32"], "--precision tf32 is a mode of CUDA devices"),
         (["--layout", "nhcw"], "unknown layout 'nhcw'"),
+        (["--mode", "graph"], "unknown mode 'graph'"),
+        (["--mode", "onnxruntime", "--phase", "train_step"], "--mode onnxruntime has --phase fwd alone"),
+        (["--mode", "onnxruntime", "--precision", "bf16"], "--mode onnxruntime has --precision fp32 alone"),
     ],
 )
 def test_bad_input_is_one_line(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from bgcbench.deployment import export as exporting
 from bgcbench.deployment.workload import RuntimeWorkload, runtime_file
 from bgcbench.errors import UsageError
 from bgcbench.experiments.profile import ProfileConfig, plan
+from bgcbench.measure import runtime
 from bgcbench.measure.device import check_combination
 from bgcbench.specs import VARIANTS
 from tests.deployment.example import needs_onnx
@@ -126,9 +128,61 @@ def test_an_algorithm_of_another_mode_is_refused() -> None:
     assert [key.rpartition("onnxruntime-")[2] for key in keys[1:]] == ["two_conv", "matrix", "split", "dense"]
 
 
-def test_a_cuda_device_is_refused() -> None:
-    with pytest.raises(UsageError, match="measured on the CPU alone; use --device cpu"):
+def test_a_cuda_device_is_refused_where_onnx_runtime_has_no_provider_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onnxruntime(), "get_available_providers", lambda: ["CPUExecutionProvider"])
+    with pytest.raises(UsageError, match="pip install onnxruntime-gpu in the place of onnxruntime, or"):
         check_combination(torch.device("cuda", 0), "fp32", "onnxruntime")
+    monkeypatch.setattr(onnxruntime(), "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    check_combination(torch.device("cuda", 0), "fp32", "onnxruntime")
+
+
+def onnxruntime() -> Any:
+    return pytest.importorskip("onnxruntime")
+
+
+def test_on_a_cuda_device_it_computes_on_torchs_stream_where_the_input_lies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By what ONNX Runtime is told; its CUDA provider itself has not been run here."""
+    told: dict[str, Any] = {}
+
+    class Binding:
+        def bind_input(self, *given: Any) -> None:
+            told["input"] = given
+
+        def bind_output(self, *given: Any) -> None:
+            told["output"] = given
+
+    class Fake:
+        def __init__(self, model: bytes, options: Any, providers: Any) -> None:
+            told["providers"] = providers
+            told["fallback"] = options.get_session_config_entry("session.disable_cpu_ep_fallback")
+            told["threads"] = options.intra_op_num_threads
+
+        def get_inputs(self) -> Any:
+            return [SimpleNamespace(name="x")]
+
+        def get_outputs(self) -> Any:
+            return [SimpleNamespace(name="y")]
+
+        def io_binding(self) -> Binding:
+            return Binding()
+
+        def run_with_iobinding(self, binding: Binding, options: Any) -> None:
+            told["waits"] = options.get_run_config_entry("disable_synchronize_execution_providers") != "1"
+
+    monkeypatch.setattr(onnxruntime(), "InferenceSession", Fake)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=4711 + device.index))
+    session = runtime.Session(b"", torch.device("cuda", 1))
+    x = torch.randn(2, 3, 4, 4)  # only where it lies is looked at
+    session.bound({"x": x})()
+    ((name, options),) = told["providers"]
+    assert (name, options) == (
+        "CUDAExecutionProvider", {"device_id": "1", "user_compute_stream": "4712", "use_tf32": "0"},
+    )  # fmt: skip
+    *where, number, shape, address = told["input"]
+    assert (where, shape, address) == (["x", "cuda", 1], (2, 3, 4, 4), x.data_ptr())
+    assert number == x.numpy().dtype
+    assert told["output"] == ("y", "cuda", 1)
+    assert (told["fallback"], told["waits"]) == ("1", False)
 
 
 @pytest.mark.parametrize("package", ["onnx", "onnxscript", "onnxruntime"])

@@ -22,6 +22,8 @@ bgcbench.load_converted reads the file.
 [bold]bgcbench convert resnet50 --variant bgc --groups 4 --data DIR -o resnet50-bgc4.pt[/bold]
 
 [bold]bgcbench convert net.py:make -v lowrank --rank 16 -o mine.pt[/bold]
+
+[bold]bgcbench convert resnet50 --plan plans/plan.json --data DIR -o planned.pt[/bold]
 """
 
 

@@ -51,7 +51,7 @@ class PlanCommand(Command):
     def open_session(self, config: Any) -> Session:
         from bgcbench.experiments.session import open_device
 
-        return open_device(config, config.device, layout=config.layout)
+        return open_device(config, config.device, modes=(config.mode,), layout=config.layout)
 
     def prepare(self, config: Any, session: Session, world: World) -> Prepared:
         from bgcbench.experiments.plan_run import prepare

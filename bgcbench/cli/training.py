@@ -237,7 +237,9 @@ class Transfer(Train):
         )
         lines += prepared.told
         extras = ["the untouched network is trained too"] * config.control
-        extras += ["its outputs are targets beside the labels"] * config.distill
+        extras += [
+            f"its outputs are {'targets beside the labels' if config.labelled else 'the targets'}"
+        ] * config.distill
         if extras or not config.epochs:
             lines.append("; ".join(extras) or "--epochs 0: conversions are evaluated, and nothing is trained")
         return lines

@@ -11,12 +11,12 @@ from bgcbench.data.cifar10 import open_cifar10
 from bgcbench.data.digits import open_digits, open_labelled_digits
 from bgcbench.data.feeds import Batch, Feed, epoch_order
 from bgcbench.data.folder import open_folder
-from bgcbench.data.imagefolder import open_imagefolder, open_imagenet
+from bgcbench.data.imagefolder import open_imagefolder, open_imagenet, open_unlabelled
 from bgcbench.data.labelled import LabelledData
 from bgcbench.data.own import open_labelled_own, open_own
 from bgcbench.data.synthetic import open_synthetic
 from bgcbench.errors import UsageError
-from bgcbench.specs import Pair, check_choice, is_own
+from bgcbench.specs import UNLABELLED, Pair, check_choice, is_own
 
 __all__ = ["DATASETS", "LABELLED", "Batch", "Feed", "Images", "LabelledData", "epoch_order", "open_images",
            "open_labelled"]  # fmt: skip
@@ -31,6 +31,7 @@ LABELLED: dict[str, Callable[..., LabelledData]] = {
     "cifar10": lambda size, dirs, *, download, **_: open_cifar10(size, dirs, download=download),
     "imagenet": lambda size, dirs, *, val_alone, **_: open_imagenet(size, dirs, val_alone=val_alone),
     "folder": lambda size, dirs, *, val_alone, **_: open_imagefolder(size, dirs, val_alone=val_alone),
+    UNLABELLED: lambda size, dirs, *, classes, **_: open_unlabelled(size, dirs, classes),
     "synthetic": lambda size, dirs, *, classes, counts, **_: open_synthetic(size, classes, counts),
 }
 
@@ -62,10 +63,10 @@ def open_labelled(
     """The data set that ``name`` names: one of LABELLED or, where it is none of these, the path of a folder of splits.
 
     size: (height, width) in px, None for the data set's own. dirs: folders (or CIFAR-10's archive) searched in order
-    by those that are in files. download: for cifar10, where it is in none of them. classes, counts: of synthetic, the
-    counts being images to train with and to test with. val_alone: of folders, see ``open_imagefolder``. Raises
-    UsageError for an unknown name, for an option that is not the data set's, and for files that are missing,
-    incomplete, damaged or not in their places.
+    by those that are in files. download: for cifar10, where it is in none of them. classes: of synthetic, and of the
+    network for unlabelled images. counts: of synthetic, images to train with and to test with. val_alone: of folders,
+    see ``open_imagefolder``. Raises UsageError for an unknown name, for an option that is not the data set's, and for
+    files that are missing, incomplete, damaged or not in their places.
     """
     if is_own(name):
         return open_labelled_own(name, size)
@@ -74,7 +75,7 @@ def open_labelled(
     _known(name, LABELLED, "a folder with the folders train and val")
     if download and name != "cifar10":
         raise UsageError(f"--download is for cifar10, not for {name}; leave it out")
-    if name != "synthetic" and (classes is not None or counts is not None):
+    if name not in ("synthetic", UNLABELLED) and (classes is not None or counts is not None):
         raise UsageError(f"numbers of classes and images are for synthetic, and {name} has its own; leave them out")
     return LABELLED[name](size, dirs, download=download, classes=classes, counts=counts, val_alone=val_alone)
 

@@ -14,12 +14,11 @@ from torch import Tensor
 from bgcbench.data.folder import IMAGENET_EVALUATION, folder_name, image_files, is_image
 from bgcbench.data.labelled import DATA_DIR, FolderData, search
 from bgcbench.errors import UsageError, some
-from bgcbench.specs import Pair
-
-TRAIN = "train"
-TEST = ("val", "valid", "validation", "test")  # the first that is there
+from bgcbench.specs import TEST_SPLITS, TRAIN_SPLIT, Pair
 
 VAL_ALONE = 8  # of a split by itself one image in so many calibrates, and the others are evaluated
+
+UNLABELLED_TEST = 4  # without splits and labels one image in so many is evaluated, and the others calibrate and train
 
 _IMAGENET_FILE = "ILSVRC2012_val_"  # what the names of ImageNet's validation images begin with
 
@@ -45,7 +44,7 @@ def open_imagenet(
     ``open_imagefolder``, and for other numbers of classes or images.
     """
     expected = expected or IMAGENET
-    data = _opened("imagenet", size, dirs, TEST[:1], val_alone=val_alone)
+    data = _opened("imagenet", size, dirs, TEST_SPLITS[:1], val_alone=val_alone)
     train, test = len(data.train_labels), len(data.test_labels)
     found = [(data.train_root, train, expected.train), (data.test_root, test, expected.test)]
     for root, images, wanted in found if not val_alone else [(data.test_root, train + test, expected.test)]:
@@ -59,7 +58,7 @@ def open_imagenet(
 
 
 def open_imagefolder(size: Pair | None, dirs: Sequence[Path], *, val_alone: bool = False) -> FolderData:
-    """The images of the first of ``dirs`` that has a folder ``train``, with one of TEST next to it.
+    """The images of the first of ``dirs`` that has a folder ``train``, with one of TEST_SPLITS next to it.
 
     Each split has a folder for each class, and the labels are the numbers of their sorted names, as in torchvision's
     ImageFolder. size: (height, width) in px, by default 224 x 224. val_alone: there need be no ``train``; one image in
@@ -67,24 +66,59 @@ def open_imagefolder(size: Pair | None, dirs: Sequence[Path], *, val_alone: bool
     nothing is found, and for a split that is missing, has no or other classes, only one, or one without images, or
     cannot be listed.
     """
-    return _opened("folder", size, dirs, TEST, val_alone=val_alone)
+    return _opened("folder", size, dirs, TEST_SPLITS, val_alone=val_alone)
+
+
+def open_unlabelled(size: Pair | None, dirs: Sequence[Path], classes: int) -> FolderData:
+    """Images without labels, for a network that tells ``classes`` apart: those of the first of ``dirs``.
+
+    Of its folders TRAIN_SPLIT and TEST_SPLITS the first trains and calibrates, the second is evaluated; where there are
+    not two, one image in UNLABELLED_TEST of all is evaluated. Raises UsageError where either would have no image.
+    """
+    top, how = dirs[0], IMAGENET_EVALUATION.at(size or IMAGENET_EVALUATION.size)
+    splits = [top / name for name in (TRAIN_SPLIT, *TEST_SPLITS) if (top / name).is_dir()]
+    train_root, test_root = splits[:2] if len(splits) > 1 else 2 * (splits or [top])
+    train, test = image_files(train_root), image_files(test_root)
+    note = f"{top} has images without labels, which are evaluated by agreement with the original network"
+    if train_root == test_root:
+        train, test = tuple(each for n, each in enumerate(train) if n % UNLABELLED_TEST), train[::UNLABELLED_TEST]
+        note += f"; one in {UNLABELLED_TEST} is, and the others train and calibrate"
+    for root, files in ((train_root, train), (test_root, test)):
+        if not files:
+            raise UsageError(f"{root} has too few images: there must be some to calibrate with, and others to evaluate")
+    return FolderData(
+        folder_name(top),
+        how,
+        classes,
+        train_labels=torch.zeros(len(train), dtype=torch.int64),
+        test_labels=torch.zeros(len(test), dtype=torch.int64),
+        meaningful=False,
+        labelled=False,
+        notes=(note,),
+        train_root=train_root,
+        test_root=test_root,
+        train_files=train,
+        test_files=test,
+    )
 
 
 def _opened(name: str, size: Pair | None, dirs: Sequence[Path], tests: Sequence[str], *, val_alone: bool) -> FolderData:
     how = IMAGENET_EVALUATION.at(size or IMAGENET_EVALUATION.size)
-    top = _top(name, dirs, tests, (TRAIN,) if not val_alone else tests)
+    top = _top(name, dirs, tests, (TRAIN_SPLIT,) if not val_alone else tests)
     test_root = next((top / split for split in tests if (top / split).is_dir()), None)
     if test_root is None:
-        raise UsageError(f"{top} has no folder {' or '.join(tests)} beside {TRAIN}; put the images to test with there")
+        wanted = f"{' or '.join(tests)} beside {TRAIN_SPLIT}"
+        raise UsageError(f"{top} has no folder {wanted}; put the images to test with there")
     test = _read(test_root)  # first: it is the smaller one, and the one that is flat where one is
     if val_alone:
         _check_classes(test)
         notes = test.notes
-        notes += (f"{top} has no {TRAIN}: one image in {VAL_ALONE} of {test_root} calibrates and is not evaluated",)
+        told = f"one image in {VAL_ALONE} of {test_root} calibrates and is not evaluated"
+        notes += (f"{top} has no {TRAIN_SPLIT}: {told}",)
         mine = torch.arange(len(test.files)) % VAL_ALONE == 0
         train, test = test.part(mine), test.part(~mine)
     else:
-        train = _read(top / TRAIN)
+        train = _read(top / TRAIN_SPLIT)
         _check_same(train, test)
         for split in (train, test):
             _check_classes(split)
@@ -105,7 +139,7 @@ def _opened(name: str, size: Pair | None, dirs: Sequence[Path], tests: Sequence[
 
 def _top(name: str, dirs: Sequence[Path], tests: Sequence[str], needed: Sequence[str]) -> Path:
     """The folder that has the splits, known by one of the folders ``needed``."""
-    wanted = f"{TRAIN} and {' or '.join(tests)}"
+    wanted = f"{TRAIN_SPLIT} and {' or '.join(tests)}"
     if not dirs:
         path = "; or give its path as --data" if name == "folder" else ""
         raise UsageError(f"{name} needs {DATA_DIR}: the folder that has {wanted}{path}")
@@ -116,7 +150,7 @@ def _top(name: str, dirs: Sequence[Path], tests: Sequence[str], needed: Sequence
         if any((directory / split).is_dir() for split in needed):
             return directory
         own = Path(os.path.abspath(directory))
-        if own.name in (TRAIN, *TEST):
+        if own.name in (TRAIN_SPLIT, *TEST_SPLITS):
             return f"{directory} is one of the splits: give the folder above it, {own.parent}"
         there = some(sorted(entry for entry in names if not entry.startswith(".")))
         return f"{directory} has no folder {' or '.join(needed)}, it has {there or 'nothing'}"

@@ -26,13 +26,15 @@ class LabelledData(Source, ABC):
     """A training and a test split with labels.
 
     train_labels, test_labels: (count,) in int64 on the CPU. meaningful: False where the labels are random and an error
-    rate says nothing. notes: what the user should be told.
+    rate says nothing. labelled: False where there are none (all 0), nor any errors; what a network says of the images
+    may be compared with what another one does. notes: what the user should be told.
     """
 
     num_classes: int
     train_labels: Tensor
     test_labels: Tensor
     meaningful: bool = True
+    labelled: bool = True
     notes: tuple[str, ...] = ()
 
     @property

@@ -8,7 +8,7 @@ one that multiplies least and the dense one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -52,9 +52,9 @@ def fastest_algorithms(
     calls: dict[str, Callable[[], object]] = {}
     for name, algorithms in candidates.items():
         if algorithms not in [candidates[other] for other in calls]:
-            session = Session(write(algorithms))
-            calls[name] = session.bound(dict(zip(session.inputs, args, strict=True)))
-    found = measured(lambda: calls, torch.device("cpu"))
+            session = Session(write(algorithms), target.device)
+            calls[name] = session.bound({k: x.to(target.device) for k, x in zip(session.inputs, args, strict=True)})
+    found = measured(lambda: calls, target.device)
     return candidates[found.form], dict(found.seconds)
 
 
@@ -67,42 +67,71 @@ def _by_layer(
     for name, layer in layers.items():
         sizes = tuple(tuple(weight.shape) for weight in layer.plain(layer.spec.plain[0]).parameters())
         alike.setdefault((layer.spec, layer.padding_mode, sizes, tuple(inputs[name].shape)), []).append(name)
-    first = {names[0]: layers[names[0]] for names in alike.values()}
-    # One export of all, because each takes a second however little is in it.
-    given = tuple(inputs[name] for name in first)
-    outputs = [f"{name} {algorithm}" for name, layer in first.items() for algorithm in layer.spec.plain]
-    content = onnx_file.written(
-        _Surrounded(list(first.values())),
-        given,
-        ([f"x{number}" for number in range(len(given))], outputs),
-        [False] * len(given),
-        exporter=target.exporter,
-        opset=target.opset,
-    )
+    # Between two depthwise convolutions that leave outputs as they compute.
+    ways: dict[str, dict[str, nn.Module]] = {
+        names[0]: {
+            algorithm: nn.Sequential(
+                _pointwise(layer.in_channels), layer.plain(algorithm), _pointwise(layer.out_channels)
+            )
+            for algorithm in layer.spec.plain
+        }
+        for names in alike.values()
+        for layer in (layers[names[0]],)
+    }
     found: dict[str, str] = {}
-    for (name, layer), x in zip(first.items(), given, strict=True):
-        calls: dict[str, Callable[[], Any]] = {}
-        for algorithm in layer.spec.plain:
-            session = Session(onnx_file.part_of(content, f"{name} {algorithm}"))
-            calls[algorithm] = session.bound({session.inputs[0]: x})
-        seconds = measured(partial(dict, calls), torch.device("cpu")).seconds
+    for name, sessions in _opened(ways, inputs, target):
+        seconds = measured(partial(_bound, sessions, inputs[name]), target.device).seconds
         best = min(seconds, key=seconds.__getitem__)
         found[name] = best if seconds[best] < WORTH * seconds[DENSE] else DENSE
     return {name: found[names[0]] for names in alike.values() for name in names}
 
 
-class _Surrounded(nn.Module):
-    """Layers, each by each of its algorithms, between two depthwise convolutions that leave outputs as they compute."""
+def fastest_layers(layers: Mapping[str, VariantConv2d], x: Tensor, target: OnnxTarget) -> Iterator[tuple[str, Session]]:
+    """Each of ``layers`` in ONNX Runtime by the fastest of its algorithms on ``x``; of several ``dense`` is none.
 
-    def __init__(self, layers: Sequence[VariantConv2d]) -> None:
+    What ``dense`` takes is what the dense convolution takes, whatever its kernel is the kernel of.
+    """
+    ways = {
+        name: {each: layer.plain(each) for each in layer.spec.plain if each != DENSE or len(layer.spec.plain) == 1}
+        for name, layer in layers.items()
+    }
+    for name, sessions in _opened(ways, dict.fromkeys(ways, x), target):
+        yield name, sessions[measured(partial(_bound, sessions, x), target.device).form]
+
+
+def _opened(
+    ways: Mapping[str, Mapping[str, nn.Module]], inputs: Mapping[str, Tensor], target: OnnxTarget
+) -> Iterator[tuple[str, dict[str, Session]]]:
+    """Of each layer (by name) every way to compute it on its input, in ONNX Runtime.
+
+    All are of one export, because each takes a second however little is in it.
+    """
+    given = tuple(inputs[name] for name in ways)
+    content = onnx_file.written(
+        _Apart([list(own.values()) for own in ways.values()]),
+        given,
+        (
+            [f"x{number}" for number in range(len(given))],
+            [f"{name} {way}" for name, own in ways.items() for way in own],
+        ),
+        [False] * len(given),
+        exporter=target.exporter,
+        opset=target.opset,
+    )
+    for name, own in ways.items():
+        yield name, {way: Session(onnx_file.part_of(content, f"{name} {way}"), target.device) for way in own}
+
+
+def _bound(sessions: Mapping[str, Session], x: Tensor) -> dict[str, Callable[[], object]]:
+    return {name: session.bound({session.inputs[0]: x.to(session.device)}) for name, session in sessions.items()}
+
+
+class _Apart(nn.Module):
+    """Modules side by side: those of each list on an input of their own."""
+
+    def __init__(self, made: list[list[nn.Module]]) -> None:
         super().__init__()
-        self.made = nn.ModuleList(
-            nn.ModuleList(
-                nn.Sequential(_pointwise(layer.in_channels), layer.plain(algorithm), _pointwise(layer.out_channels))
-                for algorithm in layer.spec.plain
-            )
-            for layer in layers
-        )
+        self.made = nn.ModuleList(map(nn.ModuleList, made))
 
     def forward(self, *inputs: Tensor) -> list[Tensor]:
         made: Any = self.made

@@ -17,7 +17,7 @@ import bgcbench
 from bgcbench.deployment import code, onnx_file
 from bgcbench.errors import BgcbenchError, reason_of
 from bgcbench.measure.batches import tensors_of
-from bgcbench.measure.runtime import Session
+from bgcbench.measure.runtime import CPU, Session
 from bgcbench.specs import EXPORTERS
 
 Run = Callable[..., Sequence[Tensor]]
@@ -109,10 +109,11 @@ def _called_below(module: nn.Module, called: Mapping[nn.Module, Inputs]) -> Iter
 
 @dataclass(frozen=True)
 class OnnxTarget(Target):
-    """An ONNX file, written by one of torch's exporters, run in ONNX Runtime."""
+    """An ONNX file, written by one of torch's exporters, run in ONNX Runtime on ``device``."""
 
     exporter: str
     opset: int
+    device: torch.device = CPU
 
     def __post_init__(self) -> None:
         onnx_file.check_packages(self.exporter)
@@ -136,7 +137,7 @@ class OnnxTarget(Target):
         return [made]
 
     def opened(self, contents: Sequence[bytes]) -> Run:
-        return Session(contents[0])
+        return Session(contents[0], self.device)
 
     def nodes(self, contents: Sequence[bytes]) -> Mapping[str, int]:
         return onnx_file.nodes_in(contents[0])

@@ -226,9 +226,9 @@ class PlanChoice:
         about = {"where": "auto", "include": (), "exclude": (), "skip_invalid": False}
         said = [name for name, usual in about.items() if getattr(self, name) != usual]
         if self.choices == [PLANNED] and said:
+            too = ", or name --variants, too" if hasattr(self, "variants") else ""
             raise UsageError(
-                f"--{said[0].replace('_', '-')} is for variants, and --plan names each convolution; leave it out, or "
-                "name --variants, too"
+                f"--{said[0].replace('_', '-')} is for variants, and --plan names each convolution; leave it out{too}"
             )
 
 

@@ -6,13 +6,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from bgcbench.errors import UsageError
 from bgcbench.experiments.approx_network import ApproxNetworkConfig
-from bgcbench.experiments.config import ImageChoice, NetworkChoice
+from bgcbench.experiments.config import ImageChoice, NetworkChoice, PlanChoice
 from bgcbench.experiments.options import (
     CONVERSION,
     MEASURE,
@@ -26,30 +27,46 @@ from bgcbench.experiments.options import (
     positive,
     weights_option,
 )
-from bgcbench.specs import DATA_SETS, HELD_OUT, RANKED, SOLVED, VARIANTS, Choice, is_own
+from bgcbench.specs import (
+    DATA_SETS,
+    HELD_OUT,
+    PLANNED,
+    RANKED,
+    SOLVED,
+    VARIANTS,
+    Choice,
+    is_own,
+)
 
 INITS = ("copy", "white", *SOLVED)
 
 
 @dataclass(frozen=True)
-class ConversionConfig(ImageChoice, NetworkChoice):
+class ConversionConfig(PlanChoice, ImageChoice, NetworkChoice):
     """One network, what its convolutions become, and with which weights; valid once constructed.
 
-    init: None for calibrated where there are images, and white without. Raises UsageError or ShapeError.
+    plan: of each convolution by name, in the place of variant, groups, rank and of which are replaced. init: None for
+    calibrated where there are images, and white without. Raises UsageError or ShapeError.
     """
 
     model: str = option(
         "",
         "resnet50, wrn_28_10, any classification network of torchvision, timm/NAME, or your own: net.py:make.",
     )
-    variant: str = option(
-        "bgc", "What they become.", short="v", panel=CONVERSION, everyday=True,
+    variant: str | None = option(
+        None, "What they become.", short="v", panel=CONVERSION, everyday=True, shown="bgc",
         check=one_of([name for name in VARIANTS if name != "standard"], "variant"),
     )  # fmt: skip
     groups: int | None = option(
         None, "N.", short="g", panel=CONVERSION, everyday=True, shown="4; none with --rank", check=positive
     )
     rank: int | None = option(None, "Rank of low rank, in place of N.", panel=CONVERSION, check=positive)
+    plan: Mapping[str, Any] | None = option(
+        None,
+        "What each becomes: plan.json of bgcbench plan --save, or its result file.",
+        panel=CONVERSION,
+        everyday=True,
+    )
     init: str | None = option(
         None,
         "How the weights are found: calibrated (on --data), refit (so are the convolutions that stay), white (closed "
@@ -75,11 +92,18 @@ class ConversionConfig(ImageChoice, NetworkChoice):
         check_options(self)
         if not self.model:
             raise UsageError("name a MODEL to convert, such as resnet50")
+        if self.plan is not None:
+            for name in ("variant", "groups", "rank"):
+                if getattr(self, name) is not None:
+                    raise UsageError(f"--plan says what each convolution becomes; leave --{name} out")
+        elif self.variant is None:
+            object.__setattr__(self, "variant", "bgc")
+        self._settle_plan()
         if self.rank is not None and self.groups is not None:
             raise UsageError(f"--rank {self.rank} stands in place of --groups {self.groups}; leave one of them out")
         if self.rank is not None and self.variant not in RANKED:
             raise UsageError(f"--rank is for {' and '.join(RANKED)}, not for {self.variant}; give --groups N")
-        if self.rank is None and self.groups is None:
+        if self.plan is None and self.rank is None and self.groups is None:
             object.__setattr__(self, "groups", 4)
         if self.init is None:
             object.__setattr__(self, "init", "calibrated" if self.data else "white")
@@ -91,8 +115,8 @@ class ConversionConfig(ImageChoice, NetworkChoice):
         self._resolve_network()
 
     @property
-    def choice(self) -> Choice:
-        return Choice(self.variant, self.groups or 1, self.rank)
+    def choices(self) -> list[Choice]:
+        return [PLANNED if self.plan is not None else Choice(self.variant or "bgc", self.groups or 1, self.rank)]
 
 
 @dataclass(frozen=True)

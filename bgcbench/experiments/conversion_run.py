@@ -6,14 +6,13 @@ import io
 
 import torch
 
-from bgcbench.conversion.convert import convert, save_converted
-from bgcbench.conversion.selection import Indivisible
+from bgcbench.conversion.convert import save_converted
 from bgcbench.data import open_images
 from bgcbench.errors import ShapeError
 from bgcbench.experiments.approx_network_run import UNTRAINED, Batches
 from bgcbench.experiments.conversion import ConversionConfig
 from bgcbench.experiments.images import prepared_for, sized, told, traced, warned
-from bgcbench.experiments.network_run import network_counts
+from bgcbench.experiments.network_run import converted_as_chosen, network_counts
 from bgcbench.experiments.profile import row_seed
 from bgcbench.measure.trace import trace
 from bgcbench.models import build_model
@@ -47,22 +46,20 @@ def converted_network(config: ConversionConfig) -> tuple[bytes, Conversion]:
         count = min(config.calibration_images, len(images))
         calibration = Batches(images, count, BATCH, config.seed, config.calibration_views)
         notes += [*told(images.preprocessing, weights), *warned(images.preprocessing, weights, config.model)]
+    (choice,) = config.choices
     try:
-        converted = convert(
+        converted = converted_as_chosen(
+            config,
             dense,
-            **config.choice.to_json(),
-            where=config.where,
-            include=config.include,
-            exclude=config.exclude,
+            choice,
+            lambda variant: "auto",
             init=config.init or "white",
-            on_indivisible="skip" if config.skip_invalid else "raise",
-            example_input=spec.size,
             calibration=calibration,
             calibration_images=None if calibration is None else calibration.count * calibration.views,
             seed=config.seed,
         )
-    except Indivisible as problem:
-        raise ShapeError(f"{problem.fact}; use another --groups, or keep them dense with --skip-invalid") from None
+    except ShapeError as problem:
+        raise ShapeError(f"{problem}; use another --groups, or keep them dense with --skip-invalid") from None
     after = converted.model.eval()
     file = io.BytesIO()
     save_converted(converted, file)

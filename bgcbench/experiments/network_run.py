@@ -172,15 +172,16 @@ def conversion_of(config: Selection, choice: Choice, algorithm_of: Callable[[str
 
 
 def converted_as_chosen(
-    config: Selection, dense: nn.Module, choice: Choice, algorithm_of: Callable[[str], str]
+    config: Selection, dense: nn.Module, choice: Choice, algorithm_of: Callable[[str], str], **how: Any
 ) -> Converted:
     """``dense`` with the convolutions that ``config`` chooses, or that its plan names, replaced, freshly initialised.
 
+    how: other arguments of ``convert``, such as another init.
     Raises ShapeError where some of them do not fit, unless ``skip_invalid``, which keeps those dense; UsageError for a
     plan that is not for this network.
     """
     try:
-        converted = convert(dense, init="scratch", **conversion_of(config, choice, algorithm_of))
+        converted = convert(dense, **{"init": "scratch", **how, **conversion_of(config, choice, algorithm_of)})
     except Indivisible as problem:
         raise ShapeError(problem.fact) from None
     except UsageError as problem:

@@ -12,8 +12,8 @@ from typing import ClassVar
 from bgcbench.errors import UsageError
 from bgcbench.experiments.approx_network import ApproxNetworkConfig
 from bgcbench.experiments.options import GRID, MEASURE, NETWORK, Option, one_of, option, positive
-from bgcbench.planning import TRIED, asked_for
-from bgcbench.specs import LAYOUTS, check_on_cpu
+from bgcbench.planning import PLAN_MODES, TRIED, asked_for
+from bgcbench.specs import LAYOUTS, NETWORK_PHASES, RUNTIME, check_in_runtime, check_on_cpu
 
 
 def _share(field: str, value: float) -> None:
@@ -25,7 +25,7 @@ def _share(field: str, value: float) -> None:
 class PlanConfig(ApproxNetworkConfig):
     """One network, its images, one budget and what is tried; valid once constructed (raises UsageError or ShapeError).
 
-    params, macs, time, loss: of them one or none; see :func:`bgcbench.plan`. precision, layout, batch: of
+    params, macs, time, loss: of them one or none; see :func:`bgcbench.plan`. mode, phase, precision, layout, batch: of
     a call that is timed.
     test_images: never used to plan, to compare the planned network with the original one.
     """
@@ -36,9 +36,7 @@ class PlanConfig(ApproxNetworkConfig):
         None, "Keep at most this share of the convolutions' parameters.", panel=GRID, everyday=True, check=_share
     )
     macs: float | None = option(None, "Of their multiply-adds.", panel=GRID, everyday=True, check=_share)
-    time: float | None = option(
-        None, "Of the network's time, measured here in inference.", panel=GRID, everyday=True, check=_share
-    )
+    time: float | None = option(None, "Of the network's time, measured here.", panel=GRID, everyday=True, check=_share)
     loss: float | None = option(
         None, "The fewest MACs with at most this predicted loss.", panel=GRID, everyday=True, check=_share
     )
@@ -48,6 +46,16 @@ class PlanConfig(ApproxNetworkConfig):
     precision: str = option("fp32", "What is timed: fp32, tf32, bf16 or fp16.")
     layout: str = option(
         "nchw", "nchw, or nhwc (channels_last): of what is timed.", panel=MEASURE, check=one_of(LAYOUTS)
+    )
+    mode: str = option(
+        "eager",
+        "What is timed runs in eager PyTorch, compile (torch.compile) or onnxruntime (extra: onnx).",
+        panel=MEASURE,
+        everyday=True,
+        check=one_of(PLAN_MODES, "mode"),
+    )
+    phase: str = option(
+        "fwd", "What is timed: fwd (inference) or train_step.", panel=MEASURE, check=one_of(NETWORK_PHASES, "phase")
     )
     batch: int = option(8, "Images of a call that is timed.", panel=MEASURE)
     test_images: int = option(
@@ -72,11 +80,16 @@ class PlanConfig(ApproxNetworkConfig):
         ("params", "macs", "time", "loss", "most_variants", "test_images", "save", "measured", "memory_gib", "device")
     )
 
+    # What times are of, and losses are not.
+    OF_TIMES: ClassVar[tuple[str, ...]] = ("mode", "phase", "precision", "layout", "batch")
+
     def __post_init__(self) -> None:
         super().__post_init__()
         asked_for(self._budgets, "--")
         if self.device == "cpu":
-            check_on_cpu(self.precision, "eager")
+            check_on_cpu(self.precision, self.mode)
+        if self.mode == RUNTIME:
+            check_in_runtime(phase=self.phase, precision=self.precision, layout=self.layout)
 
     @property
     def _budgets(self) -> dict[str, float | None]:

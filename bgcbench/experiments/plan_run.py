@@ -18,8 +18,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import torch
+from msgspec.structs import replace
 from torch import Tensor, nn
 
 from bgcbench.conversion.approximability import shape_of
@@ -41,17 +41,31 @@ from bgcbench.measure.allocator import memory_state
 from bgcbench.measure.batches import Passing
 from bgcbench.measure.device import DTYPES, backend_state, describe_failure
 from bgcbench.measure.undisturbed import undisturbed
+from bgcbench.measure.workload import Cell
 from bgcbench.planning.choices import LayerOptions, Problem, Scored, best_families, choices_for
 from bgcbench.planning.decision import AGAIN, FELT, PLAIN, Contender, Plan, choose, planned
+from bgcbench.planning.execution import Execution
 from bgcbench.planning.losses import SENSITIVITY_IMAGES
-from bgcbench.planning.plan import NETWORK_ROUNDS, decided, held_outputs, layer_rules, losses_of, score, timed, tryout
-from bgcbench.planning.times import interleaved
+from bgcbench.planning.plan import (
+    DENSE,
+    NETWORK_ROUNDS,
+    Seen,
+    counted_problem,
+    decided,
+    held_outputs,
+    layer_rules,
+    losses_of,
+    score,
+    timed,
+    tryout,
+)
+from bgcbench.planning.times import EAGER, interleaved
 from bgcbench.results import Document, check_command, check_resumable, write_atomically
 from bgcbench.results.rows import Counts, CurvePoint, PlanFacts, PlanParams, PlanRow, Replaced
 from bgcbench.specs import HELD_OUT, REFIT, Choice
 
 PLAN_FILE, NETWORK_FILE = "plan.json", "network.pt"
-DENSE, PLAN, DENSE_KEY = "dense", "plan", "proof-dense"  # subjects of a proof, besides the variants
+PLAN, DENSE_KEY = "plan", "proof-dense"  # of a proof, besides the variants
 READ = 64  # images that are read at a time
 QUICKLY = "left out by --quick"
 LOOK = 8  # images of a look at how fast the network is
@@ -98,7 +112,21 @@ class Prepared:
     @property
     def bare(self) -> Problem:
         """Every layer with what its choices cost by formula; of the losses nothing is known yet."""
-        return Problem(tuple(_counted(layer, self.choices[layer.name]) for layer in self.layers))
+        config = self.config
+        return counted_problem(self.layers, config.variants, config.groups, config.ranks)
+
+    def seen(self, stop: Callable[[], bool]) -> Seen:
+        """The images that are planned on."""
+        batches, config = self.network.batches, self.config
+        return Seen(
+            batches=list(batches),
+            images=self.images * config.calibration_views,
+            pictures=batches.pictures,
+            memory_bytes=round(config.memory_gib * 2**30),
+            seed=row_seed(config.seed, "positions"),
+            quick=config.quick,
+            stop=stop,
+        )
 
     def unseen(self) -> tuple[list[Tensor], Tensor | None]:
         """Images that nothing was planned on, and their labels where they are the network's classes."""
@@ -164,12 +192,6 @@ def prepare(config: PlanConfig) -> Prepared:
     return prepared
 
 
-def _counted(layer: Replaced, choices: Sequence[Choice]) -> LayerOptions:
-    """A layer with what its choices cost by formula; of the losses nothing is known yet."""
-    options = (Scored(choice, *counted(layer, choice), 0.0, 0.0) for choice in (Choice(), *choices))
-    return LayerOptions(layer, tuple(options))
-
-
 class PlanRun(Run[PlanRow]):
     """One run over a prepared network; ``plan`` is known after the choice."""
 
@@ -193,6 +215,7 @@ class PlanRun(Run[PlanRow]):
         kind, budget = self.config.budget
         asked: Any = {"kind": kind, "asked": budget}
         self.facts = facts or PlanFacts(**asked)
+        self.execution = Execution(self.config.mode, self.config.phase)
         self.plan: Plan | None = None
         self._networks: dict[frozenset[tuple[str, Choice]], Converted] = {}
         self._replace = replace
@@ -210,7 +233,8 @@ class PlanRun(Run[PlanRow]):
         network = prepared.network
         return [
             f"plan: {len(prepared.layers)} convolutions of {self.config.model} (weights: {network.loaded.name}), "
-            f"{options} choices, {asked}; {prepared.images} images to plan on, {prepared.test_images} others to test",
+            f"{options} choices, {asked}; {prepared.images} images to plan on, {prepared.test_images} others to test; "
+            f"timed in {self.config.mode}, {self.config.phase}",
             f"roughly {self.estimated_s() / 60:.0f} min, by a look at the device",
             *network.told,
             *(f"  {name}: {', '.join(each.label for each in found)}" for name, found in prepared.choices.items()),
@@ -247,11 +271,15 @@ class PlanRun(Run[PlanRow]):
                 seconds += (moments + sum(solving)) / rate + len(variants) * min(put_in, images // HELD_OUT) * image_s
             seconds += converted * (2 * moments + sum(solving) / max(1, len(solving))) / rate
         seconds += (images * (1 + 2 * converted) + prepared.test_images * (1 + converted)) * image_s
+        call_s, there = (3 if self.execution.trains else 1) * config.batch * image_s, len(prepared.layers)
         if config.budget[0] == "time" and self._left("cost"):
-            rules = layer_rules(device.type, quick=config.quick)
-            seconds += rules.max_time_s * sum(len(choices) + 1 for choices in prepared.choices.values()) / 2
-            seconds += 2 * len(variants) * NETWORK_ROUNDS * config.batch * image_s
-        return seconds + len(variants) * 10 * config.batch * image_s
+            # Layers of one shape are measured once.
+            alike = {replace(layer, name="", also=(), calls=None): layer.name for layer in prepared.layers}
+            layers, networks = sum(1 + len(prepared.choices[name]) for name in alike.values()), 1 + 2 * len(variants)
+            seconds += layers * layer_rules(device.type, quick=config.quick).max_time_s
+            seconds += networks * NETWORK_ROUNDS * call_s + self.execution.ready_s(layers, networks * there)
+        compared = 3 if config.quick else 2 + len(variants)
+        return seconds + compared * 10 * call_s + self.execution.ready_s(0, compared * there)
 
     def take_into(self, document: Document) -> None:
         super().take_into(document)
@@ -298,23 +326,27 @@ class PlanRun(Run[PlanRow]):
         if not left:
             return
         seconds: dict[tuple[str, Choice], float | None] = {}
+        untimed: Mapping[tuple[str, Choice], str] = {}
         if self.config.budget[0] == "time":
             yield Step(f"measuring {len(left)} choices of {len(self.prepared.layers)} convolutions")
             try:
                 with backend_state(self.config.precision, self.config.threads):
                     found = timed(
-                        self._as_timed(model), self.prepared.bare, Passing(), self._example(), quick=self.config.quick,
-                        seed=row_seed(self.config.seed, "times"), stop=self.stop,
+                        self._as_timed(model), self.prepared.bare, Passing(), self._example(), self.execution,
+                        quick=self.config.quick, seed=row_seed(self.config.seed, "times"), stop=self.stop,
                     )  # fmt: skip
             except Stopped:
                 return
             seconds = {(each.layer.name, one.choice): one.seconds for each in found.layers for one in each.options}
+            untimed = found.untimed
             self.warnings += found.notes
-            self.facts = msgspec.structs.replace(self.facts, rest_s=found.rest_s, factors=dict(found.factors))
+            self.facts = replace(self.facts, rest_s=found.rest_s, factors=dict(found.factors))
         for row in left:
             layer, choice = _of(row)
             params, macs = counted(layer, choice)
-            self._done(row, counts=Counts(params=params, macs=macs), seconds=seconds.get((layer.name, choice)))
+            own: Any = {"counts": Counts(params=params, macs=macs), "seconds": seconds.get((layer.name, choice))}
+            reason = untimed.get((layer.name, choice))
+            self.known[row.key] = PlanRow(row.key, "invalid" if reason else "ok", reason, params=row.params, **own)
         yield Step("costs are known", save=True)
 
     def _check_time(self) -> None:
@@ -326,31 +358,18 @@ class PlanRun(Run[PlanRow]):
     def _losses(self, model: nn.Module) -> Iterator[Step]:
         left = self._left("loss")
         names = {layer.name for layer, _ in map(_of, left)}
-        layers = [layer for layer in self.prepared.layers if layer.name in names]
-        if not layers or self.stop():
+        if not names or self.stop():
             return
-        network, config = self.prepared.network, self.config
-        yield Step(f"{self.prepared.images} images through {config.model}")
-        scored = score(
-            model,
-            layers,
-            self.prepared.choices,
-            list(network.batches),
-            images=self.prepared.images * config.calibration_views,
-            passing=Passing(),
-            pictures=network.batches.pictures,
-            memory_bytes=round(config.memory_gib * 2**30),
-            seed=row_seed(config.seed, "positions"),
-            quick=config.quick,
-            stop=self.stop,
-        )
+        yield Step(f"{self.prepared.images} images through {self.config.model}")
+        wanted = [each for each in self.prepared.bare.layers if each.layer.name in names]
+        scored = score(model, wanted, self.prepared.seen(self.stop))
         for number, options in enumerate(scored, 1):
             by_choice = {each.choice: each for each in options.options}
             for row in left:
                 layer, choice = _of(row)
                 if layer.name == options.layer.name:
                     self._done(row, loss=by_choice[choice].loss, felt=by_choice[choice].felt)
-            yield Step(options.layer.name, number / len(layers), save=True)
+            yield Step(options.layer.name, number / len(wanted), save=True)
 
     def _done(self, row: PlannedRow, **found: Any) -> None:
         self.known[row.key] = PlanRow(row.key, "ok", None, params=row.params, **found)
@@ -380,21 +399,20 @@ class PlanRun(Run[PlanRow]):
             self._choose(planned(problem, kind, budget, choose(problem, kind, budget, most_variants=most)))
             return
         rows = {row.params.subject: row for row in self.planned if row.params.stage == "trial"}
-        seen = list(self.prepared.network.batches)
-        images = self.prepared.images * self.config.calibration_views
-        original = held_outputs(model, seen, images, Passing(), self.prepared.network.batches.pictures)
+        seen = self.prepared.seen(self.stop)
+        original = held_outputs(model, seen)
 
         def converted(contender: Contender) -> tuple[float, Mapping[str, float]]:
             row, choices = rows[contender.name], contender.choices
             if (known := self.known.get(row.key)) is not None and known.logit_error is not None:
                 return known.logit_error, self.facts.real
-            row = dataclasses.replace(row, params=msgspec.structs.replace(row.params, subject=contender.label))
+            row = dataclasses.replace(row, params=replace(row.params, subject=contender.label))
             done = self._converted(model, row, choices, seen)
             if done is None:
                 return math.inf, {}
             error, lost = original.error(done.model), losses_of(done.record)
             if contender.name == FELT:
-                self.facts = msgspec.structs.replace(self.facts, real=lost)
+                self.facts = replace(self.facts, real=lost)
             held_out = sum(len(part.numbers) for part in original.parts)
             self._done(row, logit_error=error, test_images=held_out, **ratios(problem, choices))
             return error, lost
@@ -422,7 +440,7 @@ class PlanRun(Run[PlanRow]):
             layer = found[row.params.layer or ""]
             chosen, choice = layer.chosen, layer.chosen.choice
             shape = shape_of(next(each for each in self.prepared.layers if each.name == layer.name))
-            params = msgspec.structs.replace(
+            params = replace(
                 row.params, variant=choice.variant, groups=choice.reduction(*shape), rank=choice.rank, shape=layer.shape
             )
             self.known[row.key] = PlanRow(
@@ -432,7 +450,7 @@ class PlanRun(Run[PlanRow]):
                 time_ratio=chosen.seconds / layer.dense.seconds if chosen.seconds and layer.dense.seconds else None,
                 better=layer.better.choice.label if layer.better else None,
             )  # fmt: skip
-        self.facts = msgspec.structs.replace(
+        self.facts = replace(
             self.facts,
             predicted=self.plan.cost,
             loss=self.plan.loss,
@@ -460,7 +478,7 @@ class PlanRun(Run[PlanRow]):
             return
         problem, (kind, budget) = self.problem, self.config.budget
         families = best_families(problem, kind, budget, quick=self.config.quick)
-        seen = list(self.prepared.network.batches)
+        seen = self.prepared.seen(self.stop)
         unseen, labels = self.prepared.unseen()
         original = outputs_of(model, unseen)
         networks: dict[str, nn.Module] = {DENSE_KEY: model}
@@ -472,7 +490,7 @@ class PlanRun(Run[PlanRow]):
                 continue
             label, choices = (PLAN, self.plan.choices) if subject == PLAN else families[subject]
             yield Step(f"converting as {label}", number / len(left))
-            row = dataclasses.replace(row, params=msgspec.structs.replace(row.params, subject=label))  # noqa: PLW2901
+            row = dataclasses.replace(row, params=replace(row.params, subject=label))  # noqa: PLW2901
             try:
                 done = self._converted(model, row, choices, seen)
             except Stopped:
@@ -497,10 +515,10 @@ class PlanRun(Run[PlanRow]):
         yield Step("proved", 1.0, save=True)
 
     def _converted(
-        self, model: nn.Module, row: PlannedRow, choices: Mapping[str, Choice], seen: list[Tensor]
+        self, model: nn.Module, row: PlannedRow, choices: Mapping[str, Choice], seen: Seen
     ) -> Converted | None:
         """The network as ``choices``, converted once in a run; None, with the row saying why, where it cannot be."""
-        config, network, key = self.config, self.prepared.network, frozenset(choices.items())
+        key = frozenset(choices.items())
         if key in self._networks:
             return self._networks[key]
         try:
@@ -508,11 +526,11 @@ class PlanRun(Run[PlanRow]):
                 model,
                 plan=choices,
                 init=REFIT,
-                calibration=seen,
-                calibration_images=self.prepared.images * config.calibration_views,
-                calibration_pictures=network.batches.pictures,
-                example_input=network.config.spec.size,
-                seed=row_seed(config.seed, "positions"),
+                calibration=seen.batches,
+                calibration_images=seen.images,
+                calibration_pictures=seen.pictures,
+                example_input=self.prepared.network.config.spec.size,
+                seed=seen.seed,
                 stop=self.stop,
             )
         except Stopped:
@@ -525,54 +543,70 @@ class PlanRun(Run[PlanRow]):
         self._networks[key] = done
         return done
 
+    def _ready(self, network: nn.Module, example: tuple[Tensor]) -> Cell:
+        return self.execution.network(self.execution.own(self._as_timed(network)), Passing(), example)
+
     def _time(self, networks: Mapping[str, nn.Module]) -> None:
         """Measure the networks in turn; their rows are done then, those that could not be measured without a time."""
-        example = self._example()
-        calls = {name: partial(self._as_timed(network), *example) for name, network in networks.items()}
-        device = self.session.device
+        example, execution, device = self._example(), self.execution, self.session.device
+        makers = {name: partial(self._ready, network, example) for name, network in networks.items()}
         rules = timing.Rules.for_device(device.type, quick=self.config.quick, max_time_s=None)
         rules = dataclasses.replace(rules, min_rounds=max(rules.min_rounds, NETWORK_ROUNDS))
         kept = memory_state("kept" if device.type == "cpu" else None)
         precise = backend_state(self.config.precision, self.config.threads)
-        with undisturbed(self.prepared.network.model), kept, precise:
-            found = interleaved(calls, device, rules, seed=row_seed(self.config.seed, "proof"), stop=self.stop)
+        with undisturbed(self.prepared.network.model), kept, precise, execution.state:
+            measured = interleaved(makers, device, rules, seed=row_seed(self.config.seed, "proof"), stop=self.stop)
+        found = measured.times
+        self.warnings += [f"{name} could not be timed: {why}" for name, why in measured.failures.items()]
         if self.stop():
             return
         for key in networks:
-            row = msgspec.structs.replace(self.known[key], status="ok", reason=None)
+            row = replace(self.known[key], status="ok", reason=None)
             if key in found and DENSE_KEY in found:
                 ratio, ends = found[key].ratio_to(found[DENSE_KEY])
                 times = {"seconds": found[key].median_s, "time_ratio": ratio, "time_ratio_ci95": ends}
-                row = msgspec.structs.replace(row, **times)
+                row = replace(row, **times)
             self.known[key] = row
         plan = self.known.get("proof-plan")
         if plan is not None:
             field = "logit_error" if self.facts.kind == "loss" else f"{self.facts.kind}_ratio"
-            self.facts = msgspec.structs.replace(self.facts, measured=getattr(plan, field))
+            self.facts = replace(self.facts, measured=getattr(plan, field))
 
 
 def measured(document: Document, name: str, run: PlanRun) -> None:
     """Give ``run`` the costs and losses that ``document``, file ``name``, has of the same network on the same images.
 
-    Raises ResultFileError for a file of anything else, or of another machine.
+    Times that were taken in another way are left out, with a warning. Raises ResultFileError for a file of anything
+    else, or of another machine.
     """
     check_command(document, "plan", name)
-    wanted = run.config.to_json()
-    for field, value in wanted.items():
-        if field not in run.config.AFTERWARDS and document.config.get(field) != value:
+    config, conditions = run.config, run.session.conditions
+    # What a file does not have came later, and does by default what was done without it.
+    there, asked = {"mode": EAGER.mode, "phase": EAGER.phase} | document.config, config.to_json()
+    differs = [(field, there.get(field), value) for field, value in asked.items() if there.get(field) != value]
+    for field, was, value in differs:
+        if field not in (*config.AFTERWARDS, *config.OF_TIMES):
             raise ResultFileError(
-                f"{name} has other costs and losses: its {field} is {document.config.get(field)}, and {value} is asked "
-                "for; leave --measured out"
+                f"{name} has other costs and losses: its {field} is {was}, and {value} is asked for; leave --measured "
+                "out"
             )
-    check_resumable(document, run.session.conditions, run.session.environment, name)
+    of_times = {field: getattr(document.settings, field) for field in ("precision", "layout", "tf32", "runtime")}
+    check_resumable(document, replace(conditions, **of_times), run.session.environment, name)
+    facts, by_time = document.plan or PlanFacts(kind="params", asked=1), config.budget[0] == "time"
+    others = [f"{field} is {was}, not {value}" for field, was, value in differs if field in config.OF_TIMES]
+    if document.settings.runtime != conditions.runtime and not others:
+        others = [f"runtime is {document.settings.runtime}, not {conditions.runtime}"]
+    has_times = by_time and facts.kind == "time"
+    if has_times and others:
+        run.warnings.append(f"--measured {name}: its {', its '.join(others)}, so that times are measured anew")
+    takes_times = has_times and not others
     keys = {row.key for row in run.planned}
-    facts, by_time = document.plan or PlanFacts(kind="params", asked=1), run.config.budget[0] == "time"
     for row in document.results:
-        fresh = row.params.stage == "cost" and by_time and facts.kind != "time"
+        fresh = row.params.stage == "cost" and by_time and not takes_times
         if row.params.stage in ("cost", "loss") and row.key in keys and row.is_done and not fresh:
             run.known.setdefault(row.key, row)
-    if by_time and facts.kind == "time":
-        run.facts = msgspec.structs.replace(run.facts, rest_s=facts.rest_s, factors=facts.factors)
+    if takes_times:
+        run.facts = replace(run.facts, rest_s=facts.rest_s, factors=facts.factors)
 
 
 def _seconds(call: Callable[[], object]) -> float:

@@ -48,6 +48,7 @@ from bgcbench.specs import (
     Choice,
     ConvSpec,
     check_choice,
+    check_in_runtime,
     check_on_cpu,
 )
 from bgcbench.theory import paper
@@ -141,11 +142,7 @@ class MeasureConfig(RunConfig):
             for mode in self.modes:
                 check_on_cpu(self.precision, mode)
         if RUNTIME in self.modes:
-            for name, only in (("phases", ("fwd",)), ("precision", "fp32"), ("layout", "nchw")):
-                value = getattr(self, name)
-                if value != only:
-                    asked, has = (",".join(each) if isinstance(each, tuple) else each for each in (value, only))
-                    raise UsageError(f"--mode {RUNTIME} has --{name} {has} alone, not {asked}; ask for that")
+            check_in_runtime(phases=self.phases, precision=self.precision, layout=self.layout)
 
     @property
     def modes(self) -> tuple[str, ...]:

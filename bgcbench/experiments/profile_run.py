@@ -19,13 +19,12 @@ import torch
 from torch import nn
 
 from bgcbench.convs import VariantConv2d, build_conv
-from bgcbench.deployment import onnx_file
 from bgcbench.deployment.workload import RuntimeFile, RuntimeWorkload, runtime_file
 from bgcbench.experiments.base import Run
 from bgcbench.experiments.plan import PlanConfig
 from bgcbench.experiments.profile import MeasureConfig, PlannedRow, ProfileConfig, row_seed
 from bgcbench.experiments.session import Session, open_device
-from bgcbench.measure import ceilings, environment, runtime, timing
+from bgcbench.measure import ceilings, environment, timing
 from bgcbench.measure.allocator import FAULT_S, memory_state, resolve_memory
 from bgcbench.measure.counts import CallWork, call_work, count
 from bgcbench.measure.device import (
@@ -56,7 +55,7 @@ from bgcbench.results.rows import (
     ProfileRow,
     Summary,
 )
-from bgcbench.specs import EXPORTERS, NETWORK_PHASES, PHASES, PRECISIONS, RUNTIME, ConvSpec
+from bgcbench.specs import NETWORK_PHASES, PHASES, PRECISIONS, RUNTIME, ConvSpec
 
 
 @dataclass(frozen=True)
@@ -80,14 +79,11 @@ class TimingProtocol:
 def open_session(config: MeasureConfig) -> Session:
     """The device to measure; raises DeviceError where it is not there, UsageError for what it cannot do and for a
     package that a mode needs."""
-    if RUNTIME in config.modes:
-        onnx_file.check_packages(EXPORTERS[0])
     session = open_device(config, config.device, modes=config.modes, layout=config.layout)
     protocol = TimingProtocol.of(config, session.device)
     session.settings |= {
         "deterministic": False,
         "mode": config.mode,
-        "runtime": f"onnxruntime {runtime.version()}" if RUNTIME in config.modes else None,
         "cache": "cold" if protocol.cold else "warm",
         "memory": protocol.memory,
         "phases": list(config.phases),

@@ -9,11 +9,14 @@ from typing import Any
 import msgspec
 import torch
 
+from bgcbench.deployment.onnx_file import check_packages
 from bgcbench.experiments.config import RunConfig
+from bgcbench.measure import runtime
 from bgcbench.measure.device import backend_state, check_combination, resolve_device, tf32_state
 from bgcbench.measure.environment import describe_environment
 from bgcbench.results import Json
 from bgcbench.results.rows import Environment, Settings
+from bgcbench.specs import EXPORTERS, RUNTIME
 
 
 @dataclass
@@ -39,8 +42,12 @@ def open_device(
 ) -> Session:
     """Find the device ``name`` and describe it; nothing is computed on it yet. settings: others that a run sets.
 
-    Raises DeviceError where the device asked for is not there, UsageError for what it cannot do.
+    Raises DeviceError where the device asked for is not there, UsageError for what it cannot do and for a package that
+    a mode needs.
     """
+    if RUNTIME in modes:
+        check_packages(EXPORTERS[0])
+        settings |= {"runtime": f"onnxruntime {runtime.version()}"}
     device, warning = resolve_device(name)
     for mode in modes:
         check_combination(device, config.precision, mode)

@@ -37,6 +37,7 @@ from bgcbench.specs import (
     DIGITS_PX,
     TRAINING_ALGORITHMS,
     TRAINING_SETS,
+    UNLABELLED,
     VARIANTS,
     Choice,
     NetSpec,
@@ -49,8 +50,8 @@ from bgcbench.training.launcher import processes
 from bgcbench.training.recipes import HYPER, Recipe, check_parts, default_recipe, make_recipe
 
 CLASSES = {"digits": 10, "cifar10": 10, "imagenet": 1000}
-IN_FILES = ("cifar10", "imagenet", "folder")  # data sets that are looked for in --data-dir
-READ_BY_WORKERS = ("imagenet", "folder")
+IN_FILES = ("cifar10", "imagenet", "folder", UNLABELLED)  # data sets that are looked for in --data-dir
+READ_BY_WORKERS = ("imagenet", "folder", UNLABELLED)
 SIDES_PX = {"digits": DIGITS_PX, "cifar10": 32}
 QUICK_EPOCHS, QUICK_IMAGES = 2, 512
 
@@ -168,6 +169,7 @@ class TrainConfig(PlanChoice, NetworkChoice, RunConfig):
         ),
         shorthand("seed", ("seeds",), "The same for one seed.", kind=int, read=alone, panel=GRID, shown="0"),
     )
+    takes_unlabelled: ClassVar[bool] = False
     FREE: ClassVar[tuple[str, ...]] = ("data_dirs", "download", "threads", "workers", "save_every_s", "seed")
     # What --resume may add to or change, and --resume auto must find as it is.
     GRIDS: ClassVar[tuple[str, ...]] = ("variants", "groups", "ranks", "seeds")
@@ -213,6 +215,8 @@ class TrainConfig(PlanChoice, NetworkChoice, RunConfig):
                 check_choice("data set", self.data, TRAINING_SETS)
         except UsageError as unknown:
             raise UsageError(f"{unknown}, or give the path of a folder with train/ and val/") from None
+        if not self.labelled and not self.takes_unlabelled:
+            raise UsageError(f"--data {UNLABELLED} has nothing to train towards; bgcbench transfer --distill takes it")
         if self.download and self.data != "cifar10":
             raise UsageError(f"--download is for cifar10, not for {self.data}; leave it out")
         if self.data in IN_FILES and not self.data_dirs:
@@ -222,6 +226,11 @@ class TrainConfig(PlanChoice, NetworkChoice, RunConfig):
             raise UsageError(f"--workers reads image files, and {self.data} is held in memory; leave it out")
         if self.data in ("digits", "cifar10"):
             self.check_classes(CLASSES[self.data])
+
+    @property
+    def labelled(self) -> bool:
+        """Whether the images have labels."""
+        return self.data != UNLABELLED
 
     def check_classes(self, found: int) -> None:
         """Raise UsageError unless a network for ``found`` classes, which the data has, is what is asked for."""

@@ -47,7 +47,7 @@ from bgcbench.measure.trace import Trace, trace
 from bgcbench.models import build_empty, build_model
 from bgcbench.results import Json
 from bgcbench.results.rows import CellKey, Counts, Epoch, Kept, Record, TrainRow
-from bgcbench.specs import PRECISIONS, Choice
+from bgcbench.specs import PRECISIONS, UNLABELLED, Choice
 from bgcbench.training.checkpoint import Checkpoints
 from bgcbench.training.distributed import World, own_device
 from bgcbench.training.loop import NotFinite, Options, Progress, Training, check_batch, subset_of
@@ -195,7 +195,7 @@ def _opened(config: TrainConfig, world: World) -> LabelledData:
             (config.height or 0, config.width or 0),
             [Path(folder) for folder in config.data_dirs],
             download=config.download and world.is_main,
-            classes=config.num_classes if config.data == "synthetic" else None,
+            classes=config.num_classes if config.data in ("synthetic", UNLABELLED) else None,
             val_alone=config.val_alone,
         )
 

@@ -21,7 +21,19 @@ from bgcbench.experiments.options import CONVERSION, GRID, RECIPE, WORKLOAD, Opt
 from bgcbench.experiments.train import CLASSES, READ_BY_WORKERS, TrainConfig, params_of, planned
 from bgcbench.results import Json
 from bgcbench.results.rows import TrainParams, TransferRow
-from bgcbench.specs import FACTORY, HELD_OUT, OWN, SOLVED, TIMM_PREFIX, WEIGHTS, Choice, check_choice
+from bgcbench.specs import (
+    FACTORY,
+    HELD_OUT,
+    OWN,
+    SOLVED,
+    TEST_SPLITS,
+    TIMM_PREFIX,
+    TRAIN_SPLIT,
+    UNLABELLED,
+    WEIGHTS,
+    Choice,
+    check_choice,
+)  # fmt: skip
 from bgcbench.theory import paper
 from bgcbench.training.launcher import processes
 from bgcbench.training.recipes import Recipe, make_transfer_recipe
@@ -45,7 +57,8 @@ class TransferConfig(ImageChoice, TrainConfig):
     estimated anew; without images (data NO_IMAGES) only white and copied weights can be, and nothing is estimated,
     evaluated or trained. calibration_images: of the training data, for the two. epochs: 0 evaluates the conversions
     and trains nothing. distill: the original network's outputs are targets too. control: the untouched network is
-    trained as well. time: what each network costs is measured. save: a folder for the converted networks. The rest is
+    trained as well. data 'unlabelled': only these outputs are targets, and networks are evaluated by their agreement.
+    time: what each network costs is measured. save: a folder for the converted networks. The rest is
     as in ``bgcbench train``. Raises UsageError or ShapeError.
     """
 
@@ -61,7 +74,8 @@ class TransferConfig(ImageChoice, TrainConfig):
     data: str = option(
         "",
         "imagenet, folder, digits (extra: digits), cifar10, synthetic (speed only), the path of a folder with train/ "
-        "and val/, or none: conversions by the closed form, of which nothing is evaluated.",
+        "and val/, or of one without labels (unlabelled); or none: conversions by the closed form, of which nothing is "
+        "evaluated.",
         shown="imagenet or folder in --data-dir, ./data or ./imagenet, with train/ and val/ or val/ alone; else none",
     )
     recipe: str = option(
@@ -108,7 +122,11 @@ class TransferConfig(ImageChoice, TrainConfig):
         panel=CONVERSION,
         shown="512",
     )
-    distill: bool = option(False, "The original network's outputs are targets beside the labels.", panel=RECIPE)
+    distill: bool = option(
+        False,
+        "The original network's outputs are targets beside the labels, or alone without any.",
+        panel=RECIPE,
+    )
     control: bool = option(False, "Train the untouched network alike: what more epochs do by themselves.", panel=GRID)
     time: bool = option(False, "Measure inference and a training step of each network, interleaved.", panel=GRID)
     save: str | None = option(
@@ -122,6 +140,7 @@ class TransferConfig(ImageChoice, TrainConfig):
         dataclasses.replace(TrainConfig.SHORTHANDS[0], shown="the checkpoint's, the data's or the network's"),
         *TrainConfig.SHORTHANDS[1:],
     )
+    takes_unlabelled: ClassVar[bool] = True
     # Beside training's: what changes no number that is there already.
     FREE: ClassVar[tuple[str, ...]] = (*TrainConfig.FREE, "weights", "inits", "control", "time")
     GRIDS: ClassVar[tuple[str, ...]] = (*TrainConfig.GRIDS, "inits", "weights", "control")
@@ -131,7 +150,9 @@ class TransferConfig(ImageChoice, TrainConfig):
         self._settle("calibration_images", QUICK_CALIBRATION if self.quick else CALIBRATION_IMAGES)
         self._check_images(self.weights, in_memory=self.data not in (*READ_BY_WORKERS, NO_IMAGES))
         super().__post_init__()
-        known = CLASSES.get(self.data) or (self.num_classes if self.data in ("synthetic", NO_IMAGES) else None)
+        known = CLASSES.get(self.data) or (
+            self.num_classes if self.data in ("synthetic", UNLABELLED, NO_IMAGES) else None
+        )
         if known is not None:
             self.check_weights(known)
 
@@ -147,6 +168,8 @@ class TransferConfig(ImageChoice, TrainConfig):
                 f"--epochs {self.epochs} needs images to train with, and {self.data_dirs[0]} has no train/; add it, or "
                 "say --epochs 0"
             )
+        if not self.labelled:
+            self._check_without_labels()
         if self.calibration_images < HELD_OUT:
             given = f"--calibration-images {self.calibration_images}"
             raise UsageError(f"{given} must be at least {HELD_OUT}: one in {HELD_OUT} is held out")
@@ -173,6 +196,20 @@ class TransferConfig(ImageChoice, TrainConfig):
             )
         if processes() > 1:
             raise UsageError("without images there is nothing to share among processes; leave torchrun out")
+
+    def _check_without_labels(self) -> None:
+        """Raise UsageError for what only labels can give."""
+        if self.epochs and not self.distill:
+            raise UsageError(
+                f"--epochs {self.epochs} needs labels, and {self.data_dirs[0]} has none (train/ and val/ with a folder "
+                "for each class); say --distill, which trains towards the original's outputs, or --epochs 0"
+            )
+        if self.control:
+            raise UsageError("--control would train the original towards its own outputs; leave it out")
+        if self.label_smoothing:
+            raise UsageError(
+                f"--label-smoothing {self.label_smoothing:g} is of labels, and there are none; leave it out"
+            )
 
     def check_classes(self, found: int) -> None:
         if self.num_classes not in (None, found):
@@ -303,10 +340,11 @@ def with_images(given: Mapping[str, Any], classes: int, *, typed: bool) -> tuple
     stand on the command line; then these must have some. Otherwise they must be of ``classes`` classes. Raises
     UsageError.
     """
-    data = given.get("data")
+    data, asked = given.get("data"), given.get("data_dirs", ())
+    if data == UNLABELLED or (data == "folder" and asked and _is_unlabelled(Path(asked[0]))):
+        return {"epochs": None if given.get("distill") else 0, **given, "data": UNLABELLED}, []
     if data not in (None, NO_IMAGES, "imagenet", "folder"):
         return dict(given), []
-    asked = given.get("data_dirs", ())
     if data and any(Path(folder, "train").is_dir() for folder in asked):
         return dict(given), []
     folders = (*asked, *(() if typed or (data and asked) else KEPT_IN))
@@ -322,6 +360,16 @@ def with_images(given: Mapping[str, Any], classes: int, *, typed: bool) -> tuple
     if typed and data is None:
         raise UsageError(f"--data-dir: {'; '.join(reasons)}; it has train/ and val/, or val/ alone, a folder a class")
     return {"epochs": 0, "inits": ("white",), "rebn": False, **given, "data": NO_IMAGES}, reasons
+
+
+def _is_unlabelled(folder: Path) -> bool:
+    """Whether no folder divides the images there, but the splits, and none those of a split."""
+    try:
+        below = [Path(entry) for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith(".")]
+        inside = [entry for split in below for entry in os.scandir(split) if entry.is_dir()]
+    except OSError:
+        return False  # opening it says why
+    return not inside and {split.name for split in below} <= {TRAIN_SPLIT, *TEST_SPLITS}
 
 
 def _images_in(folder: Path, classes: int | None) -> Json | str:

@@ -347,9 +347,7 @@ class TransferRun(TrainRun[TransferRow]):
             "judged": True,
         }
         if not dense:
-            agreed = float((training.guesses == guesses).sum())
-            same, count = self.world.total([agreed, len(guesses)])
-            found["agreement_initial"] = self._meaningful(100 * same / count)
+            found["agreement_initial"] = self._agreement(training, guesses)
         waits = UNTOUCHED if dense else NOT_TRAINED
         self._note(row, *(("interrupted", waits) if row.params.epochs else ("ok", None)), **found)
         if dense:
@@ -359,6 +357,13 @@ class TransferRun(TrainRun[TransferRow]):
         elif not self.world.once(lambda: self._is_kept(row)):
             state = training.network.state_dict()
             self._held[row.key] = {name: value.detach().cpu().clone() for name, value in state.items()}
+
+    def _agreement(self, training: Training, guesses: Tensor) -> float | None:
+        """Percent of the test images of which the network, and the untouched one (``guesses``), say the same class."""
+        agreed = float((training.guesses == guesses).sum())
+        same, count = self.world.total([agreed, len(guesses)])
+        data = self.prepared.data
+        return 100 * same / count if data.meaningful or not data.labelled else None
 
     def _meaningful(self, value: float | None) -> float | None:
         """``value`` where the labels are real and it is a number."""
@@ -427,6 +432,9 @@ class TransferRun(TrainRun[TransferRow]):
 
     def _end(self, row: TransferRow, training: Training) -> None:
         super()._end(row, training)
+        if not self.prepared.data.labelled:
+            agreement = self._agreement(training, self._evaluated_untouched()[1])
+            self.known[row.key] = replace(self.known[row.key], agreement_final=agreement)
         if not row.params.is_dense:
             self._save(row, training.network)
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from bgcbench.errors import BgcbenchError, DeviceError, UsageError
+from bgcbench.measure import runtime
 from bgcbench.measure.allocator import minor_faults, trim_heap
 from bgcbench.measure.workload import Cell
 from bgcbench.specs import RUNTIME, check_on_cpu
@@ -54,7 +55,7 @@ def check_combination(device: torch.device, precision: str, mode: str) -> None:
     if device.type != "cuda":
         check_on_cpu(precision, mode)
     elif mode == RUNTIME:
-        raise UsageError(f"--mode {RUNTIME} is measured on the CPU alone; use --device cpu")
+        runtime.check_device(device)
     elif precision == "bf16":
         with torch.cuda.device(device):
             native = torch.cuda.is_bf16_supported(including_emulation=False)

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from bgcbench.errors import ResultFileError, UsageError, reason_of
-from bgcbench.specs import Choice
+from bgcbench.specs import RUNTIME, Choice
 
 TRIED = ("gc", "shuffle", "tlgc", "bgc", "lowrank")  # the variants, where none are named
 FORMAT = "bgcbench.plan/1"
+PLAN_MODES = ("eager", "compile", RUNTIME)  # of bgcbench.specs.MODES, in which a plan's times may be measured
 
 
 def asked_for(budgets: Mapping[str, float | None], dashes: str = "") -> tuple[str, float]:

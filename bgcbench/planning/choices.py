@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Mapping, Sequence
@@ -54,19 +55,29 @@ class LayerOptions:
         """The option that is this choice."""
         return {each.choice: each for each in self.options}[choice]
 
+    def losing(self, lost: Mapping[Choice, tuple[float, float]]) -> LayerOptions:
+        """The same with the loss and the felt loss of every choice; the layer as it is loses nothing."""
+        found = []
+        for each in self.options:
+            loss, felt = lost.get(each.choice, (0.0, 0.0))
+            found.append(dataclasses.replace(each, loss=loss, felt=felt))
+        return LayerOptions(self.layer, tuple(found))
+
 
 @dataclass(frozen=True)
 class Problem:
     """Every convolution that may be replaced with its options, and what the user should know.
 
     rest_s: seconds of the network besides these convolutions, where times are measured. factors: of a variant's savings
-    alone, what the network saves (see planning.times).
+    alone, what the network saves (see planning.times). untimed: by layer and choice, why it could not be measured; such
+    a choice is none of the layer's options.
     """
 
     layers: tuple[LayerOptions, ...]
     notes: tuple[str, ...] = ()
     rest_s: float = 0.0
     factors: Mapping[str, float] = field(default_factory=dict)
+    untimed: Mapping[tuple[str, Choice], str] = field(default_factory=dict)
 
     def whole(self, kind: str) -> float:
         """What the network costs as it is: its convolutions (params, macs), or all of it (time)."""

@@ -13,11 +13,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
-from msgspec.structs import replace
 from torch import nn
 
 from bgcbench.conversion.convert import candidates, convert
@@ -34,13 +34,23 @@ from bgcbench.measure.undisturbed import random_state_kept, undisturbed
 from bgcbench.planning import TRIED, asked_for
 from bgcbench.planning.choices import LayerOptions, Problem, Scored, choices_for
 from bgcbench.planning.decision import AGAIN, FELT, Contender, Plan, again, choose, contenders, planned, taken
+from bgcbench.planning.execution import Execution
 from bgcbench.planning.losses import SENSITIVITY_IMAGES, Outputs, absorbed, choice_losses, felt_losses
-from bgcbench.planning.times import corrections, doubtful, in_network, layer_times, network_times
+from bgcbench.planning.times import (
+    EAGER,
+    as_choice,
+    corrections,
+    doubtful,
+    in_network,
+    layer_times,
+    network_times,
+)
 from bgcbench.results.rows import Record, Replaced
 from bgcbench.specs import REFIT, VARIANTS, Choice, check_choice, check_positive, cost_kind
 
 GROUPS_TRIED = (2, 4, 8, 16)
 DEFAULT_IMAGES = 256
+DENSE = "dense"  # among the names of networks
 NETWORK_ROUNDS = 8  # of whole networks that are timed, at least
 QUICKLY_SETTLED = 1e-2  # instead of calibration's: TLGC's losses are then known to some percent
 
@@ -57,6 +67,8 @@ def plan(
     variants: Sequence[str] = TRIED,
     groups: Sequence[int] = GROUPS_TRIED,
     ranks: Sequence[int] = (),
+    mode: str = "eager",
+    phase: str = "fwd",
     quick: bool = False,
     try_out: bool = True,
     most_variants: int | None = None,
@@ -75,10 +87,11 @@ def plan(
 
     params, macs: at most that share (0 to 1) of what the convolutions that may be replaced have; the plan loses the
     least. time: at most that share of what the network takes for ``example_input`` (by default the loader's first
-    batch) on the device where it is, in inference mode; every layer and choice is measured there (``quick``: few
-    samples). loss: the plan has the fewest MACs with at most that predicted share of the variance of the network's
-    outputs lost. With none of them the plan keeps everything, and its ``curve`` has the best plan for every budget of
-    MACs.
+    batch) on the device where it is; every layer and choice is measured there (``quick``: few samples), in ``mode``
+    'eager', 'compile' or 'onnxruntime' and in ``phase`` 'fwd' or 'train_step' (see
+    :class:`bgcbench.planning.execution.Execution`). loss: the plan has the fewest MACs with at most that predicted
+    share of the variance of the network's outputs lost. With none of them the plan keeps everything, and its ``curve``
+    has the best plan for every budget of MACs.
     try_out: convert the network by the best plans and by the best choices for all layers alike, calibrated on these
     images, and take what is nearest to the original on those held out (:func:`bgcbench.planning.decision.contenders`);
     otherwise the plan by the predicted loss is taken.
@@ -92,29 +105,33 @@ def plan(
     kind, budget = asked_for({"params": params, "macs": macs, "time": time, "loss": loss})
     check_budget(kind, budget)
     check_positive("images", images)
-    passing = Passing(forward_fn)
-    pictures = pictures or getattr(loader, "pictures", None)
-    with random_state_kept(model):
-        first, loader = first_of(loader)
-        batches = _held(loader, images, passing, model)
-    example = passing.of(first, model) if example_input is None else checked_example(example_input)
-    selected: dict[str, Any] = {"where": where, "include": include, "exclude": exclude, "forward_fn": forward_fn}
-    problem = scored(
-        model, batches, variants=variants, groups=groups, ranks=ranks, example_input=example_input, pictures=pictures,
-        images=images, memory_bytes=memory_bytes, seed=seed, quick=quick, stop=stop, **selected,
+    execution = Execution(mode, phase)
+    seen, first = seen_of(
+        model, loader, Passing(forward_fn), pictures=pictures, images=images, memory_bytes=memory_bytes, seed=seed,
+        quick=quick, stop=stop,
     )  # fmt: skip
+    options: dict[str, Any] = {"where": where, "include": include, "exclude": exclude, "passing": seen.passing}
+    with random_state_kept(model):
+        shown = first_image(first) if example_input is None else example_input
+        found = candidates(model, example_input=shown, **options)
+    problem = counted_problem(found.chosen, variants, groups, ranks)
     if kind == "time":
-        problem = timed(model, problem, passing, _filled(example, model), quick=quick, seed=seed, stop=stop)
+        example = first if example_input is None else _filled(checked_example(example_input), model)
+        problem = timed(model, problem, seen.passing, example, execution, quick=quick, seed=seed, stop=stop)
+    choose(problem, kind, budget, most_variants=most_variants)  # refuses what cannot be met, whatever is lost
+    problem = scored(model, problem, seen)
+    problem = dataclasses.replace(problem, notes=(*found.notes, *seen.passing.notes, *problem.notes))
     if stop():
         raise Stopped
     if not try_out or budget == 1:
         return planned(problem, kind, budget, choose(problem, kind, budget, most_variants=most_variants))
-    original = held_outputs(model, batches, images, passing, pictures)
+    original = held_outputs(model, seen)
 
     def converted(contender: Contender) -> tuple[float, Mapping[str, float]]:
         done = convert(
-            model, plan=contender.choices, init=REFIT, calibration=batches, calibration_images=images,
-            calibration_pictures=pictures, example_input=example_input, forward_fn=forward_fn, seed=seed, stop=stop,
+            model, plan=contender.choices, init=REFIT, calibration=seen.batches, calibration_images=images,
+            calibration_pictures=seen.pictures, example_input=example_input, forward_fn=forward_fn, seed=seed,
+            stop=stop,
         )  # fmt: skip
         return original.error(done.model), losses_of(done.record)
 
@@ -166,14 +183,9 @@ def decided(problem: Problem, kind: str, budget: float, tried: Mapping[str, tupl
     return planned(problem, kind, budget, tried[name][0].choices, tried=errors, by=name)
 
 
-def held_outputs(
-    model: nn.Module, batches: Sequence[Any], images: int, passing: Passing, pictures: Pictures
-) -> Outputs:
+def held_outputs(model: nn.Module, seen: Seen) -> Outputs:
     """What ``model`` puts out on the images that calibration holds out; raises UsageError for too few."""
-    holding = Holding(pictures)
-    parts = list(parts_of(batches, images, passing, model, holding))
-    holding.check_enough()
-    return Outputs(model, [part for part in parts if part.held_out], passing)
+    return Outputs(model, [part for part in seen.parts(model) if part.held_out], seen.passing)
 
 
 def check_budget(kind: str, budget: float) -> None:
@@ -185,79 +197,89 @@ def check_budget(kind: str, budget: float) -> None:
 # ------------------------------------------------------------------------------------------------------ costs, losses
 
 
-@memory_state("kept")
-def scored(
-    model: nn.Module,
-    loader: Iterable[Any],
-    *,
-    variants: Sequence[str] = TRIED,
-    groups: Sequence[int] = GROUPS_TRIED,
+@dataclass(frozen=True, kw_only=True)
+class Seen:
+    """The images that a network is planned on, and how losses are found on them.
+
+    batches: gone through more than once. images: of them, at most. passing: how they reach the network. pictures,
+    memory_bytes, seed: as in :func:`bgcbench.convert`. quick: sensitivity by few images, and TLGC's search ends early.
+    """
+
+    batches: Sequence[Any]
+    images: int = DEFAULT_IMAGES
+    passing: Passing = field(default_factory=Passing)
+    pictures: Pictures = None
+    memory_bytes: int = 4 * 2**30
+    seed: int = 0
+    quick: bool = False
+    stop: Callable[[], bool] = lambda: False
+
+    def parts(self, model: nn.Module) -> list[Part]:
+        """The batches taken apart into what calibrates and what is held out; raises UsageError for too few images."""
+        holding = Holding(self.pictures)
+        found = list(parts_of(self.batches, self.images, self.passing, model, holding))
+        holding.check_enough()
+        return found
+
+
+def seen_of(
+    model: nn.Module, loader: Iterable[Any], passing: Passing, *, pictures: Pictures = None, images: int, **options: Any
+) -> tuple[Seen, Any]:
+    """The first ``images`` images of ``loader``, held in memory, and what ``model`` is called with for its first batch.
+
+    options: those of Seen.
+    """
+    with random_state_kept(model):
+        first, batches = first_of(loader)
+        pictures = pictures or getattr(loader, "pictures", None)
+        held = _held(batches, images, passing, model)
+    return Seen(batches=held, images=images, passing=passing, pictures=pictures, **options), passing.of(first, model)
+
+
+def counted_problem(
+    layers: Sequence[Replaced], variants: Sequence[str] = TRIED, groups: Sequence[int] = GROUPS_TRIED,
     ranks: Sequence[int] = (),
-    where: str = "auto",
-    include: str | Sequence[str] | None = None,
-    exclude: str | Sequence[str] | None = None,
-    example_input: Any = None,
-    forward_fn: Forward | None = None,
-    pictures: Pictures = None,
-    images: int = DEFAULT_IMAGES,
-    memory_bytes: int = 4 * 2**30,
-    seed: int = 0,
-    quick: bool = False,
-    stop: Callable[[], bool] = lambda: False,
-) -> Problem:
-    """The convolutions of ``model`` with what every choice costs and loses; arguments as of :func:`plan`."""
+) -> Problem:  # fmt: skip
+    """``layers`` with what each choice costs by formula; of losses and times nothing is known yet.
+
+    Raises UsageError for an unknown variant and for numbers that are none of groups.
+    """
     for name in variants:
         check_choice("variant", name, VARIANTS)
     for number in (*groups, *ranks):
         check_positive("groups and ranks", number)
-    passing = Passing(forward_fn)
-    pictures = pictures or getattr(loader, "pictures", None)
+    made = []
+    for layer in layers:
+        choices = (Choice(), *choices_for(layer, variants, groups, ranks))
+        made.append(LayerOptions(layer, tuple(Scored(each, *counted(layer, each), 0.0, 0.0) for each in choices)))
+    return Problem(tuple(made))
+
+
+@memory_state("kept")
+def scored(model: nn.Module, problem: Problem, seen: Seen) -> Problem:
+    """``problem`` with what every option loses. Raises UsageError for too few images."""
     with random_state_kept(model):
-        first, loader = first_of(loader)
-        batches = _held(loader, images, passing, model)
-        example = first_image(passing.of(first, model)) if example_input is None else example_input
-        options: dict[str, Any] = {"where": where, "include": include, "exclude": exclude, "passing": passing}
-        found = candidates(model, example_input=example, **options)
-        choices = {layer.name: choices_for(layer, variants, groups, ranks) for layer in found.chosen}
-        options = {"images": images, "memory_bytes": memory_bytes, "seed": seed, "quick": quick, "stop": stop}
-        made = tuple(score(model, found.chosen, choices, batches, passing=passing, pictures=pictures, **options))
-    return Problem(made, (*found.notes, *passing.notes))
+        return dataclasses.replace(problem, layers=tuple(score(model, problem.layers, seen)))
 
 
-def score(
-    model: nn.Module,
-    layers: Sequence[Replaced],
-    choices: Mapping[str, Sequence[Choice]],
-    batches: Sequence[Any],
-    *,
-    images: int,
-    passing: Passing,
-    pictures: Pictures = None,
-    memory_bytes: int = 4 * 2**30,
-    seed: int = 0,
-    quick: bool = False,
-    stop: Callable[[], bool] = lambda: False,
-) -> Iterator[LayerOptions]:
-    """Each of ``layers`` with what it costs and loses as it is and as each of its ``choices`` (by name), one by one.
-
-    batches: gone through more than once. quick: sensitivity by few images, and TLGC's search ends early. Raises
-    UsageError for too few images.
-    """
-    holding = Holding(pictures)
-    parts = list(parts_of(batches, images, passing, model, holding))
-    holding.check_enough()
-    centred = absorbed(model, layers, lambda: passing(model, first_image(parts[0].batch)))
-    put_in = SENSITIVITY_IMAGES // 4 if quick else SENSITIVITY_IMAGES
-    outputs = Outputs(model, _some([part for part in parts if part.held_out], put_in), passing)
-    options: dict[str, Any] = {"images": images, "memory_bytes": memory_bytes, "seed": seed, "stop": stop}
-    settled = QUICKLY_SETTLED if quick else SETTLED
+def score(model: nn.Module, layers: Sequence[LayerOptions], seen: Seen) -> Iterator[LayerOptions]:
+    """Each of ``layers`` with what its options lose, one by one. Raises UsageError for too few images."""
+    replaced = [options.layer for options in layers]
+    choices = {options.layer.name: [each.choice for each in options.options[1:]] for options in layers}
+    parts = seen.parts(model)
+    centred = absorbed(model, replaced, lambda: seen.passing(model, first_image(parts[0].batch)))
+    put_in = SENSITIVITY_IMAGES // 4 if seen.quick else SENSITIVITY_IMAGES
+    outputs = Outputs(model, _some([part for part in parts if part.held_out], put_in), seen.passing)
     losses = choice_losses(
-        model, layers, choices, batches, centred=centred, passing=passing, pictures=pictures, settled=settled, **options
-    )
+        model, replaced, choices, seen.batches, centred=centred, passing=seen.passing, pictures=seen.pictures,
+        settled=QUICKLY_SETTLED if seen.quick else SETTLED, images=seen.images, memory_bytes=seen.memory_bytes,
+        seed=seen.seed, stop=seen.stop,
+    )  # fmt: skip
+    known = {options.layer.name: options for options in layers}
     for layer, found in losses:
         felt = felt_losses(outputs, layer, found, centred=layer.name in centred)
-        own = [Scored(each.choice, *counted(layer, each.choice), each.loss, felt[each.choice]) for each in found]
-        yield LayerOptions(layer, (Scored(Choice(), *counted(layer, Choice()), 0.0, 0.0), *own))
+        lost = {each.choice: (each.loss, felt[each.choice]) for each in found}
+        yield known[layer.name].losing(lost)
 
 
 def timed(
@@ -265,6 +287,7 @@ def timed(
     problem: Problem,
     passing: Passing,
     example: Any,
+    execution: Execution = EAGER,
     *,
     quick: bool = False,
     seed: int = 0,
@@ -272,34 +295,48 @@ def timed(
 ) -> Problem:
     """``problem`` with the seconds of every option, as they are in a call of the network on ``example``.
 
-    Measured on the device where ``model`` is. Options that could not be measured are left out. Raises Stopped, and
-    UsageError where the network or one of its convolutions could not be measured as it is.
+    Measured on the device where ``model`` is. Options that could not be measured are left out, and said why in
+    ``untimed``. Raises Stopped, and UsageError where the network or one of its convolutions could not be measured as it
+    is.
     """
     device = device_of(model)
+    execution.check(passing, example, device)
     rules = layer_rules(device.type, quick=quick)
     layers = [options.layer for options in problem.layers]
     choices = {each.layer.name: [one.choice for one in each.options[1:]] for each in problem.layers}
-    shared: dict[str, Any] = {"seed": seed, "stop": stop}
+    shared: dict[str, Any] = {"execution": execution, "seed": seed, "stop": stop}
     kept = memory_state("kept" if device.type == "cpu" else None)
-    with undisturbed(model), kept:
-        run = partial(passing, model, example)
-        found = dict(layer_times(model, layers, choices, run, device, rules, **shared))
+    with undisturbed(model), kept, execution.state:
+        network = execution.own(model)
+        run = partial(passing, network, example)
+        found = dict(layer_times(network, layers, choices, run, device, rules, **shared))
         if stop():
             raise Stopped
         alone = {
-            layer.name: {choice: one.median_s * (layer.calls or 1) for choice, one in found[layer.name].items()}
+            layer.name: {choice: one.median_s * (layer.calls or 1) for choice, one in found[layer.name].times.items()}
             for layer in layers
         }
-        uniform = {choice: _uniform(layers, choices, choice) for choice in _ends(choices)}
+        failures = {(name, choice): why for name, one in found.items() for choice, why in one.failures.items()}
+        uniform = {
+            choice: _uniform(layers, choices, choice, execution)
+            for choice in _ends(choices)
+            if not any(failed == choice for _, failed in failures)
+        }
         networks = {choice.label: each for choice, each in uniform.items()}
         # What layers save is scaled by these few, so they are measured with more care.
         careful = dataclasses.replace(rules, min_rounds=max(rules.min_rounds, NETWORK_ROUNDS))
-        whole = network_times(model, {"dense": (), **networks}, passing, example, device, careful, **shared)
+        measured = network_times(network, {DENSE: (), **networks}, passing, example, device, careful, **shared)
+        whole = measured.times
     if stop():
         raise Stopped
-    if "dense" not in whole or not all(Choice() in times for times in alone.values()):
-        raise UsageError("the network could not be measured; try a smaller example_input")
-    dense_s = whole["dense"].median_s  # by a name of ours
+    reasons = [measured.failures.get(DENSE), *(failures.get((layer.name, Choice())) for layer in layers)]
+    for reason in filter(None, reasons):
+        raise UsageError(f"the network could not be measured: {reason}; try another mode, or a smaller example_input")
+    left_out = [f"{name} for all layers could not be measured: {why}" for name, why in measured.failures.items()]
+    for why in dict.fromkeys(failures.values()):
+        named = [f"{choice.label} of {name}" for (name, choice), reason in failures.items() if reason == why]
+        left_out.append(f"{len(named)} choices are left out, which could not be measured, such as {named[0]}: {why}")
+    dense_s = whole[DENSE].median_s
     known = {choice: whole[choice.label].median_s for choice in uniform if choice.label in whole}
     factors = corrections(dense_s, known, alone)
     made = []
@@ -309,9 +346,9 @@ def timed(
         own = tuple(dataclasses.replace(each, seconds=seconds[each.choice]) for each in there)
         made.append(LayerOptions(options.layer, own))
     layers_s = sum(times[Choice()] for times in alone.values())
-    notes = (*problem.notes, *filter(None, [doubtful(dense_s, layers_s, factors)]))
+    notes = (*problem.notes, *left_out, *filter(None, [doubtful(dense_s, layers_s, factors)]))
     rest = dense_s - sum(options.dense.cost("time") for options in made)
-    return dataclasses.replace(problem, layers=tuple(made), notes=notes, rest_s=rest, factors=factors)
+    return dataclasses.replace(problem, layers=tuple(made), notes=notes, rest_s=rest, factors=factors, untimed=failures)
 
 
 def layer_rules(device_type: str, *, quick: bool) -> timing.Rules:
@@ -319,13 +356,11 @@ def layer_rules(device_type: str, *, quick: bool) -> timing.Rules:
     return timing.Rules.for_device(device_type, quick=quick, max_time_s=0.1 if quick else 1.0)
 
 
-def _uniform(layers: Sequence[Replaced], choices: Mapping[str, Sequence[Choice]], choice: Choice) -> list[Replaced]:
+def _uniform(
+    layers: Sequence[Replaced], choices: Mapping[str, Sequence[Choice]], choice: Choice, execution: Execution
+) -> list[Replaced]:
     """The layers that it fits, as ``choice``."""
-    return [
-        replace(layer, variant=choice.variant, groups=choice.groups, rank=choice.rank)
-        for layer in layers
-        if choice in choices[layer.name]
-    ]
+    return [as_choice(layer, choice, execution) for layer in layers if choice in choices[layer.name]]
 
 
 def _ends(choices: Mapping[str, Sequence[Choice]]) -> list[Choice]:

@@ -14,7 +14,7 @@ import math
 import random
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -27,15 +27,16 @@ from bgcbench.convs import build_conv
 from bgcbench.convs.layouts import is_channels_last
 from bgcbench.measure import timing
 from bgcbench.measure.batches import Passing
-from bgcbench.measure.device import make_stopwatch
+from bgcbench.measure.device import current, describe_failure, make_stopwatch
 from bgcbench.measure.statistics import Series, ratio_of_medians
 from bgcbench.measure.workload import Cell
+from bgcbench.planning.execution import Execution, Makers
 from bgcbench.results.rows import Replaced
-from bgcbench.specs import Choice
+from bgcbench.specs import RUNTIME, Choice
 
+EAGER = Execution()
 NOISE = 0.02  # of a network's time
 FAR = 2.5  # times that savings in a network may differ from those of its layers alone
-Calls = Mapping[str, Callable[[], object]]
 
 
 @dataclass(frozen=True)
@@ -54,24 +55,41 @@ class Timed:
         return found.value, None if found.ci95 is None else (found.ci95.low, found.ci95.high)
 
 
+@dataclass
+class Measured:
+    """What was measured, by name, and of what could not be, why."""
+
+    times: dict[str, Timed] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
+
+
 def interleaved(
-    calls: Calls,
+    makers: Makers,
     device: torch.device,
     rules: timing.Rules,
     *,
     seed: int = 0,
     stop: Callable[[], bool] = lambda: False,
-) -> dict[str, Timed]:
-    """Measure ``calls`` in turn, in inference mode; what fails, or was never reached, is left out."""
-    tracks = [timing.Track(name, Cell(call, context=torch.inference_mode), label=name) for name, call in calls.items()]
-    group = timing.Group(tracks, make_stopwatch(device, cold=device.type == "cuda"), rules, random.Random(seed), stop)
-    for _ in group.run():
-        pass
-    return {
-        track.row: Timed(tuple(track.samples), tuple(track.rounds), track.summary().median_s)
-        for track in tracks
-        if track.samples and track.failure is None
-    }
+) -> Measured:
+    """Make everything ready and measure it in turn; what was never reached, because of ``stop``, is left out."""
+    found, tracks = Measured(), []
+    with torch.enable_grad(), current(device):  # inference turns gradients off for itself
+        for name, make in makers.items():
+            if stop():
+                return found
+            try:
+                tracks.append(timing.Track(name, make(), label=name))
+            except Exception as problem:  # noqa: BLE001 - whatever it is, the others are worth having
+                found.failures[name] = describe_failure(problem, device).reason
+        stopwatch = make_stopwatch(device, cold=device.type == "cuda")
+        for _ in timing.Group(tracks, stopwatch, rules, random.Random(seed), stop).run():
+            pass
+    for track in tracks:
+        if track.failure is not None:
+            found.failures[track.row] = describe_failure(track.failure, device).reason
+        elif track.samples:
+            found.times[track.row] = Timed(tuple(track.samples), tuple(track.rounds), track.summary().median_s)
+    return found
 
 
 @dataclass(frozen=True)
@@ -82,9 +100,12 @@ class _Shape:
     size: tuple[int, ...]
     channels_last: bool
     dtype: torch.dtype
+    has_gradient: bool
 
 
-def _shapes(model: nn.Module, layers: Sequence[Replaced], run: Callable[[], object]) -> dict[str, _Shape]:
+def _shapes(
+    model: nn.Module, layers: Sequence[Replaced], run: Callable[[], object], *, trains: bool
+) -> dict[str, _Shape]:
     """The shape of each layer, by name, as ``run`` runs ``model``."""
     found: dict[str, _Shape] = {}
 
@@ -92,16 +113,24 @@ def _shapes(model: nn.Module, layers: Sequence[Replaced], run: Callable[[], obje
         def see(module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
             x: Tensor = given[0] if given else named["input"]
             bare = replace(layer, name="", also=(), calls=None)
-            found[layer.name] = _Shape(bare, tuple(x.shape), is_channels_last(x), x.dtype)
+            found[layer.name] = _Shape(bare, tuple(x.shape), is_channels_last(x), x.dtype, x.requires_grad)
 
         return see
 
-    with contextlib.ExitStack() as hooks, torch.inference_mode():
+    with contextlib.ExitStack() as hooks, torch.set_grad_enabled(trains):
         for layer in layers:
             conv = model.get_submodule(layer.name)
             hooks.enter_context(conv.register_forward_pre_hook(hook(layer), with_kwargs=True))
         run()
     return found
+
+
+@dataclass(frozen=True)
+class LayerTimes:
+    """A layer's times, the dense choice among them, and why there are none of other choices."""
+
+    times: Mapping[Choice, Timed]
+    failures: Mapping[Choice, str]
 
 
 def layer_times(
@@ -112,20 +141,21 @@ def layer_times(
     device: torch.device,
     rules: timing.Rules,
     *,
+    execution: Execution = EAGER,
     seed: int = 0,
     stop: Callable[[], bool] = lambda: False,
-) -> Iterator[tuple[str, dict[Choice, Timed]]]:
+) -> Iterator[tuple[str, LayerTimes]]:
     """Of each of ``layers`` the time of one call as it is (the dense choice) and as each of its ``choices``.
 
     run: runs ``model``, in eval mode, on what it is to be measured with. Layers of the same shape are measured once.
     """
-    known: dict[_Shape, dict[Choice, Timed]] = {}
-    shapes = _shapes(model, layers, run)
+    known: dict[_Shape, LayerTimes] = {}
+    shapes = _shapes(model, layers, run, trains=execution.trains)
     for layer in layers:
         shape = shapes[layer.name]
         if shape not in known:
             tried = [Choice(), *choices[layer.name]]
-            known[shape] = _measured(shape, tried, device, rules, seed, stop)
+            known[shape] = _measured(shape, tried, device, rules, execution, seed, stop)
         if stop():
             return
         yield layer.name, known[shape]
@@ -136,23 +166,33 @@ def _measured(
     choices: Sequence[Choice],
     device: torch.device,
     rules: timing.Rules,
+    execution: Execution,
     seed: int,
     stop: Callable[[], bool],
-) -> dict[Choice, Timed]:
-    with torch.random.fork_rng(devices=[]):
+) -> LayerTimes:
+    by_label = {choice.label: choice for choice in choices}
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(seed)
         x = torch.randn(shape.size, dtype=shape.dtype).to(device)
         x = x.to(memory_format=torch.channels_last) if shape.channels_last else x
-        calls: dict[str, Callable[[], object]] = {}
-        for choice in choices:
-            given = replace(shape.layer, variant=choice.variant, groups=choice.groups, rank=choice.rank)
-            options: dict[str, Any] = {"padding_mode": given.padding_mode, "dtype": shape.dtype, "device": device}
-            module = build_conv(spec_of(given), **options).eval()
-            if shape.channels_last:
-                module = module.to(memory_format=torch.channels_last)
-            calls[choice.label] = partial(module, x)
-    times = interleaved(calls, device, rules, seed=seed, stop=stop)
-    return {choice: times[choice.label] for choice in choices if choice.label in times}
+        options: dict[str, Any] = {"padding_mode": shape.layer.padding_mode, "dtype": shape.dtype, "device": device}
+        modules = {}
+        for label, choice in by_label.items():
+            given = as_choice(shape.layer, choice, execution)
+            module = build_conv(spec_of(given), **options).train(execution.trains)
+            modules[label] = module.to(memory_format=torch.channels_last) if shape.channels_last else module
+    makers = execution.layers(modules, x.requires_grad_(shape.has_gradient))
+    found = interleaved(makers, device, rules, seed=seed, stop=stop)
+    times = {by_label[label]: timed for label, timed in found.times.items()}
+    if execution.mode == RUNTIME and Choice() in times:  # where the dense kernel runs (see runtime_layers)
+        times = {choice: min(timed, times[Choice()], key=lambda one: one.median_s) for choice, timed in times.items()}
+    return LayerTimes(times, {by_label[label]: reason for label, reason in found.failures.items()})
+
+
+def as_choice(layer: Replaced, choice: Choice, execution: Execution) -> Replaced:
+    """``layer`` as it is timed as ``choice``."""
+    algorithm = execution.algorithm(choice.variant)
+    return replace(layer, variant=choice.variant, groups=choice.groups, rank=choice.rank, algorithm=algorithm)
 
 
 def network_times(
@@ -163,15 +203,18 @@ def network_times(
     device: torch.device,
     rules: timing.Rules,
     *,
+    execution: Execution = EAGER,
     seed: int = 0,
     stop: Callable[[], bool] = lambda: False,
-) -> dict[str, Timed]:
+) -> Measured:
     """Times of ``model`` with these layers in it (none: as it is), in turn, on ``example``, by the networks' names."""
-    calls = {}
-    for name, layers in networks.items():
+
+    def ready(layers: Sequence[Replaced]) -> Cell:
         network = put_in(_shared(model), layers, weights=False) if layers else model
-        calls[name] = partial(passing, network, example)
-    return interleaved(calls, device, rules, seed=seed, stop=stop)
+        return execution.network(network, passing, example)
+
+    makers = {name: partial(ready, layers) for name, layers in networks.items()}
+    return interleaved(makers, device, rules, seed=seed, stop=stop)
 
 
 def _shared(model: nn.Module) -> nn.Module:

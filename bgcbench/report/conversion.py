@@ -23,7 +23,7 @@ def conversion_report(done: Conversion) -> Report:
     record, before, after = done.record, done.before, done.after
     losses = {layer.name: layer for layer in record.calibration.layers} if record.calibration else {}
     lines = [Line(layer, losses.get(layer.name)) for layer in record.layers]
-    what = named(record.variant, record.groups, record.rank)
+    what = "as planned" if record.planned else named(record.variant, record.groups, record.rank)
     summary = [
         f"{len(record.layers)} of {len(record.layers) + len(record.kept)} convolutions are {what} now ({record.init} "
         "weights)",
@@ -34,7 +34,8 @@ def conversion_report(done: Conversion) -> Report:
     kept = together((layer.name, layer.reason) for layer in record.kept)
     notes = [*done.notes, *record.notes]
     sections = {"Summary": summary, **({"Kept": kept} if kept else {}), **({"Notes": notes} if notes else {})}
-    title = f"{done.model} (weights: {done.weights}), converted; convolutions: {record.where}"
+    where = "planned" if record.planned else record.where
+    title = f"{done.model} (weights: {done.weights}), converted; convolutions: {where}"
     return Report([Table([title], COLUMNS, lines, sections)], records=list(map(_record, lines)))
 
 

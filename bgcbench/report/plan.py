@@ -10,7 +10,7 @@ from bgcbench.report.notes import notes, together
 from bgcbench.report.table import Column, Report, Table, flat, label, row_record, words
 from bgcbench.results.document import Document
 from bgcbench.results.rows import CurvePoint, PlanFacts, PlanRow
-from bgcbench.specs import BUDGETS, cost_kind
+from bgcbench.specs import BUDGETS, PHASE_TITLES, cost_kind
 
 
 def plan_report(document: Document) -> Report:
@@ -21,6 +21,10 @@ def plan_report(document: Document) -> Report:
     about = rows[0].params if rows else None
     title = [f"{about.model} (weights {about.weights}) on {about.data}"] if about else ["plan"]
     title.append(document.environment.where)
+    asked = document.asked
+    if (asked.mode or "eager", asked.phase or "fwd") != ("eager", "fwd"):
+        runtime = document.settings.runtime
+        title.append(f"timed in {runtime or asked.mode}, {PHASE_TITLES[asked.phase or 'fwd']}")
     tables = []
     if proof:
         sections = {"In words": _said(document.plan, proof)} if document.plan else {}

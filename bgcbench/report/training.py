@@ -33,7 +33,7 @@ from bgcbench.results.aggregate import (
 )
 from bgcbench.results.document import Document
 from bgcbench.results.rows import Counts, TrainParams, TrainRow
-from bgcbench.specs import VARIANTS
+from bgcbench.specs import UNLABELLED, VARIANTS
 from bgcbench.theory import paper
 
 Rows = Sequence[TrainRow]
@@ -56,6 +56,10 @@ def cell_name(cell: Cell) -> str:
 
 def is_synthetic(rows: Rows) -> bool:
     return any(row.params.dataset == SYNTHETIC for row in rows)
+
+
+def is_unlabelled(rows: Rows) -> bool:
+    return any(row.params.dataset == UNLABELLED for row in rows)
 
 
 def without_images(rows: Rows) -> bool:
@@ -293,6 +297,8 @@ def error_notes(rows: Rows, cells: Iterable[Cell], *more: str) -> list[str]:
         lines = [SPEED_ALONE]
     elif without_images(rows):
         lines = [WITHOUT_IMAGES]
+    elif is_unlabelled(rows):
+        lines = [f"{rows[0].test_images} images without labels: networks are evaluated by their agreement"]
     else:
         about = f"test images, so one image is {significant(image, 2)} points"
         lines = [*more, *([f"{rows[0].params.dataset}: {100 / image:.0f} {about}"] if image else [])]

@@ -139,6 +139,15 @@ def _to_dense(measured: Ratio | None) -> Comparison | None:
 
 
 def _error_columns(run: Conversions) -> list[Column[Cell]]:
+    agrees = training.error_column("agrees %", lambda cell: cell.agreement, AGREES, optional=True)
+    trained = training.error_column(
+        "agrees trained %", lambda cell: cell.agreement_trained, AGREES_TRAINED, optional=True
+    )
+    loss: Column[Cell] = Column(
+        "layer loss %", lambda cell: cell.lost(lambda layer: layer.after), LAYER_LOSS, loss_text, optional=True
+    )
+    if training.is_unlabelled(run.rows):
+        return [agrees, trained, loss]
     untouched, to_control = run.untouched, partial(training.to_trained, errors=run.control)
 
     def initial(cell: Cell) -> str | None:
@@ -156,8 +165,8 @@ def _error_columns(run: Conversions) -> list[Column[Cell]]:
         Column("error initial %", initial, "Top-1 error on the test images as converted, before any training."),
         *(training.FINAL_COLUMNS if run.epochs else ()),
         training.FINAL_TOP5 if run.epochs else training.INITIAL_TOP5,
-        training.error_column("agrees %", lambda cell: cell.agreement, AGREES, optional=True),
-        Column("layer loss %", lambda cell: cell.lost(lambda layer: layer.after), LAYER_LOSS, loss_text, optional=True),
+        agrees,
+        loss,
         training.PAPER,
         Column("to SC", to_untouched, TO_SC),
         *([Column("to SC trained", to_control, TO_CONTROL)] if run.control else []),
@@ -165,6 +174,7 @@ def _error_columns(run: Conversions) -> list[Column[Cell]]:
 
 
 AGREES = "Test images to which it gives the untouched network's class."
+AGREES_TRAINED = "The same after the last epoch."
 TO_SC = "Last error, or initial where nothing is trained, less the untouched network's, in percentage points."
 TO_CONTROL = "Last error less that of the control, the untouched network trained as long, seed by seed."
 
@@ -230,9 +240,11 @@ def _facts(document: Document, run: Conversions) -> list[str]:
     trained = [row for row in rows if row.params.epochs]
     lines = [training.recipe_line(document, trained)] if trained else []
     if rows and not trained and not training.without_images(rows):
-        lines.append("nothing was trained: the errors are those of the conversions")
+        what = "agreements" if training.is_unlabelled(rows) else "errors"
+        lines.append(f"nothing was trained: the {what} are those of the conversions")
     if any(row.params.distill for row in trained):
-        lines.append("distilled: the untouched network's outputs were targets beside the labels")
+        alone = "the only targets" if training.is_unlabelled(rows) else "targets beside the labels"
+        lines.append(f"distilled: the untouched network's outputs were {alone}")
     guesses = training.at_chance(rows, {"the untouched network": filter(None, [run.untouched])})
     lines += training.error_notes(rows, run.cells, *guesses, *([NO_CONTROL] if run.epochs and not run.control else []))
     lines += kept_dense((training.cell_name(cell), cell, cell.indivisible) for cell in run.converted)

@@ -117,6 +117,11 @@ class Cell:
         """Percent of the test images to which it gives the untouched network's class."""
         return _by_seed(self.conversions, lambda row: row.agreement_initial)
 
+    @property
+    def agreement_trained(self) -> BySeed:
+        """The same after training, where images have no labels."""
+        return _by_seed(self.conversions, lambda row: row.agreement_final)
+
     def _count(self, value: Callable[[Counts], float]) -> float | None:
         """A count, the mean where seeds differ."""
         known = [value(row.counts) for row in self.rows if row.counts]

@@ -630,12 +630,14 @@ class TrainRow(Row, frozen=True, kw_only=True):
 class TransferRow(TrainRow, frozen=True, kw_only=True):
     """A trained network, converted, evaluated and perhaps trained on.
 
-    agreement_initial: percent of the test images to which it gives the untouched network's class.
+    agreement_initial: percent of the test images to which it gives the untouched network's class. agreement_final: the
+    same after training, of images without labels.
     """
 
     error_initial_top5: Percent | None = None
     loss_initial: Nonnegative | None = None
     agreement_initial: Percent | None = None
+    agreement_final: Percent | None = None
     convert_seconds: Nonnegative | None = None
     saved: str | None = None
     time: NetworkTime | None = None
@@ -877,6 +879,8 @@ class Config(Data, frozen=True, kw_only=True):
     seeds: tuple[Count, ...] = ()
     precision: str | None = None
     layout: str | None = None
+    mode: str | None = None
+    phase: str | None = None
     compile: bool = False
     recipe: str | None = None
     epochs: Count | None = None

@@ -144,8 +144,8 @@ class Training:
     on, flat; a resumed training refuses any other, field by field. record: how the network was converted, for the
     checkpoints. checkpoints: None to keep none. warn: told what the user should know. stop: asked at every step
     whether to end early, with a checkpoint. teacher: a network, on the device and laid out like ``network``, whose
-    outputs on the same images are targets beside the labels (Hinton, Vinyals & Dean, 2015); it stays as it is, in eval
-    mode.
+    outputs on the same images are targets beside the labels (Hinton, Vinyals & Dean, 2015), or alone where ``data`` has
+    none; it stays as it is, in eval mode.
 
     A recipe of 0 epochs trains nothing; :meth:`begin` evaluates the network. ``guesses`` are the classes that the last
     evaluation has found, in the order of this process's share of the test images. Raises UsageError for a batch that
@@ -346,27 +346,34 @@ class Training:
         with torch.autocast(self.world.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
             output = self.train_model(images)
         heads = [scores if scores.dtype == torch.float64 else scores.float() for scores in class_scores(output)]
-        losses = [F.cross_entropy(scores, labels, label_smoothing=recipe.label_smoothing) for scores in heads]
+        if self.data.labelled:
+            losses = [F.cross_entropy(scores, labels, label_smoothing=recipe.label_smoothing) for scores in heads]
+        else:
+            losses = self._divergences(heads, images)
         loss = losses[0]
         for auxiliary in losses[1:]:
             loss = loss + AUXILIARY_WEIGHT * auxiliary
-        if self.teacher is not None:
-            loss = loss + TEACHER_WEIGHT * self._divergence(heads[0], images)
+        if self.data.labelled and self.teacher is not None:
+            loss = loss + TEACHER_WEIGHT * self._divergences(heads[:1], images)[0]
         if recipe.group_lasso:
             penalties = [penalty for layer in self.layers if (penalty := layer.group_lasso()) is not None]
             loss = loss + recipe.group_lasso * sum(penalties)
         return loss
 
-    def _divergence(self, scores: Tensor, images: Tensor) -> Tensor:
-        """KL(teacher || network) of the class probabilities, a mean over the images.
+    def _divergences(self, heads: Sequence[Tensor], images: Tensor) -> list[Tensor]:
+        """KL(teacher || network) of the class probabilities of each of the network's heads, a mean over the images.
 
         Times the square of the temperature, so that its gradient does not depend on that (Hinton et al., section 2.1).
         """
         device = self.world.device.type
         with torch.no_grad(), torch.autocast(device, self.autocast_dtype, enabled=self.autocast_dtype is not None):
             wanted = class_scores(self.teacher(images))[0]
-        logs, targets = ((part / TEACHER_TEMPERATURE).log_softmax(1) for part in (scores, wanted.to(scores.dtype)))
-        return TEACHER_TEMPERATURE**2 * F.kl_div(logs, targets, reduction="batchmean", log_target=True)
+        found = []
+        for scores in heads:
+            logs, targets = ((part / TEACHER_TEMPERATURE).log_softmax(1) for part in (scores, wanted.to(scores.dtype)))
+            loss = F.kl_div(logs, targets, reduction="batchmean", log_target=True)
+            found.append(TEACHER_TEMPERATURE**2 * loss)
+        return found
 
     def _tell_layers(self, fraction: float) -> None:
         for layer in self.layers:

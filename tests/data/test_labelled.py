@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from bgcbench.data import LABELLED, LabelledData, open_labelled
@@ -181,6 +182,34 @@ def test_calibration_images_are_those_to_train_with_and_not_augmented() -> None:
     assert torch.allclose(drawn, every[matches], atol=1e-6)
     assert len(set(matches)) == 5
     assert images.fingerprint != resident(train_images=altered(data.train_images)).calibration().fingerprint
+
+
+@pytest.mark.parametrize(
+    ("files", "train", "test"),
+    [
+        ([f"{n}.png" for n in range(6)], ["1.png", "2.png", "3.png", "5.png"], ["0.png", "4.png"]),
+        (["train/a.png", "train/b.png", "val/c.png", "d.png"], ["train/a.png", "train/b.png"], ["val/c.png"]),
+        (["val/a.png", "val/b.png"], ["val/b.png"], ["val/a.png"]),
+    ],
+)
+def test_images_without_labels_are_divided_into_those_to_train_and_to_evaluate(
+    files: list[str], train: list[str], test: list[str], tmp_path: Path
+) -> None:
+    for file in files:
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (9, 9)).save(tmp_path / file)
+    data = open_labelled("unlabelled", (8, 8), [tmp_path], classes=7)
+    assert isinstance(data, FolderData)
+    splits = (data.train_root, data.train_files), (data.test_root, data.test_files)
+    found = [[(root / name).relative_to(tmp_path).as_posix() for name in names] for root, names in splits]
+    assert found == [train, test]
+    assert (data.num_classes, data.labelled, data.meaningful) == (7, False, False)
+
+
+def test_too_few_images_without_labels_are_refused(tmp_path: Path) -> None:
+    Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
+    with pytest.raises(UsageError, match="has too few images"):
+        open_labelled("unlabelled", (8, 8), [tmp_path], classes=7)
 
 
 def test_calibration_images_in_files_are_read_as_those_to_test_with(tmp_path: Path) -> None:

@@ -15,14 +15,16 @@ import torch
 from torch import nn
 
 import bgcbench
+from bgcbench.conversion.convert import candidates
 from bgcbench.conversion.lockstep import Stopped
 from bgcbench.errors import BgcbenchError, UsageError
 from bgcbench.measure.batches import Passing
+from bgcbench.planning import plan as planning
 from bgcbench.planning.choices import LayerOptions, Problem, families
 from bgcbench.planning.decision import Plan, again, planned, taken
 from bgcbench.planning.decision import choose as best_choices
 from bgcbench.planning.losses import _put_in
-from bgcbench.planning.plan import scored, timed
+from bgcbench.planning.plan import Seen, counted_problem, timed
 from bgcbench.specs import Choice
 
 
@@ -58,6 +60,14 @@ def images(count: int, seed: int = 0) -> torch.Tensor:
 
 def choose(problem: Problem, kind: str, budget: float, most_variants: int | None = None) -> Plan:
     return planned(problem, kind, budget, best_choices(problem, kind, budget, most_variants=most_variants))
+
+
+def scored(
+    model: nn.Module, batches: list[torch.Tensor], variants: tuple[str, ...], groups: tuple[int, ...]
+) -> Problem:
+    """Its convolutions with what every choice costs and loses."""
+    layers = candidates(model, example_input=(3, 12, 12)).chosen
+    return planning.scored(model, counted_problem(layers, variants, groups), Seen(batches=batches))
 
 
 @pytest.fixture(scope="module")

@@ -27,11 +27,11 @@ def test_every_layer_is_measured_as_every_choice_and_equal_shapes_once() -> None
     times = dict(layer_times(model, layers, choices, partial(model, x), CPU, FEW))
     assert list(times) == [layer.name for layer in layers]
     for layer in layers:
-        assert set(times[layer.name]) == {Choice(), *choices[layer.name]}
-        for timed in times[layer.name].values():
+        assert set(times[layer.name].times) == {Choice(), *choices[layer.name]}
+        for timed in times[layer.name].times.values():
             assert timed.median_s > 0
             assert len(timed.samples_s) == len(timed.rounds) >= 6
-    networks = network_times(model, {"dense": (), "gc": layers}, Passing(), (x,), CPU, FEW)
+    networks = network_times(model, {"dense": (), "gc": layers}, Passing(), (x,), CPU, FEW).times
     ratio, interval = networks["gc"].ratio_to(networks["dense"])
     assert ratio == pytest.approx(networks["gc"].median_s / networks["dense"].median_s, rel=0.5)
     assert interval is None or interval[0] <= ratio <= interval[1]

@@ -331,6 +331,19 @@ def test_a_teachers_outputs_are_targets_beside_the_labels() -> None:
     assert all(parameter.grad is not None for parameter in network.parameters())
 
 
+def test_without_labels_a_teachers_outputs_are_the_only_targets() -> None:
+    network, teacher, data = tiny_network().double(), tiny_network().double(), tiny_data()
+    object.__setattr__(data, "labelled", False)
+    with torch.no_grad():
+        teacher[0].weight.mul_(-2)
+    images, labels = torch.randint(0, 256, (6, 3, 6, 5), dtype=torch.uint8), torch.arange(6) % 4
+    loss = training(network, data, teacher=teacher)._loss(images, labels)
+    x = normalised(images)
+    mine, theirs = network(x).softmax(1), teacher.eval()(x).softmax(1)
+    expected = (theirs * (theirs / mine).log()).sum(1).mean()
+    assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-12)
+
+
 def test_a_teacher_that_is_the_network_itself_says_nothing_new() -> None:
     images, labels = torch.randint(0, 256, (6, 3, 6, 5), dtype=torch.uint8), torch.arange(6) % 4
     network = tiny_network(norm=False).double()
