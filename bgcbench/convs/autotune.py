@@ -37,6 +37,8 @@ MIN_ROUNDS, MAX_ROUNDS = 7, 50  # every round times each remaining algorithm onc
 MIN_S = 0.1  # measure for at least this long
 LONG_S, LONG_ROUNDS = 3.0, 3  # after LONG_S stop at LONG_ROUNDS: long calls scatter less
 PRUNE_RATIO, PRUNE_AFTER = 1.5, 2  # after PRUNE_AFTER rounds drop an algorithm slower than this multiple of the fastest
+LONG_CALL_S = 0.1  # on a CPU what is set up in a first call is little of one that takes so long: one more is enough
+FAR_RATIO = 2.0  # an algorithm that took this multiple of the fastest without gradients is not tried with them then
 GAIN_RATIO = 0.99  # prefer an earlier algorithm unless a later one takes less than this share of its time
 
 
@@ -268,7 +270,7 @@ def is_captured(device: torch.device) -> bool:
 # ---------------------------------------------------------------------------------------------------------- measuring
 
 
-def choose(case: Case, device: torch.device, make: Callable[[], Mapping[str, Callable[[], object]]]) -> str | None:
+def choose(case: Case, device: torch.device, make: Callable[[], dict[str, Callable[[], object]]]) -> str | None:
     """The algorithm to run in ``case``: remembered, or measured now on ``device``.
 
     make: the calls to be timed, by algorithm, the default first; each does what one step would. An algorithm that
@@ -284,12 +286,21 @@ def choose(case: Case, device: torch.device, make: Callable[[], Mapping[str, Cal
     with _measuring:
         if case not in _remembered:
             with _unseen(device):
-                found = measured(make, device)
+                found = measured(lambda: _near(case, make()), device)
             if not found.seconds:
                 return found.form
             _remembered[case] = found
             _warn_of(case, found)
         return _remembered[case].form
+
+
+def _near(case: Case, calls: dict[str, Callable[[], object]]) -> dict[str, Callable[[], object]]:
+    """``calls`` without those that were far behind in long calls of the same layer with other gradients."""
+    for known, choice in _remembered.items():
+        least = min(choice.seconds.values(), default=0.0)
+        if least > LONG_CALL_S and known._replace(gradients=case.gradients) == case:
+            calls = {name: call for name, call in calls.items() if choice.seconds.get(name, 0.0) <= FAR_RATIO * least}
+    return calls
 
 
 @contextmanager
@@ -317,17 +328,27 @@ def measured(make: Callable[[], Mapping[str, Callable[[], object]]], device: tor
     calls = dict(make())
     default = next(iter(calls))
     left_out = {}
+    first = {}
     for name in list(calls):
+        begun = time.perf_counter()
         try:
             calls[name]()  # the first call sets up what libraries keep
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
+            first[name] = time.perf_counter() - begun
         except Exception as problem:  # noqa: BLE001 - compilers and launchers of kernels raise what they like
             left_out[name] = [type(problem).__name__, *str(problem).strip().splitlines()[:1]]
             del calls[name]
     best, in_graph = dict.fromkeys(calls, float("inf")), dict.fromkeys(calls, float("inf"))
+    most = MAX_ROUNDS
+    if device.type == "cpu" and min(first.values(), default=0.0) > LONG_CALL_S:
+        best, in_graph = first, dict(first)
+        limit = PRUNE_RATIO * min(first.values())
+        # Not the first of all, which may have set up torch's own threads and memory.
+        calls = {name: call for name, call in calls.items() if name == default or first[name] <= limit}
+        most = 1 if len(calls) > 1 else 0
     begun = time.perf_counter()
-    for rounds in range(1, MAX_ROUNDS + 1):
+    for rounds in range(1, most + 1):
         for name, call in calls.items():
             busy, host = _seconds(call, device)
             in_graph[name] = min(in_graph[name], busy)

@@ -220,6 +220,11 @@ class _Row:
     status: str = "interrupted"
     reason: str | None = "not measured yet"
 
+    def is_reference_of(self, other: _Row) -> bool:
+        """Whether it is the standard convolution, or dense network, that ``other`` is compared with."""
+        ours, theirs = self.planned.params, other.planned.params
+        return ours.variant == "standard" and (ours.mode, ours.layer) == (theirs.mode, theirs.layer)
+
     @property
     def alive(self) -> list[str]:
         """The phases that have not failed."""
@@ -383,10 +388,10 @@ class ProfileRun(Run[ProfileRow]):
     def _first_look(self, row: _Row, stopwatch: DeviceStopwatch) -> None:
         """First call of every phase, and the peak of the one that holds the most memory."""
         workload = self._workload(row)
-        # A quick look at a slow layer takes one call for both. On CUDA a first call has the workspace of the library's
-        # search, and a short one on a CPU what libraries set up once; both are measured again below.
+        # A slow layer takes one call for both. On CUDA a first call has the workspace of the library's search, and a
+        # short one on a CPU what libraries set up once; both are measured again below.
         mode, on_cpu = row.subject.mode, self.session.device.type == "cpu"
-        combined = self.config.quick and on_cpu and mode == "eager"
+        combined = on_cpu and mode == "eager"
         for phase in row.alive:
             try:
                 self._first_call(row, workload, phase, stopwatch, peak=combined and phase == row.fullest)
@@ -478,6 +483,10 @@ class ProfileRun(Run[ProfileRow]):
         if config.quick and config.max_time_s is None:
             share = max(row.subject.quick_share for row in rows)
             rules = dataclasses.replace(rules, max_time_s=rules.max_time_s * share)
+        for row in rows:
+            for dense in (other for other in rows if other.is_reference_of(row)):
+                for phase, track in row.tracks.items():
+                    track.reference = dense.tracks.get(phase)
         order = random.Random(row_seed(config.seed, f"order-{identity}"))
         tracks = [track for row in rows for track in row.tracks.values()]
         group = timing.Group(tracks, stopwatch, rules, order, self.stop)

@@ -122,6 +122,11 @@ class Ratio:
     paired: bool
 
     @property
+    def half_width(self) -> float | None:
+        """Half of the interval's width, relative to the ratio."""
+        return None if self.ci95 is None else self.ci95.width / 2 / self.value
+
+    @property
     def is_significant(self) -> bool | None:
         """Whether the interval excludes 1; None without an interval."""
         return None if self.ci95 is None else not self.ci95.low <= 1.0 <= self.ci95.high

@@ -62,8 +62,11 @@ def interleaved(
     seed: int = 0,
     stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, Timed]:
-    """Measure ``calls`` in turn, in inference mode; what fails, or was never reached, is left out."""
+    """Measure ``calls`` in turn, in inference mode, until their ratios to the first of them are known; what fails, or
+    was never reached, is left out."""
     tracks = [timing.Track(name, Cell(call, context=torch.inference_mode), label=name) for name, call in calls.items()]
+    for track in tracks:
+        track.reference = tracks[0]
     group = timing.Group(tracks, make_stopwatch(device, cold=device.type == "cuda"), rules, random.Random(seed), stop)
     for _ in group.run():
         pass

@@ -83,12 +83,12 @@ PAPER_TIME = f"Time that Table 4 of Lee, Park & Lee prints, of an {paper.DEVICE}
 PAPER_MEMORY = "Memory that Table 4 prints (as Mb), which is input, weights and mean, and no peak."
 PAPER_ERROR = "Error of ResNet-50 after transfer (Table 3), not of this layer."
 FLAGS = (
-    "n=: samples, where the median is not known to the aim of 0.5 %. uneven, noisy: the middle half of the samples "
-    "spreads over more than 3 %, 10 % of the median. launch-bound: the host is the limit. page faults: memory came "
-    "anew from the system although it was to be kept, which takes over 1 % of the time. kept dense: convolutions that "
-    "N or the rank does not fit. busy CPU: this run and other processes wanted more cores than there are. doubtful: "
-    "the speed-up is over twice what the parameters, MACs and bytes explain, or under 0.5 % of the roofline is reached "
-    "in 10 ms or more; measure again."
+    "n=: samples, where the speed-up is not known to 5 % (2 % with --max-time), or without a reference the median. "
+    "uneven, noisy: the middle half of the samples spreads over more than 3 %, 10 % of the median. launch-bound: the "
+    "host is the limit. page faults: memory came anew from the system although it was to be kept, which takes over 1 % "
+    "of the time. kept dense: convolutions that N or the rank does not fit. busy CPU: this run and other processes "
+    "wanted more cores than there are. doubtful: the speed-up is over twice what the parameters, MACs and bytes "
+    "explain, or under 0.5 % of the roofline is reached in 10 ms or more; measure again."
 )
 
 

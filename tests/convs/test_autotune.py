@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -229,6 +230,32 @@ def test_calls_that_take_long_are_timed_less_often(
     monkeypatch.setattr(autotune, "LONG_S", 0.0)
     layer()(torch.randn(X))
     assert timed.count("two_conv") == timed.count("concat") == autotune.LONG_ROUNDS < autotune.MIN_ROUNDS
+
+
+def test_calls_that_take_seconds_are_timed_once_more_and_those_far_behind_not_at_all(
+    fastest: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first call of each tells which they are, and the same layer without gradients which to try with them."""
+    timed = fastest(two_conv=1.0, concat=1.1)
+    run, first = BalancedGroupConv2d._run, dict.fromkeys(("two_conv", "concat", "dense", "split"), 0)
+    pause = {"two_conv": 0.1, "concat": 0.11, "dense": 0.4, "split": 0.4}
+
+    def slow(self: BalancedGroupConv2d, algorithm: str, *given: Any) -> Tensor:
+        first[algorithm] += 1
+        time.sleep(pause[algorithm])
+        return run(self, algorithm, *given)
+
+    monkeypatch.setattr(BalancedGroupConv2d, "_run", slow)
+    monkeypatch.setattr(autotune, "LONG_CALL_S", 0.05)
+    own, x = layer(), torch.randn(X)
+    with torch.inference_mode():
+        own(x)
+    assert sorted(timed) == ["concat", "two_conv"]
+    assert (first["dense"], first["split"]) == (1, 1)
+    own(x)
+    assert sorted(timed) == ["concat", "concat", "two_conv", "two_conv"]
+    assert (first["dense"], first["split"]) == (1, 1)
+    assert own.chosen == {"inference": "two_conv", "training": "two_conv"}
 
 
 def test_a_graph_takes_the_algorithm_that_is_fastest_on_the_device_and_a_call_what_the_host_can_keep_up_with(
