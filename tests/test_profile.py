@@ -12,9 +12,11 @@ from typing import Any
 import pytest
 import torch
 
+from bgcbench.convs import autotune
 from bgcbench.convs.gc import GroupConv2d
 from bgcbench.errors import ResultFileError, ShapeError, UsageError
 from bgcbench.experiments import profile_run
+from bgcbench.experiments.network import NetworkConfig
 from bgcbench.experiments.profile import (
     ProfileConfig,
     Wanted,
@@ -24,7 +26,7 @@ from bgcbench.experiments.profile import (
     row_seed,
 )
 from bgcbench.experiments.profile_run import ProfileRun, Update, layer_subjects, open_session
-from bgcbench.measure import environment
+from bgcbench.measure import ceilings, environment
 from bgcbench.measure.device import CpuStopwatch
 from bgcbench.report import flags
 from bgcbench.specs import VARIANTS, Choice, ConvSpec
@@ -74,6 +76,13 @@ class TestPlan:
             ("standard", 1, "stock"),
             *((name, n, form) for n in (2, 4, 8, 16) for name, form in (("gc", "stock"), ("bgc", "auto"))),
         ]
+
+    def test_a_quick_look_is_of_the_forward_pass_unless_others_are_named(self) -> None:
+        assert ProfileConfig().phases == ("fwd", "fwd_bwd")
+        assert NetworkConfig().phases == ("fwd", "train_step")
+        for kind in (ProfileConfig, NetworkConfig):
+            assert kind(quick=True).phases == ("fwd",)
+        assert ProfileConfig(quick=True, phases=("fwd_bwd",)).phases == ("fwd_bwd",)
 
     def test_the_reference_is_there_once_whatever_is_asked(self) -> None:
         assert labels(replace(SMALL, variants=("gc",), groups=(1, 2)))[0] == ("standard", 1, "stock")
@@ -211,6 +220,28 @@ class TestRun:
         done = run(config)
         assert set(seen) == {(True, {"fp64": torch.float64, "bf16": torch.bfloat16}[precision])}
         assert done.results[2].params.algorithm == "concat"
+
+    def test_a_quick_look_measures_one_round_at_least_and_goes_on_while_it_has_time(self, monkeypatch) -> None:
+        for seconds, enough in ((0.0, False), (60.0, True)):
+            monkeypatch.setattr(profile_run, "QUICK_S", seconds)
+            done = run(replace(SMALL, quick=True, max_time_s=None))
+            rounds = {len(set(phase.rounds)) for row in done.results for phase in row.phases.values()}
+            assert (min(rounds) >= 6) is enough
+            assert enough or rounds == {1}
+        assert autotune.remembered() == []  # what was chosen in haste is not for later runs
+
+    def test_an_estimate_counts_the_calls_of_slow_rows_and_the_time_of_a_quick_look(self, monkeypatch) -> None:
+        """On a device that needs 1 s for the dense forward pass, and so 4 s for both phases."""
+        config = replace(SMALL, groups=(4,), variants=("standard",), max_time_s=None)
+        flops = 2 * 16 * 16 * 9 * 25 * 4
+        monkeypatch.setattr(ceilings, "measure_ceilings", lambda *_, **__: ceilings.Ceilings(flops, 1e12, (1,), 1))
+
+        def estimate(config: ProfileConfig) -> float:
+            return ProfileRun(config, open_session(config), plan(config)).estimated_s()
+
+        assert 6 * 4 < estimate(config) < 10 * 4
+        assert estimate(replace(config, quick=True)) < 3 * 4  # its looks and one round
+        assert estimate(replace(config, groups=(2, 4), variants=("standard", "gc"))) > 1.5 * estimate(config)
 
     def test_threads_are_set_for_the_run_only(self) -> None:
         before = torch.get_num_threads()

@@ -95,7 +95,7 @@ class Profile(Command):
         config, device = run.config, run.session.environment.device
         lines = [
             f"plan: {len(run.subjects)} rows x {', '.join(config.phases)} on {device.name}, "
-            f"{config.precision}, {config.layout}, {config.mode}; roughly {run.estimated_s() / 60:.1f} min"
+            f"{config.precision}, {config.layout}, {config.mode}; roughly {_duration(run.estimated_s())}"
         ]
         return lines + [f"  {row.key}" + (f"  invalid: {row.invalid}" if row.invalid else "") for row in run.planned]
 
@@ -190,6 +190,10 @@ class Approx(Command):
 
     def picture(self, preset: str | None) -> str | None:
         return preset
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.1f} min"
 
 
 def check_reference(given: Json) -> None:

@@ -83,6 +83,7 @@ _remembered: dict[Case, Choice] = {}
 _warned: set[tuple[str, str, str]] = set()  # variant, algorithm and error of the warnings so far
 _generation = [0]
 _measuring = threading.RLock()
+_hasty = [False]
 
 
 def remembered() -> list[dict[str, Any]]:
@@ -118,6 +119,21 @@ def forget() -> None:
 def cache_generation() -> int:
     """A number that changes whenever choices are taken over or dropped, so that layers ask again."""
     return _generation[0]
+
+
+@contextmanager
+def hastily() -> Iterator[None]:
+    """For the block, choose after two calls of each algorithm (one that takes long: one); what was chosen so is
+    forgotten afterwards."""
+    before, was = dict(_remembered), _hasty[0]
+    _hasty[0] = True
+    try:
+        yield
+    finally:
+        _hasty[0] = was
+        _remembered.clear()
+        _remembered.update(before)
+        _generation[0] += 1
 
 
 # -------------------------------------------------------------------------------------------------------- the layer
@@ -340,13 +356,13 @@ def measured(make: Callable[[], Mapping[str, Callable[[], object]]], device: tor
             left_out[name] = [type(problem).__name__, *str(problem).strip().splitlines()[:1]]
             del calls[name]
     best, in_graph = dict.fromkeys(calls, float("inf")), dict.fromkeys(calls, float("inf"))
-    most = MAX_ROUNDS
+    most = 1 if _hasty[0] else MAX_ROUNDS
     if device.type == "cpu" and min(first.values(), default=0.0) > LONG_CALL_S:
         best, in_graph = first, dict(first)
         limit = PRUNE_RATIO * min(first.values())
         # Not the first of all, which may have set up torch's own threads and memory.
         calls = {name: call for name, call in calls.items() if name == default or first[name] <= limit}
-        most = 1 if len(calls) > 1 else 0
+        most = 1 if len(calls) > 1 and not _hasty[0] else 0
     begun = time.perf_counter()
     for rounds in range(1, most + 1):
         for name, call in calls.items():

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from bgcbench.convs import VariantConv2d, build_conv
+from bgcbench.convs.autotune import hastily
 from bgcbench.deployment import onnx_file
 from bgcbench.deployment.workload import RuntimeFile, RuntimeWorkload, runtime_file
 from bgcbench.experiments.base import Run
@@ -57,6 +58,12 @@ from bgcbench.results.rows import (
     Summary,
 )
 from bgcbench.specs import EXPORTERS, NETWORK_PHASES, PHASES, PRECISIONS, RUNTIME, ConvSpec
+
+QUICK_S = 10.0  # of a quick look, of which one round at least is measured
+ROUNDS_OF_INTERVAL = 6
+# What an estimate takes things to take: what is done once, building a row twice, the shortest call, and the calls in
+# which a layer finds its algorithm.
+SET_UP_S, BUILD_S, LEAST_CALL_S, TUNING_CALLS = 1.5, 0.05, 2e-5, 6
 
 
 @dataclass(frozen=True)
@@ -109,9 +116,14 @@ class Subject(ABC):
     input_grad: bool
     mode: str
     algorithm: str  # as it was asked for
-    quick_share: float = 1.0  # of a quick look's time a row; a network's calls are long
+    quick_share: float = 1.0  # of a quick look's time; a network's calls are long
     _file: RuntimeFile | None = None
     held_bytes: int  # what stays in memory between calls
+
+    @property
+    @abstractmethod
+    def is_tuned(self) -> bool:
+        """Whether it has layers that find their algorithm by measuring."""
 
     @abstractmethod
     def module(self, session: Session) -> nn.Module:
@@ -153,6 +165,10 @@ class LayerSubject(Subject):
         self.counts = count(spec, config.height, config.width, batch=config.batch, precision=config.precision)
         self.executed = self.counts.executed(row.params.algorithm)
         self.held_bytes = 2 * self.executed.params * PRECISIONS[config.precision]
+
+    @property
+    def is_tuned(self) -> bool:
+        return self.algorithm == "auto"
 
     def module(self, session: Session) -> nn.Module:
         with torch.random.fork_rng(devices=[]):
@@ -319,6 +335,7 @@ class ProfileRun(Run[ProfileRow]):
             _Row(row, self.subjects[row.key]) for row in planned if row.key in self.subjects and row.key not in done
         ]
         self._contention: environment.Contention | None = None  # on a CPU, of the group that is measured
+        self._began = 0.0
         self._inputs: dict[tuple[tuple[int, ...], bool], torch.Tensor] = {}
 
     def take_into(self, document: Document) -> None:
@@ -326,19 +343,32 @@ class ProfileRun(Run[ProfileRow]):
         document.interleaved = tuple(self.interleaved)
 
     def estimated_s(self) -> float:
-        """A rough guess of the run's length, before anything is timed: at 30 GFLOP/s a CPU thread, 10 TFLOP/s on CUDA.
+        """Roughly how long the run takes where nothing else runs, by a short look at what the device can do.
 
-        Each cell is called for its first look, its memory passes, its warm-up and its floor of rounds, and the group
-        samples for at most its time a row.
+        A call takes as long as its work does at the ceilings. Each cell is called for its first look and memory, its
+        algorithm is chosen, it is warmed up, and rounds are measured until there are enough for an interval; a quick
+        look then ends with its time, after one round at least.
         """
-        rules, on_cuda = self.protocol.rules, self.session.device.type == "cuda"
-        rate = 1e13 if on_cuda else 3e10 * self.session.environment.cpu.threads
-        subjects = self.subjects.values()
-        calls = [subject.work(phase).flops / rate for subject in subjects for phase in subject.phases]
-        looks = (2 if self.config.quick else 3) * sum(calls)
-        warm_up = sum(0.0 if call > rules.warmup_max_s else rules.warmup_max_s for call in calls)
-        sampling = max(rules.min_rounds * sum(calls), len(subjects) * rules.max_time_s)
-        return 5.0 + looks + warm_up + sampling
+        config, rules, device = self.config, self.protocol.rules, self.session.device
+        # One thread waits for no other, so that this is right where other processes run, too.
+        with backend_state(config.precision, 1), current(device):
+            can = ceilings.measure_ceilings(make_stopwatch(device, cold=False), DTYPES[config.precision], quick=True)
+        if device.type == "cpu":
+            can = dataclasses.replace(can, flops_per_s=can.flops_per_s * self.session.environment.cpu.threads)
+        before, sampled, once = SET_UP_S, 0.0, 0.0
+        for subject, params in ((row.subject, row.planned.params) for row in self.rows):
+            calls = [max(can.floor_s(subject.work(phase)), LEAST_CALL_S) for phase in subject.phases]
+            slice_s = rules.max_time_s * rules.slice_share / len(calls)
+            before += BUILD_S + sum(calls)
+            if subject.is_tuned:  # its algorithms, among them one that does a dense kernel's work
+                before += TUNING_CALLS * sum(calls) + params.groups / 2 * calls[0]
+            before += sum(rules.warmup_max_s for call in calls if call < rules.warmup_max_s)
+            once += sum(calls)
+            sampled += sum(max(call, min(slice_s, rules.max_queue * call)) for call in calls)
+        sampled *= max(rules.min_rounds, ROUNDS_OF_INTERVAL)
+        if config.quick and config.max_time_s is None:
+            sampled = max(once, min(sampled, QUICK_S - before))
+        return before + sampled
 
     def run(self) -> Iterator[Update]:
         """Measure every row; the last update holds the finished rows."""
@@ -347,8 +377,10 @@ class ProfileRun(Run[ProfileRow]):
             yield self._update("nothing left to measure", save=True)
             return
         compiling = compile_state() if "compile" in config.modes else contextlib.nullcontext()
+        choosing = hastily() if config.quick else contextlib.nullcontext()
         state = backend_state(config.precision, config.threads)
-        with memory_state(self.protocol.memory), frozen_heap(), state, current(session.device), compiling:
+        self._began = time.perf_counter()
+        with memory_state(self.protocol.memory), frozen_heap(), state, current(session.device), compiling, choosing:
             yield self._update("measuring the device's ceilings")
             try:
                 plain = make_stopwatch(session.device, cold=False)
@@ -359,10 +391,11 @@ class ProfileRun(Run[ProfileRow]):
             except RuntimeError as failure:  # of the device itself: the rows' own failures are theirs
                 self._give_up(describe_failure(failure, session.device))
                 alive, stopwatch = [], None
-            for group in self._groups(alive):
+            groups = self._groups(alive)
+            for number, group in enumerate(groups):
                 if self.stop() or stopwatch is None:
                     break
-                yield from self._measure(group, stopwatch)
+                yield from self._measure(group, stopwatch, self._rules(group, groups[number:]))
         yield self._update("done", save=True)
 
     def _look_at_each(self, stopwatch: DeviceStopwatch) -> Iterator[Update]:
@@ -473,16 +506,21 @@ class ProfileRun(Run[ProfileRow]):
                 groups.append(members)
         return groups
 
-    def _measure(self, rows: list[_Row], stopwatch: DeviceStopwatch) -> Iterator[Update]:
+    def _rules(self, rows: list[_Row], left: list[list[_Row]]) -> timing.Rules:
+        """Those of the protocol; in a quick look ``rows`` have their share of what is left of its time."""
+        rules = self.protocol.rules
+        if not self.config.quick or self.config.max_time_s is not None:
+            return rules
+        left_s = max(0.0, QUICK_S - (time.perf_counter() - self._began))
+        shares = sum(row.subject.quick_share for group in left for row in group)
+        return dataclasses.replace(rules, max_time_s=left_s * max(row.subject.quick_share for row in rows) / shares)
+
+    def _measure(self, rows: list[_Row], stopwatch: DeviceStopwatch, rules: timing.Rules) -> Iterator[Update]:
         """One interleaved group, from building its layers to the summary of its rows."""
         config, device = self.config, self.session.device
         identity = 1 + max((entry.id for entry in self.interleaved), default=0)
         for row in rows:
             self._build(row, identity)
-        rules = self.protocol.rules
-        if config.quick and config.max_time_s is None:
-            share = max(row.subject.quick_share for row in rows)
-            rules = dataclasses.replace(rules, max_time_s=rules.max_time_s * share)
         for row in rows:
             for dense in (other for other in rows if other.is_reference_of(row)):
                 for phase, track in row.tracks.items():
