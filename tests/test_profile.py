@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import itertools
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 
 from bgcbench.convs import autotune
 from bgcbench.convs.gc import GroupConv2d
+from bgcbench.convs.standard import StandardConv2d
 from bgcbench.errors import ResultFileError, ShapeError, UsageError
 from bgcbench.experiments import profile_run
 from bgcbench.experiments.network import NetworkConfig
@@ -29,6 +31,7 @@ from bgcbench.experiments.profile_run import ProfileRun, Update, layer_subjects,
 from bgcbench.measure import ceilings, environment
 from bgcbench.measure.device import CpuStopwatch
 from bgcbench.report import flags
+from bgcbench.results.times import is_doubtful
 from bgcbench.specs import VARIANTS, Choice, ConvSpec
 from tests.measure.test_allocator import GLIBC
 from tests.processes import Forked
@@ -222,6 +225,7 @@ class TestRun:
         assert done.results[2].params.algorithm == "concat"
 
     def test_a_quick_look_measures_one_round_at_least_and_goes_on_while_it_has_time(self, monkeypatch) -> None:
+        autotune.forget()
         for seconds, enough in ((0.0, False), (60.0, True)):
             monkeypatch.setattr(profile_run, "QUICK_S", seconds)
             done = run(replace(SMALL, quick=True, max_time_s=None))
@@ -242,6 +246,36 @@ class TestRun:
         assert 6 * 4 < estimate(config) < 10 * 4
         assert estimate(replace(config, quick=True)) < 3 * 4  # its looks and one round
         assert estimate(replace(config, groups=(2, 4), variants=("standard", "gc"))) > 1.5 * estimate(config)
+
+    @pytest.mark.parametrize("ends", ["well", "no better", "stopped"])
+    def test_a_group_with_a_time_that_cannot_be_is_measured_once_more(self, ends: str, monkeypatch) -> None:
+        """Something holds up the standard convolution: as if GC were by far faster than what there is less to do."""
+        forward, held = StandardConv2d.forward, {"up": True, "again": False, "stop": False}
+
+        def slow(self: StandardConv2d, x: torch.Tensor) -> torch.Tensor:
+            if held["up"]:
+                time.sleep(0.005)
+            return forward(self, x)
+
+        def watch(update: Update) -> None:
+            if update.doing == "group done":
+                held["up"], held["again"] = ends == "no better", True
+            held["stop"] |= ends == "stopped" and held["again"] and update.doing == "round 2"
+
+        monkeypatch.setattr(StandardConv2d, "forward", slow)
+        done = run(replace(SMALL, groups=(2,), phases=("fwd",)), watch, stop=lambda: held["stop"])
+        dense, gc, _ = done.results
+        assert {row.status for row in done.results} == {"ok"}
+        assert is_doubtful(gc, "fwd", dense) is (ends != "well")
+        assert len(done.interleaved) == 2
+        if ends == "stopped":  # what there was stands
+            assert (dense.interleaved, dense.phases["fwd"].discarded.samples_s) == (1, ())
+            return
+        assert min(dense.phases["fwd"].discarded.samples_s) > 0.005
+        assert [row.interleaved for row in done.results] == [2, 2, 2]
+        (said,) = [text for text in done.warnings if "twice" in text]
+        assert said.startswith("measured twice, because of times that cannot be: ")
+        assert "GC N=2" in said
 
     def test_threads_are_set_for_the_run_only(self) -> None:
         before = torch.get_num_threads()

@@ -37,7 +37,8 @@ MIN_ROUNDS, MAX_ROUNDS = 7, 50  # every round times each remaining algorithm onc
 MIN_S = 0.1  # measure for at least this long
 LONG_S, LONG_ROUNDS = 3.0, 3  # after LONG_S stop at LONG_ROUNDS: long calls scatter less
 PRUNE_RATIO, PRUNE_AFTER = 1.5, 2  # after PRUNE_AFTER rounds drop an algorithm slower than this multiple of the fastest
-LONG_CALL_S = 0.1  # on a CPU what is set up in a first call is little of one that takes so long: one more is enough
+LONG_CALL_S = 0.1  # on a CPU what is set up in a first call is little of one that takes so long, and tells enough
+NEAR_RATIO = 1.1  # of long calls those that took less than this multiple of the fastest are timed once more
 FAR_RATIO = 2.0  # an algorithm that took this multiple of the fastest without gradients is not tried with them then
 GAIN_RATIO = 0.99  # prefer an earlier algorithm unless a later one takes less than this share of its time
 
@@ -359,7 +360,7 @@ def measured(make: Callable[[], Mapping[str, Callable[[], object]]], device: tor
     most = 1 if _hasty[0] else MAX_ROUNDS
     if device.type == "cpu" and min(first.values(), default=0.0) > LONG_CALL_S:
         best, in_graph = first, dict(first)
-        limit = PRUNE_RATIO * min(first.values())
+        limit = NEAR_RATIO * min(first.values())
         # Not the first of all, which may have set up torch's own threads and memory.
         calls = {name: call for name, call in calls.items() if name == default or first[name] <= limit}
         most = 1 if len(calls) > 1 and not _hasty[0] else 0

@@ -57,6 +57,7 @@ from bgcbench.results.rows import (
     ProfileRow,
     Summary,
 )
+from bgcbench.results.times import is_doubtful
 from bgcbench.specs import EXPORTERS, NETWORK_PHASES, PHASES, PRECISIONS, RUNTIME, ConvSpec
 
 QUICK_S = 10.0  # of a quick look, of which one round at least is measured
@@ -230,16 +231,26 @@ class _Row:
     forms: Forms = field(default_factory=dict)
     tracks: dict[str, timing.Track[Cell]] = field(default_factory=dict)
     phases: dict[str, Phase] = field(default_factory=dict)
+    before: dict[str, Phase] = field(default_factory=dict)  # of a measurement that was doubtful
     failures: dict[str, Failure] = field(default_factory=dict)
     interleaved: int | None = None
     alone: bool = False  # measured by itself because the group does not fit into memory together
     status: str = "interrupted"
     reason: str | None = "not measured yet"
 
+    @property
+    def is_dense(self) -> bool:
+        return self.planned.params.variant == "standard"
+
     def is_reference_of(self, other: _Row) -> bool:
         """Whether it is the standard convolution, or dense network, that ``other`` is compared with."""
         ours, theirs = self.planned.params, other.planned.params
-        return ours.variant == "standard" and (ours.mode, ours.layer) == (theirs.mode, theirs.layer)
+        return self.is_dense and (ours.mode, ours.layer) == (theirs.mode, theirs.layer)
+
+    def is_network_of(self, other: _Row) -> bool:
+        """Whether it is the dense network that ``other`` is a layer of."""
+        ours, theirs = self.planned.params, other.planned.params
+        return self.is_dense and ours.layer is None and theirs.layer is not None and ours.mode == theirs.mode
 
     @property
     def alive(self) -> list[str]:
@@ -396,6 +407,8 @@ class ProfileRun(Run[ProfileRow]):
                 if self.stop() or stopwatch is None:
                     break
                 yield from self._measure(group, stopwatch, self._rules(group, groups[number:]))
+            if stopwatch is not None:
+                yield from self._measure_again([group for group in groups if self._doubtful(group)], stopwatch)
         yield self._update("done", save=True)
 
     def _look_at_each(self, stopwatch: DeviceStopwatch) -> Iterator[Update]:
@@ -546,6 +559,36 @@ class ProfileRun(Run[ProfileRow]):
         free_memory(device)
         yield self._update("group done", save=True)
 
+    def _doubtful(self, rows: Sequence[_Row]) -> list[str]:
+        """The labels of those with a time that cannot be."""
+        found = []
+        for row in (row for row in rows if row.status == "ok"):
+            dense = next((other.result() for other in rows if other.is_reference_of(row)), None)
+            network = next((other.result() for other in self.rows if other.is_network_of(row)), None)
+            if any(is_doubtful(row.result(), phase, dense, network) for phase in row.phases):
+                found.append(row.planned.label)
+        return found
+
+    def _measure_again(self, groups: list[list[_Row]], stopwatch: DeviceStopwatch) -> Iterator[Update]:
+        """Measure ``groups`` once more, because of times that cannot be; the samples before are kept apart.
+
+        What was measured before stands where this is stopped.
+        """
+        for number, group in enumerate(groups):
+            if self.stop():
+                return
+            self.warnings.append(f"measured twice, because of times that cannot be: {', '.join(self._doubtful(group))}")
+            again = {row.planned.key: (row, row.interleaved) for row in group if row.status == "ok"}
+            members = [row for row, _ in again.values()]
+            for row in members:
+                row.before, row.status, row.reason = row.phases, "interrupted", "measured again"
+            yield from self._measure(members, stopwatch, self._rules(members, groups[number:]))
+            for row, interleaved in again.values():
+                if row.status == "interrupted":
+                    row.phases, row.interleaved = row.before, interleaved
+                    row.end()
+            yield self._update("group done", save=True)
+
     def _build(self, row: _Row, identity: int) -> None:
         """A track, in group ``identity``, for each phase of ``row`` that is alive."""
         try:
@@ -602,13 +645,17 @@ class ProfileRun(Run[ProfileRow]):
 
     def _phase(self, row: _Row, phase: str, track: timing.Track[Cell]) -> Phase:
         summary, work = track.summary(), row.subject.work(phase)
+        before = row.before.get(phase)
         host, median = row.host_s.get(phase), summary.median_s
         faults = statistics.median(track.faults) if track.faults else None
         ends = (summary.ci95_s.low, summary.ci95_s.high) if summary.ci95_s else None
         return Phase(
             samples_s=tuple(track.samples),
             rounds=tuple(track.rounds),
-            discarded=Discarded(samples_s=tuple(track.discarded), rounds=tuple(track.discarded_rounds)),
+            discarded=Discarded(
+                samples_s=(before.samples_s if before else ()) + tuple(track.discarded),
+                rounds=(before.rounds if before else ()) + tuple(track.discarded_rounds),
+            ),
             first_call_s=row.first_call_s.get(phase),
             host_s=host,
             minor_faults_per_call=faults,

@@ -46,7 +46,7 @@ class Rules:
     warmup_min_s: float = 0.2
     warmup_min_calls: int = 10
     warmup_tolerance: float = 0.01
-    warmup_max_s: float = 0.5
+    warmup_max_s: float = 0.3
     canary_tolerance: float = 0.02
     canary_redo: int = 0
 

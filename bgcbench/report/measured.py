@@ -88,7 +88,8 @@ FLAGS = (
     "host is the limit. page faults: memory came anew from the system although it was to be kept, which takes over 1 % "
     "of the time. kept dense: convolutions that N or the rank does not fit. busy CPU: this run and other processes "
     "wanted more cores than there are. doubtful: the speed-up is over twice what the parameters, MACs and bytes "
-    "explain, or under 0.5 % of the roofline is reached in 10 ms or more; measure again."
+    "explain, or under 0.5 % of the roofline is reached in 10 ms or more, or a network's convolutions of one shape "
+    "take longer than the network, in two measurements; measure again."
 )
 
 
@@ -119,8 +120,10 @@ def time_column(rows: Rows, phase: str) -> Column[ProfileRow]:
     return Column(f"{PHASE_TITLES[phase]} {unit}", lambda row: row.phases.get(phase), meaning, time, "time")
 
 
-def flags_column(phases: Sequence[str], reference: ProfileRow | None = None) -> Column[ProfileRow]:
-    return words("flags", lambda row: ", ".join(flags(row, phases, reference)), FLAGS)
+def flags_column(
+    phases: Sequence[str], reference: ProfileRow | None = None, network: ProfileRow | None = None
+) -> Column[ProfileRow]:
+    return words("flags", lambda row: ", ".join(flags(row, phases, reference, network)), FLAGS)
 
 
 # ---------------------------------------------------------------------------------------------------- what a row holds
@@ -180,10 +183,15 @@ def _roofline(row: ProfileRow, phases: Sequence[str]) -> str | None:
     return f"{derived.roofline_fraction:.0%} {letter}"
 
 
-def flags(row: ProfileRow, phases: Sequence[str], reference: ProfileRow | None = None) -> list[str]:
-    """What to know before a row's numbers are used."""
+def flags(
+    row: ProfileRow,
+    phases: Sequence[str],
+    reference: ProfileRow | None = None,
+    network: ProfileRow | None = None,
+) -> list[str]:
+    """What to know before a row's numbers are used. reference, network: as in ``is_doubtful``."""
     dense = row.convert.indivisible if row.convert else []
-    found = _failed(row) if row.status != "ok" else _measured_flags(row, phases, reference)
+    found = _failed(row) if row.status != "ok" else _measured_flags(row, phases, reference, network)
     return found + ([f"{len(dense)} kept dense"] if dense else [])
 
 
@@ -193,9 +201,12 @@ def _failed(row: ProfileRow) -> list[str]:
     return [f"{PHASE_TITLES.get(phase, phase)} {failure.status}" for phase, failure in row.failures.items()]
 
 
-def _measured_flags(row: ProfileRow, phases: Sequence[str], reference: ProfileRow | None) -> list[str]:
+def _measured_flags(
+    row: ProfileRow, phases: Sequence[str], reference: ProfileRow | None, network: ProfileRow | None
+) -> list[str]:
     by_phase = {
-        PHASE_TITLES[phase]: ["doubtful"] * is_doubtful(row, phase, reference) + _phase_flags(row.phases[phase])
+        PHASE_TITLES[phase]: ["doubtful"] * is_doubtful(row, phase, reference, network)
+        + _phase_flags(row.phases[phase])
         for phase in phases
         if phase in row.phases
     }
