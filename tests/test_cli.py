@@ -192,6 +192,16 @@ class TestProfile:
         assert err == ""
         assert {row["phase"] for row in csv.DictReader(io.StringIO(out))} == {"fwd", "fwd_bwd"}
 
+    def test_threads_may_be_as_many_as_others_leave_cores(self, here: Path, capsys, monkeypatch) -> None:
+        monkeypatch.setattr("bgcbench.measure.load.free_cores", lambda: 3)
+        assert main([*LIGHT, "--threads", "auto", "--out", "r.json"]) == 0
+        assert "(3 threads)" in capsys.readouterr().err
+        document = stored(here / "r.json")
+        assert (document["config"]["threads"], document["environment"]["cpu"]["threads"]) == (3, 3)
+        for text in ("some", "1,2", "0"):
+            assert main([*LIGHT, "--threads", text]) == 2
+            assert "threads" in capsys.readouterr().err
+
     def test_a_dry_run_says_the_plan_and_touches_nothing(self, here: Path, capsys) -> None:
         assert main([*SMALL, "--dry-run", "--out", "new/x.json"]) == 0
         out, err = capsys.readouterr()

@@ -92,9 +92,10 @@ class Profile(Command):
         return ProfileRun(prepared.config, session, rows, subjects=subjects, **shared)
 
     def plan_lines(self, run: ProfileRun, *, full: bool) -> list[str]:
-        config, device = run.config, run.session.environment.device
+        config, device, cpu = run.config, run.session.environment.device, run.session.environment.cpu
+        on = f"{device.name} ({cpu.threads} thread{'s' * (cpu.threads != 1)})" if device.type == "cpu" else device.name
         lines = [
-            f"plan: {len(run.subjects)} rows x {', '.join(config.phases)} on {device.name}, "
+            f"plan: {len(run.subjects)} rows x {', '.join(config.phases)} on {on}, "
             f"{config.precision}, {config.layout}, {config.mode}; roughly {_duration(run.estimated_s())}"
         ]
         return lines + [f"  {row.key}" + (f"  invalid: {row.invalid}" if row.invalid else "") for row in run.planned]

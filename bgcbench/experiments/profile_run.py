@@ -44,6 +44,7 @@ from bgcbench.measure.device import (
     random_input,
 )
 from bgcbench.measure.environment import diagnose
+from bgcbench.measure.load import Contention
 from bgcbench.measure.memory import Peak, measure_peak
 from bgcbench.measure.workload import Cell, Like, Workload
 from bgcbench.results import Document, rows
@@ -345,7 +346,7 @@ class ProfileRun(Run[ProfileRow]):
         self.rows = [
             _Row(row, self.subjects[row.key]) for row in planned if row.key in self.subjects and row.key not in done
         ]
-        self._contention: environment.Contention | None = None  # on a CPU, of the group that is measured
+        self._contention: Contention | None = None  # on a CPU, of the group that is measured
         self._began = 0.0
         self._inputs: dict[tuple[tuple[int, ...], bool], torch.Tensor] = {}
 
@@ -542,7 +543,7 @@ class ProfileRun(Run[ProfileRow]):
         tracks = [track for row in rows for track in row.tracks.values()]
         group = timing.Group(tracks, stopwatch, rules, order, self.stop)
         if device.type == "cpu":
-            self._contention = environment.Contention(self.session.environment.cpu.threads)
+            self._contention = Contention(self.session.environment.cpu.threads)
         alone = any(row.alone for row in rows)
         self.interleaved.append(Group(id=identity, max_time_s=rules.max_time_s, alone=alone, rows=len(rows)))
         for progress in group.run():
