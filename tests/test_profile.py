@@ -361,9 +361,24 @@ class TestRun:
         cut = run(SMALL, in_round(3, flag), stop=lambda: flag["up"])
         assert {row.status for row in cut.results} == {"interrupted"}
         assert all(set(row.phases["fwd"].rounds) >= {1, 2} for row in cut.results)
-        resumed = run(SMALL, kept={row.key: row for row in cut.results})
+        kept = {row.key: row for row in cut.results}
+        resumed = run(SMALL, kept=kept, interleaved=cut.interleaved)
         assert [row.key for row in resumed.results] == [row.key for row in plan(SMALL)]
         assert {row.status for row in resumed.results} == {"ok"}
+        (group,) = resumed.interleaved
+        assert group.id == 1
+        assert group.rounds >= 6
+        assert len(group.canary.readings_s) >= 6
+        for before, after in zip(cut.results, resumed.results, strict=True):
+            first, last = (row.phases["fwd"] for row in (before, after))
+            whole = sum(number < 3 for number in first.rounds)  # the third was not: it was done again
+            assert last.samples_s[:whole] == first.samples_s[:whole]
+            assert last.discarded.samples_s == first.samples_s[whole:]
+            assert set(last.rounds) == set(range(1, group.rounds + 1))
+        # With other rows it is another group.
+        wider = run(replace(SMALL, groups=(2, 4, 8)), kept=kept, interleaved=cut.interleaved)
+        assert {row.interleaved for row in wider.results} == {2}
+        assert {min(row.phases["fwd"].rounds) for row in wider.results} == {1}
 
     def test_a_resumed_run_keeps_finished_rows_and_measures_the_rest_in_a_group_of_their_own(self) -> None:
         first = run(SMALL)

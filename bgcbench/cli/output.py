@@ -248,8 +248,11 @@ def with_progress(updates: Iterator[Said], *, quiet: bool) -> None:
             bar.update(task, description=said.text, total=None if share is None else 1.0, completed=share or 0.0)
 
 
-def closing(writer: ResultWriter | None, interrupts: Interrupts, done: int, planned: int, *, quiet: bool) -> int:
+def closing(
+    writer: ResultWriter | None, interrupts: Interrupts, document: Document, planned: int, *, quiet: bool
+) -> int:
     """The last line on stderr, and the exit code."""
+    done = len(document.done)
     where = "" if writer is None else f" to {writer.path}"
     if writer is not None and writer.problem is not None:
         kept = f"the result was rescued to {writer.rescued_to}" if writer.rescued_to else "only stdout has the result"
@@ -257,7 +260,7 @@ def closing(writer: ResultWriter | None, interrupts: Interrupts, done: int, plan
         return OutputError.exit_code
     if interrupts.requested():
         again = "" if writer is None else f"; resume with --resume {writer.path}"
-        say(f"saved {done}/{planned}{where}{again}")
+        say(f"saved {document.measured}/{planned}{where}{again}")
         return interrupts.exit_code
     if not quiet:
         say(f"saved {done}/{planned}{where}" if where else f"measured {done}/{planned}")

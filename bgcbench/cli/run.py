@@ -374,7 +374,7 @@ class _Execution:
             if not self.world.is_main:
                 return document, interrupts.exit_code if interrupts.requested() else int(done < planned)
             self._show(document, writer)
-            return document, closing(writer, interrupts, done, planned, quiet=output.quiet)
+            return document, closing(writer, interrupts, document, planned, quiet=output.quiet)
 
     def _document(self, argv: Sequence[str]) -> Document:
         """The document that the run fills: a new one, or what it goes on with."""

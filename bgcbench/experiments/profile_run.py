@@ -233,6 +233,7 @@ class _Row:
     tracks: dict[str, timing.Track[Cell]] = field(default_factory=dict)
     phases: dict[str, Phase] = field(default_factory=dict)
     before: dict[str, Phase] = field(default_factory=dict)  # of a measurement that was doubtful
+    kept: ProfileRow | None = None  # of an earlier run, which was stopped
     failures: dict[str, Failure] = field(default_factory=dict)
     interleaved: int | None = None
     alone: bool = False  # measured by itself because the group does not fit into memory together
@@ -344,7 +345,9 @@ class ProfileRun(Run[ProfileRow]):
         self.subjects = subjects or {}
         done = {key for key, row in self.known.items() if row.is_done}
         self.rows = [
-            _Row(row, self.subjects[row.key]) for row in planned if row.key in self.subjects and row.key not in done
+            _Row(row, self.subjects[row.key], kept=(kept or {}).get(row.key))
+            for row in planned
+            if row.key in self.subjects and row.key not in done
         ]
         self._contention: Contention | None = None  # on a CPU, of the group that is measured
         self._began = 0.0
@@ -533,8 +536,12 @@ class ProfileRun(Run[ProfileRow]):
         """One interleaved group, from building its layers to the summary of its rows."""
         config, device = self.config, self.session.device
         identity = 1 + max((entry.id for entry in self.interleaved), default=0)
+        earlier = self._stopped(rows)
+        if earlier is not None:
+            identity = earlier.id
+            self.interleaved.remove(earlier)
         for row in rows:
-            self._build(row, identity)
+            self._build(row, identity, stopped=earlier is not None)
         for row in rows:
             for dense in (other for other in rows if other.is_reference_of(row)):
                 for phase, track in row.tracks.items():
@@ -545,15 +552,17 @@ class ProfileRun(Run[ProfileRow]):
         if device.type == "cpu":
             self._contention = Contention(self.session.environment.cpu.threads)
         alone = any(row.alone for row in rows)
-        self.interleaved.append(Group(id=identity, max_time_s=rules.max_time_s, alone=alone, rows=len(rows)))
+        entry = Group(id=identity, max_time_s=rules.max_time_s, alone=alone, rows=len(rows))
+        self.interleaved.append(earlier or entry)
+        before = earlier.canary if earlier else None
         for progress in group.run():
             if progress.track is not None and progress.track.failure is not None:
                 free_memory(device)
             if progress.round_done:
-                self._settle(rows, group, finished=False)
+                self._settle(rows, group, before, finished=False)
             doing = "warming up" if progress.round == 0 else f"round {progress.round}"
             yield self._update(doing, progress, save=progress.round_done)
-        self._settle(rows, group, finished=not group.interrupted)
+        self._settle(rows, group, before, finished=not group.interrupted)
         for row in rows:
             row.tracks.clear()  # and with them the layers
         self._inputs.clear()
@@ -590,8 +599,8 @@ class ProfileRun(Run[ProfileRow]):
                     row.end()
             yield self._update("group done", save=True)
 
-    def _build(self, row: _Row, identity: int) -> None:
-        """A track, in group ``identity``, for each phase of ``row`` that is alive."""
+    def _build(self, row: _Row, identity: int, *, stopped: bool) -> None:
+        """A track, in group ``identity``, for each phase of ``row`` that is alive; stopped: with what it held then."""
         try:
             workload = self._workload(row)
         except Exception as failure:  # noqa: BLE001 - see _look_at_each
@@ -610,19 +619,32 @@ class ProfileRun(Run[ProfileRow]):
                 self._fail(row, failure, phase)
                 continue
             expected_s = row.first_call_s[phase] if plain else math.nan
-            row.tracks[phase] = timing.Track(row.planned.key, cell, expected_s, f"{row.planned.label} {phase}")
+            track = timing.Track(row.planned.key, cell, expected_s, f"{row.planned.label} {phase}")
+            if stopped and row.kept and phase in row.kept.phases:
+                kept = row.kept.phases[phase]
+                track.samples, track.rounds = list(kept.samples_s), list(kept.rounds)
+                if kept.discarded:
+                    track.discarded = list(kept.discarded.samples_s)
+                    track.discarded_rounds = list(kept.discarded.rounds)
+            row.tracks[phase] = track
 
-    def _settle(self, rows: list[_Row], group: timing.Group[Cell], *, finished: bool) -> None:
-        """Bring the rows' statuses and the group's record up to date."""
-        canary = group.canary
+    def _stopped(self, rows: Sequence[_Row]) -> Group | None:
+        """The group that was stopped in an earlier run of these very rows, which is gone on with."""
+        ids = {row.kept.interleaved if row.kept else None for row in rows}
+        earlier = next((entry for entry in self.interleaved if ids == {entry.id}), None)
+        return earlier if earlier is not None and earlier.rows == len(rows) else None
+
+    def _settle(self, rows: list[_Row], group: timing.Group[Cell], before: Canary | None, *, finished: bool) -> None:
+        """Bring the rows' statuses and the group's record up to date. before: of the rounds of an earlier run."""
+        canary, before = group.canary, before or Canary()
         self.interleaved[-1] = msgspec.structs.replace(
             self.interleaved[-1],
             rounds=group.rounds,
             canary=Canary(
-                baseline_s=canary.baseline_s if canary.readings_s else None,
-                readings_s=tuple(canary.readings_s),
-                slow_rounds=tuple(canary.slow_rounds),
-                redone=canary.redone,
+                baseline_s=canary.baseline_s if canary.readings_s else before.baseline_s,
+                readings_s=before.readings_s + tuple(canary.readings_s),
+                slow_rounds=before.slow_rounds + tuple(canary.slow_rounds),
+                redone=before.redone + canary.redone,
             ),
         )
         for row in rows:
@@ -637,7 +659,7 @@ class ProfileRun(Run[ProfileRow]):
             if finished:
                 row.end()
             else:
-                row.reason = f"stopped in round {group.rounds}; --resume measures its group again"
+                row.reason = f"stopped in round {group.rounds}; --resume goes on"
 
     def _update(self, doing: str, progress: timing.Progress | None = None, *, save: bool = False) -> Update:
         if save:

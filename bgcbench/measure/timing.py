@@ -160,7 +160,8 @@ class Group(Generic[CellT]):
     """Interleaved measurement of ``tracks``; iterate ``run()`` and look at the tracks whenever it yields.
 
     rng orders the rounds; stop() is asked between batches and ends the group at once, keeping what was measured.
-    A cell that raises is taken out of the group and leaves the others running, those of its row too.
+    A cell that raises is taken out of the group and leaves the others running, those of its row too. What the tracks
+    hold already, of a group that was stopped, is gone on with after its last whole round.
     """
 
     def __init__(
@@ -177,7 +178,9 @@ class Group(Generic[CellT]):
         self.rng = rng
         self.stop = stop
         self.canary = Canary()
-        self.rounds = 0
+        self.rounds = self._earlier = min((track.rounds[-1] for track in self.tracks if track.rounds), default=0)
+        for track in self.tracks:
+            track.discard_round(self.rounds + 1)
         self.interrupted = False
         self._started_s = 0.0
         self._round_s = 0.0
@@ -323,7 +326,7 @@ class Group(Generic[CellT]):
     def _progress(self, track: Track[CellT] | None, round_done: bool = False) -> Progress:
         elapsed = self.stopwatch.now() - self._started_s
         left = None
-        if self.rounds:
-            floor = max(0.0, elapsed / self.rounds * (self.rules.min_rounds - self.rounds))
+        if self.rounds > self._earlier:
+            floor = elapsed / (self.rounds - self._earlier) * max(0, self.rules.min_rounds - self.rounds)
             left = max(floor, self._budget_s() - elapsed)
         return Progress(track, self.rounds, round_done, elapsed, left)  # type: ignore[arg-type]

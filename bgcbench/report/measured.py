@@ -191,7 +191,9 @@ def flags(
 ) -> list[str]:
     """What to know before a row's numbers are used. reference, network: as in ``is_doubtful``."""
     dense = row.convert.indivisible if row.convert else []
-    found = _failed(row) if row.status != "ok" else _measured_flags(row, phases, reference, network)
+    counts = row.status == "ok" or (row.status == "interrupted" and row.phases)
+    found = _measured_flags(row, phases, reference, network) if counts else _failed(row)
+    found += ["interrupted"] if counts and row.status != "ok" else []
     return found + ([f"{len(dense)} kept dense"] if dense else [])
 
 
@@ -235,6 +237,8 @@ BEYOND = 4.0  # times the roofline: so much no algorithm saves, and something he
 
 def ending(row: ProfileRow, phase: str) -> str:
     """The status that ``phase`` ended with: the row's, unless only others of its phases have failed."""
-    if not row.failures or row.status == "interrupted":
+    if row.status == "interrupted":  # what there are samples of counts
+        return "ok" if phase in row.phases else row.status
+    if not row.failures:
         return row.status
     return row.failures[phase].status if phase in row.failures else "ok"
