@@ -104,9 +104,8 @@ class Profile(Command):
         rounds = [len(set(phase.rounds)) for phase in row.phases.values()]
         return row.params.variant != "standard" and max(rounds, default=0) >= ROUNDS_OF_INTERVAL
 
-    def is_first_look(self, update: Update, run: ProfileRun) -> bool:
-        done = update.progress is not None and update.progress.round_done
-        return done and not run.config.quick and bool(update.progress and update.progress.round == 1)
+    def is_look(self, update: Update, run: ProfileRun) -> bool:
+        return update.progress is not None and update.progress.round_done
 
     def said(self, update: Update, run: ProfileRun) -> Said:
         progress = update.progress
