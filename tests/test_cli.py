@@ -191,7 +191,7 @@ class TestProfile:
         assert main([*LIGHT, "--quiet", "--format", "csv"]) == 0
         out, err = capsys.readouterr()
         assert err == ""
-        assert {row["phase"] for row in csv.DictReader(io.StringIO(out))} == {"fwd", "fwd_bwd"}
+        assert {row["phase"] for row in csv.DictReader(io.StringIO(out))} == {"fwd"}
 
     def test_threads_may_be_as_many_as_others_leave_cores(self, here: Path, capsys, monkeypatch) -> None:
         monkeypatch.setattr("bgcbench.measure.load.free_cores", lambda: 3)
