@@ -160,6 +160,10 @@ class AutotunedConv2d(VariantConv2d):
     def chosen(self) -> Mapping[str, str]:
         return super().chosen if self.algorithm != "auto" else dict(self._chosen)
 
+    def settle(self, x: Tensor) -> None:
+        """Find the algorithm for ``x`` now, in the present state (gradients, autocast), and not in the next call."""
+        self._pick(x)
+
     def _pick(self, x: Tensor) -> str:
         """The algorithm for x: the one that was asked for or, with 'auto', the fastest.
 

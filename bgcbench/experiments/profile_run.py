@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from bgcbench.convs import VariantConv2d, build_conv
-from bgcbench.convs.autotune import hastily
+from bgcbench.convs.autotune import AutotunedConv2d, hastily
 from bgcbench.deployment import onnx_file
 from bgcbench.deployment.workload import RuntimeFile, RuntimeWorkload, runtime_file
 from bgcbench.experiments.base import Run
@@ -461,8 +461,12 @@ class ProfileRun(Run[ProfileRow]):
         if any(is_measured(layer) for layer in workload.plain.modules()):
             # Finding the fastest algorithm takes many calls, and more memory than a step: neither is the row's.
             cell = workload.cell(phase)
-            cell.once()
-            cell.release()
+            if isinstance(workload.plain, AutotunedConv2d) and workload.mode == "eager":
+                with cell.context():
+                    workload.plain.settle(workload.x)
+            else:
+                cell.once()
+                cell.release()
         stopwatch.synchronize()
         began = time.perf_counter()
         cell = workload.cell(phase)
