@@ -16,6 +16,7 @@ from bgcbench.experiments.approx_network import ApproxNetworkConfig
 from bgcbench.experiments.network import NetworkConfig
 from bgcbench.experiments.options import Asked, AskedOfPicture, in_shard
 from bgcbench.experiments.profile import ProfileConfig, plan
+from bgcbench.measure.statistics import ROUNDS_OF_INTERVAL
 from bgcbench.specs import DATA_SETS, WEIGHTS, check_choice, is_own
 
 if TYPE_CHECKING:
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from bgcbench.training.distributed import World
 
 Json = dict[str, Any]
-ROUNDS_OF_INTERVAL = 6  # below, a ratio has no interval (bgcbench.measure.statistics)
 
 
 class Profile(Command):
@@ -192,7 +192,9 @@ class Approx(Command):
         return preset
 
 
-def _duration(seconds: float) -> str:
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "an unknown time"
     return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.1f} min"
 
 

@@ -46,6 +46,7 @@ from bgcbench.measure.device import (
 from bgcbench.measure.environment import diagnose
 from bgcbench.measure.load import Contention
 from bgcbench.measure.memory import Peak, measure_peak
+from bgcbench.measure.statistics import ROUNDS_OF_INTERVAL
 from bgcbench.measure.workload import Cell, Like, Workload
 from bgcbench.results import Document, rows
 from bgcbench.results.rows import (
@@ -62,7 +63,6 @@ from bgcbench.results.times import is_doubtful
 from bgcbench.specs import EXPORTERS, NETWORK_PHASES, PHASES, PRECISIONS, RUNTIME, ConvSpec
 
 QUICK_S = 10.0  # of a quick look, of which one round at least is measured
-ROUNDS_OF_INTERVAL = 6
 # What an estimate takes things to take: what is done once, building a row twice, the shortest call, and the calls in
 # which a layer finds its algorithm.
 SET_UP_S, BUILD_S, LEAST_CALL_S, TUNING_CALLS = 1.5, 0.05, 2e-5, 6
@@ -357,8 +357,9 @@ class ProfileRun(Run[ProfileRow]):
         super().take_into(document)
         document.interleaved = tuple(self.interleaved)
 
-    def estimated_s(self) -> float:
-        """Roughly how long the run takes where nothing else runs, by a short look at what the device can do.
+    def estimated_s(self) -> float | None:
+        """Roughly how long the run takes where nothing else runs, by a short look at what the device can do; None where
+        it has no room for that.
 
         A call takes as long as its work does at the ceilings. Each cell is called for its first look and memory, its
         algorithm is chosen, it is warmed up, and rounds are measured until there are enough for an interval; a quick
@@ -366,8 +367,12 @@ class ProfileRun(Run[ProfileRow]):
         """
         config, rules, device = self.config, self.protocol.rules, self.session.device
         # One thread waits for no other, so that this is right where other processes run, too.
-        with backend_state(config.precision, 1), current(device):
-            can = ceilings.measure_ceilings(make_stopwatch(device, cold=False), DTYPES[config.precision], quick=True)
+        try:
+            with backend_state(config.precision, 1), current(device):
+                stopwatch = make_stopwatch(device, cold=False)
+                can = ceilings.measure_ceilings(stopwatch, DTYPES[config.precision], quick=True)
+        except RuntimeError:  # which the rows will say
+            return None
         if device.type == "cpu":
             can = dataclasses.replace(can, flops_per_s=can.flops_per_s * self.session.environment.cpu.threads)
         before, sampled, once = SET_UP_S, 0.0, 0.0
@@ -596,6 +601,7 @@ class ProfileRun(Run[ProfileRow]):
             members = [row for row, _ in again.values()]
             for row in members:
                 row.before, row.status, row.reason = row.phases, "interrupted", "measured again"
+                row.kept = None
             yield from self._measure(members, stopwatch, self._rules(members, groups[number:]))
             for row, interleaved in again.values():
                 if row.status == "interrupted":

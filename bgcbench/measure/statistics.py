@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from operator import itemgetter
 
 RESAMPLES = 2000
+ROUNDS_OF_INTERVAL = 6  # fewer give no interval of 95 %
 Pick = Callable[[Sequence[float]], Iterable[float]]
 # 97.5 % points of Student's t, by degrees of freedom; beyond the table the normal's 1.96 is within 4 %.
 _T975 = (
@@ -174,7 +175,7 @@ def ratio_of_medians(over: Series, under: Series, *, paired: bool) -> Ratio:
     else:
         tops, bottoms = list(top.values()), list(bottom.values())
     units = min(len(tops), len(bottoms))
-    if units < 6:
+    if units < ROUNDS_OF_INTERVAL:
         return Ratio(value, None, paired)
     resamples = _resamples(len(tops), len(bottoms), paired)
     ratios = sorted(statistics.median(one(tops)) / statistics.median(other(bottoms)) for one, other in resamples)

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Generic, Protocol, TypeVar
 
-from bgcbench.measure.statistics import Series, Summary, ratio_of_medians, summarise
+from bgcbench.measure.statistics import ROUNDS_OF_INTERVAL, Series, Summary, ratio_of_medians, summarise
 
 PROTOCOL = "timing/2"
 
@@ -38,7 +38,7 @@ class Rules:
     slice_share is the part of that time which one cell may use in one round.
     """
 
-    min_rounds: int = 6
+    min_rounds: int = ROUNDS_OF_INTERVAL
     target_half_width: float = 0.05
     max_time_s: float = 10.0
     max_queue: int = 50
@@ -318,7 +318,8 @@ class Group(Generic[CellT]):
         if track.converged:
             track.stop_reason = "converged"
         elif half_width is None:
-            track.stop_reason = f"max time: {len(set(track.rounds))} rounds, 6 wanted for an interval"
+            found = len(set(track.rounds))
+            track.stop_reason = f"max time: {found} rounds, {ROUNDS_OF_INTERVAL} wanted for an interval"
         else:
             what = "median" if track.reference is None else "ratio"
             track.stop_reason = f"max time: {what} known to {half_width:.1%}, {wanted:.0%} wanted"
