@@ -10,6 +10,7 @@ import re
 import shlex
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -184,7 +185,17 @@ class TestProfile:
         assert main([*LIGHT, "--quiet", "--format", "csv"]) == 0
         out, err = capsys.readouterr()
         assert err == ""
-        assert {row["phase"] for row in csv.DictReader(io.StringIO(out))} == {"fwd", "fwd_bwd"}
+        assert {row["phase"] for row in csv.DictReader(io.StringIO(out))} == {"fwd"}
+
+    def test_threads_may_be_as_many_as_others_leave_cores(self, here: Path, capsys, monkeypatch) -> None:
+        monkeypatch.setattr("bgcbench.measure.load.free_cores", lambda: 3)
+        assert main([*LIGHT, "--threads", "auto", "--out", "r.json"]) == 0
+        assert "(3 threads)" in capsys.readouterr().err
+        document = stored(here / "r.json")
+        assert (document["config"]["threads"], document["environment"]["cpu"]["threads"]) == (3, 3)
+        for text in ("some", "1,2", "0"):
+            assert main([*LIGHT, "--threads", text]) == 2
+            assert "threads" in capsys.readouterr().err
 
     def test_a_dry_run_says_the_plan_and_touches_nothing(self, here: Path, capsys) -> None:
         assert main([*SMALL, "--dry-run", "--out", "new/x.json"]) == 0
@@ -197,15 +208,15 @@ class TestProfile:
     def test_after_one_round_there_is_a_first_table_with_the_final_columns(self, here: Path, capsys) -> None:
         assert main([*SMALL, "--out", "r.json", "--format", "table"]) == 0
         out, err = capsys.readouterr()
-        _, found, first = err.partition("after one round, and it goes on:\n")
+        _, found, first = err.partition("so far, and it goes on:\n")
         assert found
-        assert "after one round" not in first
+        assert "so far" not in first
         for text in (first, out):  # their units may differ
             (heads,) = [line for line in text.splitlines() if line.startswith("N  ")]
             assert {"N", "GC", "BGC", "speed-up", "params"} <= set(heads.split())
         for more in (["--quick"], ["--quiet"]):
             assert main([*SMALL, *more, "--out", "r.json", "--force"]) == 0
-            assert "after one round" not in capsys.readouterr().err
+            assert "so far" not in capsys.readouterr().err
 
     def test_a_picture_is_drawn_or_it_is_said_why_not(self, here: Path, capsys) -> None:
         pytest.importorskip("matplotlib")
@@ -227,6 +238,41 @@ class TestProfile:
             iter([Said("first call"), Said("second call"), Said("round 1"), Said("round 2")]), quiet=False
         )
         assert capsys.readouterr().err.splitlines() == ["second call"]
+
+    def test_a_log_has_the_table_once_and_a_terminal_as_often_as_costs_little(self, monkeypatch) -> None:
+        clock = iter([0.0, 0.5, 11.0, 12.0, 12.5, 30.0])  # begun, drawn in 0.5 s, ...
+        monkeypatch.setattr(output.time, "monotonic", lambda: next(clock))
+        monkeypatch.setattr(output, "look", lambda document: ("a table",))
+        document: Any = None
+        looks = output.Looks()
+        assert [looks.of(document, quick=False) for _ in range(2)] == [("a table",), ()]
+        assert output.Looks().of(document, quick=True) == ()
+        clock = iter([0.0, 0.5, 10.0, 11.0, 11.5, 21.0])  # 20 times what it costs: 5 %
+        monkeypatch.setenv("FORCE_COLOR", "1")
+        looks = output.Looks()
+        found = [looks.of(document, quick=True) for _ in range(4)]
+        assert found == [("a table",), (), ("a table",), ()]
+
+    def test_on_a_terminal_the_last_table_stands_below_the_bar(self, monkeypatch, capsys) -> None:
+        monkeypatch.setenv("FORCE_COLOR", "1")
+        output.with_progress(
+            iter([Said("round 1", 0.5, table=("N  [GC]", "1  2.5"), warnings=("beware",)), Said("round 2", 0.7)]),
+            quiet=False,
+        )
+        err = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", capsys.readouterr().err)
+        assert "beware" in err
+        assert re.search(r"round 2 .*\n *N  \[GC\] *\n *1  2.5", err)
+
+    def test_a_wait_is_told(self, monkeypatch, capsys) -> None:
+        monkeypatch.setattr(output, "EVERY_S", 0.02)
+        for quiet in (False, True):
+            with output.waiting("converting", quiet=quiet):
+                time.sleep(0.1)
+            assert ("converting\n" in capsys.readouterr().err) is not quiet
+        monkeypatch.setenv("FORCE_COLOR", "1")
+        with output.waiting("converting", quiet=False):
+            time.sleep(0.1)
+        assert "converting" in capsys.readouterr().err
 
     def test_an_existing_file_is_refused_without_force(self, here: Path, capsys) -> None:
         (here / "r.json").write_text("mine")

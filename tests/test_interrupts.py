@@ -71,12 +71,17 @@ def test_an_interrupted_run_leaves_a_valid_file_and_resumes_to_the_same_rows(
     assert document["exit_reason"] == "interrupted"
     assert {row["status"] for row in document["results"]} == {"interrupted"}
     assert all(row["phases"] for row in document["results"])
-    assert "saved 0/3 to r.json; resume with --resume r.json" in err
+    assert "saved 3/3 to r.json; resume with --resume r.json" in err
     assert "Traceback" not in err
     assert "this run is not complete" in out
 
+    stopped = document["results"]
     assert main(["profile", "--resume", "r.json"]) == 0
     document = stored(path)
+    for before, after in zip(stopped, document["results"], strict=True):  # it went on with what there was
+        for name, phase in before["phases"].items():
+            assert after["phases"][name]["samples_s"][0] == phase["samples_s"][0]
+            assert max(after["phases"][name]["rounds"]) >= 6
     assert [row["key"] for row in document["results"]] == whole
     assert {row["status"] for row in document["results"]} == {"ok"}
     assert document["exit_reason"] == "ok"

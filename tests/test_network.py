@@ -28,6 +28,7 @@ from bgcbench.measure.trace import trace
 from bgcbench.measure.workload import NetworkWorkload
 from bgcbench.models import build_empty, build_model
 from bgcbench.report import as_markdown
+from bgcbench.results.times import is_doubtful
 from bgcbench.specs import VARIANTS
 from tests.example import _phase
 from tests.reporting import report_of, typed
@@ -276,6 +277,11 @@ class TestRun:
         assert "3 -> 16 3x3 at 16x16" in kept
         assert sum(row.layer.count for row in layers if row.params.variant == "standard") == 9
 
+        dense, own = done.results[0], layers[0]
+        often = msgspec.structs.replace(own, layer=msgspec.structs.replace(own.layer, count=10**6))
+        assert is_doubtful(often, "fwd", own, dense)  # all of a shape, longer than the network
+        assert not is_doubtful(often, "fwd", own)
+
     def test_a_network_that_fails_is_a_row_and_the_others_go_on(self, monkeypatch: pytest.MonkeyPatch) -> None:
         def broken(self: GroupConv2d, x: torch.Tensor) -> torch.Tensor:
             raise RuntimeError("it broke")
@@ -293,7 +299,7 @@ class TestRun:
         # At 32 px the last batch norms see one position: with one image that is one value a channel.
         arguments = ["profile", "--model", "shufflenet_v2_x0_5", "--size", "32", "--where", "1x1", "--groups", "2",
                      "--variants", "gc", "--device", "cpu", "--quick", "--max-time", "0.01",
-                     "--out", str(tmp_path / "r.json")]  # fmt: skip
+                     "--phases", "fwd,train_step", "--out", str(tmp_path / "r.json")]  # fmt: skip
         assert main([*arguments, "--batch", "1"]) == 1
         printed = capsys.readouterr().out
         found = stored(tmp_path / "r.json")
@@ -357,7 +363,7 @@ class TestRun:
 
 
 QUICK = ["profile", "--model", "wrn_10_1", "--size", "16", "--batch", "2", "--groups", "2", "--device", "cpu",
-         "--quick", "--max-time", "0.01"]  # fmt: skip
+         "--quick", "--max-time", "0.01", "--phases", "fwd,train_step"]  # fmt: skip
 
 
 class TestCommand:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import itertools
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,9 +13,12 @@ from typing import Any
 import pytest
 import torch
 
+from bgcbench.convs import autotune
 from bgcbench.convs.gc import GroupConv2d
+from bgcbench.convs.standard import StandardConv2d
 from bgcbench.errors import ResultFileError, ShapeError, UsageError
 from bgcbench.experiments import profile_run
+from bgcbench.experiments.network import NetworkConfig
 from bgcbench.experiments.profile import (
     ProfileConfig,
     Wanted,
@@ -24,9 +28,10 @@ from bgcbench.experiments.profile import (
     row_seed,
 )
 from bgcbench.experiments.profile_run import ProfileRun, Update, layer_subjects, open_session
-from bgcbench.measure import environment
+from bgcbench.measure import ceilings, environment
 from bgcbench.measure.device import CpuStopwatch
 from bgcbench.report import flags
+from bgcbench.results.times import is_doubtful
 from bgcbench.specs import VARIANTS, Choice, ConvSpec
 from tests.measure.test_allocator import GLIBC
 from tests.processes import Forked
@@ -74,6 +79,13 @@ class TestPlan:
             ("standard", 1, "stock"),
             *((name, n, form) for n in (2, 4, 8, 16) for name, form in (("gc", "stock"), ("bgc", "auto"))),
         ]
+
+    def test_a_quick_look_is_of_the_forward_pass_unless_others_are_named(self) -> None:
+        assert ProfileConfig().phases == ("fwd", "fwd_bwd")
+        assert NetworkConfig().phases == ("fwd", "train_step")
+        for kind in (ProfileConfig, NetworkConfig):
+            assert kind(quick=True).phases == ("fwd",)
+        assert ProfileConfig(quick=True, phases=("fwd_bwd",)).phases == ("fwd_bwd",)
 
     def test_the_reference_is_there_once_whatever_is_asked(self) -> None:
         assert labels(replace(SMALL, variants=("gc",), groups=(1, 2)))[0] == ("standard", 1, "stock")
@@ -212,6 +224,59 @@ class TestRun:
         assert set(seen) == {(True, {"fp64": torch.float64, "bf16": torch.bfloat16}[precision])}
         assert done.results[2].params.algorithm == "concat"
 
+    def test_a_quick_look_measures_one_round_at_least_and_goes_on_while_it_has_time(self, monkeypatch) -> None:
+        autotune.forget()
+        for seconds, enough in ((0.0, False), (60.0, True)):
+            monkeypatch.setattr(profile_run, "QUICK_S", seconds)
+            done = run(replace(SMALL, quick=True, max_time_s=None))
+            rounds = {len(set(phase.rounds)) for row in done.results for phase in row.phases.values()}
+            assert (min(rounds) >= 6) is enough
+            assert enough or rounds == {1}
+        assert autotune.remembered() == []  # what was chosen in haste is not for later runs
+
+    def test_an_estimate_counts_the_calls_of_slow_rows_and_the_time_of_a_quick_look(self, monkeypatch) -> None:
+        """On a device that needs 1 s for the dense forward pass, and so 4 s for both phases."""
+        config = replace(SMALL, groups=(4,), variants=("standard",), max_time_s=None)
+        flops = 2 * 16 * 16 * 9 * 25 * 4
+        monkeypatch.setattr(ceilings, "measure_ceilings", lambda *_, **__: ceilings.Ceilings(flops, 1e12, (1,), 1))
+
+        def estimate(config: ProfileConfig) -> float:
+            return ProfileRun(config, open_session(config), plan(config)).estimated_s()
+
+        assert 6 * 4 < estimate(config) < 10 * 4
+        assert estimate(replace(config, quick=True)) < 3 * 4  # its looks and one round
+        assert estimate(replace(config, groups=(2, 4), variants=("standard", "gc"))) > 1.5 * estimate(config)
+
+    @pytest.mark.parametrize("ends", ["well", "no better", "stopped"])
+    def test_a_group_with_a_time_that_cannot_be_is_measured_once_more(self, ends: str, monkeypatch) -> None:
+        """Something holds up the standard convolution: as if GC were by far faster than what there is less to do."""
+        forward, held = StandardConv2d.forward, {"up": True, "again": False, "stop": False}
+
+        def slow(self: StandardConv2d, x: torch.Tensor) -> torch.Tensor:
+            if held["up"]:
+                time.sleep(0.005)
+            return forward(self, x)
+
+        def watch(update: Update) -> None:
+            if update.doing == "group done":
+                held["up"], held["again"] = ends == "no better", True
+            held["stop"] |= ends == "stopped" and held["again"] and update.doing == "round 2"
+
+        monkeypatch.setattr(StandardConv2d, "forward", slow)
+        done = run(replace(SMALL, groups=(2,), phases=("fwd",)), watch, stop=lambda: held["stop"])
+        dense, gc, _ = done.results
+        assert {row.status for row in done.results} == {"ok"}
+        assert is_doubtful(gc, "fwd", dense) is (ends != "well")
+        assert len(done.interleaved) == 2
+        if ends == "stopped":  # what there was stands
+            assert (dense.interleaved, dense.phases["fwd"].discarded.samples_s) == (1, ())
+            return
+        assert min(dense.phases["fwd"].discarded.samples_s) > 0.005
+        assert [row.interleaved for row in done.results] == [2, 2, 2]
+        (said,) = [text for text in done.warnings if "twice" in text]
+        assert said.startswith("measured twice, because of times that cannot be: ")
+        assert "GC N=2" in said
+
     def test_threads_are_set_for_the_run_only(self) -> None:
         before = torch.get_num_threads()
         config = replace(SMALL, threads=2, quick=True, groups=(2,), phases=("fwd",))
@@ -296,9 +361,24 @@ class TestRun:
         cut = run(SMALL, in_round(3, flag), stop=lambda: flag["up"])
         assert {row.status for row in cut.results} == {"interrupted"}
         assert all(set(row.phases["fwd"].rounds) >= {1, 2} for row in cut.results)
-        resumed = run(SMALL, kept={row.key: row for row in cut.results})
+        kept = {row.key: row for row in cut.results}
+        resumed = run(SMALL, kept=kept, interleaved=cut.interleaved)
         assert [row.key for row in resumed.results] == [row.key for row in plan(SMALL)]
         assert {row.status for row in resumed.results} == {"ok"}
+        (group,) = resumed.interleaved
+        assert group.id == 1
+        assert group.rounds >= 6
+        assert len(group.canary.readings_s) >= 6
+        for before, after in zip(cut.results, resumed.results, strict=True):
+            first, last = (row.phases["fwd"] for row in (before, after))
+            whole = sum(number < 3 for number in first.rounds)  # the third was not: it was done again
+            assert last.samples_s[:whole] == first.samples_s[:whole]
+            assert last.discarded.samples_s == first.samples_s[whole:]
+            assert set(last.rounds) == set(range(1, group.rounds + 1))
+        # With other rows it is another group.
+        wider = run(replace(SMALL, groups=(2, 4, 8)), kept=kept, interleaved=cut.interleaved)
+        assert {row.interleaved for row in wider.results} == {2}
+        assert {min(row.phases["fwd"].rounds) for row in wider.results} == {1}
 
     def test_a_resumed_run_keeps_finished_rows_and_measures_the_rest_in_a_group_of_their_own(self) -> None:
         first = run(SMALL)

@@ -111,6 +111,17 @@ def test_a_file_without_any_measured_row_is_still_a_table() -> None:
     assert "interrupted" in text
 
 
+def test_rows_that_were_stopped_count_with_what_they_have() -> None:
+    document = example_document()
+    verdicts = report_of(document).tables[0].sections
+    document["exit_reason"] = "interrupted"
+    for row in document["results"]:
+        if row["phases"]:
+            row.update(status="interrupted", reason="stopped in round 9; --resume goes on")
+    assert report_of(document).tables[0].sections == verdicts
+    assert re.search(r"\| GC \| 2 \|.*\| interrupted \|", render(document, "markdown"))
+
+
 def test_csv_has_a_line_a_row_and_phase_in_si_units() -> None:
     lines = list(csv.DictReader(io.StringIO(render(example_document(), "csv"))))
     document = example_document()

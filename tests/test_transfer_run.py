@@ -446,7 +446,7 @@ def quickly(monkeypatch: pytest.MonkeyPatch, brisk: None) -> list[str]:
     """The shortest measurements; yields the networks that were built to be measured."""
     built: list[str] = []
     for_device = Rules.for_device
-    shortest: Json = {"max_time_s": 0.01, "min_rounds": 1, "min_samples": 1, "warmup_min_calls": 1}
+    shortest: Json = {"max_time_s": 0.01, "min_rounds": 1, "warmup_min_calls": 1}
     monkeypatch.setattr(Rules, "for_device", lambda *given, **more: replace(for_device(*given, **more), **shortest))
     build = network_times.plan_network
 

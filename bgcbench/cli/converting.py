@@ -44,7 +44,8 @@ def convert(context: typer.Context, parsed: Mapping[str, Any]) -> int:
     from bgcbench.experiments.conversion_run import converted_network
     from bgcbench.report import conversion_report
 
-    network, done = converted_network(config)
+    with output.waiting(f"converting {config.model}", quiet=asked.quiet):
+        network, done = converted_network(config)
     files.write_named(asked.path, "--out", network)
     output.emit(conversion_report(done), asked.form)
     if not asked.quiet:

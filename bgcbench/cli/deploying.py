@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from bgcbench.cli.output import say
+from bgcbench.cli.output import say, waiting
 from bgcbench.errors import UsageError
 from bgcbench.experiments import options
 from bgcbench.specs import EXPORTERS, OPSET, OUTPUT_TOLERANCE, PLAIN_ALGORITHMS, TARGETS, check_choice
@@ -100,10 +100,11 @@ def export(
     if inputs is not None:
         example = read_inputs(inputs)
     say(f"{network}: {type(model).__name__} on {_size_of(example)}")
-    written = write(
-        model, out, to, example_input=example, algorithm=algorithm, batch=batch, exporter=exporter, opset=opset,
-        tolerance=tolerance, force=force,
-    )  # fmt: skip
+    with waiting(f"exporting {network}", quiet=False):
+        written = write(
+            model, out, to, example_input=example, algorithm=algorithm, batch=batch, exporter=exporter, opset=opset,
+            tolerance=tolerance, force=force,
+        )  # fmt: skip
     print(written)
     return 0
 

@@ -16,6 +16,7 @@ from bgcbench.experiments.approx_network import ApproxNetworkConfig
 from bgcbench.experiments.network import NetworkConfig
 from bgcbench.experiments.options import Asked, AskedOfPicture, in_shard
 from bgcbench.experiments.profile import ProfileConfig, plan
+from bgcbench.measure.statistics import ROUNDS_OF_INTERVAL
 from bgcbench.specs import DATA_SETS, WEIGHTS, check_choice, is_own
 
 if TYPE_CHECKING:
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from bgcbench.training.distributed import World
 
 Json = dict[str, Any]
-ROUNDS_OF_INTERVAL = 6  # below, a ratio has no interval (bgcbench.measure.statistics)
 
 
 class Profile(Command):
@@ -92,10 +92,11 @@ class Profile(Command):
         return ProfileRun(prepared.config, session, rows, subjects=subjects, **shared)
 
     def plan_lines(self, run: ProfileRun, *, full: bool) -> list[str]:
-        config, device = run.config, run.session.environment.device
+        config, device, cpu = run.config, run.session.environment.device, run.session.environment.cpu
+        on = f"{device.name} ({cpu.threads} thread{'s' * (cpu.threads != 1)})" if device.type == "cpu" else device.name
         lines = [
-            f"plan: {len(run.subjects)} rows x {', '.join(config.phases)} on {device.name}, "
-            f"{config.precision}, {config.layout}, {config.mode}; roughly {run.estimated_s() / 60:.1f} min"
+            f"plan: {len(run.subjects)} rows x {', '.join(config.phases)} on {on}, "
+            f"{config.precision}, {config.layout}, {config.mode}; roughly {_duration(run.estimated_s())}"
         ]
         return lines + [f"  {row.key}" + (f"  invalid: {row.invalid}" if row.invalid else "") for row in run.planned]
 
@@ -103,9 +104,8 @@ class Profile(Command):
         rounds = [len(set(phase.rounds)) for phase in row.phases.values()]
         return row.params.variant != "standard" and max(rounds, default=0) >= ROUNDS_OF_INTERVAL
 
-    def is_first_look(self, update: Update, run: ProfileRun) -> bool:
-        done = update.progress is not None and update.progress.round_done
-        return done and not run.config.quick and bool(update.progress and update.progress.round == 1)
+    def is_look(self, update: Update, run: ProfileRun) -> bool:
+        return update.progress is not None and update.progress.round_done
 
     def said(self, update: Update, run: ProfileRun) -> Said:
         progress = update.progress
@@ -190,6 +190,12 @@ class Approx(Command):
 
     def picture(self, preset: str | None) -> str | None:
         return preset
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "an unknown time"
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.1f} min"
 
 
 def check_reference(given: Json) -> None:

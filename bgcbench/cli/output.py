@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import math
 import os
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +22,7 @@ from bgcbench.specs import VARIANTS
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.progress import Progress
 
     from bgcbench.experiments.options import Asked
     from bgcbench.interrupts import Interrupts
@@ -54,7 +57,7 @@ app = typer.Typer(
 @dataclasses.dataclass(frozen=True)
 class Said:
     """What is shown of an update of a run: ``text`` and ``share`` (0 to 1, None where unknown) by a bar; ``warnings``
-    by both, and so is a ``table``; ``line``, where there is one, by a log."""
+    by both, and so is a ``table``, of which a bar shows the last; ``line``, where there is one, by a log."""
 
     text: str
     share: float | None = None
@@ -63,14 +66,10 @@ class Said:
     table: tuple[str, ...] = ()
 
     @property
-    def by_both(self) -> tuple[str, ...]:
-        """What a bar shows above itself, and a log holds."""
-        return (*self.warnings, *self.table)
-
-    @property
     def lines(self) -> tuple[str, ...]:
         """What a log is to hold of it."""
-        return self.by_both if self.line is None else (*self.by_both, self.line)
+        table = ("so far, and it goes on:", *self.table, "") if self.table else ()
+        return (*self.warnings, *table, *(() if self.line is None else (self.line,)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,7 +208,7 @@ def draw(document: Document, path: Path, picture: str | None) -> None:
 EVERY_S = 15.0  # of a log
 
 
-def first_look(document: Document) -> tuple[str, ...]:
+def look(document: Document) -> tuple[str, ...]:
     """The first table of a run that goes on, in lines for stderr."""
     from rich.console import Console
 
@@ -219,13 +218,35 @@ def first_look(document: Document) -> tuple[str, ...]:
     console = Console(file=text, width=Console(stderr=True).width, no_color=True, highlight=False)
     table = dataclasses.replace(report.document_report(document).tables[0], sections={})
     report.emit(report.Report([table]), "table", console)
-    return ("after one round, and it goes on:", *text.getvalue().splitlines(), "")
+    return tuple(text.getvalue().splitlines())
+
+
+@dataclasses.dataclass
+class Looks:
+    """When to draw the table of a run that goes on: for a log once, for a terminal as often as costs it little."""
+
+    _due_s: float = 0.0
+
+    def of(self, document: Document, *, quick: bool) -> tuple[str, ...]:
+        """The table as it stands, or nothing where it is not due. quick: the run's end is near, which a log awaits."""
+        from rich.console import Console
+
+        began = time.monotonic()
+        live = Console(stderr=True).is_terminal
+        if began < self._due_s or (quick and not live):
+            return ()
+        drawn = look(document)
+        now = time.monotonic()
+        self._due_s = now + max(2.0, 20 * (now - began)) if live else math.inf
+        return drawn
 
 
 def with_progress(updates: Iterator[Said], *, quiet: bool) -> None:
-    """Go through a run with a bar on a terminal, with what a log is to hold elsewhere: at least a line each EVERY_S."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+    """Go through a run with a bar on a terminal, above the table as it grows, and elsewhere with what a log is to
+    hold: at least a line each EVERY_S."""
+    from rich.console import Console, Group
+    from rich.live import Live
+    from rich.text import Text
 
     from bgcbench.results import printable
 
@@ -238,18 +259,55 @@ def with_progress(updates: Iterator[Said], *, quiet: bool) -> None:
                 say(line)
                 told = time.monotonic()
         return
-    columns = TextColumn("{task.description}", markup=False), BarColumn(bar_width=16), TimeElapsedColumn()
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("starting", total=None)
+    bar = _bar(console)
+    task = bar.add_task("starting", total=None)
+    with Live(bar, console=console, transient=True) as live:
         for said in updates:
-            for line in said.by_both:
-                bar.console.print(printable(line), markup=False, highlight=False)
+            for line in said.warnings:
+                console.print(printable(line), markup=False, highlight=False)
+            if said.table:
+                live.update(Group(bar, Text("\n".join(map(printable, said.table)))))
             share = said.share
             bar.update(task, description=said.text, total=None if share is None else 1.0, completed=share or 0.0)
 
 
-def closing(writer: ResultWriter | None, interrupts: Interrupts, done: int, planned: int, *, quiet: bool) -> int:
+@contextlib.contextmanager
+def waiting(doing: str, *, quiet: bool) -> Iterator[None]:
+    """Meanwhile a bar that moves on a terminal, and elsewhere a line each EVERY_S: with what is done."""
+    from rich.console import Console
+
+    console, over = Console(stderr=True), threading.Event()
+
+    def tell() -> None:
+        while not over.wait(EVERY_S):
+            say(doing)
+
+    if quiet:
+        yield
+    elif console.is_terminal:
+        with _bar(console) as bar:
+            bar.add_task(doing, total=None)
+            yield
+    else:
+        threading.Thread(target=tell, daemon=True).start()
+        try:
+            yield
+        finally:
+            over.set()
+
+
+def _bar(console: Console) -> Progress:
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = TextColumn("{task.description}", markup=False), BarColumn(bar_width=16), TimeElapsedColumn()
+    return Progress(*columns, console=console, transient=True)
+
+
+def closing(
+    writer: ResultWriter | None, interrupts: Interrupts, document: Document, planned: int, *, quiet: bool
+) -> int:
     """The last line on stderr, and the exit code."""
+    done = len(document.done)
     where = "" if writer is None else f" to {writer.path}"
     if writer is not None and writer.problem is not None:
         kept = f"the result was rescued to {writer.rescued_to}" if writer.rescued_to else "only stdout has the result"
@@ -257,7 +315,7 @@ def closing(writer: ResultWriter | None, interrupts: Interrupts, done: int, plan
         return OutputError.exit_code
     if interrupts.requested():
         again = "" if writer is None else f"; resume with --resume {writer.path}"
-        say(f"saved {done}/{planned}{where}{again}")
+        say(f"saved {document.measured}/{planned}{where}{again}")
         return interrupts.exit_code
     if not quiet:
         say(f"saved {done}/{planned}{where}" if where else f"measured {done}/{planned}")

@@ -16,7 +16,7 @@ import msgspec
 import typer
 
 from bgcbench import results
-from bgcbench.cli.output import Output, Said, closing, draw, first_look, print_document, say, with_progress
+from bgcbench.cli.output import Looks, Output, Said, closing, draw, print_document, say, waiting, with_progress
 from bgcbench.errors import OutputError, ResultFileError, UsageError
 from bgcbench.experiments.config import RunConfig
 from bgcbench.experiments.options import (
@@ -134,8 +134,8 @@ class Command(ABC):
     def said(self, update: Any, run: Any) -> Said:
         """What is shown of an update of the run."""
 
-    def is_first_look(self, update: Any, run: Any) -> bool:
-        """Whether there is something of every row now, and much more to come."""
+    def is_look(self, update: Any, run: Any) -> bool:
+        """Whether there is more of every row now than before."""
         return False
 
     def is_drawable(self, row: AnyRow) -> bool:
@@ -157,14 +157,17 @@ def run_command(command: Command, context: typer.Context, parsed: Mapping[str, A
         given = command.given(given_fields(options.values(), parsed), preset, asked, context)
         config, stored, output = settled(command, given, asked)
     with memory_state("kept"), Interrupts(patient=processes() > 1) as interrupts:
-        with only_first_speaks():
+        silent = asked.quiet or own_rank() > 0
+        with only_first_speaks(), waiting("opening the device", quiet=silent):
             session = command.open_session(config)  # torch, and what needs it
         with command.joined(session) as world:
             if not world.is_main:
                 output = dataclasses.replace(output, path=None, to_stdout=True, quiet=True, plot=None)
-            begun = _Execution.begin(command, config, stored, output, session, world, interrupts)
+            with waiting(f"preparing {config.what}", quiet=silent):
+                begun = _Execution.begin(command, config, stored, output, session, world, interrupts)
             if not begun.output.quiet:
-                lines = command.plan_lines(begun.run, full=asked.dry_run)
+                with waiting("estimating the time", quiet=silent):
+                    lines = command.plan_lines(begun.run, full=asked.dry_run)
                 for line in (*begun.run.warnings, *lines, begun.output.destination):
                     say(line)
             if asked.dry_run:
@@ -374,7 +377,7 @@ class _Execution:
             if not self.world.is_main:
                 return document, interrupts.exit_code if interrupts.requested() else int(done < planned)
             self._show(document, writer)
-            return document, closing(writer, interrupts, done, planned, quiet=output.quiet)
+            return document, closing(writer, interrupts, document, planned, quiet=output.quiet)
 
     def _document(self, argv: Sequence[str]) -> Document:
         """The document that the run fills: a new one, or what it goes on with."""
@@ -387,15 +390,15 @@ class _Execution:
 
     def _saved(self, document: Document, writer: results.ResultWriter | None) -> Iterator[Said]:
         """What is to be shown of the run; each update that is worth it is already in the document and on the disk."""
-        told, looked = len(self.run.warnings), self.output.quiet
+        told, looks = len(self.run.warnings), Looks()
         for update in self.run.run():
             if update.save:
                 self.run.take_into(document)
                 if writer is not None:
                     writer.write(document)
             said = self.command.said(update, self.run)
-            table = () if looked or not self.command.is_first_look(update, self.run) else first_look(document)
-            looked = looked or bool(table)
+            shown = not self.output.quiet and self.command.is_look(update, self.run)
+            table = looks.of(document, quick=self.run.config.quick) if shown else ()
             yield dataclasses.replace(said, warnings=tuple(self.run.warnings[told:]), table=table)
             told = len(self.run.warnings)
 

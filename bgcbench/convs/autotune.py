@@ -37,6 +37,9 @@ MIN_ROUNDS, MAX_ROUNDS = 7, 50  # every round times each remaining algorithm onc
 MIN_S = 0.1  # measure for at least this long
 LONG_S, LONG_ROUNDS = 3.0, 3  # after LONG_S stop at LONG_ROUNDS: long calls scatter less
 PRUNE_RATIO, PRUNE_AFTER = 1.5, 2  # after PRUNE_AFTER rounds drop an algorithm slower than this multiple of the fastest
+LONG_CALL_S = 0.1  # on a CPU what is set up in a first call is little of one that takes so long, and tells enough
+NEAR_RATIO = 1.1  # of long calls those that took less than this multiple of the fastest are timed once more
+FAR_RATIO = 2.0  # an algorithm that took this multiple of the fastest without gradients is not tried with them then
 GAIN_RATIO = 0.99  # prefer an earlier algorithm unless a later one takes less than this share of its time
 
 
@@ -81,6 +84,7 @@ _remembered: dict[Case, Choice] = {}
 _warned: set[tuple[str, str, str]] = set()  # variant, algorithm and error of the warnings so far
 _generation = [0]
 _measuring = threading.RLock()
+_hasty = [False]
 
 
 def remembered() -> list[dict[str, Any]]:
@@ -118,6 +122,21 @@ def cache_generation() -> int:
     return _generation[0]
 
 
+@contextmanager
+def hastily() -> Iterator[None]:
+    """For the block, choose after two calls of each algorithm (one that takes long: one); what was chosen so is
+    forgotten afterwards."""
+    before, was = dict(_remembered), _hasty[0]
+    _hasty[0] = True
+    try:
+        yield
+    finally:
+        _hasty[0] = was
+        _remembered.clear()
+        _remembered.update(before)
+        _generation[0] += 1
+
+
 # -------------------------------------------------------------------------------------------------------- the layer
 
 
@@ -140,6 +159,10 @@ class AutotunedConv2d(VariantConv2d):
     @property
     def chosen(self) -> Mapping[str, str]:
         return super().chosen if self.algorithm != "auto" else dict(self._chosen)
+
+    def settle(self, x: Tensor) -> None:
+        """Find the algorithm for ``x`` now, in the present state (gradients, autocast), and not in the next call."""
+        self._pick(x)
 
     def _pick(self, x: Tensor) -> str:
         """The algorithm for x: the one that was asked for or, with 'auto', the fastest.
@@ -268,7 +291,7 @@ def is_captured(device: torch.device) -> bool:
 # ---------------------------------------------------------------------------------------------------------- measuring
 
 
-def choose(case: Case, device: torch.device, make: Callable[[], Mapping[str, Callable[[], object]]]) -> str | None:
+def choose(case: Case, device: torch.device, make: Callable[[], dict[str, Callable[[], object]]]) -> str | None:
     """The algorithm to run in ``case``: remembered, or measured now on ``device``.
 
     make: the calls to be timed, by algorithm, the default first; each does what one step would. An algorithm that
@@ -284,12 +307,21 @@ def choose(case: Case, device: torch.device, make: Callable[[], Mapping[str, Cal
     with _measuring:
         if case not in _remembered:
             with _unseen(device):
-                found = measured(make, device)
+                found = measured(lambda: _near(case, make()), device)
             if not found.seconds:
                 return found.form
             _remembered[case] = found
             _warn_of(case, found)
         return _remembered[case].form
+
+
+def _near(case: Case, calls: dict[str, Callable[[], object]]) -> dict[str, Callable[[], object]]:
+    """``calls`` without those that were far behind in long calls of the same layer with other gradients."""
+    for known, choice in _remembered.items():
+        least = min(choice.seconds.values(), default=0.0)
+        if least > LONG_CALL_S and known._replace(gradients=case.gradients) == case:
+            calls = {name: call for name, call in calls.items() if choice.seconds.get(name, 0.0) <= FAR_RATIO * least}
+    return calls
 
 
 @contextmanager
@@ -317,17 +349,27 @@ def measured(make: Callable[[], Mapping[str, Callable[[], object]]], device: tor
     calls = dict(make())
     default = next(iter(calls))
     left_out = {}
+    first = {}
     for name in list(calls):
+        begun = time.perf_counter()
         try:
             calls[name]()  # the first call sets up what libraries keep
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
+            first[name] = time.perf_counter() - begun
         except Exception as problem:  # noqa: BLE001 - compilers and launchers of kernels raise what they like
             left_out[name] = [type(problem).__name__, *str(problem).strip().splitlines()[:1]]
             del calls[name]
     best, in_graph = dict.fromkeys(calls, float("inf")), dict.fromkeys(calls, float("inf"))
+    most = 1 if _hasty[0] else MAX_ROUNDS
+    if device.type == "cpu" and min(first.values(), default=0.0) > LONG_CALL_S:
+        best, in_graph = first, dict(first)
+        limit = NEAR_RATIO * min(first.values())
+        # Not the first of all, which may have set up torch's own threads and memory.
+        calls = {name: call for name, call in calls.items() if name == default or first[name] <= limit}
+        most = 1 if len(calls) > 1 and not _hasty[0] else 0
     begun = time.perf_counter()
-    for rounds in range(1, MAX_ROUNDS + 1):
+    for rounds in range(1, most + 1):
         for name, call in calls.items():
             busy, host = _seconds(call, device)
             in_graph[name] = min(in_graph[name], busy)

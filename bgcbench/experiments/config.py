@@ -23,6 +23,7 @@ from bgcbench.experiments.options import (
     option,
     positive,
     size,
+    threads,
     three,
     variants,
     word,
@@ -77,7 +78,10 @@ class RunConfig:
     device: str = option(
         "auto", "auto, cpu, cuda or cuda:K.", panel=MEASURE, everyday=True, read=word, check=_is_device
     )
-    threads: int | None = option(None, "CPU threads.", panel=MEASURE, shown="torch's", check=positive)
+    threads: int | None = option(
+        None, "CPU threads; auto: as many as other processes leave cores.", panel=MEASURE, shown="torch's", kind=str,
+        read=threads, check=positive,
+    )  # fmt: skip
     seed: int = option(0, panel=MEASURE, check=_is_seed)
     quick: bool = option(False, short="q", panel=MEASURE, everyday=True)
     skip_invalid: bool = option(False, "Go on when N or a rank does not fit the channels; the row says so.", panel=GRID)

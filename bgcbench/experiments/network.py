@@ -29,12 +29,13 @@ class NetworkConfig(PlanChoice, NetworkChoice, MeasureConfig):
         "network of torchvision, or timm/NAME.",
     )
     batch: int = option(32)
-    phases: tuple[str, ...] = option(NETWORK_PHASES, check=one_of(NETWORK_PHASES, "phase"))
+    phases: tuple[str, ...] = option(None, check=one_of(NETWORK_PHASES, "phase"))
     layers: bool = option(
         False, "Also each distinct convolution by itself: where the time goes, and what would save some.", panel=NETWORK
     )
 
     SHORTHANDS: ClassVar[tuple[Option, ...]] = (dataclasses.replace(SIZE, shown="the network's own"),)
+    USUAL_PHASES: ClassVar[tuple[str, ...]] = NETWORK_PHASES
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -226,6 +226,10 @@ class NetworkSubject(Subject):
             output_bytes=self.batch * config.spec.classes * self.item,
         )
 
+    @property
+    def is_tuned(self) -> bool:
+        return self.algorithm == "auto" and self.record is not None
+
     def module(self, session: Session) -> nn.Module:
         # The same seed in every row: what was not replaced starts from the same weights.
         with torch.random.fork_rng(devices=[]):

@@ -202,6 +202,16 @@ def numbers(name: str, text: str) -> tuple[int, ...]:
     return tuple(dict.fromkeys(_split(int, name, text, "whole numbers separated by commas, such as 2,4,8")))
 
 
+def threads(name: str, text: str) -> int:
+    """A number, or with 'auto' how many cores other processes leave; raises UsageError for anything else."""
+    if text.casefold() == "auto":
+        from bgcbench.measure.load import free_cores
+
+        return free_cores()
+    (number,) = _split(int, name, text.replace(",", "?"), "a positive whole number, or auto")
+    return int(number)
+
+
 def names(name: str, text: str) -> tuple[str, ...]:
     """'gc, bgc' as words, each once."""
     return tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))

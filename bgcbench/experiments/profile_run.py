@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from bgcbench.convs import VariantConv2d, build_conv
+from bgcbench.convs.autotune import AutotunedConv2d, hastily
 from bgcbench.deployment.workload import RuntimeFile, RuntimeWorkload, runtime_file
 from bgcbench.experiments.base import Run
 from bgcbench.experiments.plan import PlanConfig
@@ -42,7 +43,9 @@ from bgcbench.measure.device import (
     random_input,
 )
 from bgcbench.measure.environment import diagnose
+from bgcbench.measure.load import Contention
 from bgcbench.measure.memory import Peak, measure_peak
+from bgcbench.measure.statistics import ROUNDS_OF_INTERVAL
 from bgcbench.measure.workload import Cell, Like, Workload
 from bgcbench.results import Document, rows
 from bgcbench.results.rows import (
@@ -55,7 +58,13 @@ from bgcbench.results.rows import (
     ProfileRow,
     Summary,
 )
+from bgcbench.results.times import is_doubtful
 from bgcbench.specs import NETWORK_PHASES, PHASES, PRECISIONS, RUNTIME, ConvSpec
+
+QUICK_S = 10.0  # of a quick look, of which one round at least is measured
+# What an estimate takes things to take: what is done once, building a row twice, the shortest call, and the calls in
+# which a layer finds its algorithm.
+SET_UP_S, BUILD_S, LEAST_CALL_S, TUNING_CALLS = 1.5, 0.05, 2e-5, 6
 
 
 @dataclass(frozen=True)
@@ -105,9 +114,14 @@ class Subject(ABC):
     input_grad: bool
     mode: str
     algorithm: str  # as it was asked for
-    quick_share: float = 1.0  # of a quick look's time a row; a network's calls are long
+    quick_share: float = 1.0  # of a quick look's time; a network's calls are long
     _file: RuntimeFile | None = None
     held_bytes: int  # what stays in memory between calls
+
+    @property
+    @abstractmethod
+    def is_tuned(self) -> bool:
+        """Whether it has layers that find their algorithm by measuring."""
 
     @abstractmethod
     def module(self, session: Session) -> nn.Module:
@@ -149,6 +163,10 @@ class LayerSubject(Subject):
         self.counts = count(spec, config.height, config.width, batch=config.batch, precision=config.precision)
         self.executed = self.counts.executed(row.params.algorithm)
         self.held_bytes = 2 * self.executed.params * PRECISIONS[config.precision]
+
+    @property
+    def is_tuned(self) -> bool:
+        return self.algorithm == "auto"
 
     def module(self, session: Session) -> nn.Module:
         with torch.random.fork_rng(devices=[]):
@@ -210,11 +228,27 @@ class _Row:
     forms: Forms = field(default_factory=dict)
     tracks: dict[str, timing.Track[Cell]] = field(default_factory=dict)
     phases: dict[str, Phase] = field(default_factory=dict)
+    before: dict[str, Phase] = field(default_factory=dict)  # of a measurement that was doubtful
+    kept: ProfileRow | None = None  # of an earlier run, which was stopped
     failures: dict[str, Failure] = field(default_factory=dict)
     interleaved: int | None = None
     alone: bool = False  # measured by itself because the group does not fit into memory together
     status: str = "interrupted"
     reason: str | None = "not measured yet"
+
+    @property
+    def is_dense(self) -> bool:
+        return self.planned.params.variant == "standard"
+
+    def is_reference_of(self, other: _Row) -> bool:
+        """Whether it is the standard convolution, or dense network, that ``other`` is compared with."""
+        ours, theirs = self.planned.params, other.planned.params
+        return self.is_dense and (ours.mode, ours.layer) == (theirs.mode, theirs.layer)
+
+    def is_network_of(self, other: _Row) -> bool:
+        """Whether it is the dense network that ``other`` is a layer of."""
+        ours, theirs = self.planned.params, other.planned.params
+        return self.is_dense and ours.layer is None and theirs.layer is not None and ours.mode == theirs.mode
 
     @property
     def alive(self) -> list[str]:
@@ -307,29 +341,50 @@ class ProfileRun(Run[ProfileRow]):
         self.subjects = subjects or {}
         done = {key for key, row in self.known.items() if row.is_done}
         self.rows = [
-            _Row(row, self.subjects[row.key]) for row in planned if row.key in self.subjects and row.key not in done
+            _Row(row, self.subjects[row.key], kept=(kept or {}).get(row.key))
+            for row in planned
+            if row.key in self.subjects and row.key not in done
         ]
-        self._contention: environment.Contention | None = None  # on a CPU, of the group that is measured
+        self._contention: Contention | None = None  # on a CPU, of the group that is measured
+        self._began = 0.0
         self._inputs: dict[tuple[tuple[int, ...], bool], torch.Tensor] = {}
 
     def take_into(self, document: Document) -> None:
         super().take_into(document)
         document.interleaved = tuple(self.interleaved)
 
-    def estimated_s(self) -> float:
-        """A rough guess of the run's length, before anything is timed: at 30 GFLOP/s a CPU thread, 10 TFLOP/s on CUDA.
+    def estimated_s(self) -> float | None:
+        """Roughly how long the run takes where nothing else runs, by a short look at what the device can do; None where
+        it has no room for that.
 
-        Each cell is called for its first look, its memory passes, its warm-up and its floor of rounds, and the group
-        samples for at most its time a row.
+        A call takes as long as its work does at the ceilings. Each cell is called for its first look and memory, its
+        algorithm is chosen, it is warmed up, and rounds are measured until there are enough for an interval; a quick
+        look then ends with its time, after one round at least.
         """
-        rules, on_cuda = self.protocol.rules, self.session.device.type == "cuda"
-        rate = 1e13 if on_cuda else 3e10 * self.session.environment.cpu.threads
-        subjects = self.subjects.values()
-        calls = [subject.work(phase).flops / rate for subject in subjects for phase in subject.phases]
-        looks = (2 if self.config.quick else 3) * sum(calls)
-        warm_up = sum(0.0 if call > rules.warmup_max_s else rules.warmup_max_s for call in calls)
-        sampling = max(rules.min_rounds * sum(calls), len(subjects) * rules.max_time_s)
-        return 5.0 + looks + warm_up + sampling
+        config, rules, device = self.config, self.protocol.rules, self.session.device
+        # One thread waits for no other, so that this is right where other processes run, too.
+        try:
+            with backend_state(config.precision, 1), current(device):
+                stopwatch = make_stopwatch(device, cold=False)
+                can = ceilings.measure_ceilings(stopwatch, DTYPES[config.precision], quick=True)
+        except RuntimeError:  # which the rows will say
+            return None
+        if device.type == "cpu":
+            can = dataclasses.replace(can, flops_per_s=can.flops_per_s * self.session.environment.cpu.threads)
+        before, sampled, once = SET_UP_S, 0.0, 0.0
+        for subject, params in ((row.subject, row.planned.params) for row in self.rows):
+            calls = [max(can.floor_s(subject.work(phase)), LEAST_CALL_S) for phase in subject.phases]
+            slice_s = rules.max_time_s * rules.slice_share / len(calls)
+            before += BUILD_S + sum(calls)
+            if subject.is_tuned:  # its algorithms, among them one that does a dense kernel's work
+                before += TUNING_CALLS * sum(calls) + params.groups / 2 * calls[0]
+            before += sum(rules.warmup_max_s for call in calls if call < rules.warmup_max_s)
+            once += sum(calls)
+            sampled += sum(max(call, min(slice_s, rules.max_queue * call)) for call in calls)
+        sampled *= max(rules.min_rounds, ROUNDS_OF_INTERVAL)
+        if config.quick and config.max_time_s is None:
+            sampled = max(once, min(sampled, QUICK_S - before))
+        return before + sampled
 
     def run(self) -> Iterator[Update]:
         """Measure every row; the last update holds the finished rows."""
@@ -338,8 +393,10 @@ class ProfileRun(Run[ProfileRow]):
             yield self._update("nothing left to measure", save=True)
             return
         compiling = compile_state() if "compile" in config.modes else contextlib.nullcontext()
+        choosing = hastily() if config.quick else contextlib.nullcontext()
         state = backend_state(config.precision, config.threads)
-        with memory_state(self.protocol.memory), frozen_heap(), state, current(session.device), compiling:
+        self._began = time.perf_counter()
+        with memory_state(self.protocol.memory), frozen_heap(), state, current(session.device), compiling, choosing:
             yield self._update("measuring the device's ceilings")
             try:
                 plain = make_stopwatch(session.device, cold=False)
@@ -350,10 +407,13 @@ class ProfileRun(Run[ProfileRow]):
             except RuntimeError as failure:  # of the device itself: the rows' own failures are theirs
                 self._give_up(describe_failure(failure, session.device))
                 alive, stopwatch = [], None
-            for group in self._groups(alive):
+            groups = self._groups(alive)
+            for number, group in enumerate(groups):
                 if self.stop() or stopwatch is None:
                     break
-                yield from self._measure(group, stopwatch)
+                yield from self._measure(group, stopwatch, self._rules(group, groups[number:]))
+            if stopwatch is not None:
+                yield from self._measure_again([group for group in groups if self._doubtful(group)], stopwatch)
         yield self._update("done", save=True)
 
     def _look_at_each(self, stopwatch: DeviceStopwatch) -> Iterator[Update]:
@@ -379,10 +439,10 @@ class ProfileRun(Run[ProfileRow]):
     def _first_look(self, row: _Row, stopwatch: DeviceStopwatch) -> None:
         """First call of every phase, and the peak of the one that holds the most memory."""
         workload = self._workload(row)
-        # A quick look at a slow layer takes one call for both. On CUDA a first call has the workspace of the library's
-        # search, and a short one on a CPU what libraries set up once; both are measured again below.
+        # A slow layer takes one call for both. On CUDA a first call has the workspace of the library's search, and a
+        # short one on a CPU what libraries set up once; both are measured again below.
         mode, on_cpu = row.subject.mode, self.session.device.type == "cpu"
-        combined = self.config.quick and on_cpu and mode == "eager"
+        combined = on_cpu and mode == "eager"
         for phase in row.alive:
             try:
                 self._first_call(row, workload, phase, stopwatch, peak=combined and phase == row.fullest)
@@ -402,8 +462,12 @@ class ProfileRun(Run[ProfileRow]):
         if any(is_measured(layer) for layer in workload.plain.modules()):
             # Finding the fastest algorithm takes many calls, and more memory than a step: neither is the row's.
             cell = workload.cell(phase)
-            cell.once()
-            cell.release()
+            if isinstance(workload.plain, AutotunedConv2d) and workload.mode == "eager":
+                with cell.context():
+                    workload.plain.settle(workload.x)
+            else:
+                cell.once()
+                cell.release()
         stopwatch.synchronize()
         began = time.perf_counter()
         cell = workload.cell(phase)
@@ -464,39 +528,85 @@ class ProfileRun(Run[ProfileRow]):
                 groups.append(members)
         return groups
 
-    def _measure(self, rows: list[_Row], stopwatch: DeviceStopwatch) -> Iterator[Update]:
+    def _rules(self, rows: list[_Row], left: list[list[_Row]]) -> timing.Rules:
+        """Those of the protocol; in a quick look ``rows`` have their share of what is left of its time."""
+        rules = self.protocol.rules
+        if not self.config.quick or self.config.max_time_s is not None:
+            return rules
+        left_s = max(0.0, QUICK_S - (time.perf_counter() - self._began))
+        shares = sum(row.subject.quick_share for group in left for row in group)
+        return dataclasses.replace(rules, max_time_s=left_s * max(row.subject.quick_share for row in rows) / shares)
+
+    def _measure(self, rows: list[_Row], stopwatch: DeviceStopwatch, rules: timing.Rules) -> Iterator[Update]:
         """One interleaved group, from building its layers to the summary of its rows."""
         config, device = self.config, self.session.device
         identity = 1 + max((entry.id for entry in self.interleaved), default=0)
+        earlier = self._stopped(rows)
+        if earlier is not None:
+            identity = earlier.id
+            self.interleaved.remove(earlier)
         for row in rows:
-            self._build(row, identity)
-        rules = self.protocol.rules
-        if config.quick and config.max_time_s is None:
-            share = max(row.subject.quick_share for row in rows)
-            rules = dataclasses.replace(rules, max_time_s=rules.max_time_s * share)
+            self._build(row, identity, stopped=earlier is not None)
+        for row in rows:
+            for dense in (other for other in rows if other.is_reference_of(row)):
+                for phase, track in row.tracks.items():
+                    track.reference = dense.tracks.get(phase)
         order = random.Random(row_seed(config.seed, f"order-{identity}"))
         tracks = [track for row in rows for track in row.tracks.values()]
         group = timing.Group(tracks, stopwatch, rules, order, self.stop)
         if device.type == "cpu":
-            self._contention = environment.Contention(self.session.environment.cpu.threads)
+            self._contention = Contention(self.session.environment.cpu.threads)
         alone = any(row.alone for row in rows)
-        self.interleaved.append(Group(id=identity, max_time_s=rules.max_time_s, alone=alone, rows=len(rows)))
+        entry = Group(id=identity, max_time_s=rules.max_time_s, alone=alone, rows=len(rows))
+        self.interleaved.append(earlier or entry)
+        before = earlier.canary if earlier else None
         for progress in group.run():
             if progress.track is not None and progress.track.failure is not None:
                 free_memory(device)
             if progress.round_done:
-                self._settle(rows, group, finished=False)
+                self._settle(rows, group, before, finished=False)
             doing = "warming up" if progress.round == 0 else f"round {progress.round}"
             yield self._update(doing, progress, save=progress.round_done)
-        self._settle(rows, group, finished=not group.interrupted)
+        self._settle(rows, group, before, finished=not group.interrupted)
         for row in rows:
             row.tracks.clear()  # and with them the layers
         self._inputs.clear()
         free_memory(device)
         yield self._update("group done", save=True)
 
-    def _build(self, row: _Row, identity: int) -> None:
-        """A track, in group ``identity``, for each phase of ``row`` that is alive."""
+    def _doubtful(self, rows: Sequence[_Row]) -> list[str]:
+        """The labels of those with a time that cannot be."""
+        found = []
+        for row in (row for row in rows if row.status == "ok"):
+            dense = next((other.result() for other in rows if other.is_reference_of(row)), None)
+            network = next((other.result() for other in self.rows if other.is_network_of(row)), None)
+            if any(is_doubtful(row.result(), phase, dense, network) for phase in row.phases):
+                found.append(row.planned.label)
+        return found
+
+    def _measure_again(self, groups: list[list[_Row]], stopwatch: DeviceStopwatch) -> Iterator[Update]:
+        """Measure ``groups`` once more, because of times that cannot be; the samples before are kept apart.
+
+        What was measured before stands where this is stopped.
+        """
+        for number, group in enumerate(groups):
+            if self.stop():
+                return
+            self.warnings.append(f"measured twice, because of times that cannot be: {', '.join(self._doubtful(group))}")
+            again = {row.planned.key: (row, row.interleaved) for row in group if row.status == "ok"}
+            members = [row for row, _ in again.values()]
+            for row in members:
+                row.before, row.status, row.reason = row.phases, "interrupted", "measured again"
+                row.kept = None
+            yield from self._measure(members, stopwatch, self._rules(members, groups[number:]))
+            for row, interleaved in again.values():
+                if row.status == "interrupted":
+                    row.phases, row.interleaved = row.before, interleaved
+                    row.end()
+            yield self._update("group done", save=True)
+
+    def _build(self, row: _Row, identity: int, *, stopped: bool) -> None:
+        """A track, in group ``identity``, for each phase of ``row`` that is alive; stopped: with what it held then."""
         try:
             workload = self._workload(row)
         except Exception as failure:  # noqa: BLE001 - see _look_at_each
@@ -515,19 +625,32 @@ class ProfileRun(Run[ProfileRow]):
                 self._fail(row, failure, phase)
                 continue
             expected_s = row.first_call_s[phase] if plain else math.nan
-            row.tracks[phase] = timing.Track(row.planned.key, cell, expected_s, f"{row.planned.label} {phase}")
+            track = timing.Track(row.planned.key, cell, expected_s, f"{row.planned.label} {phase}")
+            if stopped and row.kept and phase in row.kept.phases:
+                kept = row.kept.phases[phase]
+                track.samples, track.rounds = list(kept.samples_s), list(kept.rounds)
+                if kept.discarded:
+                    track.discarded = list(kept.discarded.samples_s)
+                    track.discarded_rounds = list(kept.discarded.rounds)
+            row.tracks[phase] = track
 
-    def _settle(self, rows: list[_Row], group: timing.Group[Cell], *, finished: bool) -> None:
-        """Bring the rows' statuses and the group's record up to date."""
-        canary = group.canary
+    def _stopped(self, rows: Sequence[_Row]) -> Group | None:
+        """The group that was stopped in an earlier run of these very rows, which is gone on with."""
+        ids = {row.kept.interleaved if row.kept else None for row in rows}
+        earlier = next((entry for entry in self.interleaved if ids == {entry.id}), None)
+        return earlier if earlier is not None and earlier.rows == len(rows) else None
+
+    def _settle(self, rows: list[_Row], group: timing.Group[Cell], before: Canary | None, *, finished: bool) -> None:
+        """Bring the rows' statuses and the group's record up to date. before: of the rounds of an earlier run."""
+        canary, before = group.canary, before or Canary()
         self.interleaved[-1] = msgspec.structs.replace(
             self.interleaved[-1],
             rounds=group.rounds,
             canary=Canary(
-                baseline_s=canary.baseline_s if canary.readings_s else None,
-                readings_s=tuple(canary.readings_s),
-                slow_rounds=tuple(canary.slow_rounds),
-                redone=canary.redone,
+                baseline_s=canary.baseline_s if canary.readings_s else before.baseline_s,
+                readings_s=before.readings_s + tuple(canary.readings_s),
+                slow_rounds=before.slow_rounds + tuple(canary.slow_rounds),
+                redone=before.redone + canary.redone,
             ),
         )
         for row in rows:
@@ -542,7 +665,7 @@ class ProfileRun(Run[ProfileRow]):
             if finished:
                 row.end()
             else:
-                row.reason = f"stopped in round {group.rounds}; --resume measures its group again"
+                row.reason = f"stopped in round {group.rounds}; --resume goes on"
 
     def _update(self, doing: str, progress: timing.Progress | None = None, *, save: bool = False) -> Update:
         if save:
@@ -551,13 +674,17 @@ class ProfileRun(Run[ProfileRow]):
 
     def _phase(self, row: _Row, phase: str, track: timing.Track[Cell]) -> Phase:
         summary, work = track.summary(), row.subject.work(phase)
+        before = row.before.get(phase)
         host, median = row.host_s.get(phase), summary.median_s
         faults = statistics.median(track.faults) if track.faults else None
         ends = (summary.ci95_s.low, summary.ci95_s.high) if summary.ci95_s else None
         return Phase(
             samples_s=tuple(track.samples),
             rounds=tuple(track.rounds),
-            discarded=Discarded(samples_s=tuple(track.discarded), rounds=tuple(track.discarded_rounds)),
+            discarded=Discarded(
+                samples_s=(before.samples_s if before else ()) + tuple(track.discarded),
+                rounds=(before.rounds if before else ()) + tuple(track.discarded_rounds),
+            ),
             first_call_s=row.first_call_s.get(phase),
             host_s=host,
             minor_faults_per_call=faults,

@@ -267,6 +267,7 @@ class TransferConfig(ImageChoice, TrainConfig):
             **{name: getattr(self, name) for name in shared},
             **{field.name: getattr(self, field.name) for field in dataclasses.fields(NetworkChoice)},
             device=device,
+            phases=NetworkConfig.USUAL_PHASES,
             algorithm="auto" if self.algorithm in (None, "fixed") else self.algorithm,
             batch=min(batch, CPU_BATCH) if device == "cpu" else batch,
             mode="compile" if self.compile else "eager",

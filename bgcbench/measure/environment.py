@@ -73,33 +73,6 @@ def available_bytes(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
-class Contention:
-    """How much too few CPU cores there are, while it lives, for ``threads`` of this process and all that others do."""
-
-    def __init__(self, threads: int) -> None:
-        self._threads = threads
-        self._began = self._now()
-
-    @staticmethod
-    def _now() -> tuple[float, float]:
-        """Seconds of the clock, and seconds that cores spent on other processes, or that the host took."""
-        own, every = psutil.Process().cpu_times(), psutil.cpu_times()
-        busy = sum(every) - every.idle - getattr(every, "iowait", 0.0)
-        # What guests ran is in user and nice, too.
-        busy -= getattr(every, "guest", 0.0) + getattr(every, "guest_nice", 0.0)
-        return time.monotonic(), busy - own.user - own.system
-
-    @property
-    def cores(self) -> float | None:
-        """How many more cores were wanted, on average, than there are; None before there is anything to tell by."""
-        (began, before), (now, after) = self._began, self._now()
-        if now - began < CONTENTION_S:
-            return None
-        others = max(0.0, (after - before) / (now - began))
-        return max(0.0, self._threads + others - (psutil.cpu_count() or self._threads))
-
-
-CONTENTION_S = 0.5  # the system counts in hundredths of a second
 Finding = tuple[str, str, str | None]
 
 

@@ -18,12 +18,12 @@ _TOLERANCE = {"cuda_allocator": 2 * 2**20, "rss_sampled": 16 * 2**20}
 
 @dataclass(frozen=True)
 class Peak:
-    """Bytes before a step and at its highest point, how they were read, and whether a second pass agreed."""
+    """Bytes before a step and at its highest point, how they were read, and whether a second pass, if any, agreed."""
 
     baseline_bytes: int
     peak_bytes: int
     method: str
-    agreed: bool
+    agreed: bool | None
 
     @property
     def delta_bytes(self) -> int:
@@ -48,7 +48,8 @@ def measure_peak(cell: Cell, device: torch.device, *, passes: int = 2) -> Peak:
             cell.release()
     deltas = [peak - baseline for baseline, peak in measured]
     highest = measured[deltas.index(max(deltas))]
-    return Peak(*highest, method, agreed=max(deltas) - min(deltas) <= _TOLERANCE[method])
+    agreed = max(deltas) - min(deltas) <= _TOLERANCE[method] if passes > 1 else None
+    return Peak(*highest, method, agreed)
 
 
 def _cuda_pass(cell: Cell, device: torch.device) -> tuple[int, int]:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from operator import itemgetter
 
 RESAMPLES = 2000
+ROUNDS_OF_INTERVAL = 6  # fewer give no interval of 95 %
 Pick = Callable[[Sequence[float]], Iterable[float]]
 # 97.5 % points of Student's t, by degrees of freedom; beyond the table the normal's 1.96 is within 4 %.
 _T975 = (
@@ -122,6 +123,11 @@ class Ratio:
     paired: bool
 
     @property
+    def half_width(self) -> float | None:
+        """Half of the interval's width, relative to the ratio."""
+        return None if self.ci95 is None else self.ci95.width / 2 / self.value
+
+    @property
     def is_significant(self) -> bool | None:
         """Whether the interval excludes 1; None without an interval."""
         return None if self.ci95 is None else not self.ci95.low <= 1.0 <= self.ci95.high
@@ -169,7 +175,7 @@ def ratio_of_medians(over: Series, under: Series, *, paired: bool) -> Ratio:
     else:
         tops, bottoms = list(top.values()), list(bottom.values())
     units = min(len(tops), len(bottoms))
-    if units < 6:
+    if units < ROUNDS_OF_INTERVAL:
         return Ratio(value, None, paired)
     resamples = _resamples(len(tops), len(bottoms), paired)
     ratios = sorted(statistics.median(one(tops)) / statistics.median(other(bottoms)) for one, other in resamples)

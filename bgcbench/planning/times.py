@@ -71,7 +71,10 @@ def interleaved(
     seed: int = 0,
     stop: Callable[[], bool] = lambda: False,
 ) -> Measured:
-    """Make everything ready and measure it in turn; what was never reached, because of ``stop``, is left out."""
+    """Make everything ready and measure it in turn, until all ratios to the first are known (see measure.timing).
+
+    What was never reached, because of ``stop``, is left out.
+    """
     found, tracks = Measured(), []
     with torch.enable_grad(), current(device):  # inference turns gradients off for itself
         for name, make in makers.items():
@@ -81,6 +84,8 @@ def interleaved(
                 tracks.append(timing.Track(name, make(), label=name))
             except Exception as problem:  # noqa: BLE001 - whatever it is, the others are worth having
                 found.failures[name] = describe_failure(problem, device).reason
+        for track in tracks:
+            track.reference = tracks[0]
         stopwatch = make_stopwatch(device, cold=device.type == "cuda")
         for _ in timing.Group(tracks, stopwatch, rules, random.Random(seed), stop).run():
             pass

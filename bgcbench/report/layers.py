@@ -9,9 +9,9 @@ from bgcbench.report.format import listed, ratio_text, significant
 from bgcbench.report.measured import Rows, flags_column, measured_phases, numbered, time_column
 from bgcbench.report.table import Column, Table, label, words
 from bgcbench.results.rows import ProfileRow
+from bgcbench.results.times import NETWORK_PHASE
 from bgcbench.specs import PHASE_TITLES
 
-NETWORK_PHASES = {"fwd": "fwd", "fwd_bwd": "train_step"}  # the network's phase that goes with a layer's
 SHARE = (
     "Time of all convolutions of this shape, each by itself, over the dense network's: an estimate, because nothing is "
     "fused with a convolution by itself and its input lies where the last call left it."
@@ -25,7 +25,7 @@ Compared = list[tuple[str, ProfileRow, Comparison]]  # a variant and N, in place
 
 def layers_table(rows: Rows, network: ProfileRow | None) -> Table:
     """Each distinct convolution: how often it runs, its share of the network's time, and what is faster there."""
-    phases = measured_phases(rows, NETWORK_PHASES)
+    phases = measured_phases(rows, NETWORK_PHASE)
     own = [row for row in rows if row.params.variant == "standard" and row.layer]
     if phases:
         own.sort(key=lambda row: -_total(row, phases[-1]))
@@ -35,12 +35,12 @@ def layers_table(rows: Rows, network: ProfileRow | None) -> Table:
     ]
     sections = {}
     for phase in phases:
-        whole = network.median_s(NETWORK_PHASES[phase]) if network else None
+        whole = network.median_s(NETWORK_PHASE[phase]) if network else None
         compared = [entry for row in own for entry in _variants(row, rows, phase)]
         columns += _phase_columns(own, phase, whole, compared)
         if lines := _where_time_goes(own, whole, phase) + _sped_up(compared, phase):
             sections[f"Where the time goes ({PHASE_TITLES[phase]})"] = lines
-    return Table(["Convolutions by themselves"], [*columns, flags_column(phases)], own, sections)
+    return Table(["Convolutions by themselves"], [*columns, flags_column(phases, network=network)], own, sections)
 
 
 def _phase_columns(own: Rows, phase: str, whole: float | None, compared: Compared) -> list[Column[ProfileRow]]:

@@ -83,12 +83,13 @@ PAPER_TIME = f"Time that Table 4 of Lee, Park & Lee prints, of an {paper.DEVICE}
 PAPER_MEMORY = "Memory that Table 4 prints (as Mb), which is input, weights and mean, and no peak."
 PAPER_ERROR = "Error of ResNet-50 after transfer (Table 3), not of this layer."
 FLAGS = (
-    "n=: samples, where the median is not known to the aim of 0.5 %. uneven, noisy: the middle half of the samples "
-    "spreads over more than 3 %, 10 % of the median. launch-bound: the host is the limit. page faults: memory came "
-    "anew from the system although it was to be kept, which takes over 1 % of the time. kept dense: convolutions that "
-    "N or the rank does not fit. busy CPU: this run and other processes wanted more cores than there are. doubtful: "
-    "the speed-up is over twice what the parameters, MACs and bytes explain, or under 0.5 % of the roofline is reached "
-    "in 10 ms or more; measure again."
+    "n=: samples, where the speed-up is not known to 5 % (2 % with --max-time), or without a reference the median. "
+    "uneven, noisy: the middle half of the samples spreads over more than 3 %, 10 % of the median. launch-bound: the "
+    "host is the limit. page faults: memory came anew from the system although it was to be kept, which takes over 1 % "
+    "of the time. kept dense: convolutions that N or the rank does not fit. busy CPU: this run and other processes "
+    "wanted more cores than there are. doubtful: the speed-up is over twice what the parameters, MACs and bytes "
+    "explain, or under 0.5 % of the roofline is reached in 10 ms or more, or a network's convolutions of one shape "
+    "take longer than the network, in two measurements; measure again."
 )
 
 
@@ -119,8 +120,10 @@ def time_column(rows: Rows, phase: str) -> Column[ProfileRow]:
     return Column(f"{PHASE_TITLES[phase]} {unit}", lambda row: row.phases.get(phase), meaning, time, "time")
 
 
-def flags_column(phases: Sequence[str], reference: ProfileRow | None = None) -> Column[ProfileRow]:
-    return words("flags", lambda row: ", ".join(flags(row, phases, reference)), FLAGS)
+def flags_column(
+    phases: Sequence[str], reference: ProfileRow | None = None, network: ProfileRow | None = None
+) -> Column[ProfileRow]:
+    return words("flags", lambda row: ", ".join(flags(row, phases, reference, network)), FLAGS)
 
 
 # ---------------------------------------------------------------------------------------------------- what a row holds
@@ -180,10 +183,17 @@ def _roofline(row: ProfileRow, phases: Sequence[str]) -> str | None:
     return f"{derived.roofline_fraction:.0%} {letter}"
 
 
-def flags(row: ProfileRow, phases: Sequence[str], reference: ProfileRow | None = None) -> list[str]:
-    """What to know before a row's numbers are used."""
+def flags(
+    row: ProfileRow,
+    phases: Sequence[str],
+    reference: ProfileRow | None = None,
+    network: ProfileRow | None = None,
+) -> list[str]:
+    """What to know before a row's numbers are used. reference, network: as in ``is_doubtful``."""
     dense = row.convert.indivisible if row.convert else []
-    found = _failed(row) if row.status != "ok" else _measured_flags(row, phases, reference)
+    counts = row.status == "ok" or (row.status == "interrupted" and row.phases)
+    found = _measured_flags(row, phases, reference, network) if counts else _failed(row)
+    found += ["interrupted"] if counts and row.status != "ok" else []
     return found + ([f"{len(dense)} kept dense"] if dense else [])
 
 
@@ -193,9 +203,12 @@ def _failed(row: ProfileRow) -> list[str]:
     return [f"{PHASE_TITLES.get(phase, phase)} {failure.status}" for phase, failure in row.failures.items()]
 
 
-def _measured_flags(row: ProfileRow, phases: Sequence[str], reference: ProfileRow | None) -> list[str]:
+def _measured_flags(
+    row: ProfileRow, phases: Sequence[str], reference: ProfileRow | None, network: ProfileRow | None
+) -> list[str]:
     by_phase = {
-        PHASE_TITLES[phase]: ["doubtful"] * is_doubtful(row, phase, reference) + _phase_flags(row.phases[phase])
+        PHASE_TITLES[phase]: ["doubtful"] * is_doubtful(row, phase, reference, network)
+        + _phase_flags(row.phases[phase])
         for phase in phases
         if phase in row.phases
     }
@@ -224,6 +237,8 @@ BEYOND = 4.0  # times the roofline: so much no algorithm saves, and something he
 
 def ending(row: ProfileRow, phase: str) -> str:
     """The status that ``phase`` ended with: the row's, unless only others of its phases have failed."""
-    if not row.failures or row.status == "interrupted":
+    if row.status == "interrupted":  # what there are samples of counts
+        return "ok" if phase in row.phases else row.status
+    if not row.failures:
         return row.status
     return row.failures[phase].status if phase in row.failures else "ok"

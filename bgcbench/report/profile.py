@@ -158,7 +158,7 @@ def _best(rows: Rows, reference: ProfileRow | None, phase: str) -> str | None:
     """The row with the shortest time in ``phase``, versus the dense network and versus the next one."""
     there = [row for row in rows if phase in row.phases and row is not reference]
     there = [row for row in there if not is_doubtful(row, phase, reference)]
-    if not there or any(row.status == "interrupted" for row in rows):
+    if not there or any(ending(row, phase) == "interrupted" for row in rows):
         return None
     first, *others = sorted(there, key=lambda row: row.median_s(phase) or 0.0)
     title, name, compared = PHASE_TITLES[phase], numbered(first, rows), speed_up(first, reference, phase)

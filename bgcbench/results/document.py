@@ -105,6 +105,11 @@ class Document(msgspec.Struct, kw_only=True):
         return {row.key: row for row in self.results if row.is_done}
 
     @property
+    def measured(self) -> int:
+        """How many rows are done, or were stopped and hold times."""
+        return sum(row.is_done or (isinstance(row, ProfileRow) and bool(row.phases)) for row in self.results)
+
+    @property
     def asked(self) -> Config:
         """The part of ``config`` that is told beside the results."""
         return msgspec.convert(self.config, Config)

@@ -285,7 +285,7 @@ class Derived(Data, frozen=True):
 
 
 class Discarded(Data, frozen=True):
-    """Samples of rounds that a slow clock touched and that were done again."""
+    """Samples that were taken again: of rounds that a slow clock touched, or of a measurement with doubtful times."""
 
     samples_s: tuple[Seconds, ...]
     rounds: tuple[Count, ...]

@@ -35,9 +35,18 @@ def _ratio(over: Series, under: Series, paired: bool) -> Ratio:
     return ratio_of_medians(over, under, paired=paired)
 
 
-def is_doubtful(row: ProfileRow, phase: str, reference: ProfileRow | None) -> bool:
-    """Whether a time cannot be: by far shorter than what there is to do explains, or by far longer than it takes."""
+NETWORK_PHASE = {"fwd": "fwd", "fwd_bwd": "train_step"}  # the network's phase that goes with a layer's
+
+
+def is_doubtful(row: ProfileRow, phase: str, reference: ProfileRow | None, network: ProfileRow | None = None) -> bool:
+    """Whether a time cannot be: by far shorter than what there is to do explains, or by far longer than it takes.
+
+    network: the dense one, of which the convolutions of one shape are but a part.
+    """
     derived, seconds = row.phases[phase].derived, row.median_s(phase) or 0.0
+    whole = network.median_s(NETWORK_PHASE.get(phase, "")) if network else None
+    if whole and row.layer and row.params.variant == "standard" and row.layer.count * seconds > whole:
+        return True
     if derived.roofline_fraction is not None and derived.roofline_fraction < SLOW and seconds >= LONG_S:
         return True
     ratio = time_ratio(row, reference, phase)

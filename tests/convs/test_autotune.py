@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -229,6 +231,40 @@ def test_calls_that_take_long_are_timed_less_often(
     monkeypatch.setattr(autotune, "LONG_S", 0.0)
     layer()(torch.randn(X))
     assert timed.count("two_conv") == timed.count("concat") == autotune.LONG_ROUNDS < autotune.MIN_ROUNDS
+
+
+def test_calls_that_take_seconds_are_timed_once_more_and_those_far_behind_not_at_all(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The first call of each tells which they are, and the same layer without gradients which to try with them."""
+    run, calls = BalancedGroupConv2d._run, Counter[str]()
+    pause = {"two_conv": 0.1, "concat": 0.102, "dense": 0.4, "split": 0.4}
+
+    def slow(self: BalancedGroupConv2d, algorithm: str, *given: Any) -> Tensor:
+        calls[algorithm] += 1
+        time.sleep(pause[algorithm])
+        return run(self, algorithm, *given)
+
+    monkeypatch.setattr(BalancedGroupConv2d, "_run", slow)
+    monkeypatch.setattr(autotune, "LONG_CALL_S", 0.05)
+    own, x = layer(), torch.randn(X)
+    with torch.inference_mode():
+        own(x)
+    own(x)
+    assert calls == {"two_conv": 6, "concat": 4, "dense": 1, "split": 1}  # two_conv is what runs then, too
+    assert own.chosen == {"inference": "two_conv", "training": "two_conv"}
+
+
+def test_a_hasty_choice_is_made_in_a_call_each_and_forgotten(fastest: Callable[..., list[str]]) -> None:
+    timed = fastest(dense=1.0)
+    own, x = layer(), torch.randn(X)
+    with autotune.hastily():
+        own(x)
+        assert sorted(timed) == ["concat", "dense", "split", "two_conv"]
+        assert own.chosen == {"training": "dense"}
+    assert autotune.remembered() == []
+    own(x)
+    assert timed.count("dense") == 1 + autotune.PRUNE_AFTER  # the others are far behind
 
 
 def test_a_graph_takes_the_algorithm_that_is_fastest_on_the_device_and_a_call_what_the_host_can_keep_up_with(

@@ -20,7 +20,8 @@ from bgcbench.measure.device import (
     resolve_device,
     tf32_state,
 )
-from bgcbench.measure.environment import Contention, describe_environment, diagnose, fingerprint
+from bgcbench.measure.environment import describe_environment, diagnose, fingerprint
+from bgcbench.measure.load import Contention, free_cores
 from bgcbench.measure.memory import measure_peak
 from bgcbench.measure.workload import Cell, Workload
 
@@ -283,6 +284,18 @@ def test_contention_is_what_is_wanted_beyond_the_cores_there_are(
     monkeypatch.setattr(Contention, "_now", staticmethod(lambda: next(readings)))
     monkeypatch.setattr("psutil.cpu_count", lambda: 4)
     assert Contention(2).cores == (None if cores is None else pytest.approx(cores))
+
+
+@pytest.mark.parametrize(("others", "own", "free"), [(0.0, 4, 4), (0.4, 4, 4), (1.7, 4, 2), (4.2, 4, 1), (0.0, 2, 2)])
+def test_free_cores_are_those_that_others_leave_of_what_this_process_may_use(
+    others: float, own: int, free: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    readings = iter([(100.0, 7.0), (101.0, 7.0 + others)])
+    monkeypatch.setattr(Contention, "_now", staticmethod(lambda: next(readings)))
+    monkeypatch.setattr("psutil.cpu_count", lambda: 4)
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(own)), raising=False)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    assert free_cores() == free
 
 
 def test_the_doctor_names_every_concern_with_an_advice() -> None:

@@ -15,7 +15,7 @@ from bgcbench.planning.times import corrections, doubtful, in_network, layer_tim
 from bgcbench.specs import Choice
 from tests.planning.test_plan import images, network
 
-FEW = Rules(min_rounds=6, min_samples=6, max_time_s=0.02, warmup_min_s=0.0, warmup_min_calls=1, warmup_max_s=0.01)
+FEW = Rules(min_rounds=6, max_time_s=0.02, warmup_min_s=0.0, warmup_min_calls=1, warmup_max_s=0.01)
 CPU = torch.device("cpu")
 GC2, GC4, BGC4 = Choice("gc", 2), Choice("gc", 4), Choice("bgc", 4)
 
