@@ -93,7 +93,10 @@ class TestUsage:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            (["profile", "--groups", "3"], "in_channels=1024 is not divisible by groups=3; its divisors are 1, 2, 4"),
+            (
+                ["profile", "--groups", "3"],
+                "in_channels=1024 is not divisible by groups=3; groups that divide 1024 -> 1024 channels: 1, 2, 4",
+            ),
             (["profile", "--groups", "2,x"], "--groups 2,x must be whole numbers separated by commas"),
             (["profile", "--groups", "0"], "groups=0 must be a whole number of at least 1"),
             (["profile", "--groups", "-2"], "groups=-2"),
@@ -428,6 +431,11 @@ class TestOtherCommands:
         for form, sign in (("markdown", "| BGC | 4 |"), ("csv", "key,variant"), ("json", '"schema"'), ("table", "BGC")):
             assert main(["show", str(example), "--format", form]) == 0
             assert sign in capsys.readouterr().out
+
+    def test_show_leads_with_the_answer_on_a_terminal(self, example: Path, capsys) -> None:
+        assert main(["show", str(example), "--format", "table"]) == 0
+        out = capsys.readouterr().out
+        assert out.index("\nVerdict") < out.index("\nNotes") < out.index("\nN  GC ms")
 
     def test_show_table1_evaluates_the_papers_table(self, here: Path, capsys) -> None:
         assert main(["show", "--table1", "--channels", "1024", "--groups", "2,4"]) == 0

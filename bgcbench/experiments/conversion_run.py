@@ -7,6 +7,7 @@ import io
 import torch
 
 from bgcbench.conversion.convert import save_converted
+from bgcbench.conversion.selection import Indivisible
 from bgcbench.data import open_images
 from bgcbench.errors import ShapeError
 from bgcbench.experiments.approx_network_run import UNTRAINED, Batches
@@ -58,8 +59,8 @@ def converted_network(config: ConversionConfig) -> tuple[bytes, Conversion]:
             calibration_images=None if calibration is None else calibration.count * calibration.views,
             seed=config.seed,
         )
-    except ShapeError as problem:
-        raise ShapeError(f"{problem}; use another --groups, or keep them dense with --skip-invalid") from None
+    except Indivisible as problem:
+        raise ShapeError(f"{problem.fact}; keep them dense with --skip-invalid") from None
     after = converted.model.eval()
     file = io.BytesIO()
     save_converted(converted, file)

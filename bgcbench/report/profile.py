@@ -44,7 +44,9 @@ def profile_report(document: Document) -> Report:
     tables: list[Table] = []
     for mode, rows in (by_mode or {"": []}).items():
         title = [f"mode: {mode}"] if several else []
-        tables += _tables(document, rows, title if tables else [*_title(document, rows), *title])
+        made = _tables(document, rows, title if tables else [*_title(document, rows), *title])
+        tables += [replace(table, caption=f"{mode}, {table.caption}") if several and table.caption else table
+                   for table in made]  # fmt: skip
     if several:
         last = max(number for number, table in enumerate(tables) if not table.full)  # that a terminal shows
         tables[last] = replace(tables[last], sections={**tables[last].sections, **_modes_compared(by_mode)})
@@ -63,14 +65,13 @@ def _tables(document: Document, every: Rows, title: list[str]) -> list[Table]:
     rows = [row for row in every if row.params.layer is None]
     layers = [row for row in every if row.params.layer is not None]
     reference, phases, network = reference_of(rows), measured_phases(rows), _is_network(document, rows)
-    sections = {}
+    sections: dict[str, list[str]] = {}
+    if network and (best := [line for phase in phases if (line := _best(rows, reference, phase))]):
+        sections |= {"Best": best}
     for phase in phases if network else phases[-1:]:
         verdicts = [_verdict(row, reference, phase, rows) for row in rows if row is not reference]
         sections[f"Verdict ({PHASE_TITLES[phase]})"] = verdicts
-    if network:
-        best = [line for phase in phases if (line := _best(rows, reference, phase))]
-        sections |= {"Best": best} if best else {}
-    elif phases:
+    if phases and not network:
         lines = [line for row in rows if (line := _versus_gc(row, rows, phases[-1]))]
         sections |= {f"BGC versus GC ({PHASE_TITLES[phases[-1]]})": lines} if lines else {}
     columns = profile_columns("network" if network else "variant", rows, phases, reference)
@@ -193,6 +194,7 @@ def profile_records(rows: Rows) -> list[dict[str, Any]]:
         # The width of a network's few kernels that are not square is in the file alone.
         about = row_record(row, row.params, without=("kernel_width",)) | flat(row.counts, Counts)
         about |= flat(row.approximability, White) | flat(row.memory, Memory)
+        about |= {"modules": ", ".join(row.layer.names) if row.layer else None}
         records += [
             about | _measured(row, references.get((row.params.layer, row.params.mode)), phase) for phase in row.phases
         ]
