@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 
 class NormMoments:
-    """Mean and variance of each channel over everything added, in float64, without losing digits to large means."""
+    """Mean and variance of each channel over everything added, without losing digits to large means: those of a part in
+    its own precision (of half precision in float32), of all parts together in float64."""
 
     def __init__(self, channels: int, device: torch.device) -> None:
         self.count = 0
@@ -18,12 +19,13 @@ class NormMoments:
 
     def add(self, x: Tensor) -> None:
         """Count x (B, C, ...) in."""
-        rows = x.transpose(0, 1).flatten(1).to(self.mean)  # (C, B ...)
-        count = rows.shape[1]
+        count = x.numel() // x.shape[1]
         if not count:
             return
-        mean = rows.mean(1)
-        squares = (rows - mean[:, None]).square().sum(1)
+        exact = x if x.dtype in (torch.float32, torch.float64) else x.float()
+        # What batch norm itself does in training, three times as fast as the formulas.
+        mean, variance = (one.to(self.mean) for one in torch.batch_norm_update_stats(exact, None, None, 0.0))
+        squares = variance * count
         # Chan, Golub & LeVeque (1979): the parts' own squares, and what their means lie apart.
         apart = mean - self.mean
         total = self.count + count

@@ -174,12 +174,16 @@ class _Norms:
         self.own = [(norm.running_mean.clone(), norm.running_var.clone()) for norm in self.norms]
         self.before: list[list[NormMoments]] = [[] for _ in self.norms]
         self.calls = [0 for _ in self.norms]
+        self.unchanged = False
 
     @contextmanager
-    def estimated(self, *, observe: bool) -> Iterator[None]:
-        """observe: the network is unchanged, and what comes to its norms is to be remembered."""
+    def estimated(self, *, observe: bool, behind: nn.Module | None = None) -> Iterator[None]:
+        """observe: the network is unchanged, and what comes to its norms is to be remembered. behind: the one module
+        that is changed, before which norms have nothing to see."""
         self.calls = [0 for _ in self.norms]
         handles = [on_input(norm, partial(self._see, number, observe)) for number, norm in enumerate(self.norms)]
+        if behind is not None:
+            handles.append(behind.register_forward_pre_hook(lambda *_: setattr(self, "unchanged", False)))
         try:
             yield
         finally:
@@ -194,6 +198,10 @@ class _Norms:
         norm.running_var.copy_(variance)
 
     def _see(self, number: int, observe: bool, x: Tensor) -> None:
+        if self.unchanged:
+            self.calls[number] += 1
+            self._reset(number)
+            return
         moments = NormMoments(x.shape[1], moments_device(x.device))
         moments.add(x.to(moments.mean.device))
         if observe:
@@ -221,14 +229,17 @@ class Outputs:
         self.variance = sum(float((values - values.mean(0)).double().square().sum()) for values in groups)
 
     @torch.no_grad()
-    def _run(self, other: nn.Module | None = None, *, observe: bool = False) -> list[Tensor]:
+    def _run(
+        self, other: nn.Module | None = None, *, observe: bool = False, behind: nn.Module | None = None
+    ) -> list[Tensor]:
         """The outputs of each part, (images, numbers)."""
         found = []
         model = other or self.model
-        norms = contextlib.nullcontext() if other else self.norms.estimated(observe=observe)
+        norms = contextlib.nullcontext() if other else self.norms.estimated(observe=observe, behind=behind)
         with undisturbed(model), norms:
             for part in self.parts:
                 seed_everything(part.seed)
+                self.norms.unchanged = behind is not None
                 output = self.passing(model, part.batch)
                 values = [value for value in tensors_of(output) if value.is_floating_point() and value.dim() > 1]
                 if not values or len({len(value) for value in values}) > 1:
@@ -236,12 +247,13 @@ class Outputs:
                 found.append(torch.cat([value.flatten(1).float() for value in values], 1))
         return found
 
-    def error(self, other: nn.Module | None = None) -> float:
+    def error(self, other: nn.Module | None = None, *, behind: nn.Module | None = None) -> float:
         """The squared error of the outputs, as a share of their variance over the images (1 at most where that is 0).
 
-        Of the network as it is now, its norms estimated anew; or of ``other``, in which that has been done.
+        Of the network as it is now, its norms estimated anew (those ``behind`` the one module that is changed); or of
+        ``other``, in which that has been done.
         """
-        found = list(zip(self._run(other), self.original, strict=True))
+        found = list(zip(self._run(other, behind=behind), self.original, strict=True))
         if any(a.shape != b.shape for a, b in found):
             raise UsageError(
                 "the outputs have other sizes with other weights, so they cannot be compared; give a forward_fn that "
@@ -278,6 +290,6 @@ def felt_losses(
         if some and outputs.variance > 0:
             middle = some[len(some) // 2]
             with _put_in(outputs.model, layer, middle.kernel, centred=centred):
-                weight = outputs.error() / middle.loss
+                weight = outputs.error(behind=outputs.model.get_submodule(layer.name)) / middle.loss
         felt |= {each.choice: each.loss * weight for each in own}
     return felt

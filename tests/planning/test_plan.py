@@ -16,6 +16,7 @@ from torch import nn
 
 import bgcbench
 from bgcbench.conversion.convert import candidates
+from bgcbench.conversion.layer_moments import Holding, parts_of
 from bgcbench.conversion.lockstep import Stopped
 from bgcbench.errors import BgcbenchError, UsageError
 from bgcbench.measure.batches import Passing
@@ -23,7 +24,7 @@ from bgcbench.planning import plan as planning
 from bgcbench.planning.choices import LayerOptions, Problem, families
 from bgcbench.planning.decision import Plan, again, planned, taken
 from bgcbench.planning.decision import choose as best_choices
-from bgcbench.planning.losses import _put_in
+from bgcbench.planning.losses import Outputs, _put_in
 from bgcbench.planning.plan import Seen, counted_problem, timed
 from bgcbench.specs import Choice
 
@@ -105,6 +106,17 @@ def test_a_layer_that_is_put_in_computes_with_that_kernel() -> None:
     assert torch.equal(model(x), before)
     model[1].conv.weight.data = kernel
     torch.testing.assert_close(changed, model(x))
+
+
+def test_norms_before_the_layer_that_is_put_in_need_no_look() -> None:
+    model = network()
+    outputs = Outputs(model, list(parts_of([images(8, 1), images(8, 2)], 16, Passing(), model, Holding())), Passing())
+    for options in scored(model, [images(16)], groups=(4,), variants=("gc",)).layers:
+        conv = model.get_submodule(options.layer.name)
+        with _put_in(model, options.layer, torch.randn_like(conv.weight), centred=True):
+            assert 0 < outputs.error(behind=conv) == pytest.approx(outputs.error(), rel=1e-6)
+    with _put_in(model, options.layer, torch.randn_like(conv.weight), centred=True):
+        assert outputs.error(behind=model[-1]) > 1.01 * outputs.error(behind=conv)  # nothing is estimated
 
 
 def test_predicted_losses_rank_plans_as_measured_ones_do() -> None:
