@@ -347,7 +347,7 @@ def timed(
         made.append(LayerOptions(options.layer, own))
     layers_s = sum(times[Choice()] for times in alone.values())
     notes = (*problem.notes, *left_out, *filter(None, [doubtful(dense_s, layers_s, factors)]))
-    rest = dense_s - sum(options.dense.cost("time") for options in made)
+    rest = max(0.0, dense_s - sum(options.dense.cost("time") for options in made))
     return dataclasses.replace(problem, layers=tuple(made), notes=notes, rest_s=rest, factors=factors, untimed=failures)
 
 

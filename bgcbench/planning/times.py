@@ -268,10 +268,12 @@ def doubtful(dense_s: float, layers_s: float, factors: Mapping[str, float]) -> s
 
 
 def in_network(alone_s: Mapping[Choice, float], factors: Mapping[str, float]) -> dict[Choice, float]:
-    """Seconds of a layer as each choice such that its saving is what the network saves."""
+    """Seconds of a layer as each choice such that its saving is what the network saves; never below none at all, and no
+    saving counts more than FAR times, whatever a busy machine makes of the factors (see :func:`doubtful`)."""
     dense = alone_s[Choice()]
+    kept = {variant: min(FAR, max(0.0, factor)) for variant, factor in factors.items()}
     return {
-        choice: dense - (dense - seconds) * (1.0 if choice.is_dense else factors.get(choice.variant, 1.0))
+        choice: max(0.0, dense - (dense - seconds) * kept.get(choice.variant, 1.0))
         for choice, seconds in alone_s.items()
         if math.isfinite(seconds)
     }

@@ -11,7 +11,7 @@ import bgcbench
 from bgcbench.measure.batches import Passing
 from bgcbench.measure.timing import Rules
 from bgcbench.planning.choices import choices_for
-from bgcbench.planning.times import corrections, doubtful, in_network, layer_times, network_times
+from bgcbench.planning.times import FAR, corrections, doubtful, in_network, layer_times, network_times
 from bgcbench.specs import Choice
 from tests.planning.test_plan import images, network
 
@@ -48,6 +48,12 @@ def test_a_correction_makes_the_layers_savings_those_of_the_network() -> None:
     assert factors["bgc"] == pytest.approx((2 * -1 + noise) / (2**2 + noise))
     assert in_network(alone["a"], half) == {Choice(): 10.0, GC2: 7.0, GC4: 5.5, BGC4: 11.0}
     assert in_network({Choice(): 3.0, Choice("tlgc", 2): 2.0}, half) == {Choice(): 3.0, Choice("tlgc", 2): 2.0}
+
+
+def test_no_factor_makes_a_time_negative() -> None:
+    alone = {Choice(): 1.0, GC2: 0.5, BGC4: 1.5}
+    assert in_network(alone, {"gc": -132.0, "bgc": 9.0}) == {Choice(): 1.0, GC2: 1.0, BGC4: 1.0 + 0.5 * FAR}
+    assert in_network({Choice(): 1.0, GC2: 0.1}, {"gc": 2.0}) == {Choice(): 1.0, GC2: 0.0}
 
 
 def test_times_that_cannot_be_are_doubtful() -> None:
