@@ -271,7 +271,7 @@ def in_network(alone_s: Mapping[Choice, float], factors: Mapping[str, float]) ->
     """Seconds of a layer as each choice such that its saving is what the network saves; never below none at all, and no
     saving counts more than FAR times, whatever a busy machine makes of the factors (see :func:`doubtful`)."""
     dense = alone_s[Choice()]
-    kept = {variant: min(FAR, max(0.0, factor)) for variant, factor in factors.items()}
+    kept = {variant: min(FAR, max(-FAR, factor)) for variant, factor in factors.items()}
     return {
         choice: max(0.0, dense - (dense - seconds) * kept.get(choice.variant, 1.0))
         for choice, seconds in alone_s.items()

@@ -52,7 +52,7 @@ def test_a_correction_makes_the_layers_savings_those_of_the_network() -> None:
 
 def test_no_factor_makes_a_time_negative() -> None:
     alone = {Choice(): 1.0, GC2: 0.5, BGC4: 1.5}
-    assert in_network(alone, {"gc": -132.0, "bgc": 9.0}) == {Choice(): 1.0, GC2: 1.0, BGC4: 1.0 + 0.5 * FAR}
+    assert in_network(alone, {"gc": -132.0, "bgc": 9.0}) == {Choice(): 1.0, GC2: 1.0 + 0.5 * FAR, BGC4: 1.0 + 0.5 * FAR}
     assert in_network({Choice(): 1.0, GC2: 0.1}, {"gc": 2.0}) == {Choice(): 1.0, GC2: 0.0}
 
 
