@@ -68,11 +68,9 @@ def finished(here: Path, light: str) -> Path:
     return here / "r.json"
 
 
-def in_shell(
-    arguments: list[str], ending: str, folder: Path, module: str = "bgcbench"
-) -> subprocess.CompletedProcess[str]:
+def in_shell(arguments: list[str], ending: str, folder: Path) -> subprocess.CompletedProcess[str]:
     """``bgcbench ARGUMENTS ENDING``, typed into a shell."""
-    line = f"{shlex.join([sys.executable, '-m', module, *arguments])} {ending}"
+    line = f"{shlex.join([sys.executable, '-m', 'bgcbench', *arguments])} {ending}"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.run(["bash", "-c", line], cwd=folder, env=environment, capture_output=True, text=True,
                           check=False, timeout=120)  # fmt: skip
@@ -533,10 +531,13 @@ class TestProcess:
         assert stored(rescued)["complete"]
 
     def test_a_stdout_that_is_closed_is_told_and_no_file_takes_its_place(self, tmp_path: Path) -> None:
-        done = in_shell([*LIGHT, "--out", "r.json", "--quiet"], ">&-", tmp_path, "tests.brisk")
+        done = Forked(tmp_path, *LIGHT, "--out", "r.json", "--quiet", brisk=True, out=CLOSED)
+        assert "stdout cannot be written" in done.communicate()[1]
         assert done.returncode == 4
-        assert "stdout cannot be written" in done.stderr
         assert stored(tmp_path / "r.json")["complete"]
+        shown = in_shell(["show", "r.json"], ">&-", tmp_path)
+        assert shown.returncode == 4
+        assert "stdout cannot be written" in shown.stderr
 
     def test_a_stderr_that_cannot_be_written_ends_nothing(self, tmp_path: Path) -> None:
         full = Forked(tmp_path, *LIGHT, "--out", "f.json", brisk=True, errors="/dev/full")

@@ -153,10 +153,6 @@ def errors_table(
     return Table(title, columns, shown, caption=caption)
 
 
-def _rebn(line: ErrorLine) -> str | None:
-    return line.start and ("yes" if line.start.rebn else "no")
-
-
 def _errors_column(variant: str, errors: Callable[[Cell], str | None]) -> Column[ErrorLine]:
     def error(line: ErrorLine) -> str | None:
         cell = line.at.get(variant)

@@ -9,9 +9,6 @@ from __future__ import annotations
 
 import math
 
-import torch
-
-from bgcbench.errors import ShapeError
 from bgcbench.specs import VARIANTS, ConvSpec, Pair, check_positive, rank_of
 from bgcbench.theory.exchangeable import border_factor, coverage
 from bgcbench.theory.inputs import InputLaw
@@ -48,22 +45,6 @@ def marchenko_pastur_tail(rows: int, columns: int, rank: int) -> float:
         above = ((1 + y) * t - 2 * root * math.sin(t) - 2 * (1 - y) * turned) / (2 * math.pi * y)
         low, high = (t, high) if above < rank / few else (low, t)
     return (math.pi - t + math.sin(t) * math.cos(t)) / math.pi
-
-
-def sampled_tail(
-    rows: int, columns: int, rank: int, samples: int, generator: torch.Generator | None = None
-) -> tuple[float, float]:
-    """Mean of sum_{i > r} sigma_i^2 / (m p) over so many standard normal W (m, p), and its standard error.
-
-    m = ``rows``, p = ``columns``, r = ``rank``. Raises ShapeError for fewer than two ``samples``.
-    """
-    if samples < 2:
-        raise ShapeError(f"samples={samples} leaves no standard error; use at least 2")
-    tails = torch.empty(samples, dtype=torch.float64)
-    for number in range(samples):
-        drawn = torch.randn(rows, columns, generator=generator, dtype=torch.float64)
-        tails[number] = torch.linalg.svdvals(drawn)[rank:].square().sum() / (rows * columns)
-    return float(tails.mean()), float(tails.std()) / math.sqrt(samples)
 
 
 def limit_relative_error(spec: ConvSpec, size: Pair, law: InputLaw) -> float | None:
