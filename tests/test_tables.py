@@ -70,6 +70,7 @@ def reports() -> Iterator[tuple[str, report.Report]]:
         with_paper(train_document()),
         with_paper(transfer_document(epochs=3, control=True, time=True, rebn=(True, False)), error_final_top5=1.0),
         with_paper(transfer_document(dataset="none"), white_loss=loss),
+        with_paper(transfer_document(dataset="unlabelled"), agreement_initial=90.0, agreement_final=95.0),
     ):
         yield document["command"], report_of(document)
     measured = document_of(example_document(), "the example")

@@ -275,7 +275,8 @@ class PlanRun(Run[PlanRow]):
         if config.budget[0] == "time" and self._left("cost"):
             # Layers of one shape are measured once.
             alike = {replace(layer, name="", also=(), calls=None): layer.name for layer in prepared.layers}
-            layers, networks = sum(1 + len(prepared.choices[name]) for name in alike.values()), 1 + 2 * len(variants)
+            layers = sum(1 + len(prepared.choices[name]) for name in alike.values())
+            networks = 1 + (1 if config.quick and config.mode != "eager" else 2) * len(variants)
             seconds += layers * layer_rules(device.type, quick=config.quick).max_time_s
             seconds += networks * NETWORK_ROUNDS * call_s + self.execution.ready_s(layers, networks * there)
         compared = 3 if config.quick else 2 + len(variants)

@@ -208,15 +208,16 @@ class TrainConfig(PlanChoice, NetworkChoice, RunConfig):
 
     def _check_data(self) -> None:
         """Raise UsageError for data that cannot be there; whether it is whole is seen when it is opened."""
+        known = [name for name in TRAINING_SETS if name != UNLABELLED or self.takes_unlabelled]
         if not self.data:
-            raise UsageError(f"--data is missing: choose from {', '.join(TRAINING_SETS)}, or give a folder of images")
-        try:
-            if not is_own(self.data):
-                check_choice("data set", self.data, TRAINING_SETS)
-        except UsageError as unknown:
-            raise UsageError(f"{unknown}, or give the path of a folder with train/ and val/") from None
+            raise UsageError(f"--data is missing: choose from {', '.join(known)}, or give a folder of images")
         if not self.labelled and not self.takes_unlabelled:
             raise UsageError(f"--data {UNLABELLED} has nothing to train towards; bgcbench transfer --distill takes it")
+        try:
+            if not is_own(self.data):
+                check_choice("data set", self.data, known)
+        except UsageError as unknown:
+            raise UsageError(f"{unknown}, or give the path of a folder with train/ and val/") from None
         if self.download and self.data != "cifar10":
             raise UsageError(f"--download is for cifar10, not for {self.data}; leave it out")
         if self.data in IN_FILES and not self.data_dirs:

@@ -319,7 +319,8 @@ def timed(
         failures = {(name, choice): why for name, one in found.items() for choice, why in one.failures.items()}
         uniform = {
             choice: _uniform(layers, choices, choice, execution)
-            for choice in _ends(choices)
+            # A network takes a minute to be compiled or exported.
+            for choice in _ends(choices, few=quick and execution.mode != "eager")
             if not any(failed == choice for _, failed in failures)
         }
         networks = {choice.label: each for choice, each in uniform.items()}
@@ -363,12 +364,15 @@ def _uniform(
     return [as_choice(layer, choice, execution) for layer in layers if choice in choices[layer.name]]
 
 
-def _ends(choices: Mapping[str, Sequence[Choice]]) -> list[Choice]:
-    """Of each variant the choices with the fewest and the most groups: their networks say what a saving is worth."""
+def _ends(choices: Mapping[str, Sequence[Choice]], *, few: bool) -> list[Choice]:
+    """Of each variant the choices with the fewest and the most groups: their networks say what a saving is worth.
+
+    few: only those with the most groups, which save most.
+    """
     by_variant: dict[str, list[Choice]] = {}
     for choice in (each for own in choices.values() for each in own if each.rank is None):
         by_variant.setdefault(choice.variant, []).append(choice)
-    ends = [find(found, key=lambda choice: choice.groups) for found in by_variant.values() for find in (min, max)]
+    ends = [find(found, key=lambda choice: choice.groups) for found in by_variant.values() for find in (min, max)[few:]]
     return list(dict.fromkeys(ends))
 
 

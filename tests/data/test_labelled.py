@@ -105,7 +105,7 @@ def test_a_folder_feed_reads_with_as_many_workers_as_asked(tmp_path: Path) -> No
     ("name", "message"),
     [
         ("cifar-10", "unknown data set 'cifar-10': did you mean 'cifar10'? choose from digits, cifar10, imagenet, "
-         "folder, synthetic, or give the path of a folder with the folders train and val"),
+         "folder, unlabelled, synthetic, or give the path of a folder with the folders train and val"),
         ("holiday", "unknown data set 'holiday': choose from digits,"),
         ("", "unknown data set ''"),
         ("./digits", "folder was not found: digits is not there; give --data-dir"),

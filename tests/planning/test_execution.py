@@ -58,7 +58,7 @@ def test_a_budget_of_time_is_planned_and_the_network_stays_as_it_is(mode: str, p
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
     assert not any(module.training for module in model.modules())
-    # Two shapes as themselves and as three choices; the network as it is and with each.
+    # Two shapes as themselves and as three choices; the network as it is and with each, of which there is one N.
     assert len(compiled) == (12 if mode == "compile" else 0)
 
 
