@@ -263,6 +263,7 @@ class TestRun:
             held["stop"] |= ends == "stopped" and held["again"] and update.doing == "round 2"
 
         monkeypatch.setattr(StandardConv2d, "forward", slow)
+        monkeypatch.setattr(profile_run, "is_doubtful", is_doubtful)
         done = run(replace(SMALL, groups=(2,), phases=("fwd",)), watch, stop=lambda: held["stop"])
         dense, gc, _ = done.results
         assert {row.status for row in done.results} == {"ok"}
