@@ -51,13 +51,13 @@ def show(
     groups: Annotated[str | None, typer.Option(help="Group counts N.", show_default="2,4,8,16")] = None,
     plot: Annotated[
         Path | None,
-        typer.Option(help="Also draw FILE, but not a plan: a .png, .svg or .pdf file (extra: plot)."),
+        typer.Option(help="Also draw FILE: a .png, .svg or .pdf file (extra: plot)."),
     ] = None,
     picture: Annotated[
         str | None,
         typer.Option(
-            help="Which one: speedups (profile); figure1, figure2, pareto, heatmap (approx); errors, curves (train); "
-            "errors, layers (transfer).",
+            help="Which one: speedups, cost (profile); figure1, figure2, pareto, heatmap (approx); errors, curves "
+            "(train); errors, layers, tradeoff (transfer); plans, cost, tradeoff (plan).",
             show_default="what there is to draw",
         ),
     ] = None,

@@ -1,17 +1,19 @@
 """Pictures of result files. matplotlib is imported when one is drawn, and only here.
 
     speedups     how much faster a variant is, against its parameters              a layer, a network
+    cost         each layer's cost before and after                               a network's layers, plans
     figure1      log E against log(1 - 1/N), as Figure 1 of Lee, Park & Lee       sampled convolutions
     figure2      the error over (1 - 1/N)^p against N, as their Figure 2          sampled convolutions
-    pareto       the share of the output that is lost against parameters and MACs
+    pareto       the share of the output that is lost against parameters          sampled convolutions
     heatmap      the same by layer and N                                          a network's layers
     plans        predicted loss against cost, with the networks measured          plans
-    cost         each layer's cost before and after                               plans
     errors       the test error against N and against parameters                  trained networks
                  before and after training against parameters                     converted networks
     curves       the test error by epoch                                          trained networks
     layers       what each layer loses with copied, white, calibrated weights     converted networks
+    tradeoff     time saved against accuracy lost                                 converted networks, plans
 
+Each fits a slide, 8 by 4.5 inches, with at most six panels.
 Nothing of matplotlib's global state is left changed, and the same document gives the same bytes.
 """
 

@@ -29,7 +29,7 @@ class Series(NamedTuple):
     points: list[tuple[float, Spread]]
 
 
-def part(document: Document) -> style.Part:
+def part(document: Document) -> style.Paint:
     run = Conversions.of(document)
     series = _series(run)
     if not series:
@@ -47,7 +47,10 @@ def part(document: Document) -> style.Part:
     errors += [error for *_, error in printed]
     floor = image_points(run.rows) / 2 if min(errors) <= 0 else 0.0  # where an error of 0 stands
     spreads = [spread for one in series for _, spread in one.points]
-    places = _places(run, [start for start in run.starts if any(one.start == start for one in series)])
+    drawn = [start for start in run.starts if any(one.start == start for one in series)]
+    # Copied weights as they are tell least.
+    kept, gone = style.most(drawn[::-1], lambda start: f"{start.init}{' + rebn' * start.rebn}")
+    places = _places(run, kept[::-1])
 
     def paint(panel: SubFigure) -> None:
         style.training_title(
@@ -84,9 +87,9 @@ def part(document: Document) -> style.Part:
             looks[label] = {"color": "black", "linestyle": dashes, "linewidth": 0.9}
         if printed:
             looks["paper"] = {"color": style.GREY, **CROSS}
-        style.legend(panel, looks, _notes(run, variants, spreads, floor, trained=trained))
+        style.legend(panel, looks, [*_notes(run, variants, spreads, floor, trained=trained), gone])
 
-    return style.Part(max(len(places), 1.3), paint)
+    return paint
 
 
 def _series(run: Conversions) -> list[Series]:

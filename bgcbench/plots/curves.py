@@ -19,7 +19,7 @@ MARKS = 6  # markers along a curve, about
 NOTE = "Lines: mean over the seeds; bands: from the lowest to the highest of them."
 
 
-def part(document: Document) -> style.Part:
+def part(document: Document) -> style.Paint:
     cells = training_cells([row for row in document.results if row.params.dataset != SYNTHETIC])
     curves = {cell: curve for cell in cells if (curve := _curve(cell))}
     if not curves:
@@ -27,7 +27,8 @@ def part(document: Document) -> style.Part:
     planned = [cell for cell in curves if cell.planned]
     everywhere = [*planned, *(cell for cell in curves if cell.dense)]
     asked = list(dict.fromkeys((cell.groups, cell.rank) for cell in curves if cell not in everywhere))
-    places = style.wrapped(asked or [(1, None)], ACROSS)
+    kept, gone = style.most(asked or [(1, None)], lambda at: style.asked_of(*at))
+    places = style.wrapped(kept, ACROSS)
     every = [error for curve in curves.values() for errors in curve.values() for error in errors]
     repeated = len(every) > sum(map(len, curves.values()))
 
@@ -43,9 +44,9 @@ def part(document: Document) -> style.Part:
         style.scale_errors(first, every)
         first.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True))
         looks = {style.label_of(variant): _look(variant) for variant in variants_of(curves)}
-        style.legend(panel, looks, [NOTE if repeated else "", unfinished(cells)])
+        style.legend(panel, looks, [NOTE if repeated else "", unfinished(cells), gone])
 
-    return style.Part(len(places), paint)
+    return paint
 
 
 def _curve(cell: Cell) -> dict[int, list[float]]:

@@ -18,7 +18,7 @@ HOLLOW = {"markerfacecolor": "none", "linestyle": "none"}
 Spreads = dict[Cell, Spread]
 
 
-def part(document: Document) -> style.Part:
+def part(document: Document) -> style.Paint:
     cells = training_cells(document.results)
     spreads = {cell: spread for cell in cells if (spread := spread_of(cell.errors.values()))}
     if not spreads:
@@ -54,7 +54,7 @@ def part(document: Document) -> style.Part:
         paper = {"paper": {"color": style.GREY, "marker": "o", "markersize": 6.0, **HOLLOW}} if printed else {}
         style.legend(panel, looks | paper, notes)
 
-    return style.Part(1.3, paint)
+    return paint
 
 
 def variants_of(cells: Iterable[Cell]) -> list[str]:

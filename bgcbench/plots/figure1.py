@@ -9,15 +9,15 @@ from collections.abc import Sequence
 
 from matplotlib.figure import SubFigure
 
-from bgcbench.plots.sampled import by_groups, lossy, notes_of, sampled_title, series_of
-from bgcbench.plots.style import Look, NothingToDraw, Part, legend
+from bgcbench.plots.sampled import by_groups, in_short, lossy, notes_of, sampled_title, series_of
+from bgcbench.plots.style import Look, NothingToDraw, Paint, legend
 from bgcbench.results.document import Document
 from bgcbench.results.rows import Fit
 
 TOUCHING = 0.035  # of the axis, between two ticks
 
 
-def part(document: Document) -> Part:
+def part(document: Document) -> Paint:
     every = by_groups(document)
     rows = lossy(every)
     if not rows:
@@ -41,9 +41,9 @@ def part(document: Document) -> Part:
         groups = _spaced(sorted({row.params.groups for row in rows}))
         axes.set_xticks([_log_share(n) for n in groups], [str(n) for n in groups])
         axes.set(xlabel="N, spaced as log(1 - 1/N)", ylabel="log E   (natural; E: output energy an input)")
-        legend(panel, looks, notes_of(every), columns=min(len({row.params.input for row in rows}), 3))
+        legend(panel, in_short(rows, looks), notes_of(every), beside=True)
 
-    return Part(1.7, paint)
+    return paint
 
 
 def _log_share(groups: float) -> float:

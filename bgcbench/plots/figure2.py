@@ -7,14 +7,14 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import SubFigure
 
-from bgcbench.plots.sampled import Series, finished, lossy, notes_of, sampled_title, series_of
-from bgcbench.plots.style import Look, NothingToDraw, Part, label_of, legend, scale_groups
+from bgcbench.plots.sampled import Series, finished, in_short, lossy, notes_of, sampled_title, series_of
+from bgcbench.plots.style import Look, NothingToDraw, Paint, label_of, legend, scale_groups
 from bgcbench.results.document import Document
 from bgcbench.theory import paper
 from bgcbench.theory.bounds import SCALING_POWER
 
 
-def part(document: Document) -> Part:
+def part(document: Document) -> Paint:
     every = [row for row in finished(document) if row.params.variant in ("gc", "bgc")]
     if not lossy(every):
         raise NothingToDraw("rows of gc or bgc on sampled convolutions with N > 1; this result has none")
@@ -34,9 +34,9 @@ def part(document: Document) -> Part:
         variants = dict.fromkeys(series.variant for series in series_of(lossy(rows)))
         powers = ", ".join(f"{SCALING_POWER[variant]} for {label_of(variant)}" for variant in variants)
         axes.set(xlabel="N", ylabel=f"1000 Rel. E / (1 - 1/N)^p,   p = {powers}")
-        legend(panel, looks, notes_of(every), columns=min(len({row.params.input for row in rows}), 3))
+        legend(panel, in_short(rows, looks), notes_of(every), beside=True)
 
-    return Part(1.6, paint)
+    return paint
 
 
 def _measured(axes: Axes, series: Series) -> dict[str, Look]:

@@ -1,85 +1,97 @@
-"""The share of each layer's output that is lost, by layer and N, a panel a variant."""
+"""The share of each layer's output that is lost, as a map of layers and of what they become."""
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
 from matplotlib.figure import SubFigure
+from matplotlib.ticker import FixedLocator, NullLocator
 
-from bgcbench.plots.style import NothingToDraw, Part, grid_of, label_of, legend, title, wrapped
+from bgcbench.plots.style import NothingToDraw, Paint, grid_of, label_of, layer_axis, legend, title
 from bgcbench.results.aggregate import variant_place
-from bgcbench.results.document import Document, printable
+from bgcbench.results.document import Document, shortened
 from bgcbench.results.rows import CellKey, LayerRow
 from bgcbench.theory.fits import EXACT
 
 COLOURS, EMPTY = "cividis", "#e6e6e6"  # of the map, and of its cells without a number
-DARK = 46.5  # percent, below which white reads better on the map's colours than black
-ACROSS = 12  # cells side by side
+LEAST, MOST = 0.1, 100.0  # percent, at the ends of the colours
+DARK = 0.465  # of the way from the one to the other: up to here white reads better than black
+WRITTEN = 44, 30  # columns and rows up to which cells have room for their numbers
 NOTE = "Share of each layer's output energy that is lost on images held out, with calibrated weights."
 HOLES = "-: N or the rank does not fit the layer's channels, or the layer was not computed."
+Lost = Mapping[tuple[CellKey, str], float]  # percent, by cell and layer
 
 
-def part(document: Document) -> Part:
+def part(document: Document) -> Paint:
     rows = [row for row in document.results if isinstance(row, LayerRow) and row.params.variant != "standard"]
     lost = {
-        (row.params.cell, row.params.layer): row.output_relative_error.calibrated
+        (row.params.cell, row.params.layer): 100 * row.output_relative_error.calibrated
         for row in rows
         if row.output_relative_error
     }
     if not lost:
         raise NothingToDraw("finished rows of a network's layers (approx --model); this result has none")
-    layers = list(dict.fromkeys(row.params.layer for row in rows))
-    panels = _panels(rows)
-    places = wrapped(panels, max(1, ACROSS // max(len(cells) for _, _, cells in panels)))
-    holes = len(lost) < len(layers) * sum(len(cells) for _, _, cells in panels)
 
     def paint(panel: SubFigure) -> None:
         p = rows[0].params
         weights = "untrained" if p.weights == "none" else f"weights {p.weights}"
-        title(panel, document, f"Error of {p.model} ({weights}) by layer", f"{p.calibration_images} images of {p.data}")
-        grid = grid_of(panel, places, "N", "", sharex=len({unit for _, unit, _ in panels}) < 2)
-        for axes, (variant, unit, cells) in grid:
-            image = _cells(axes, [[100 * lost.get((cell, layer), math.nan) for cell in cells] for layer in layers])
-            axes.set_title(label_of(variant))
-            axes.set_xticks(range(len(cells)), [str(rank or n) for _, n, rank in cells])
-            axes.set_xlabel(unit if unit != "N" else axes.get_xlabel())
-            axes.set_yticks(range(len(layers)), [printable(layer) for layer in layers])
-        ending = "max" if max(lost.values()) > 1 else "neither"
-        ax: Any = panel.axes
-        bar = panel.colorbar(image, ax=ax, label="output error (%)", aspect=30, pad=0.02, extend=ending)
-        outline: Any = bar.outline
-        outline.set_visible(False)
-        legend(panel, {}, [NOTE, HOLES if holes else ""])
+        about = f"{p.model} ({shortened(weights, 50)}), {p.calibration_images} images of {p.data}"
+        title(panel, document, "What each layer loses", about)
+        layers = list(dict.fromkeys(row.params.layer for row in rows))
+        draw(panel, {"": lost}, {row.params.cell for row in rows}, layers, [NOTE])
 
-    return Part(len(places) * (0.3 + max(len(layers), 5) / 12), paint)
+    return paint
 
 
-def _panels(rows: Sequence[LayerRow]) -> list[tuple[str, str, list[CellKey]]]:
-    """Variant, what its columns are, and those: every N of the rows, or the ranks."""
-    panels = []
-    every = {row.params.cell for row in rows}
-    ranks = {at for at in every if at[2] is not None}
-    for unit, some in (("N", every - ranks), ("rank", ranks)):
-        asked = sorted({at[1:] for at in some})
-        variants = sorted({at[0] for at in some}, key=variant_place)
-        panels += [(variant, unit, [(variant, *numbers) for numbers in asked]) for variant in variants]
-    return panels
+def draw(
+    panel: SubFigure, maps: Mapping[str, Lost], cells: set[CellKey], layers: Sequence[str], notes: Sequence[str]
+) -> None:
+    """A map by title, side by side: a line for each of ``cells``, a column a layer, one scale of colours."""
+    lines = sorted(cells, key=lambda cell: (variant_place(cell[0]), cell[2] is not None, cell[1], cell[2] or 0))
+    order, drawn = "", {}
+    for axes, name in grid_of(panel, [[*maps]], "", ""):
+        drawn[name] = [[maps[name].get((cell, layer), math.nan) for layer in layers] for cell in lines]
+        image = _map(axes, drawn[name], len(layers) * len(maps))
+        axes.set_title(name)
+        axes.set_yticks(range(len(lines)), [label_of(*cell) for cell in lines], fontsize=min(8.0, 140 / len(lines)))
+        for number, (above, below) in enumerate(itertools.pairwise(lines)):
+            if above[0] != below[0]:
+                axes.axhline(number + 0.5, color="white", linewidth=2.5)
+        order = layer_axis(axes, layers, len(maps))
+    values = [value for table in drawn.values() for line in table for value in line]
+    holes = any(map(math.isnan, values))
+    low, high = (any(value < LEAST for value in values), any(value > MOST for value in values))
+    ax: Any = panel.axes
+    bar = panel.colorbar(image, ax=ax, label="output error (%)", aspect=25, pad=0.02,
+                         extend=("neither", "min", "max", "both")[low + 2 * high])  # fmt: skip
+    bar.ax.yaxis.set_major_locator(FixedLocator([0.1, 0.3, 1, 3, 10, 30, 100]))
+    bar.ax.yaxis.set_minor_locator(NullLocator())
+    bar.ax.yaxis.set_major_formatter("{x:g}")
+    outline: Any = bar.outline
+    outline.set_visible(False)
+    legend(panel, {}, [*notes, HOLES if holes else "", order])
 
 
-def _cells(axes: Axes, cells: Sequence[Sequence[float]]) -> Any:
-    """The cells (percent) of one panel, each with its number on it."""
-    image = axes.imshow(cells, cmap=COLOURS, vmin=0, vmax=100, aspect="auto", interpolation="nearest")
+def _map(axes: Axes, cells: Sequence[Sequence[float]], columns: int) -> Any:
+    """The cells (percent) of one map, with their numbers where they have room; columns: of all maps."""
+    norm = LogNorm(LEAST, MOST)
+    shown = [[max(value, LEAST) for value in line] for line in cells]
+    image = axes.imshow(shown, cmap=COLOURS, norm=norm, aspect="auto", interpolation="nearest")
     axes.set_facecolor(EMPTY)
     axes.grid(visible=False)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
-    for i, line in enumerate(cells):
-        for j, value in enumerate(line):
-            colour = "white" if value < DARK else "black"
-            axes.text(j, i, percent(value), ha="center", va="center", color=colour, fontsize=7.5)
+    if columns <= WRITTEN[0] and len(cells) <= WRITTEN[1]:
+        size = min(7.5, 250 / columns, 180 / len(cells))
+        for i, line in enumerate(cells):
+            for j, value in enumerate(line):
+                colour = "white" if norm(max(value, LEAST)) < DARK else "black"
+                axes.text(j, i, percent(value), ha="center", va="center_baseline", color=colour, fontsize=size)
     return image
 
 

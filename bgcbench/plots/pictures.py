@@ -6,23 +6,38 @@ import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.text import Annotation
+from matplotlib.transforms import Bbox
 
 from bgcbench.errors import UsageError
-from bgcbench.plots import conversions, curves, errors, figure1, figure2, heatmap, layers, pareto, plan, speedups
+from bgcbench.plots import (
+    conversions,
+    curves,
+    errors,
+    figure1,
+    figure2,
+    heatmap,
+    layers,
+    pareto,
+    plan,
+    speedups,
+    times,
+    tradeoff,
+)
 from bgcbench.plots.inline import inline_svg
-from bgcbench.plots.style import AROUND, DPI, ROW, WIDTH, NothingToDraw, Part, styled
+from bgcbench.plots.style import DPI, MARKED, SLIDE, NothingToDraw, Paint, styled
 from bgcbench.results.document import Document
 from bgcbench.specs import check_choice
 
 # By command, in the order in which they stand in a figure of all.
-PICTURES_OF: dict[str, dict[str, Callable[[Document], Part]]] = {
-    "profile": {"speedups": speedups.part},
+PICTURES_OF: dict[str, dict[str, Callable[[Document], Paint]]] = {
+    "profile": {"speedups": speedups.part, "cost": times.part},
     "approx": {"figure1": figure1.part, "figure2": figure2.part, "pareto": pareto.part, "heatmap": heatmap.part},
-    "plan": {"plans": plan.curve, "cost": plan.cost},
+    "plan": {"plans": plan.curve, "cost": plan.cost, "tradeoff": tradeoff.of_plan},
     "train": {"errors": errors.part, "curves": curves.part},
-    "transfer": {"errors": conversions.part, "layers": layers.part},
+    "transfer": {"errors": conversions.part, "layers": layers.part, "tradeoff": tradeoff.of_transfer},
 }
 PICTURES = tuple(dict.fromkeys(picture for pictures in PICTURES_OF.values() for picture in pictures))
 NOTHING = {
@@ -59,24 +74,24 @@ def inline_pictures(document: Document, prefix: str, metadata: dict[str, Any]) -
     return drawn
 
 
-def _fitting(document: Document) -> list[Part]:
+def _fitting(document: Document) -> list[Paint]:
     parts = []
-    for name, part_of in PICTURES_OF[document.command].items():
+    for part_of in PICTURES_OF[document.command].values():
         with contextlib.suppress(NothingToDraw):
-            parts.append(pareto.short(document) if name == "pareto" else part_of(document))
+            parts.append(part_of(document))
     if not parts:
         raise UsageError(f"nothing to draw: {NOTHING[document.command]}")
     return parts
 
 
-def _composed(parts: Sequence[Part]) -> Figure:
-    """The pictures, one below the other."""
-    heights = [ROW * part.rows + AROUND for part in parts]
+def _composed(paints: Sequence[Paint]) -> Figure:
+    """The pictures, one below the other, each as large as a slide."""
+    width, height = SLIDE
     with styled():
-        drawn = Figure(figsize=(WIDTH, sum(heights)), dpi=DPI, layout="constrained")
-        panels = drawn.subfigures(len(parts), 1, squeeze=False, height_ratios=heights)
-        for part, panel in zip(parts, panels.flat, strict=True):
-            part.paint(panel)
+        drawn = Figure(figsize=(width, height * len(paints)), dpi=DPI, layout="constrained")
+        panels = drawn.subfigures(len(paints), 1, squeeze=False)
+        for paint, panel in zip(paints, panels.flat, strict=True):
+            paint(panel)
         lay_out(drawn)
     return drawn
 
@@ -84,7 +99,7 @@ def _composed(parts: Sequence[Part]) -> Figure:
 def lay_out(drawn: Figure) -> None:
     """Place everything once, to a millionth: the solver adds up in an order that differs from run to run.
 
-    Annotations that would then touch an earlier one are hidden.
+    Names of points move to a corner where they touch no point and no earlier name. Those that find none are hidden.
     """
     layout: Any = drawn.get_layout_engine()
     layout.execute(drawn)
@@ -93,8 +108,25 @@ def lay_out(drawn: Figure) -> None:
         place = axes.get_position(original=True)
         place.set_points(place.get_points().round(6))
         axes.set_position(place)
-        shown: list[Any] = []
-        for text in [text for text in axes.texts if isinstance(text, Annotation)]:
-            box = text.get_window_extent()
-            text.set_visible(not any(box.overlaps(other) for other in shown))
-            shown += [box] if text.get_visible() else []
+        points, names = _points(axes), list[Any]()
+        texts: list[Any] = [text for text in axes.texts if isinstance(text, Annotation)]
+        for text in texts:
+            here = (*text.xyann, text.get_ha())
+            for dx, dy, side in MARKED if here == MARKED[0] else [here]:
+                text.xyann = dx, dy
+                text.set(ha=side)
+                box = text.get_window_extent()
+                text.set_visible(not any(map(box.overlaps, names + points * (here == MARKED[0]))))
+                if text.get_visible():
+                    names.append(box)
+                    break
+
+
+def _points(axes: Axes) -> list[Bbox]:
+    """Where the markers and the caps of error bars are, in pixels."""
+    found = []
+    for line in [line for line in axes.get_lines() if line.get_marker() not in ("", "None", None)]:
+        half = line.get_markersize() * DPI / 144
+        for x, y in axes.transData.transform(line.get_xydata()):
+            found.append(Bbox([[x - half, y - half], [x + half, y + half]]))
+    return found

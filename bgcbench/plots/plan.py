@@ -6,15 +6,26 @@ from collections.abc import Callable
 
 from matplotlib.figure import SubFigure
 
-from bgcbench.plots.layers import NAMES
-from bgcbench.plots.style import GREY, Look, NothingToDraw, Part, grid_of, label_of, legend, log_ticks, look_of, title
-from bgcbench.results.document import Document, printable
+from bgcbench.plots.style import (
+    GREY,
+    Look,
+    NothingToDraw,
+    Paint,
+    grid_of,
+    label_of,
+    layer_axis,
+    legend,
+    log_ticks,
+    look_of,
+    title,
+)
+from bgcbench.plots.times import BEFORE, ENDS
+from bgcbench.results.document import Document
 from bgcbench.results.rows import PlanFacts, PlanRow
 from bgcbench.specs import BUDGETS, VARIANTS, cost_kind
 
 PLANNED: Look = {"color": "#0072B2", "marker": "*", "markersize": 11.0, "markeredgecolor": "black", "zorder": 6}
 CURVE: Look = {"color": "#0072B2", "linewidth": 1.2, "zorder": 2}
-BEFORE = "#d9d9d9"
 Cost = Callable[[PlanRow], float | None]
 # By the kind of cost its words and unit, what a row costs, and the share of it that is kept.
 COSTS: dict[str, tuple[str, float, Cost, Cost]] = {
@@ -35,7 +46,7 @@ COSTS: dict[str, tuple[str, float, Cost, Cost]] = {
 SHARED = "Line: predicted for the best plans. Marks: measured on images never planned on."
 
 
-def curve(document: Document) -> Part:
+def curve(document: Document) -> Paint:
     """Predicted loss of the best plans against their cost, and what the planned and the uniform networks lose."""
     facts, kind = _facts(document)
     measured = [row for row in _rows(document, "proof") if row.params.subject != "dense" and row.logit_error]
@@ -60,16 +71,16 @@ def curve(document: Document) -> Part:
         log_ticks(axes.yaxis, losses, lambda value: f"{value:g}")
         looks = {"best plans": CURVE, "plan": {**PLANNED, "linestyle": "none"}}
         looks |= {
-            row.params.subject or "": look_of(_variant(row), linestyle="none")
+            label_of(_variant(row), row.params.groups, row.params.rank): look_of(_variant(row), linestyle="none")
             for row in shown
             if row.params.subject != "plan"
         }
         legend(panel, looks, [SHARED])
 
-    return Part(1.3, paint)
+    return paint
 
 
-def cost(document: Document) -> Part:
+def cost(document: Document) -> Paint:
     """What every layer costs before and after, coloured by what it becomes."""
     _, kind = _facts(document)
     words, unit, cost_of, _ = COSTS[kind]
@@ -80,27 +91,25 @@ def cost(document: Document) -> Part:
     if not chosen or any(cost_of(row) is None or dense.get(row.params.layer) is None for row in chosen):
         raise NothingToDraw("the costs of all layers")
     names = [row.params.layer or "" for row in chosen]
-    spelt = len(names) <= NAMES
 
     def paint(panel: SubFigure) -> None:
         title(panel, document, "What each layer costs, before and after")
-        ((axes, _),) = grid_of(panel, [[True]], "" if spelt else "layer", words)
-        places = range(1, len(chosen) + 1)
+        ((axes, _),) = grid_of(panel, [[True]], "", words)
+        places = range(len(chosen))
         axes.bar(places, [unit * (dense[name] or 0.0) for name in names], color=BEFORE, label="_before")
         after = [unit * (cost_of(row) or 0.0) for row in chosen]
         colours = [_colour(row) for row in chosen]
         axes.bar(places, after, width=0.5, color=colours, label="_after")
-        if spelt:
-            axes.set_xticks(places, map(printable, names), rotation=90, fontsize=6.5)
-        axes.set_xlim(0.3, len(names) + 0.7)
-        looks: dict[str, Look] = {"before": {"color": BEFORE, "linewidth": 6.0}}
+        order = layer_axis(axes, names)
+        axes.set_xlim(-0.7, len(names) - 0.3)
+        looks: dict[str, Look] = {"before": {"color": BEFORE, "linewidth": 7.0, **ENDS}}
         for row in chosen:
             variant = _variant(row)
             label = "stays" if variant == "standard" else label_of(variant)
-            looks[label] = {"color": _colour(row), "linewidth": 4.0}
-        legend(panel, looks, [])
+            looks[label] = {"color": _colour(row), "linewidth": 4.0, **ENDS}
+        legend(panel, looks, [order])
 
-    return Part(1.3 if spelt else 1.0, paint)
+    return paint
 
 
 def _facts(document: Document) -> tuple[PlanFacts, str]:

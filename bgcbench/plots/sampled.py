@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import SubFigure
 
 from bgcbench.errors import UsageError
-from bgcbench.plots.style import Look, label_of, look_of, title
+from bgcbench.plots.style import GREY, Look, label_of, look_of, title
 from bgcbench.results.aggregate import variant_place
 from bgcbench.results.document import Document, printable
 from bgcbench.results.rows import SampledRow
@@ -29,6 +29,7 @@ INPUT_LOOKS: tuple[tuple[str, Any, float], ...] = (
     ("bottom", (0, (4, 1, 1, 1, 1, 1)), 1.0),
 )
 SMOOTH = 100  # points of a curve
+ENTRIES = 24  # of a legend beside a picture
 
 
 def finished(document: Document) -> list[SampledRow]:
@@ -101,6 +102,15 @@ def series_of(rows: Iterable[SampledRow]) -> list[Series]:
         found.setdefault((names.index(row.params.input), row.params.variant), []).append(row)
     ordered = sorted(found.items(), key=lambda item: (item[0][0], variant_place(item[0][1])))
     return [Series(variant, names[place], place, mine) for (place, variant), mine in ordered]
+
+
+def in_short(rows: Iterable[SampledRow], looks: dict[str, Look]) -> dict[str, Look]:
+    """``looks`` by series, or where they are too many for a legend those of the variants and of the inputs."""
+    if len(looks) <= ENTRIES:
+        return looks
+    series = series_of(rows)
+    inputs = {printable(one.input): one.look(color=GREY, marker="o") for one in series}
+    return {label_of(one.variant): look_of(one.variant, linestyle="none") for one in series} | inputs
 
 
 def _white(name: str) -> bool:

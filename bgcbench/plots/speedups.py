@@ -17,7 +17,7 @@ from bgcbench.results.times import is_doubtful, time_ratio
 from bgcbench.specs import PHASE_TITLES, PLAN
 
 NARROW = 2.5  # how often the least the largest value is up to which an axis is linear
-DASHES = ("-", "--", ":", "-.")  # of a variant's algorithms, where several were measured
+LOOKS = (("-", "full"), ("--", "none"), (":", "left"), ("-.", "top"))  # lines and markers of a variant's algorithms
 
 
 class Point(NamedTuple):
@@ -30,7 +30,7 @@ class Point(NamedTuple):
     name: str
 
 
-def part(document: Document) -> style.Part:
+def part(document: Document) -> style.Paint:
     rows = [row for row in document.results if row.params.layer is None]
     reference = next((row for row in rows if row.params.variant == "standard" and row.phases), None)
     others = [row for row in rows if row is not reference and row.params.variant != "standard"]
@@ -45,26 +45,26 @@ def part(document: Document) -> style.Part:
     left = len(phases) * len(others) - sum(len(points) for each in found.values() for points in each.values())
 
     def paint(panel: SubFigure) -> None:
-        style.title(panel, document, f"Speed-up over the {dense}", _workload(reference), document.environment.where)
+        style.title(panel, document, f"Speed-up over the {dense}", workload(reference), document.environment.where)
         grid = style.grid_of(panel, [phases], f"parameters (% of the {dense}'s)", "speed-up")
         drawn = [point for each in found.values() for points in each.values() for point in points]
         for axes, phase in grid:
             axes.set_title(PHASE_TITLES[phase])
             axes.axhline(1.0, color="black", linewidth=0.9, label="_standard", zorder=2)
             for key, points in found[phase].items():
-                _draw(axes, key, points, _dashes(key, series))
+                _draw(axes, key, points, _look(key, series))
         first, _ = grid[0]
         _scale(first.yaxis, first.set_yscale, [1.0, *(end for point in drawn for end in (point.low, point.high))])
         for axes, _ in grid:  # which share the axis, but not its ticks
             _scale(axes.xaxis, axes.set_xscale, [100.0, *(point.share for point in drawn)])
-        looks = {_label(key, series): style.look_of(key[0], linestyle=_dashes(key, series)) for key in series}
+        looks = {_label(key, series): _look(key, series) for key in series}
         notes = [
             "Bars: 95 % intervals. Numbers: N.",
             f"Not drawn, for too few rounds or doubt: {left}." if left else "",
         ]
         style.legend(panel, looks, notes)
 
-    return style.Part(1.1, paint)
+    return paint
 
 
 def _scale(axis: Axis, scale: Callable[[str], None], values: Sequence[float]) -> None:
@@ -74,7 +74,8 @@ def _scale(axis: Axis, scale: Callable[[str], None], values: Sequence[float]) ->
         style.log_ticks(axis, values, "{:g}".format)
 
 
-def _workload(row: ProfileRow) -> str:
+def workload(row: ProfileRow) -> str:
+    """What was measured, in a line of a title."""
     params = row.params
     size = f"{params.batch} images of {params.height}x{params.width} px, {params.precision}, {params.layout}"
     if params.model:
@@ -99,24 +100,21 @@ def _points(
     return {key: sorted(points) for key, points in found.items()}
 
 
-def _draw(axes: Axes, key: tuple[str, str], points: Sequence[Point], dashes: str) -> None:
-    look = style.look_of(key[0], linestyle=dashes)
+def _draw(axes: Axes, key: tuple[str, str], points: Sequence[Point], look: style.Look) -> None:
     shares, values = [point.share for point in points], [point.speed_up for point in points]
     ends = [[point.speed_up - point.low for point in points], [point.high - point.speed_up for point in points]]
     axes.errorbar(shares, values, ends, capsize=2, label=f"_speed-up {' '.join(key)}", **look)
     for point in points:
-        axes.annotate(
-            point.name, (point.share, point.speed_up), xytext=(5, 3), textcoords="offset points", fontsize=7,
-            color=look["color"], zorder=5,
-        )  # fmt: skip
+        style.mark(axes, point.share, point.speed_up, point.name, look["color"])
 
 
 def _several(variant: str, series: dict[tuple[str, str], list[ProfileRow]]) -> list[str]:
     return [algorithm for other, algorithm in series if other == variant]
 
 
-def _dashes(key: tuple[str, str], series: dict[tuple[str, str], list[ProfileRow]]) -> str:
-    return DASHES[_several(key[0], series).index(key[1]) % len(DASHES)]
+def _look(key: tuple[str, str], series: dict[tuple[str, str], list[ProfileRow]]) -> style.Look:
+    dashes, fill = LOOKS[_several(key[0], series).index(key[1]) % len(LOOKS)]
+    return style.look_of(key[0], linestyle=dashes, fillstyle=fill, markerfacecoloralt="white")
 
 
 def _label(key: tuple[str, str], series: dict[tuple[str, str], list[ProfileRow]]) -> str:

@@ -7,7 +7,6 @@ import itertools
 import math
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import matplotlib
@@ -18,12 +17,13 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from bgcbench.results.aggregate import Spread
-from bgcbench.results.document import Document, printable
+from bgcbench.results.document import Document, printable, shortened
 from bgcbench.specs import PLAN, VARIANTS, Variant
 
-DPI, WIDTH = 150, 7.5  # inches: a page's width, and about 900 px of a README
-ROW, AROUND = 2.5, 0.9  # inches: of a row of panels; of a picture's title, legend and notes
-NOTE_LETTERS = 140  # of a note, in a line
+DPI, SLIDE = 150, (8.0, 4.5)  # inches of a picture, whatever it shows: a slide of 1200 by 675 pixels
+PANELS = 6  # of a picture, at most
+NOTE_LETTERS, BESIDE_LETTERS = 150, 42  # of a note, in a line below a picture or beside it
+LAYERS, NAME_LETTERS = 60, 22  # names of layers that have room side by side; letters of one
 GREY = "#666666"
 WIDE = 10.0  # how often the least the largest error is from which on their axis is logarithmic
 STYLE: dict[str, Any] = {
@@ -59,12 +59,7 @@ class NothingToDraw(Exception):
     """What a picture needs and the document does not have."""
 
 
-@dataclass(frozen=True)
-class Part:
-    """One picture: how many rows of panels it is high, and what paints it."""
-
-    rows: float
-    paint: Callable[[SubFigure], None]
+Paint = Callable[[SubFigure], None]  # what paints a picture, for which all that it needs has been found
 
 
 @contextlib.contextmanager
@@ -90,6 +85,7 @@ def asked_of(groups: int, rank: int | None) -> str:
     return f"N = {groups}" if rank is None else f"r = {rank}"
 
 
+ON_FRONT: Look = {"fillstyle": "full", "markeredgecolor": "black", "markeredgewidth": 0.8}
 PLAN_LOOK = "#882255", "d", 7.0
 
 
@@ -101,6 +97,12 @@ def look_of(variant: str, **more: Any) -> Look:
 
 
 # --------------------------------------------------------------------------------------------- panels, titles, legends
+
+
+def most(items: Sequence[T], name: Callable[[T], str]) -> tuple[list[T], str]:
+    """As many of ``items`` as have panels, and a note that names the others."""
+    gone = items[PANELS:]
+    return [*items[:PANELS]], f"No room for {', '.join(map(name, gone))}: see the table." if gone else ""
 
 
 def wrapped(items: Sequence[T], across: int) -> list[list[T | None]]:
@@ -152,15 +154,38 @@ def training_title(panel: SubFigure, document: Document, what: str) -> None:
     title(panel, document, what, f"{params.model} on {params.dataset}, {trained}, {seeds} seed{'s' * (seeds > 1)}")
 
 
-def legend(panel: SubFigure, looks: Mapping[str, Look], notes: Iterable[str], columns: int | None = None) -> None:
-    """The looks by their labels below the axes, filled by columns, under small notes on what is drawn."""
+def legend(panel: SubFigure, looks: Mapping[str, Look], notes: Iterable[str], *, beside: bool = False) -> None:
+    """The looks by their labels below the axes, or ``beside`` them, under small notes on what is drawn."""
     handles = [Line2D([], [], label=label, **look) for label, look in looks.items()]
-    text = "\n".join(textwrap.wrap(printable(" ".join(filter(None, notes))), NOTE_LETTERS))
-    box = panel.legend(handles=handles, loc="outside lower center", ncols=columns or len(handles) or 1, title=text)
-    box.get_title().set(color=GREY, multialignment="center")
+    letters = BESIDE_LETTERS if beside else NOTE_LETTERS
+    text = "\n".join(textwrap.wrap(printable(" ".join(filter(None, notes))), letters))
+    columns = 1 if beside else len(handles) or 1
+    place: Any = "outside right lower" if beside else "outside lower center"
+    box = panel.legend(handles=handles, loc=place, ncols=columns, title=text)
+    box.get_title().set(color=GREY, multialignment="left" if beside else "center")
 
 
 # --------------------------------------------------------------------------------------------------- lines and scales
+
+# Where the name of a point may stand, in points from it.
+MARKED = ((5, 5, "left"), (-5, 5, "right"), (5, -10, "left"), (-5, -10, "right"), (7, -3, "left"), (-7, -3, "right"))
+
+
+def mark(axes: Axes, x: float, y: float, name: str, colour: str) -> None:
+    """The name of a point, at that of its corners where it lies on nothing else (see pictures.lay_out)."""
+    dx, dy, side = MARKED[0]
+    place: Look = {"xytext": (dx, dy), "textcoords": "offset points", "ha": side}
+    axes.annotate(name, (x, y), fontsize=7, color=colour, zorder=5, **place)
+
+
+def layer_axis(axes: Axes, names: Sequence[str], panels: int = 1) -> str:
+    """The layers, at 0, 1, ... along x: their names where all panels have room, or a note on their order."""
+    if len(names) * panels <= LAYERS:
+        shown = [shortened(printable(name), NAME_LETTERS) for name in names]
+        axes.set_xticks(range(len(names)), shown, rotation=90, fontsize=6.5)
+        return ""
+    axes.set_xlabel("layer")
+    return f"Layers in the order in which they run, from {names[0]} to {names[-1]}."
 
 
 def spread_line(axes: Axes, variant: str, points: Points, label: str, floor: float = 0.0, **look: Any) -> None:
@@ -210,11 +235,11 @@ def scale_groups(axes: Axes, groups: Iterable[int]) -> None:
     axes.minorticks_off()
 
 
-def log_ticks(axis: Axis, values: Sequence[float], text: Callable[[float], str]) -> None:
-    """As many ticks of a logarithmic ``axis`` as ``values`` have room for."""
-    decades = math.log10(max(values) / min(values))
+def log_ticks(axis: Axis, values: Sequence[float], text: Callable[[float], str], across: int = 1) -> None:
+    """As many ticks of a logarithmic ``axis`` as ``values`` have room for; across: panels side by side."""
+    decades = across * math.log10(max(values) / min(values))
     fine, coarse = ((1, 1.5, 2, 3, 5, 7), (1, 2, 5)), ((1, 3), (1,))
-    subs = fine[decades >= 0.7] if decades < 2 else coarse[decades >= 4]
+    subs = fine[decades >= 0.7] if decades < 2 else coarse[decades >= 6]
     axis.set_major_locator(LogLocator(10, subs=subs))
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(FuncFormatter(lambda value, _: text(value)))

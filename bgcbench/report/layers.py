@@ -8,10 +8,11 @@ from bgcbench.report.compare import Comparison, speed_up
 from bgcbench.report.format import listed, ratio_text, significant
 from bgcbench.report.measured import Rows, flags_column, measured_phases, numbered, time_column
 from bgcbench.report.table import Column, Table, label, words
+from bgcbench.results.document import shortened
 from bgcbench.results.rows import ProfileRow
+from bgcbench.results.times import LAYER_PHASES, POSSIBLE, fastest_in_place
 from bgcbench.specs import PHASE_TITLES
 
-NETWORK_PHASES = {"fwd": "fwd", "fwd_bwd": "train_step"}  # the network's phase that goes with a layer's
 SHARE = (
     "Time of all convolutions of this shape, each by itself, over the dense network's: an estimate, because nothing is "
     "fused with a convolution by itself and its input lies where the last call left it."
@@ -19,42 +20,44 @@ SHARE = (
 FASTEST = (
     "The fastest variant in its place, and its speed-up; itself: none is significantly faster; kept: not replaced."
 )
-POSSIBLE = 1.5  # of the network's time; its convolutions by themselves lack what is fused with them
+MODULE_LETTERS = 32  # of the names in a terminal's table
 Compared = list[tuple[str, ProfileRow, Comparison]]  # a variant and N, in place of a row, and its speed-up
 
 
 def layers_table(rows: Rows, network: ProfileRow | None) -> Table:
     """Each distinct convolution: how often it runs, its share of the network's time, and what is faster there."""
-    phases = measured_phases(rows, NETWORK_PHASES)
+    phases = measured_phases(rows, LAYER_PHASES)
     own = [row for row in rows if row.params.variant == "standard" and row.layer]
     if phases:
         own.sort(key=lambda row: -_total(row, phases[-1]))
     columns: list[Column[ProfileRow]] = [
         label("convolution", _shape, "Channels, kernel and input of a shape."),
         Column("times", _times, "How often the network has it."),
-    ]
+        words("modules", _modules, "The convolutions of this shape; a terminal shows the first.", form=", ".join,
+              brief=lambda names: shortened(listed(names, 1), MODULE_LETTERS), drop=4),
+    ]  # fmt: skip
     sections = {}
     for phase in phases:
-        whole = network.median_s(NETWORK_PHASES[phase]) if network else None
+        whole = network.median_s(LAYER_PHASES[phase]) if network else None
         compared = [entry for row in own for entry in _variants(row, rows, phase)]
-        columns += _phase_columns(own, phase, whole, compared)
+        columns += _phase_columns(own, rows, phase, whole)
         if lines := _where_time_goes(own, whole, phase) + _sped_up(compared, phase):
             sections[f"Where the time goes ({PHASE_TITLES[phase]})"] = lines
     return Table(["Convolutions by themselves"], [*columns, flags_column(phases)], own, sections)
 
 
-def _phase_columns(own: Rows, phase: str, whole: float | None, compared: Compared) -> list[Column[ProfileRow]]:
+def _phase_columns(own: Rows, rows: Rows, phase: str, whole: float | None) -> list[Column[ProfileRow]]:
     def share(row: ProfileRow) -> str | None:
         return None if whole is None or phase not in row.phases else f"{_total(row, phase) / whole:.1%}"
 
     def fastest(row: ProfileRow) -> str | None:
         if row.layer and not row.layer.replaced:
             return "kept"
-        mine = [(found, name) for name, place, found in compared if place is row and found.ci95]
-        if not mine:
+        found = fastest_in_place(row, rows, phase)
+        if found is None:
             return None
-        first, name = max(mine, key=lambda pair: pair[0].value)
-        return f"{name} {ratio_text(first.value)}x" if first.faster else "itself"
+        first, compared = found[0], Comparison.of(found[1])
+        return f"{numbered(first, _members(row, rows))} {ratio_text(compared.value)}x" if compared.faster else "itself"
 
     title = PHASE_TITLES[phase]
     return [
@@ -66,13 +69,22 @@ def _phase_columns(own: Rows, phase: str, whole: float | None, compared: Compare
 
 def _variants(row: ProfileRow, rows: Rows, phase: str) -> Compared:
     """What was measured in place of the network's own convolution ``row``."""
-    members = [other for other in rows if other.params.layer == row.params.layer]
+    members = _members(row, rows)
     others = [(numbered(other, members), speed_up(other, row, phase)) for other in members if other is not row]
     return [(name, row, found) for name, found in others if found]
 
 
+def _members(row: ProfileRow, rows: Rows) -> list[ProfileRow]:
+    """All that was measured of the shape of ``row``."""
+    return [other for other in rows if other.params.layer == row.params.layer]
+
+
 def _shape(row: ProfileRow) -> str:
     return row.layer.label if row.layer else ""
+
+
+def _modules(row: ProfileRow) -> tuple[str, ...]:
+    return row.layer.names if row.layer else ()
 
 
 def _times(row: ProfileRow) -> int:

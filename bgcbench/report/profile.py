@@ -193,6 +193,7 @@ def profile_records(rows: Rows) -> list[dict[str, Any]]:
         # The width of a network's few kernels that are not square is in the file alone.
         about = row_record(row, row.params, without=("kernel_width",)) | flat(row.counts, Counts)
         about |= flat(row.approximability, White) | flat(row.memory, Memory)
+        about["modules"] = ", ".join(row.layer.names) if row.layer else None
         records += [
             about | _measured(row, references.get((row.params.layer, row.params.mode)), phase) for phase in row.phases
         ]

@@ -23,7 +23,7 @@ from bgcbench.results.document import Document, dumps, printable
 from bgcbench.results.rows import Data, Row
 from bgcbench.specs import PLAN
 
-LATER = ("rank", "limit_relative_error")  # fields of records that a CSV file has where some row does
+LATER = ("rank", "limit_relative_error", "modules")  # fields of records that a CSV file has where some row does
 NOTES = 5  # lines under a report; show --explain prints all notes
 EXPLAIN = "what the columns mean: bgcbench show FILE --explain"
 R = TypeVar("R")
@@ -35,7 +35,8 @@ class Column(Generic[R]):
 
     name: under which it is explained, where the title also says a phase, a unit or an N. right: aligned to the right.
     lead: repeated in front of every part of a table that is split because the terminal is narrow. optional: left out
-    where no row has a value. drop: left out, those with the highest number first, before a table is split.
+    where no row has a value. drop: left out, those with the highest number first, before a table is split. brief: the
+    form of a value on a terminal, where that is another one.
     """
 
     title: str
@@ -47,6 +48,7 @@ class Column(Generic[R]):
     lead: bool = False
     optional: bool = False
     drop: int = 0
+    brief: Callable[[Any], str] | None = None
 
     def cell(self, row: R) -> str:
         value = self.value(row)
@@ -255,7 +257,7 @@ def as_rich(report: Report, width: int, *, wide: bool = False) -> RenderableType
 
     parts: list[RenderableType] = []
     for whole in [table for table in report.tables if wide or not table.full]:
-        table, dropped = (whole, []) if wide else fitted(whole, width)
+        table, dropped = (whole, []) if wide else fitted(_brief(whole), width)
         parts += [*([Text("")] if parts else []), *map(text, table.title)]
         for chosen in split_columns(table, width):
             drawn = RichTable(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
@@ -273,6 +275,11 @@ def as_rich(report: Report, width: int, *, wide: bool = False) -> RenderableType
         parts += [Text(""), text("all columns: bgcbench show FILE --wide, or --format csv", "dim")]
     parts += section("Notes", report.shown_notes) if report.shown_notes else []
     return Group(*parts)
+
+
+def _brief(table: Table) -> Table:
+    declared = [replace(each, form=each.brief) if each.brief else each for each in table.declared]
+    return replace(table, declared=declared)
 
 
 def fitted(table: Table, width: int) -> tuple[Table, list[str]]:

@@ -186,6 +186,14 @@ def printable(text: str) -> str:
     return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape", "surrogatepass").decode(), text)
 
 
+def shortened(text: str, letters: int) -> str:
+    """``text`` in at most so many ``letters`` (5 or more), with ... in the place of its middle."""
+    if len(text) <= letters:
+        return text
+    last = (letters - 3) // 2
+    return f"{text[: letters - 3 - last]}...{text[-last:]}"
+
+
 def dumps(document: Document) -> str:
     """The document as JSON text, arrays of numbers on one line. NaN and infinity raise ValueError."""
     text = json.dumps(msgspec.to_builtins(document), indent=1, allow_nan=False, ensure_ascii=False)

@@ -18,7 +18,7 @@ from bgcbench import plots, results
 from bgcbench.errors import OutputError, UsageError
 from tests.example import example_document
 from tests.example_approx import network, new_document, sampled
-from tests.example_plan import with_plan
+from tests.example_plan import plan_document, with_plan
 from tests.example_train import papers, stop, train_document
 from tests.example_transfer import transfer_document
 from tests.plots.looking import assert_nothing_is_cut_off_or_lies_on_another, draw, figure_of
@@ -60,6 +60,8 @@ DOCUMENTS: dict[str, Callable[[], Json]] = {
     "transfer all": lambda: transfer_document(("gc", "tlgc", "bgc"), epochs=3, control=True),
     "transfer starts": lambda: transfer_document(inits=("copy", "white", "calibrated"), rebn=(False, True), epochs=3),
     "transfer plan": lambda: with_plan(transfer_document(("gc", "bgc"), epochs=3, control=True)),
+    "transfer deep": lambda: transfer_document(time=True, inits=("copy", "white", "calibrated")),
+    "plan": plan_document,
     "transfer one": lambda: transfer_document(("bgc",), (4,), (1,)),
 }
 
@@ -67,6 +69,14 @@ DOCUMENTS: dict[str, Callable[[], Json]] = {
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_no_text_is_cut_off_and_none_lies_on_another(name: str) -> None:
     assert_nothing_is_cut_off_or_lies_on_another(figure_of(DOCUMENTS[name](), placed=True))
+
+
+def test_a_picture_is_a_slide_and_several_are_as_many(tmp_path: Path) -> None:
+    for picture, slides in (("figure1", 1), (None, 3)):
+        draw(sampled(), tmp_path / "p.png", picture)
+        header = (tmp_path / "p.png").read_bytes()[16:24]
+        assert (int.from_bytes(header[:4]), int.from_bytes(header[4:])) == (1200, 675 * slides)
+        (tmp_path / "p.png").unlink()
 
 
 def test_dollars_in_a_name_are_no_formula(tmp_path: Path) -> None:
@@ -84,7 +94,11 @@ def test_dollars_in_a_name_are_no_formula(tmp_path: Path) -> None:
         (network(), "figure1", "figure1 needs rows of sampled convolutions"),
         (network(), "figure2", "figure2 needs rows of gc or bgc on sampled convolutions"),
         (network(), "pareto", "pareto needs finished rows of sampled convolutions"),
-        (sampled(), "figure3", r"unknown picture 'figure3': did you mean 'figure[12]'\? choose from speedups, figure1"),
+        (
+            sampled(),
+            "figure3",
+            r"unknown picture 'figure3': did you mean 'figure[12]'\? choose from speedups, cost, figure1",
+        ),
         (train_document(dataset="synthetic"), None, "nothing to draw: the result has no test error"),
         (train_document(dataset="synthetic"), "errors", "errors needs finished trainings on real images"),
         (train_document(dataset="synthetic"), "curves", "curves needs test errors by epoch"),
@@ -94,11 +108,17 @@ def test_dollars_in_a_name_are_no_formula(tmp_path: Path) -> None:
         (new_document(), "curves", "'approx' results; they have figure1, figure2, pareto, heatmap"),
         (train_document(), "curve", "unknown picture 'curve': did you mean 'curves'"),
         ({**example_document(), "results": []}, None, "nothing to draw: the result has no row with an interval"),
-        (example_document(), "errors", "errors is no picture of 'profile' results; they have speedups"),
+        (example_document(), "errors", "errors is no picture of 'profile' results; they have speedups, cost"),
         (transfer_document(dataset="synthetic"), "errors", "errors needs conversions evaluated on real images"),
         (transfer_document(inits=("copy",)), "layers", "layers needs calibrated conversions"),
         ({**transfer_document(), "results": []}, None, "nothing to draw: the result has neither"),
-        (transfer_document(), "curves", "curves is no picture of 'transfer' results; they have errors, layers"),
+        (
+            transfer_document(),
+            "curves",
+            "curves is no picture of 'transfer' results; they have errors, layers, tradeoff",
+        ),
+        (transfer_document(), "tradeoff", "tradeoff needs networks whose time and whose accuracy are both known"),
+        (example_document(), "cost", r"cost needs convolutions measured by themselves \(--layers\)"),
     ],
 )
 def test_what_a_document_does_not_have_is_named_in_one_line(document: Json, picture: str | None, why: str) -> None:

@@ -36,3 +36,26 @@ def test_bars_are_the_layers_before_and_after() -> None:
 def test_a_plan_that_is_not_finished_has_no_picture() -> None:
     with pytest.raises(UsageError, match="nothing to draw: the result has no plan yet; resume it"):
         figure_of(plan_document(results=plan_document()["results"][:2]))
+
+
+def test_without_labels_time_saved_stands_against_first_guesses_that_changed() -> None:
+    drawn = figure_of(plan_document(), "tradeoff")
+    at = {label: (line.get_xdata()[0], line.get_ydata()[0]) for label, line in lines(drawn).items()}
+    assert (at["_standard "], at["_plan plan"], at["_gc 2"]) == (
+        (0, 0),
+        (pytest.approx(29), 5),
+        (pytest.approx(30), 16),
+    )
+    assert drawn.axes[0].get_ylabel() == "first guess not the original's (% of images)"
+
+
+def test_with_labels_it_is_the_error() -> None:
+    document = plan_document()
+    errors = {"proof-dense": 1.0, "proof-plan": 2.5, "proof-gc": 9.0}
+    for row in document["results"]:
+        if row["key"] in errors:
+            row["error"] = errors[row["key"]]
+    drawn = figure_of(document, "tradeoff")
+    lost = {label: line.get_ydata()[0] for label, line in lines(drawn).items()}
+    assert (lost["_plan plan"], lost["_gc 2"]) == (1.5, 8.0)
+    assert drawn.axes[0].get_ylabel() == "error less the original's (percentage points)"

@@ -1,7 +1,8 @@
-"""The picture of ``profile``: speed-ups against parameters."""
+"""The pictures of ``profile``: speed-ups against parameters, and time by layer."""
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -9,6 +10,8 @@ import pytest
 from bgcbench import plots
 from bgcbench.errors import UsageError
 from bgcbench.report import speed_up
+from bgcbench.results.document import document_of
+from bgcbench.results.times import layer_times
 from tests.example import example_document
 from tests.plots.looking import (
     assert_nothing_is_cut_off_or_lies_on_another,
@@ -18,6 +21,7 @@ from tests.plots.looking import (
     texts,
 )
 from tests.reporting import profile_rows
+from tests.test_network import network_document
 
 Json = dict[str, Any]
 
@@ -57,6 +61,47 @@ def test_the_algorithms_of_a_variant_are_lines_of_their_own() -> None:
     document["results"][2]["params"]["algorithm"] = "concat"
     figure = figure_of(document)
     assert len({name for name in legend(figure) if name.startswith("BGC ")}) == 2
+
+
+def test_every_point_has_the_name_of_its_n_where_it_lies_on_nothing_else() -> None:
+    figure = figure_of(example_document(), placed=True)
+    for axes in figure.axes:
+        assert sorted(text.get_text() for text in axes.texts if text.get_visible()) == ["2", "2", "4", "4"]
+
+
+def test_bars_are_the_shapes_of_a_network_before_and_with_what_is_fastest() -> None:
+    figure = figure_of(network_document(layers=True), "cost")
+    forward, both = figure.axes
+    before, after = (float(number) for number in re.findall(r"([\d.]+) ms", both.get_title()))
+    assert (before, after) == (pytest.approx(270, rel=0.02), pytest.approx(180, rel=0.02))  # 9 calls; 6 of them halved
+    assert forward.get_yticklabels()[0].get_text() == "16 -> 16 3x3 at 16x16 (x2)"
+    widths = {str(bar.get_label()): [patch.get_width() for patch in bar] for bar in both.containers[:2]}
+    assert widths["_before"] == [pytest.approx(60, rel=0.02)]
+    assert widths["_after"] == [pytest.approx(30, rel=0.02)]
+    assert [text.get_text() for text in both.texts].count("GC 4") == 5
+    assert legend(figure) == ["before", "stays", "GC"]
+    assert_nothing_is_cut_off_or_lies_on_another(figure)
+
+
+def test_a_planned_network_has_what_its_plan_makes_of_each_layer() -> None:
+    document = network_document(layers=True)
+    planned = next(row for row in document["results"] if row["params"]["variant"] == "bgc")
+    planned["params"]["variant"], planned["convert"]["planned"] = "plan", True
+    names = [layer["name"] for layer in planned["convert"]["layers"]]
+    planned["convert"]["layers"] = [
+        layer | {"variant": "bgc", "groups": 4} for layer in planned["convert"]["layers"] if layer["name"] == names[0]
+    ]
+    times = layer_times(document_of(document, "r.json").results, "fwd_bwd")
+    assert sum(one.before_s - one.after_s for one in times) == pytest.approx(0.030 - 0.025, rel=0.1)
+    assert [text.get_text() for text in figure_of(document, "cost").axes[1].texts].count("BGC 4") == 1
+
+
+def test_times_that_cannot_be_are_no_picture() -> None:
+    document = network_document(layers=True)
+    for phase in document["results"][0]["phases"].values():
+        phase["summary"]["median_s"] /= 2  # 9 calls of a tenth of twice that
+    with pytest.raises(UsageError, match="nothing to draw: cost needs convolutions measured by themselves"):
+        figure_of(document, "cost")
 
 
 def test_nothing_is_cut_off_or_lies_on_another_thing() -> None:
