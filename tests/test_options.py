@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,10 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from bgcbench.cli import app
 from bgcbench.cli.measuring import Approx, Profile
 from bgcbench.cli.parameters import command_options, register
+from bgcbench.cli.planning import PlanCommand
 from bgcbench.cli.run import Command
 from bgcbench.cli.training import Train, Transfer
 from bgcbench.errors import ShapeError, UsageError
@@ -35,7 +38,7 @@ from bgcbench.experiments.profile import ProfileConfig
 from bgcbench.experiments.transfer import TransferConfig
 from bgcbench.specs import VARIANTS
 
-COMMANDS = [Profile(), Approx(), Train(), Transfer()]
+COMMANDS = [Profile(), Approx(), PlanCommand(), Train(), Transfer()]
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,22 @@ def test_at_most_twelve_everyday_options_stand_first(command: Command) -> None:
     assert 0 < sum(everyday) <= 12
     assert everyday == sorted(everyday, reverse=True)
     assert {"variants", "groups", "quick", "dry-run", "out", "resume"} <= {each.name for each in shown if each.everyday}
+
+
+@pytest.mark.parametrize("name", sorted(typer.main.get_command(app).commands))  # type: ignore[attr-defined]
+def test_help_has_words_for_every_option_no_type_for_switches_and_more_options_apart(name: str) -> None:
+    shown = CliRunner().invoke(app, [name, "--help"], terminal_width=200, env={"COLUMNS": "200"}).output
+    first, *others = re.findall(r"^╭─ (.*?) ─+╮$", shown.replace("╭─ Arguments", "╭- Arguments"), re.MULTILINE)
+    assert first == "Options"
+    assert all(panel.startswith("More options: ") for panel in others)
+    options = re.findall(r"^│ +\*? *(--[a-z-]+)(.*)│$", shown, re.MULTILINE)
+    assert ("--help", "Show this message and exit.") in [(flag, " ".join(words.split())) for flag, words in options]
+    assert len(shown.partition("╭─ More")[0].split("╭─ Options")[1].split("\n│ --")) - 1 <= 12 + 1  # --help
+    for flag, words in options:
+        said = re.sub(r"^(,?--?[a-z-]+|\s)*(<[a-z\[\]]+>)?", "", words).strip()
+        assert said, flag
+    assert "<bool>" not in shown
+    assert "[default: (" not in shown
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.name)

@@ -10,6 +10,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from rich.console import Console
 
 from bgcbench import report, results
 from bgcbench.errors import ShapeError, UsageError
@@ -20,6 +21,7 @@ from tests.example import example_document
 from tests.reporting import check_width, profile_rows, render, report_of, widths
 from tests.stored import stored
 from tests.test_golden import held
+from tests.test_network import network_document
 
 
 @pytest.mark.parametrize(("name", "form", "width"), [("profile.md", "markdown", 80), ("profile-80.txt", "table", 80),
@@ -79,8 +81,66 @@ def test_a_terminal_shows_every_column_only_if_it_is_asked_to() -> None:
     assert not any("roofline" in line for line in lines[False])
     assert "all columns: bgcbench show FILE --wide, or --format csv" in lines[False]
     assert "without MiB, for which there is no room; all columns: --wide" in lines[False]
-    assert "without MiB, params, " in render(example_document(), "table", 60)
+    assert "without MiB, params, for which there is no room" in render(example_document(), "table", 60)
     assert "roofline" in render(example_document(), "markdown")
+
+
+def test_each_time_has_a_bar_where_the_terminal_has_room_for_all() -> None:
+    wide, narrow = (render(example_document(), "table", width) for width in (110, 90))
+    assert "8.018 ████████ " in wide
+    assert "4.012 ████ " in wide  # half of it
+    assert "1.998 ██ " in wide
+    assert not set("█▏▎▍▌▋▊▉") & set(narrow + render(example_document(), "markdown"))
+    out = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")
+    report.emit(report_of(example_document()), "table", Console(file=out, width=110, no_color=True))  # no such letters
+    out.flush()
+
+
+def test_of_many_variants_each_speed_up_says_whose_it_is_where_times_have_no_room() -> None:
+    document = example_document()
+    document["results"] += [
+        row | {"key": f"shuffle-{row['key']}", "params": row["params"] | {"variant": "shuffle"}}
+        for row in document["results"]
+        if row["params"]["variant"] == "gc"
+    ]
+    text = render(document, "table", 80)
+    assert re.search(r"^N +GC speed-up +BGC speed-up +Shuffle speed-up$", text, re.MULTILINE)
+    assert "without MiB, params, GC ms, " in text
+
+
+def test_the_answer_can_stand_before_the_tables() -> None:
+    document = network_document(layers=True)
+    out = {first: io.StringIO() for first in (False, True)}
+    for first, file in out.items():
+        console = Console(file=file, width=100, no_color=True, highlight=False)
+        report.emit(report_of(document), "table", console, answer_first=first)
+    tables_first, answer_first = (out[first].getvalue() for first in (False, True))
+    assert set(tables_first.splitlines()) == set(answer_first.splitlines())
+    order = ["wrn_10_1", "Best", "Verdict (fwd)", "Where the time goes (fwd)", "Notes", "fwd, by N:", "convolution "]
+    places = [answer_first.index(f"\n{what}" if number else what) for number, what in enumerate(order)]
+    assert places == sorted(places)
+    assert tables_first.index("fwd, by N:") < tables_first.index("Best")
+
+
+def test_the_layers_have_the_names_of_their_modules() -> None:
+    document = network_document(layers=True)
+    names = "stages.0.0.conv1, stages.0.0.conv2"
+    assert f"| 16 -> 16 3x3 at 16x16 | 2 | {names} |" in render(document, "markdown")
+    assert "stages.0.0.conv1 and 1 more " in render(document, "table", 200)
+    lines = list(csv.DictReader(io.StringIO(render(document, "csv"))))
+    assert {line["modules"] for line in lines if "layer1-" in line["key"]} == {names}
+    assert "modules" not in render(example_document(), "csv").partition("\n")[0]
+
+
+def test_layers_are_one_table_on_a_narrow_terminal_with_a_line_on_what_is_left_out() -> None:
+    text = render(network_document(layers=True), "table", 80)
+    heads = [line for line in text.splitlines() if line.startswith("convolution ")]
+    assert [head.split() for head in heads] == [
+        ["convolution", "times", "fastest", "fwd", "share", "fwd+bwd", "fastest", "fwd+bwd"]
+    ]
+    assert "without flags, modules, fwd ms, fwd+bwd ms, share fwd, for which there is no room; all columns" in " ".join(
+        text.split()
+    )
 
 
 def test_a_speed_up_is_the_others_time_over_the_rows_paired_within_one_run() -> None:

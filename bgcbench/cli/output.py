@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import inspect
 import io
 import os
 import sys
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from bgcbench.errors import BgcbenchError, OutputError, UsageError
 from bgcbench.specs import VARIANTS
@@ -36,7 +37,30 @@ class _PlainHelp(TyperGroup):
         super().format_help(ctx, formatter)
 
 
-app = typer.Typer(
+class _Command(TyperCommand):
+    """A command whose --help has paragraphs, whatever the lines of the source, and switches without a type."""
+
+    def __init__(self, name: str | None, *, help: str | None = None, **settings: Any) -> None:
+        paragraphs = inspect.cleandoc(help or "").split("\n\n")
+        super().__init__(name, help="\n\n".join(" ".join(each.split()) for each in paragraphs), **settings)
+
+    def get_params(self, ctx: Any) -> Any:
+        found: Any = super().get_params(ctx)
+        for each in found:
+            if getattr(each, "is_flag", False):
+                each.metavar = ""
+            default = getattr(each, "show_default", None)
+            if isinstance(default, str):  # typer would put a text into brackets of its own
+                each.help, each.show_default = f"{each.help or ''} \\[default: {default}]".lstrip(), False
+        return found
+
+
+class _App(typer.Typer):
+    def command(self, name: str | None = None, **settings: Any) -> Any:
+        return super().command(name, cls=_Command, **settings)
+
+
+app = _App(
     name="bgcbench",
     cls=_PlainHelp,
     add_completion=False,
@@ -165,19 +189,29 @@ class Output:
         return dataclasses.replace(self, path=default_path(command, what, name))
 
 
-def print_document(document: Document, form: str, *, explain: bool = False, wide: bool = False) -> None:
+def print_document(
+    document: Document, form: str, *, explain: bool = False, wide: bool = False, answer_first: bool = False
+) -> None:
     """Print a result document on stdout, or what the columns of its tables mean."""
     from bgcbench.report import document_report, explained
 
     report = document_report(document)
-    emit(explained(report) if explain else report, form, None if explain else document, wide=wide)
+    shown = explained(report) if explain else report
+    emit(shown, form, None if explain else document, wide=wide, answer_first=answer_first and not explain)
 
 
-def emit(report: Report, form: str, document: Document | None = None, *, wide: bool = False) -> None:
-    """Print a report on stdout; ``document`` is what JSON prints in its place. wide: with every column."""
+def emit(
+    report: Report,
+    form: str,
+    document: Document | None = None,
+    *,
+    wide: bool = False,
+    answer_first: bool = False,
+) -> None:
+    """Print a report on stdout; ``document`` is what JSON prints in its place (see bgcbench.report.table.as_rich)."""
     from bgcbench.report import emit as emit_report
 
-    emit_report(report, form, stdout(report), document, wide=wide)
+    emit_report(report, form, stdout(report), document, wide=wide, answer_first=answer_first)
 
 
 def stdout(report: Report) -> Console:

@@ -12,7 +12,7 @@ import typer
 
 from bgcbench.cli.run import Command, run_command
 from bgcbench.errors import UsageError
-from bgcbench.experiments.options import PANELS, Option, options_of
+from bgcbench.experiments.options import PANELS, Option, more, options_of
 
 BY_NAME = "_by_name"  # what the parameter of --model is called beside MODEL's
 
@@ -78,14 +78,12 @@ def _parameters(option: Option) -> Iterator[inspect.Parameter]:
             option.parameter,
             typer.Argument(help=option.help, show_default=False, metavar=option.parameter.upper()),
         )
-    default = f"\\[default: {option.shown}]" if option.shown else ""  # typer would put a text into brackets of its own
     about = typer.Option(
         *([option.flag or f"--{option.name}"] + ([f"-{option.short}"] if option.short else [])),
-        help=f"{option.help} {default}".strip() or None,
-        show_default=False,
-        metavar="" if _is_switch(option) else None,
+        help=option.help or None,
+        show_default=option.shown or False,
         envvar=option.envvar,
-        rich_help_panel=None if option.everyday else option.panel,
+        rich_help_panel=None if option.everyday else more(option.panel),
         hidden=option.argument,
     )
     yield _parameter(option, option.parameter + BY_NAME * option.argument, about)
@@ -99,7 +97,3 @@ def _parameter(option: Option, name: str, about: Any) -> inspect.Parameter:
         default=False if one_way else None,
         annotation=Annotated[bool if one_way else option.kind | None, about],
     )
-
-
-def _is_switch(option: Option) -> bool:
-    return option.on is not None or option.kind is bool

@@ -24,9 +24,12 @@ Format = Annotated[
     typer.Option(
         "--format",
         help="auto (a table on a terminal, Markdown elsewhere), table, markdown, csv, json.",
-        rich_help_panel=options.OUTPUT,
+        rich_help_panel=options.more(options.OUTPUT),
     ),
 ]
+
+
+LAYER = options.more("A layer for --table1")
 
 
 def register(app: typer.Typer) -> None:
@@ -43,12 +46,22 @@ def show(
     table1: Annotated[
         bool, typer.Option("--table1", help="The paper's Table 1 evaluated, for FILE's layer or the one given here.")
     ] = False,
-    channels: Annotated[int | None, typer.Option(help="Channels in and out.", show_default="1024")] = None,
-    in_channels: Annotated[int | None, typer.Option(help="Input channels.", show_default="--channels")] = None,
-    out_channels: Annotated[int | None, typer.Option(help="Output channels.", show_default="--channels")] = None,
-    kernel: Annotated[int | None, typer.Option(help="Kernel size.", show_default="3")] = None,
-    size: Annotated[str | None, typer.Option(help="Input height and width.", show_default="7")] = None,
-    groups: Annotated[str | None, typer.Option(help="Group counts N.", show_default="2,4,8,16")] = None,
+    channels: Annotated[
+        int | None, typer.Option(help="Channels in and out.", show_default="1024", rich_help_panel=LAYER)
+    ] = None,
+    in_channels: Annotated[
+        int | None, typer.Option(help="Input channels.", show_default="--channels", rich_help_panel=LAYER)
+    ] = None,
+    out_channels: Annotated[
+        int | None, typer.Option(help="Output channels.", show_default="--channels", rich_help_panel=LAYER)
+    ] = None,
+    kernel: Annotated[int | None, typer.Option(help="Kernel size.", show_default="3", rich_help_panel=LAYER)] = None,
+    size: Annotated[
+        str | None, typer.Option(help="Input height and width.", show_default="7", rich_help_panel=LAYER)
+    ] = None,
+    groups: Annotated[
+        str | None, typer.Option(help="Group counts N.", show_default="2,4,8,16", rich_help_panel=LAYER)
+    ] = None,
     plot: Annotated[
         Path | None,
         typer.Option(help="Also draw FILE: a .png, .svg or .pdf file (extra: plot)."),
@@ -68,7 +81,9 @@ def show(
     wide: Annotated[
         bool,
         typer.Option(
-            "--wide", help="Show every column of every table on a terminal, too.", rich_help_panel=options.OUTPUT
+            "--wide",
+            help="Show every column of every table on a terminal, too.",
+            rich_help_panel=options.more(options.OUTPUT),
         ),
     ] = False,
     form: Format = "auto",
@@ -95,7 +110,7 @@ def show(
     _check_plot(plot, picture, force=force, drawable=not table1)
     if document is not None and not table1:
         with _consistent(str(file)):
-            output.print_document(document, form, explain=explain, wide=wide)
+            output.print_document(document, form, explain=explain, wide=wide, answer_first=True)
             if plot is not None:
                 output.draw(document, plot, picture)
         return 0

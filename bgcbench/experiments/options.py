@@ -39,6 +39,12 @@ MEASURE = "How it is measured"
 OUTPUT = "Output"
 PANELS = (WORKLOAD, CONVERSION, NETWORK, GRID, RECIPE, MEASURE, OUTPUT)
 
+
+def more(panel: str) -> str:
+    """The title of a panel, which stands after the everyday options."""
+    return f"More options: {panel}"
+
+
 T = TypeVar("T")
 Check = Callable[[str, Any], object]
 Reader = Callable[[str, Any], Any]

@@ -42,6 +42,9 @@ class PlanConfig(ApproxNetworkConfig):
     loss: float | None = option(
         None, "The fewest MACs with at most this predicted loss.", panel=GRID, everyday=True, check=_share
     )
+    quick: bool = option(False, "A look: fewer images, rounds and networks. No claim.")
+    device: str = option("auto", everyday=False)
+    weights: str | None = option(None, everyday=False)
     most_variants: int | None = option(
         None, "Use so many different variants at most.", panel=GRID, check=positive, shown="all"
     )

@@ -53,8 +53,14 @@ def layer_columns(cells: Sequence[CellKey]) -> list[Column[ByCell]]:
 
     return [
         label("layer", lambda of: any_row(of).params.layer, LAYER),
-        words("convolution", lambda of: _shape(any_row(of).params), "Kernel, channels and stride."),
-        Column("MACs share", lambda of: any_row(of).macs_share, "Of the convolutions in this table.", "{:.2%}".format),
+        words("convolution", lambda of: _shape(any_row(of).params), "Kernel, channels and stride.", drop=2),
+        Column(
+            "MACs share",
+            lambda of: any_row(of).macs_share,
+            "Of the convolutions in this table.",
+            "{:.2%}".format,
+            drop=1,
+        ),
         *(Column(named(*at), partial(lost, at=at), LOST, name="VARIANT N=..") for at in cells),
     ]
 
@@ -86,9 +92,9 @@ def weight_columns() -> list[Column[LayerRow]]:
         lost("copied", lambda errors: errors.copy, "Share of the output lost with copied weights, as in the paper."),
         lost("white", lambda errors: errors.white, "Share lost with the closed-form optimum for uncorrelated inputs."),
         lost("calibrated", lambda errors: errors.calibrated, CALIBRATED),
-        Column("ridge", lambda row: row.ridge, "Of that least squares, relative.", "{:g}".format),
-        Column("positions", lambda row: f"{row.rows:,} + {row.held_out_rows:,}", POSITIONS),
-        words("why not", lambda row: row.reason or "", "Why a row has no numbers."),
+        Column("ridge", lambda row: row.ridge, "Of that least squares, relative.", "{:g}".format, drop=2),
+        Column("positions", lambda row: f"{row.rows:,} + {row.held_out_rows:,}", POSITIONS, drop=3),
+        words("why not", lambda row: row.reason, "Why a row has no numbers.", optional=True),
     ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from bgcbench.report.compare import Comparison, speed_up
 from bgcbench.report.format import listed, ratio_text, significant
@@ -40,13 +41,14 @@ def layers_table(rows: Rows, network: ProfileRow | None) -> Table:
     for phase in phases:
         whole = network.median_s(LAYER_PHASES[phase]) if network else None
         compared = [entry for row in own for entry in _variants(row, rows, phase)]
-        columns += _phase_columns(own, rows, phase, whole)
+        columns += _phase_columns(own, rows, phase, whole, drop=int(phase != phases[-1]))
         if lines := _where_time_goes(own, whole, phase) + _sped_up(compared, phase):
             sections[f"Where the time goes ({PHASE_TITLES[phase]})"] = lines
-    return Table(["Convolutions by themselves"], [*columns, flags_column(phases)], own, sections)
+    columns.append(replace(flags_column(phases), drop=5))
+    return Table(["Convolutions by themselves"], columns, own, sections)
 
 
-def _phase_columns(own: Rows, rows: Rows, phase: str, whole: float | None) -> list[Column[ProfileRow]]:
+def _phase_columns(own: Rows, rows: Rows, phase: str, whole: float | None, drop: int) -> list[Column[ProfileRow]]:
     def share(row: ProfileRow) -> str | None:
         return None if whole is None or phase not in row.phases else f"{_total(row, phase) / whole:.1%}"
 
@@ -61,9 +63,9 @@ def _phase_columns(own: Rows, rows: Rows, phase: str, whole: float | None) -> li
 
     title = PHASE_TITLES[phase]
     return [
-        time_column(own, phase),
-        Column(f"share {title}", share, SHARE, name="share"),
-        words(f"fastest {title}", fastest, FASTEST, name="fastest"),
+        replace(time_column(own, phase), drop=3),
+        Column(f"share {title}", share, SHARE, name="share", drop=2 * drop),
+        words(f"fastest {title}", fastest, FASTEST, name="fastest", drop=drop),
     ]
 
 

@@ -24,12 +24,12 @@ def plan_report(document: Document) -> Report:
     tables = []
     if proof:
         sections = {"In words": _said(document.plan, proof)} if document.plan else {}
-        tables.append(Table([*title, "The networks, on images never planned on"], PROOF, proof, sections))
+        tables.append(Table(title, PROOF, proof, sections, "The networks, on images never planned on"))
     trials = [row for row in rows if row.params.stage == "trial" and row.status == "ok"]
     if trials:
         tables.append(Table(["What was tried out, on images held out of calibration"], TRIALS, trials))
     if chosen or not proof:
-        tables.append(Table([*([] if proof else title), "What each convolution becomes"], CHOICES, chosen))
+        tables.append(Table([] if proof else title, CHOICES, chosen, caption="What each convolution becomes"))
     if document.plan and document.plan.curve:
         tables.append(
             Table([f"The best plans, by {BUDGETS[cost_kind(document.plan.kind)]}"], CURVE, document.plan.curve)
@@ -71,9 +71,13 @@ PROOF: list[Column[PlanRow]] = [
     Column("time", _time, OF_NETWORK, name="time, network"),
     Column("error %", lambda row: row.error, WRONG, "{:.2f}".format, optional=True),
     Column("agrees %", lambda row: row.agreement, AGREES, "{:.1f}".format),
-    Column("top-5 %", lambda row: row.top5, "The original's first guess is among the first five.", "{:.1f}".format),
-    Column("KL", lambda row: row.kl, "Mean of KL(original || network) over the images, in nats.", "{:.3g}".format),
-    Column("logit error", lambda row: row.logit_error, LOGITS, "{:.3g}".format),
+    Column(
+        "top-5 %", lambda row: row.top5, "The original's first guess is among the first five.", "{:.1f}".format, drop=2
+    ),
+    Column(
+        "KL", lambda row: row.kl, "Mean of KL(original || network) over the images, in nats.", "{:.3g}".format, drop=3
+    ),
+    Column("logit error", lambda row: row.logit_error, LOGITS, "{:.3g}".format, drop=1),
 ]
 TRIALS: list[Column[PlanRow]] = [
     label("tried out", _subject, "The plan by what the network feels of each layer, by the layers' own losses, by its "
@@ -84,14 +88,14 @@ TRIALS: list[Column[PlanRow]] = [
 ]  # fmt: skip
 CHOICES: list[Column[PlanRow]] = [
     label("layer", lambda row: row.params.layer, "A convolution, in the order of execution."),
-    words("convolution", lambda row: row.params.shape, "Channels and kernel."),
+    words("convolution", lambda row: row.params.shape, "Channels and kernel.", drop=3),
     words("becomes", _choice, "Its choice; dense: it stays."),
     Column("params", lambda row: row.params_ratio, OF_LAYER, SHARE),
     Column("MACs", lambda row: row.macs_ratio, OF_LAYER, SHARE),
     Column("time", lambda row: row.time_ratio, f"{OF_LAYER} As it shows in the network.", SHARE, optional=True),
     Column("loss", lambda row: row.loss, "Share of the output's variance, on images held out.", "{:.2%}".format),
-    Column("felt", lambda row: row.felt, FELT, "{:.2%}".format),
-    words("better", lambda row: row.better or "-", BETTER),
+    Column("felt", lambda row: row.felt, FELT, "{:.2%}".format, drop=1),
+    words("better", lambda row: row.better or "-", BETTER, drop=2),
 ]
 CURVE: list[Column[CurvePoint]] = [
     Column("cost", lambda point: point.cost, "Share of the original's.", SHARE),

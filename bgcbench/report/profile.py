@@ -64,13 +64,12 @@ def _tables(document: Document, every: Rows, title: list[str]) -> list[Table]:
     layers = [row for row in every if row.params.layer is not None]
     reference, phases, network = reference_of(rows), measured_phases(rows), _is_network(document, rows)
     sections = {}
+    if network and (best := [line for phase in phases if (line := _best(rows, reference, phase))]):
+        sections["Best"] = best
     for phase in phases if network else phases[-1:]:
         verdicts = [_verdict(row, reference, phase, rows) for row in rows if row is not reference]
         sections[f"Verdict ({PHASE_TITLES[phase]})"] = verdicts
-    if network:
-        best = [line for phase in phases if (line := _best(rows, reference, phase))]
-        sections |= {"Best": best} if best else {}
-    elif phases:
+    if phases and not network:
         lines = [line for row in rows if (line := _versus_gc(row, rows, phases[-1]))]
         sections |= {f"BGC versus GC ({PHASE_TITLES[phases[-1]]})": lines} if lines else {}
     columns = profile_columns("network" if network else "variant", rows, phases, reference)

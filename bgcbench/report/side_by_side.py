@@ -14,6 +14,7 @@ from bgcbench.results.aggregate import Cell, Start, variant_place
 from bgcbench.results.rows import ProfileRow
 from bgcbench.specs import PHASE_TITLES, PLAN
 
+MANY = 2  # variants, beyond which a terminal may have no room for their times
 ALIKE = 0.01  # up to this share of a difference, two numbers of parameters are equal
 GROUPS = "Groups, or the rank (r=) of LR; plan: as --plan has it, which is the same in all columns."
 TIME = "Median time of a batch, forward and backward where both were measured."
@@ -45,8 +46,10 @@ def comparison_table(title: Sequence[str], rows: Rows, reference: ProfileRow | N
     unit, form = time_form(rows, phase)
     columns: list[Column[Line]] = [label("N", lambda line: line.name, GROUPS, name="N, by N")]
     for name in names:
-        columns += _variant_columns(name, rows, reference, phase, f"{name} {unit}", form)
-    return Table([*title, f"{PHASE_TITLES[phase]}, by N:"], columns, shown)
+        # Where the time of several may have to go, the speed-up says whose it is.
+        titles = f"{name} {unit}", f"{name} speed-up" if len(names) > MANY else "speed-up"
+        columns += _variant_columns(name, rows, reference, phase, titles, form)
+    return Table(title, columns, shown, caption=f"{PHASE_TITLES[phase]}, by N:")
 
 
 def _line(groups: int, rank: int | None) -> str:
@@ -54,7 +57,7 @@ def _line(groups: int, rank: int | None) -> str:
 
 
 def _variant_columns(
-    name: str, rows: Rows, reference: ProfileRow | None, phase: str, title: str, form: Callable[[Any], str]
+    name: str, rows: Rows, reference: ProfileRow | None, phase: str, titles: tuple[str, str], form: Callable[[Any], str]
 ) -> Iterator[Column[Line]]:
     def of(line: Line) -> ProfileRow | None:
         return line.at.get(name)
@@ -81,8 +84,9 @@ def _variant_columns(
         found = peak(row) if row else None
         return None if found is None else found / MIB
 
-    yield Column(title, time, TIME, form, name="time, by N", drop=1)
-    yield Column("speed-up", faster, SPEED_UP + FASTER, name="speed-up, by N")
+    drop = int(titles[1] != "speed-up")
+    yield Column(titles[0], time, TIME, form, name="time, by N", drop=drop, bar=time)
+    yield Column(titles[1], faster, SPEED_UP + FASTER, name="speed-up, by N")
     yield Column("params", params, PARAMS, scaled, name="params, by N", drop=2)
     yield Column("MiB", memory, PEAK, significant, name="MiB", drop=3)
 
@@ -116,7 +120,9 @@ ERROR = "Test error in percent, mean ± standard deviation over the seeds."
 INIT, REBN = "The weights that a conversion starts from.", "Whether batch norm's statistics were estimated again."
 
 
-def errors_table(title: Sequence[str], cells: Sequence[Cell], errors: Callable[[Cell], str | None]) -> Table | None:
+def errors_table(
+    title: Sequence[str], caption: str, cells: Sequence[Cell], errors: Callable[[Cell], str | None]
+) -> Table | None:
     """The test errors of trainings or conversions: a row for each N and start, the variants side by side.
 
     None where there are fewer than two errors, which a table would not compare.
@@ -144,7 +150,7 @@ def errors_table(title: Sequence[str], cells: Sequence[Cell], errors: Callable[[
             label("rebn", lambda line: line.start and ("no", "yes")[line.start.rebn], REBN, name="rebn, by N")
         )
     columns += [_errors_column(variant, errors) for variant in variants]
-    return Table(title, columns, shown)
+    return Table(title, columns, shown, caption=caption)
 
 
 def _rebn(line: ErrorLine) -> str | None:

@@ -10,7 +10,7 @@ import functools
 import io
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Generic, TypeVar
 
@@ -24,6 +24,7 @@ from bgcbench.results.rows import Data, Row
 from bgcbench.specs import PLAN
 
 LATER = ("rank", "limit_relative_error", "modules")  # fields of records that a CSV file has where some row does
+BAR, EIGHTHS = 8, " ▏▎▍▌▋▊▉"  # cells of a bar on a terminal, and what ends it
 NOTES = 5  # lines under a report; show --explain prints all notes
 EXPLAIN = "what the columns mean: bgcbench show FILE --explain"
 R = TypeVar("R")
@@ -36,7 +37,8 @@ class Column(Generic[R]):
     name: under which it is explained, where the title also says a phase, a unit or an N. right: aligned to the right.
     lead: repeated in front of every part of a table that is split because the terminal is narrow. optional: left out
     where no row has a value. drop: left out, those with the highest number first, before a table is split. brief: the
-    form of a value on a terminal, where that is another one.
+    form of a value on a terminal, where that is another one. bar: a row's value as a share of the largest, which a
+    terminal with room draws.
     """
 
     title: str
@@ -49,6 +51,7 @@ class Column(Generic[R]):
     optional: bool = False
     drop: int = 0
     brief: Callable[[Any], str] | None = None
+    bar: Callable[[R], float | None] | None = None
 
     def cell(self, row: R) -> str:
         value = self.value(row)
@@ -84,13 +87,22 @@ def group_columns(of: Callable[[R], Any]) -> list[Column[R]]:
 
 @dataclass(frozen=True)
 class Table:
-    """A title, columns over rows, and lines under them by heading. full: a terminal shows it with --wide only."""
+    """A title, columns over rows, and lines under them by heading.
+
+    caption: of the table alone, where the title is that of a whole report. full: a terminal shows it with --wide only.
+    """
 
     title: Sequence[str]
     declared: Sequence[Column[Any]]
     rows: Sequence[Any]
     sections: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    caption: str = ""
     full: bool = False
+
+    @property
+    def lines(self) -> list[str]:
+        """What stands above the table."""
+        return [*self.title, *([self.caption] if self.caption else [])]
 
     @functools.cached_property
     def columns(self) -> list[Column[Any]]:
@@ -191,7 +203,7 @@ def as_markdown(report: Report) -> str:
 
     lines: list[str] = []
     for table in report.tables:
-        lines += [*([""] if lines else []), *(_escaped_line(text).replace("|", "\\|") for text in table.title), ""]
+        lines += [*([""] if lines else []), *(_escaped_line(text).replace("|", "\\|") for text in table.lines), ""]
         lines.append(line(_escaped(column.title) for column in table.columns))
         lines.append(line("---:" if column.right else "---" for column in table.columns))
         lines += [line(map(_escaped, texts)) for texts in zip(*table.cells, strict=True)]
@@ -238,48 +250,86 @@ def _csv_cell(value: Any) -> Any:
 # ------------------------------------------------------------------------------------------------------------ terminal
 
 
-def as_rich(report: Report, width: int, *, wide: bool = False) -> RenderableType:
+def as_rich(
+    report: Report, width: int, *, wide: bool = False, answer_first: bool = False, bars: bool = True
+) -> RenderableType:
     """Rich tables that fit ``width``: columns that find no room go into a further table below, led by the same rows.
 
     Without ``wide``, full tables are not shown, and columns that may be dropped are, with a line that names them.
+    answer_first: what follows from the tables, and the notes, stand before them. bars: where cells have room for them.
     """
-
-    def text(content: str, style: str = "") -> Text:
-        return Text(printable(content), style=style)
-
-    def section(heading: str, entries: Sequence[str]) -> list[RenderableType]:
-        parts: list[RenderableType] = [Text(""), text(heading, "bold")]
-        for entry in entries:
-            item = RichTable.grid(padding=(0, 1, 0, 0))
-            item.add_row(Text("-"), text(entry))
-            parts.append(item)
-        return parts
-
-    parts: list[RenderableType] = []
-    for whole in [table for table in report.tables if wide or not table.full]:
-        table, dropped = (whole, []) if wide else fitted(_brief(whole), width)
-        parts += [*([Text("")] if parts else []), *map(text, table.title)]
-        for chosen in split_columns(table, width):
-            drawn = RichTable(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-            for number in chosen:
-                column = table.columns[number]
-                drawn.add_column(text(column.title), justify="right" if column.right else "left", overflow="fold")
-            for texts in zip(*(table.cells[number] for number in chosen), strict=True):
-                drawn.add_row(*map(text, texts))
-            parts += [Text(""), drawn]
-        if dropped:
-            parts += [text(f"without {', '.join(dropped)}, for which there is no room; all columns: --wide", "dim")]
-        for heading, entries in table.sections.items():
-            parts += section(heading, entries)
+    shown = [table for table in report.tables if wide or not table.full]
+    title, notes = list(map(_text, shown[0].title)), _section("Notes", report.shown_notes)
+    parts: list[RenderableType] = [*title] if answer_first else []
+    for number, table in enumerate(shown if answer_first else []):
+        parts += [Text(""), *map(_text, table.title)] if number and table.title and table.sections else []
+        parts += [part for entries in table.sections.items() for part in _section(*entries)]
+    parts += notes if answer_first else []
+    for number, whole in enumerate(shown):
+        above = whole.lines[len(title) :] if answer_first and not number else whole.lines
+        parts += [*([Text("")] if parts else []), *map(_text, above), *_tables(whole, width, wide=wide, bars=bars)]
+        if not answer_first:
+            parts += [part for entries in whole.sections.items() for part in _section(*entries)]
     if not wide and any(table.full for table in report.tables):
-        parts += [Text(""), text("all columns: bgcbench show FILE --wide, or --format csv", "dim")]
-    parts += section("Notes", report.shown_notes) if report.shown_notes else []
-    return Group(*parts)
+        parts += [Text(""), _text("all columns: bgcbench show FILE --wide, or --format csv", "dim")]
+    return Group(*parts, *([] if answer_first else notes))
+
+
+def _text(content: str, style: str = "") -> Text:
+    return Text(printable(content), style=style)
+
+
+def _section(heading: str, entries: Sequence[str]) -> list[RenderableType]:
+    """A heading over a list, or nothing where that is empty."""
+    parts: list[RenderableType] = [Text(""), _text(heading, "bold")] if entries else []
+    for entry in entries:
+        item = RichTable.grid(padding=(0, 1, 0, 0))
+        item.add_row(Text("-"), _text(entry))
+        parts.append(item)
+    return parts
+
+
+def _tables(whole: Table, width: int, *, wide: bool, bars: bool) -> Iterator[RenderableType]:
+    """A table in parts that fit ``width``, and a line on the columns that are left out."""
+    table, dropped = (whole, []) if wide else fitted(_brief(whole), width)
+    barred = with_bars(table)
+    if bars and not dropped and sum(barred.widths) - 2 <= width:
+        table = barred
+    for chosen in split_columns(table, width):
+        drawn = RichTable(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+        for number in chosen:
+            column = table.columns[number]
+            drawn.add_column(_text(column.title), justify="right" if column.right else "left", overflow="fold")
+        for texts in zip(*(table.cells[number] for number in chosen), strict=True):
+            drawn.add_row(*map(_text, texts))
+        yield from (Text(""), drawn)
+    if dropped:
+        yield _text(f"without {', '.join(dropped)}, for which there is no room; all columns: --wide", "dim")
 
 
 def _brief(table: Table) -> Table:
     declared = [replace(each, form=each.brief) if each.brief else each for each in table.declared]
     return replace(table, declared=declared)
+
+
+def with_bars(table: Table) -> Table:
+    """``table`` with a bar behind each value that has one, all on one scale; the same where no column has any."""
+    drawn = [(column, column.bar) for column in table.columns if column.bar]
+    longest = max((value for _, bar in drawn for row in table.rows if (value := bar(row))), default=0.0)
+    if not longest:
+        return table
+
+    def barred(column: Column[Any], bar: Callable[[Any], float | None]) -> Column[Any]:
+        width = max(len(text) for text in (column.title, *map(column.cell, table.rows)))
+
+        def cell(row: Any) -> str:
+            eighths = round(8 * BAR * (bar(row) or 0.0) / longest)
+            return f"{column.cell(row):>{width}} {'█' * (eighths // 8)}{EIGHTHS[eighths % 8]}".rstrip()
+
+        return replace(column, title=f"{column.title:>{width}}", value=cell, form=str, right=False)
+
+    made = {id(column): barred(column, bar) for column, bar in drawn}
+    return replace(table, declared=[made.get(id(column), column) for column in table.declared])
 
 
 def fitted(table: Table, width: int) -> tuple[Table, list[str]]:
@@ -311,16 +361,25 @@ def split_columns(table: Table, width: int) -> list[list[int]]:
     return parts or [lead]
 
 
-def emit(report: Report, form: str, console: Console, document: Document | None = None, *, wide: bool = False) -> None:
+def emit(
+    report: Report,
+    form: str,
+    console: Console,
+    document: Document | None = None,
+    *,
+    wide: bool = False,
+    answer_first: bool = False,
+) -> None:
     """Print ``report`` on ``console`` in ``form``; 'auto' is a table on a terminal and Markdown elsewhere.
 
-    wide: whether a table shows every column.
+    wide, answer_first: see :func:`as_rich`.
     """
     if form == "auto":
         form = "table" if console.is_terminal else "markdown"
     if form == "table":
         with console.capture() as captured:  # rich would end the process where the reader of a pipe has gone
-            console.print(as_rich(report, console.width, wide=wide))
+            bars = console.encoding.startswith("utf")
+            console.print(as_rich(report, console.width, wide=wide, answer_first=answer_first, bars=bars))
         text = captured.get()
     elif form == "json":
         text = dumps(document) if document is not None else json.dumps(report.records, indent=1) + "\n"

@@ -71,9 +71,7 @@ def train_report(document: Document) -> Report:
     sections = {"What this shows": [_sentence(*each, image_points(rows)) for each in compared]} if compared else {}
     trained = standard.errors if standard else {}
     columns, title = train_columns(document, trained), title_lines(document)
-    by_n = errors_table(
-        [*title, "test error % after the last epoch, by N:"], cells, lambda cell: spread_text(cell.errors)
-    )
+    by_n = errors_table(title, "test error % after the last epoch, by N:", cells, lambda cell: spread_text(cell.errors))
     tables = with_all_columns([by_n] if by_n else [], title, columns, cells, sections)
     noted = notes(document, _facts(document, cells, compared), endings(cells), QUICK)
     return Report(tables, noted, [_record(row, trained) for row in rows])

@@ -45,11 +45,7 @@ def transfer_report(document: Document) -> Report:
     first = [
         table
         for number, moment in enumerate(run.moments)
-        if (
-            table := errors_table(
-                [*([] if number else title), BY_N[moment]], run.cells, partial(_errors, moment=moment)
-            )
-        )
+        if (table := errors_table([] if number else title, BY_N[moment], run.cells, partial(_errors, moment=moment)))
     ]
     columns = transfer_columns(run, planned_seeds(document))
     tables = training.with_all_columns(first, title, columns, run.cells, {})
@@ -125,10 +121,12 @@ def _start_columns(run: Conversions, cell_of: Callable[[Any], Cell]) -> list[Col
 
 
 def _speed_up_columns(run: Conversions, value: Callable[[Any, str], str | None]) -> list[Column[Any]]:
-    return [
-        Column(f"speed-up {PHASE_TITLES[phase]}", partial(value, phase=phase), SPEED_UP, name="speed-up")  # type: ignore[call-arg]
-        for phase in run.phases
-    ]
+    def column(phase: str, drop: int) -> Column[Any]:
+        return Column(
+            f"speed-up {PHASE_TITLES[phase]}", lambda of: value(of, phase), SPEED_UP, name="speed-up", drop=drop
+        )
+
+    return [column(phase, drop=6 if number else 1) for number, phase in enumerate(run.phases)]
 
 
 def _to_dense(measured: Ratio | None) -> Comparison | None:
@@ -200,15 +198,24 @@ def pair_columns(run: Conversions) -> list[Column[Pair[Cell]]]:
         label("versus", lambda pair: training.cell_name(pair[1]), VERSUS),
         *_start_columns(run, lambda pair: pair[0]),
         Column(
-            "params", lambda pair: ratio_of(pair[0].params, pair[1].params), COSTS, "{:.2f}x".format, "params, pair"
+            "params",
+            lambda pair: ratio_of(pair[0].params, pair[1].params),
+            COSTS,
+            "{:.2f}x".format,
+            "params, pair",
+            drop=4,
         ),
-        Column("MACs", lambda pair: ratio_of(pair[0].macs, pair[1].macs), COSTS, "{:.2f}x".format, "MACs, pair"),
+        Column(
+            "MACs", lambda pair: ratio_of(pair[0].macs, pair[1].macs), COSTS, "{:.2f}x".format, "MACs, pair", drop=5
+        ),
     ]
     for moment, title in TITLES.items():
+        before = int(moment != run.moments[-1])
         columns += [
-            Column(f"{title} points", partial(points, moment=moment), POINTS, name="points", optional=True),
-            words(f"{title} lower", partial(lower, moment=moment), LOWER, name="lower", optional=True),
-        ]
+            Column(f"{title} points", partial(points, moment=moment), POINTS, name="points", optional=True,
+                   drop=3 * before),
+            words(f"{title} lower", partial(lower, moment=moment), LOWER, name="lower", optional=True, drop=2 * before),
+        ]  # fmt: skip
     return columns + _speed_up_columns(run, faster)
 
 
