@@ -33,11 +33,12 @@ def divisors(value: int) -> list[int]:
 
 
 def indivisible(in_channels: int, out_channels: int, groups: int, _kernel_positions: int = 1) -> str | None:
-    """Why ``groups`` cannot split these channels evenly, with the divisors that would do; None if it can."""
+    """Why ``groups`` cannot split these channels evenly, with all that can; None if it does."""
     for what, channels in (("in_channels", in_channels), ("out_channels", out_channels)):
         if channels % groups:
-            allowed = ", ".join(map(str, divisors(channels)))
-            return f"{what}={channels} is not divisible by groups={groups}; its divisors are {allowed}"
+            common = ", ".join(map(str, divisors(math.gcd(in_channels, out_channels))))
+            shape = f"{in_channels} -> {out_channels} channels"
+            return f"{what}={channels} is not divisible by groups={groups}; groups that divide {shape}: {common}"
     return None
 
 
@@ -572,6 +573,22 @@ class Choice:
         """N, also where the rank is given."""
         shape = in_channels, out_channels, kernel_positions
         return self.groups if self.rank is None else reduction_by(self.rank, *shape)
+
+    def fitting(self, shapes: Iterable[tuple[int, int, int]]) -> str:
+        """In words, which N, or ranks in the place of a rank, fit convolutions of all these shapes (n, m, K)."""
+        every = set(shapes)
+        most = min(min(m, positions * n) for n, m, positions in every)
+        others = (
+            (replace(self, groups=number) for number in range(2, most + 1))
+            if self.rank is None
+            else (replace(self, rank=number) for number in range(1, most + 1))
+        )
+        fits = [each.rank or each.groups for each in others if not any(each.unfit(*shape) for shape in every)]
+        name = "N" if self.rank is None else "rank"
+        if not fits:
+            return f"no other {name} fits all of them"
+        in_a_row = len(fits) > 2 and fits[-1] - fits[0] == len(fits) - 1
+        return f"{name} that fits all: " + (f"{fits[0]} to {fits[-1]}" if in_a_row else ", ".join(map(str, fits)))
 
     def unfit(self, in_channels: int, out_channels: int, kernel_positions: int) -> str | None:
         """Why a convolution of that shape cannot become this; None if it can."""

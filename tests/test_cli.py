@@ -98,7 +98,10 @@ class TestUsage:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            (["profile", "--groups", "3"], "in_channels=1024 is not divisible by groups=3; its divisors are 1, 2, 4"),
+            (
+                ["profile", "--groups", "3"],
+                "in_channels=1024 is not divisible by groups=3; groups that divide 1024 -> 1024 channels: 1, 2, 4",
+            ),
             (["profile", "--groups", "2,x"], "--groups 2,x must be whole numbers separated by commas"),
             (["profile", "--groups", "0"], "groups=0 must be a whole number of at least 1"),
             (["profile", "--groups", "-2"], "groups=-2"),

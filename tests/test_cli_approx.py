@@ -69,7 +69,10 @@ class TestUsage:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            (["--groups", "3"], "in_channels=256 is not divisible by groups=3; its divisors are 1, 2, 4"),
+            (
+                ["--groups", "3"],
+                "in_channels=256 is not divisible by groups=3; groups that divide 256 -> 256 channels: 1, 2, 4",
+            ),
             (["--groups", "x"], "--groups x must be whole numbers"),
             (["--variants", "bcg"], "did you mean 'bgc'?"),
             (["--input", "gauss"], "unknown input 'gauss': choose from normal, uniform, normal:MU, relu, factor:RHO"),

@@ -96,6 +96,7 @@ class TestPlan:
         with pytest.raises(ShapeError, match="groups=16 does not divide the channels of 8 convolutions") as refused:
             plan_network(replace(config, groups=(16,)))
         assert str(refused.value).count(" -> ") == 8  # once, not for each variant
+        assert "N that fits all: 2, 4, 8; " in str(refused.value)
         assert "use --skip-invalid" in str(refused.value)
         planned = plan_network(replace(config, skip_invalid=True, variants=("bgc",)))
         dense = {

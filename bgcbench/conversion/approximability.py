@@ -363,10 +363,11 @@ class Evaluator:
 
 
 def misfits(layers: Sequence[Replaced], choices: Sequence[Choice]) -> list[str]:
-    """A sentence for each N or rank that does not fit some of the layers, naming them."""
+    """A sentence for each N or rank that does not fit some of the layers, naming them and what would fit all."""
     offenders: dict[str, list[str]] = {}
     for choice, layer in itertools.product(choices, layers):
         if choice.unfit(*shape_of(layer)):
             name = f"{layer.name} ({layer.in_channels} -> {layer.out_channels})"
             offenders.setdefault(choice.misfit, []).append(name)
-    return [f"{misfit} {', '.join(dict.fromkeys(names))}" for misfit, names in offenders.items()]
+    fitting = {choice.misfit: choice.fitting(map(shape_of, layers)) for choice in choices if choice.misfit in offenders}
+    return [f"{misfit} {', '.join(dict.fromkeys(names))}; {fitting[misfit]}" for misfit, names in offenders.items()]

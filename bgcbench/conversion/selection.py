@@ -46,13 +46,11 @@ class Reason:
 
 
 class Indivisible(ShapeError):
-    """N does not divide the channels of some convolutions; ``fact`` names them without the way out."""
+    """N does not divide the channels of some convolutions; ``fact`` names them, and each N that would do."""
 
     def __init__(self, fact: str) -> None:
         self.fact = fact
-        super().__init__(
-            f"{fact}; keep them dense with on_indivisible='skip' (--skip-invalid), or use 'gcd', or fewer groups"
-        )
+        super().__init__(f"{fact}; keep them dense with on_indivisible='skip' (--skip-invalid), or use 'gcd'")
 
 
 @dataclass
@@ -352,13 +350,14 @@ def choose(convs: Iterable[Conv], choice: Choice, on_indivisible: str) -> None:
     if choice.is_dense:
         for conv in convs:
             conv.reason = conv.reason or Reason("standard", "N = 1 is the standard convolution")
-    offenders, said = [], choice.misfit
+    offenders, shapes, said = [], [], choice.misfit
     for conv in convs:
         if conv.reason is not None:
             continue
         n, m = channels(conv.module)
         conv.choice = choice
-        if choice.unfit(n, m, positions_of(conv.module)) is None:
+        shapes.append((n, m, positions_of(conv.module)))
+        if choice.unfit(*shapes[-1]) is None:
             continue
         if on_indivisible == "gcd" and choice.rank is None:
             conv.choice = replace(choice, groups=math.gcd(choice.groups, n, m))
@@ -368,7 +367,7 @@ def choose(convs: Iterable[Conv], choice: Choice, on_indivisible: str) -> None:
             conv.reason = Reason("indivisible", f"{said.replace('groups', 'N')} {n} -> {m} channels")
     if offenders:
         count = f"{len(offenders)} convolutions" if len(offenders) > 1 else "a convolution"
-        raise Indivisible(f"{said} the channels of {count}: {', '.join(offenders)}")
+        raise Indivisible(f"{said} the channels of {count}: {', '.join(offenders)}; {choice.fitting(shapes)}")
 
 
 def follow(

@@ -62,7 +62,7 @@ def converted_network(config: ConversionConfig) -> tuple[bytes, Conversion]:
             seed=config.seed,
         )
     except Indivisible as problem:
-        raise ShapeError(f"{problem.fact}; use another --groups, or keep them dense with --skip-invalid") from None
+        raise ShapeError(f"{problem.fact}; keep them dense with --skip-invalid") from None
     after = converted.model.eval()
     file = io.BytesIO()
     save_converted(converted, file)

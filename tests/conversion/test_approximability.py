@@ -237,9 +237,11 @@ def test_an_n_that_does_not_fit_a_layer_says_so_there_and_nowhere_else(net: Net)
     assert all(error.calibrated is None for error in found)
     layers = candidates(net, example_input=(3, 8, 8)).chosen
     choices = [Choice("gc", 2), Choice("gc", 32), Choice("lowrank", 32), Choice("lowrank", rank=17)]
+    # 16 -> 16 channels, 3x3: r = 9 16 16 / (N (9 16 + 16)) = 14.4 / N
     assert misfits(layers[:1], choices) == [
-        f"{what} first (16 -> 16)"
-        for what in ("groups=32 does not divide", "groups=32 leaves no rank for", "rank=17 is too high for")
+        "groups=32 does not divide first (16 -> 16); N that fits all: 2, 4, 8, 16",
+        "groups=32 leaves no rank for first (16 -> 16); N that fits all: 2 to 14",
+        "rank=17 is too high for first (16 -> 16); rank that fits all: 1 to 16",
     ]
 
 

@@ -381,8 +381,11 @@ class TestChoosing:
 
     def test_indivisible_channels_raise_are_skipped_or_take_the_gcd(self) -> None:
         model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.Conv2d(6, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 7, 3))
-        with pytest.raises(ShapeError, match=r"2 convolutions: 1 \(6 -> 8\), 3 \(8 -> 7\)"):
+        with pytest.raises(ShapeError, match=r"2 convolutions: 1 \(6 -> 8\), 3 \(8 -> 7\); no other N fits all"):
             convert(model, "gc", 4)
+        even = nn.Sequential(nn.Conv2d(3, 12, 3), nn.Conv2d(12, 24, 3), nn.Conv2d(24, 36, 3))
+        with pytest.raises(ShapeError, match=r"1 \(12 -> 24\), 2 \(24 -> 36\); N that fits all: 2, 3, 4, 6, 12; keep"):
+            convert(even, "gc", 8)
         skipped = convert(model, "gc", 4, on_indivisible="skip").record
         assert [layer.name for layer in skipped.layers] == ["2"]
         gcd = convert(model, "gc", 4, on_indivisible="gcd").record
