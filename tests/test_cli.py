@@ -392,6 +392,11 @@ class TestOtherCommands:
             assert main(["show", str(example), "--format", form]) == 0
             assert sign in capsys.readouterr().out
 
+    def test_show_leads_with_the_answer_on_a_terminal(self, example: Path, capsys) -> None:
+        assert main(["show", str(example), "--format", "table"]) == 0
+        out = capsys.readouterr().out
+        assert out.index("\nVerdict") < out.index("\nNotes") < out.index("\nN  GC ms")
+
     def test_show_table1_evaluates_the_papers_table(self, here: Path, capsys) -> None:
         assert main(["show", "--table1", "--channels", "1024", "--groups", "2,4"]) == 0
         out = capsys.readouterr().out

@@ -84,7 +84,7 @@ def test_one_row_worked_out_by_hand() -> None:
 def test_the_first_tables_have_the_errors_of_each_n_and_start_side_by_side() -> None:
     document = transfer_document(epochs=3, inits=("copy", "calibrated"))
     before, after = report_of(document).tables[:2]
-    assert [table.title[-1] for table in (before, after)] == [
+    assert [table.caption for table in (before, after)] == [
         "test error % before any training, by N:", "test error % after the last epoch, by N:"
     ]  # fmt: skip
     lines = list(zip(before.by_title["N"], before.by_title["init"], before.by_title["BGC"], strict=True))
