@@ -44,7 +44,9 @@ def profile_report(document: Document) -> Report:
     tables: list[Table] = []
     for mode, rows in (by_mode or {"": []}).items():
         title = [f"mode: {mode}"] if several else []
-        tables += _tables(document, rows, title if tables else [*_title(document, rows), *title])
+        made = _tables(document, rows, title if tables else [*_title(document, rows), *title])
+        tables += [replace(table, caption=f"{mode}, {table.caption}") if several and table.caption else table
+                   for table in made]  # fmt: skip
     if several:
         last = max(number for number, table in enumerate(tables) if not table.full)  # that a terminal shows
         tables[last] = replace(tables[last], sections={**tables[last].sections, **_modes_compared(by_mode)})

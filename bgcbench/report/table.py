@@ -267,7 +267,11 @@ def as_rich(
     parts += notes if answer_first else []
     for number, whole in enumerate(shown):
         above = whole.lines[len(title) :] if answer_first and not number else whole.lines
-        parts += [*([Text("")] if parts else []), *map(_text, above), *_tables(whole, width, wide=wide, bars=bars)]
+        parts += [
+            *([Text("")] if parts and above else []),
+            *map(_text, above),
+            *_tables(whole, width, wide=wide, bars=bars),
+        ]
         if not answer_first:
             parts += [part for entries in whole.sections.items() for part in _section(*entries)]
     if not wide and any(table.full for table in report.tables):

@@ -76,6 +76,15 @@ def test_a_panel_a_start_and_below_it_the_same_with_batch_norm_estimated_again()
     assert list(found(figure.axes[5], "_initial gc").get_ydata()) == pytest.approx([6.0, 1.0, 0.8])
 
 
+def test_of_more_than_six_starts_the_last_ones_have_panels_and_the_others_are_named() -> None:
+    starts = transfer_document(("bgc",), inits=("copy", "white", "calibrated", "scratch"), rebn=(False, True))
+    titles = [axes.get_title() for axes in figure_of(starts, "errors").axes]
+    assert titles == [
+        *("White", "Calibrated", "From scratch", "White + rebn", "Calibrated + rebn", "From scratch + rebn")
+    ]
+    assert "No room for copy + rebn, copy: see the table." in notes(starts, "errors")
+
+
 def test_where_a_panel_is_missing_the_one_above_it_has_the_name_of_the_axis() -> None:
     document = transfer_document(inits=("copy", "calibrated"), rebn=(False, True))
     document["results"] = [
