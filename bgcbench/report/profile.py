@@ -65,9 +65,9 @@ def _tables(document: Document, every: Rows, title: list[str]) -> list[Table]:
     rows = [row for row in every if row.params.layer is None]
     layers = [row for row in every if row.params.layer is not None]
     reference, phases, network = reference_of(rows), measured_phases(rows), _is_network(document, rows)
-    sections = {}
+    sections: dict[str, list[str]] = {}
     if network and (best := [line for phase in phases if (line := _best(rows, reference, phase))]):
-        sections["Best"] = best
+        sections |= {"Best": best}
     for phase in phases if network else phases[-1:]:
         verdicts = [_verdict(row, reference, phase, rows) for row in rows if row is not reference]
         sections[f"Verdict ({PHASE_TITLES[phase]})"] = verdicts
@@ -194,7 +194,7 @@ def profile_records(rows: Rows) -> list[dict[str, Any]]:
         # The width of a network's few kernels that are not square is in the file alone.
         about = row_record(row, row.params, without=("kernel_width",)) | flat(row.counts, Counts)
         about |= flat(row.approximability, White) | flat(row.memory, Memory)
-        about["modules"] = ", ".join(row.layer.names) if row.layer else None
+        about |= {"modules": ", ".join(row.layer.names) if row.layer else None}
         records += [
             about | _measured(row, references.get((row.params.layer, row.params.mode)), phase) for phase in row.phases
         ]
