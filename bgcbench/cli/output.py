@@ -38,7 +38,7 @@ class _PlainHelp(TyperGroup):
 
 
 class _Command(TyperCommand):
-    """A command whose --help has paragraphs, whatever the lines of the source, and switches without a type."""
+    """A command whose --help has whole paragraphs, switches without a type, and defaults as they are."""
 
     def __init__(self, name: str | None, *, help: str | None = None, **settings: Any) -> None:
         paragraphs = inspect.cleandoc(help or "").split("\n\n")
