@@ -28,7 +28,7 @@ def plan_document(**fields: Any) -> dict[str, Any]:
         row("proof", "proof-dense", subject="dense", **same, agreement=100.0, **compared),
         row("proof", "proof-plan", subject="plan", params_ratio=0.6, macs_ratio=0.6, time_ratio=0.71,
             time_ratio_ci95=[0.69, 0.73], agreement=95.0, **compared),
-        row("proof", "proof-gc", "gc", 2, subject="gc", params_ratio=0.5, macs_ratio=0.5, time_ratio=0.7,
+        row("proof", "proof-gc", subject="GC N=2", params_ratio=0.5, macs_ratio=0.5, time_ratio=0.7,
             agreement=84.0, **compared),
     ]  # fmt: skip
     plan = {"kind": "time", "asked": 0.7, "predicted": 0.7, "measured": 0.71, "loss": 0.02,

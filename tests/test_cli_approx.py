@@ -333,7 +333,7 @@ class TestNetwork:
                      "--ranks", "17,5,4", "--device", "cpu", "--out", "r.json"]  # fmt: skip
         assert main(arguments) == 2
         refused = (
-            "bgcbench: rank=17 is too high for stages.0.0.conv2 (16 -> 16); drop what does not fit, or use --skip-inv"
+            "bgcbench: rank=17 is too high for stages.0.0.conv2 (16 -> 16); rank that fits all: 1 to 16; drop what does"
         )
         assert refused in capsys.readouterr().err
         assert main([*arguments, "--skip-invalid"]) == 0

@@ -64,14 +64,14 @@ def curve(document: Document) -> Paint:
         )
         axes.plot([point.cost for point in points], [point.loss for point in points], label="_curve", **CURVE)
         for row in shown:
-            look = PLANNED if row.params.subject == "plan" else look_of(_variant(row))
+            look = PLANNED if row.params.subject == "plan" else look_of(variant_of(row))
             axes.plot([at[row.key]], [row.logit_error or 0.0], label=f"_{row.key}", **{**look, "linestyle": "none"})
         axes.set_yscale("log")
         losses = [point.loss for point in points] + [row.logit_error or 0.0 for row in shown]
         log_ticks(axes.yaxis, losses, lambda value: f"{value:g}")
         looks = {"best plans": CURVE, "plan": {**PLANNED, "linestyle": "none"}}
         looks |= {
-            label_of(_variant(row), row.params.groups, row.params.rank): look_of(_variant(row), linestyle="none")
+            row.params.subject or "": look_of(variant_of(row), linestyle="none")
             for row in shown
             if row.params.subject != "plan"
         }
@@ -104,7 +104,7 @@ def cost(document: Document) -> Paint:
         axes.set_xlim(-0.7, len(names) - 0.3)
         looks: dict[str, Look] = {"before": {"color": BEFORE, "linewidth": 7.0, **ENDS}}
         for row in chosen:
-            variant = _variant(row)
+            variant = variant_of(row)
             label = "stays" if variant == "standard" else label_of(variant)
             looks[label] = {"color": _colour(row), "linewidth": 4.0, **ENDS}
         legend(panel, looks, [order])
@@ -122,13 +122,13 @@ def _rows(document: Document, stage: str) -> list[PlanRow]:
     return [row for row in document.results if row.params.stage == stage and row.status == "ok"]
 
 
-def _variant(row: PlanRow) -> str:
+def variant_of(row: PlanRow) -> str:
     """Of a layer what it becomes, of a network what all of its layers are."""
     return row.params.variant if row.params.stage != "proof" else row.key.removeprefix("proof-")
 
 
 def _colour(row: PlanRow) -> str:
-    variant = _variant(row)
+    variant = variant_of(row)
     return GREY if variant == "standard" else VARIANTS[variant].look[0]
 
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from matplotlib.figure import SubFigure
 
 from bgcbench.plots import style
+from bgcbench.plots.plan import variant_of
 from bgcbench.results.aggregate import Conversions, Spread, spread_of, variant_place
 from bgcbench.results.document import Document
 from bgcbench.specs import PHASE_TITLES, PLAN
@@ -65,9 +66,8 @@ def of_plan(document: Document) -> style.Paint:
         shares = row.time_ratio, *(row.time_ratio_ci95 or 2 * (row.time_ratio,))
         saved, high, low = (100 * (1 - share) for share in shares)
         lost = 100 - measured if original is None else measured - original
-        variant = PLAN if row.params.subject == PLAN else row.params.variant
-        name = _name(variant, row.params.groups, row.params.rank)
-        points.append(Point(variant, name, saved, low, high, Spread(lost, None, 1)))
+        name = (row.params.subject or "").rpartition(" ")[2].removeprefix("N=")  # "GC N=4", "LR r=8", "plan"
+        points.append(Point(variant_of(row), name, saved, low, high, Spread(lost, None, 1)))
     about = f"{rows[0].params.model} on {rows[0].params.data}, images never planned on" if rows else ""
     return _picture(document, points, UNLIKE if original is None else LOST, about)
 
