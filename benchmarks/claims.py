@@ -22,7 +22,7 @@ import msgspec
 from benchmarks import files
 from benchmarks.bgc_forms import WIDE
 from benchmarks.kernels_cuda import is_wrong, micros
-from bgcbench.measure.statistics import Ratio, Series, ratio_of_medians
+from bgcbench.measure.statistics import Interval, Ratio, Series, ratio_of_medians
 from bgcbench.results.aggregate import (
     Cell,
     Conversions,
@@ -43,7 +43,8 @@ TRAINED, QUICKSTART = "train-wrn_10_2-digits-cpu.json", "train-quickstart-cpu.js
 TUNED, KERNELS, SOLVER = "bgc-forms-cpu.json", "kernels-cuda.json", "approx-solver.json"
 PIPELINE, CONVERT = "train-speed-cpu.json", "convert-resnet50-cpu.json"
 PHOTOGRAPHS = "transfer-efficientnet_lite0-cpu.json"
-PLANNED = "plan-wrn_16_4-digits-cpu.json"
+PLANNED, PLANNED_PHOTOGRAPHS = "plan-wrn_16_4-digits-cpu.json", "plan-efficientnet_lite0-cpu.json"
+TIMED_PLANS = "plan-mobilenet_v2-time-cpu.json", "plan-wrn_28_10-time-cpu.json"
 AGREE, TWICE = "agree-with-torch.json", "same-row-twice.json"
 TABLE4, ALGORITHMS = "table4-cpu-fp32-nchw.json", "table4-cpu-fp32-nchw-algorithms.json"
 EVERY, LAYERS = "network-resnet50-cpu-fp32-nchw-all.json", "network-resnet50-cpu-fp32-nchw-layers.json"
@@ -58,6 +59,7 @@ OWN: dict[str, type[files.File]] = {
     KERNELS: files.KernelFile,
     PHOTOGRAPHS: files.PhotographFile,
     PLANNED: files.PlannedFile,
+    PLANNED_PHOTOGRAPHS: files.PlannedPhotographFile,
 }
 # Files that a script made of several runs of the command line.
 SCRIPTS = {
@@ -561,7 +563,23 @@ def conversions() -> Table:
 
 def photographed() -> Table:
     """EfficientNet-lite0 on photographs: each way to keep half, or 0.7, of the pointwise convolutions' parameters."""
+    about = (
+        "EfficientNet-lite0 with ImageNet weights, its 31 pointwise convolutions replaced and calibrated, without "
+        "training; on crops of photographs that were not fitted, versus the original network."
+    )
+    return _photographed("On photographs", about, PHOTOGRAPHS, lambda row: row.how)
 
+
+def planned_photographed() -> Table:
+    """The same for plans, at more budgets."""
+    about = (
+        "The same network planned layer by layer (by predicted loss), the best choice for all layers, and low rank with"
+        " ranks under one budget; calibrated on 4 crops of each photograph, not 8 as above."
+    )
+    return _photographed("Planned, on photographs", about, PLANNED_PHOTOGRAPHS, lambda row: f"{row.label}, {row.init}")
+
+
+def _photographed(title: str, about: str, file: str, named: Callable[[Any], str]) -> Table:
     def said(what: str, form: str) -> Callable[[Any, int], Value]:
         return lambda content, at: Number(getattr(content.results[at].unseen, what), form)
 
@@ -572,13 +590,9 @@ def photographed() -> Table:
         "KL": said("kl", ".2f"),
         "logit error": said("logit_error", ".2f"),
     }
-    rows = enumerate(opened(ROOT, PHOTOGRAPHS).results)
-    named_rows = {(f"{row.budget:g}", row.how, str(row.seed)): at for at, row in rows}
-    about = (
-        "EfficientNet-lite0 with ImageNet weights, its 31 pointwise convolutions replaced and calibrated, without "
-        "training; on crops of photographs that were not fitted, versus the original network."
-    )
-    return Table("On photographs", about, ("budget", "as", "seed"), claims_of(PHOTOGRAPHS, named_rows, columns))
+    rows = enumerate(opened(ROOT, file).results)
+    named_rows = {(f"{row.budget:g}", named(row), str(row.seed)): at for at, row in rows}
+    return Table(title, about, ("budget", "as", "seed"), claims_of(file, named_rows, columns))
 
 
 def planned() -> Table:
@@ -609,6 +623,30 @@ def planned() -> Table:
         "original network. Means of 3 seeds, of errors with the standard deviation."
     )
     return Table("Planned layer by layer", about, ("params asked", "network"), claims_of(PLANNED, rows, columns))
+
+
+def planned_times() -> Table:
+    """Networks planned for a share of their time: what was asked, predicted and measured."""
+
+    def proved(content: Any, _: object) -> Value:
+        (plan,) = (row for row in content.results if row.params.stage == "proof" and row.params.subject == "plan")
+        return Ratio(plan.time_ratio, Interval(*plan.time_ratio_ci95), paired=True)
+
+    columns: Columns = {
+        "asked": lambda c, _: Number(c.plan.asked, ".2f"),
+        "predicted": lambda c, _: Number(c.plan.predicted, ".3f"),
+        "measured": proved,
+    }
+    claims = [
+        claim
+        for name in TIMED_PLANS
+        for claim in claims_of(name, {(opened(ROOT, name).results[0].params.model,): None}, columns)
+    ]
+    about = (
+        "Share of the network's time in inference, batch 4, 2 CPU threads; untrained weights, which serve for time. A "
+        "quick look (--quick)."
+    )
+    return Table("Planned for a time", about, ("network",), claims)
 
 
 def accuracy() -> Table:
@@ -779,7 +817,19 @@ TABLES: tuple[Callable[[], Table], ...] = (
         where_time_goes,
         training_speed,
     ),
-    *(kernels, slopes, lost_by_variant, lost_by_layers, trainings, conversions, photographed, planned, single_numbers),
+    *(
+        kernels,
+        slopes,
+        lost_by_variant,
+        lost_by_layers,
+        trainings,
+        conversions,
+        photographed,
+        planned,
+        planned_photographed,
+        planned_times,
+        single_numbers,
+    ),
 )
 MARKED: dict[str, Callable[[], Table]] = {  # tables of README.md and docs/deploy.md
     "speed": lambda: layer_speed((4, 16)),

@@ -218,6 +218,17 @@ class PhotographFile(File, kw_only=True):
     results: tuple[Photographed, ...]
 
 
+class PlannedPhotographed(Photographed, kw_only=True):
+    """label: what was converted to; init: how."""
+
+    label: str
+    init: str
+
+
+class PlannedPhotographFile(File, kw_only=True):
+    results: tuple[PlannedPhotographed, ...]
+
+
 # -------------------------------------------------------------------------------------------------------- plan_digits
 
 

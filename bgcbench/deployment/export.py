@@ -215,13 +215,18 @@ class Compared:
 def compared(network: nn.Module, run: Run, tried: list[tuple[Tensor, ...]]) -> Compared:
     """``run``, which runs a file, and ``network`` on the same inputs.
 
-    Raises UsageError for outputs that are not finite, BgcbenchError for others than the network has.
+    Raises UsageError for outputs that are not finite, BgcbenchError for others than the network has and for a file that
+    does not run.
     """
     error, rows = 0.0, dict[int, list[Tensor]]()
     for args in tried:
         with torch.no_grad():
             expected = [y.double() for y in tensors_of(network(*(arg.clone() for arg in args)))]
-        found = list(run(*args))
+        try:
+            found = list(run(*args))
+        except Exception as problem:  # whatever what runs it raises
+            first = " ".join(str(problem).split())[:160]
+            raise BgcbenchError(f"the file cannot be run on {len(args[0])} images ({first})") from problem
         if [y.shape for y in found] != [y.shape for y in expected]:
             raise BgcbenchError(
                 f"the file gives outputs of {[tuple(y.shape) for y in found]}, the network of "

@@ -86,8 +86,8 @@ PROOF: list[Column[PlanRow]] = [
 TRIALS: list[Column[PlanRow]] = [
     label("tried out", _subject, "The plan by what the network feels of each layer, by the layers' own losses, by its "
           "real losses, and the best choice of each variant for all layers."),
-    Column("params", lambda row: row.params_ratio, OF_ALL, SHARE),
-    Column("MACs", lambda row: row.macs_ratio, OF_ALL, SHARE),
+    Column("params", lambda row: row.params_ratio, OF_ALL, SHARE, name="params, network"),
+    Column("MACs", lambda row: row.macs_ratio, OF_ALL, SHARE, name="MACs, network"),
     Column("error of outputs", lambda row: row.logit_error, HELD_OUT, "{:.3g}".format),
 ]  # fmt: skip
 CHOICES: list[Column[PlanRow]] = [

@@ -170,6 +170,14 @@ def test_outputs_that_are_the_same_for_all_images_are_no_proof(tmp_path: Path) -
     assert "they hardly depend on the images" in str(written)
 
 
+def test_a_file_that_does_not_run_is_refused() -> None:
+    def broken(*_: Tensor) -> list[Tensor]:
+        raise RuntimeError("Got invalid dimensions")
+
+    with pytest.raises(BgcbenchError, match=r"the file cannot be run on 2 images \(Got invalid dimensions\)"):
+        exporting.compared(nn.Identity(), broken, [(torch.randn(2, 3),)])
+
+
 @pytest.mark.parametrize("to", WRITABLE)
 def test_what_cannot_be_followed_is_named(to: str, tmp_path: Path) -> None:
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Sequential(nn.ReLU(), Undecided()), nn.Conv2d(4, 4, 1))
