@@ -210,7 +210,9 @@ def test_in_a_browser_nothing_is_wider_than_the_page_and_keys_sort_a_table(width
         assert page.value("document.documentElement.scrollWidth") <= width
         assert page.value("Math.max(...[...document.body.querySelectorAll('h1, h2, p, li, dd, .scroll')]"
                           ".map((each) => each.getBoundingClientRect().right))") <= width  # fmt: skip
-        params = "[...document.querySelectorAll('#file-19 th')].findLast((each) => each.textContent === 'params')"
+        title = "[...document.querySelectorAll('h2')].find((h2) => h2.textContent.includes('fp32-nchw-algorithms'))"
+        file = f"document.querySelector(`[aria-labelledby=${{{title}.id}}]`)"
+        params = f"[...{file}.querySelectorAll('th')].findLast((each) => each.textContent === 'params')"
         column = (
             f"[...{params}.closest('table').tBodies[0].rows].map((row) => "
             f"Number(row.cells[{params}.cellIndex].dataset.sort))"
