@@ -44,6 +44,7 @@ TUNED, KERNELS, SOLVER = "bgc-forms-cpu.json", "kernels-cuda.json", "approx-solv
 PIPELINE, CONVERT = "train-speed-cpu.json", "convert-resnet50-cpu.json"
 PHOTOGRAPHS = "transfer-efficientnet_lite0-cpu.json"
 PLANNED, PLANNED_PHOTOGRAPHS = "plan-wrn_16_4-digits-cpu.json", "plan-efficientnet_lite0-cpu.json"
+RANKS = "plan-ranks-cpu.json"
 TIMED_PLANS = "plan-mobilenet_v2-time-cpu.json", "plan-wrn_28_10-time-cpu.json"
 AGREE, TWICE = "agree-with-torch.json", "same-row-twice.json"
 TABLE4, ALGORITHMS = "table4-cpu-fp32-nchw.json", "table4-cpu-fp32-nchw-algorithms.json"
@@ -59,6 +60,7 @@ OWN: dict[str, type[files.File]] = {
     KERNELS: files.KernelFile,
     PHOTOGRAPHS: files.PhotographFile,
     PLANNED: files.PlannedFile,
+    RANKS: files.RankFile,
     PLANNED_PHOTOGRAPHS: files.PlannedPhotographFile,
 }
 # Files that a script made of several runs of the command line.
@@ -767,6 +769,9 @@ SINGLE: tuple[tuple[str, str, Any, Callable[[Any, Any], Value]], ...] = (
     *((f"median loss of EfficientNet-lite0's pointwise layers as {cell}", PHOTOGRAPHS, cell,
        lambda c, cell: percent(c.medians[cell]))
       for cell in ("gc N=2", "bgc N=4", "tlgc N=2", "lowrank N=2", "gc N=4", "bgc N=8", "lowrank N=4")),
+    *((f"rank correlation of {what} with the KL of 30 random plans of wrn_16_4", RANKS, key,
+       lambda c, key: Number(next(iter(c.correlations.values()))[key], ".2f"))
+      for what, key in (("predicted loss", "felt kl"), ("the layers' losses", "plain kl"))),
     ("our solver versus one least-squares problem a convolution and group, times as fast", SOLVER, None,
      lambda c, _: Number(c.ratios.conventional, ".0f")),
     ("our solver versus one shared factorisation, times as fast", SOLVER, None,

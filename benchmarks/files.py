@@ -247,3 +247,12 @@ class PlannedNetwork(msgspec.Struct, frozen=True, kw_only=True):
 
 class PlannedFile(File):
     results: list[PlannedNetwork]
+
+
+# --------------------------------------------------------------------------------------------------------- plan_ranks
+
+
+class RankFile(File):
+    """correlations: by file of weights, of what was predicted ("felt", "plain") with what is real ("kl", ...)."""
+
+    correlations: dict[str, dict[str, float]]
