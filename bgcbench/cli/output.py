@@ -199,18 +199,11 @@ def print_document(
     emit(shown, form, None if explain else document, wide=wide, answer_first=answer_first and not explain)
 
 
-def emit(
-    report: Report,
-    form: str,
-    document: Document | None = None,
-    *,
-    wide: bool = False,
-    answer_first: bool = False,
-) -> None:
-    """Print a report on stdout; ``document`` is what JSON prints in its place (see bgcbench.report.table.as_rich)."""
+def emit(report: Report, form: str, document: Document | None = None, **shown: bool) -> None:
+    """Print a report on stdout; ``document`` is what JSON prints in its place. shown: as of bgcbench.report.emit."""
     from bgcbench.report import emit as emit_report
 
-    emit_report(report, form, stdout(report), document, wide=wide, answer_first=answer_first)
+    emit_report(report, form, stdout(report), document, **shown)
 
 
 def stdout(report: Report) -> Console:

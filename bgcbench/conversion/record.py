@@ -58,12 +58,14 @@ class Converted:
             macs = all(layer.height and layer.width for layer in layers)
             said = [f"parameters {before[0]:,} -> {after[0]:,}", f"MACs of an image {before[1]:,} -> {after[1]:,}"]
             lines.append(f"of these: {', '.join(said[: 1 + macs])}")
-        reasons: dict[str, list[str]] = {}
+        told: dict[str, list[str]] = {}
         for each in kept:
-            reasons.setdefault(each.reason, []).append(each.name)
-        for reason, names in reasons.items():
+            told.setdefault(f"kept, {each.reason}", []).append(each.name)
+        if (calibration := self.record.calibration) and calibration.refitted:
+            told["of the kept, solved anew"] = [layer.name for layer in calibration.refitted]
+        for what, names in told.items():
             more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-            lines.append(f"kept, {reason}: {', '.join(names[:NAMED])}{more}")
+            lines.append(f"{what}: {', '.join(names[:NAMED])}{more}")
         return "\n".join([*lines, *(f"note: {note}" for note in self.record.notes)])
 
     __repr__ = __str__

@@ -37,7 +37,6 @@ from bgcbench.experiments.profile_run import on_device
 from bgcbench.experiments.session import Session
 from bgcbench.experiments.transfer import room_to_save
 from bgcbench.measure import timing
-from bgcbench.measure.allocator import memory_state
 from bgcbench.measure.batches import Passing
 from bgcbench.measure.device import DTYPES, backend_state, describe_failure
 from bgcbench.measure.undisturbed import undisturbed
@@ -553,9 +552,8 @@ class PlanRun(Run[PlanRow]):
         makers = {name: partial(self._ready, network, example) for name, network in networks.items()}
         rules = timing.Rules.for_device(device.type, quick=self.config.quick, max_time_s=None)
         rules = dataclasses.replace(rules, min_rounds=max(rules.min_rounds, NETWORK_ROUNDS))
-        kept = memory_state("kept" if device.type == "cpu" else None)
         precise = backend_state(self.config.precision, self.config.threads)
-        with undisturbed(self.prepared.network.model), kept, precise, execution.state:
+        with undisturbed(self.prepared.network.model), precise, execution.state:
             measured = interleaved(makers, device, rules, seed=row_seed(self.config.seed, "proof"), stop=self.stop)
         found = measured.times
         self.warnings += [f"{name} could not be timed: {why}" for name, why in measured.failures.items()]

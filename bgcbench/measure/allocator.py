@@ -24,14 +24,14 @@ except ImportError:  # Windows
     resource = None  # type: ignore[assignment]
 
 FAULT_S = 1e-6  # what a page fault takes at least, roughly: the kernel clears 4 KiB
-# Of malloc.h; a threshold of -1 is the largest there is, and 0 arenas the default.
+# Of malloc.h; a threshold of -1 is the largest there is.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -3, -4, -8
 _STATES = {
-    "fresh": {_TRIM_THRESHOLD: 128 * 2**10, _MMAP_THRESHOLD: 128 * 2**10, _MMAP_MAX: 65536, _ARENA_MAX: 0},
-    # New threads share one heap: what one of them frees is there for the next.
+    "fresh": {_TRIM_THRESHOLD: 128 * 2**10, _MMAP_THRESHOLD: 128 * 2**10, _MMAP_MAX: 65536},
+    # New threads share one heap: what one of them frees is there for the next. glibc settles that once for a process.
     "kept": {_TRIM_THRESHOLD: -1, _MMAP_THRESHOLD: 128 * 2**10, _MMAP_MAX: 0, _ARENA_MAX: 1},
     # Where glibc's own adaptation ends, which mallopt switches off for good.
-    "adapted": {_TRIM_THRESHOLD: 64 * 2**20, _MMAP_THRESHOLD: 32 * 2**20, _MMAP_MAX: 65536, _ARENA_MAX: 0},
+    "adapted": {_TRIM_THRESHOLD: 64 * 2**20, _MMAP_THRESHOLD: 32 * 2**20, _MMAP_MAX: 65536},
 }
 _SET: list[str] = []  # the states that blocks have set, the innermost last
 
@@ -70,7 +70,7 @@ def set_memory(state: str) -> None:
 def memory_state(state: str | None) -> Iterator[None]:
     """Set ``state`` for the block, then the one before it, and give back what was kept. None leaves the current state.
 
-    Also what many passes of a network run in: 'kept' spares them most of the kernel's share, which may be half of all.
+    Also what many passes of a network run in: 'kept' spares them most page faults.
     """
     if state is None or _SET[-1:] == [state]:
         yield

@@ -305,8 +305,7 @@ def timed(
     layers = [options.layer for options in problem.layers]
     choices = {each.layer.name: [one.choice for one in each.options[1:]] for each in problem.layers}
     shared: dict[str, Any] = {"execution": execution, "seed": seed, "stop": stop}
-    kept = memory_state("kept" if device.type == "cpu" else None)
-    with undisturbed(model), kept, execution.state:
+    with undisturbed(model), execution.state:
         network = execution.own(model)
         run = partial(passing, network, example)
         found = dict(layer_times(network, layers, choices, run, device, rules, **shared))

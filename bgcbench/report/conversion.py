@@ -31,6 +31,8 @@ def conversion_report(done: Conversion) -> Report:
         f"{share_words(after.params / before.params)}",
         f"MACs an image: {scaled(after.macs)} instead of {scaled(before.macs)}",
     ]
+    if record.calibration and record.calibration.refitted:
+        summary.append(f"{len(record.calibration.refitted)} of those kept are solved anew ({record.init})")
     kept = together((layer.name, layer.reason) for layer in record.kept)
     notes = [*done.notes, *record.notes]
     sections = {"Summary": summary, **({"Kept": kept} if kept else {}), **({"Notes": notes} if notes else {})}

@@ -134,6 +134,8 @@ def test_refit_solves_what_stays_anew_where_something_before_it_was_replaced(no_
     assert found is not None
     assert (refit.record.replaced, [layer.name for layer in found.refitted]) == (("first",), ["second"])
     assert type(net.second) is nn.Conv2d
+    assert "of the kept, solved anew: second" in str(refit)
+    assert "solved anew" not in str(calibrated)
     assert torch.equal(net.stem.weight, model.stem.weight)
     wanted, got = (seen_by(each, "second", x)[1].transpose(0, 1).flatten(1) for each in (model, net))
     u = patches(seen_by(net, "second", x)[0], model.second)
