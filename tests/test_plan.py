@@ -169,6 +169,44 @@ def test_time_is_measured_and_a_budget_of_time_is_planned(tmp_path: Path) -> Non
     assert "gc" in document["plan"]["factors"]
 
 
+def which(row: dict[str, Any]) -> tuple[Any, ...]:
+    """The layer and the choice that a row is about."""
+    params = row["params"]
+    return (params["layer"], params["variant"], params["groups"], params.get("rank"))
+
+
+def test_a_plan_for_a_time_is_measured_once_and_chosen_again(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The losses of the finished run, with a layer's time as its parameters; its network saves 0.8 times as much."""
+    document = json.loads((folder / "p.json").read_text())
+    document["results"] = [row for row in document["results"] if row["params"]["stage"] in ("cost", "loss")]
+    for row in rows_of(document, "cost").values():
+        row["seconds"] = row["counts"]["params"] * 1e-6
+    document["config"] |= {"save": None, "params": None, "time": 0.6}
+    document["plan"] = {"kind": "time", "asked": 0.6}
+    document |= {"complete": False, "exit_reason": "interrupted"}
+    torn = tmp_path / "torn.json"
+    torn.write_text(json.dumps(document))
+    asked = []
+    monkeypatch.setattr(plan_run, "saved_by_its_network", lambda *given, **_: (asked.append(given[2]), (0.8, "so"))[1])
+    monkeypatch.setattr(plan_run.PlanRun, "_time", lambda self, networks: None)
+    for _ in range(2):  # where it was stopped before its proof, nothing is measured again
+        assert main(["plan", "--resume", str(torn), "--quiet"]) != 0
+    again = stored(torn)
+    assert asked == [0.6]
+    assert again["plan"]["scale"] == 0.8
+    assert "so" in again["warnings"]
+    alone = {which(row): row["seconds"] for row in rows_of(again, "cost").values()}
+    dense_s = chosen_s = 0.0
+    for row in rows_of(again, "choice").values():
+        own, dense = alone[which(row)], alone[row["params"]["layer"], "standard", 1, None]
+        assert row["seconds"] == pytest.approx(dense - 0.8 * (dense - own))
+        dense_s, chosen_s = dense_s + dense, chosen_s + row["seconds"]
+    assert chosen_s / dense_s == pytest.approx(again["plan"]["predicted"])
+    assert again["plan"]["predicted"] <= 0.6
+
+
 ONE_LAYER = [
     *RUN, "--quick", "--variants", "gc", "--groups", "2", "--where", "none", "--include", "stages.1.0.conv2", "--time",
     "1", "--quiet",

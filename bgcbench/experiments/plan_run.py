@@ -48,12 +48,16 @@ from bgcbench.planning.losses import SENSITIVITY_IMAGES
 from bgcbench.planning.plan import (
     DENSE,
     NETWORK_ROUNDS,
+    PLAN,
+    SCALING_ROUNDS,
+    SCALINGS,
     Seen,
     counted_problem,
     decided,
     held_outputs,
     layer_rules,
     losses_of,
+    saved_by_its_network,
     score,
     timed,
     tryout,
@@ -64,7 +68,7 @@ from bgcbench.results.rows import Counts, CurvePoint, PlanFacts, PlanParams, Pla
 from bgcbench.specs import HELD_OUT, REFIT, Choice
 
 PLAN_FILE, NETWORK_FILE = "plan.json", "network.pt"
-PLAN, DENSE_KEY = "plan", "proof-dense"  # of a proof, besides the variants
+DENSE_KEY = "proof-dense"
 READ = 64  # images that are read at a time
 QUICKLY = "left out by --quick"
 LOOK = 8  # images of a look at how fast the network is
@@ -278,6 +282,9 @@ class PlanRun(Run[PlanRow]):
             networks = 1 + (1 if config.quick and config.mode != "eager" else 2) * len(variants)
             seconds += layers * layer_rules(device.type, quick=config.quick).max_time_s
             seconds += networks * NETWORK_ROUNDS * call_s + self.execution.ready_s(layers, networks * there)
+        if config.budget[0] == "time" and self.facts.scale is None:
+            networks = 2 * SCALINGS.get(config.mode, 1)
+            seconds += networks * SCALING_ROUNDS * call_s + self.execution.ready_s(0, networks * there)
         compared = 3 if config.quick else 2 + len(variants)
         return seconds + compared * 10 * call_s + self.execution.ready_s(0, compared * there)
 
@@ -295,6 +302,9 @@ class PlanRun(Run[PlanRow]):
                 return
             self._check_time()
             yield from self._losses(model)
+            if self.stop():
+                return
+            yield from self._scale(model)
             if self.stop():
                 return
             yield from self._try_out(model)
@@ -390,7 +400,27 @@ class PlanRun(Run[PlanRow]):
                 Scored(choice, cost.counts.params, cost.counts.macs, *lost, cost.seconds)
             )
         layers = tuple(LayerOptions(layer, tuple(made[layer.name])) for layer in self.prepared.layers)
-        return Problem(layers, rest_s=self.facts.rest_s, factors=self.facts.factors)
+        found = Problem(layers, rest_s=self.facts.rest_s, factors=self.facts.factors)
+        return found if self.facts.scale is None else found.saving(self.facts.scale)
+
+    def _scale(self, model: nn.Module) -> Iterator[Step]:
+        """Measure the network of the best plan for a budget of time, and take layers to save what it saves."""
+        config, (kind, budget) = self.config, self.config.budget
+        if kind != "time" or budget == 1 or self.facts.scale is not None:
+            return
+        yield Step("measuring the plan's network")
+        try:
+            with backend_state(config.precision, config.threads):
+                scale, note = saved_by_its_network(
+                    self._as_timed(model), self.problem, budget, Passing(), self._example(), self.execution,
+                    most_variants=config.most_variants, quick=config.quick, seed=row_seed(config.seed, "scale"),
+                    stop=self.stop,
+                )  # fmt: skip
+        except Stopped:
+            return
+        self.warnings += filter(None, [note])
+        self.facts = replace(self.facts, scale=scale)
+        yield Step(f"it saves {scale:.3g} times what was predicted", save=True)
 
     def _try_out(self, model: nn.Module) -> Iterator[Step]:
         """Convert the network as each contender, and choose."""

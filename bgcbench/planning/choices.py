@@ -94,6 +94,16 @@ class Problem:
     def _chosen(self, choices: Mapping[str, Choice]) -> list[Scored]:
         return [each.of(choices[each.layer.name]) for each in self.layers]
 
+    def saving(self, scale: float) -> Problem:
+        """The same where all that is saved of the time is ``scale`` times as much."""
+        made = []
+        for each in self.layers:
+            dense = each.dense.cost("time")
+            seconds = (max(0.0, dense - scale * (dense - option.cost("time"))) for option in each.options)
+            own = (dataclasses.replace(option, seconds=s) for option, s in zip(each.options, seconds, strict=True))
+            made.append(LayerOptions(each.layer, tuple(own)))
+        return dataclasses.replace(self, layers=tuple(made))
+
     def rest(self, kind: str) -> float:
         """What it costs besides its convolutions."""
         return self.rest_s if kind == "time" else 0.0

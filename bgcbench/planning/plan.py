@@ -44,14 +44,18 @@ from bgcbench.planning.times import (
     in_network,
     layer_times,
     network_times,
+    scaling,
 )
 from bgcbench.results.rows import Record, Replaced
 from bgcbench.specs import REFIT, VARIANTS, Choice, check_choice, check_positive, cost_kind
 
 GROUPS_TRIED = (2, 4, 8, 16)
 DEFAULT_IMAGES = 256
-DENSE = "dense"  # among the names of networks
+DENSE, PLAN = "dense", "plan"  # among the names of networks
 NETWORK_ROUNDS = 8  # of whole networks that are timed, at least
+SCALINGS = {"eager": 2}  # see saved_by_its_network; once where a network takes minutes to be made ready
+SCALING_ROUNDS = 24
+CLOSE = 0.01  # of the network's time: nearer than that a prediction is as good as a measurement
 QUICKLY_SETTLED = 1e-2  # instead of calibration's: TLGC's losses are then known to some percent
 
 
@@ -120,6 +124,12 @@ def plan(
         problem = timed(model, problem, seen.passing, example, execution, quick=quick, seed=seed, stop=stop)
     choose(problem, kind, budget, most_variants=most_variants)  # refuses what cannot be met, whatever is lost
     problem = scored(model, problem, seen)
+    if kind == "time":
+        scale, note = saved_by_its_network(
+            model, problem, budget, seen.passing, example, execution, most_variants=most_variants, quick=quick,
+            seed=seed, stop=stop,
+        )  # fmt: skip
+        problem = dataclasses.replace(problem.saving(scale), notes=(*problem.notes, *filter(None, [note])))
     problem = dataclasses.replace(problem, notes=(*found.notes, *seen.passing.notes, *problem.notes))
     if stop():
         raise Stopped
@@ -324,7 +334,7 @@ def timed(
         }
         networks = {choice.label: each for choice, each in uniform.items()}
         # What layers save is scaled by these few, so they are measured with more care.
-        careful = dataclasses.replace(rules, min_rounds=max(rules.min_rounds, NETWORK_ROUNDS))
+        careful = _careful(rules, NETWORK_ROUNDS)
         measured = network_times(network, {DENSE: (), **networks}, passing, example, device, careful, **shared)
         whole = measured.times
     if stop():
@@ -349,6 +359,61 @@ def timed(
     notes = (*problem.notes, *left_out, *filter(None, [doubtful(dense_s, layers_s, factors)]))
     rest = max(0.0, dense_s - sum(options.dense.cost("time") for options in made))
     return dataclasses.replace(problem, layers=tuple(made), notes=notes, rest_s=rest, factors=factors, untimed=failures)
+
+
+def saved_by_its_network(
+    model: nn.Module,
+    problem: Problem,
+    budget: float,
+    passing: Passing,
+    example: Any,
+    execution: Execution = EAGER,
+    *,
+    most_variants: int | None = None,
+    quick: bool = False,
+    seed: int = 0,
+    stop: Callable[[], bool] = lambda: False,
+) -> tuple[float, str | None]:
+    """How many times what is predicted the network of the best plan for ``budget`` of the time saves, measured.
+
+    To be given to :meth:`Problem.saving`; and a note where no plan keeps to the budget then. Uniform networks do not
+    tell all of what a plan saves that mixes variants; so its own network is measured, and once more that of the plan
+    that follows. Raises Stopped.
+    """
+    device, scale = device_of(model), 1.0
+    rules = _careful(layer_rules(device.type, quick=quick), SCALING_ROUNDS)
+    for _ in range(SCALINGS.get(execution.mode, 1)):
+        scaled = problem.saving(scale)
+        choices = choose(scaled, "time", budget, most_variants=most_variants)
+        chosen = [(each.layer, choices[each.layer.name]) for each in problem.layers]
+        replaced = [as_choice(layer, choice, execution) for layer, choice in chosen if not choice.is_dense]
+        with undisturbed(model), execution.state:
+            network = execution.own(model)
+            found = network_times(
+                network, {DENSE: (), PLAN: replaced}, passing, example, device, rules, execution=execution, seed=seed,
+                stop=stop,
+            ).times  # fmt: skip
+        if stop():
+            raise Stopped
+        if not replaced or not {DENSE, PLAN} <= found.keys():
+            break
+        took, predicted = found[PLAN].median_s / found[DENSE].median_s, scaled.share(choices, "time")
+        if abs(took - predicted) <= CLOSE:
+            break
+        wanted = scale * scaling(1 - took, 1 - predicted)
+        try:
+            choose(problem.saving(wanted), "time", budget, most_variants=most_variants)
+        except UsageError:
+            return scale, (
+                f"the plan's network takes {took:.3g} of the time where {predicted:.3g} was predicted, and no plan can "
+                f"be expected to take {budget:g}"
+            )
+        scale = wanted
+    return scale, None
+
+
+def _careful(rules: timing.Rules, rounds: int) -> timing.Rules:
+    return dataclasses.replace(rules, min_rounds=max(rules.min_rounds, rounds))
 
 
 def layer_rules(device_type: str, *, quick: bool) -> timing.Rules:

@@ -251,6 +251,12 @@ def corrections(
     return {variant: (products[variant] + noise) / (squares[variant] + noise) for variant in squares}
 
 
+def scaling(saved: float, predicted: float) -> float:
+    """How many times what was predicted is saved, both as shares of the network's time; nearer to 1 the less that was
+    (savings are taken to be known to NOISE), and from 1 / FAR to FAR."""
+    return min(FAR, max(1 / FAR, (saved * predicted + NOISE**2) / (predicted**2 + NOISE**2)))
+
+
 def doubtful(dense_s: float, layers_s: float, factors: Mapping[str, float]) -> str | None:
     """Why these times cannot be trusted; None where nothing speaks against them.
 

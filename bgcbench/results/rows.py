@@ -701,8 +701,9 @@ class CurvePoint(Data, frozen=True):
 class PlanFacts(Data, frozen=True, kw_only=True):
     """The plan of a run. asked, predicted, measured: shares of ``kind``. choices: by convolution, as in a plan file.
     rest_s, factors: the network's time besides its convolutions, and by variant the share of their savings alone that
-    shows in the network; predicted times follow from them. by: which of the plans tried out it is. real: what each
-    layer loses in the network that is converted by sensitivity."""
+    shows in the network; predicted times follow from them, and from scale: how many times as much the plan's own
+    network saves. by: which of the plans tried out it is. real: what each layer loses in the network that is converted
+    by sensitivity."""
 
     kind: Literal["params", "macs", "time", "loss"]
     asked: Nonnegative
@@ -713,6 +714,7 @@ class PlanFacts(Data, frozen=True, kw_only=True):
     curve: tuple[CurvePoint, ...] = ()
     rest_s: float = 0.0
     factors: dict[str, float] = {}
+    scale: float | None = None
     by: str | None = None
     real: dict[str, Nonnegative] = {}
 

@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import pytest
 import torch
 
 import bgcbench
+from bgcbench.conversion.convert import candidates
 from bgcbench.measure.batches import Passing
 from bgcbench.measure.timing import Rules
-from bgcbench.planning.choices import choices_for
-from bgcbench.planning.times import FAR, corrections, doubtful, in_network, layer_times, network_times
+from bgcbench.planning import plan as planning
+from bgcbench.planning.choices import LayerOptions, Problem, choices_for
+from bgcbench.planning.decision import choose
+from bgcbench.planning.plan import counted_problem, saved_by_its_network
+from bgcbench.planning.times import (
+    FAR,
+    Measured,
+    Timed,
+    corrections,
+    doubtful,
+    in_network,
+    layer_times,
+    network_times,
+)
+from bgcbench.results.rows import Replaced
 from bgcbench.specs import Choice
 from tests.planning.test_plan import images, network
 
@@ -54,6 +70,51 @@ def test_no_factor_makes_a_time_negative() -> None:
     alone = {Choice(): 1.0, GC2: 0.5, BGC4: 1.5}
     assert in_network(alone, {"gc": -132.0, "bgc": 9.0}) == {Choice(): 1.0, GC2: 1.0 + 0.5 * FAR, BGC4: 1.0 + 0.5 * FAR}
     assert in_network({Choice(): 1.0, GC2: 0.1}, {"gc": 2.0}) == {Choice(): 1.0, GC2: 0.0}
+
+
+def planned_time(monkeypatch: pytest.MonkeyPatch, really: float) -> tuple[Problem, float, str | None]:
+    """A network of 100 s, 90 of them in its layers, of which groups save 0.3 and 0.5 alone, and
+    ``really`` times that in the network; and what its plan for 0.75 of the time tells: how many times, and the note."""
+    model = network()
+    layers = candidates(model, example_input=(3, 12, 12)).chosen
+    made = []
+    for options in counted_problem(layers, ("gc",), (2, 4)).layers:
+        dense = 90.0 / len(layers)
+        seconds = {choice: dense * (1 - {1: 0.0, 2: 0.3, 4: 0.5}[choice.groups]) for choice in (Choice(), GC2, GC4)}
+        own = (dataclasses.replace(one, loss=1 / one.params, seconds=seconds[one.choice]) for one in options.options)
+        made.append(LayerOptions(options.layer, tuple(own)))
+    problem = Problem(tuple(made), rest_s=10.0)
+
+    def clock(_: object, networks: Mapping[str, Sequence[Replaced]], *__: object, **___: object) -> Measured:
+        found = {}
+        for name, replaced in networks.items():
+            chosen = {layer.name: Choice(layer.variant, layer.groups) for layer in replaced}
+            share = problem.share({each.name: chosen.get(each.name, Choice()) for each in layers}, "time")
+            found[name] = Timed((), (), 100 * (1 - really * (1 - share)))
+        return Measured(found)
+
+    monkeypatch.setattr(planning, "network_times", clock)
+    scale, note = saved_by_its_network(model, problem, 0.75, Passing(), (images(2),))
+    return problem, scale, note
+
+
+@pytest.mark.parametrize("really", [0.6, 1.0, 1.4])
+def test_a_plan_keeps_to_a_budget_of_time_by_what_its_own_network_takes(
+    really: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problem, scale, note = planned_time(monkeypatch, really)
+    assert note is None
+    assert scale == pytest.approx(really, rel=0.02)
+    scaled = problem.saving(scale)
+    choices = choose(scaled, "time", 0.75)
+    assert 1 - really * (1 - problem.share(choices, "time")) == pytest.approx(scaled.share(choices, "time"), abs=0.01)
+    assert scaled.share(choices, "time") <= 0.75
+
+
+def test_a_plan_that_its_network_does_not_keep_to_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem, scale, note = planned_time(monkeypatch, 0.1)
+    assert choose(problem.saving(scale), "time", 0.75)
+    assert "and no plan can be expected to take 0.75" in (note or "")
 
 
 def test_times_that_cannot_be_are_doubtful() -> None:
