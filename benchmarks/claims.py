@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
+from scipy.stats import spearmanr
 
 from benchmarks import files
 from benchmarks.bgc_forms import WIDE
@@ -34,7 +35,7 @@ from bgcbench.results.aggregate import (
 )
 from bgcbench.results.document import Document, loaded, read
 from bgcbench.results.rows import LayerErrors, ProfileRow, SampledRow, TrainRow
-from bgcbench.specs import VARIANTS
+from bgcbench.specs import REFIT, VARIANTS
 
 ROOT = Path(__file__).resolve().parent.parent
 FIGURES, ALL_SAMPLED = "approx-figures-cpu.json", "approx-variants-cpu.json"
@@ -750,6 +751,13 @@ def minutes(document: Document, _: Any) -> Value:
     return Number(seconds_of(document) / 60, ".1f")
 
 
+def rank_of_photographed(content: files.PlannedPhotographFile, _: Any) -> Value:
+    """Spearman's correlation of predicted loss with KL on unseen photographs, over the networks of the first split."""
+    rows = {row.predicted: row.unseen.kl for row in content.results if row.seed == 0 and row.init == REFIT}
+    rows.pop(None, None)
+    return Number(float(spearmanr(list(rows), list(rows.values())).statistic), ".2f")
+
+
 # What a number is, its file, its place in it, and the field.
 SINGLE: tuple[tuple[str, str, Any, Callable[[Any, Any], Value]], ...] = (
     ("our medians differ from torch.utils.benchmark's by at most", AGREE, None,
@@ -772,6 +780,8 @@ SINGLE: tuple[tuple[str, str, Any, Callable[[Any, Any], Value]], ...] = (
     *((f"rank correlation of {what} with the KL of 30 random plans of wrn_16_4", RANKS, key,
        lambda c, key: Number(next(iter(c.correlations.values()))[key], ".2f"))
       for what, key in (("predicted loss", "felt kl"), ("the layers' losses", "plain kl"))),
+    ("rank correlation of predicted loss with KL on photographs never seen, over the networks above",
+     PLANNED_PHOTOGRAPHS, None, rank_of_photographed),
     ("our solver versus one least-squares problem a convolution and group, times as fast", SOLVER, None,
      lambda c, _: Number(c.ratios.conventional, ".0f")),
     ("our solver versus one shared factorisation, times as fast", SOLVER, None,

@@ -219,10 +219,11 @@ class PhotographFile(File, kw_only=True):
 
 
 class PlannedPhotographed(Photographed, kw_only=True):
-    """label: what was converted to; init: how."""
+    """label: what was converted to; init: how; predicted: the loss that was expected, where one was."""
 
     label: str
     init: str
+    predicted: float | None = None
 
 
 class PlannedPhotographFile(File, kw_only=True):
