@@ -340,7 +340,12 @@ FINGERPRINT_FIELDS: tuple[str, ...] = ("cpu", "torch", "cuda", "cudnn", "driver"
 def load_layer(name: str) -> Any:
     """The layer class of a variant, imported on first use (this is where torch comes in)."""
     check_choice("variant", name, VARIANTS)
-    module, _, attribute = VARIANTS[name].layer.partition(":")
+    return load(VARIANTS[name].layer)
+
+
+def load(place: str) -> Any:
+    """What stands at ``place``, "module:name", imported on first use."""
+    module, _, attribute = place.partition(":")
     return getattr(importlib.import_module(module), attribute)
 
 

@@ -14,11 +14,9 @@ import typer
 from typer.testing import CliRunner
 
 from bgcbench.cli import app
-from bgcbench.cli.measuring import Approx, Profile
+from bgcbench.cli.measuring import Profile
 from bgcbench.cli.parameters import command_options, register
-from bgcbench.cli.planning import PlanCommand
 from bgcbench.cli.run import Command
-from bgcbench.cli.training import Train, Transfer
 from bgcbench.errors import ShapeError, UsageError
 from bgcbench.experiments.network import NetworkConfig
 from bgcbench.experiments.options import (
@@ -36,9 +34,10 @@ from bgcbench.experiments.options import (
 )
 from bgcbench.experiments.profile import ProfileConfig
 from bgcbench.experiments.transfer import TransferConfig
-from bgcbench.specs import VARIANTS
+from bgcbench.results import rows
+from bgcbench.specs import VARIANTS, load
 
-COMMANDS = [Profile(), Approx(), PlanCommand(), Train(), Transfer()]
+COMMANDS: list[Command] = [load(declared.command)(name) for name, declared in rows.COMMANDS.items()]
 
 
 @dataclass(frozen=True)
@@ -141,7 +140,7 @@ def test_a_new_field_of_a_configuration_is_an_option_and_reaches_the_run(tmp_pat
 
     app = typer.Typer()
     app.callback()(lambda: None)
-    register(app, WarmProfile())
+    register(app, WarmProfile("profile"))
     small = ["profile", "--channels", "8", "--size", "4", "--batch", "2", "--groups", "2", "--variants", "gc",
              "--quick"]  # fmt: skip
     file = tmp_path / "r.json"
@@ -179,7 +178,7 @@ def test_a_network_is_named_by_its_place_or_by_name_and_not_twice(command: Comma
 
     app = typer.Typer()
     app.callback()(lambda: None)
-    register(app, Listening())
+    register(app, Listening(command.name))
     for words in (["wrn_10_1"], ["--model", "wrn_10_1"]):
         assert (
             CliRunner().invoke(app, [command.name, *words, "-g", "4", "-v", "gc", "-q", "-o", "r.json"]).exit_code == 0

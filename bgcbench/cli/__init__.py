@@ -13,24 +13,44 @@ import typer
 
 import bgcbench
 from bgcbench.cli import converting, deploying, show
-from bgcbench.cli.measuring import Approx, Profile
-from bgcbench.cli.output import app, say
-from bgcbench.cli.parameters import register
-from bgcbench.cli.planning import PlanCommand
-from bgcbench.cli.training import Train, Transfer
+from bgcbench.cli.output import say
+from bgcbench.cli.parameters import TopHelp, add, register, with_options
 from bgcbench.errors import BgcbenchError, OutputError, UsageError
+from bgcbench.results.rows import COMMANDS
+from bgcbench.specs import VARIANTS, load
 
-__all__ = ["app", "main", "run"]
-
-# --help lists them in this order.
-for command in (Profile(), Approx(), PlanCommand(), Train(), Transfer()):
-    register(app, command)
-converting.register(app)
-deploying.register(app)
-show.register(app)
+__all__ = ["app", "application", "main", "run"]
 
 
-@app.callback(invoke_without_command=True)
+def application() -> typer.Typer:
+    """All commands, in the order of --help."""
+    made = typer.Typer(
+        name="bgcbench",
+        cls=TopHelp,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        rich_markup_mode="rich",
+        help="Which convolutions of a network can be made cheaper, with which variant, how much time that saves on "
+        "this device, and what it loses. Variants: "
+        + ", ".join(f"{variant.name} ({variant.summary})" for variant in VARIANTS.values())
+        + ".",
+        epilog="Start with: bgcbench profile --quick. Exit codes: 0 done, 1 some rows failed, 2 usage, 3 no such "
+        "device, 4 output not writable, 5 compare --fail-on, 130/143 interrupted (the file is valid and resumable).",
+    )
+    made.callback(invoke_without_command=True)(_top)
+    for name, declared in COMMANDS.items():
+        register(made, load(declared.command)(name))
+    convert = with_options(converting.OPTIONS, converting.convert, converting.convert.__doc__)
+    add(made, "convert", "Convert a network into a file.", convert)
+    add(made, "export", "Write a converted network to a file that runs without bgcbench.", deploying.export)
+    add(made, "show", "Print a result file again, or Table 1.", show.show)
+    add(made, "report", "Make one HTML page of result files.", show.report)
+    add(made, "merge", "Join the parts of one plan.", show.merge)
+    add(made, "doctor", "Print what could spoil a measurement here.", show.doctor)
+    add(made, "compare", "Compare two profile files.", show.compare)
+    return made
+
+
 def _top(
     context: typer.Context, version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False
 ) -> None:
@@ -39,6 +59,9 @@ def _top(
         raise typer.Exit(0)
     if context.invoked_subcommand is None:
         print(context.get_help())
+
+
+app = application()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

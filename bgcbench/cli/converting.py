@@ -9,33 +9,25 @@ import typer
 
 from bgcbench.cli import output
 from bgcbench.cli.measuring import check_images
-from bgcbench.cli.parameters import register_options
 from bgcbench.experiments.conversion import AskedOfConversion, ConversionConfig
 from bgcbench.experiments.options import given_fields, options_of
 from bgcbench.results import files
 
-HELP = """Convert a network and save it; nothing is measured, evaluated or trained.
-
-Prints what was replaced, what was kept and why, and parameters and MACs before and after.
-bgcbench.load_converted reads the file.
-
-[bold]bgcbench convert resnet50 --variant bgc --groups 4 --data DIR -o resnet50-bgc4.pt[/bold]
-
-[bold]bgcbench convert net.py:make -v lowrank --rank 16 -o mine.pt[/bold]
-
-[bold]bgcbench convert resnet50 --plan plans/plan.json --data DIR -o planned.pt[/bold]
-"""
-
-
-def register(app: typer.Typer) -> None:
-    """Make it a command of ``app``."""
-    kinds = ConversionConfig, AskedOfConversion
-    options = [each for kind in kinds for each in options_of(kind).values()]
-    register_options(app, "convert", "Convert a network into a file.", HELP, options, convert)
+OPTIONS = [each for kind in (ConversionConfig, AskedOfConversion) for each in options_of(kind).values()]
 
 
 def convert(context: typer.Context, parsed: Mapping[str, Any]) -> int:
-    """Convert as the options say, and return the exit code."""
+    """Convert a network and save it; nothing is measured, evaluated or trained.
+
+    Prints what was replaced, what was kept and why, and parameters and MACs before and after.
+    bgcbench.load_converted reads the file.
+
+    [bold]bgcbench convert resnet50 --variant bgc --groups 4 --data DIR -o resnet50-bgc4.pt[/bold]
+
+    [bold]bgcbench convert net.py:make -v lowrank --rank 16 -o mine.pt[/bold]
+
+    [bold]bgcbench convert resnet50 --plan plans/plan.json --data DIR -o planned.pt[/bold]
+    """
     given = given_fields(options_of(ConversionConfig).values(), parsed)
     check_images(given)
     config = ConversionConfig(**given)

@@ -15,11 +15,6 @@ from bgcbench.specs import EXPORTERS, OPSET, OUTPUT_TOLERANCE, PLAIN_ALGORITHMS,
 MADE_BY = "transfer --save, plan --save, save_converted or train"
 
 
-def register(app: typer.Typer) -> None:
-    """Make it a command of ``app``."""
-    app.command(short_help="Write a converted network to a file that runs without bgcbench.")(export)
-
-
 def export(
     network: Annotated[Path, typer.Argument(help=f"A file that {MADE_BY} wrote.", show_default=False)],
     to: Annotated[

@@ -21,7 +21,7 @@ from bgcbench.specs import DATA_SETS, WEIGHTS, check_choice, is_own
 
 if TYPE_CHECKING:
     from bgcbench.experiments.approx_network_run import ApproxNetworkRun
-    from bgcbench.experiments.approx_run import ApproxRun, Step
+    from bgcbench.experiments.approx_run import ApproxRun
     from bgcbench.experiments.profile_run import ProfileRun, Update
     from bgcbench.experiments.session import Session
     from bgcbench.training.distributed import World
@@ -42,7 +42,6 @@ class Profile(Command):
     [bold]bgcbench profile resnet50 --groups 4 --batch 4 --layers --quick[/bold]
     """
 
-    name = "profile"
     summary = "Measure what convolution variants cost here."
     empty_file = False
     asked = AskedOfPicture
@@ -136,7 +135,6 @@ class Approx(Command):
     [bold]bgcbench approx resnet50 --data path/to/images --plot heatmap.png[/bold]
     """
 
-    name = "approx"
     summary = "How well variants can stand in for standard convolutions."
     kinds = (ApproxConfig, ApproxNetworkConfig)
     asked = AskedOfPicture
@@ -181,12 +179,6 @@ class Approx(Command):
         if isinstance(prepared, ApproxConfig):
             return ApproxRun(prepared, session, approx_plan(prepared), kept=beginning.kept, stop=beginning.stop)
         return ApproxNetworkRun(prepared, session, kept=beginning.kept, stop=beginning.stop)
-
-    def plan_lines(self, run: ApproxRun | ApproxNetworkRun, *, full: bool) -> list[str]:
-        return run.plan_lines
-
-    def said(self, update: Step, run: Any) -> Said:
-        return Said(update.doing, update.done)
 
     def picture(self, preset: str | None) -> str | None:
         return preset

@@ -1,10 +1,9 @@
-"""The application, where a result goes, and what is printed of it."""
+"""Where a result goes, and what is printed of it."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import inspect
 import io
 import math
 import os
@@ -13,13 +12,9 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import typer
-from typer.core import TyperCommand, TyperGroup
+from typing import TYPE_CHECKING
 
 from bgcbench.errors import BgcbenchError, OutputError, UsageError
-from bgcbench.specs import VARIANTS
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -30,52 +25,6 @@ if TYPE_CHECKING:
     from bgcbench.report import Report
     from bgcbench.results import Document, ResultWriter
     from bgcbench.results.rows import Device
-
-
-class _PlainHelp(TyperGroup):
-    """The top-level help without rich panels, whose Markdown machinery doubles the time to the first line."""
-
-    def format_help(self, ctx: Any, formatter: Any) -> None:
-        self.rich_markup_mode = None
-        super().format_help(ctx, formatter)
-
-
-class _Command(TyperCommand):
-    """A command whose --help has whole paragraphs, switches without a type, and defaults as they are."""
-
-    def __init__(self, name: str | None, *, help: str | None = None, **settings: Any) -> None:
-        paragraphs = inspect.cleandoc(help or "").split("\n\n")
-        super().__init__(name, help="\n\n".join(" ".join(each.split()) for each in paragraphs), **settings)
-
-    def get_params(self, ctx: Any) -> Any:
-        found: Any = super().get_params(ctx)
-        for each in found:
-            if getattr(each, "is_flag", False):
-                each.metavar = ""
-            default = getattr(each, "show_default", None)
-            if isinstance(default, str):  # typer would put a text into brackets of its own
-                each.help, each.show_default = f"{each.help or ''} \\[default: {default}]".lstrip(), False
-        return found
-
-
-class _App(typer.Typer):
-    def command(self, name: str | None = None, **settings: Any) -> Any:
-        return super().command(name, cls=_Command, **settings)
-
-
-app = _App(
-    name="bgcbench",
-    cls=_PlainHelp,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
-    help="Which convolutions of a network can be made cheaper, with which variant, how much time that saves on this "
-    "device, and what it loses. Variants: "
-    + ", ".join(f"{variant.name} ({variant.summary})" for variant in VARIANTS.values())
-    + ".",
-    epilog="Start with: bgcbench profile --quick. Exit codes: 0 done, 1 some rows failed, 2 usage, 3 no such device, "
-    "4 output not writable, 5 compare --fail-on, 130/143 interrupted (the file is valid and resumable).",
-)
 
 
 @dataclasses.dataclass(frozen=True)

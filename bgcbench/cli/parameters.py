@@ -1,4 +1,4 @@
-"""From the options of a command to what typer makes --help and the parsing of."""
+"""From the options of a command to what typer makes --help and the parsing of, and how --help looks."""
 
 from __future__ import annotations
 
@@ -9,12 +9,39 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
 from bgcbench.cli.run import Command, run_command
 from bgcbench.errors import UsageError
 from bgcbench.experiments.options import PANELS, Option, more, options_of
 
 BY_NAME = "_by_name"  # what the parameter of --model is called beside MODEL's
+
+
+class TopHelp(TyperGroup):
+    """The top-level help without rich panels, whose Markdown machinery doubles the time to the first line."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        self.rich_markup_mode = None
+        super().format_help(ctx, formatter)
+
+
+class CommandHelp(TyperCommand):
+    """A command whose --help has whole paragraphs, switches without a type, and defaults as they are."""
+
+    def __init__(self, name: str | None, *, help: str | None = None, **settings: Any) -> None:
+        paragraphs = inspect.cleandoc(help or "").split("\n\n")
+        super().__init__(name, help="\n\n".join(" ".join(each.split()) for each in paragraphs), **settings)
+
+    def get_params(self, ctx: Any) -> Any:
+        found: Any = super().get_params(ctx)
+        for each in found:
+            if getattr(each, "is_flag", False):
+                each.metavar = ""
+            default = getattr(each, "show_default", None)
+            if isinstance(default, str):  # typer would put a text into brackets of its own
+                each.help, each.show_default = f"{each.help or ''} \\[default: {default}]".lstrip(), False
+        return found
 
 
 def command_options(command: Command) -> list[Option]:
@@ -38,16 +65,16 @@ def in_order(options: Iterable[Option]) -> list[Option]:
 def register(app: typer.Typer, command: Command) -> None:
     """Make ``command`` one of ``app``."""
     call = functools.partial(run_command, command)
-    register_options(app, command.name, command.summary, command.__doc__ or "", command_options(command), call)
+    add(app, command.name, command.summary, with_options(command_options(command), call, command.__doc__))
 
 
-def register_options(
-    app: typer.Typer, name: str, summary: str, about: str, options: Iterable[Option], call: Callable[..., int]
-) -> None:
-    """Make ``call(context, parsed)`` the command ``name`` with these options.
+def add(app: typer.Typer, name: str, summary: str, function: Callable[..., int]) -> None:
+    """Make ``function`` the command ``name`` of ``app``; typer reads its parameters and its docstring."""
+    app.command(name, short_help=summary, cls=CommandHelp)(function)
 
-    typer reads the parameters and the help of the function that it calls.
-    """
+
+def with_options(options: Iterable[Option], call: Callable[..., int], about: str | None) -> Callable[..., int]:
+    """``call(context, parsed)`` as a function with these options for its parameters and ``about`` for its docstring."""
 
     def callback(context: typer.Context, **parsed: Any) -> int:
         for place in [each.removesuffix(BY_NAME) for each in parsed if each.endswith(BY_NAME)]:
@@ -64,7 +91,7 @@ def register_options(
     callback.__doc__ = about
     callback.__annotations__ = {each.name: each.annotation for each in parameters} | {"return": int}
     callback.__signature__ = inspect.Signature(parameters, return_annotation=int)  # type: ignore[attr-defined]
-    app.command(name, short_help=summary)(callback)
+    return callback
 
 
 def _parameters(option: Option) -> Iterator[inspect.Parameter]:

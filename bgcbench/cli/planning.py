@@ -9,14 +9,12 @@ import typer
 
 from bgcbench import results
 from bgcbench.cli.measuring import check_images
-from bgcbench.cli.output import Said
 from bgcbench.cli.run import Beginning, Command
-from bgcbench.experiments.options import Asked, AskedOfPlan, Option
+from bgcbench.experiments.options import Asked, AskedOfPlan
 from bgcbench.experiments.plan import PlanConfig
 from bgcbench.results import Json
 
 if TYPE_CHECKING:
-    from bgcbench.experiments.approx_run import Step
     from bgcbench.experiments.plan_run import PlanRun, Prepared
     from bgcbench.experiments.session import Session
     from bgcbench.training.distributed import World
@@ -34,15 +32,10 @@ class PlanCommand(Command):
     [bold]bgcbench plan timm/resnet18 --weights FILE --data DIR --macs 0.5 --save plans[/bold]
     """
 
-    name = "plan"
     summary = "Choose what each convolution becomes, for one budget."
     kinds = (PlanConfig,)
     asked = AskedOfPlan
     missing = "name a MODEL to plan, such as resnet50"
-
-    @property
-    def extra(self) -> list[Option]:
-        return []
 
     def given(self, given: Json, preset: str | None, asked: Asked, context: typer.Context) -> Json:
         check_images(given)
@@ -73,6 +66,3 @@ class PlanCommand(Command):
     def plan_lines(self, run: PlanRun, *, full: bool) -> list[str]:
         lines = run.plan_lines
         return lines if full else [line for line in lines if not line.startswith("  ")]
-
-    def said(self, update: Step, run: Any) -> Said:
-        return Said(update.doing, update.done)

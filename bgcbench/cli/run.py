@@ -33,8 +33,7 @@ from bgcbench.experiments.profile import check_same_fields, check_same_workload
 from bgcbench.interrupts import Interrupts
 from bgcbench.measure.allocator import memory_state
 from bgcbench.results import Document, Json
-from bgcbench.results.document import Command as CommandName
-from bgcbench.results.rows import AnyRow
+from bgcbench.results.rows import Row
 from bgcbench.training.launcher import own_rank, processes
 
 if TYPE_CHECKING:
@@ -70,12 +69,12 @@ class Beginning:
 class Command(ABC):
     """What one of the commands is made of; the docstring is its --help. torch is imported in :meth:`open_session`.
 
-    kinds: its configurations, of a layer and of a network, or one. asked: where it begins and ends. preset: the help of
-    --preset. missing: what to say where no network is named and one must be. empty_file: whether a run that is stopped
-    before its first row leaves a file to go on with.
+    name: in bgcbench.results.rows.COMMANDS. kinds: its configurations, of a layer and of a network, or one. asked:
+    where it begins and ends. preset: the help of --preset, which there is none of without. missing: what to say where
+    no network is named and one must be. empty_file: whether a run that is stopped before its first row leaves a file
+    to go on with.
     """
 
-    name: ClassVar[CommandName]
     summary: ClassVar[str]
     kinds: ClassVar[tuple[type[RunConfig], ...]]
     asked: ClassVar[type[Asked]] = Asked
@@ -83,10 +82,13 @@ class Command(ABC):
     missing: ClassVar[str] = ""
     empty_file: ClassVar[bool] = True
 
+    def __init__(self, name: str) -> None:
+        self.name = name
+
     @property
     def extra(self) -> list[Option]:
         """Options that are no field of a configuration."""
-        return [shorthand("preset", (), self.preset, panel=WORKLOAD)]
+        return [shorthand("preset", (), self.preset, panel=WORKLOAD)] if self.preset else []
 
     def option(self, field: str) -> str:
         """The option that fills a configuration's field: 'num_classes' -> '--classes'."""
@@ -122,23 +124,24 @@ class Command(ABC):
     def start(self, prepared: Any, session: Session, world: World, beginning: Beginning) -> Any:
         """The run over ``prepared``."""
 
-    @abstractmethod
     def plan_lines(self, run: Any, *, full: bool) -> list[str]:
         """The plan in words; ``full``: with everything there is to say."""
+        lines: list[str] = run.plan_lines
+        return lines
 
     def estimate(self, run: Any, interrupts: Interrupts, *, quiet: bool) -> int:
         """What a dry run does after the plan; returns the exit code."""
         return 0
 
-    @abstractmethod
     def said(self, update: Any, run: Any) -> Said:
         """What is shown of an update of the run."""
+        return Said(update.doing, update.done)
 
     def is_look(self, update: Any, run: Any) -> bool:
         """Whether there is more of every row now than before."""
         return False
 
-    def is_drawable(self, row: AnyRow) -> bool:
+    def is_drawable(self, row: Row) -> bool:
         """Whether there is anything in a row that a picture shows."""
         return True
 

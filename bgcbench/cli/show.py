@@ -6,18 +6,19 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
+from bgcbench import results
 from bgcbench.cli import output
 from bgcbench.errors import BgcbenchError, ResultFileError, UsageError
 from bgcbench.experiments import options
 from bgcbench.experiments.profile import ProfileConfig
+from bgcbench.results import Document, merging
+from bgcbench.results import files as writing
+from bgcbench.results.rows import COMMANDS
 from bgcbench.specs import FORMATS, check_choice
-
-if TYPE_CHECKING:
-    from bgcbench.results import Document
 
 Format = Annotated[
     str,
@@ -28,17 +29,8 @@ Format = Annotated[
     ),
 ]
 
-
 LAYER = options.more("A layer for --table1")
-
-
-def register(app: typer.Typer) -> None:
-    """Make them commands of ``app``."""
-    app.command(short_help="Print a result file again, or Table 1.")(show)
-    app.command(short_help="Make one HTML page of result files.")(report)
-    app.command(short_help="Join the parts of one plan.")(merge)
-    app.command(short_help="Print what could spoil a measurement here.")(doctor)
-    app.command(short_help="Compare two profile files.")(compare)
+PICTURES = "; ".join(f"{', '.join(of.pictures)} ({name})" for name, of in COMMANDS.items() if of.pictures)
 
 
 def show(
@@ -68,11 +60,7 @@ def show(
     ] = None,
     picture: Annotated[
         str | None,
-        typer.Option(
-            help="Which one: speedups, cost (profile); figure1, figure2, pareto, heatmap (approx); errors, curves "
-            "(train); errors, layers, tradeoff (transfer); plans, cost, tradeoff (plan).",
-            show_default="what there is to draw",
-        ),
+        typer.Option(help=f"Which one: {PICTURES}.", show_default="what there is to draw"),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing --plot file.")] = False,
     explain: Annotated[
@@ -94,8 +82,6 @@ def show(
 
     [bold]bgcbench show --table1 --channels 256 --groups 2,4,8[/bold]
     """
-    from bgcbench import results
-
     form = check_choice("format", form.casefold(), FORMATS)
     shape = {"channels": channels, "in_channels": in_channels, "out_channels": out_channels, "kernel": kernel,
              "size": size, "groups": groups}  # fmt: skip
@@ -144,7 +130,6 @@ def report(
     """
     from bgcbench.plots import inline_pictures
     from bgcbench.report import document_report, html
-    from bgcbench.results import files as writing
 
     if out.suffix.lower() not in (".html", ".htm"):
         raise UsageError(f"--out {out}: the name must end in .html")
@@ -184,10 +169,6 @@ def merge(
 
     [bold]bgcbench merge one.json two.json -o all.json[/bold]
     """
-    from bgcbench import results
-    from bgcbench.results import files as writing
-    from bgcbench.results import merging
-
     if out is None:
         raise UsageError("name the file for all rows: -o FILE")
     writing.check_new(out, "--out", replace=force)
@@ -200,8 +181,6 @@ def merge(
 
 def _documents(paths: list[Path]) -> Iterator[tuple[str, Document]]:
     """The name and the document of each result file, and of those in folders; says which files there are no results."""
-    from bgcbench import results
-
     seen: set[Path] = set()
     for path in paths:
         for file in sorted(path.glob("*.json")) if path.is_dir() else [path]:
@@ -275,8 +254,6 @@ def compare(
 
     [bold]bgcbench compare before.json after.json --fail-on 3[/bold]
     """
-    from bgcbench import results
-
     form = check_choice("format", form.casefold(), FORMATS)
     if fail_on is not None and not 0 <= fail_on < float("inf"):
         raise UsageError(f"--fail-on {fail_on} must be 0 or a positive number of percent")

@@ -20,7 +20,6 @@ from bgcbench.experiments.options import Asked, AskedOfTraining, AskedOfTransfer
 from bgcbench.experiments.train import IN_FILES, TrainConfig, as_folder
 from bgcbench.experiments.transfer import NO_IMAGES, TransferConfig, room_to_save, saved_name, with_images
 from bgcbench.results import Json
-from bgcbench.results.document import Command as CommandName
 from bgcbench.results.rows import CellKey, Epoch, TransferRow
 from bgcbench.specs import FACTORY, TIMM_PREFIX, WEIGHTS, NetSpec
 
@@ -50,7 +49,6 @@ class Train(Command):
     [bold]torchrun --nproc-per-node 8 -m bgcbench train resnet50 --data imagenet --data-dir DIR --resume auto[/bold]
     """
 
-    name: ClassVar[CommandName] = "train"
     summary = "Train a network with each variant, and compare errors."
     kinds = (TrainConfig,)
     asked = AskedOfTraining
@@ -167,7 +165,6 @@ class Transfer(Train):
     [bold]bgcbench transfer results/RUN.checkpoints/ROW/final-e0020-HASH.pt --data digits --save networks[/bold]
     """
 
-    name = "transfer"
     summary = "Convert a trained network; optionally fine-tune it."
     kinds = (TransferConfig,)
     asked = AskedOfTransfer

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -12,75 +12,43 @@ from matplotlib.text import Annotation
 from matplotlib.transforms import Bbox
 
 from bgcbench.errors import UsageError
-from bgcbench.plots import (
-    conversions,
-    curves,
-    errors,
-    figure1,
-    figure2,
-    heatmap,
-    layers,
-    pareto,
-    plan,
-    speedups,
-    times,
-    tradeoff,
-)
 from bgcbench.plots.inline import inline_svg
 from bgcbench.plots.style import DPI, MARKED, SLIDE, NothingToDraw, Paint, styled
 from bgcbench.results.document import Document
-from bgcbench.specs import check_choice
-
-# By command, in the order in which they stand in a figure of all.
-PICTURES_OF: dict[str, dict[str, Callable[[Document], Paint]]] = {
-    "profile": {"speedups": speedups.part, "cost": times.part},
-    "approx": {"figure1": figure1.part, "figure2": figure2.part, "pareto": pareto.part, "heatmap": heatmap.part},
-    "plan": {"plans": plan.curve, "cost": plan.cost, "tradeoff": tradeoff.of_plan},
-    "train": {"errors": errors.part, "curves": curves.part},
-    "transfer": {"errors": conversions.part, "layers": layers.part, "tradeoff": tradeoff.of_transfer},
-}
-PICTURES = tuple(dict.fromkeys(picture for pictures in PICTURES_OF.values() for picture in pictures))
-NOTHING = {
-    "profile": "the result has no row with an interval beside the standard convolution's",
-    "approx": "the result has no finished row with an error above 0; run approx first",
-    "plan": "the result has no plan yet; resume it",
-    "train": "the result has no test error, which only finished trainings on real images have",
-    "transfer": "the result has neither the test error of a conversion, which takes real images, nor a calibration",
-}
+from bgcbench.results.rows import COMMANDS
+from bgcbench.specs import check_choice, load
 
 
 def figure(document: Document, picture: str | None = None) -> Figure:
     """``picture`` of the document, or all that fit it; raises UsageError where it has none."""
-    if picture is not None:
-        check_choice("picture", picture, PICTURES)
-    pictures = PICTURES_OF[document.command]
+    of = COMMANDS[document.command]
     if picture is None:
-        return _composed(_fitting(document))
-    if picture not in pictures:
-        has = ", ".join(pictures)
+        parts = _fitting(document)
+        if not parts:
+            raise UsageError(f"nothing to draw: {of.nothing}")
+        return _composed(list(parts.values()))
+    check_choice("picture", picture, dict.fromkeys(name for each in COMMANDS.values() for name in each.pictures))
+    if picture not in of.pictures:
+        has = ", ".join(of.pictures) or "none"
         raise UsageError(f"{picture} is no picture of '{document.command}' results; they have {has}")
     try:
-        return _composed([pictures[picture](document)])
+        return _composed([load(of.pictures[picture])(document)])
     except NothingToDraw as missing:
         raise UsageError(f"nothing to draw: {picture} needs {missing}") from missing
 
 
 def inline_pictures(document: Document, prefix: str, metadata: dict[str, Any]) -> list[tuple[str, str]]:
     """(name, ``<svg>`` element) of each picture that fits the document; ``prefix`` begins their ids."""
-    drawn = []
-    for name, part_of in PICTURES_OF.get(document.command, {}).items():
-        with contextlib.suppress(NothingToDraw):
-            drawn.append((name, inline_svg(_composed([part_of(document)]), f"{prefix}-{name}", metadata)))
-    return drawn
+    parts = _fitting(document)
+    return [(name, inline_svg(_composed([part]), f"{prefix}-{name}", metadata)) for name, part in parts.items()]
 
 
-def _fitting(document: Document) -> list[Paint]:
-    parts = []
-    for part_of in PICTURES_OF[document.command].values():
+def _fitting(document: Document) -> dict[str, Paint]:
+    """What paints each picture that there is something for, by its name."""
+    parts = {}
+    for name, place in COMMANDS[document.command].pictures.items():
         with contextlib.suppress(NothingToDraw):
-            parts.append(part_of(document))
-    if not parts:
-        raise UsageError(f"nothing to draw: {NOTHING[document.command]}")
+            parts[name] = load(place)(document)
     return parts
 
 

@@ -5,18 +5,15 @@ A report is built from typed rows alone, so a live run and the file that it wrot
 
 from __future__ import annotations
 
-from bgcbench.report.approx import approx_report
 from bgcbench.report.compare import Comparison, compare_report, settings_that_differ, speed_up
 from bgcbench.report.conversion import conversion_report
 from bgcbench.report.machine import doctor_report
 from bgcbench.report.measured import flags
-from bgcbench.report.plan import plan_report
-from bgcbench.report.profile import profile_report
 from bgcbench.report.table import Column, Report, Table, as_csv, as_markdown, emit, explained
 from bgcbench.report.table1 import table1_report
-from bgcbench.report.training import train_report
-from bgcbench.report.transfer import transfer_report
 from bgcbench.results.document import Document
+from bgcbench.results.rows import COMMANDS
+from bgcbench.specs import load
 
 __all__ = [
     "Column",
@@ -40,11 +37,5 @@ __all__ = [
 
 def document_report(document: Document) -> Report:
     """The report of any result document."""
-    reports = {
-        "profile": profile_report,
-        "approx": approx_report,
-        "plan": plan_report,
-        "train": train_report,
-        "transfer": transfer_report,
-    }
-    return reports[document.command](document)
+    report: Report = load(COMMANDS[document.command].report)(document)
+    return report

@@ -23,24 +23,19 @@ import msgspec
 import bgcbench
 from bgcbench.errors import ResultFileError
 from bgcbench.results.rows import (
-    AnyRow,
+    COMMANDS,
     Ceilings,
     Config,
     Environment,
     Fit,
     Group,
-    LayerRow,
     NetworkFacts,
     PlanFacts,
-    PlanRow,
     ProfileRow,
     Row,
-    SampledRow,
     Schema,
     Settings,
     Tool,
-    TrainRow,
-    TransferRow,
     upgraded_record,
 )
 from bgcbench.specs import FINGERPRINT_FIELDS
@@ -48,7 +43,6 @@ from bgcbench.specs import FINGERPRINT_FIELDS
 SCHEMA_NAME, SCHEMA_VERSION = "bgcbench.result", "1.1"
 
 Json = dict[str, Any]
-Command = Literal["profile", "approx", "plan", "train", "transfer"]
 
 # What a number in a file may be but 0, far beyond anything that is measured: ratios of any two are finite. A NaN is
 # neither above nor below.
@@ -69,13 +63,13 @@ _NUMBER_ARRAY = re.compile(r"\[\n\s*(-?[\d.eE+-]+(?:,\n\s*-?[\d.eE+-]+)*)\n\s*\]
 class Document(msgspec.Struct, kw_only=True):
     """A run and its results; filled while it runs.
 
-    argv: as typed. failure: the error that ended the run. quality: 'quick' makes no claim. config: the experiment's
-    configuration, from which it can be run again. interleaved: groups of rows measured in
-    turn. fits, network: of approx. plan: of plan.
+    command: one of COMMANDS, which has the types of its ``results``. argv: as typed. failure: the error that ended the
+    run. quality: 'quick' makes no claim. config: the experiment's configuration, from which it can be run again.
+    interleaved: groups of rows measured in turn. fits, network: of approx. plan: of plan.
     """
 
     schema: Schema = Schema(name=SCHEMA_NAME, version=SCHEMA_VERSION)
-    command: Command
+    command: str
     argv: tuple[str, ...]
     started_at: str
     finished_at: str | None = None
@@ -89,18 +83,18 @@ class Document(msgspec.Struct, kw_only=True):
     config: Json = {}
     ceilings: Ceilings | None = None
     interleaved: tuple[Group, ...] = ()
-    results: tuple[Any, ...] = ()  # rows of one type: see row_type
+    results: tuple[Any, ...] = ()
     fits: tuple[Fit, ...] = ()
     network: NetworkFacts | None = None
     plan: PlanFacts | None = None
     warnings: tuple[str, ...] = ()
 
-    def row(self, key: str) -> AnyRow | None:
+    def row(self, key: str) -> Row | None:
         """The row ``key``, if it is there."""
         return next((row for row in self.results if row.key == key), None)
 
     @property
-    def done(self) -> dict[str, AnyRow]:
+    def done(self) -> dict[str, Row]:
         """The rows that a resumed run keeps, by key."""
         return {row.key: row for row in self.results if row.is_done}
 
@@ -145,7 +139,7 @@ def utc_now() -> str:
 
 
 def new_document(
-    command: Command, argv: Sequence[str], config: Json, environment: Environment, settings: Settings, *, quick: bool
+    command: str, argv: Sequence[str], config: Json, environment: Environment, settings: Settings, *, quick: bool
 ) -> Document:
     """A document with nothing measured yet."""
     return Document(
@@ -261,8 +255,11 @@ def typed(found: Json, name: str) -> Document:
     """The document of a run's dict, which stays as it is; raises ResultFileError where something has another type."""
     document: Document = _converted(found, Document, name)
     _converted(document.config, Config, name, "config/")
+    if document.command not in COMMANDS:
+        raise ResultFileError(f"{name} is damaged: command: Invalid enum value '{document.command}'")
+    row_type = COMMANDS[document.command].row_type
     document.results = tuple(
-        _converted(_upgraded(row), row_type(document.command, row), name, f"results/{number}/")
+        _converted(_upgraded(row), row_type(row), name, f"results/{number}/")
         for number, row in enumerate(document.results)
     )
     document.warnings = tuple(text for text in document.warnings if not TOLD_BY_ROWS.match(text))
@@ -277,15 +274,6 @@ def check_rounds(samples: Sized, rounds: Sized, at: tuple[int, str], name: str) 
     if len(samples) != len(rounds):
         where = place(("results", at[0], "phases", at[1]))
         raise ResultFileError(f"{name} is damaged: {where}: samples_s and rounds are not of equal length")
-
-
-def row_type(command: str, row: object) -> type[Row]:
-    """The type of a command's row, of which some have two."""
-    params = row.get("params") if isinstance(row, dict) else None
-    if command == "approx":
-        return LayerRow if isinstance(params, dict) and "model" in params else SampledRow
-    kinds: dict[str, type[Row]] = {"profile": ProfileRow, "plan": PlanRow, "train": TrainRow, "transfer": TransferRow}
-    return kinds[command]
 
 
 def _converted(found: object, kind: type[Any], name: str, within: str = "") -> Any:

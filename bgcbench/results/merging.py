@@ -10,7 +10,7 @@ import msgspec
 
 from bgcbench.errors import ResultFileError, UsageError
 from bgcbench.results.document import Document
-from bgcbench.results.rows import AnyRow, Group, ProfileRow
+from bgcbench.results.rows import Group, ProfileRow, Row
 from bgcbench.specs import FINGERPRINT_FIELDS, shard_of
 
 
@@ -60,7 +60,7 @@ def _difference(one: Document, other: Document) -> tuple[str, Any, Any] | None:
 
 
 def _joined(documents: Sequence[Document], names: Sequence[str], of: int) -> Document:
-    rows: list[list[AnyRow]] = []
+    rows: list[list[Row]] = []
     groups: list[Group] = []
     for document in documents:
         # Groups were numbered in each part by itself.
@@ -84,7 +84,7 @@ def _joined(documents: Sequence[Document], names: Sequence[str], of: int) -> Doc
     )
 
 
-def _shifted(row: AnyRow, shift: int) -> AnyRow:
+def _shifted(row: Row, shift: int) -> Row:
     if isinstance(row, ProfileRow) and row.interleaved is not None:
         return msgspec.structs.replace(row, interleaved=row.interleaved + shift)
     return row

@@ -1,12 +1,15 @@
 """What a result file holds, as frozen types: the rows of each command, and what stands around them.
 
-The JSON, its schema, the tables and the plots all read these; nothing else says what a row is. Units stand in the
+The JSON, its schema, the tables and the plots all read these; nothing else says what a row is. COMMANDS says which
+command has which rows, and where its options, its report and its pictures are. Units stand in the
 names (SI). None is unknown. Fields with a default came later than some file, or belong to some rows only: types with
 ``omit_defaults`` leave them out of a file where they have it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -719,7 +722,81 @@ class PlanFacts(Data, frozen=True, kw_only=True):
     real: dict[str, Nonnegative] = {}
 
 
-AnyRow = PlanRow | ProfileRow | SampledRow | LayerRow | TrainRow | TransferRow
+# ------------------------------------------------------------------------------------------------------ the commands
+
+
+@dataclass(frozen=True)
+class CommandSpec:
+    """A command that measures: all that the package has to know of it besides its parts, each "module:name".
+
+    command: its class (bgcbench.cli.run.Command). rows: the types of its rows, of a layer and of a network, or one for
+    both. report: makes a report of a document. pictures: by name, what says how a document is painted, in the order of
+    a figure of all; nothing: why a document has none of them.
+    """
+
+    command: str
+    rows: tuple[type[Row], ...]
+    report: str
+    pictures: Mapping[str, str] = field(default_factory=dict)
+    nothing: str = "there are no pictures of it"
+
+    def row_type(self, row: object) -> type[Row]:
+        """The type of a row, as json reads it."""
+        params = row.get("params") if isinstance(row, dict) else None
+        return self.rows[-1 if isinstance(params, dict) and "model" in params else 0]
+
+
+# The one registration of the commands that measure, in the order of --help.
+COMMANDS: dict[str, CommandSpec] = {
+    "profile": CommandSpec(
+        "bgcbench.cli.measuring:Profile",
+        (ProfileRow,),
+        "bgcbench.report.profile:profile_report",
+        {"speedups": "bgcbench.plots.speedups:part", "cost": "bgcbench.plots.times:part"},
+        "the result has no row with an interval beside the standard convolution's",
+    ),
+    "approx": CommandSpec(
+        "bgcbench.cli.measuring:Approx",
+        (SampledRow, LayerRow),
+        "bgcbench.report.approx:approx_report",
+        {
+            "figure1": "bgcbench.plots.figure1:part",
+            "figure2": "bgcbench.plots.figure2:part",
+            "pareto": "bgcbench.plots.pareto:part",
+            "heatmap": "bgcbench.plots.heatmap:part",
+        },
+        "the result has no finished row with an error above 0; run approx first",
+    ),
+    "plan": CommandSpec(
+        "bgcbench.cli.planning:PlanCommand",
+        (PlanRow,),
+        "bgcbench.report.plan:plan_report",
+        {
+            "plans": "bgcbench.plots.plan:curve",
+            "cost": "bgcbench.plots.plan:cost",
+            "tradeoff": "bgcbench.plots.tradeoff:of_plan",
+        },
+        "the result has no plan yet; resume it",
+    ),
+    "train": CommandSpec(
+        "bgcbench.cli.training:Train",
+        (TrainRow,),
+        "bgcbench.report.training:train_report",
+        {"errors": "bgcbench.plots.errors:part", "curves": "bgcbench.plots.curves:part"},
+        "the result has no test error, which only finished trainings on real images have",
+    ),
+    "transfer": CommandSpec(
+        "bgcbench.cli.training:Transfer",
+        (TransferRow,),
+        "bgcbench.report.transfer:transfer_report",
+        {
+            "errors": "bgcbench.plots.conversions:part",
+            "layers": "bgcbench.plots.layers:part",
+            "tradeoff": "bgcbench.plots.tradeoff:of_transfer",
+        },
+        "the result has neither the test error of a conversion, which takes real images, nor a calibration",
+    ),
+}
 
 
 # ---------------------------------------------------------------------------------------------- around the rows
