@@ -233,7 +233,7 @@ def test_a_file_that_changed_since_it_was_read_is_not_gone_on_with(tmp_path: Pat
     writer = results.ResultWriter(tmp_path / "r.json")
     writer.write(example())
     stored = results.read(writer.path)
-    resumed = Output(writer.path, to_stdout=False, replace=True, form="auto", quiet=True, resumes=True)
+    resumed = Output(writer.path, to_stdout=False, replace=True, form="auto", quiet=True)
     with resumed.claimed(stored, Interrupts()) as claimed:
         assert claimed is not None
     results.ResultWriter(writer.path).write(with_warning("another run's"))

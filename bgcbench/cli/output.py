@@ -15,6 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bgcbench.errors import BgcbenchError, OutputError, UsageError
+from bgcbench.plots import check_plot
+from bgcbench.results import Document, ResultWriter, default_path, printable, read
+from bgcbench.results.files import check_free
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -23,7 +26,6 @@ if TYPE_CHECKING:
     from bgcbench.experiments.options import Asked
     from bgcbench.interrupts import Interrupts
     from bgcbench.report import Report
-    from bgcbench.results import Document, ResultWriter
     from bgcbench.results.rows import Device
 
 
@@ -54,7 +56,6 @@ class Output:
     replace: bool
     form: str
     quiet: bool
-    resumes: bool = False
     plot: Path | None = None
     wide: bool = False
 
@@ -79,18 +80,12 @@ class Output:
             form="json" if out == "-" else asked.form,
             wide=asked.wide,
             quiet=asked.quiet,
-            resumes=resumed is not None,
             plot=asked.plot,
         )
 
     def probe(self, *, dry_run: bool) -> None:
         """Raise OutputError now where a file could not be written in the end; a dry run writes none."""
-        from bgcbench.results import ResultWriter
-        from bgcbench.results.files import check_free
-
         if self.plot is not None:
-            from bgcbench.plots import check_plot
-
             check_plot(self.plot, replace=self.replace)
         if self.path is not None and dry_run:
             check_free(self.path, "--out", replace=self.replace)
@@ -105,8 +100,6 @@ class Output:
 
         stored: what the run goes on with. Raises OutputError for a file that cannot be written, or is not to be.
         """
-        from bgcbench.results import ResultWriter, read
-
         if self.path is None:
             yield None
             return
@@ -129,8 +122,6 @@ class Output:
 
     def named(self, command: str, what: str, device: Device) -> Output:
         """This with a path of our own making where none was given; it needs the device's name."""
-        from bgcbench.results import default_path
-
         if self.path is not None or self.to_stdout:
             return self
         name = "cpu" if device.type == "cpu" else device.name
@@ -167,18 +158,9 @@ def stdout(report: Report) -> Console:
 
 def say(message: str) -> None:
     """Print a line on stderr, where there is one; it may hold whatever a file or a network is called."""
-    from bgcbench.results import printable
-
     with contextlib.suppress(OSError, AttributeError):  # a full disk or a closed stderr ends no measurement
         sys.stderr.write(f"{printable(message)}\n")
         sys.stderr.flush()
-
-
-def draw(document: Document, path: Path, picture: str | None) -> None:
-    """Draw a result document; raises UsageError without matplotlib, OutputError where the file cannot be written."""
-    from bgcbench.plots import draw as draw_plot
-
-    draw_plot(document, path, picture)
 
 
 EVERY_S = 15.0  # of a log
@@ -223,8 +205,6 @@ def with_progress(updates: Iterator[Said], *, quiet: bool) -> None:
     from rich.console import Console, Group
     from rich.live import Live
     from rich.text import Text
-
-    from bgcbench.results import printable
 
     console = Console(stderr=True)
     if quiet or not console.is_terminal:

@@ -12,11 +12,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import msgspec
 import typer
 
-from bgcbench import results
-from bgcbench.cli.output import Looks, Output, Said, closing, draw, print_document, say, waiting, with_progress
+from bgcbench import plots, results
+from bgcbench.cli.output import Looks, Output, Said, closing, print_document, say, waiting, with_progress
 from bgcbench.errors import OutputError, ResultFileError, UsageError
 from bgcbench.experiments.config import RunConfig
 from bgcbench.experiments.options import (
@@ -167,17 +166,30 @@ def run_command(command: Command, context: typer.Context, parsed: Mapping[str, A
             if not world.is_main:
                 output = dataclasses.replace(output, path=None, to_stdout=True, quiet=True, plot=None)
             with waiting(f"preparing {config.what}", quiet=silent):
-                begun = _Execution.begin(command, config, stored, output, session, world, interrupts)
-            if not begun.output.quiet:
+                with only_first_speaks():
+                    prepared = command.prepare(config, session, world)
+                    if stored is not None and not _failed_whole(stored):
+                        results.check_resumable(stored, session.conditions, session.environment, str(output.path))
+                output = output.named(command.name, config.what, session.environment.device)
+                beginning = Beginning(
+                    world.share(stored),
+                    world.share(_checkpoints_of(output.path)),
+                    afresh=stored is None,
+                    replace=output.replace,
+                    stop=interrupts.requested,
+                )
+                run = command.start(prepared, session, world, beginning)
+            if not silent:
                 with waiting("estimating the time", quiet=silent):
-                    lines = command.plan_lines(begun.run, full=asked.dry_run)
-                for line in (*begun.run.warnings, *lines, begun.output.destination):
+                    lines = command.plan_lines(run, full=asked.dry_run)
+                for line in (*run.warnings, *lines, output.destination):
                     say(line)
             if asked.dry_run:
-                return 0 if asked.quiet else command.estimate(begun.run, interrupts, quiet=begun.output.quiet)
-            document, code = begun.carry_out(stored, context.obj or [])
+                return 0 if asked.quiet else command.estimate(run, interrupts, quiet=silent)
+            execution = _Execution(command, run, output, stored, session, world, interrupts)
+            document, code = execution.carry_out(context.obj or [])
         if output.plot is not None and any(map(command.is_drawable, document.results)):
-            draw(document, output.plot, command.picture(preset))
+            plots.draw(document, output.plot, command.picture(preset))
             if not output.quiet:
                 say(f"drawn to {output.plot}")
         elif output.plot is not None:
@@ -219,10 +231,9 @@ def settled(command: Command, given: Json, asked: Asked) -> tuple[Any, Document 
 
 def resolve_config(command: Command, given: Json, stored: Document | None, name: str) -> Any:
     """What to do: as asked, or what file ``name`` holds with the grid that is asked for added to it."""
-    layer, network = command.kinds[0], command.kinds[-1]
     if stored is not None:
         return _resumed(command, given, stored, name)
-    kind = network if "model" in given else layer
+    kind = command.kinds[-1 if "model" in given else 0]
     if command.missing and "model" not in given:
         raise UsageError(command.missing)
     for field in given.keys() - {field.name for field in dataclasses.fields(kind)}:
@@ -302,57 +313,23 @@ def _check_same_run(command: Command, stored: Document, wanted: Any, name: str) 
 
 @dataclasses.dataclass(frozen=True)
 class _Execution:
-    """A run that is ready, and all that carrying it out takes; earlier: the document that it goes on with."""
+    """A run that is ready, and all that carrying it out takes; stored: the document that it goes on with."""
 
     command: Command
     run: Any
     output: Output
-    earlier: Document | None
+    stored: Document | None
     session: Session
     world: World
     interrupts: Interrupts
 
-    @classmethod
-    def begin(
-        cls,
-        command: Command,
-        config: Any,
-        stored: Document | None,
-        output: Output,
-        session: Session,
-        world: World,
-        interrupts: Interrupts,
-    ) -> _Execution:
-        with only_first_speaks():
-            prepared = command.prepare(config, session, world)
-            if stored is not None and all(row.status == "error" for row in stored.results):
-                # Nothing to be mixed with.
-                stored = msgspec.structs.replace(
-                    stored, settings=session.conditions, environment=session.environment, warnings=()
-                )
-            elif stored is not None:
-                results.check_resumable(stored, session.conditions, session.environment, str(output.path))
-        output = output.named(command.name, config.what, session.environment.device)
-        beginning = Beginning(
-            world.share(stored),
-            world.share(_checkpoints_of(output.path)),
-            afresh=not output.resumes,
-            replace=output.replace,
-            stop=interrupts.requested,
-        )
-        run = command.start(prepared, session, world, beginning)
-        return cls(command, run, output, stored, session, world, interrupts)
-
-    def carry_out(self, stored: Document | None, argv: Sequence[str]) -> tuple[Document, int]:
-        """Carry the run out into the result file, whatever happens; returns the document and the exit code.
-
-        stored: what that file held when the run began.
-        """
+    def carry_out(self, argv: Sequence[str]) -> tuple[Document, int]:
+        """Carry the run out into the result file, whatever happens; returns the document and the exit code."""
         run, output, interrupts = self.run, self.output, self.interrupts
         with contextlib.ExitStack() as claim:
             writers: list[results.ResultWriter | None] = []
             with only_first_speaks():
-                self.world.once(lambda: writers.append(claim.enter_context(output.claimed(stored, interrupts))))
+                self.world.once(lambda: writers.append(claim.enter_context(output.claimed(self.stored, interrupts))))
                 run.make_room()
             if not self.command.empty_file and interrupts.requested():
                 say("interrupted before anything was measured; nothing was written")
@@ -385,11 +362,14 @@ class _Execution:
     def _document(self, argv: Sequence[str]) -> Document:
         """The document that the run fills: a new one, or what it goes on with."""
         config, session = self.run.config, self.session
-        if self.earlier is not None:
-            return results.reopened(self.earlier, config.to_json())
-        return results.new_document(
-            self.command.name, argv, config.to_json(), session.environment, session.conditions, quick=config.quick
-        )
+        if self.stored is None:
+            return results.new_document(
+                self.command.name, argv, config.to_json(), session.environment, session.conditions, quick=config.quick
+            )
+        document = results.reopened(self.stored, config.to_json())
+        if _failed_whole(self.stored):
+            document.settings, document.environment, document.warnings = session.conditions, session.environment, ()
+        return document
 
     def _saved(self, document: Document, writer: results.ResultWriter | None) -> Iterator[Said]:
         """What is to be shown of the run; each update that is worth it is already in the document and on the disk."""
@@ -415,6 +395,11 @@ class _Execution:
             path = writer.path if writer is not None else results.rescue(document, f"{document.command}.json")
             kept = f"the result is in {path}" if path else "the result is lost"
             raise OutputError(f"{error}; {kept}") from error
+
+
+def _failed_whole(stored: Document) -> bool:
+    """Whether a file has no row that other conditions could be mixed with."""
+    return all(row.status == "error" for row in stored.results)
 
 
 def _checkpoints_of(path: Path | None) -> Path | None:

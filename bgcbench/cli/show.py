@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from bgcbench import results
+from bgcbench import plots, results
 from bgcbench.cli import output
 from bgcbench.errors import BgcbenchError, ResultFileError, UsageError
 from bgcbench.experiments import options
@@ -98,7 +98,7 @@ def show(
         with _consistent(str(file)):
             output.print_document(document, form, explain=explain, wide=wide, answer_first=True)
             if plot is not None:
-                output.draw(document, plot, picture)
+                plots.draw(document, plot, picture)
         return 0
     if document is None:
         described = [each for each in options.options_of(ProfileConfig).values() if each.parameter in shape]
@@ -128,7 +128,6 @@ def report(
 
     [bold]bgcbench report results -o report.html[/bold]
     """
-    from bgcbench.plots import inline_pictures
     from bgcbench.report import document_report, html
 
     if out.suffix.lower() not in (".html", ".htm"):
@@ -138,7 +137,7 @@ def report(
     for number, (name, document) in enumerate(_documents(files), 1):
         with _consistent(name):
             try:
-                pictures = inline_pictures(document, f"f{number}")
+                pictures = plots.inline_pictures(document, f"f{number}")
             except UsageError as missing:  # of matplotlib: the page is whole without
                 pictures, no_pictures = [], str(missing)
             parts.append(html.Part(number, name, document, document_report(document), pictures))
@@ -217,9 +216,7 @@ def _check_plot(plot: Path | None, picture: str | None, *, force: bool, drawable
         return
     if not drawable:
         raise UsageError("--plot draws a result FILE; name one, without --table1")
-    from bgcbench.plots import check_plot
-
-    check_plot(plot, replace=force)
+    plots.check_plot(plot, replace=force)
 
 
 def doctor(
