@@ -17,6 +17,7 @@ from bgcbench.experiments.network import NetworkConfig
 from bgcbench.experiments.options import Asked, AskedOfPicture, in_shard
 from bgcbench.experiments.profile import ProfileConfig, plan
 from bgcbench.measure.statistics import ROUNDS_OF_INTERVAL
+from bgcbench.results import Json
 from bgcbench.specs import DATA_SETS, WEIGHTS, check_choice, is_own
 
 if TYPE_CHECKING:
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
     from bgcbench.experiments.profile_run import ProfileRun, Update
     from bgcbench.experiments.session import Session
     from bgcbench.training.distributed import World
-
-Json = dict[str, Any]
 
 
 class Profile(Command):
