@@ -23,7 +23,7 @@ def plan_document(**fields: Any) -> dict[str, Any]:
         row("cost", "cost-a-gc-n4", "gc", 4, layer="a", counts={"params": 576, "macs": 36864}, seconds=1e-4, **shape),
         row("loss", "loss-a-gc-n4", "gc", 4, layer="a", loss=0.1, felt=0.02, **shape),
         row("choice", "choice-a", "gc", 4, layer="a", params_ratio=0.25, macs_ratio=0.25, time_ratio=0.5, loss=0.1,
-            felt=0.02, better="BGC N=4", **shape),
+            felt=0.02, better="BGC N=4", better_cost=0.0042, **shape),
         row("choice", "choice-b", layer="b", **same, loss=0.0, felt=0.0, **shape),
         row("proof", "proof-dense", subject="dense", **same, agreement=100.0, **compared),
         row("proof", "proof-plan", subject="plan", params_ratio=0.6, macs_ratio=0.6, time_ratio=0.71,

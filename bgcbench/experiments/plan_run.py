@@ -478,7 +478,7 @@ class PlanRun(Run[PlanRow]):
                 params_ratio=chosen.params / layer.dense.params, macs_ratio=chosen.macs / layer.dense.macs,
                 seconds=chosen.seconds, loss=chosen.loss, felt=chosen.felt,
                 time_ratio=chosen.seconds / layer.dense.seconds if chosen.seconds and layer.dense.seconds else None,
-                better=layer.better.choice.label if layer.better else None,
+                better=layer.better.choice.label if layer.better else None, better_cost=layer.better_cost,
             )  # fmt: skip
         self.facts = replace(
             self.facts,

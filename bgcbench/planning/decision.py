@@ -28,7 +28,8 @@ FURTHEST = 4.0  # times that a layer's loss in the converted network may differ 
 class PlannedLayer:
     """What becomes of a convolution: ``chosen`` in the place of ``dense``.
 
-    better: the least costly option that loses less, None where there is none.
+    better: the least costly option that loses less, None where there is none; better_cost: what it costs more than
+    ``chosen``, as a share of what the network costs.
     """
 
     name: str
@@ -36,6 +37,7 @@ class PlannedLayer:
     dense: Scored
     chosen: Scored
     better: Scored | None
+    better_cost: float | None = None
 
 
 @dataclass(frozen=True)
@@ -151,7 +153,7 @@ def planned(problem: Problem, kind: str, budget: float, choices: Mapping[str, Ch
         asked=budget,
         cost=problem.share(choices, of),
         loss=problem.felt(choices),
-        layers=tuple(_planned(options, choices[options.layer.name], of) for options in problem.layers),
+        layers=tuple(_planned(options, choices[options.layer.name], of, whole) for options in problem.layers),
         curve=tuple(Point((rest + point.cost) / whole, point.loss, point.keys) for point in best),
         notes=problem.notes,
         **about,
@@ -228,11 +230,14 @@ def _allowed(layers: Sequence[LayerOptions], most: int | None) -> list[Sequence[
     return list(itertools.combinations(there, min(most, len(there))))
 
 
-def _planned(options: LayerOptions, choice: Choice, kind: str) -> PlannedLayer:
-    layer = options.layer
-    chosen = options.of(choice)
-    better = [each for each in options.options if each.felt < chosen.felt and each.cost(kind) > chosen.cost(kind)]
+def _planned(options: LayerOptions, choice: Choice, kind: str, whole: float) -> PlannedLayer:
+    layer, chosen = options.layer, options.of(choice)
     height, width = layer.kernel
-    shape = f"{layer.in_channels} -> {layer.out_channels} {height}x{width}"
-    least = min(better, key=lambda each: each.cost(kind), default=None)
-    return PlannedLayer(layer.name, shape, options.dense, chosen, least)
+    made = PlannedLayer(
+        layer.name, f"{layer.in_channels} -> {layer.out_channels} {height}x{width}", options.dense, chosen, None
+    )
+    better = [each for each in options.options if each.felt < chosen.felt and each.cost(kind) > chosen.cost(kind)]
+    if not better:
+        return made
+    least = min(better, key=lambda each: each.cost(kind))
+    return replaced(made, better=least, better_cost=(least.cost(kind) - chosen.cost(kind)) / whole)

@@ -124,7 +124,7 @@ def plan(
         problem = timed(model, problem, seen.passing, example, execution, quick=quick, seed=seed, stop=stop)
     choose(problem, kind, budget, most_variants=most_variants)  # refuses what cannot be met, whatever is lost
     problem = scored(model, problem, seen)
-    if kind == "time":
+    if kind == "time" and budget < 1:
         scale, note = saved_by_its_network(
             model, problem, budget, seen.passing, example, execution, most_variants=most_variants, quick=quick,
             seed=seed, stop=stop,
@@ -321,10 +321,7 @@ def timed(
         found = dict(layer_times(network, layers, choices, run, device, rules, **shared))
         if stop():
             raise Stopped
-        alone = {
-            layer.name: {choice: one.median_s * (layer.calls or 1) for choice, one in found[layer.name].times.items()}
-            for layer in layers
-        }
+        alone = {layer.name: found[layer.name].seconds(layer.calls or 1) for layer in layers}
         failures = {(name, choice): why for name, one in found.items() for choice, why in one.failures.items()}
         uniform = {
             choice: _uniform(layers, choices, choice, execution)
@@ -351,7 +348,8 @@ def timed(
     factors = corrections(dense_s, known, alone)
     made = []
     for options in problem.layers:
-        seconds = in_network(alone[options.layer.name], factors)
+        surely = found[options.layer.name].seconds(options.layer.calls or 1, surely=True)
+        seconds = in_network(surely, factors)
         there = (each for each in options.options if each.choice in seconds)
         own = tuple(dataclasses.replace(each, seconds=seconds[each.choice]) for each in there)
         made.append(LayerOptions(options.layer, own))

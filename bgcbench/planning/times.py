@@ -28,7 +28,7 @@ from bgcbench.convs.layouts import is_channels_last
 from bgcbench.measure import timing
 from bgcbench.measure.batches import Passing
 from bgcbench.measure.device import current, describe_failure, make_stopwatch
-from bgcbench.measure.statistics import Series, ratio_of_medians
+from bgcbench.measure.statistics import Series, median_interval, ratio_of_medians, round_medians
 from bgcbench.measure.workload import Cell
 from bgcbench.planning.execution import Execution, Makers
 from bgcbench.results.rows import Replaced
@@ -53,6 +53,12 @@ class Timed:
             Series(self.samples_s, self.rounds), Series(other.samples_s, other.rounds), paired=True
         )
         return found.value, None if found.ci95 is None else (found.ci95.low, found.ci95.high)
+
+    def differs_from(self, other: Timed) -> bool:
+        """Whether the median of the rounds' ratios is known to be another one than 1, with 95 % confidence."""
+        ours, theirs = (round_medians(each.samples_s, each.rounds) for each in (self, other))
+        found = median_interval([ours[number] / theirs[number] for number in ours.keys() & theirs.keys()])
+        return found is not None and not found.low <= 1 <= found.high
 
 
 @dataclass
@@ -136,6 +142,16 @@ class LayerTimes:
 
     times: Mapping[Choice, Timed]
     failures: Mapping[Choice, str]
+
+    def seconds(self, calls: int = 1, *, surely: bool = False) -> dict[Choice, float]:
+        """Of so many calls as each choice. surely: a choice that is not known to take another time than the dense layer
+        takes that time, so that no plan is made of noise."""
+        dense = self.times.get(Choice())
+        taken = {
+            choice: dense if surely and dense is not None and not timed.differs_from(dense) else timed
+            for choice, timed in self.times.items()
+        }
+        return {choice: timed.median_s * calls for choice, timed in taken.items()}
 
 
 def layer_times(

@@ -57,6 +57,11 @@ def _time(row: PlanRow) -> str | None:
     return None if row.time_ratio is None else f"{row.time_ratio:.3f}{bounds_text(row.time_ratio_ci95, ratio_text)}"
 
 
+def _better(row: PlanRow) -> str:
+    more = "" if row.better_cost is None else f" +{row.better_cost:.2%}"
+    return f"{row.better}{more}" if row.better else "-"
+
+
 SUBJECT = "The original (dense), the plan, or one choice for every convolution that it fits."
 OF_ALL = "Of all convolutions that may be replaced, to the original's."
 OF_NETWORK = "Of the whole network, to the original's, with a 95 % confidence interval."
@@ -66,7 +71,10 @@ WRONG = "Labelled images on which the first guess is wrong."
 HELD_OUT = "Squared error of the class scores on images held out of calibration, as a share of their variance."
 LOGITS = "Squared error of the class scores, as a share of their variance over the images."
 FELT = "Predicted share of the variance of the network's outputs: the loss times the sensitivity to the layer."
-BETTER = "The least costly choice that loses less; the budget has no room for it."
+BETTER = (
+    "The least costly choice that loses less, and what it would cost more, of what the network costs; the budget has no"
+    " room for it."
+)
 SHARE = "{:.3f}".format
 PROOF: list[Column[PlanRow]] = [
     label("network", _subject, SUBJECT),
@@ -99,7 +107,7 @@ CHOICES: list[Column[PlanRow]] = [
     Column("time", lambda row: row.time_ratio, f"{OF_LAYER} As it shows in the network.", SHARE, optional=True),
     Column("loss", lambda row: row.loss, "Share of the output's variance, on images held out.", "{:.2%}".format),
     Column("felt", lambda row: row.felt, FELT, "{:.2%}".format, drop=1),
-    words("better", lambda row: row.better or "-", BETTER, drop=2),
+    words("better", _better, BETTER, drop=2),
 ]
 CURVE: list[Column[CurvePoint]] = [
     Column("cost", lambda point: point.cost, "Share of the original's.", SHARE),

@@ -670,10 +670,11 @@ class PlanRow(Row, frozen=True, kw_only=True, omit_defaults=True):
     """What a layer costs or loses as a choice, what it becomes, or how a whole network compares with the original one.
 
     counts: of the layer, biases apart; seconds: of a call, as its saving shows in the network. loss: the share of the
-    layer's output variance; felt: of the network's. better: the least costly choice that loses less. *_ratio: of the
-    replaced convolutions (params, macs) or of the network (time), to the original. agreement, top5: percent of the
-    images on which the original's first guess is the first, or among the first five. error: percent of labelled images
-    whose first guess is wrong. logit_error of a trial: on the images held out of calibration.
+    layer's output variance; felt: of the network's. better: the least costly choice that loses less; better_cost: what
+    it costs more, as a share of what the network does. *_ratio: of the replaced convolutions (params, macs) or of the
+    network (time), to the original. agreement, top5: percent of the images on which the original's first guess is the
+    first, or among the first five. error: percent of labelled images whose first guess is wrong. logit_error of a
+    trial: on the images held out of calibration.
     """
 
     params: PlanParams
@@ -682,6 +683,7 @@ class PlanRow(Row, frozen=True, kw_only=True, omit_defaults=True):
     loss: Nonnegative | None = None
     felt: Nonnegative | None = None
     better: str | None = None
+    better_cost: Nonnegative | None = None
     params_ratio: Nonnegative | None = None
     macs_ratio: Nonnegative | None = None
     time_ratio: Nonnegative | None = None

@@ -235,6 +235,9 @@ def test_a_plan_converts_and_keeps_its_budget() -> None:
     for layer in plan.layers:
         if layer.better is not None:
             assert layer.better.felt < layer.chosen.felt
+            more = layer.better.params - layer.chosen.params
+            assert layer.better_cost == pytest.approx(more / sum(each.dense.params for each in plan.layers))
+            assert plan.cost + layer.better_cost > 0.4  # the budget has no room for it
     assert f"params: {plan.cost:.3f} of the original's" in str(plan)
     whole = bgcbench.plan(model, loader, groups=(2,), variants=("gc",))
     assert all(choice.is_dense for choice in whole.choices.values())

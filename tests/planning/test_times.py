@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import statistics
 from collections.abc import Mapping, Sequence
 from functools import partial
 
@@ -19,6 +20,7 @@ from bgcbench.planning.decision import choose
 from bgcbench.planning.plan import counted_problem, saved_by_its_network
 from bgcbench.planning.times import (
     FAR,
+    LayerTimes,
     Measured,
     Timed,
     corrections,
@@ -64,6 +66,20 @@ def test_a_correction_makes_the_layers_savings_those_of_the_network() -> None:
     assert factors["bgc"] == pytest.approx((2 * -1 + noise) / (2**2 + noise))
     assert in_network(alone["a"], half) == {Choice(): 10.0, GC2: 7.0, GC4: 5.5, BGC4: 11.0}
     assert in_network({Choice(): 3.0, Choice("tlgc", 2): 2.0}, half) == {Choice(): 3.0, Choice("tlgc", 2): 2.0}
+
+
+def test_a_choice_that_is_not_known_to_save_time_saves_none() -> None:
+    """Faster in all of 6 rounds, which happens by chance in one of 32 pairs of equals; and in 5 of them."""
+    rounds, dense = tuple(range(6)), (1.0, 1.1, 0.9, 1.0, 1.2, 1.0)
+    always, mostly = tuple(0.97 * each for each in dense), (*(0.9 * each for each in dense[:5]), 1.01)
+    times = {
+        choice: Timed(samples, rounds, statistics.median(samples))
+        for choice, samples in {Choice(): dense, GC2: always, GC4: mostly}.items()
+    }
+    found = LayerTimes(times, {})
+    assert found.seconds(2) == {Choice(): 2.0, GC2: pytest.approx(1.94), GC4: pytest.approx(1.89)}
+    assert found.seconds(2, surely=True) == {Choice(): 2.0, GC2: pytest.approx(1.94), GC4: 2.0}
+    assert not times[GC2].differs_from(Timed(dense[:5], rounds[:5], 1.0))  # too few of them to know
 
 
 def test_no_factor_makes_a_time_negative() -> None:
