@@ -400,7 +400,7 @@ class PlanRun(Run[PlanRow]):
                 Scored(choice, cost.counts.params, cost.counts.macs, *lost, cost.seconds)
             )
         layers = tuple(LayerOptions(layer, tuple(made[layer.name])) for layer in self.prepared.layers)
-        found = Problem(layers, rest_s=self.facts.rest_s, factors=self.facts.factors)
+        found = Problem(layers, rest_s=self.facts.rest_s, factors=self.facts.factors).solved_anew()
         return found if self.facts.scale is None else found.saving(self.facts.scale)
 
     def _scale(self, model: nn.Module) -> Iterator[Step]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from bgcbench.errors import UsageError
 from bgcbench.planning import FORMAT, read_plan
-from bgcbench.planning.choices import LayerOptions, Problem, Scored, best_families
+from bgcbench.planning.choices import SATURATES, LayerOptions, Problem, Scored, best_families
 from bgcbench.results import write_atomically
 from bgcbench.specs import Choice, check_positive, cost_kind
 from bgcbench.theory import knapsack
@@ -192,13 +192,14 @@ def again(problem: Problem, lost: Mapping[str, float], choices: Mapping[str, Cho
     """``problem`` with what layers lost in the network converted by ``choices``, in the place of what was expected.
 
     What a layer loses as its choice there (``lost``, by name), over what it was to lose by itself, scales what is felt
-    of all its choices.
+    of all its choices, as far as that grows with it.
     """
     layers = []
     for options in problem.layers:
         expected, real = options.of(choices[options.layer.name]).loss, lost.get(options.layer.name)
         scale = min(FURTHEST, max(1 / FURTHEST, real / expected)) if real is not None and expected > 0 else 1.0
-        layers.append(LayerOptions(options.layer, tuple(replaced(o, felt=o.felt * scale) for o in options.options)))
+        felt = scale**SATURATES
+        layers.append(LayerOptions(options.layer, tuple(replaced(o, felt=o.felt * felt) for o in options.options)))
     return replaced(problem, layers=tuple(layers))
 
 

@@ -123,7 +123,7 @@ def plan(
         example = first if example_input is None else _filled(checked_example(example_input), model)
         problem = timed(model, problem, seen.passing, example, execution, quick=quick, seed=seed, stop=stop)
     choose(problem, kind, budget, most_variants=most_variants)  # refuses what cannot be met, whatever is lost
-    problem = scored(model, problem, seen)
+    problem = scored(model, problem, seen).solved_anew()
     if kind == "time" and budget < 1:
         scale, note = saved_by_its_network(
             model, problem, budget, seen.passing, example, execution, most_variants=most_variants, quick=quick,

@@ -70,7 +70,10 @@ AGREES = "Images on which the first guess is the original's. Labels are not need
 WRONG = "Labelled images on which the first guess is wrong."
 HELD_OUT = "Squared error of the class scores on images held out of calibration, as a share of their variance."
 LOGITS = "Squared error of the class scores, as a share of their variance over the images."
-FELT = "Predicted share of the variance of the network's outputs: the loss times the sensitivity to the layer."
+FELT = (
+    "Predicted share of the variance of the network's outputs: the loss times the sensitivity to the layer, less what "
+    "the convolutions behind it make up for."
+)
 BETTER = (
     "The least costly choice that loses less, and what it would cost more, of what the network costs; the budget has no"
     " room for it."

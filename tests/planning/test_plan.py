@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import random
@@ -122,12 +123,12 @@ def test_norms_before_the_layer_that_is_put_in_need_no_look() -> None:
 def test_predicted_losses_rank_plans_as_measured_ones_do() -> None:
     """Plans at random: Spearman's correlation of what is predicted with what the converted networks lose."""
     rng, model, loader = random.Random(0), network(), [images(64, 1), images(64, 2)]
-    layers = scored(model, loader, groups=(2, 4), variants=("gc", "bgc", "lowrank")).layers
+    layers = scored(model, loader, groups=(2, 4), variants=("gc", "bgc", "lowrank")).solved_anew().layers
     predicted, real = [], []
     for _ in range(16):
         chosen = {options.layer.name: rng.choice(options.options) for options in layers if rng.random() < 0.7}
         plan = {name: each.choice for name, each in chosen.items()} | {"1.conv": Choice("gc", 2)}
-        done = bgcbench.convert(model, plan=plan, init="calibrated", calibration=loader)
+        done = bgcbench.convert(model, plan=plan, init="refit", calibration=loader)
         options = {each.layer.name: each.options for each in layers}
         felt = [next(o.felt for o in options[name] if o.choice == choice) for name, choice in plan.items()]
         predicted.append(sum(felt))
@@ -200,9 +201,19 @@ def test_real_losses_scale_what_is_felt(problem: Problem) -> None:
     lost = {first.layer.name: 2 * first.of(Choice("gc", 4)).loss, second.layer.name: 1e6}
     scaled = again(problem, lost, choices)
     for choice in (Choice("gc", 2), Choice("lowrank", 2)):
-        assert scaled.layers[0].of(choice).felt == pytest.approx(2 * first.of(choice).felt)
-        assert scaled.layers[1].of(choice).felt == pytest.approx(4 * second.of(choice).felt)
+        assert scaled.layers[0].of(choice).felt == pytest.approx(2**0.7 * first.of(choice).felt)
+        assert scaled.layers[1].of(choice).felt == pytest.approx(4**0.7 * second.of(choice).felt)
         assert scaled.layers[2].of(choice).felt == problem.layers[2].of(choice).felt
+
+
+def test_the_convolutions_behind_make_up_for_most_of_what_the_first_layer_loses(problem: Problem) -> None:
+    lost = {Choice("gc", 2): (0.1, 0.01), Choice("gc", 4): (0.2, 0.02)}
+    alike = dataclasses.replace(problem, layers=tuple(options.losing(lost) for options in problem.layers))
+    of_half = [options.of(Choice("gc", 2)).felt for options in alike.solved_anew().layers]
+    assert of_half == pytest.approx([0.01 * 0.2 ** (behind / 3) for behind in (3, 2, 1, 0)])
+    for options, less in zip(alike.solved_anew().layers, of_half, strict=True):
+        assert options.of(Choice("gc", 4)).felt == pytest.approx(2**0.7 * less)  # not twice as much
+        assert (options.dense.felt, options.of(Choice("gc", 4)).loss) == (0, 0.2)
 
 
 def test_of_a_budget_of_loss_the_cheapest_that_keeps_to_it_is_taken() -> None:
