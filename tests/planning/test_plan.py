@@ -199,11 +199,15 @@ def test_real_losses_scale_what_is_felt(problem: Problem) -> None:
     choices = {options.layer.name: Choice("gc", 4) for options in problem.layers}
     first, second, *_ = problem.layers
     lost = {first.layer.name: 2 * first.of(Choice("gc", 4)).loss, second.layer.name: 1e6}
-    scaled = again(problem, lost, choices)
+    scaled = again(problem, lost, choices, error=0)  # which says nothing of sizes
     for choice in (Choice("gc", 2), Choice("lowrank", 2)):
         assert scaled.layers[0].of(choice).felt == pytest.approx(2**0.7 * first.of(choice).felt)
         assert scaled.layers[1].of(choice).felt == pytest.approx(4**0.7 * second.of(choice).felt)
         assert scaled.layers[2].of(choice).felt == problem.layers[2].of(choice).felt
+    measured = again(problem, lost, choices, error=0.05)
+    assert measured.felt(choices) == pytest.approx(0.05)
+    shares = [options.of(Choice("gc", 2)).felt / 0.05 for options in measured.layers]
+    assert shares == pytest.approx([o.of(Choice("gc", 2)).felt / scaled.felt(choices) for o in scaled.layers])
 
 
 def test_the_convolutions_behind_make_up_for_most_of_what_the_first_layer_loses(problem: Problem) -> None:
