@@ -20,6 +20,8 @@ def shorten(put: Callable[[Any, str, Any], None]) -> None:
     Warm-ups, the device's ceilings, the canary, the time of each row where none is asked for, and a second measurement
     of what cannot be.
     """
+    from bgcbench.planning import plan
+
     for_device = Rules.for_device
 
     def shortened(device_type: str, *, max_time_s: float | None = None, **options: Any) -> Rules:
@@ -27,6 +29,7 @@ def shorten(put: Callable[[Any, str, Any], None]) -> None:
         return replace(rules, warmup_min_s=0.01, warmup_max_s=0.02)
 
     put(Rules, "for_device", shortened)
+    put(plan, "layer_rules", lambda device_type, **options: shortened(device_type, **options))
     put(ceilings, "measure_ceilings", lambda *_, **__: ceilings.Ceilings(1e11, 1e10, (1,), 1))
     put(device, "CANARY_S", 0.0)  # its smallest product
     put(profile_run, "diagnose", lambda _: [])
