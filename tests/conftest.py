@@ -10,16 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer.main
 
 # Several workers share the cores: threads of each beyond its share would only wait for one another.
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
     share = (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, share)))
-
-import torch
-import typer.main
-
-from tests.brisk import shorten
+# torch is imported within functions, as the process that only hands tests out to workers needs none.
 
 gc.disable()  # until all tests are known: what is read for them stays
 os.fsync = lambda _: None  # what tests write need not outlive the machine
@@ -34,6 +31,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    import torch
+
     if torch.cuda.is_available():
         return
     for item in items:
@@ -42,6 +41,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
+    import torch
+
+    from bgcbench.convs import autotune
+
+    if not torch.cuda.is_available():
+        # torch would remember each seed, and the stack, for the devices that are not there.
+        torch.cuda.random._lazy_call = lambda *_, **__: None  # type: ignore[assignment]
+        autotune.MIN_S = 0.0  # of algorithms of a few microseconds; there are as many rounds as for long ones
     gc.enable()
 
 
@@ -56,12 +63,10 @@ def pytest_runtest_setup() -> None:
         _MODULES[0] = len(sys.modules)
 
 
-if not torch.cuda.is_available():  # torch would remember each seed, and the stack, for the devices that are not there
-    torch.cuda.random._lazy_call = lambda *_, **__: None  # type: ignore[assignment]
-
-
 @pytest.fixture(autouse=True)
 def _same_numbers_every_time() -> None:
+    import torch
+
     torch.manual_seed(0)
 
 
@@ -86,6 +91,8 @@ def cli(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
 @pytest.fixture(scope="module")
 def brisk() -> Iterator[None]:
     """Short warm-ups and no matrix products: what is tested here is not how long they are."""
+    from tests.brisk import shorten
+
     with pytest.MonkeyPatch.context() as patched:
         shorten(patched.setattr)
         patched.setattr(gc, "unfreeze", lambda: None)  # the heap stays small after a measurement
@@ -95,6 +102,8 @@ def brisk() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
     """Matrices this small are slower on several threads, much slower beside other work."""
+    import torch
+
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -84,6 +84,10 @@ with memory_state("fresh"):
         found[name] = []
         watch.sample(cell, 5, found[name])
         watch.sample(cell, 2)  # nobody wants to know
+
+own = allocator.set_memory
+allocator.set_memory = lambda _: own("fresh")
+found["deaf doctor"] = doctor()
 """)
 
 
@@ -129,6 +133,4 @@ def test_the_doctor_counts_them_and_sees_another_allocator(found: Any) -> None:
     state, advice = found["doctor"]
     assert re.fullmatch(rf"0 kept, {PAGES // 10}\d fresh", state)
     assert advice is None
-    # One that mallopt says nothing to.
-    deaf = "own = allocator.set_memory\nallocator.set_memory = lambda _: own('fresh')\nfound = doctor()"
-    assert "another allocator" in in_a_new_process(deaf)[1]
+    assert "another allocator" in found["deaf doctor"][1]  # one that mallopt says nothing to
