@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import shutil
-import socket
 import statistics
 from pathlib import Path
 from typing import Any
-from urllib.error import URLError
 
 import jsonschema
 import pytest
@@ -39,18 +37,10 @@ SMALL = ["--where", "3x3", "--device", "cpu"]
 
 
 @pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def here(here: Path, downloads: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty current folder, no network, and nothing that was downloaded before."""
-
-    def reached(*_: Any) -> Any:
-        raise URLError(socket.gaierror(-3, "Temporary failure in name resolution"))
-
-    monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("BGCBENCH_DATA_DIR", raising=False)
-    monkeypatch.setattr(torch.hub, "urlopen", reached)
-    monkeypatch.setattr(torch.hub, "_hub_dir", None)
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
-    return tmp_path
+    return here
 
 
 def publish(here: Path, monkeypatch: pytest.MonkeyPatch, name: str = NET) -> torch.nn.Module:
@@ -153,7 +143,7 @@ def test_a_run_without_weights_goes_on_when_they_are_there(
     assert {r["reason"] for r in rows_of("r.json")} == {"the weights are missing"}
     publish(here, monkeypatch)
     assert main(["transfer", "--resume", "r.json", "--quiet"]) == 0
-    found = stored(Path("r.json"))
+    found = stored("r.json")
     assert (found["complete"], found["warnings"]) == (True, [])
     assert found["settings"]["weights_sha256"] is not None
     assert {r["status"] for r in found["results"]} == {"ok"}
