@@ -28,9 +28,10 @@ GLIBC = pytest.mark.skipif(
 PAGES = 2**20 // resource.getpagesize()  # of 1 MiB
 
 
-def in_a_new_process(code: str) -> Any:
-    """What ``code`` makes of ``found``."""
-    head = """
+@pytest.fixture(scope="module")
+def found() -> Any:
+    """What a new process has counted."""
+    code = """
 import json
 import torch
 from bgcbench.measure import allocator
@@ -54,15 +55,9 @@ def doctor():
     return next(rest for what, *rest in diagnose(torch.device("cpu")) if "page faults" in what)
 
 found = {}
-"""
-    done = subprocess.run([sys.executable, "-c", f"{head}{code}\nprint(json.dumps(found))"], cwd=ROOT, text=True,
-                          capture_output=True, check=True, timeout=60)  # fmt: skip
-    return json.loads(done.stdout)
-
-
-@pytest.fixture(scope="module")
-def found() -> Any:
-    return in_a_new_process("""
+own, allocator.set_memory = allocator.set_memory, lambda _: own("fresh")
+found["deaf doctor"] = doctor()
+allocator.set_memory = own
 found["doctor"] = doctor()
 for name, state in (("fresh", "fresh"), ("kept", "kept"), ("again", "kept"), ("later", "fresh")):
     with memory_state(state):
@@ -85,10 +80,11 @@ with memory_state("fresh"):
         watch.sample(cell, 5, found[name])
         watch.sample(cell, 2)  # nobody wants to know
 
-own = allocator.set_memory
-allocator.set_memory = lambda _: own("fresh")
-found["deaf doctor"] = doctor()
-""")
+print(json.dumps(found))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True, check=True,
+                          timeout=60)  # fmt: skip
+    return json.loads(done.stdout)
 
 
 @GLIBC
