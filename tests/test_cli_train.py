@@ -657,7 +657,7 @@ def test_killed_and_stopped_at_random_it_ends_with_the_same_bits(
 def test_the_same_command_twice_gives_the_same_bits(here: Path) -> None:
     """Whatever the order of Python's sets is, and however fast BGC's forms were measured to be."""
     common = ["--data", "digits", "--size", "8", "--device", "cpu", "--threads", "1", "--variants", "bgc,tlgc,lgc",
-              "--groups", "2", "--exclude", "stages.2.*", "--subset", "64", "--batch-size", "32", "--epochs", "2",
+              "--groups", "2", "--exclude", "stages.2.*", "--subset", "64", "--batch-size", "32", "--epochs", "1",
               "--quiet"]  # fmt: skip
     transfer = ["--weights", "none", "--calibration-images", "16", "--save", "saved"]
     commands = [
