@@ -130,6 +130,7 @@ def test_every_option_fills_fields_that_are_there(command: Command) -> None:
             assert set(each.fills) <= fields
 
 
+@pytest.mark.usefixtures("brisk")
 def test_a_new_field_of_a_configuration_is_an_option_and_reaches_the_run(tmp_path: Path) -> None:
     @dataclass(frozen=True)
     class Warmer(ProfileConfig):

@@ -135,7 +135,7 @@ class TestProfile:
         self, plan: str, capsys: pytest.CaptureFixture[str]
     ) -> None:
         assert main([*PROFILE, plan, "--phases", "fwd", "--out", "p.json", "--quiet"]) == 0
-        document = stored(Path("p.json"))
+        document = stored("p.json")
         assert document["config"]["plan"] == CHOICES
         document["results"] = [row for row in document["results"] if row["params"]["variant"] == "standard"]
         Path("p.json").write_text(json.dumps(document | {"complete": False, "exit_reason": "interrupted"}))

@@ -226,7 +226,7 @@ class TestRun:
 
     def test_a_quick_look_measures_one_round_at_least_and_goes_on_while_it_has_time(self, monkeypatch) -> None:
         autotune.forget()
-        for seconds, enough in ((0.0, False), (60.0, True)):
+        for seconds, enough in ((0.0, False), (60.0, True)):  # in which any interval is narrow enough
             monkeypatch.setattr(profile_run, "QUICK_S", seconds)
             done = run(replace(SMALL, quick=True, max_time_s=None))
             rounds = {len(set(phase.rounds)) for row in done.results for phase in row.phases.values()}
