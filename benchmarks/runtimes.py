@@ -27,7 +27,7 @@ def measured(config: NetworkConfig) -> Document:
     """The result of ``CELLS`` among the rows of ``config``."""
     session, planned = open_session(config), plan_network(config)
     rows = [row for row in planned.rows if row.params.cell[:2] in CELLS]
-    run = ProfileRun(planned.config, session, rows, subjects=planned.subjects)
+    run = ProfileRun(planned.config, session, rows)
     document = new_document(
         "profile", sys.argv[1:], run.config.to_json(), session.environment, session.conditions, quick=config.quick
     )

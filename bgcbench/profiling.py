@@ -76,7 +76,7 @@ def profile(
         session = open_session(config)
         planned = plan_network(config)
         session.warnings.extend(planned.notes)
-        run = ProfileRun(planned.config, session, planned.rows, subjects=planned.subjects)
+        run = ProfileRun(planned.config, session, planned.rows)
         settings = session.conditions
         document = new_document("profile", (), run.config.to_json(), session.environment, settings, quick=config.quick)
         for _ in run.run():

@@ -27,7 +27,7 @@ from bgcbench.experiments.profile import (
     planned_layer,
     row_seed,
 )
-from bgcbench.experiments.profile_run import ProfileRun, Update, layer_subjects, open_session
+from bgcbench.experiments.profile_run import ProfileRun, Update, open_session, subjects_of
 from bgcbench.measure import ceilings, environment
 from bgcbench.measure.device import CpuStopwatch
 from bgcbench.report import flags
@@ -48,7 +48,7 @@ def labels(config: ProfileConfig) -> list[tuple[str, int, str]]:
 
 def needed_bytes(config: ProfileConfig, phase: str) -> int:
     """Of the standard convolution."""
-    return next(iter(layer_subjects(config, plan(config)).values())).needed_bytes(phase)
+    return next(iter(subjects_of(plan(config)).values())).needed_bytes(phase)
 
 
 pytestmark = pytest.mark.usefixtures("brisk", "one_thread")

@@ -85,9 +85,7 @@ class Profile(Command):
         shared: Json = {"kept": beginning.kept, "interleaved": interleaved, "stop": beginning.stop}
         if isinstance(prepared, ProfileConfig):
             return ProfileRun(prepared, session, in_shard(prepared.shard, plan(prepared)), **shared)
-        rows = in_shard(prepared.config.shard, prepared.rows)
-        subjects = {row.key: prepared.subjects[row.key] for row in rows if row.key in prepared.subjects}
-        return ProfileRun(prepared.config, session, rows, subjects=subjects, **shared)
+        return ProfileRun(prepared.config, session, in_shard(prepared.config.shard, prepared.rows), **shared)
 
     def plan_lines(self, run: ProfileRun, *, full: bool) -> list[str]:
         config, device, cpu = run.config, run.session.environment.device, run.session.environment.cpu

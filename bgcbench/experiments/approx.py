@@ -7,6 +7,7 @@ asked of a real network is :mod:`bgcbench.experiments.approx_network`.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -15,7 +16,7 @@ import msgspec
 from bgcbench.errors import UsageError
 from bgcbench.experiments.config import RunConfig, refuse_misfits
 from bgcbench.experiments.options import CHANNELS, WORKLOAD, Option, option, positive
-from bgcbench.results.rows import SampledParams
+from bgcbench.results.rows import SampledParams, SampledRow
 from bgcbench.specs import LINEAR, VARIANTS, Choice, ConvSpec, Pair
 from bgcbench.theory import paper
 from bgcbench.theory.inputs import InputLaw
@@ -116,6 +117,14 @@ class ApproxConfig(RunConfig):
         used = sum(any(0 <= start + tap < self.length for start in starts) for tap in range(self.kernel))
         return int(used**self.dims)
 
+    def unknowns(self, params: SampledParams) -> int:
+        """p, the free numbers that one output's least squares fits.
+
+        They make the error within the sample low by the factor 1 - p / (S D).
+        """
+        groups = params.groups
+        return VARIANTS[params.variant].unknowns(self.taps_used * self.in_channels // groups, groups)
+
     @property
     def rows_of_data(self) -> int:
         """S D: positions that each least-squares problem sees."""
@@ -128,24 +137,8 @@ class ApproxConfig(RunConfig):
         return f"conv{self.dims}d-{self.in_channels}x{self.out_channels}k{self.kernel}-{self.precision}"
 
 
-@dataclass(frozen=True)
-class ApproxRow:
-    """One row to compute: its stable key, what it is, its parameters, and why it cannot be.
-
-    unknowns: p, the free numbers that one output's least squares fits. They make the error within the sample low by
-    the factor 1 - p / (S D).
-    """
-
-    key: str
-    choice: Choice
-    params: SampledParams
-    law: InputLaw
-    unknowns: int
-    invalid: str | None = None
-
-
-def plan(config: ApproxConfig) -> list[ApproxRow]:
-    """The rows of ``config``: by input, then N in the order of the variants, then rank.
+def plan(config: ApproxConfig) -> list[SampledRow]:
+    """The rows of ``config``, undone or invalid: by input, then N in the order of the variants, then rank.
 
     N = 1 of any variant is the standard convolution and is one row. Raises ShapeError naming every N and rank that does
     not fit the channels unless ``skip_invalid``, UsageError where there are fewer data than unknowns.
@@ -153,38 +146,39 @@ def plan(config: ApproxConfig) -> list[ApproxRow]:
     standard = [Choice()] * ("standard" in config.variants or 1 in config.groups)
     rows = [_row(config, law, choice) for law in config.laws for choice in standard + config.choices]
     if not config.skip_invalid:
-        refuse_misfits(row.invalid for row in rows if row.invalid)
-    worst = _worst(rows)
+        refuse_misfits(row.reason for row in rows if row.reason)
+    worst = _worst(config, rows)
     if worst is None:
         raise UsageError("nothing to compute: --groups and --variants leave no valid row")
-    if config.rows_of_data < worst.unknowns:
-        least = -(-worst.unknowns * config.samples // config.rows_of_data)
+    unknowns = config.unknowns(worst)
+    if config.rows_of_data < unknowns:
+        least = -(-unknowns * config.samples // config.rows_of_data)
         raise UsageError(
-            f"--samples {config.samples} gives {config.rows_of_data} positions for {worst.unknowns} unknowns an output "
+            f"--samples {config.samples} gives {config.rows_of_data} positions for {unknowns} unknowns an output "
             f"of {worst.choice.label}: fewer than one, so any error could be fitted away; use at least {least}, or "
             f"{10 * least} for an error that is low by less than a tenth, or larger N"
         )
     return rows
 
 
-def few_rows(config: ApproxConfig, rows: list[ApproxRow]) -> list[str]:
+def few_rows(config: ApproxConfig, rows: Sequence[SampledRow]) -> list[str]:
     """A warning where some row has fewer than ten data an unknown."""
-    worst = _worst(rows)
-    if worst is None or worst.unknowns <= config.rows_of_data / FEW_ROWS:
+    worst = _worst(config, rows)
+    if worst is None or config.unknowns(worst) <= config.rows_of_data / FEW_ROWS:
         return []
-    share = config.rows_of_data / worst.unknowns
+    share = config.rows_of_data / config.unknowns(worst)
     return [
         f"only {share:.1f} data an unknown for {worst.choice.label}: its error within the sample is low by a factor of "
         f"about {1 - 1 / share:.2f}, and others by less; use more --samples"
     ]
 
 
-def _worst(rows: list[ApproxRow]) -> ApproxRow | None:
-    """The first of the rows with the most unknowns."""
-    return max((row for row in rows if not row.invalid), key=lambda row: row.unknowns, default=None)
+def _worst(config: ApproxConfig, rows: Sequence[SampledRow]) -> SampledParams | None:
+    """The first of the valid rows with the most unknowns."""
+    return max((row.params for row in rows if row.status != "invalid"), key=config.unknowns, default=None)
 
 
-def _row(config: ApproxConfig, law: InputLaw, choice: Choice) -> ApproxRow:
+def _row(config: ApproxConfig, law: InputLaw, choice: Choice) -> SampledRow:
     variant, channels = choice.variant, (config.in_channels, config.out_channels, config.kernel**config.dims)
     groups = choice.reduction(*channels)
     solved = config.samples if variant in ("standard", *LINEAR) else min(config.search_samples, config.samples)
@@ -192,8 +186,8 @@ def _row(config: ApproxConfig, law: InputLaw, choice: Choice) -> ApproxRow:
     params = msgspec.convert(vars(config) | dataclasses.asdict(choice) | own, SampledParams)
     shape = f"{config.in_channels}x{config.out_channels}-k{config.kernel}-d{config.dims}-l{config.length}"
     key = f"{choice.key}-{shape}-s{config.stride}-{law.name}-S{config.samples}-{config.precision}"
-    unknowns = VARIANTS[variant].unknowns(config.taps_used * config.in_channels // groups, groups)
-    return ApproxRow(key, choice, params, law, unknowns, choice.unfit(*channels))
+    unfit = choice.unfit(*channels)
+    return SampledRow(key, "invalid" if unfit else "interrupted", unfit, params)
 
 
 # Both are section 5.1 as the defaults have it; they differ in the picture that is drawn.

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import msgspec
 import torch
@@ -25,8 +26,7 @@ from bgcbench.data import Images, open_images
 from bgcbench.data.views import Views
 from bgcbench.errors import UsageError
 from bgcbench.experiments.approx_network import ApproxNetworkConfig
-from bgcbench.experiments.approx_run import Step
-from bgcbench.experiments.base import Run
+from bgcbench.experiments.base import Run, Step
 from bgcbench.experiments.config import refuse_misfits
 from bgcbench.experiments.images import prepared_for, sized, told, traced, warned
 from bgcbench.experiments.profile import row_seed
@@ -64,7 +64,6 @@ class PlannedLayer:
     """One row to compute: a layer and what is asked of it."""
 
     key: str
-    choice: Choice
     params: LayerParams
     layer: Replaced
 
@@ -131,7 +130,7 @@ class Prepared:
             data=data,
             calibration_images=self.batches.count,
         )
-        return PlannedLayer(f"{model}-{layer.name}-{choice.key}-{weights}-{data}", choice, params, layer)
+        return PlannedLayer(f"{model}-{layer.name}-{choice.key}-{weights}-{data}", params, layer)
 
 
 def prepare(config: ApproxNetworkConfig) -> Prepared:
@@ -180,17 +179,9 @@ class ApproxNetworkRun(Run[LayerRow]):
     config: ApproxNetworkConfig
     planned: list[PlannedLayer]
 
-    def __init__(
-        self,
-        prepared: Prepared,
-        session: Session,
-        *,
-        kept: Mapping[str, LayerRow] | None = None,
-        stop: Callable[[], bool] = lambda: False,
-    ) -> None:
-        self.config, self.session, self.prepared, self.stop = prepared.config, session, prepared, stop
-        self.planned = prepared.rows
-        self.known = {key: row for key, row in (kept or {}).items() if row.is_done}
+    def __init__(self, prepared: Prepared, session: Session, **options: Any) -> None:
+        super().__init__(prepared.config, session, prepared.rows, **options)
+        self.prepared = prepared
         self.warnings = list(prepared.warnings)
 
     @property
@@ -237,13 +228,13 @@ class ApproxNetworkRun(Run[LayerRow]):
                 for row in (row for row in left if row.layer == layer):
                     if self.stop():
                         return
-                    yield Step(f"{layer.name}: {row.choice.label}", number / len(layers))
+                    yield Step(f"{layer.name}: {row.params.choice.label}", number / len(layers))
                     status: Status = "invalid"
                     try:
-                        found = evaluator.evaluate(row.choice)
+                        found = evaluator.evaluate(row.params.choice)
                     except Exception as problem:  # noqa: BLE001 - whatever it is, the other rows are worth having
                         failure = describe_failure(problem, self.session.device)
-                        status, found = failure.status, evaluator.unknown(row.choice, failure.reason)
+                        status, found = failure.status, evaluator.unknown(row.params.choice, failure.reason)
                     scarce += [layer.name] * found.scarce
                     self.known[row.key] = _finished(row, found, status)
                 yield Step(layer.name, (number + 1) / len(layers), save=True)

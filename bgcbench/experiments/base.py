@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
 import msgspec
 
 from bgcbench.experiments.config import RunConfig
+from bgcbench.experiments.session import Session
 from bgcbench.measure import ceilings
 from bgcbench.results import Document
 from bgcbench.results.rows import Ceilings, Row
@@ -24,18 +26,37 @@ class Planned(Protocol):
 RowT = TypeVar("RowT", bound=Row)
 
 
+@dataclass(frozen=True)
+class Step:
+    """What a run is at: ``doing`` for people, ``done`` (0 to 1) where it is known, save: whether rows are new."""
+
+    doing: str
+    done: float | None = None
+    save: bool = False
+
+
 class Run(ABC, Generic[RowT]):
     """One run of an experiment; iterate ``run()`` for its updates, each of which has ``save``: whether rows are new.
 
-    config: as it ran. planned: the rows of the plan, in order. known: what is known of any row, by key, rows of a
-    resumed file included. warnings: what the user should know so far. ceilings: the device's, where they are measured.
+    config: as it ran. planned: the rows of the plan, in order. known: what is known of any row, by key, at first the
+    rows of a resumed file (kept) that are done. stop() is asked between the steps of a run. warnings: what the user
+    should know so far. ceilings: the device's, where they are measured.
     """
 
-    config: RunConfig
-    planned: Sequence[Planned]
-    known: dict[str, RowT]
-    warnings: list[str]
     ceilings: ceilings.Ceilings | None = None
+
+    def __init__(
+        self,
+        config: RunConfig,
+        session: Session,
+        planned: Sequence[Planned],
+        *,
+        kept: Mapping[str, RowT] | None = None,
+        stop: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self.config, self.session, self.planned, self.stop = config, session, planned, stop
+        self.known: dict[str, RowT] = {key: row for key, row in (kept or {}).items() if row.is_done}
+        self.warnings: list[str] = []
 
     @property
     def keys(self) -> list[str]:

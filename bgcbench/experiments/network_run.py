@@ -31,7 +31,7 @@ from bgcbench.experiments.profile import (
     wanted_of,
     wanted_rows,
 )
-from bgcbench.experiments.profile_run import Subject, layer_subjects, on_device
+from bgcbench.experiments.profile_run import Subject, on_device
 from bgcbench.experiments.session import Session
 from bgcbench.measure.counts import CallWork, count
 from bgcbench.measure.trace import Call, Trace, trace
@@ -47,14 +47,10 @@ PASSES = {"fwd": 1, "train_step": 3}  # convolution-sized passes: y; and dx and 
 
 @dataclass(frozen=True)
 class NetworkPlan:
-    """The rows of a run, what each measures (by key), and what there is to say before it.
-
-    config: with the network's own size.
-    """
+    """The rows of a run, and what there is to say before it; config: with the network's own size."""
 
     config: NetworkConfig
     rows: list[PlannedRow]
-    subjects: dict[str, Subject]
     notes: list[str]
 
     def add_network(self, wanted: Wanted, subject: NetworkSubject) -> None:
@@ -63,8 +59,7 @@ class NetworkPlan:
         what = f"{model}-{wanted.choice.key}-{where}"
         facts = {"counts": subject.counts, "memory": subject.memory, "convert": subject.record}
         row = unmeasured(self.config, wanted, what, {"model": model, "where": where}, **facts)
-        self.rows.append(PlannedRow(row, labelled(self.config, wanted), group="network"))
-        self.subjects[row.key] = subject
+        self.rows.append(PlannedRow(row, labelled(self.config, wanted), subject, group="network"))
 
     def add_layers(self, found: Trace) -> None:
         """The network's own convolution of each shape, and where conversions replace it what they put in its place."""
@@ -81,7 +76,7 @@ class NetworkPlan:
             uniform = [each for each in config.choices if not each.is_planned and by_variant & {*layer.names}]
             planned = [config.planned[name] for name in layer.names if name in config.planned]
             wanted = wanted_of(config, dict.fromkeys((Choice(), *uniform, *planned)))
-            rows = [
+            self.rows.extend(
                 planned_layer(
                     shape,
                     each,
@@ -93,9 +88,7 @@ class NetworkPlan:
                     params,
                 )
                 for each in wanted
-            ]
-            self.rows.extend(rows)
-            self.subjects.update(layer_subjects(shape, rows))
+            )
 
 
 def plan_network(config: NetworkConfig) -> NetworkPlan:
@@ -110,7 +103,7 @@ def plan_network(config: NetworkConfig) -> NetworkPlan:
     found = traced(dense, config.spec)
     if is_own(config.model):
         config = dataclasses.replace(config, num_classes=class_count(dense, config.spec))
-    planned = NetworkPlan(config, [], {}, [])
+    planned = NetworkPlan(config, [], [])
     problems: list[str] = []
     for wanted in wanted_rows(config):
         if wanted.choice.is_dense:
@@ -130,7 +123,7 @@ def plan_network(config: NetworkConfig) -> NetworkPlan:
         )
     if config.layers:
         planned.add_layers(found)
-    if not planned.subjects:
+    if not planned.rows:
         raise UsageError("nothing to measure: --groups and --variants leave no row")
     return planned
 

@@ -31,7 +31,7 @@ class NetworkTimes:
         planned = plan_network(self.config)
         session = profile_run.open_session(self.config)
         wanted = [row for row in planned.rows if row.params.cell in {*self.cells, STANDARD}]
-        run = profile_run.ProfileRun(self.config, session, wanted, subjects=planned.subjects, stop=self.stop)
+        run = profile_run.ProfileRun(self.config, session, wanted, stop=self.stop)
         for update in run.run():
             yield update.doing
         if self.stop():

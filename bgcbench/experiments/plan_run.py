@@ -29,8 +29,7 @@ from bgcbench.conversion.lockstep import Stopped
 from bgcbench.conversion.record import Converted, counted
 from bgcbench.errors import ResultFileError, UsageError
 from bgcbench.experiments import approx_network_run
-from bgcbench.experiments.approx_run import Step
-from bgcbench.experiments.base import Run
+from bgcbench.experiments.base import Run, Step
 from bgcbench.experiments.plan import PlanConfig
 from bgcbench.experiments.profile import row_seed
 from bgcbench.experiments.profile_run import on_device

@@ -230,13 +230,13 @@ def check_same_fields(stored: Mapping[str, Any], wanted: Mapping[str, Any], free
 class PlannedRow:
     """One row to measure: what is known of it before, 'interrupted', or 'invalid' with the reason.
 
-    label: for people. spec: its layer; None where there is none, and of a whole network. group: rows of one group are
-    interleaved with one another.
+    label: for people. subject: what is measured, None where nothing is: a layer as it is in a configuration, or a
+    network (bgcbench.experiments.profile_run.Subject). group: rows of one group are interleaved with one another.
     """
 
     row: ProfileRow
     label: str
-    spec: ConvSpec | None = None
+    subject: Any = None
     group: str = ""
 
     @property
@@ -251,6 +251,13 @@ class PlannedRow:
     def invalid(self) -> str | None:
         """Why there is nothing to measure."""
         return self.row.reason if self.row.status == "invalid" else None
+
+
+class Layer(NamedTuple):
+    """One convolution, measured as the configuration says."""
+
+    config: ProfileConfig
+    spec: ConvSpec
 
 
 class Wanted(NamedTuple):
@@ -293,7 +300,7 @@ def plan(config: ProfileConfig) -> list[PlannedRow]:
     ]
     if not config.skip_invalid:
         refuse_misfits(row.invalid for row in rows if row.invalid)
-    if not any(row.spec for row in rows):
+    if all(row.invalid for row in rows):
         raise UsageError("nothing to measure: --groups and --variants leave no valid row")
     return rows
 
@@ -382,7 +389,7 @@ def planned_layer(
     params = {"groups": choice.reduction(*shape), **own_fields, **(params or {})}
     if reason := choice.unfit(*shape):
         row = unmeasured(config, wanted, what, params, status="invalid", reason=reason)
-        return PlannedRow(row, label, group=group)
+        return PlannedRow(row, label, None, group)
     asked: Json = {} if choice.is_dense else dataclasses.asdict(choice)
     spec = dataclasses.replace(own, algorithm=wanted.in_torch(choice.variant), **asked)
     size, item = (config.height, config.width), PRECISIONS[config.precision]
@@ -399,7 +406,8 @@ def planned_layer(
         input_bytes=config.batch * config.in_channels * math.prod(size) * item,
         output_bytes=config.batch * config.out_channels * math.prod(spec.output_size(*size)) * item,
     )
-    return PlannedRow(msgspec.structs.replace(row, memory=memory, paper=_printed(row.params)), label, spec, group)
+    row = msgspec.structs.replace(row, memory=memory, paper=_printed(row.params))
+    return PlannedRow(row, label, Layer(config, spec), group)
 
 
 def _printed(params: ProfileParams) -> PaperRow | None:

@@ -23,7 +23,7 @@ from bgcbench.convs.autotune import AutotunedConv2d, hastily
 from bgcbench.deployment.workload import RuntimeFile, RuntimeWorkload, runtime_file
 from bgcbench.experiments.base import Run
 from bgcbench.experiments.plan import PlanConfig
-from bgcbench.experiments.profile import MeasureConfig, PlannedRow, ProfileConfig, row_seed
+from bgcbench.experiments.profile import Layer, MeasureConfig, PlannedRow, ProfileConfig, row_seed
 from bgcbench.experiments.session import Session, open_device
 from bgcbench.measure import ceilings, environment, timing
 from bgcbench.measure.allocator import FAULT_S, memory_state, resolve_memory
@@ -155,7 +155,7 @@ class Subject(ABC):
 class LayerSubject(Subject):
     """One convolution of the plan."""
 
-    def __init__(self, config: ProfileConfig, row: ProfileRow, spec: ConvSpec) -> None:
+    def __init__(self, config: ProfileConfig, spec: ConvSpec, row: ProfileRow) -> None:
         self.config, self.key, self.spec = config, row.key, spec
         self.mode, self.algorithm = row.params.mode, row.params.algorithm
         self.phases, self.batch, self.input_grad = config.phases, config.batch, config.input_grad
@@ -304,17 +304,20 @@ class Update:
     save: bool
 
 
-def layer_subjects(config: ProfileConfig, planned: Sequence[PlannedRow]) -> dict[str, Subject]:
-    """The layers of a plan of ``config``, by key."""
-    return {each.key: LayerSubject(config, each.row, each.spec) for each in planned if each.spec is not None}
+def subjects_of(planned: Sequence[PlannedRow]) -> dict[str, Subject]:
+    """What the rows of a plan measure, by key."""
+    return {
+        each.key: LayerSubject(*each.subject, each.row) if isinstance(each.subject, Layer) else each.subject
+        for each in planned
+        if not each.invalid
+    }
 
 
 class ProfileRun(Run[ProfileRow]):
     """One run of ``profile`` on an open session; iterate ``run()`` for its updates.
 
-    subjects: what the rows measure, by key; by default the layers of their specs. kept: the rows of a resumed file by
-    key; those that are done are not measured again, and those that are not in the plan stay as they are. interleaved:
-    its groups. stop() is asked between batches of samples.
+    kept: the rows of a resumed file by key; those that are done are not measured again, and those that are not in the
+    plan stay as they are. interleaved: its groups. stop() is asked between batches of samples.
     """
 
     config: MeasureConfig
@@ -326,19 +329,16 @@ class ProfileRun(Run[ProfileRow]):
         session: Session,
         planned: Sequence[PlannedRow],
         *,
-        subjects: Mapping[str, Subject] | None = None,
         kept: Mapping[str, Any] | None = None,
         interleaved: Sequence[Group] = (),
         stop: Callable[[], bool] = lambda: False,
     ) -> None:
-        self.config, self.session, self.planned, self.stop = config, session, planned, stop
+        super().__init__(config, session, planned, stop=stop)
         self.protocol = TimingProtocol.of(config, session.device)
         self.known = {each.key: each.row for each in planned if each.invalid} | dict(kept or {})
         self.interleaved = list(interleaved)
         self.warnings = list(session.warnings)
-        if subjects is None and isinstance(config, ProfileConfig):
-            subjects = layer_subjects(config, planned)
-        self.subjects = subjects or {}
+        self.subjects = subjects_of(planned)
         done = {key for key, row in self.known.items() if row.is_done}
         self.rows = [
             _Row(row, self.subjects[row.key], kept=(kept or {}).get(row.key))
