@@ -13,9 +13,8 @@ from torch.nn import functional as F
 from bgcbench.cli import main
 from bgcbench.conversion.convert import convert, load_converted, save_converted
 from bgcbench.convs import CONVS
-from bgcbench.experiments.network import NetworkConfig
 from bgcbench.experiments.network_run import plan_network
-from bgcbench.experiments.profile import ProfileConfig, plan
+from bgcbench.experiments.profile import NetworkConfig, ProfileConfig, plan
 from bgcbench.experiments.profile_run import ProfileRun, open_session, subjects_of
 from bgcbench.measure.device import CudaStopwatch, backend_state, device_answers
 from bgcbench.measure.environment import describe_environment, diagnose

@@ -19,9 +19,8 @@ from bgcbench.cli import main
 from bgcbench.convs.gc import GroupConv2d
 from bgcbench.errors import ResultFileError, ShapeError, UsageError
 from bgcbench.experiments.images import sized
-from bgcbench.experiments.network import NetworkConfig
 from bgcbench.experiments.network_run import NetworkSubject, distinct_convolutions, plan_network
-from bgcbench.experiments.profile import check_same_workload
+from bgcbench.experiments.profile import NetworkConfig, check_same_workload
 from bgcbench.experiments.profile_run import ProfileRun, open_session, subjects_of
 from bgcbench.measure import environment
 from bgcbench.measure.trace import trace

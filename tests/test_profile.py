@@ -18,8 +18,8 @@ from bgcbench.convs.gc import GroupConv2d
 from bgcbench.convs.standard import StandardConv2d
 from bgcbench.errors import ResultFileError, ShapeError, UsageError
 from bgcbench.experiments import profile_run
-from bgcbench.experiments.network import NetworkConfig
 from bgcbench.experiments.profile import (
+    NetworkConfig,
     ProfileConfig,
     Wanted,
     check_same_workload,

@@ -10,12 +10,10 @@ import typer
 from bgcbench.cli.output import Said
 from bgcbench.cli.run import Beginning, Command
 from bgcbench.errors import UsageError
-from bgcbench.experiments.approx import PRESETS, ApproxConfig
+from bgcbench.experiments.approx import PRESETS, ApproxConfig, ApproxNetworkConfig
 from bgcbench.experiments.approx import plan as approx_plan
-from bgcbench.experiments.approx_network import ApproxNetworkConfig
-from bgcbench.experiments.network import NetworkConfig
 from bgcbench.experiments.options import Asked, AskedOfPicture, in_shard
-from bgcbench.experiments.profile import ProfileConfig, plan
+from bgcbench.experiments.profile import NetworkConfig, ProfileConfig, plan
 from bgcbench.measure.statistics import ROUNDS_OF_INTERVAL
 from bgcbench.results import Json
 from bgcbench.specs import DATA_SETS, WEIGHTS, check_choice, is_own

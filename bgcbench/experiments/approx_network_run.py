@@ -25,7 +25,7 @@ from bgcbench.conversion.convert import Candidates, candidates
 from bgcbench.data import Images, open_images
 from bgcbench.data.views import Views
 from bgcbench.errors import UsageError
-from bgcbench.experiments.approx_network import ApproxNetworkConfig
+from bgcbench.experiments.approx import ApproxNetworkConfig
 from bgcbench.experiments.base import Run, Step
 from bgcbench.experiments.config import refuse_misfits
 from bgcbench.experiments.images import prepared_for, sized, told, traced, warned

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from bgcbench.errors import UsageError
-from bgcbench.experiments.approx_network import ApproxNetworkConfig
+from bgcbench.experiments.approx import ApproxNetworkConfig
 from bgcbench.experiments.config import ImageChoice, NetworkChoice, PlanChoice
 from bgcbench.experiments.options import (
     CONVERSION,

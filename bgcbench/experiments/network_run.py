@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -18,9 +18,9 @@ from bgcbench.convs.base import VariantConv2d
 from bgcbench.errors import ShapeError, UsageError
 from bgcbench.experiments.config import refuse_misfits
 from bgcbench.experiments.images import sized, traced
-from bgcbench.experiments.network import NetworkConfig
 from bgcbench.experiments.profile import (
     MeasureConfig,
+    NetworkConfig,
     PlannedRow,
     ProfileConfig,
     Wanted,
@@ -31,15 +31,15 @@ from bgcbench.experiments.profile import (
     wanted_of,
     wanted_rows,
 )
-from bgcbench.experiments.profile_run import Subject, on_device
+from bgcbench.experiments.profile_run import ProfileRun, Subject, on_device, open_session
 from bgcbench.experiments.session import Session
 from bgcbench.measure.counts import CallWork, count
 from bgcbench.measure.trace import Call, Trace, trace
 from bgcbench.measure.workload import Like, NetworkWorkload, Workload
 from bgcbench.models import build_empty, build_model
 from bgcbench.models.own import class_count
-from bgcbench.results import Json
-from bgcbench.results.rows import Counts, DistinctLayer, Memory, Record
+from bgcbench.results import Document, Json, new_document
+from bgcbench.results.rows import CellKey, Counts, DistinctLayer, Memory, Record
 from bgcbench.specs import PRECISIONS, Choice, ConvSpec, NetSpec, is_own
 
 PASSES = {"fwd": 1, "train_step": 3}  # convolution-sized passes: y; and dx and dW
@@ -126,6 +126,19 @@ def plan_network(config: NetworkConfig) -> NetworkPlan:
     if not planned.rows:
         raise UsageError("nothing to measure: --groups and --variants leave no row")
     return planned
+
+
+def begun(
+    config: NetworkConfig, cells: Collection[CellKey] | None = None, stop: Callable[[], bool] = lambda: False
+) -> tuple[ProfileRun, Document]:
+    """A run over the networks of ``config``, by default all of them, and the document to take it into."""
+    session = open_session(config)
+    planned = plan_network(config)
+    session.warnings.extend(planned.notes)
+    rows = [row for row in planned.rows if cells is None or row.params.cell in cells]
+    run = ProfileRun(planned.config, session, rows, stop=stop)
+    own, conditions = run.config.to_json(), session.conditions
+    return run, new_document("profile", (), own, session.environment, conditions, quick=config.quick)
 
 
 class Selection(Protocol):

@@ -1,7 +1,7 @@
-"""``bgcbench profile``: what a convolution variant costs on this device (the paper's Table 4, done right).
+"""``bgcbench profile``: what a convolution variant (the paper's Table 4, done right), or a network, costs on this device.
 
-The configuration and the plan are pure Python, so that everything wrong with them is said before torch is imported;
-:mod:`bgcbench.experiments.profile_run` measures them.
+Configurations, and the plan of one layer, are pure Python, so that everything wrong with them is said before torch is
+imported; that of a network is in :mod:`bgcbench.experiments.network_run`.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ from typing import Any, ClassVar, NamedTuple
 import msgspec
 
 from bgcbench.errors import ResultFileError, UsageError
-from bgcbench.experiments.config import RunConfig, refuse_misfits
+from bgcbench.experiments.config import NetworkChoice, PlanChoice, RunConfig, refuse_misfits
 from bgcbench.experiments.options import (
     CHANNELS,
     GRID,
     MEASURE,
+    NETWORK,
     SIZE,
     WORKLOAD,
     Option,
@@ -38,6 +39,7 @@ from bgcbench.specs import (
     LAYOUTS,
     MEMORY,
     MODES,
+    NETWORK_PHASES,
     PHASES,
     PLAIN_ALGORITHMS,
     POINTWISE_ALGORITHMS,
@@ -198,6 +200,44 @@ class ProfileConfig(MeasureConfig):
     def what(self) -> str:
         """The workload in a file name."""
         return f"conv{self.in_channels}x{self.out_channels}k{self.kernel}-{self.precision}-{self.layout}"
+
+
+@dataclass(frozen=True)
+class NetworkConfig(PlanChoice, NetworkChoice, MeasureConfig):
+    """One network to measure, dense and converted; valid once constructed (raises UsageError or ShapeError).
+
+    layers adds each distinct convolution by itself.
+    """
+
+    model: str = option(
+        "resnet50",
+        "A whole network instead of a layer: resnet50, wrn_28_10, resnext29_8x64d, wide_resnet34_2, any classification "
+        "network of torchvision, or timm/NAME.",
+    )
+    batch: int = option(32)
+    phases: tuple[str, ...] = option(None, check=one_of(NETWORK_PHASES, "phase"))
+    layers: bool = option(
+        False, "Also each distinct convolution by itself: where the time goes, and what would save some.", panel=NETWORK
+    )
+
+    SHORTHANDS: ClassVar[tuple[Option, ...]] = (dataclasses.replace(SIZE, shown="the network's own"),)
+    USUAL_PHASES: ClassVar[tuple[str, ...]] = NETWORK_PHASES
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.input_grad:
+            raise UsageError("--no-input-grad is for one layer; a network's images take no gradient")
+        self._resolve_network()
+        self._settle_plan()
+
+    @property
+    def is_pointwise(self) -> bool:
+        return self.where == "1x1"
+
+    @property
+    def what(self) -> str:
+        """The workload in a file name."""
+        return f"{self.model.replace('/', '-')}-{self.precision}-{self.layout}"
 
 
 def check_same_workload(stored: Mapping[str, Any], config: RunConfig, name: str) -> None:

@@ -16,8 +16,8 @@ from typing import Any, ClassVar
 from bgcbench.errors import OutputError, UsageError
 from bgcbench.experiments import train
 from bgcbench.experiments.config import ImageChoice, NetworkChoice
-from bgcbench.experiments.network import NetworkConfig
 from bgcbench.experiments.options import CONVERSION, GRID, RECIPE, WORKLOAD, Option, one_of, option, word_or_path
+from bgcbench.experiments.profile import NetworkConfig
 from bgcbench.experiments.train import CLASSES, READ_BY_WORKERS, TrainConfig, params_of, planned
 from bgcbench.results import Json
 from bgcbench.results.rows import TrainParams, TransferRow

@@ -34,8 +34,7 @@ from bgcbench.data import Images
 from bgcbench.data.views import Views
 from bgcbench.errors import OutputError, UsageError
 from bgcbench.experiments.images import prepared_for, sized, told, warned
-from bgcbench.experiments.network_run import conversion_of
-from bgcbench.experiments.network_times import NetworkTimes
+from bgcbench.experiments.network_run import begun, conversion_of
 from bgcbench.experiments.profile import row_seed
 from bgcbench.experiments.session import Session
 from bgcbench.experiments.train_run import (
@@ -51,14 +50,17 @@ from bgcbench.experiments.transfer import TransferConfig, identity, plan, room_t
 from bgcbench.measure.device import Failure, describe_failure, free_memory
 from bgcbench.models import build_model
 from bgcbench.models.weights import Loaded, Weights
-from bgcbench.results import Json, write_atomically
-from bgcbench.results.rows import Record, TransferRow
+from bgcbench.results import Document, Json, write_atomically
+from bgcbench.results.rows import CellKey, NetworkTime, ProfileRow, Ratio, Record, TransferRow
+from bgcbench.results.times import time_ratio
 from bgcbench.specs import HELD_OUT
 from bgcbench.training.distributed import World
 from bgcbench.training.loop import NotFinite, Scores, Training
 from bgcbench.training.recipes import Recipe
 
 NOT_EVALUATED, NOT_TRAINED, UNTOUCHED = "converted, not evaluated yet", "converted, not trained yet", "not trained yet"
+STANDARD: CellKey = ("standard", 1, None)
+MEASURED_AS = {"fwd": "deployed", "train_step": "masked"}  # the algorithm, where a network is measured in both
 BATCH = 64  # calibration images that are read at a time
 
 
@@ -392,22 +394,24 @@ class TransferRun(TrainRun[TransferRow]):
         rows = [row for row in self.planned if row.key in self.known and self.known[row.key].time is None]
         if not rows:
             return True
-        networks = NetworkTimes(
-            self.config.costs(str(self.session.device)), {row.params.cell for row in rows}, self.stop
-        )
         at = functools.partial(Update, self.planned[0], 0, len(rows), None)
         try:
-            for doing in networks.run():
-                yield at(0.0, doing=f"timing: {doing}")
+            costs = self.config.costs(str(self.session.device))
+            run, measured = begun(costs, {STANDARD, *(row.params.cell for row in rows)}, self.stop)
+            for update in run.run():
+                yield at(0.0, doing=f"timing: {update.doing}")
         except Exception as problem:  # noqa: BLE001 - conversions and trainings are worth having without
             failure = describe_failure(problem, self.session.device)
             self.warnings.append(f"--time: the networks could not be measured: {failure.reason}")
             return True
         if self.stop():
             return False
-        self.warnings += [f"--time: {text}" for text in networks.warnings]
+        run.take_into(measured)
+        failed = [row for row in measured.results if row.status != "ok"]
+        self.warnings += [f"--time: {text}" for text in measured.measurement_warnings]
+        self.warnings += [f"--time: {row.params.choice.label} could not be measured: {row.reason}" for row in failed]
         for row in rows:
-            self.known[row.key] = replace(self.known[row.key], time=networks.times[row.params.cell])
+            self.known[row.key] = replace(self.known[row.key], time=network_time(measured, row.params.cell))
         yield at(1.0, save=True, doing="timed")
         return True
 
@@ -437,6 +441,25 @@ class TransferRun(TrainRun[TransferRow]):
             self.known[row.key] = replace(self.known[row.key], agreement_final=agreement)
         if not row.params.is_dense:
             self._save(row, training.network)
+
+
+def network_time(measured: Document, cell: CellKey) -> NetworkTime | None:
+    """Median times of a network (seconds), and the standard network's over them; None where none was measured."""
+    rows: Sequence[ProfileRow] = measured.results
+    phases: dict[str, Ratio] = {}
+    for phase, algorithm in MEASURED_AS.items():
+        of = [row for row in rows if phase in row.phases and phase not in row.failures]
+        of.sort(key=lambda row: row.params.algorithm != algorithm)
+        standard, row = (next((row for row in of if row.params.cell == each), None) for each in (STANDARD, cell))
+        if row is None:
+            continue
+        summary, over = row.phases[phase].summary, time_ratio(row, standard, phase)
+        ends = (over.ci95.low, over.ci95.high) if over and over.ci95 else None
+        phases[phase] = Ratio(summary.median_s, summary.ci95_s, summary.n, over.value if over else None, ends)
+    if not phases:
+        return None
+    conditions = {name: getattr(rows[0].params, name) for name in ("batch", "precision", "layout", "mode")}
+    return NetworkTime(phases, memory=measured.settings.memory, **conditions)
 
 
 def _scores(training: Training) -> Scores:
