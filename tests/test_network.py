@@ -115,7 +115,7 @@ class TestPlan:
         rows = {row.key.removesuffix("-b2-16x16-fp32-nchw-eager"): row for row in planned.rows}
         assert len(rows) == len(planned.rows)
         networks = [rows[f"wrn_10_1-lowrank-{what}-auto"] for what in ("n2", "r8", "r20")]
-        assert [row.label for row in networks] == ["LR N=2", "LR r=8", "LR r=20"]
+        assert [row.params.choice.label for row in networks] == ["LR N=2", "LR r=8", "LR r=20"]
         assert [row.params.cell for row in networks] == [("lowrank", 2, None), ("lowrank", 1, 8), ("lowrank", 1, 20)]
         assert [len(row.row.convert.indivisible) for row in networks] == [0, 0, 2]
         assert {layer.rank for layer in networks[1].row.convert.layers} == {8}

@@ -140,7 +140,6 @@ class ApproxConfig(RunConfig):
 
     @property
     def what(self) -> str:
-        """The workload in a file name."""
         return f"conv{self.dims}d-{self.in_channels}x{self.out_channels}k{self.kernel}-{self.precision}"
 
 
@@ -206,7 +205,6 @@ class ApproxNetworkConfig(ImageChoice, NetworkChoice, RunConfig):
 
     @property
     def spec(self) -> NetSpec:
-        """The network."""
         height, width = self.height, self.width
         own = NetSpec(self.model, self.num_classes, height, width, self.stem_stride)
         if height is None and self.data == "digits" and own.size[1] <= 32:
@@ -215,7 +213,6 @@ class ApproxNetworkConfig(ImageChoice, NetworkChoice, RunConfig):
 
     @property
     def what(self) -> str:
-        """The workload in a file name."""
         return f"{self.model}-{self.data.rstrip('/').rpartition('/')[2]}"
 
 

@@ -203,7 +203,6 @@ class ApproxNetworkRun(Run[LayerRow]):
         document.network = self.prepared.facts
 
     def run(self) -> Iterator[Step]:
-        """Compute, and say after every step what is new."""
         config, prepared, count = self.config, self.prepared, self.prepared.batches.count
         left = [row for row in self.planned if row.key not in self.known]
         layers = list(dict.fromkeys(row.layer for row in left))

@@ -91,7 +91,6 @@ class ApproxRun(Run[SampledRow]):
         self._inputs: dict[str, _Inputs] = {}
 
     def run(self) -> Iterator[Step]:
-        """Compute, and say after every step what is new."""
         with backend_state(self.config.precision, self.config.threads), torch.no_grad():
             self.known |= {row.key: row for row in self.planned if row.is_done}  # what is invalid
             left = [row for row in self.planned if row.key not in self.known]
@@ -354,12 +353,8 @@ def _fit(variant: str, law: str, rows: list[SampledRow]) -> Fit:
     return Fit(
         variant=variant,
         input=law,
-        groups=measured.groups,
-        slope_mean=measured.slope_mean,
-        slope_regression=measured.slope_regression,
-        c=measured.c,
+        **vars(measured),
         max_scaled_error=max((row.scaled_error for row in rows if row.scaled_error is not None), default=None),
         exact_slope_mean=exact.slope_mean,
         exact_slope_regression=exact.slope_regression,
-        reason=measured.reason,
     )

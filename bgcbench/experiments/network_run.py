@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,15 +16,13 @@ from bgcbench.conversion.record import Converted, replay
 from bgcbench.conversion.selection import Indivisible
 from bgcbench.convs.base import VariantConv2d
 from bgcbench.errors import ShapeError, UsageError
-from bgcbench.experiments.config import refuse_misfits
+from bgcbench.experiments.config import ConvertedNetwork, refuse_misfits, shared_fields
 from bgcbench.experiments.images import sized, traced
 from bgcbench.experiments.profile import (
-    MeasureConfig,
     NetworkConfig,
     PlannedRow,
     ProfileConfig,
     Wanted,
-    labelled,
     planned_layer,
     row_seed,
     unmeasured,
@@ -38,9 +36,9 @@ from bgcbench.measure.trace import Call, Trace, trace
 from bgcbench.measure.workload import Like, NetworkWorkload, Workload
 from bgcbench.models import build_empty, build_model
 from bgcbench.models.own import class_count
-from bgcbench.results import Document, Json, new_document
+from bgcbench.results import Document, new_document
 from bgcbench.results.rows import CellKey, Counts, DistinctLayer, Memory, Record
-from bgcbench.specs import PRECISIONS, Choice, ConvSpec, NetSpec, is_own
+from bgcbench.specs import PRECISIONS, Choice, ConvSpec, is_own
 
 PASSES = {"fwd": 1, "train_step": 3}  # convolution-sized passes: y; and dx and dW
 
@@ -59,36 +57,21 @@ class NetworkPlan:
         what = f"{model}-{wanted.choice.key}-{where}"
         facts = {"counts": subject.counts, "memory": subject.memory, "convert": subject.record}
         row = unmeasured(self.config, wanted, what, {"model": model, "where": where}, **facts)
-        self.rows.append(PlannedRow(row, labelled(self.config, wanted), subject, group="network"))
+        self.rows.append(PlannedRow(row, subject))
 
     def add_layers(self, found: Trace) -> None:
         """The network's own convolution of each shape, and where conversions replace it what they put in its place."""
-        config, model = self.config, self.config.model
+        config = self.config
         records = [row.row.convert for row in self.rows if row.row.convert]
         replaced = {layer.name for record in records for layer in record.layers}
         by_variant = {layer.name for record in records if not record.planned for layer in record.layers}
         for number, (call, layer) in enumerate(distinct_convolutions(found, replaced)):
             shape = _layer_config(config, call)
             own = ConvSpec("gc" if call.groups > 1 else "standard", *(getattr(call, name) for name in _SHAPE))
-            params: Json = {"model": model, "layer": number}
-            if call.kernel[0] != call.kernel[1]:
-                params["kernel_width"] = call.kernel[1]
             uniform = [each for each in config.choices if not each.is_planned and by_variant & {*layer.names}]
             planned = [config.planned[name] for name in layer.names if name in config.planned]
             wanted = wanted_of(config, dict.fromkeys((Choice(), *uniform, *planned)))
-            self.rows.extend(
-                planned_layer(
-                    shape,
-                    each,
-                    own,
-                    f"{model}-layer{number}-{each.choice.key}",
-                    labelled(config, each, f" of {layer.label}"),
-                    f"layer {number}",
-                    layer,
-                    params,
-                )
-                for each in wanted
-            )
+            self.rows.extend(planned_layer(shape, each, own, (config.model, number, layer)) for each in wanted)
 
 
 def plan_network(config: NetworkConfig) -> NetworkPlan:
@@ -141,44 +124,8 @@ def begun(
     return run, new_document("profile", (), own, session.environment, conditions, quick=config.quick)
 
 
-class Selection(Protocol):
-    """The configuration of a command that converts a network: of profile, of train."""
-
-    @property
-    def spec(self) -> NetSpec: ...
-    @property
-    def where(self) -> str: ...
-    @property
-    def include(self) -> tuple[str, ...]: ...
-    @property
-    def exclude(self) -> tuple[str, ...]: ...
-    @property
-    def skip_invalid(self) -> bool: ...
-    @property
-    def planned(self) -> dict[str, Choice]: ...
-
-
-def conversion_of(config: Selection, choice: Choice, algorithm_of: Callable[[str], str]) -> Json:
-    """The arguments of ``convert`` that make of the network what ``choice`` says, and of PLANNED what the plan says.
-
-    algorithm_of: the algorithm of a variant's layers.
-    """
-    if choice.is_planned:
-        algorithms = {each.variant: algorithm_of(each.variant) for each in config.planned.values()}
-        return {"plan": config.planned, "algorithm": algorithms, "example_input": config.spec.size}
-    return {
-        **choice.to_json(),
-        "where": config.where,
-        "include": config.include,
-        "exclude": config.exclude,
-        "on_indivisible": "skip" if config.skip_invalid else "raise",
-        "algorithm": algorithm_of(choice.variant),
-        "example_input": config.spec.size,
-    }
-
-
 def converted_as_chosen(
-    config: Selection, dense: nn.Module, choice: Choice, algorithm_of: Callable[[str], str], **how: Any
+    config: ConvertedNetwork, dense: nn.Module, choice: Choice, algorithm_of: Callable[[str], str], **how: Any
 ) -> Converted:
     """``dense`` with the convolutions that ``config`` chooses, or that its plan names, replaced, freshly initialised.
 
@@ -187,7 +134,7 @@ def converted_as_chosen(
     plan that is not for this network.
     """
     try:
-        converted = convert(dense, **{"init": "scratch", **how, **conversion_of(config, choice, algorithm_of)})
+        converted = convert(dense, **{"init": "scratch", **how, **config.conversion(choice, algorithm_of)})
     except Indivisible as problem:
         raise ShapeError(problem.fact) from None
     except UsageError as problem:
@@ -350,16 +297,8 @@ def _label(call: Call) -> str:
 
 def _layer_config(config: NetworkConfig, call: Call) -> ProfileConfig:
     """The network's convolution as one layer to measure."""
-    shared = {field.name: getattr(config, field.name) for field in dataclasses.fields(MeasureConfig)}
     phases = tuple({"fwd": "fwd", "train_step": "fwd_bwd"}[phase] for phase in config.phases)
-    shared |= {"phases": phases, "input_grad": not call.reads_image or phases == ("fwd",)}
     (kernel, _), (stride, _), (height, width) = call.kernel, call.stride, call.size or (1, 1)
-    return ProfileConfig(
-        in_channels=call.in_channels,
-        out_channels=call.out_channels,
-        kernel=kernel,
-        stride=stride,
-        height=height,
-        width=width,
-        **shared,
-    )
+    own = {"phases": phases, "input_grad": not call.reads_image or phases == ("fwd",)}
+    own |= {"in_channels": call.in_channels, "out_channels": call.out_channels, "kernel": kernel, "stride": stride}
+    return ProfileConfig(**{**shared_fields(config, ProfileConfig), **own, "height": height, "width": width})

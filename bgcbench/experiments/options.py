@@ -357,9 +357,7 @@ class Asked:
     )
     force: bool = option(False, "Replace an existing --out file.")
     resume: str | None = option(
-        None,
-        "Continue this result file: keep what it holds, do the rest. Its settings are used.",
-        everyday=True,
+        None, "Continue this result file: keep what it holds, do the rest. Its settings are used.", everyday=True
     )
     form: str = form_option()
     wide: bool = option(False, "Show every column of every table on a terminal, too.")

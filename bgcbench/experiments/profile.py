@@ -1,4 +1,4 @@
-"""``bgcbench profile``: what a convolution variant (the paper's Table 4, done right), or a network, costs on this device.
+"""``bgcbench profile``: what a convolution variant (Table 4 of the paper, done right) or a network costs here.
 
 Configurations, and the plan of one layer, are pure Python, so that everything wrong with them is said before torch is
 imported; that of a network is in :mod:`bgcbench.experiments.network_run`.
@@ -16,7 +16,7 @@ from typing import Any, ClassVar, NamedTuple
 import msgspec
 
 from bgcbench.errors import ResultFileError, UsageError
-from bgcbench.experiments.config import NetworkChoice, PlanChoice, RunConfig, refuse_misfits
+from bgcbench.experiments.config import ConvertedNetwork, RunConfig, refuse_misfits
 from bgcbench.experiments.options import (
     CHANNELS,
     GRID,
@@ -198,12 +198,11 @@ class ProfileConfig(MeasureConfig):
 
     @property
     def what(self) -> str:
-        """The workload in a file name."""
         return f"conv{self.in_channels}x{self.out_channels}k{self.kernel}-{self.precision}-{self.layout}"
 
 
 @dataclass(frozen=True)
-class NetworkConfig(PlanChoice, NetworkChoice, MeasureConfig):
+class NetworkConfig(ConvertedNetwork, MeasureConfig):
     """One network to measure, dense and converted; valid once constructed (raises UsageError or ShapeError).
 
     layers adds each distinct convolution by itself.
@@ -236,7 +235,6 @@ class NetworkConfig(PlanChoice, NetworkChoice, MeasureConfig):
 
     @property
     def what(self) -> str:
-        """The workload in a file name."""
         return f"{self.model.replace('/', '-')}-{self.precision}-{self.layout}"
 
 
@@ -270,14 +268,12 @@ def check_same_fields(stored: Mapping[str, Any], wanted: Mapping[str, Any], free
 class PlannedRow:
     """One row to measure: what is known of it before, 'interrupted', or 'invalid' with the reason.
 
-    label: for people. subject: what is measured, None where nothing is: a layer as it is in a configuration, or a
-    network (bgcbench.experiments.profile_run.Subject). group: rows of one group are interleaved with one another.
+    subject: what is measured, None where nothing is: a layer as it is in a configuration, or a network
+    (bgcbench.experiments.profile_run.Subject).
     """
 
     row: ProfileRow
-    label: str
     subject: Any = None
-    group: str = ""
 
     @property
     def key(self) -> str:
@@ -333,11 +329,7 @@ def plan(config: ProfileConfig) -> list[PlannedRow]:
     """
     channels, kernel = (config.in_channels, config.out_channels), config.kernel
     own = ConvSpec("standard", *channels, kernel, config.stride, (kernel - 1) // 2, bias=False)
-    shape = f"{config.in_channels}x{config.out_channels}-k{kernel}-s{config.stride}"
-    rows = [
-        planned_layer(config, wanted, own, f"{wanted.choice.key}-{shape}", labelled(config, wanted))
-        for wanted in wanted_rows(config)
-    ]
+    rows = [planned_layer(config, wanted, own) for wanted in wanted_rows(config)]
     if not config.skip_invalid:
         refuse_misfits(row.invalid for row in rows if row.invalid)
     if all(row.invalid for row in rows):
@@ -368,11 +360,6 @@ def wanted_of(config: MeasureConfig, choices: Collection[Choice]) -> list[Wanted
         for choice in choices
         for each in _algorithms(choice, mode, config)
     ]
-
-
-def labelled(config: MeasureConfig, wanted: Wanted, of: str = "") -> str:
-    """A row in a line of progress."""
-    return f"{wanted.choice.label}{of}" + (f" in {wanted.mode}" if len(config.modes) > 1 else "")
 
 
 def _algorithms(choice: Choice, mode: str, config: MeasureConfig) -> tuple[str, ...]:
@@ -411,25 +398,23 @@ def unmeasured(config: Any, wanted: Wanted, what: str, params: Json, **facts: An
 
 
 def planned_layer(
-    config: ProfileConfig,
-    wanted: Wanted,
-    own: ConvSpec,
-    what: str,
-    label: str,
-    group: str = "",
-    layer: DistinctLayer | None = None,
-    params: Json | None = None,
+    config: ProfileConfig, wanted: Wanted, own: ConvSpec, place: tuple[str, int, DistinctLayer] | None = None
 ) -> PlannedRow:
     """The row of a convolution as ``wanted``; own: the standard one, or the network's own, which may be grouped.
 
-    what: of its key. layer: where it stands in a network. params: further ones.
+    place: of a network's convolution, (name of the network, number, what it is there).
     """
     choice, shape = wanted.choice, (config.in_channels, config.out_channels, own.kernel_positions)
-    own_fields = {name: getattr(config, name) for name in ("in_channels", "out_channels", "kernel", "stride")}
-    params = {"groups": choice.reduction(*shape), **own_fields, **(params or {})}
+    params: Json = {name: getattr(config, name) for name in ("in_channels", "out_channels", "kernel", "stride")}
+    params["groups"] = choice.reduction(*shape)
+    what, layer = f"{choice.key}-{shape[0]}x{shape[1]}-k{config.kernel}-s{config.stride}", None
+    if place is not None:
+        model, number, layer = place
+        what = f"{model}-layer{number}-{choice.key}"
+        height, width = layer.kernel or (0, 0)
+        params |= {"model": model, "layer": number} | ({"kernel_width": width} if width != height else {})
     if reason := choice.unfit(*shape):
-        row = unmeasured(config, wanted, what, params, status="invalid", reason=reason)
-        return PlannedRow(row, label, None, group)
+        return PlannedRow(unmeasured(config, wanted, what, params, status="invalid", reason=reason))
     asked: Json = {} if choice.is_dense else dataclasses.asdict(choice)
     spec = dataclasses.replace(own, algorithm=wanted.in_torch(choice.variant), **asked)
     size, item = (config.height, config.width), PRECISIONS[config.precision]
@@ -447,7 +432,7 @@ def planned_layer(
         output_bytes=config.batch * config.out_channels * math.prod(spec.output_size(*size)) * item,
     )
     row = msgspec.structs.replace(row, memory=memory, paper=_printed(row.params))
-    return PlannedRow(row, label, Layer(config, spec), group)
+    return PlannedRow(row, Layer(config, spec))
 
 
 def _printed(params: ProfileParams) -> PaperRow | None:

@@ -21,7 +21,7 @@ from torch import nn
 from bgcbench.convs import VariantConv2d, build_conv
 from bgcbench.convs.autotune import AutotunedConv2d, hastily
 from bgcbench.deployment.workload import RuntimeFile, RuntimeWorkload, runtime_file
-from bgcbench.experiments.base import Run
+from bgcbench.experiments.base import Run, Step
 from bgcbench.experiments.plan import PlanConfig
 from bgcbench.experiments.profile import Layer, MeasureConfig, PlannedRow, ProfileConfig, row_seed
 from bgcbench.experiments.session import Session, open_device
@@ -48,16 +48,7 @@ from bgcbench.measure.memory import Peak, measure_peak
 from bgcbench.measure.statistics import ROUNDS_OF_INTERVAL
 from bgcbench.measure.workload import Cell, Like, Workload
 from bgcbench.results import Document, rows
-from bgcbench.results.rows import (
-    Canary,
-    Derived,
-    Discarded,
-    Forms,
-    Group,
-    Phase,
-    ProfileRow,
-    Summary,
-)
+from bgcbench.results.rows import Canary, Derived, Discarded, Forms, Group, Phase, ProfileRow, Summary
 from bgcbench.results.times import is_doubtful
 from bgcbench.specs import NETWORK_PHASES, PHASES, PRECISIONS, RUNTIME, ConvSpec
 
@@ -221,6 +212,7 @@ class _Row:
 
     planned: PlannedRow
     subject: Subject
+    label: str  # in a line of progress
     first_call_s: dict[str, float] = field(default_factory=dict)
     host_s: dict[str, float | None] = field(default_factory=dict)
     peak: Peak | None = None
@@ -296,12 +288,10 @@ class _Row:
 
 
 @dataclass(frozen=True)
-class Update:
-    """What is happening; save: whether ``results`` are new."""
+class Update(Step):
+    """What is happening, and how far a group of rows is."""
 
-    doing: str
-    progress: timing.Progress | None
-    save: bool
+    progress: timing.Progress | None = None
 
 
 def subjects_of(planned: Sequence[PlannedRow]) -> dict[str, Subject]:
@@ -341,13 +331,17 @@ class ProfileRun(Run[ProfileRow]):
         self.subjects = subjects_of(planned)
         done = {key for key, row in self.known.items() if row.is_done}
         self.rows = [
-            _Row(row, self.subjects[row.key], kept=(kept or {}).get(row.key))
+            _Row(row, self.subjects[row.key], self._label(row.row), kept=(kept or {}).get(row.key))
             for row in planned
             if row.key in self.subjects and row.key not in done
         ]
         self._contention: Contention | None = None  # on a CPU, of the group that is measured
         self._began = 0.0
         self._inputs: dict[tuple[tuple[int, ...], bool], torch.Tensor] = {}
+
+    def _label(self, row: ProfileRow) -> str:
+        of = f" of {row.layer.label}" if row.layer else ""
+        return row.params.choice.label + of + (f" in {row.params.mode}" if len(self.config.modes) > 1 else "")
 
     def take_into(self, document: Document) -> None:
         super().take_into(document)
@@ -423,7 +417,7 @@ class ProfileRun(Run[ProfileRow]):
                 return
             if row.status != "interrupted":  # the device was lost on an earlier one
                 continue
-            yield self._update(f"first call and memory of {row.planned.label} ({number} of {len(self.rows)})")
+            yield self._update(f"first call and memory of {row.label} ({number} of {len(self.rows)})")
             there = environment.available_bytes(self.session.device)
             for phase in row.alive:
                 if (needed := row.subject.needed_bytes(phase)) > there:
@@ -509,10 +503,10 @@ class ProfileRun(Run[ProfileRow]):
         return row.subject.workload(self.session, self._inputs[shape, gradient], row.like)
 
     def _groups(self, rows: list[_Row]) -> list[list[_Row]]:
-        """The plan's groups, each in one piece, or, if what it holds does not fit together, row by row."""
-        planned: dict[str, list[_Row]] = {}
+        """The network, or the layer, and each of its own layers, in one piece, or row by row if that does not fit."""
+        planned: dict[int | None, list[_Row]] = {}
         for row in rows:
-            planned.setdefault(row.planned.group, []).append(row)
+            planned.setdefault(row.planned.params.layer, []).append(row)
         groups: list[list[_Row]] = []
         for members in planned.values():
             deltas = [row.peak.delta_bytes for row in members if row.peak]
@@ -540,34 +534,33 @@ class ProfileRun(Run[ProfileRow]):
     def _measure(self, rows: list[_Row], stopwatch: DeviceStopwatch, rules: timing.Rules) -> Iterator[Update]:
         """One interleaved group, from building its layers to the summary of its rows."""
         config, device = self.config, self.session.device
-        identity = 1 + max((entry.id for entry in self.interleaved), default=0)
         earlier = self._stopped(rows)
-        if earlier is not None:
-            identity = earlier.id
-            self.interleaved.remove(earlier)
+        entry = earlier or Group(
+            id=1 + max((other.id for other in self.interleaved), default=0),
+            max_time_s=rules.max_time_s,
+            alone=any(row.alone for row in rows),
+            rows=len(rows),
+        )
         for row in rows:
-            self._build(row, identity, stopped=earlier is not None)
+            self._build(row, entry.id, stopped=earlier is not None)
         for row in rows:
             for dense in (other for other in rows if other.is_reference_of(row)):
                 for phase, track in row.tracks.items():
                     track.reference = dense.tracks.get(phase)
-        order = random.Random(row_seed(config.seed, f"order-{identity}"))
+        order = random.Random(row_seed(config.seed, f"order-{entry.id}"))
         tracks = [track for row in rows for track in row.tracks.values()]
         group = timing.Group(tracks, stopwatch, rules, order, self.stop)
         if device.type == "cpu":
             self._contention = Contention(self.session.environment.cpu.threads)
-        alone = any(row.alone for row in rows)
-        entry = Group(id=identity, max_time_s=rules.max_time_s, alone=alone, rows=len(rows))
-        self.interleaved.append(earlier or entry)
-        before = earlier.canary if earlier else None
+        self.interleaved = [other for other in self.interleaved if other is not entry] + [entry]
         for progress in group.run():
             if progress.track is not None and progress.track.failure is not None:
                 free_memory(device)
             if progress.round_done:
-                self._settle(rows, group, before, finished=False)
+                self._settle(rows, group, entry.canary, finished=False)
             doing = "warming up" if progress.round == 0 else f"round {progress.round}"
             yield self._update(doing, progress, save=progress.round_done)
-        self._settle(rows, group, before, finished=not group.interrupted)
+        self._settle(rows, group, entry.canary, finished=not group.interrupted)
         for row in rows:
             row.tracks.clear()  # and with them the layers
         self._inputs.clear()
@@ -581,7 +574,7 @@ class ProfileRun(Run[ProfileRow]):
             dense = next((other.result() for other in rows if other.is_reference_of(row)), None)
             network = next((other.result() for other in self.rows if other.is_network_of(row)), None)
             if any(is_doubtful(row.result(), phase, dense, network) for phase in row.phases):
-                found.append(row.planned.label)
+                found.append(row.label)
         return found
 
     def _measure_again(self, groups: list[list[_Row]], stopwatch: DeviceStopwatch) -> Iterator[Update]:
@@ -593,13 +586,13 @@ class ProfileRun(Run[ProfileRow]):
             if self.stop():
                 return
             self.warnings.append(f"measured twice, because of times that cannot be: {', '.join(self._doubtful(group))}")
-            again = {row.planned.key: (row, row.interleaved) for row in group if row.status == "ok"}
-            members = [row for row, _ in again.values()]
+            again = [(row, row.interleaved) for row in group if row.status == "ok"]
+            members = [row for row, _ in again]
             for row in members:
                 row.before, row.status, row.reason = row.phases, "interrupted", "measured again"
                 row.kept = None
             yield from self._measure(members, stopwatch, self._rules(members, groups[number:]))
-            for row, interleaved in again.values():
+            for row, interleaved in again:
                 if row.status == "interrupted":
                     row.phases, row.interleaved = row.before, interleaved
                     row.end()
@@ -625,7 +618,7 @@ class ProfileRun(Run[ProfileRow]):
                 self._fail(row, failure, phase)
                 continue
             expected_s = row.first_call_s[phase] if plain else math.nan
-            track = timing.Track(row.planned.key, cell, expected_s, f"{row.planned.label} {phase}")
+            track = timing.Track(row.planned.key, cell, expected_s, f"{row.label} {phase}")
             if stopped and row.kept and phase in row.kept.phases:
                 kept = row.kept.phases[phase]
                 track.samples, track.rounds = list(kept.samples_s), list(kept.rounds)
@@ -670,7 +663,7 @@ class ProfileRun(Run[ProfileRow]):
     def _update(self, doing: str, progress: timing.Progress | None = None, *, save: bool = False) -> Update:
         if save:
             self.known |= {row.planned.key: row.result() for row in self.rows}
-        return Update(doing, progress, save)
+        return Update(doing, save=save, progress=progress)
 
     def _phase(self, row: _Row, phase: str, track: timing.Track[Cell]) -> Phase:
         summary, work = track.summary(), row.subject.work(phase)

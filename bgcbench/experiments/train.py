@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from bgcbench.errors import UsageError
-from bgcbench.experiments.config import NetworkChoice, PlanChoice, RunConfig
+from bgcbench.experiments.config import ConvertedNetwork, RunConfig
 from bgcbench.experiments.options import (
     GRID,
     MEASURE,
@@ -62,7 +62,7 @@ PRESETS = {"table5": ("cifar10", paper.TABLE5), "table6": ("imagenet", paper.TAB
 
 
 @dataclass(frozen=True)
-class TrainConfig(PlanChoice, NetworkChoice, RunConfig):
+class TrainConfig(ConvertedNetwork, RunConfig):
     """One network, one data set, one recipe, the variants and seeds; valid once constructed.
 
     data: one of TRAINING_SETS; :func:`as_folder` makes 'folder' of a path. data_dirs: where it is looked for.
@@ -176,7 +176,6 @@ class TrainConfig(PlanChoice, NetworkChoice, RunConfig):
 
     def __post_init__(self) -> None:
         self._check_data()
-        self._settle("recipe", self._default_recipe())
         self._settle("algorithm", "auto" if self.recipe == "fast" else "fixed")
         check_choice("algorithm", self.algorithm, TRAINING_ALGORITHMS)
         if self.quick:
@@ -188,8 +187,7 @@ class TrainConfig(PlanChoice, NetworkChoice, RunConfig):
         if unknown:
             object.__setattr__(self, "num_classes", None)
         for name, value in dataclasses.asdict(self._made()).items():  # so that a file says what ran
-            if name != "name":
-                object.__setattr__(self, name, value)
+            object.__setattr__(self, "recipe" if name == "name" else name, value)
         self._check_own()
         self._check_device()
         object.__setattr__(self, "seed", self.seeds[0])
@@ -271,11 +269,8 @@ class TrainConfig(PlanChoice, NetworkChoice, RunConfig):
         if not self.save_every_s > 0:
             raise UsageError(f"--save-every {self.save_every_s:g} must be a positive number of seconds")
 
-    def _default_recipe(self) -> str:
-        return default_recipe(self.data)
-
     def _made(self) -> Recipe:
-        return make_recipe(self.recipe, max(self.spec.size[1:]), self._hyper_given())
+        return make_recipe(self.recipe or default_recipe(self.data), max(self.spec.size[1:]), self._hyper_given())
 
     def _hyper_given(self) -> Json:
         """The hyper-parameters that were asked for."""
@@ -308,7 +303,6 @@ class TrainConfig(PlanChoice, NetworkChoice, RunConfig):
 
     @property
     def what(self) -> str:
-        """The workload in a file name."""
         return f"{self.model.replace('/', '-')}-{self.data}"
 
 
@@ -342,19 +336,9 @@ def params_of(config: TrainConfig, cell: Choice, seed: int, **others: Any) -> Tr
 
 def planned(kind: type[RowT], key: str, params: TrainParams, printed: float | None) -> RowT:
     """A row of which nothing is done; printed: the paper's error."""
-    return kind(
-        key=key,
-        params=params,
-        status="interrupted",
-        reason=None,
-        counts=None,
-        epochs=(),
-        error_initial=None,
-        error_final=None,
-        error_best=None,
-        paper=None if printed is None else PaperError(printed),
-        convert=None,
-    )
+    unknown: Json = dict.fromkeys(("reason", "counts", "error_initial", "error_final", "error_best", "convert"))
+    error = None if printed is None else PaperError(printed)
+    return kind(key=key, params=params, status="interrupted", epochs=(), paper=error, **unknown)
 
 
 def identity(config: TrainConfig, params: TrainParams) -> Json:

@@ -25,10 +25,7 @@ from bgcbench.errors import BgcbenchError, OutputError, ShapeError, UsageError
 from bgcbench.experiments.base import Run
 from bgcbench.experiments.config import refuse_misfits
 from bgcbench.experiments.images import sized, traced
-from bgcbench.experiments.network_run import (
-    converted_as_chosen,
-    network_counts,
-)
+from bgcbench.experiments.network_run import converted_as_chosen, network_counts
 from bgcbench.experiments.profile import row_seed
 from bgcbench.experiments.profile_run import measured_forms
 from bgcbench.experiments.session import Session, open_device

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 from bgcbench.errors import OutputError, UsageError
 from bgcbench.experiments import train
-from bgcbench.experiments.config import ImageChoice, NetworkChoice
+from bgcbench.experiments.config import ImageChoice, shared_fields
 from bgcbench.experiments.options import CONVERSION, GRID, RECIPE, WORKLOAD, Option, one_of, option, word_or_path
 from bgcbench.experiments.profile import NetworkConfig
 from bgcbench.experiments.train import CLASSES, READ_BY_WORKERS, TrainConfig, params_of, planned
@@ -123,9 +123,7 @@ class TransferConfig(ImageChoice, TrainConfig):
         shown="512",
     )
     distill: bool = option(
-        False,
-        "The original network's outputs are targets beside the labels, or alone without any.",
-        panel=RECIPE,
+        False, "The original network's outputs are targets beside the labels, or alone without any.", panel=RECIPE
     )
     control: bool = option(False, "Train the untouched network alike: what more epochs do by themselves.", panel=GRID)
     time: bool = option(False, "Measure inference and a training step of each network, interleaved.", panel=GRID)
@@ -232,11 +230,8 @@ class TransferConfig(ImageChoice, TrainConfig):
                 f"classes apart, and {other}{' asked for' * (self.data == NO_IMAGES)}; {way_out}"
             )
 
-    def _default_recipe(self) -> str:
-        return "paper"
-
     def _made(self) -> Recipe:
-        return make_transfer_recipe(self.recipe, self._hyper_given())
+        return make_transfer_recipe(self.recipe or "paper", self._hyper_given())
 
     @property
     def what(self) -> str:
@@ -250,28 +245,14 @@ class TransferConfig(ImageChoice, TrainConfig):
     def costs(self, device: str) -> NetworkConfig:
         """What to measure on ``device`` for --time: the networks, in small batches on a CPU, by the fastest algorithm
         unless another one is asked for by name."""
-        shared = (
-            "variants",
-            "groups",
-            "ranks",
-            "plan",
-            "precision",
-            "threads",
-            "seed",
-            "quick",
-            "skip_invalid",
-            "layout",
-        )
-        batch = self.batch_size
-        return NetworkConfig(
-            **{name: getattr(self, name) for name in shared},
-            **{field.name: getattr(self, field.name) for field in dataclasses.fields(NetworkChoice)},
-            device=device,
-            phases=NetworkConfig.USUAL_PHASES,
-            algorithm="auto" if self.algorithm in (None, "fixed") else self.algorithm,
-            batch=min(batch, CPU_BATCH) if device == "cpu" else batch,
-            mode="compile" if self.compile else "eager",
-        )
+        own = {
+            "device": device,
+            "phases": NetworkConfig.USUAL_PHASES,
+            "algorithm": "auto" if self.algorithm in (None, "fixed") else self.algorithm,
+            "batch": min(self.batch_size, CPU_BATCH) if device == "cpu" else self.batch_size,
+            "mode": "compile" if self.compile else "eager",
+        }
+        return NetworkConfig(**{**shared_fields(self, NetworkConfig), **own})
 
 
 def plan(config: TransferConfig, weights: str = "", images: int | None = None) -> list[TransferRow]:

@@ -34,7 +34,7 @@ from bgcbench.data import Images
 from bgcbench.data.views import Views
 from bgcbench.errors import OutputError, UsageError
 from bgcbench.experiments.images import prepared_for, sized, told, warned
-from bgcbench.experiments.network_run import begun, conversion_of
+from bgcbench.experiments.network_run import begun
 from bgcbench.experiments.profile import row_seed
 from bgcbench.experiments.session import Session
 from bgcbench.experiments.train_run import (
@@ -317,7 +317,7 @@ class TransferRun(TrainRun[TransferRow]):
         torch.manual_seed(row_seed(params.seed, row.key))  # for 'scratch'
         return convert(
             self.original,
-            **conversion_of(config, params.choice, config.algorithm_of),
+            **config.conversion(params.choice, config.algorithm_of),
             init=params.init,
             calibration=batches,
             calibration_images=views * params.calibration_images if params.calibration_images else None,
