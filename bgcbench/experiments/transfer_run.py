@@ -33,7 +33,7 @@ from bgcbench.conversion.record import Converted
 from bgcbench.data import Images
 from bgcbench.data.views import Views
 from bgcbench.errors import OutputError, UsageError
-from bgcbench.experiments.images import prepared_for, sized, told, warned
+from bgcbench.experiments.images import prepared_for, seeded, sized, told, warned
 from bgcbench.experiments.network_run import begun
 from bgcbench.experiments.profile import row_seed
 from bgcbench.experiments.session import Session
@@ -48,7 +48,6 @@ from bgcbench.experiments.train_run import (
 )
 from bgcbench.experiments.transfer import TransferConfig, identity, plan, room_to_save, saved_name
 from bgcbench.measure.device import Failure, describe_failure, free_memory
-from bgcbench.models import build_model
 from bgcbench.models.weights import Loaded, Weights
 from bgcbench.results import Document, Json, write_atomically
 from bgcbench.results.rows import CellKey, NetworkTime, ProfileRow, Ratio, Record, TransferRow
@@ -120,15 +119,8 @@ def prepare(config: TransferConfig, world: World) -> TransferPrepared:
 
 
 def _loaded(config: TransferConfig, weights: Weights) -> tuple[nn.Module, Loaded]:
-    network = untouched(config)
+    network = seeded(config.spec, row_seed(config.seed, "network")).eval()
     return network, weights.load_into(network, config.spec)
-
-
-def untouched(config: TransferConfig) -> nn.Module:
-    """The network that is to get its weights."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(row_seed(config.seed, "network"))
-        return build_model(config.spec).eval()
 
 
 def untrained(config: TransferConfig) -> list[str]:
@@ -143,6 +135,7 @@ class TransferRun(TrainRun[TransferRow]):
 
     prepared: TransferPrepared
     config: TransferConfig
+    less_memory = "use fewer --calibration-images"  # for a conversion
 
     def __init__(self, prepared: TransferPrepared, session: Session, world: World, **options: Any) -> None:
         super().__init__(prepared, session, world, **options)
@@ -299,7 +292,7 @@ class TransferRun(TrainRun[TransferRow]):
             except Stopped:
                 return None
             except Exception as problem:  # noqa: BLE001 - the other rows are worth having
-                return describe_failure(problem, self.session.device, "use fewer --calibration-images")
+                return describe_failure(problem, self.session.device, self.less_memory)
             made.append(converted.model)
             return converted.record, time.perf_counter() - begin
 
