@@ -169,6 +169,7 @@ class ApproxNetworkRun(Run[LayerRow]):
 
     def __init__(self, prepared: Prepared, session: Session, **options: Any) -> None:
         super().__init__(prepared.config, session, prepared.rows, **options)
+        self.known = {key: row for key, row in self.known.items() if row.is_done}
         self.prepared = prepared
         self.warnings = list(prepared.warnings)
 

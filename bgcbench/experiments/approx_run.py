@@ -84,6 +84,7 @@ class ApproxRun(Run[SampledRow]):
 
     def __init__(self, config: ApproxConfig, session: Session, planned: Sequence[SampledRow], **options: Any) -> None:
         super().__init__(config, session, planned, **options)
+        self.known = {key: row for key, row in self.known.items() if row.is_done}
         self.warnings = few_rows(config, planned)
         self._dtype = DTYPES[config.precision]
         self._standard = config.spec()

@@ -39,8 +39,8 @@ class Run(ABC, Generic[RowT]):
     """One run of an experiment; iterate ``run()`` for its updates, each of which has ``save``: whether rows are new.
 
     config: as it ran. planned: the rows of the plan, in order. known: what is known of any row, by key, at first the
-    rows of a resumed file (kept) that are done. stop() is asked between the steps of a run. warnings: what the user
-    should know so far. ceilings: the device's, where they are measured.
+    rows of a resumed file (kept). stop() is asked between the steps of a run. warnings: what the user should know so
+    far. ceilings: the device's, where they are measured.
     """
 
     ceilings: ceilings.Ceilings | None = None
@@ -55,7 +55,7 @@ class Run(ABC, Generic[RowT]):
         stop: Callable[[], bool] = lambda: False,
     ) -> None:
         self.config, self.session, self.planned, self.stop = config, session, planned, stop
-        self.known: dict[str, RowT] = {key: row for key, row in (kept or {}).items() if row.is_done}
+        self.known = dict(kept or {})
         self.warnings: list[str] = []
 
     @property

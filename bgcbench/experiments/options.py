@@ -297,16 +297,6 @@ def three(name: str, text: str) -> tuple[float, ...]:
     return 3 * values if len(values) == 1 else values
 
 
-def twice(name: str, value: int) -> tuple[int, int]:
-    """The same for both fields."""
-    return value, value
-
-
-def alone(name: str, value: int) -> tuple[int]:
-    """One where several may be."""
-    return (value,)
-
-
 def listed(name: str, values: Iterable[Any]) -> tuple[str, ...]:
     """The values of an option that is given several times."""
     return tuple(map(str, values))
@@ -335,8 +325,8 @@ def images_option(help: str) -> Any:
 
 SIZE = shorthand("size", ("height", "width"), read=size, panel=WORKLOAD, everyday=True)
 CHANNELS = shorthand(
-    "channels", ("in_channels", "out_channels"), "Channels in and out.", kind=int, read=twice, panel=WORKLOAD,
-    everyday=True,
+    "channels", ("in_channels", "out_channels"), "Channels in and out.", kind=int,
+    read=lambda name, both: (both, both), panel=WORKLOAD, everyday=True,
 )  # fmt: skip
 
 

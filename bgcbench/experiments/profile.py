@@ -405,8 +405,8 @@ def planned_layer(
     place: of a network's convolution, (name of the network, number, what it is there).
     """
     choice, shape = wanted.choice, (config.in_channels, config.out_channels, own.kernel_positions)
-    params: Json = {name: getattr(config, name) for name in ("in_channels", "out_channels", "kernel", "stride")}
-    params["groups"] = choice.reduction(*shape)
+    channels = {name: getattr(config, name) for name in ("in_channels", "out_channels", "kernel", "stride")}
+    params: Json = {"groups": choice.reduction(*shape), **channels}
     what, layer = f"{choice.key}-{shape[0]}x{shape[1]}-k{config.kernel}-s{config.stride}", None
     if place is not None:
         model, number, layer = place

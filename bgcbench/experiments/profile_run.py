@@ -10,7 +10,7 @@ import statistics
 import time
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeGuard
 
@@ -319,19 +319,19 @@ class ProfileRun(Run[ProfileRow]):
         session: Session,
         planned: Sequence[PlannedRow],
         *,
-        kept: Mapping[str, Any] | None = None,
         interleaved: Sequence[Group] = (),
-        stop: Callable[[], bool] = lambda: False,
+        **options: Any,
     ) -> None:
-        super().__init__(config, session, planned, stop=stop)
+        super().__init__(config, session, planned, **options)
         self.protocol = TimingProtocol.of(config, session.device)
-        self.known = {each.key: each.row for each in planned if each.invalid} | dict(kept or {})
+        kept = self.known
+        self.known = {each.key: each.row for each in planned if each.invalid} | kept
         self.interleaved = list(interleaved)
         self.warnings = list(session.warnings)
         self.subjects = subjects_of(planned)
         done = {key for key, row in self.known.items() if row.is_done}
         self.rows = [
-            _Row(row, self.subjects[row.key], self._label(row.row), kept=(kept or {}).get(row.key))
+            _Row(row, self.subjects[row.key], self._label(row.row), kept=kept.get(row.key))
             for row in planned
             if row.key in self.subjects and row.key not in done
         ]
@@ -400,13 +400,12 @@ class ProfileRun(Run[ProfileRow]):
                 stopwatch = make_stopwatch(session.device, cold=self.protocol.cold) if alive else plain
             except RuntimeError as failure:  # of the device itself: the rows' own failures are theirs
                 self._give_up(describe_failure(failure, session.device))
-                alive, stopwatch = [], None
-            groups = self._groups(alive)
-            for number, group in enumerate(groups):
-                if self.stop() or stopwatch is None:
-                    break
-                yield from self._measure(group, stopwatch, self._rules(group, groups[number:]))
-            if stopwatch is not None:
+            else:
+                groups = self._groups(alive)
+                for number, group in enumerate(groups):
+                    if self.stop():
+                        break
+                    yield from self._measure(group, stopwatch, self._rules(group, groups[number:]))
                 yield from self._measure_again([group for group in groups if self._doubtful(group)], stopwatch)
         yield self._update("done", save=True)
 

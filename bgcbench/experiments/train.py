@@ -22,7 +22,6 @@ from bgcbench.experiments.options import (
     SIZE,
     WORKLOAD,
     Option,
-    alone,
     images,
     is_shard,
     listed,
@@ -167,7 +166,9 @@ class TrainConfig(ConvertedNetwork, RunConfig):
             everyday=False,
             shown="the data's: 16 for digits, 32 for cifar10; else the network's",
         ),
-        shorthand("seed", ("seeds",), "The same for one seed.", kind=int, read=alone, panel=GRID, shown="0"),
+        shorthand(
+            "seed", ("seeds",), "The same for one seed.", kind=int, read=lambda name, one: (one,), panel=GRID, shown="0"
+        ),
     )
     takes_unlabelled: ClassVar[bool] = False
     FREE: ClassVar[tuple[str, ...]] = ("data_dirs", "download", "threads", "workers", "save_every_s", "seed")

@@ -7,7 +7,7 @@ import dataclasses
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -254,16 +254,13 @@ class TrainRun(Run[RowT]):
         session: Session,
         world: World,
         *,
-        kept: Mapping[str, RowT] | None = None,
         folder: Path | None = None,
         afresh: bool = True,
         replace: bool = False,
-        stop: Callable[[], bool] = lambda: False,
+        **options: Any,
     ) -> None:
-        self.prepared, self.session, self.world, self.stop = prepared, session, world, stop
-        self.config, self.planned = prepared.config, prepared.rows
-        self.folder = folder
-        self.known = dict(kept or {})
+        super().__init__(prepared.config, session, prepared.rows, **options)
+        self.prepared, self.world, self.folder = prepared, world, folder
         self.warnings = [*session.warnings, *prepared.warnings]
         self._begun: float | None = None
         self._credit = 0.0  # rows' worth of what earlier runs have done
