@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from bgcbench.experiments.approx_network_run import ApproxNetworkRun
     from bgcbench.experiments.approx_run import ApproxRun
     from bgcbench.experiments.profile_run import ProfileRun, Update
-    from bgcbench.experiments.session import Session
     from bgcbench.training.distributed import World
 
 

@@ -25,11 +25,10 @@ from bgcbench.data import Images, open_images
 from bgcbench.data.views import Views
 from bgcbench.errors import UsageError
 from bgcbench.experiments.approx import ApproxNetworkConfig
-from bgcbench.experiments.base import Run, Step
+from bgcbench.experiments.base import Run, Session, Step
 from bgcbench.experiments.config import refuse_misfits
 from bgcbench.experiments.images import prepared_for, seeded, sized, told, traced, usual_weights, warned
 from bgcbench.experiments.profile import row_seed
-from bgcbench.experiments.session import Session
 from bgcbench.measure.device import backend_state, describe_failure
 from bgcbench.models.weights import Loaded, Weights
 from bgcbench.results import Document, Json

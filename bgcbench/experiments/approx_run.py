@@ -19,10 +19,9 @@ import torch
 from torch import Tensor
 
 from bgcbench.experiments.approx import ApproxConfig, few_rows
-from bgcbench.experiments.base import Run, Step
+from bgcbench.experiments.base import Run, Session, Step, open_device
 from bgcbench.experiments.config import RunConfig
 from bgcbench.experiments.profile import row_seed
-from bgcbench.experiments.session import Session, open_device
 from bgcbench.measure.counts import count
 from bgcbench.measure.device import DTYPES, backend_state, describe_failure
 from bgcbench.results import Document

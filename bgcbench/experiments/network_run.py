@@ -16,6 +16,7 @@ from bgcbench.conversion.record import Converted, replay
 from bgcbench.conversion.selection import Indivisible
 from bgcbench.convs.base import VariantConv2d
 from bgcbench.errors import ShapeError, UsageError
+from bgcbench.experiments.base import Session
 from bgcbench.experiments.config import ConvertedNetwork, refuse_misfits, shared_fields
 from bgcbench.experiments.images import sized, traced
 from bgcbench.experiments.profile import (
@@ -30,7 +31,6 @@ from bgcbench.experiments.profile import (
     wanted_rows,
 )
 from bgcbench.experiments.profile_run import ProfileRun, Subject, on_device, open_session
-from bgcbench.experiments.session import Session
 from bgcbench.measure.counts import CallWork, count
 from bgcbench.measure.trace import Call, Trace, trace
 from bgcbench.measure.workload import Like, NetworkWorkload, Workload

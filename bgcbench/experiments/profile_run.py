@@ -21,10 +21,9 @@ from torch import nn
 from bgcbench.convs import VariantConv2d, build_conv
 from bgcbench.convs.autotune import AutotunedConv2d, hastily
 from bgcbench.deployment.workload import RuntimeFile, RuntimeWorkload, runtime_file
-from bgcbench.experiments.base import Run, Step
+from bgcbench.experiments.base import Run, Session, Step, open_device
 from bgcbench.experiments.plan import PlanConfig
 from bgcbench.experiments.profile import Layer, MeasureConfig, PlannedRow, ProfileConfig, row_seed
-from bgcbench.experiments.session import Session, open_device
 from bgcbench.measure import ceilings, environment, timing
 from bgcbench.measure.allocator import FAULT_S, memory_state, resolve_memory
 from bgcbench.measure.counts import CallWork, call_work, count

@@ -64,13 +64,10 @@ PRESETS = {"table5": ("cifar10", paper.TABLE5), "table6": ("imagenet", paper.TAB
 class TrainConfig(ConvertedNetwork, RunConfig):
     """One network, one data set, one recipe, the variants and seeds; valid once constructed.
 
-    data: one of TRAINING_SETS; :func:`as_folder` makes 'folder' of a path. data_dirs: where it is looked for.
-    recipe: None for the data set's own. The hyper-parameters (see :class:`bgcbench.training.recipes.Recipe`) are None
-    for the recipe's and written out afterwards, as are height, width, num_classes and stem_stride. pad, flip: of the
-    augmentation, None for the data set's. seeds: each trains every row once. algorithm: the one that layers run:
-    'fixed' (the variant's first, so that two runs give the same bits), 'auto' (the fastest, which each process
-    measures for itself), or one by name; None for fixed, with recipe 'fast' auto. val_alone: there are no images to
-    train with, a part of the others calibrates (``bgcbench transfer``). Raises UsageError or ShapeError.
+    data: one of TRAINING_SETS; :func:`as_folder` makes 'folder' of a path. None is for what the recipe (see
+    :class:`bgcbench.training.recipes.Recipe`), the network or the data set has; but for the data's, it is written out
+    afterwards. val_alone: there are no images to train with, a part of the others calibrates (``bgcbench transfer``).
+    Raises UsageError or ShapeError.
     """
 
     model: str = option(

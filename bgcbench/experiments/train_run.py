@@ -22,13 +22,12 @@ from bgcbench.conversion.record import replay
 from bgcbench.data import open_labelled
 from bgcbench.data.labelled import LabelledData, ResidentData
 from bgcbench.errors import BgcbenchError, OutputError, ShapeError, UsageError
-from bgcbench.experiments.base import Run
+from bgcbench.experiments.base import Run, Session, open_device
 from bgcbench.experiments.config import refuse_misfits
 from bgcbench.experiments.images import sized, traced
 from bgcbench.experiments.network_run import converted_as_chosen, network_counts
 from bgcbench.experiments.profile import row_seed
 from bgcbench.experiments.profile_run import measured_forms
-from bgcbench.experiments.session import Session, open_device
 from bgcbench.experiments.train import RowT, TrainConfig, identity, plan
 from bgcbench.measure.ceilings import measure_ceilings
 from bgcbench.measure.device import (

@@ -52,14 +52,10 @@ KEPT_IN = ("data", "imagenet")  # where images are looked for, in the current fo
 class TransferConfig(ImageChoice, TrainConfig):
     """One trained network, one data set, the ways to convert it and how to train on; valid once constructed.
 
-    weights: a file, 'default' (torchvision's published ones) or 'none' (untrained); None stands for the default. inits:
-    how the converted weights are found (see :func:`bgcbench.convert`). rebn: whether batch norm's statistics are
-    estimated anew; without images (data NO_IMAGES) only white and copied weights can be, and nothing is estimated,
-    evaluated or trained. calibration_images: of the training data, for the two. epochs: 0 evaluates the conversions
-    and trains nothing. distill: the original network's outputs are targets too. control: the untouched network is
-    trained as well. data 'unlabelled': only these outputs are targets, and networks are evaluated by their agreement.
-    time: what each network costs is measured. save: a folder for the converted networks. The rest is
-    as in ``bgcbench train``. Raises UsageError or ShapeError.
+    inits: see :func:`bgcbench.convert`. Without images (data NO_IMAGES) only white and copied weights can be, and
+    nothing is estimated, evaluated or trained. Of images without labels (data 'unlabelled') the original's outputs are
+    the only targets, and networks are evaluated by their agreement with it. The rest is as in ``bgcbench train``.
+    Raises UsageError or ShapeError.
     """
 
     model: str = option(

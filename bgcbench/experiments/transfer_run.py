@@ -33,10 +33,10 @@ from bgcbench.conversion.record import Converted
 from bgcbench.data import Images
 from bgcbench.data.views import Views
 from bgcbench.errors import OutputError, UsageError
+from bgcbench.experiments.base import Session
 from bgcbench.experiments.images import prepared_for, seeded, sized, told, warned
 from bgcbench.experiments.network_run import begun
 from bgcbench.experiments.profile import row_seed
-from bgcbench.experiments.session import Session
 from bgcbench.experiments.train_run import (
     Prepared,
     TrainRun,
