@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 import msgspec
 import torch
@@ -18,14 +18,6 @@ from bgcbench.measure.environment import describe_environment
 from bgcbench.results import Document, Json
 from bgcbench.results.rows import Ceilings, Environment, Row, Settings
 from bgcbench.specs import EXPORTERS, RUNTIME
-
-
-class Planned(Protocol):
-    """A row of the plan; its key is that of the result."""
-
-    @property
-    def key(self) -> str: ...
-
 
 RowT = TypeVar("RowT", bound=Row)
 
@@ -86,9 +78,9 @@ class Step:
 class Run(ABC, Generic[RowT]):
     """One run of an experiment; iterate ``run()`` for its updates, each of which has ``save``: whether rows are new.
 
-    config: as it ran. planned: the rows of the plan, in order. known: what is known of any row, by key, at first the
-    rows of a resumed file (kept). stop() is asked between the steps of a run. warnings: what the user should know so
-    far. ceilings: the device's, where they are measured.
+    config: as it ran. planned: the rows of the plan, in order, with the keys of their results. known: what is known of
+    any row, by key, at first the rows of a resumed file (kept). stop() is asked between the steps of a run. warnings:
+    what the user should know so far. ceilings: the device's, where they are measured.
     """
 
     ceilings: ceilings.Ceilings | None = None
@@ -97,7 +89,7 @@ class Run(ABC, Generic[RowT]):
         self,
         config: RunConfig,
         session: Session,
-        planned: Sequence[Planned],
+        planned: Sequence[Any],
         *,
         kept: Mapping[str, RowT] | None = None,
         stop: Callable[[], bool] = lambda: False,

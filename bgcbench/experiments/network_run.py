@@ -275,11 +275,7 @@ def distinct_convolutions(found: Trace, replaced: set[str]) -> list[tuple[Call, 
                 count=len(calls),
                 names=tuple(dict.fromkeys(call.module or "" for call in calls)),
                 replaced=any(call.module in replaced for call in calls),
-                kernel=first.kernel,
-                stride=first.stride,
-                padding=first.padding,
-                dilation=first.dilation,
-                groups=first.groups,
+                **{name: getattr(first, name) for name in ("kernel", "stride", "padding", "dilation", "groups")},
             ),
         )
         for calls in shapes.values()

@@ -341,7 +341,7 @@ def planned(kind: type[RowT], key: str, params: TrainParams, printed: float | No
 
 def identity(config: TrainConfig, params: TrainParams) -> Json:
     """What a checkpoint of a row must agree on: all that its training depends on but the data's contents."""
-    left_out = {*config.FREE, *config.GRIDS, "plan", "reference", "skip_invalid", "device", "quick"}
+    left_out = {*config.FREE, *config.GRIDS, "plan", "reference", "skip_invalid", "device", "quick", "save"}
     shared = {name: value for name, value in config.to_json().items() if name not in left_out}
     rank = {} if params.rank is None else {"rank": params.rank}  # a file of an older version has none
     plan = {"plan": config.plan} if params.choice.is_planned else {}

@@ -289,8 +289,7 @@ def _row(config: TransferConfig, cell: Choice, init: str, seed: int, weights: st
 
 def identity(config: TransferConfig, params: TrainParams, weights_sha256: str | None) -> Json:
     """What a checkpoint of a row must agree on, as in training, and where the weights came from."""
-    shared = {name: value for name, value in train.identity(config, params).items() if name != "save"}
-    return {**shared, "init": params.init, "weights_sha256": weights_sha256}
+    return {**train.identity(config, params), "init": params.init, "weights_sha256": weights_sha256}
 
 
 def preset(name: str, given: Mapping[str, Any]) -> dict[str, Any]:

@@ -159,8 +159,8 @@ class TransferRun(TrainRun[TransferRow]):
             return
         folder = Path(self.config.save)
         # What a resumed run finds there is its own.
-        keys = [row.key for row in self.planned if not row.params.is_dense]
-        room_to_save(folder, map(saved_name, keys), replace=self._replace or not self._afresh)
+        names = [saved_name(row.key) for row in self.planned if not row.params.is_dense]
+        room_to_save(folder, names, replace=self._replace or not self._afresh)
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
