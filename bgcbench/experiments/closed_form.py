@@ -16,7 +16,7 @@ from bgcbench.experiments.images import seeded, sized
 from bgcbench.experiments.profile import row_seed
 from bgcbench.experiments.train_run import Update, try_conversions
 from bgcbench.experiments.transfer import TransferConfig, plan
-from bgcbench.experiments.transfer_run import TransferRun, untrained
+from bgcbench.experiments.transfer_run import UNTRAINED, TransferRun
 from bgcbench.measure.device import Failure, free_memory
 from bgcbench.models.weights import Loaded, Weights, WeightsNotFound
 from bgcbench.results import Json
@@ -57,7 +57,7 @@ def prepare(config: TransferConfig) -> ClosedFormPrepared:
         warnings += loaded.notes
     except WeightsNotFound as problem:
         warnings.append(str(problem))
-    warnings += untrained(config)
+    warnings += [UNTRAINED] * (config.weights == "none")
     return ClosedFormPrepared(config, rows, network, loaded, list(dict.fromkeys(warnings)))
 
 

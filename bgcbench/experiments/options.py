@@ -14,7 +14,7 @@ import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from bgcbench.errors import UsageError
 from bgcbench.specs import (
@@ -354,10 +354,12 @@ class Asked:
     quiet: bool = option(False, "No progress and no notes on stderr.")
     plot: Path | None = None
 
+    may_be_auto: ClassVar[bool] = False
+
     @property
     def is_auto(self) -> bool:
         """Whether the file to continue is to be looked for."""
-        return False
+        return self.may_be_auto and self.resume == "auto"
 
 
 @dataclass(frozen=True)
@@ -387,10 +389,7 @@ class AskedOfTraining(AskedOfPicture):
         "Continue this result file, from its last checkpoints; its settings are used. auto: continue --out, or the "
         "newest unfinished run of the same settings under results/; start one where there is none.",
     )
-
-    @property
-    def is_auto(self) -> bool:
-        return self.resume == "auto"
+    may_be_auto: ClassVar[bool] = True
 
 
 @dataclass(frozen=True)

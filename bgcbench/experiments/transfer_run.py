@@ -57,6 +57,7 @@ from bgcbench.training.distributed import World
 from bgcbench.training.loop import NotFinite, Scores, Training
 from bgcbench.training.recipes import Recipe
 
+UNTRAINED = "--weights none: the network is untrained, and what a conversion loses of it says nothing"
 NOT_EVALUATED, NOT_TRAINED, UNTOUCHED = "converted, not evaluated yet", "converted, not trained yet", "not trained yet"
 STANDARD: CellKey = ("standard", 1, None)
 MEASURED_AS = {"fwd": "deployed", "train_step": "masked"}  # the algorithm, where a network is measured in both
@@ -98,8 +99,10 @@ def prepare(config: TransferConfig, world: World) -> TransferPrepared:
     rows, traces, warnings = try_conversions(config, rows, **image_counts(data, options))
     if config.calibrates and len(images) < HELD_OUT:
         raise UsageError(f"--data {config.data} has {len(images)} training images; {HELD_OUT} are needed to calibrate")
-    network, loaded = world.first(lambda: _loaded(config, weights))
-    warnings += [*loaded.notes, *warned(data.preprocessing, weights, config.model), *untrained(config)]
+    network = seeded(config.spec, row_seed(config.seed, "network")).eval()
+    loaded = world.first(lambda: weights.load_into(network, config.spec))
+    warnings += [*loaded.notes, *warned(data.preprocessing, weights, config.model)]
+    warnings += [UNTRAINED] * (config.weights == "none")
     if config.calibrates and count < wanted and not config.quick:
         warnings.append(
             f"{data.name} has {count} training images, fewer than the {wanted} to calibrate with; all are used"
@@ -116,18 +119,6 @@ def prepare(config: TransferConfig, world: World) -> TransferPrepared:
         images=images,
         told=told(data.preprocessing, weights),
     )
-
-
-def _loaded(config: TransferConfig, weights: Weights) -> tuple[nn.Module, Loaded]:
-    network = seeded(config.spec, row_seed(config.seed, "network")).eval()
-    return network, weights.load_into(network, config.spec)
-
-
-def untrained(config: TransferConfig) -> list[str]:
-    """A warning where the network has no weights of a training."""
-    if config.weights != "none":
-        return []
-    return ["--weights none: the network is untrained, and what a conversion loses of it says nothing"]
 
 
 class TransferRun(TrainRun[TransferRow]):
