@@ -30,6 +30,7 @@ from bgcbench.experiments.options import (
     option,
     positive,
 )
+from bgcbench.measure.counts import Counts as Work
 from bgcbench.measure.counts import count, paper_bytes
 from bgcbench.results import Json
 from bgcbench.results.rows import Counts, DistinctLayer, Memory, PaperRow, ProfileParams, ProfileRow, White
@@ -294,6 +295,8 @@ class Layer(NamedTuple):
 
     config: ProfileConfig
     spec: ConvSpec
+    counts: Work
+    memory: Memory
 
 
 class Wanted(NamedTuple):
@@ -432,7 +435,7 @@ def planned_layer(
         output_bytes=config.batch * config.out_channels * math.prod(spec.output_size(*size)) * item,
     )
     row = msgspec.structs.replace(row, memory=memory, paper=_printed(row.params))
-    return PlannedRow(row, Layer(config, spec))
+    return PlannedRow(row, Layer(config, spec, counts, memory))
 
 
 def _printed(params: ProfileParams) -> PaperRow | None:

@@ -23,10 +23,10 @@ from bgcbench.convs.autotune import AutotunedConv2d, hastily
 from bgcbench.deployment.workload import RuntimeFile, RuntimeWorkload, runtime_file
 from bgcbench.experiments.base import Run, Session, Step, open_device
 from bgcbench.experiments.plan import PlanConfig
-from bgcbench.experiments.profile import Layer, MeasureConfig, PlannedRow, ProfileConfig, row_seed
+from bgcbench.experiments.profile import Layer, MeasureConfig, PlannedRow, row_seed
 from bgcbench.measure import ceilings, environment, timing
 from bgcbench.measure.allocator import FAULT_S, memory_state, resolve_memory
-from bgcbench.measure.counts import CallWork, call_work, count
+from bgcbench.measure.counts import CallWork, call_work
 from bgcbench.measure.device import (
     DEVICE_LOST,
     DTYPES,
@@ -49,7 +49,7 @@ from bgcbench.measure.workload import Cell, Like, Workload
 from bgcbench.results import Document, rows
 from bgcbench.results.rows import Canary, Derived, Discarded, Forms, Group, Phase, ProfileRow, Summary
 from bgcbench.results.times import is_doubtful
-from bgcbench.specs import NETWORK_PHASES, PHASES, PRECISIONS, RUNTIME, ConvSpec
+from bgcbench.specs import NETWORK_PHASES, PHASES, PRECISIONS, RUNTIME
 
 QUICK_S = 10.0  # of a quick look, of which one round at least is measured
 # What an estimate takes things to take: what is done once, building a row twice, the shortest call, and the calls in
@@ -57,37 +57,20 @@ QUICK_S = 10.0  # of a quick look, of which one round at least is measured
 SET_UP_S, BUILD_S, LEAST_CALL_S, TUNING_CALLS = 1.5, 0.05, 2e-5, 6
 
 
-@dataclass(frozen=True)
-class TimingProtocol:
-    """How times are taken. cold: the cache is overwritten before every call. memory: of bgcbench.specs.MEMORY."""
-
-    rules: timing.Rules
-    cold: bool
-    memory: str | None
-
-    @classmethod
-    def of(cls, config: MeasureConfig, device: torch.device) -> TimingProtocol:
-        """As ``config`` asks for it, or as it is fit for ``device``."""
-        return cls(
-            timing.Rules.for_device(device.type, quick=config.quick, max_time_s=config.max_time_s),
-            cold=config.cache == "cold" if config.cache else device.type == "cuda",
-            memory=resolve_memory(config.memory, device.type),
-        )
-
-
 def open_session(config: MeasureConfig) -> Session:
     """The device to measure; raises DeviceError where it is not there, UsageError for what it cannot do and for a
     package that a mode needs."""
     session = open_device(config, config.device, modes=config.modes, layout=config.layout)
-    protocol = TimingProtocol.of(config, session.device)
+    device = session.device.type
+    rules = timing.Rules.for_device(device, quick=config.quick, max_time_s=config.max_time_s)
     session.settings |= {
         "deterministic": False,
         "mode": config.mode,
-        "cache": "cold" if protocol.cold else "warm",
-        "memory": protocol.memory,
+        "cache": config.cache or ("cold" if device == "cuda" else "warm"),
+        "memory": resolve_memory(config.memory, device),
         "phases": list(config.phases),
         "input_grad": config.input_grad,
-        "timing": {"protocol": timing.PROTOCOL, **dataclasses.asdict(protocol.rules)},
+        "timing": {"protocol": timing.PROTOCOL, **dataclasses.asdict(rules)},
     }
     with backend_state(config.precision, config.threads):
         found = diagnose(session.device)
@@ -145,14 +128,13 @@ class Subject(ABC):
 class LayerSubject(Subject):
     """One convolution of the plan."""
 
-    def __init__(self, config: ProfileConfig, spec: ConvSpec, row: ProfileRow) -> None:
-        self.config, self.key, self.spec = config, row.key, spec
-        self.mode, self.algorithm = row.params.mode, row.params.algorithm
-        self.phases, self.batch, self.input_grad = config.phases, config.batch, config.input_grad
-        self.input_shape = (config.batch, spec.in_channels, config.height, config.width)
-        self.counts = count(spec, config.height, config.width, batch=config.batch, precision=config.precision)
-        self.executed = self.counts.executed(row.params.algorithm)
-        self.held_bytes = 2 * self.executed.params * PRECISIONS[config.precision]
+    def __init__(self, layer: Layer, row: ProfileRow) -> None:
+        self.config, self.spec, self.counts, self.memory = layer
+        self.key, self.mode, self.algorithm = row.key, row.params.mode, row.params.algorithm
+        self.phases, self.batch, self.input_grad = self.config.phases, self.config.batch, self.config.input_grad
+        self.input_shape = (self.batch, self.spec.in_channels, self.config.height, self.config.width)
+        self.executed = self.counts.executed(self.algorithm)
+        self.held_bytes = 2 * self.memory.params_bytes
 
     @property
     def is_tuned(self) -> bool:
@@ -172,13 +154,9 @@ class LayerSubject(Subject):
 
     def needed_bytes(self, phase: str) -> int:
         """Input, weights and output, and their gradients where taken."""
-        out_height, out_width = self.spec.output_size(self.config.height, self.config.width)
-        x = math.prod(self.input_shape)
-        y = self.batch * self.spec.out_channels * out_height * out_width
-        values = x + y + self.counts.params
-        if phase != "fwd":
-            values = 2 * values - (0 if self.input_grad else x)
-        return values * PRECISIONS[self.config.precision]
+        x, y = self.memory.input_bytes, self.memory.output_bytes
+        held = x + y + self.counts.params * PRECISIONS[self.config.precision]
+        return held if phase == "fwd" else 2 * held - (0 if self.input_grad else x)
 
 
 def is_measured(module: nn.Module) -> TypeGuard[VariantConv2d]:
@@ -296,7 +274,7 @@ class Update(Step):
 def subjects_of(planned: Sequence[PlannedRow]) -> dict[str, Subject]:
     """What the rows of a plan measure, by key."""
     return {
-        each.key: LayerSubject(*each.subject, each.row) if isinstance(each.subject, Layer) else each.subject
+        each.key: LayerSubject(each.subject, each.row) if isinstance(each.subject, Layer) else each.subject
         for each in planned
         if not each.invalid
     }
@@ -322,7 +300,8 @@ class ProfileRun(Run[ProfileRow]):
         **options: Any,
     ) -> None:
         super().__init__(config, session, planned, **options)
-        self.protocol = TimingProtocol.of(config, session.device)
+        self.rules = timing.Rules.for_device(session.device.type, quick=config.quick, max_time_s=config.max_time_s)
+        self.conditions = session.conditions
         kept = self.known
         self.known = {each.key: each.row for each in planned if each.invalid} | kept
         self.interleaved = list(interleaved)
@@ -354,7 +333,7 @@ class ProfileRun(Run[ProfileRow]):
         algorithm is chosen, it is warmed up, and rounds are measured until there are enough for an interval; a quick
         look then ends with its time, after one round at least.
         """
-        config, rules, device = self.config, self.protocol.rules, self.session.device
+        config, rules, device = self.config, self.rules, self.session.device
         # One thread waits for no other, so that this is right where other processes run, too.
         try:
             with backend_state(config.precision, 1), current(device):
@@ -389,14 +368,14 @@ class ProfileRun(Run[ProfileRow]):
         choosing = hastily() if config.quick else contextlib.nullcontext()
         state = backend_state(config.precision, config.threads)
         self._began = time.perf_counter()
-        with memory_state(self.protocol.memory), frozen_heap(), state, current(session.device), compiling, choosing:
+        with memory_state(self.conditions.memory), frozen_heap(), state, current(session.device), compiling, choosing:
             yield self._update("measuring the device's ceilings")
             try:
                 plain = make_stopwatch(session.device, cold=False)
                 self.ceilings = ceilings.measure_ceilings(plain, DTYPES[config.precision], quick=config.quick)
                 yield from self._look_at_each(plain)
                 alive = [row for row in self.rows if row.status == "interrupted"]
-                stopwatch = make_stopwatch(session.device, cold=self.protocol.cold) if alive else plain
+                stopwatch = make_stopwatch(session.device, cold=self.conditions.cache == "cold") if alive else plain
             except RuntimeError as failure:  # of the device itself: the rows' own failures are theirs
                 self._give_up(describe_failure(failure, session.device))
             else:
@@ -521,8 +500,8 @@ class ProfileRun(Run[ProfileRow]):
         return groups
 
     def _rules(self, rows: list[_Row], left: list[list[_Row]]) -> timing.Rules:
-        """Those of the protocol; in a quick look ``rows`` have their share of what is left of its time."""
-        rules = self.protocol.rules
+        """Those of the device; in a quick look ``rows`` have their share of what is left of its time."""
+        rules = self.rules
         if not self.config.quick or self.config.max_time_s is not None:
             return rules
         left_s = max(0.0, QUICK_S - (time.perf_counter() - self._began))
@@ -667,7 +646,7 @@ class ProfileRun(Run[ProfileRow]):
         summary, work = track.summary(), row.subject.work(phase)
         before = row.before.get(phase)
         host, median = row.host_s.get(phase), summary.median_s
-        faults = statistics.median(track.faults) if track.faults else None
+        faults, kept = statistics.median(track.faults) if track.faults else None, self.conditions.memory == "kept"
         ends = (summary.ci95_s.low, summary.ci95_s.high) if summary.ci95_s else None
         return Phase(
             samples_s=tuple(track.samples),
@@ -691,10 +670,8 @@ class ProfileRun(Run[ProfileRow]):
                 # Without launch gaps in the way (a graph) the host is not what limits; in eager mode the two times
                 # meet where it does.
                 launch_bound=None if host is None or row.subject.mode == "graph" else host >= 0.9 * median,
-                # Memory that is to be kept and comes from the system all the same: another allocator, or not room.
                 contended_cores=self._contention.cores if self._contention else None,
-                page_faults=None
-                if faults is None or self.protocol.memory != "kept"
-                else faults * FAULT_S > 0.01 * median,
+                # Memory that is to be kept and comes from the system all the same: another allocator, or not room.
+                page_faults=None if faults is None or not kept else faults * FAULT_S > 0.01 * median,
             ),
         )
