@@ -21,6 +21,7 @@ from bgcbench.specs import DATA_SETS, WEIGHTS, check_choice, is_own
 if TYPE_CHECKING:
     from bgcbench.experiments.approx_network_run import ApproxNetworkRun
     from bgcbench.experiments.approx_run import ApproxRun
+    from bgcbench.experiments.base import Session
     from bgcbench.experiments.profile_run import ProfileRun, Update
     from bgcbench.training.distributed import World
 

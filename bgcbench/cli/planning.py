@@ -15,6 +15,7 @@ from bgcbench.experiments.plan import PlanConfig
 from bgcbench.results import Json
 
 if TYPE_CHECKING:
+    from bgcbench.experiments.base import Session
     from bgcbench.experiments.plan_run import PlanRun, Prepared
     from bgcbench.training.distributed import World
 
