@@ -19,12 +19,12 @@ from bgcbench.experiments.profile import NetworkConfig
 from bgcbench.results import Document, write_atomically
 from bgcbench.results.document import dumps
 
-CELLS = (("standard", 1, None), ("gc", 2, None), ("bgc", 4, None), ("lowrank", 2, None))
+CELLS = (("standard", 1), ("gc", 2), ("bgc", 4), ("lowrank", 2))
 
 
 def measured(config: NetworkConfig) -> Document:
     """The result of ``CELLS`` among the rows of ``config``."""
-    run, document = begun(config, CELLS)
+    run, document = begun(config, [(*cell, None) for cell in CELLS])
     document.argv = tuple(sys.argv[1:])
     said = ""
     for update in run.run():
