@@ -12,7 +12,7 @@ import torch
 from bgcbench.cli import main
 from bgcbench.data.folder import IMAGENET_EVALUATION
 from bgcbench.experiments import train_run, transfer_run
-from bgcbench.experiments.approx_network import ApproxNetworkConfig
+from bgcbench.experiments.approx import ApproxNetworkConfig
 from bgcbench.experiments.images import prepared_for, sized
 from bgcbench.experiments.train import TrainConfig
 from bgcbench.experiments.transfer import TransferConfig

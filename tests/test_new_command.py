@@ -15,10 +15,9 @@ from bgcbench import cli, results
 from bgcbench.cli import main
 from bgcbench.cli.run import Beginning, Command
 from bgcbench.experiments.approx_run import Step
-from bgcbench.experiments.base import Run
+from bgcbench.experiments.base import Run, Session, open_device
 from bgcbench.experiments.config import RunConfig
 from bgcbench.experiments.options import WORKLOAD, option, positive
-from bgcbench.experiments.session import Session, open_device
 from bgcbench.measure.counts import count
 from bgcbench.plots.style import Paint
 from bgcbench.report.table import Column, Report, Table, group_columns, row_record, words

@@ -18,7 +18,6 @@ from bgcbench.cli.measuring import Profile
 from bgcbench.cli.parameters import command_options, register
 from bgcbench.cli.run import Command
 from bgcbench.errors import ShapeError, UsageError
-from bgcbench.experiments.network import NetworkConfig
 from bgcbench.experiments.options import (
     GRID,
     OUTPUT,
@@ -32,7 +31,7 @@ from bgcbench.experiments.options import (
     shorthand,
     size,
 )
-from bgcbench.experiments.profile import ProfileConfig
+from bgcbench.experiments.profile import NetworkConfig, ProfileConfig
 from bgcbench.experiments.transfer import TransferConfig
 from bgcbench.results import rows
 from bgcbench.specs import VARIANTS, load

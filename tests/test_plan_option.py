@@ -14,8 +14,8 @@ import pytest
 import bgcbench
 from bgcbench.cli import main
 from bgcbench.convs import VariantConv2d
-from bgcbench.experiments.network import NetworkConfig
 from bgcbench.experiments.network_run import plan_network
+from bgcbench.experiments.profile import NetworkConfig
 from bgcbench.models import build_empty
 from bgcbench.specs import PLANNED, Choice
 from tests.example_plan import with_plan

@@ -29,12 +29,10 @@ from bgcbench.conversion.lockstep import Stopped
 from bgcbench.conversion.record import Converted, counted
 from bgcbench.errors import ResultFileError, UsageError
 from bgcbench.experiments import approx_network_run
-from bgcbench.experiments.approx_run import Step
-from bgcbench.experiments.base import Run
+from bgcbench.experiments.base import Run, Session, Step
 from bgcbench.experiments.plan import PlanConfig
 from bgcbench.experiments.profile import row_seed
 from bgcbench.experiments.profile_run import on_device
-from bgcbench.experiments.session import Session
 from bgcbench.experiments.transfer import room_to_save
 from bgcbench.measure import timing
 from bgcbench.measure.batches import Passing
