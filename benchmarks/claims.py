@@ -46,7 +46,7 @@ PIPELINE, CONVERT = "train-speed-cpu.json", "convert-resnet50-cpu.json"
 PHOTOGRAPHS = "transfer-efficientnet_lite0-cpu.json"
 PLANNED, PLANNED_PHOTOGRAPHS = "plan-wrn_16_4-digits-cpu.json", "plan-efficientnet_lite0-cpu.json"
 RANKS = "plan-ranks-cpu.json"
-TIMED_PLANS = "plan-mobilenet_v2-time-cpu.json", "plan-wrn_28_10-time-cpu.json"
+TIMED_PLANS = tuple(f"plan-{name}-time-cpu.json" for name in ("mobilenet_v2", "resnet50", "wrn_28_10"))
 AGREE, TWICE = "agree-with-torch.json", "same-row-twice.json"
 TABLE4, ALGORITHMS = "table4-cpu-fp32-nchw.json", "table4-cpu-fp32-nchw-algorithms.json"
 EVERY, LAYERS = "network-resnet50-cpu-fp32-nchw-all.json", "network-resnet50-cpu-fp32-nchw-layers.json"
@@ -751,6 +751,14 @@ def minutes(document: Document, _: Any) -> Value:
     return Number(seconds_of(document) / 60, ".1f")
 
 
+def rank_of_random(content: files.RankFile, at: tuple[str, str]) -> Value:
+    """The same of one thing that is known of random plans with another, for each network."""
+    by_network: dict[str, list[tuple[float, float]]] = {}
+    for row in content.results:
+        by_network.setdefault(row.weights, []).append((getattr(row, at[0]), getattr(row, at[1])))
+    return ", ".join(f"{spearmanr(pairs).statistic:.2f}" for pairs in by_network.values())
+
+
 def rank_of_photographed(content: files.PlannedPhotographFile, _: Any) -> Value:
     """Spearman's correlation of predicted loss with KL on unseen photographs, over the networks of the first split."""
     rows = {row.predicted: row.unseen.kl for row in content.results if row.seed == 0 and row.init == REFIT}
@@ -777,9 +785,12 @@ SINGLE: tuple[tuple[str, str, Any, Callable[[Any, Any], Value]], ...] = (
     *((f"median loss of EfficientNet-lite0's pointwise layers as {cell}", PHOTOGRAPHS, cell,
        lambda c, cell: percent(c.medians[cell]))
       for cell in ("gc N=2", "bgc N=4", "tlgc N=2", "lowrank N=2", "gc N=4", "bgc N=8", "lowrank N=4")),
-    *((f"rank correlation of {what} with the KL of 30 random plans of wrn_16_4", RANKS, key,
-       lambda c, key: Number(next(iter(c.correlations.values()))[key], ".2f"))
-      for what, key in (("predicted loss", "felt kl"), ("the layers' losses", "plain kl"))),
+    *((f"rank correlation of {what}, over 30 random plans of each of three trained wrn_16_4", RANKS, at, rank_of_random)
+      for what, at in (
+          ("predicted loss with the error of the class scores", ("felt", "logit_error")),
+          ("predicted loss with KL", ("felt", "kl")), ("the layers' losses alone with KL", ("plain", "kl")),
+          ("the error of the class scores with KL", ("logit_error", "kl")),
+      )),
     ("rank correlation of predicted loss with KL on photographs never seen, over the networks above",
      PLANNED_PHOTOGRAPHS, None, rank_of_photographed),
     ("our solver versus one least-squares problem a convolution and group, times as fast", SOLVER, None,

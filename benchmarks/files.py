@@ -253,7 +253,15 @@ class PlannedFile(File):
 # --------------------------------------------------------------------------------------------------------- plan_ranks
 
 
-class RankFile(File):
-    """correlations: by file of weights, of what was predicted ("felt", "plain") with what is real ("kl", ...)."""
+class RankedPlan(msgspec.Struct):
+    """A random plan of the network in the file ``weights``: what was predicted of it (felt, plain) and what is real."""
 
-    correlations: dict[str, dict[str, float]]
+    weights: str
+    felt: float
+    plain: float
+    kl: float
+    logit_error: float
+
+
+class RankFile(File):
+    results: tuple[RankedPlan, ...]
