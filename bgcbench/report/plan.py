@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from bgcbench.report.format import bounds_text, named, ratio_text
 from bgcbench.report.notes import notes, together
-from bgcbench.report.table import Column, Report, Table, flat, label, row_record, words
+from bgcbench.report.table import Column, Report, Table, label, row_record, words
 from bgcbench.results.document import Document
 from bgcbench.results.rows import CurvePoint, PlanFacts, PlanRow
 from bgcbench.specs import BUDGETS, PHASE_TITLES, cost_kind
@@ -15,33 +14,29 @@ from bgcbench.specs import BUDGETS, PHASE_TITLES, cost_kind
 
 def plan_report(document: Document) -> Report:
     rows: list[PlanRow] = list(document.results)
+    plan, asked, runtime = document.plan, document.asked, document.settings.runtime
     every = [row for row in rows if row.params.stage == "proof"]
     proof = [row for row in every if row.status != "invalid"]
     chosen = [row for row in rows if row.params.stage == "choice"]
     about = rows[0].params if rows else None
     title = [f"{about.model} (weights {about.weights}) on {about.data}"] if about else ["plan"]
     title.append(document.environment.where)
-    asked = document.asked
     if (asked.mode or "eager", asked.phase or "fwd") != ("eager", "fwd"):
-        runtime = document.settings.runtime
         title.append(f"timed in {runtime or asked.mode}, {PHASE_TITLES[asked.phase or 'fwd']}")
     tables = []
     if proof:
-        sections = {"In words": _said(document.plan, proof)} if document.plan else {}
+        sections = {"In words": _said(plan, proof) if plan else []}
         tables.append(Table(title, PROOF, proof, sections, "The networks, on images never planned on"))
-    trials = [row for row in rows if row.params.stage == "trial" and row.status == "ok"]
-    if trials:
+    if trials := [row for row in rows if row.params.stage == "trial" and row.status == "ok"]:
         tables.append(Table(["What was tried out, on images held out of calibration"], TRIALS, trials))
     if chosen or not proof:
         tables.append(Table([] if proof else title, CHOICES, chosen, caption="What each convolution becomes"))
-    if document.plan and document.plan.curve:
-        tables.append(
-            Table([f"The best plans, by {BUDGETS[cost_kind(document.plan.kind)]}"], CURVE, document.plan.curve)
-        )
+    if plan and plan.curve:
+        tables.append(Table([f"The best plans, by {BUDGETS[cost_kind(plan.kind)]}"], CURVE, plan.curve))
     facts = ["predicted loss ranks plans; what a plan really loses is in the table of networks"] if chosen else []
     missing = together((row.params.subject or "", row.reason or "") for row in every if row.status == "invalid")
     facts += [f"not among the networks: {line}" for line in missing]
-    return Report(tables, notes(document, facts), [_record(row) for row in rows])
+    return Report(tables, notes(document, facts), [row_record(row, ("params", "macs")) for row in rows], part="plan")
 
 
 def _choice(row: PlanRow) -> str:
@@ -62,56 +57,37 @@ def _better(row: PlanRow) -> str:
     return f"{row.better}{more}" if row.better else "-"
 
 
-SUBJECT = "The original (dense), the plan, or one choice for every convolution that it fits."
-OF_ALL = "Of all convolutions that may be replaced, to the original's."
-OF_NETWORK = "Of the whole network, to the original's, with a 95 % confidence interval."
-OF_LAYER = "To the layer's own."
-AGREES = "Images on which the first guess is the original's. Labels are not needed."
-WRONG = "Labelled images on which the first guess is wrong."
-HELD_OUT = "Squared error of the class scores on images held out of calibration, as a share of their variance."
-LOGITS = "Squared error of the class scores, as a share of their variance over the images."
-FELT = "Predicted share of the variance of the network's outputs: the loss times the sensitivity to the layer."
-BETTER = (
-    "The least costly choice that loses less, and what it would cost more, of what the network costs; the budget has no"
-    " room for it."
-)
 SHARE = "{:.3f}".format
-PROOF: list[Column[PlanRow]] = [
-    label("network", _subject, SUBJECT),
-    Column("params", lambda row: row.params_ratio, OF_ALL, SHARE, name="params, network"),
-    Column("MACs", lambda row: row.macs_ratio, OF_ALL, SHARE, name="MACs, network"),
-    Column("time", _time, OF_NETWORK, name="time, network"),
-    Column("error %", lambda row: row.error, WRONG, "{:.2f}".format, optional=True),
-    Column("agrees %", lambda row: row.agreement, AGREES, "{:.1f}".format),
-    Column(
-        "top-5 %", lambda row: row.top5, "The original's first guess is among the first five.", "{:.1f}".format, drop=2
-    ),
-    Column(
-        "KL", lambda row: row.kl, "Mean of KL(original || network) over the images, in nats.", "{:.3g}".format, drop=3
-    ),
-    Column("logit error", lambda row: row.logit_error, LOGITS, "{:.3g}".format, drop=1),
+THREE_DIGITS = "{:.3g}".format
+COSTS: list[Column[PlanRow]] = [
+    Column("params", lambda row: row.params_ratio, SHARE, "params, network"),
+    Column("MACs", lambda row: row.macs_ratio, SHARE, "MACs, network"),
 ]
-TRIALS: list[Column[PlanRow]] = [
-    label("tried out", _subject, "The plan by what the network feels of each layer, by the layers' own losses, by its "
-          "real losses, and the best choice of each variant for all layers."),
-    Column("params", lambda row: row.params_ratio, OF_ALL, SHARE, name="params, network"),
-    Column("MACs", lambda row: row.macs_ratio, OF_ALL, SHARE, name="MACs, network"),
-    Column("error of outputs", lambda row: row.logit_error, HELD_OUT, "{:.3g}".format),
-]  # fmt: skip
+PROOF: list[Column[PlanRow]] = [
+    label("network", _subject),
+    *COSTS,
+    Column("time", _time, name="time, network"),
+    Column("error %", lambda row: row.error, "{:.2f}".format, optional=True),
+    Column("agrees %", lambda row: row.agreement, "{:.1f}".format),
+    Column("top-5 %", lambda row: row.top5, "{:.1f}".format, drop=2),
+    Column("KL", lambda row: row.kl, THREE_DIGITS, drop=3),
+    Column("logit error", lambda row: row.logit_error, THREE_DIGITS, drop=1),
+]
+TRIALS = [label("tried out", _subject), *COSTS, Column("error of outputs", lambda row: row.logit_error, THREE_DIGITS)]
 CHOICES: list[Column[PlanRow]] = [
-    label("layer", lambda row: row.params.layer, "A convolution, in the order of execution."),
-    words("convolution", lambda row: row.params.shape, "Channels and kernel.", drop=3),
-    words("becomes", _choice, "Its choice; dense: it stays."),
-    Column("params", lambda row: row.params_ratio, OF_LAYER, SHARE),
-    Column("MACs", lambda row: row.macs_ratio, OF_LAYER, SHARE),
-    Column("time", lambda row: row.time_ratio, f"{OF_LAYER} As it shows in the network.", SHARE, optional=True),
-    Column("loss", lambda row: row.loss, "Share of the output's variance, on images held out.", "{:.2%}".format),
-    Column("felt", lambda row: row.felt, FELT, "{:.2%}".format, drop=1),
-    words("better", _better, BETTER, drop=2),
+    label("layer", lambda row: row.params.layer),
+    words("convolution", lambda row: row.params.shape, drop=3),
+    words("becomes", _choice),
+    Column("params", lambda row: row.params_ratio, SHARE),
+    Column("MACs", lambda row: row.macs_ratio, SHARE),
+    Column("time", lambda row: row.time_ratio, SHARE, optional=True),
+    Column("loss", lambda row: row.loss, "{:.2%}".format),
+    Column("felt", lambda row: row.felt, "{:.2%}".format, drop=1),
+    words("better", _better, drop=2),
 ]
 CURVE: list[Column[CurvePoint]] = [
-    Column("cost", lambda point: point.cost, "Share of the original's.", SHARE),
-    Column("predicted loss", lambda point: point.loss, "Of the variance of the network's outputs.", "{:.3g}".format),
+    Column("cost", lambda point: point.cost, SHARE),
+    Column("predicted loss", lambda point: point.loss, THREE_DIGITS),
 ]
 
 
@@ -135,12 +111,3 @@ def _said(plan: PlanFacts, proof: Sequence[PlanRow]) -> list[str]:
         best = max(others, key=lambda row: row.agreement or 0.0)
         lines.append(f"the best single choice at that budget, {_subject(best)}, on {best.agreement:.1f} %")
     return lines
-
-
-def _record(row: PlanRow) -> dict[str, Any]:
-    return {
-        **row_record(row, row.params),
-        "params": row.counts.params if row.counts else None,
-        "macs": row.counts.macs if row.counts else None,
-        **flat(row, PlanRow, without=("key", "params", "status", "reason", "counts")),
-    }

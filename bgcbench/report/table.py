@@ -12,6 +12,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from importlib import resources
 from typing import Any, Generic, TypeVar
 
 from rich.cells import cell_len
@@ -20,7 +21,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from bgcbench.results.document import Document, dumps, printable
-from bgcbench.results.rows import Data, Row
+from bgcbench.results.rows import Counts, Data, Row
 from bgcbench.specs import PLAN
 
 LATER = ("rank", "limit_relative_error", "modules")  # fields of records that a CSV file has where some row does
@@ -32,18 +33,17 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class Column(Generic[R]):
-    """One column: its title, the value of a row (None shows as -), what it means, and the form of a value.
+    """One column: its title, the value of a row (None shows as -), and the form of a value.
 
-    name: under which it is explained, where the title also says a phase, a unit or an N. right: aligned to the right.
-    lead: repeated in front of every part of a table that is split because the terminal is narrow. optional: left out
-    where no row has a value. drop: left out, those with the highest number first, before a table is split. brief: the
-    form of a value on a terminal, where that is another one. bar: a row's value as a share of the largest, which a
-    terminal with room draws.
+    name: under which columns.md explains it, where the title also says a phase, a unit or an N. right: aligned to the
+    right. lead: repeated in front of every part of a table that is split because the terminal is narrow. optional: left
+    out where no row has a value. drop: left out, those with the highest number first, before a table is split. brief:
+    the form of a value on a terminal, where that is another one. bar: whether a terminal with room draws the value, as
+    a share of the largest of all such columns.
     """
 
     title: str
     value: Callable[[R], Any]
-    meaning: str = ""
     form: Callable[[Any], str] = str
     name: str = ""
     right: bool = True
@@ -51,21 +51,21 @@ class Column(Generic[R]):
     optional: bool = False
     drop: int = 0
     brief: Callable[[Any], str] | None = None
-    bar: Callable[[R], float | None] | None = None
+    bar: bool = False
 
     def cell(self, row: R) -> str:
         value = self.value(row)
         return "-" if value is None else self.form(value)
 
 
-def words(title: str, value: Callable[[R], Any], meaning: str, **more: Any) -> Column[R]:
+def words(title: str, value: Callable[[R], Any], **more: Any) -> Column[R]:
     """A column of text."""
-    return Column(title, value, meaning, right=False, **more)
+    return Column(title, value, right=False, **more)
 
 
-def label(title: str, value: Callable[[R], Any], meaning: str, **more: Any) -> Column[R]:
+def label(title: str, value: Callable[[R], Any], **more: Any) -> Column[R]:
     """A column of text that says which row this is."""
-    return words(title, value, meaning, lead=True, **more)
+    return words(title, value, lead=True, **more)
 
 
 def group_columns(of: Callable[[R], Any]) -> list[Column[R]]:
@@ -76,18 +76,13 @@ def group_columns(of: Callable[[R], Any]) -> list[Column[R]]:
         found: int = of(row).groups
         return None if found == 1 and (of(row).rank or of(row).variant == PLAN) else found
 
-    ranks = (
-        "Rank of LR where --ranks asks for it; N is the reduction that it keeps to (- for none, or if layers differ)."
-    )
-    return [
-        Column("N", groups, "Groups.", lead=True),
-        Column("rank", lambda row: of(row).rank, ranks, lead=True, optional=True),
-    ]
+    ranks: Column[R] = Column("rank", lambda row: of(row).rank, lead=True, optional=True)
+    return [Column("N", groups, lead=True), ranks]
 
 
 @dataclass(frozen=True)
 class Table:
-    """A title, columns over rows, and lines under them by heading.
+    """A title, columns over rows, and lines under them by heading; a heading without lines is left out.
 
     caption: of the table alone, where the title is that of a whole report. full: a terminal shows it with --wide only.
     """
@@ -129,16 +124,25 @@ class Table:
         return [max(map(cell_len, column)) + 2 for column in texts]
 
 
+def with_all_columns(first: Sequence[Table], whole: Table) -> list[Table]:
+    """``first``, with the lists of ``whole`` below, and every column for --wide; without a first table ``whole``."""
+    if not first:
+        return [whole]
+    last = replace(first[-1], sections=whole.sections)
+    return [*first[:-1], last, replace(whole, title=["All columns"], sections={}, full=True)]
+
+
 @dataclass(frozen=True)
 class Report:
     """Tables, then the notes on a result file, the most important first.
 
-    records: the same for CSV, flat and in SI units.
+    records: the same for CSV, flat and in SI units. part: of columns.md, which explains the columns.
     """
 
     tables: Sequence[Table]
     notes: Sequence[str] | None = None
     records: Sequence[Mapping[str, Any]] = ()
+    part: str = ""
 
     @property
     def width(self) -> int:
@@ -156,18 +160,25 @@ class Report:
 
 def meanings(report: Report) -> dict[str, str]:
     """What the columns of a report mean, by the name under which each is explained."""
-    return {column.name or column.title: column.meaning for table in report.tables for column in table.columns}
+    told = {**explanations()["several"], **explanations()[report.part]}
+    names = [column.name or column.title for table in report.tables for column in table.columns]
+    return {name: told[name] for name in names}
+
+
+@functools.cache
+def explanations() -> dict[str, dict[str, str]]:
+    """What columns.md says: the meaning by name, by part."""
+    _, *parts = (resources.files("bgcbench.report") / "columns.md").read_text(encoding="utf-8").split("\n## ")
+    return {part.partition("\n")[0]: dict(re.findall(r"^- (.+?): (.+)$", part, re.MULTILINE)) for part in parts}
 
 
 def explained(report: Report) -> Report:
     """What each column of a report means, and all of its notes."""
     columns = meanings(report)
-    shown: list[Column[tuple[str, str]]] = [
-        label("column", lambda of: of[0], ""),
-        words("meaning", lambda of: of[1], ""),
-    ]
+    shown: list[Column[tuple[str, str]]] = [label("column", lambda of: of[0]), words("meaning", lambda of: of[1])]
     table = Table(report.tables[0].title, shown, list(columns.items()), {"Notes": report.notes or ["none"]})
-    return Report([table], records=[{"column": name, "meaning": meaning} for name, meaning in columns.items()])
+    records = [{"column": name, "meaning": meaning} for name, meaning in columns.items()]
+    return Report([table], records=records)
 
 
 # ------------------------------------------------------------------------------------------------------------ Markdown
@@ -199,7 +210,8 @@ def as_markdown(report: Report) -> str:
         return "| " + " | ".join(text.replace("|", "\\|") for text in texts) + " |"
 
     def section(heading: str, entries: Sequence[str]) -> list[str]:
-        return ["", f"{_escaped(heading)}:", "", *(f"- {_escaped_line(entry)}" for entry in entries)]
+        above = ["", f"{_escaped(heading)}:", ""] if entries else []
+        return above + [f"- {_escaped_line(entry)}" for entry in entries]
 
     lines: list[str] = []
     for table in report.tables:
@@ -209,8 +221,7 @@ def as_markdown(report: Report) -> str:
         lines += [line(map(_escaped, texts)) for texts in zip(*table.cells, strict=True)]
         for heading, entries in table.sections.items():
             lines += section(heading, entries)
-    lines += section("Notes", report.shown_notes) if report.shown_notes else []
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *section("Notes", report.shown_notes)]) + "\n"
 
 
 # ----------------------------------------------------------------------------------------------------------------- CSV
@@ -221,9 +232,13 @@ def flat(data: Data | None, kind: type[Data], without: Sequence[str] = ()) -> di
     return {name: getattr(data, name, None) for name in kind.__struct_fields__ if name not in without}
 
 
-def row_record(row: Row, params: Data, without: Sequence[str] = ()) -> dict[str, Any]:
-    """What a record begins with: which row it is, and how it ended."""
-    return {"key": row.key, **flat(params, type(params), without), "status": row.status, "reason": row.reason}
+def row_record(
+    row: Any, counts: Sequence[str] = Counts.__struct_fields__, without: Sequence[str] = ()
+) -> dict[str, Any]:
+    """A row, which has ``params`` and ``counts``: which it is, how it ended, those ``counts``, and its other fields."""
+    record = {"key": row.key, **flat(row.params, type(row.params)), "status": row.status, "reason": row.reason}
+    record |= {name: getattr(row.counts, name, None) for name in counts}
+    return record | flat(row, type(row), (*Row.__struct_fields__, "params", "counts", *without))
 
 
 def as_csv(report: Report) -> str:
@@ -259,38 +274,38 @@ def as_rich(
     answer_first: what follows from the tables, and the notes, stand before them. bars: where cells have room for them.
     """
     shown = [table for table in report.tables if wide or not table.full]
-    title, notes = list(map(_text, shown[0].title)), _section("Notes", report.shown_notes)
-    parts: list[RenderableType] = [*title] if answer_first else []
-    for number, table in enumerate(shown if answer_first else []):
-        parts += [Text(""), *map(_text, table.title)] if number and table.title and table.sections else []
-        parts += [part for entries in table.sections.items() for part in _section(*entries)]
-    parts += notes if answer_first else []
-    for number, whole in enumerate(shown):
-        above = whole.lines[len(title) :] if answer_first and not number else whole.lines
-        parts += [
-            *([Text("")] if parts and above else []),
-            *map(_text, above),
-            *_tables(whole, width, wide=wide, bars=bars),
-        ]
-        if not answer_first:
-            parts += [part for entries in whole.sections.items() for part in _section(*entries)]
-    if not wide and any(table.full for table in report.tables):
+    notes = {"Notes": report.shown_notes}
+    blocks: list[tuple[Sequence[str], Table | None, Mapping[str, Sequence[str]]]]  # lines, what they are of, lists
+    if answer_first:
+        first, *others = shown
+        blocks = [(first.title, None, first.sections)]
+        blocks += [(table.title, None, table.sections) for table in others if any(table.sections.values())]
+        blocks += [((), None, notes), (first.lines[len(first.title) :], first, {})]
+        blocks += [(table.lines, table, {}) for table in others]
+    else:
+        blocks = [(table.lines, table, table.sections) for table in shown]
+    parts: list[RenderableType] = []
+    for lines, table, sections in blocks:
+        parts += [*([Text("")] if parts and lines else []), *map(_text, lines)]
+        parts += _tables(table, width, wide=wide, bars=bars) if table else []
+        parts += _lists(sections)
+    if len(shown) < len(report.tables):
         parts += [Text(""), _text("all columns: bgcbench show FILE --wide, or --format csv", "dim")]
-    return Group(*parts, *([] if answer_first else notes))
+    return Group(*parts, *_lists({} if answer_first else notes))
 
 
 def _text(content: str, style: str = "") -> Text:
     return Text(printable(content), style=style)
 
 
-def _section(heading: str, entries: Sequence[str]) -> list[RenderableType]:
-    """A heading over a list, or nothing where that is empty."""
-    parts: list[RenderableType] = [Text(""), _text(heading, "bold")] if entries else []
-    for entry in entries:
-        item = RichTable.grid(padding=(0, 1, 0, 0))
-        item.add_row(Text("-"), _text(entry))
-        parts.append(item)
-    return parts
+def _lists(sections: Mapping[str, Sequence[str]]) -> Iterator[RenderableType]:
+    """Each heading over its list."""
+    for heading, entries in sections.items():
+        yield from (Text(""), _text(heading, "bold")) if entries else ()
+        for entry in entries:
+            item = RichTable.grid(padding=(0, 1, 0, 0))
+            item.add_row(Text("-"), _text(entry))
+            yield item
 
 
 def _tables(whole: Table, width: int, *, wide: bool, bars: bool) -> Iterator[RenderableType]:
@@ -317,23 +332,21 @@ def _brief(table: Table) -> Table:
 
 
 def with_bars(table: Table) -> Table:
-    """``table`` with a bar behind each value that has one, all on one scale; the same where no column has any."""
-    drawn = [(column, column.bar) for column in table.columns if column.bar]
-    longest = max((value for _, bar in drawn for row in table.rows if (value := bar(row))), default=0.0)
-    if not longest:
-        return table
+    """``table`` with a bar behind each value of a column that has bars, all on one scale."""
+    values = [column.value(row) or 0.0 for column in table.columns if column.bar for row in table.rows]
+    longest = max(values, default=0.0)
 
-    def barred(column: Column[Any], bar: Callable[[Any], float | None]) -> Column[Any]:
+    def barred(column: Column[Any]) -> Column[Any]:
         width = max(len(text) for text in (column.title, *map(column.cell, table.rows)))
 
         def cell(row: Any) -> str:
-            eighths = round(8 * BAR * (bar(row) or 0.0) / longest)
+            eighths = round(8 * BAR * (column.value(row) or 0.0) / longest)
             return f"{column.cell(row):>{width}} {'█' * (eighths // 8)}{EIGHTHS[eighths % 8]}".rstrip()
 
         return replace(column, title=f"{column.title:>{width}}", value=cell, form=str, right=False)
 
-    made = {id(column): barred(column, bar) for column, bar in drawn}
-    return replace(table, declared=[made.get(id(column), column) for column in table.declared])
+    declared = [barred(column) if column.bar and longest else column for column in table.columns]
+    return replace(table, declared=declared)
 
 
 def fitted(table: Table, width: int) -> tuple[Table, list[str]]:

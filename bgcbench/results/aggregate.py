@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple, TypeVar
 
 from bgcbench.measure.statistics import Interval, Ratio
 from bgcbench.results.document import Document
-from bgcbench.results.rows import CalibratedLayer, Calibration, Counts, SampledRow, TrainRow, TransferRow
+from bgcbench.results.rows import CalibratedLayer, Calibration, CellKey, Counts, SampledRow, TrainRow, TransferRow
 from bgcbench.results.rows import Ratio as TimeRatio
 from bgcbench.specs import NETWORK_PHASES, PLAN, SOLVED, VARIANTS
 from bgcbench.theory.pareto import front, uncertainty
@@ -73,6 +73,10 @@ class Cell:
     rows: tuple[TrainRow, ...]
 
     @property
+    def asked(self) -> CellKey:
+        return self.variant, self.groups, self.rank
+
+    @property
     def dense(self) -> bool:
         return self.variant == "standard"
 
@@ -100,7 +104,7 @@ class Cell:
         return _by_seed(self.rows, value)
 
     def by_seed(self, value: Callable[[TrainRow], float | None]) -> BySeed:
-        """``value`` of the finished rows that have it; nothing where labels mean nothing."""
+        """The same of the finished rows."""
         return _by_seed(self.done, value)
 
     @property
@@ -406,8 +410,7 @@ class Conversions:
 
     def _timed(self, cell: Cell) -> Cell:
         """The cell of this variant and N that was timed, whatever its start."""
-        asked = cell.variant, cell.groups, cell.rank
-        alike = [found for found in self.cells if (found.variant, found.groups, found.rank) == asked]
+        alike = [found for found in self.cells if found.asked == cell.asked]
         return next((found for found in alike if any(map(found.time, self.phases))), cell)
 
 
