@@ -50,9 +50,8 @@ def part(document: Document) -> style.Paint:
         by_params.set_xlabel("parameters (millions)")
         drawn = [error for cell in spreads for error in cell.errors.values()]
         style.scale_errors(by_groups, [*drawn, *printed], spreads.values())
-        looks = {style.label_of(variant): style.look_of(variant) for variant in variants}
         paper = {"paper": {"color": style.GREY, "marker": "o", "markersize": 6.0, **HOLLOW}} if printed else {}
-        style.legend(panel, looks | paper, notes)
+        style.legend(panel, style.looks_of(variants) | paper, notes)
 
     return paint
 
@@ -64,7 +63,7 @@ def variants_of(cells: Iterable[Cell]) -> list[str]:
 def unfinished(cells: Iterable[Cell]) -> str:
     """A note on the cells of which not every seed has finished."""
     gone = [
-        f"{style.label_of(cell.variant, cell.groups, cell.rank)} ({len(cell.done)} of {len(cell.rows)} seeds)"
+        f"{style.label_of(*cell.asked)} ({len(cell.done)} of {len(cell.rows)} seeds)"
         for cell in cells
         if len(cell.done) < len(cell.rows)
     ]

@@ -24,9 +24,7 @@ NOTE = "Share of each layer's output energy that is lost on images held out, on 
 
 def part(document: Document) -> Paint:
     cells = [cell for cell in Conversions.of(document).converted if cell.layers]
-    at: dict[CellKey, list[CalibratedLayer]] = {
-        (cell.variant, cell.groups, cell.rank): cell.layers for cell in cells if cell.start == cells[-1].start
-    }
+    at: dict[CellKey, list[CalibratedLayer]] = {c.asked: c.layers for c in cells if c.start == cells[-1].start}
     if not at:
         raise NothingToDraw("calibrated conversions; this result has none")
     names = _in_order([layer.name for layer in layers] for layers in at.values())

@@ -16,7 +16,7 @@ from matplotlib.figure import SubFigure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from bgcbench.results.aggregate import Spread
+from bgcbench.results.aggregate import Spread, variant_place
 from bgcbench.results.document import Document, printable, shortened
 from bgcbench.specs import PLAN, VARIANTS, Variant
 
@@ -24,7 +24,7 @@ DPI, SLIDE = 150, (8.0, 4.5)  # inches of a picture, whatever it shows: a slide 
 PANELS = 6  # of a picture, at most
 NOTE_LETTERS, BESIDE_LETTERS = 150, 42  # of a note, in a line below a picture or beside it
 LAYERS, NAME_LETTERS = 60, 22  # names of layers that have room side by side; letters of one
-GREY = "#666666"
+GREY, BEFORE = "#666666", "#d9d9d9"  # of lines that are no variant's; of bars of what was before
 WIDE = 10.0  # how often the least the largest error is from which on their axis is logarithmic
 STYLE: dict[str, Any] = {
     "font.family": "DejaVu Sans",
@@ -85,6 +85,11 @@ def asked_of(groups: int, rank: int | None) -> str:
     return f"N = {groups}" if rank is None else f"r = {rank}"
 
 
+def name_of(variant: str, groups: int, rank: int | None) -> str:
+    """What stands at a point: "4", "r=8", "plan"."""
+    return PLAN if variant == PLAN else str(groups) if rank is None else f"r={rank}"
+
+
 ON_FRONT: Look = {"fillstyle": "full", "markeredgecolor": "black", "markeredgewidth": 0.8}
 PLAN_LOOK = "#882255", "d", 7.0
 
@@ -94,6 +99,26 @@ def look_of(variant: str, **more: Any) -> Look:
     other = PLAN_LOOK if variant == PLAN else Variant.look
     colour, marker, size = VARIANTS[variant].look if variant in VARIANTS else other
     return {"color": colour, "marker": marker, "markersize": size, "linewidth": 0.9, "zorder": 3 + 1 / size, **more}
+
+
+def looks_of(variants: Iterable[str], **more: Any) -> dict[str, Look]:
+    """For a legend: the looks of ``variants`` by label, in the order of registration."""
+    return {label_of(variant): look_of(variant, **more) for variant in sorted({*variants}, key=variant_place)}
+
+
+def bar_colour(variant: str) -> str:
+    """Of a bar for what a convolution becomes; grey where it stays."""
+    colour: str = look_of(variant)["color"]
+    return GREY if variant == "standard" else colour
+
+
+def bar_looks(variants: Iterable[str]) -> dict[str, Look]:
+    """For a legend: the wide bars of what was before, and the narrow ones of what stands there afterwards."""
+    looks: dict[str, Look] = {"before": {"color": BEFORE, "linewidth": 7.0, "solid_capstyle": "butt"}}
+    for variant in variants:
+        label = "stays" if variant == "standard" else label_of(variant)
+        looks[label] = {"color": bar_colour(variant), "linewidth": 4.0, "solid_capstyle": "butt"}
+    return looks
 
 
 # --------------------------------------------------------------------------------------------- panels, titles, legends
