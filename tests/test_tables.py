@@ -85,11 +85,11 @@ def test_every_column_is_explained_once() -> None:
     told, found = tables.explanations(), dict[str, set[str]]()
     for command, shown in reports():
         found.setdefault(command, set()).update(tables.meanings(shown))
-    assert found.keys() == TITLES.keys() == told.keys() - {"several"}
+    assert found.keys() == TITLES.keys() == told.keys() - {tables.SEVERAL}
     for command, names in found.items():
-        assert names == told[command].keys() | (names & told["several"].keys()), command
-        assert not told[command].keys() & told["several"].keys()
-    for name in told["several"]:
+        assert names == told[command].keys() | (names & told[tables.SEVERAL].keys()), command
+        assert not told[command].keys() & told[tables.SEVERAL].keys()
+    for name in told[tables.SEVERAL]:
         assert sum(name in names for names in found.values()) > 1, name
 
 

@@ -65,10 +65,9 @@ def _tables(document: Document, every: Rows, title: list[str]) -> list[Table]:
     rows = [row for row in every if row.params.layer is None]
     layers = [row for row in every if row.params.layer is not None]
     reference, phases, network = reference_of(rows), measured_phases(rows), _is_network(document, rows)
-    sections: dict[str, list[str]] = {}
     shown = phases if network else phases[-1:]
-    if network:
-        sections["Best"] = [line for phase in phases if (line := _best(rows, reference, phase))]
+    best = [line for phase in phases if (line := _best(rows, reference, phase))] if network else []
+    sections = {"Best": best}
     for phase in shown:
         verdicts = [_verdict(row, reference, phase, rows) for row in rows if row is not reference]
         sections[f"Verdict ({PHASE_TITLES[phase]})"] = verdicts
@@ -187,7 +186,7 @@ def profile_records(rows: Rows) -> list[dict[str, Any]]:
             references.setdefault((row.params.layer, row.params.mode), row)
     for row in rows:
         about = row_record(row, without=ProfileRow.__struct_fields__)
-        del about["kernel_width"]  # of a network's few kernels that are not square: in the file alone
+        about.pop("kernel_width")  # of a network's few kernels that are not square: in the file alone
         about |= flat(row.approximability, White) | flat(row.memory, Memory)
         about |= {"modules": ", ".join(row.layer.names) if row.layer else None}
         reference = references.get((row.params.layer, row.params.mode))

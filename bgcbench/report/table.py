@@ -26,6 +26,7 @@ from bgcbench.specs import PLAN
 
 LATER = ("rank", "limit_relative_error", "modules")  # fields of records that a CSV file has where some row does
 BAR, EIGHTHS = 8, " ▏▎▍▌▋▊▉"  # cells of a bar on a terminal, and what ends it
+SEVERAL = "several"  # the part of columns.md on columns of several commands
 NOTES = 5  # lines under a report; show --explain prints all notes
 EXPLAIN = "what the columns mean: bgcbench show FILE --explain"
 R = TypeVar("R")
@@ -160,7 +161,7 @@ class Report:
 
 def meanings(report: Report) -> dict[str, str]:
     """What the columns of a report mean, by the name under which each is explained."""
-    told = {**explanations()["several"], **explanations()[report.part]}
+    told = {**explanations()[SEVERAL], **explanations()[report.part]}
     names = [column.name or column.title for table in report.tables for column in table.columns]
     return {name: told[name] for name in names}
 
