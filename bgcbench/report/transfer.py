@@ -44,10 +44,12 @@ def transfer_report(document: Document) -> Report:
     run = Conversions.of(document)
     weights = next((row.params.weights for row in run.rows), "none")
     title = training.title_lines(document, "" if weights == "none" else f" (weights {weights})")
-    by_n = {moment: errors_table([] if number else title, BY_N[moment], run.cells, partial(_errors, moment=moment))
-            for number, moment in enumerate(run.moments)}  # fmt: skip
+    by_n = [
+        errors_table([] if number else title, BY_N[moment], run.cells, partial(_errors, moment=moment))
+        for number, moment in enumerate(run.moments)
+    ]
     whole = Table(title, transfer_columns(run, planned_seeds(document)), run.cells)
-    tables = with_all_columns([*filter(None, by_n.values())], whole)
+    tables = with_all_columns([*filter(None, by_n)], whole)
     pairs = [pair for start in run.starts for pair in (*run.at_equal_n(start), *run.at_equal_params(start))]
     pairs = [pair for pair in pairs if ratio_of(pair[0].params, pair[1].params)]  # without those that failed
     if pairs:
@@ -104,14 +106,10 @@ def _start_columns(run: Conversions, cell_of: Callable[[Any], Cell]) -> list[Col
 
 
 def _speed_up_columns(run: Conversions, value: Callable[..., str | None]) -> list[Column[Any]]:
+    drops = dict.fromkeys(run.phases, 6) | dict.fromkeys(run.phases[:1], 1)
     return [
-        Column(
-            f"speed-up {PHASE_TITLES[phase]}",
-            partial(value, phase=phase),
-            name="speed-up",
-            drop=6 if number else 1,
-        )
-        for number, phase in enumerate(run.phases)
+        Column(f"speed-up {PHASE_TITLES[phase]}", partial(value, phase=phase), name="speed-up", drop=drop)
+        for phase, drop in drops.items()
     ]
 
 
@@ -124,15 +122,12 @@ def _to_dense(measured: Ratio | None) -> Comparison | None:
 
 def _error_columns(run: Conversions) -> list[Column[Cell]]:
     agrees = training.error_column("agrees %", lambda cell: cell.agreement, optional=True)
+    trained = training.error_column("agrees trained %", lambda cell: cell.agreement_trained, optional=True)
     loss: Column[Cell] = Column(
         "layer loss %", lambda cell: cell.lost(lambda layer: layer.after), loss_text, optional=True
     )
     if training.on(run.rows, UNLABELLED):
-        return [
-            agrees,
-            training.error_column("agrees trained %", lambda cell: cell.agreement_trained, optional=True),
-            loss,
-        ]
+        return [agrees, trained, loss]
     untouched = run.untouched
 
     def initial(cell: Cell) -> str | None:

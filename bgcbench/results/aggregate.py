@@ -209,8 +209,7 @@ def training_cells(rows: Iterable[TrainRow]) -> list[Cell]:
     """Rows of ``train`` or ``transfer`` as cells: the standard convolution, by N, start and variant, and by rank."""
     found: dict[tuple[str, int, int | None, Start], list[TrainRow]] = {}
     for row in rows:
-        params = row.params
-        found.setdefault((*params.cell, Start(params.init, params.rebn)), []).append(row)
+        found.setdefault((*row.params.cell, Start(row.params.init, row.params.rebn)), []).append(row)
     cells = [Cell(*at, tuple(mine)) for at, mine in found.items()]
     return sorted(cells, key=lambda c: (not c.dense, c.rank or 0, c.groups, c.start.place, variant_place(c.variant)))
 
@@ -253,9 +252,8 @@ def at_equal_params(at: Mapping[tuple[str, int], T]) -> list[Pair[T]]:
 
 
 def _pairs(at: Mapping[tuple[str, int], T], times: int) -> list[Pair[T]]:
-    plain = {groups: gc for (variant, groups), gc in at.items() if variant == "gc"}
-    if ("standard", 1) in at:  # which a GC of one group is
-        plain.setdefault(1, at["standard", 1])
+    dense = {1: at["standard", 1]} if ("standard", 1) in at else {}  # which a GC of one group is
+    plain = dense | {groups: gc for (variant, groups), gc in at.items() if variant == "gc"}
     return [(at["bgc", times * n], plain[n]) for n in sorted(plain) if ("bgc", times * n) in at]
 
 
@@ -410,7 +408,7 @@ class Conversions:
 
     def _timed(self, cell: Cell) -> Cell:
         """The cell of this variant and N that was timed, whatever its start."""
-        alike = [found for found in self.cells if found.asked == cell.asked]
+        alike = (found for found in self.cells if found.asked == cell.asked)
         return next((found for found in alike if any(map(found.time, self.phases))), cell)
 
 
