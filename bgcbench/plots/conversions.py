@@ -11,7 +11,6 @@ from bgcbench.plots import style
 from bgcbench.results.aggregate import Conversions, Moment, Spread, Start, image_points, spread_of, variant_place
 from bgcbench.results.document import Document
 
-ACROSS = 3  # panels side by side
 MOMENTS: tuple[Moment, ...] = ("initial", "final")
 INITS = {"copy": "Copied", "white": "White", "calibrated": "Calibrated", "refit": "Refit", "scratch": "From scratch"}
 HOLLOW: style.Look = {"linestyle": (0, (4, 2)), "markerfacecolor": "white", "markeredgewidth": 0.9}
@@ -97,7 +96,7 @@ def _series(run: Conversions) -> list[Series]:
 def _places(run: Conversions, starts: Sequence[Start]) -> list[list[Start | None]]:
     """The panels: one below the other what differs in batch norm only, otherwise a few side by side."""
     if not run.norms_differ:
-        return style.wrapped(starts, ACROSS)
+        return style.wrapped(starts)
     inits = dict.fromkeys(start.init for start in starts)
     return [[at if (at := Start(init, rebn)) in starts else None for init in inits] for rebn in (False, True)]
 

@@ -16,7 +16,6 @@ from bgcbench.results.document import Document, printable
 from bgcbench.results.rows import SampledRow
 
 counted = EngFormatter()  # a count at a tick: 500, 20 k, 5 M
-ACROSS = 3  # panels side by side
 NOTE = (
     "Filled: on the Pareto front (nothing cheaper on it is as good within three standard errors). Numbers: N. MACs "
     "grow as parameters do."
@@ -33,7 +32,7 @@ def part(document: Document) -> Paint:
 
     def paint(panel: SubFigure) -> None:
         sampled_title(panel, document, "What is lost against what it costs")
-        places = style.wrapped(inputs, ACROSS)
+        places = style.wrapped(inputs)
         errors = [100 * (row.output_relative_error or 0.0) for found in series for row in found.rows]
         costs = [row.counts.params for found in series for row in found.rows if row.counts]
         grid = style.grid_of(panel, places, "parameters", "output error (% of its energy)")

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import math
 import textwrap
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
-import matplotlib
+import matplotlib.style
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import SubFigure
@@ -21,7 +21,7 @@ from bgcbench.results.document import Document, printable, shortened
 from bgcbench.specs import PLAN, VARIANTS, Variant
 
 DPI, SLIDE = 150, (8.0, 4.5)  # inches of a picture, whatever it shows: a slide of 1200 by 675 pixels
-PANELS = 6  # of a picture, at most
+PANELS, ACROSS = 6, 3  # of a picture, and side by side, at most
 NOTE_LETTERS, BESIDE_LETTERS = 150, 42  # of a note, in a line below a picture or beside it
 LAYERS, NAME_LETTERS = 60, 22  # names of layers that have room side by side; letters of one
 GREY, BEFORE = "#666666", "#d9d9d9"  # of lines that are no variant's; of bars of what was before
@@ -62,14 +62,9 @@ class NothingToDraw(Exception):
 Paint = Callable[[SubFigure], None]  # what paints a picture, for which all that it needs has been found
 
 
-@contextlib.contextmanager
-def styled() -> Iterator[None]:
+def styled() -> AbstractContextManager[None]:
     """matplotlib's own defaults and ours, whatever the user's settings are, for as long as something is drawn."""
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()
-        parameters: Any = matplotlib.rcParams
-        parameters.update(STYLE)
-        yield
+    return matplotlib.style.context(STYLE, after_reset=True)
 
 
 # ------------------------------------------------------------------------------------------------------------ variants
@@ -130,9 +125,9 @@ def most(items: Sequence[T], name: Callable[[T], str]) -> tuple[list[T], str]:
     return [*items[:PANELS]], f"No room for {', '.join(map(name, gone))}: see the table." if gone else ""
 
 
-def wrapped(items: Sequence[T], across: int) -> list[list[T | None]]:
-    """``items`` in lines of equal length, at most ``across``; the last is filled up with None."""
-    down = math.ceil(len(items) / across)
+def wrapped(items: Sequence[T]) -> list[list[T | None]]:
+    """``items`` in lines of equal length, at most ``ACROSS``; the last is filled up with None."""
+    down = math.ceil(len(items) / ACROSS)
     length = math.ceil(len(items) / down)
     padded = [*items, *[None] * (down * length - len(items))]
     return [padded[length * line : length * (line + 1)] for line in range(down)]
