@@ -44,7 +44,7 @@ def part(document: Document) -> Paint:
         grid[0][0].set_ylim(min(0.0, min(errors) - 0.15 * room), max(errors) + 0.08 * room)
         variants = dict.fromkeys(found.variant for found in series)
         looks = {style.label_of(variant): style.look_of(variant, linestyle="none") for variant in variants}
-        looks["Pareto front"] = {"color": style.GREY, "linewidth": 1}
+        looks["Pareto front"] = style.FRONT
         style.legend(panel, looks, [NOTE, "SC: the standard convolution." if "standard" in variants else "", gone])
 
     return paint
@@ -63,7 +63,7 @@ def _front_panel(axes: Axes, rows: Sequence[SampledRow]) -> None:
             look |= {**style.ON_FRONT, "zorder": 1 + look["zorder"]}
             place = "front"
         axes.plot([x], [y], label=f"_{place} {row.key}", **look)
-    axes.step([*best], [*best.values()], where="post", color=style.GREY, linewidth=1, zorder=1.5, label="_front")
+    axes.step([*best], [*best.values()], where="post", zorder=1.5, label="_front", **style.FRONT)
     axes.set_xscale("log")
     axes.margins(x=0.14)
     beside: Look = {"xytext": (-4, -3), "textcoords": "offset points", "ha": "right", "va": "top", "linespacing": 1.0}

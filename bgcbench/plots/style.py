@@ -85,6 +85,7 @@ def name_of(variant: str, groups: int, rank: int | None) -> str:
     return PLAN if variant == PLAN else str(groups) if rank is None else f"r={rank}"
 
 
+FRONT: Look = {"color": GREY, "linewidth": 1}  # the line through what is on it
 ON_FRONT: Look = {"fillstyle": "full", "markeredgecolor": "black", "markeredgewidth": 0.8}
 PLAN_LOOK = "#882255", "d", 7.0
 
@@ -134,12 +135,11 @@ def wrapped(items: Sequence[T]) -> list[list[T | None]]:
 
 
 def grid_of(
-    panel: SubFigure, places: Sequence[Sequence[T | None]], x: str | Sequence[str], y: str, **options: Any
+    panel: SubFigure, places: Sequence[Sequence[T | None]], x: str, y: str, **options: Any
 ) -> list[tuple[Axes, T]]:
     """A grid of axes, each with its place; where that is None, nothing is.
 
-    x (one name, or one a column) and y name the outermost axes of each column and line. Axes are shared, but for what
-    ``options`` say.
+    x and y name the outermost axes of each column and line. Axes are shared, but for what ``options`` say.
     """
     grid = panel.subplots(len(places), len(places[0]), squeeze=False, **{"sharex": True, "sharey": True, **options})
     pairs = list(zip(grid.flat, itertools.chain(*places), strict=True))
@@ -149,9 +149,9 @@ def grid_of(
         for axes in [axes for axes in line if axes.axison][:1]:
             axes.set_ylabel(y)
             axes.tick_params(labelleft=True)
-    for column, name in zip(grid.T, [x] * len(places[0]) if isinstance(x, str) else x, strict=True):
+    for column in grid.T:
         for axes in [axes for axes in column if axes.axison][-1:]:
-            axes.set_xlabel(name)
+            axes.set_xlabel(x)
             axes.tick_params(labelbottom=True)
     return [(axes, place) for axes, place in pairs if place is not None]
 

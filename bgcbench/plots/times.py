@@ -48,22 +48,21 @@ def part(document: Document) -> style.Paint:
 
 def _bars(axes: Axes, lines: Sequence[Sequence[LayerTime]]) -> None:
     """A wide bar of the time before under a narrow one of what stands there afterwards, downwards from the longest."""
-    names, longest = [], max(sum(one.before_s for one in line) for line in lines)
+    names, longest = [], 1e3 * max(sum(one.before_s for one in line) for line in lines)
     for place, line in enumerate(lines):
         first = line[0].own.layer
         label = f"{first.label} (x{first.count})" if first and len(line) == 1 else f"{len(line)} other shapes"
         names.append(shortened(printable(label), LETTERS))
-        axes.barh(place, 1e3 * sum(one.before_s for one in line), 0.8, color=style.BEFORE, label="_before")
-        at = 0.0
-        phase_parts = [pair for one in line for pair in one.parts]
-        for row, seconds in phase_parts:
+        at, before = 0.0, 1e3 * sum(one.before_s for one in line)
+        axes.barh(place, before, 0.8, color=style.BEFORE, label="_before")
+        parts = [pair for one in line for pair in one.parts]
+        for row, seconds in parts:
             axes.barh(place, 1e3 * seconds, 0.4, left=at, color=style.bar_colour(row.params.variant), label="_after")
             at += 1e3 * seconds
-        chosen = dict.fromkeys(row.params.cell for row, _ in phase_parts if row.params.variant != "standard")
-        ends = 1e3 * max(sum(one.before_s for one in line), at / 1e3)
+        chosen = dict.fromkeys(row.params.cell for row, _ in parts if row.params.variant != "standard")
         text = ", ".join(style.label_of(*cell).replace("N = ", "") for cell in chosen)
-        axes.text(ends + 0.01e3 * longest, place, text, va="center", fontsize=6.5)
+        axes.text(max(before, at) + 0.01 * longest, place, text, va="center", fontsize=6.5)
     axes.set_yticks(range(len(names)), names, fontsize=6.5)
     axes.set_ylim(len(names) - 0.4, -0.6)
-    axes.set_xlim(0, 1.25e3 * longest)
+    axes.set_xlim(0, 1.25 * longest)
     axes.grid(visible=False, axis="y")

@@ -93,10 +93,9 @@ def _picture(document: Document, points: Sequence[Point], lost: str, about: str,
             axes.plot(*at, label=f"_{point.variant} {point.name}", **look)
             axes.errorbar(*at, up, ends, fmt="none", ecolor=look["color"], elinewidth=0.9, capsize=2, zorder=2.5)
             style.mark(axes, point.saved, point.lost.mean, point.name, look["color"])
-        line: style.Look = {"where": "pre", "color": style.GREY, "linewidth": 1, "zorder": 1.5, "label": "_front"}
-        axes.step([point.saved for point in best], [point.lost.mean for point in best], **line)
-        looks = style.looks_of((point.variant for point in every), linestyle="none")
-        looks["Pareto front"] = {"color": style.GREY, "linewidth": 1}
+        saved, lost_there = [point.saved for point in best], [point.lost.mean for point in best]
+        axes.step(saved, lost_there, where="pre", zorder=1.5, label="_front", **style.FRONT)
+        looks = style.looks_of((point.variant for point in every), linestyle="none") | {"Pareto front": style.FRONT}
         within = " within three standard errors over the seeds" if any(errors) else ""
         style.legend(panel, looks, [f"{NOTE}{within}).", NUMBERS, note])
 
