@@ -78,9 +78,10 @@ def time_column(rows: Rows, phase: str, drop: int = 0) -> Column[ProfileRow]:
     return Column(f"{PHASE_TITLES[phase]} {unit}", lambda row: row.phases.get(phase), time, "time", drop=drop)
 
 
-def flags_column(phases: Sequence[str], *held_against: ProfileRow | None, drop: int = 0) -> Column[ProfileRow]:
-    """held_against: the reference, and the network, of :func:`flags`."""
-    return words("flags", lambda row: ", ".join(flags(row, phases, *held_against)), drop=drop)
+def flags_column(
+    phases: Sequence[str], reference: ProfileRow | None, network: ProfileRow | None = None, drop: int = 0
+) -> Column[ProfileRow]:
+    return words("flags", lambda row: ", ".join(flags(row, phases, reference, network)), drop=drop)
 
 
 # ---------------------------------------------------------------------------------------------------- what a row holds
@@ -139,10 +140,7 @@ def _roofline(row: ProfileRow, phases: Sequence[str]) -> str | None:
 
 
 def flags(
-    row: ProfileRow,
-    phases: Sequence[str],
-    reference: ProfileRow | None = None,
-    network: ProfileRow | None = None,
+    row: ProfileRow, phases: Sequence[str], reference: ProfileRow | None = None, network: ProfileRow | None = None
 ) -> list[str]:
     """What to know before a row's numbers are used. reference, network: as in ``is_doubtful``."""
     dense = row.convert.indivisible if row.convert else []
@@ -157,7 +155,7 @@ def flags(
     }
     first, *others = by_phase.values() or [[]]
     alike = all(found == first for found in others)
-    found = first if alike else [f"{title} {flag}" for title, flags in by_phase.items() for flag in flags]
+    found = first if alike else [f"{title} {flag}" for title, raised in by_phase.items() for flag in raised]
     return [*found, *(["interrupted"] if row.status != "ok" else []), *kept]
 
 

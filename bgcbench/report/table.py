@@ -188,7 +188,7 @@ def explained(report: Report) -> Report:
 # makes a link of.
 _MARKUP = re.compile(r"[\\`*~$]|<(?=[A-Za-z/!?])|&(?=#?\w+;)|\](?=[(\[:])|(?<![^\W_])_|_(?![^\W_])")
 # What makes a heading, a quotation or a list of a line that begins with it.
-_BLOCK = re.compile(r"^(?:(?P<sign>[#>+=-])|(?P<number>\d+)(?P<end>[.)])(?!\S))")
+_BLOCK = re.compile(r"^(?:(\d+)(?=[.)](?!\S))|(?=[#>+=-]))")
 
 
 def _escaped(text: str) -> str:
@@ -198,10 +198,7 @@ def _escaped(text: str) -> str:
 
 def _escaped_line(text: str) -> str:
     """``text`` as a line of its own, which begins no heading, quotation or list."""
-    return _BLOCK.sub(
-        lambda found: f"{found.group('number') or ''}\\{found.group('sign') or found.group('end')}",
-        _escaped(text).lstrip(),
-    )
+    return _BLOCK.sub(r"\1\\", _escaped(text).lstrip())
 
 
 def as_markdown(report: Report) -> str:
@@ -311,7 +308,8 @@ def _lists(sections: Mapping[str, Sequence[str]]) -> Iterator[RenderableType]:
 
 def _tables(whole: Table, width: int, *, wide: bool, bars: bool) -> Iterator[RenderableType]:
     """A table in parts that fit ``width``, and a line on the columns that are left out."""
-    table, dropped = (whole, []) if wide else fitted(_brief(whole), width)
+    brief = replace(whole, declared=[replace(each, form=each.brief or each.form) for each in whole.declared])
+    table, dropped = (whole, []) if wide else fitted(brief, width)
     barred = with_bars(table)
     if bars and not dropped and sum(barred.widths) - 2 <= width:
         table = barred
@@ -327,15 +325,9 @@ def _tables(whole: Table, width: int, *, wide: bool, bars: bool) -> Iterator[Ren
         yield _text(f"without {', '.join(dropped)}, for which there is no room; all columns: --wide", "dim")
 
 
-def _brief(table: Table) -> Table:
-    declared = [replace(each, form=each.brief) if each.brief else each for each in table.declared]
-    return replace(table, declared=declared)
-
-
 def with_bars(table: Table) -> Table:
     """``table`` with a bar behind each value of a column that has bars, all on one scale."""
-    values = [column.value(row) or 0.0 for column in table.columns if column.bar for row in table.rows]
-    longest = max(values, default=0.0)
+    longest = max((column.value(row) or 0.0 for column in table.columns if column.bar for row in table.rows), default=0)
 
     def barred(column: Column[Any]) -> Column[Any]:
         width = max(len(text) for text in (column.title, *map(column.cell, table.rows)))
