@@ -237,7 +237,6 @@ def image_points(rows: Iterable[TrainRow]) -> float:
 
 # --------------------------------------------------------------------------------------------------------------- pairs
 
-
 Pair = tuple[T, T]  # BGC, and the GC that it is compared with
 
 
