@@ -31,7 +31,7 @@ from bgcbench.results.aggregate import (
     training_cells,
 )
 from bgcbench.results.document import Document
-from bgcbench.results.rows import Counts, TrainParams, TrainRow
+from bgcbench.results.rows import Config, Counts, TrainParams, TrainRow
 from bgcbench.specs import UNLABELLED, VARIANTS
 from bgcbench.theory import paper
 
@@ -193,18 +193,16 @@ def flags_column(ending: Callable[[Any], str] = lambda row: str(row.status)) -> 
 def title_lines(document: Document, weights: str = "") -> list[str]:
     """The network, with its ``weights``; the data, and on what it ran."""
     rows, asked = document.results, document.asked
-    about = rows[0].params if rows else None
-    dataset = about.dataset if about else asked.data
-    model, where = (about.model, about.where) if about else (asked.model, asked.where)
-    height, width = (about and about.height) or asked.height, (about and about.width) or asked.width
-    classes = (about and about.classes) or asked.num_classes
-    line = f"{model or 'a network'}{weights} " + ("without images" if dataset == NO_IMAGES else f"on {dataset}")
+    about: TrainParams | Config = rows[0].params if rows else asked
+    dataset, classes = (rows[0].params.dataset, rows[0].params.classes) if rows else (asked.data, None)
+    height, width, classes = about.height or asked.height, about.width or asked.width, classes or asked.num_classes
+    line = f"{about.model or 'a network'}{weights} " + ("without images" if dataset == NO_IMAGES else f"on {dataset}")
     line += f", {height} x {width} px" if height else ""
     line += f", {classes} classes" if height and classes else ""
-    where, planned = replaced_lines(rows, where)
+    where, planned = replaced_lines(rows, about.where)
     line += f"; convolutions: {where}" if where else ""
     processes = max((row.world_size for row in rows), default=1)
-    ran = [(about and about.precision) or asked.precision, (about and about.layout) or asked.layout]
+    ran = [about.precision or asked.precision, about.layout or asked.layout]
     ran += ["compiled" if asked.compile else "", f"{processes} processes" if processes > 1 else ""]
     return [line, *planned, f"{', '.join(filter(None, ran))}; {document.environment.where}"]
 
