@@ -13,7 +13,9 @@ from bgcbench import report
 from bgcbench.cli import main
 from bgcbench.report import table as tables
 from bgcbench.results import document_of
+from bgcbench.results.aggregate import MIN_SEEDS
 from bgcbench.results.document import read
+from bgcbench.theory import paper
 from tests.conftest import ROOT
 from tests.example import example_document
 from tests.example_approx import network, sampled
@@ -91,6 +93,12 @@ def test_every_column_is_explained_once() -> None:
         assert not told[command].keys() & told[tables.SEVERAL].keys()
     for name in told[tables.SEVERAL]:
         assert sum(name in names for names in found.values()) > 1, name
+
+
+def test_meanings_have_the_numbers_of_the_code() -> None:
+    told = tables.explanations()
+    assert f"it takes {MIN_SEEDS} seeds, with" in told["transfer"]["lower"]
+    assert f"of an {paper.DEVICE}, forward" in told["profile"]["paper ms"]
 
 
 def test_the_documents_say_what_columns_mean() -> None:
