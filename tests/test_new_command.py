@@ -74,12 +74,13 @@ class Size(Command):  # 3: cli/size.py
 
 def report(document: Document) -> Report:  # 4: report/size.py
     columns: list[Column[SizeRow]] = [
-        words("variant", lambda row: row.params.variant, "What stands in."),
+        words("variant", lambda row: row.params.variant),
         *group_columns(lambda row: row.params),
-        Column("weights", lambda row: row.weights, "Of its kernels."),
+        Column("weights", lambda row: row.weights),
     ]
-    records = [row_record(row, row.params, ("rank",)) | {"weights": row.weights} for row in document.results]
-    return Report([Table(["Weights"], columns, document.results)], records=records)
+    return Report(
+        [Table(["Weights"], columns, document.results)], records=[row_record(r, ()) for r in document.results]
+    )
 
 
 def picture(document: Document) -> Paint:  # and, where it has any, its picture in plots/

@@ -161,9 +161,9 @@ class Report:
 
 def meanings(report: Report) -> dict[str, str]:
     """What the columns of a report mean, by the name under which each is explained."""
-    told = {**explanations()[SEVERAL], **explanations()[report.part]}
+    told = {**explanations()[SEVERAL], **explanations().get(report.part, {})}
     names = [column.name or column.title for table in report.tables for column in table.columns]
-    return {name: told[name] for name in names}
+    return {name: told.get(name, "") for name in names}  # those of a command of somebody else's are not told
 
 
 @functools.cache
