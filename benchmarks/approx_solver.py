@@ -31,8 +31,8 @@ from torch.nn import functional as F
 from benchmarks.common import save
 from bgcbench.experiments.approx import ApproxConfig, plan
 from bgcbench.experiments.approx_run import ApproxRun, draw_inputs, open_session
+from bgcbench.experiments.base import Session
 from bgcbench.experiments.profile import row_seed
-from bgcbench.experiments.session import Session
 from bgcbench.theory.sampled import he_rows
 
 LIMIT = 1e-9

@@ -73,7 +73,7 @@ def main() -> int:
         names = trial.crops.names
         seen = Seen(batches=trial.batches, images=len(names), pictures=names, seed=seed)
         layers = candidates(model, example_input=(3, SIDE, SIDE)).chosen
-        problem = scored(model, counted_problem(layers, VARIANTS, GROUPS), seen)
+        problem = scored(model, counted_problem(layers, VARIANTS, GROUPS), seen).solved_anew()
         original = held_outputs(model, seen)
         dense = {each.layer.name: each.dense.params for each in problem.layers}
         # The first seed tells the whole curve, the others what one budget comes to on other photographs.

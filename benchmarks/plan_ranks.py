@@ -60,7 +60,8 @@ def tried(path: Path, plans: int) -> list[Tried]:
     test = list(digits.test_split.batches(500, 100, seed=0))
     original = outputs_of(model.eval(), test)
     layers = candidates(model, example_input=batches[0][:1]).chosen
-    problem = scored(model, counted_problem(layers, VARIANTS, GROUPS), Seen(batches=batches, images=IMAGES))
+    bare = counted_problem(layers, VARIANTS, GROUPS)
+    problem = scored(model, bare, Seen(batches=batches, images=IMAGES)).solved_anew()
     draw, found = random.Random(0), []
     while len(found) < plans:
         plan = random_plan(problem, draw)

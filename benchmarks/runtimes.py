@@ -14,10 +14,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from bgcbench.experiments.network import NetworkConfig
-from bgcbench.experiments.network_run import plan_network
-from bgcbench.experiments.profile_run import ProfileRun, open_session
-from bgcbench.results import Document, new_document, write_atomically
+from bgcbench.experiments.network_run import begun
+from bgcbench.experiments.profile import NetworkConfig
+from bgcbench.results import Document, write_atomically
 from bgcbench.results.document import dumps
 
 CELLS = (("standard", 1), ("gc", 2), ("bgc", 4), ("lowrank", 2))
@@ -25,18 +24,14 @@ CELLS = (("standard", 1), ("gc", 2), ("bgc", 4), ("lowrank", 2))
 
 def measured(config: NetworkConfig) -> Document:
     """The result of ``CELLS`` among the rows of ``config``."""
-    session, planned = open_session(config), plan_network(config)
-    rows = [row for row in planned.rows if row.params.cell[:2] in CELLS]
-    run = ProfileRun(planned.config, session, rows, subjects=planned.subjects)
-    document = new_document(
-        "profile", sys.argv[1:], run.config.to_json(), session.environment, session.conditions, quick=config.quick
-    )
+    run, document = begun(config, [(*cell, None) for cell in CELLS])
+    document.argv = tuple(sys.argv[1:])
     said = ""
     for update in run.run():
         if update.progress is None and update.doing != said:
             print(said := update.doing, file=sys.stderr, flush=True)
     run.take_into(document)
-    document.finish(len(rows), interrupted=False, failed=None)
+    document.finish(len(run.planned))
     return document
 
 

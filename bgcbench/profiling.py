@@ -11,12 +11,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from bgcbench.errors import UsageError, import_extra
-from bgcbench.experiments.network import NetworkConfig
-from bgcbench.experiments.network_run import plan_network
-from bgcbench.experiments.profile_run import ProfileRun, open_session
+from bgcbench.experiments.network_run import begun
+from bgcbench.experiments.profile import NetworkConfig
 from bgcbench.models.own import held
 from bgcbench.report import as_markdown, document_report
-from bgcbench.results import Document, new_document
+from bgcbench.results import Document
 from bgcbench.results.document import dumps
 from bgcbench.results.files import check_new, write_named
 from bgcbench.results.rows import ProfileRow
@@ -60,7 +59,7 @@ def profile(
 
     example_input: a batch of images as the network takes them, (B, 3, height, width), of which only the shape counts;
     the network gives (B, classes). options: of ``bgcbench profile MODEL``, by the names of
-    :class:`bgcbench.experiments.network.NetworkConfig`, such as where, plan (a bgcbench.Plan), phases, precision,
+    :class:`bgcbench.experiments.profile.NetworkConfig`, such as where, plan (a bgcbench.Plan), phases, precision,
     layout, device, threads, quick, max_time_s, skip_invalid. ``model`` is left as it is. A phase or a row that fails
     says so in its row.
 
@@ -73,14 +72,9 @@ def profile(
         asked: dict[str, Any] = {"variants": variants, "groups": groups, **options}
         asked = {field: tuple(value) if isinstance(value, list) else value for field, value in asked.items()}
         config = NetworkConfig(model=name, batch=batch, height=height, width=width, **asked)
-        session = open_session(config)
-        planned = plan_network(config)
-        session.warnings.extend(planned.notes)
-        run = ProfileRun(planned.config, session, planned.rows, subjects=planned.subjects)
-        settings = session.conditions
-        document = new_document("profile", (), run.config.to_json(), session.environment, settings, quick=config.quick)
+        run, document = begun(config)
         for _ in run.run():
             pass
     run.take_into(document)
-    document.finish(len(planned.rows))
+    document.finish(len(run.planned))
     return Profile(document)

@@ -17,16 +17,20 @@ from bgcbench.measure.timing import Rules
 def shorten(put: Callable[[Any, str, Any], None]) -> None:
     """``put`` in place what takes seconds of no interest to a test or depends on how busy the machine is.
 
-    Warm-ups, the device's ceilings, the canary, the time of each row where none is asked for, and a second measurement
-    of what cannot be.
+    Warm-ups, the device's ceilings, the canary, where no time is asked for that of each row and rounds after those that
+    an interval needs, a quick look, and a second measurement of what cannot be.
     """
+    from bgcbench.planning import plan
+
     for_device = Rules.for_device
 
     def shortened(device_type: str, *, max_time_s: float | None = None, **options: Any) -> Rules:
-        rules = for_device(device_type, max_time_s=0.02 if max_time_s is None else max_time_s, **options)
-        return replace(rules, warmup_min_s=0.01, warmup_max_s=0.02)
+        rules = replace(for_device(device_type, max_time_s=max_time_s, **options), warmup_min_s=0.01, warmup_max_s=0.02)
+        return replace(rules, max_time_s=0.02, target_half_width=10.0) if max_time_s is None else rules
 
     put(Rules, "for_device", shortened)
+    put(profile_run, "QUICK_S", 0.5)
+    put(plan, "layer_rules", shortened)
     put(ceilings, "measure_ceilings", lambda *_, **__: ceilings.Ceilings(1e11, 1e10, (1,), 1))
     put(device, "CANARY_S", 0.0)  # its smallest product
     put(profile_run, "diagnose", lambda _: [])

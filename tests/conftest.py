@@ -3,23 +3,22 @@ from __future__ import annotations
 import functools
 import gc
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.error import URLError
 
 import pytest
+import typer.main
 
 # Several workers share the cores: threads of each beyond its share would only wait for one another.
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
     share = (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, share)))
-
-import torch
-import typer.main
-
-from tests.brisk import shorten
+# torch is imported within functions, as the process that only hands tests out to workers needs none.
 
 gc.disable()  # until all tests are known: what is read for them stays
 os.fsync = lambda _: None  # what tests write need not outlive the machine
@@ -34,6 +33,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    import torch
+
     if torch.cuda.is_available():
         return
     for item in items:
@@ -42,6 +43,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
+    import torch
+
+    from bgcbench.convs import autotune
+
+    if not torch.cuda.is_available():
+        # torch would remember each seed, and the stack, for the devices that are not there.
+        torch.cuda.random._lazy_call = lambda *_, **__: None  # type: ignore[assignment]
+        autotune.MIN_S = 0.0  # of algorithms of a few microseconds; there are as many rounds as for long ones
     gc.enable()
 
 
@@ -56,12 +65,10 @@ def pytest_runtest_setup() -> None:
         _MODULES[0] = len(sys.modules)
 
 
-if not torch.cuda.is_available():  # torch would remember each seed, and the stack, for the devices that are not there
-    torch.cuda.random._lazy_call = lambda *_, **__: None  # type: ignore[assignment]
-
-
 @pytest.fixture(autouse=True)
 def _same_numbers_every_time() -> None:
+    import torch
+
     torch.manual_seed(0)
 
 
@@ -83,9 +90,33 @@ def cli(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     return run
 
 
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty current folder."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def downloads(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where torch.hub puts what it downloads, a folder that is not there yet; it reaches nothing."""
+    import torch
+
+    def reached(*_: Any) -> Any:
+        raise URLError(socket.gaierror(-3, "Temporary failure in name resolution"))
+
+    monkeypatch.setattr(torch.hub, "urlopen", reached)
+    monkeypatch.setattr(torch.hub, "_hub_dir", None)
+    home = tmp_path_factory.mktemp("downloads") / "torch"
+    monkeypatch.setenv("TORCH_HOME", str(home))
+    return home / "hub" / "checkpoints"
+
+
 @pytest.fixture(scope="module")
 def brisk() -> Iterator[None]:
     """Short warm-ups and no matrix products: what is tested here is not how long they are."""
+    from tests.brisk import shorten
+
     with pytest.MonkeyPatch.context() as patched:
         shorten(patched.setattr)
         patched.setattr(gc, "unfreeze", lambda: None)  # the heap stays small after a measurement
@@ -95,6 +126,8 @@ def brisk() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
     """Matrices this small are slower on several threads, much slower beside other work."""
+    import torch
+
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

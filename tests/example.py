@@ -42,7 +42,7 @@ def example_document() -> dict[str, Any]:
     rows = []
     for seed, planned in enumerate(plan(config)):
         row = planned.row.to_json()
-        if planned.spec is not None:
+        if not planned.invalid:
             median = MEDIANS[f"{planned.params.variant}-{planned.params.groups}"]
             peak = {"baseline_bytes": 100 * 2**20, "peak_bytes": 200 * 2**20, "peak_delta_bytes": 100 * 2**20}
             row |= {

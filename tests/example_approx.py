@@ -13,6 +13,7 @@ from bgcbench.measure.counts import count
 from bgcbench.results.rows import Counts, SampledRow
 from bgcbench.theory.bounds import SCALING_POWER
 from bgcbench.theory.exact import white_error
+from bgcbench.theory.inputs import InputLaw
 from tests.example import example_document
 
 Json = dict[str, Any]
@@ -37,11 +38,11 @@ def sampled(spread: float = 1e-4, **options: Any) -> Json:
         variant, groups = planned.params.variant, planned.params.groups
         exact = white_error(*planned.params.cell)
         share = LEARNED * (1 - 1 / groups) if exact is None else exact
-        unit, energy = 1 / config.in_channels, 7000.0 * planned.law.variance
+        unit, energy = 1 / config.in_channels, 7000.0 * InputLaw.parse(planned.params.input).variance
         relative = LOW * share * unit
         power = SCALING_POWER.get(variant)
         built = {"gc": 1 - 1 / groups, "bgc": (1 - 1 / groups) ** 2}.get(variant)
-        layer = count(config.spec(planned.choice), *config.size)
+        layer = count(config.spec(planned.params.choice), *config.size)
         rows.append(
             SampledRow(
                 planned.key,

@@ -7,6 +7,6 @@ from pathlib import Path
 from typing import Any
 
 
-def stored(path: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+def stored(path: Path | str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
     return found

@@ -364,7 +364,7 @@ def test_no_more_convolutions_are_searched_than_there_are() -> None:
 
 def test_rows_come_by_input_then_n_in_the_order_of_the_variants() -> None:
     config = small(variants=("bgc", "tlgc", "gc"), groups=(4, 1, 2), inputs=("relu", "normal"))
-    order = [(row.law.name, row.params.groups, row.params.variant) for row in plan(config)]
+    order = [(row.params.input, row.params.groups, row.params.variant) for row in plan(config)]
     one = [(1, "standard"), *((n, v) for n in (2, 4) for v in ("gc", "tlgc", "bgc"))]
     assert order == [(name, *rest) for name in ("relu", "normal") for rest in one]
     rows = computed(config)

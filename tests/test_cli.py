@@ -40,13 +40,6 @@ pytestmark = pytest.mark.usefixtures("brisk", "one_thread")
 
 
 @pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty current folder."""
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-@pytest.fixture
 def example(here: Path) -> Path:
     path = here / "example.json"
     results.ResultWriter(path).write(example_document())

@@ -30,13 +30,6 @@ NETWORK = ["approx", "--model", "wrn_10_1", "--weights", "none", "--groups", "2,
 
 
 @pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty current folder."""
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-@pytest.fixture
 def photos(here: Path) -> Path:
     """A folder with eight small images of noise."""
     folder = here / "photos"

@@ -29,23 +29,12 @@ from bgcbench.theory import paper
 from tests.conftest import ROOT
 from tests.data.test_cifar10 import fabricate
 from tests.processes import Forked, signalled, together
+from tests.stored import stored
 
 pytestmark = pytest.mark.usefixtures("one_thread", "tried_once")
 
 BASE = ["train", "wrn_10_1", "--data", "digits", "--size", "8", "--device", "cpu", "--threads", "1"]
 SMALL = [*BASE, "--groups", "2", "--epochs", "2", "--subset", "128", "--quiet"]
-
-
-@pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty current folder."""
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-def document(path: Path | str) -> dict[str, Any]:
-    loaded: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
-    return loaded
 
 
 def weights(folder: Path, kind: str = "final") -> dict[str, torch.Tensor]:
@@ -168,7 +157,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_file_is_complete_and_valid(run: Path) -> None:
-    found = document(run / "r.json")
+    found = stored(run / "r.json")
     jsonschema.validate(found, results.schema())
     assert (found["complete"], found["exit_reason"], found["quality"]) == (True, "ok", "full")
     assert [row["key"] for row in found["results"]] == [
@@ -190,7 +179,7 @@ def test_the_file_is_complete_and_valid(run: Path) -> None:
 
 
 def test_what_was_replaced_and_counted_is_in_the_row(run: Path) -> None:
-    rows = {(row["params"]["variant"], row["params"]["seed"]): row for row in document(run / "r.json")["results"]}
+    rows = {(row["params"]["variant"], row["params"]["seed"]): row for row in stored(run / "r.json")["results"]}
     dense, gc = rows["standard", 0], rows["gc", 0]
     assert dense["convert"]["replaced"] == []
     assert len(gc["convert"]["replaced"]) == 6
@@ -206,13 +195,13 @@ def test_what_was_replaced_and_counted_is_in_the_row(run: Path) -> None:
 
 
 def test_seeds_differ_and_a_seed_repeats(run: Path, here: Path) -> None:
-    found = {row["key"]: row for row in document(run / "r.json")["results"]}
+    found = {row["key"]: row for row in stored(run / "r.json")["results"]}
     losses = [found[f"wrn_10_1-digits-bgc-n2-s{seed}"]["epochs"][0]["train_loss"] for seed in (0, 1)]
     assert losses[0] != losses[1]
     # Other variants and seeds beside it change nothing in a row.
     assert main([*SMALL, "--variants", "bgc", "--seed", "1", "--no-reference", "--out", "again.json"]) == 0
-    assert document("again.json")["settings"]["seed"] == 1
-    (row,) = document("again.json")["results"]
+    assert stored("again.json")["settings"]["seed"] == 1
+    (row,) = stored("again.json")["results"]
     key = "wrn_10_1-digits-bgc-n2-s1"
     assert [e["train_loss"] for e in row["epochs"]] == [e["train_loss"] for e in found[key]["epochs"]]
     mine, theirs = weights(here / "again.checkpoints" / key), weights(run / "r.checkpoints" / key)
@@ -232,7 +221,7 @@ def test_a_trained_network_loads_as_it_was_judged(run: Path) -> None:
     from bgcbench.training.loop import Prepared
 
     data = open_labelled("digits", (8, 8), [])
-    rows = {row["key"]: row for row in document(run / "r.json")["results"]}
+    rows = {row["key"]: row for row in stored(run / "r.json")["results"]}
     for variant in ("bgc", "lgc", "flgc"):
         row = rows[f"wrn_10_1-digits-{variant}-n2-s0"]
         (path,) = (run / row["checkpoints"]).glob("final-*.pt")
@@ -289,7 +278,7 @@ def test_overrides_are_used_and_recorded(here: Path) -> None:
                "--weight-decay", "0.001", "--label-smoothing", "0.1", "--pad", "1", "--flip", "--accumulate", "2",
                "--layout", "nhwc", "--precision", "bf16", "--group-lasso", "1e-5"]  # fmt: skip
     assert main([*SMALL, *options, "--variants", "lgc", "--no-reference", "--out", "r.json"]) == 0
-    found = document("r.json")
+    found = stored("r.json")
     wanted = {"batch_size": 32, "lr": 0.05, "schedule": "cosine", "momentum": 0.8, "nesterov": False,
               "weight_decay": 0.001, "label_smoothing": 0.1, "pad": 1, "flip": True, "accumulate": 2,
               "layout": "nhwc", "precision": "bf16", "group_lasso": 1e-5, "milestones": []}  # fmt: skip
@@ -302,7 +291,7 @@ def test_synthetic_images_measure_speed_and_show_no_error(here: Path, capsys: py
     arguments = ["train", "wrn_10_1", "--data", "synthetic", "--size", "8", "--groups", "2", "--variants", "gc",
                  "--epochs", "1", "--subset", "256", "--device", "cpu", "--out", "r.json"]  # fmt: skip
     assert main(arguments) == 0
-    row = document("r.json")["results"][1]
+    row = stored("r.json")["results"][1]
     assert [row[name] for name in ("error_initial", "error_final", "error_best")] == [None] * 3
     assert row["epochs"][0]["test_error"] is None
     assert row["images_per_s"] > 0
@@ -314,7 +303,7 @@ def test_synthetic_images_measure_speed_and_show_no_error(here: Path, capsys: py
 def test_n_that_does_not_divide_is_kept_dense_where_that_is_asked_for(here: Path) -> None:
     assert main([*SMALL, "--groups", "3", "--variants", "gc", "--skip-invalid", "--out", "-"]) == 2  # 3 divides nothing
     assert main([*SMALL, "--groups", "32", "--variants", "gc", "--skip-invalid", "--out", "r.json"]) == 0
-    gc = document("r.json")["results"][1]
+    gc = stored("r.json")["results"][1]
     assert "stages.0.0.conv1" not in gc["convert"]["replaced"]
     assert gc["convert"]["replaced"]
 
@@ -358,7 +347,7 @@ def test_cifar_10_in_the_real_format_trains_end_to_end(here: Path, monkeypatch: 
     arguments = ["train", "wrn_10_1", "--data", "cifar10", "--groups", "2", "--variants", "gc", "--epochs", "2",
                  "--batch-size", "16", "--device", "cpu", "--threads", "1", "--quiet", "--out", "r.json"]  # fmt: skip
     assert main(arguments) == 0
-    found = document("r.json")
+    found = stored("r.json")
     row = found["results"][1]
     assert (row["train_images"], row["test_images"], row["params"]["height"]) == (80, 16, 32)
     assert found["config"]["recipe"] == "paper"
@@ -389,7 +378,7 @@ def test_a_folder_like_imagenets_trains_end_to_end(
                  "--variants", "bgc", "--epochs", "1", "--batch-size", "8", "--lr", "0.01", "--device", "cpu",
                  "--workers", workers, "--quiet", "--out", "r.json"]  # fmt: skip
     assert main([*arguments, *classes]) == 0
-    found = document("r.json")
+    found = stored("r.json")
     row = found["results"][1]
     assert (row["train_images"], row["test_images"], row["params"]["classes"]) == (24, 12, 3)
     assert row["error_final_top5"] is None
@@ -406,7 +395,7 @@ def test_a_picture_that_cannot_be_read_is_named_and_what_was_trained_is_kept(
                  "--epochs", "1", "--batch-size", "8", "--device", "cpu", "--quiet", "--out", "r.json"]  # fmt: skip
     assert main(arguments) == 2
     assert f"{Path('data/train/n01/3.JPEG')} cannot be read as an image" in capsys.readouterr().err
-    found = document("r.json")
+    found = stored("r.json")
     jsonschema.validate(found, results.schema())
     assert found["exit_reason"] == "error"
 
@@ -418,7 +407,7 @@ def test_a_training_that_diverges_is_a_failed_row_and_the_others_are_trained(
     here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([*SMALL, "--lr", "1e30", "--variants", "gc", "--out", "r.json"]) == 1
-    found = document("r.json")
+    found = stored("r.json")
     assert [row["status"] for row in found["results"]] == ["error", "error"]
     assert "no longer finite in epoch" in found["results"][0]["reason"]
     assert (here / found["results"][0]["checkpoints"] / "diagnosis.json").exists()
@@ -433,7 +422,7 @@ def test_too_little_memory_names_the_way_out(here: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(Training, "_step", refuse)
     assert main([*SMALL, "--variants", "gc", "--no-reference", "--out", "r.json"]) == 1
-    (row,) = document("r.json")["results"]
+    (row,) = stored("r.json")["results"]
     assert row["status"] == "oom"
     assert "2147483648 bytes asked for; use --accumulate 2 or more" in row["reason"]
 
@@ -478,7 +467,7 @@ def test_a_test_loss_that_is_no_number_fails_its_row_and_keeps_the_others(
 
     monkeypatch.setattr(Training, "evaluate", evaluate)
     assert main([*SMALL, "--variants", "gc", "--out", "r.json"]) == 1
-    found = document("r.json")
+    found = stored("r.json")
     assert [row["status"] for row in found["results"]] == ["ok", "error"]
     assert "the test loss was no longer finite" in found["results"][1]["reason"]
     assert found["results"][1]["epochs"] == []
@@ -496,7 +485,7 @@ def test_a_row_whose_checkpoints_are_gone_is_said_to_begin_again(
     import shutil
 
     assert main([*SMALL, "--variants", "gc", "--no-reference", "--out", "r.json"]) == 0
-    found = document("r.json")
+    found = stored("r.json")
     found["results"][0]["status"], found["complete"] = "interrupted", False
     Path("r.json").write_text(json.dumps(found))
     shutil.rmtree("r.checkpoints")
@@ -539,12 +528,12 @@ def test_no_reference_leaves_the_standard_convolution_out(variants: str | None) 
 
 def test_seeds_and_variants_can_be_added_to_a_file(here: Path) -> None:
     assert main([*SMALL, "--variants", "gc", "--no-reference", "--out", "r.json"]) == 0
-    found = document("r.json")
+    found = stored("r.json")
     before = found["results"][0]
     found |= {"complete": False, "exit_reason": "error", "failure": "somebody pulled the plug"}
     Path("r.json").write_text(json.dumps(found))
     assert main(["train", "--resume", "r.json", "--seeds", "1", "--variants", "bgc", "--quiet"]) == 0
-    found = document("r.json")
+    found = stored("r.json")
     assert [row["key"][16:] for row in found["results"]] == ["gc-n2-s0", "bgc-n2-s0", "gc-n2-s1", "bgc-n2-s1"]
     assert found["results"][0] == before
     assert found["complete"]
@@ -568,7 +557,7 @@ def test_a_second_run_with_force_touches_neither_the_file_nor_the_checkpoints_of
     assert main(arguments) == 0
     assert second[0].returncode == 4
     assert "--out r.json is being written by another run" in second[0].stderr
-    assert document("r.json")["argv"] == arguments
+    assert stored("r.json")["argv"] == arguments
     assert sorted(path.name for path in here.iterdir()) == ["r.checkpoints", "r.json"]
 
 
@@ -590,25 +579,25 @@ def test_resume_auto_starts_goes_on_and_ends(here: Path, capsys: pytest.CaptureF
     arguments = [*SMALL, "--variants", "gc", "--no-reference", "--resume", "auto"]
     assert main(arguments) == 0
     (path,) = Path("results").glob("train-*.json")
-    found = document(path)
+    found = stored(path)
     found["results"][0]["status"], found["complete"] = "interrupted", False
     path.write_text(json.dumps(found))
     # The training itself was done, so it is not done again, and the same file says so.
     assert main(arguments) == 0
     assert list(Path("results").glob("train-*.json")) == [path]
-    again = document(path)
+    again = stored(path)
     assert again["complete"]
     assert again["results"][0]["epochs"] == found["results"][0]["epochs"]
     assert main([*arguments, "--out", "named.json"]) == 0
     assert main([*arguments, "--out", "named.json"]) == 0
-    assert document("named.json")["complete"]
+    assert stored("named.json")["complete"]
 
 
 def test_resume_auto_leaves_runs_of_other_settings_alone(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [*BASE, "--groups", "2", "--subset", "128", "--variants", "gc", "--no-reference", "--epochs", "1"]
     assert main([*arguments, "--lr", "0.5", "--quiet"]) == 0
     (path,) = Path("results").glob("train-*.json")
-    found = document(path)
+    found = stored(path)
     found["results"][0]["status"], found["complete"] = "interrupted", False
     path.write_text(json.dumps(found))
     path.with_suffix(".checkpoints").rename("results/train-older.checkpoints")
@@ -617,10 +606,10 @@ def test_resume_auto_leaves_runs_of_other_settings_alone(here: Path, capsys: pyt
     assert main([*arguments, "--resume", "auto"]) == 0  # the learning rate is the recipe's, not the other run's
     assert "going on with" not in capsys.readouterr().err
     assert len(list(Path("results").glob("train-*.json"))) == 2
-    assert not document(path)["complete"]
+    assert not stored(path)["complete"]
     assert main([*arguments, "--lr", "0.5", "--resume", "auto"]) == 0
     assert f"going on with {path}" in capsys.readouterr().err
-    assert document(path)["complete"]
+    assert stored(path)["complete"]
     assert main([*arguments, "--resume", "auto", "--out", str(path)]) == 2
     assert "its lr is 0.5 and 0.1 is asked for" in capsys.readouterr().err
 
@@ -655,12 +644,12 @@ def test_killed_and_stopped_at_random_it_ends_with_the_same_bits(
             break  # it was faster than the signal
         assert code == {signal.SIGTERM: 143, signal.SIGINT: 130}[signum], errors
         assert "resume with --resume broken.json" in errors
-        found = document("broken.json")
+        found = stored("broken.json")
         assert (found["exit_reason"], found["results"][0]["status"]) == ("interrupted", "interrupted")
         begun = True
     assert main(["train", "--resume", "broken.json", "--quiet"]) == 0
     assert equal(here / "whole.checkpoints", here / "broken.checkpoints")
-    one, other = (document(name)["results"][0]["epochs"] for name in ("whole.json", "broken.json"))
+    one, other = (stored(name)["results"][0]["epochs"] for name in ("whole.json", "broken.json"))
     for field in ("lr", "train_loss", "test_loss", "test_error"):
         assert [epoch[field] for epoch in one] == [epoch[field] for epoch in other]
 
@@ -668,7 +657,7 @@ def test_killed_and_stopped_at_random_it_ends_with_the_same_bits(
 def test_the_same_command_twice_gives_the_same_bits(here: Path) -> None:
     """Whatever the order of Python's sets is, and however fast BGC's forms were measured to be."""
     common = ["--data", "digits", "--size", "8", "--device", "cpu", "--threads", "1", "--variants", "bgc,tlgc,lgc",
-              "--groups", "2", "--exclude", "stages.2.*", "--subset", "64", "--batch-size", "32", "--epochs", "2",
+              "--groups", "2", "--exclude", "stages.2.*", "--subset", "64", "--batch-size", "32", "--epochs", "1",
               "--quiet"]  # fmt: skip
     transfer = ["--weights", "none", "--calibration-images", "16", "--save", "saved"]
     commands = [
@@ -691,7 +680,7 @@ def test_the_same_command_twice_gives_the_same_bits(here: Path) -> None:
     assert other_order.returncode == 0, errors
     for command in ("train", "transfer"):
         assert equal(one / f"{command}.checkpoints", two / f"{command}.checkpoints")
-        mine, theirs = (document(folder / f"{command}.json")["results"] for folder in (one, two))
+        mine, theirs = (stored(folder / f"{command}.json")["results"] for folder in (one, two))
         for row, other in zip(mine, theirs, strict=True):
             assert row["params"] == other["params"]
             losses = [[epoch["train_loss"] for epoch in found["epochs"]] for found in (row, other)]
@@ -721,14 +710,14 @@ def test_what_auto_has_found_stands_in_the_row_and_under_the_table(
 ) -> None:
     arguments = [*SMALL, "--variants", "bgc", "--no-reference", "--algorithm"]
     assert main([*arguments, "auto", "--out", "auto.json"]) == 0
-    (row,) = document("auto.json")["results"]
+    (row,) = stored("auto.json")["results"]
     assert sum(row["forms"]["training"].values()) == len(row["convert"]["replaced"])
     capsys.readouterr()
     assert main(["show", "auto.json", "--explain"]) == 0  # which prints all notes
     assert "fastest algorithms, as measured: wrn_10_1-digits-bgc-n2-s0: inference" in capsys.readouterr().out
-    jsonschema.validate(document("auto.json"), results.schema())
+    jsonschema.validate(stored("auto.json"), results.schema())
     assert main([*arguments, "split", "--out", "split.json"]) == 0
-    (row,) = document("split.json")["results"]
+    (row,) = stored("split.json")["results"]
     assert (row["params"]["algorithm"], row["forms"]) == ("split", {})
     assert "BGC as split" in capsys.readouterr().out
     (checkpoint,) = Path("split.checkpoints").rglob("final-*.pt")
@@ -755,7 +744,7 @@ def test_two_processes_train_the_same_network_and_judge_every_image_once(here: P
     codes, printed, errors = together(here, *arguments, "--accumulate", "2", "--out", "two.json")
     assert codes == [0, 0], errors
     assert printed.count("| BGC | 2 |") == 1  # one of them speaks
-    mine, theirs = (document(f"{name}.json")["results"] for name in ("one", "two"))
+    mine, theirs = (stored(f"{name}.json")["results"] for name in ("one", "two"))
     assert [row["world_size"] for row in theirs] == [2, 2]
     for row, other in zip(mine, theirs, strict=True):
         assert other["test_images"] == 500
@@ -794,13 +783,13 @@ def test_two_processes_stop_together_and_one_goes_on(here: Path) -> None:
     _, errors = process.communicate(timeout=60)
     assert process.returncode != 0
     assert "bgcbench/training" not in errors, errors  # no traceback of ours
-    found = document("r.json")
+    found = stored("r.json")
     assert found["exit_reason"] == "interrupted", errors
     assert list(folder.glob("e*.pt"))
     done = len(found["results"][0]["epochs"])
-    with signalled(signal.SIGTERM, lambda: len(document("r.json")["results"][0]["epochs"]) > done):
+    with signalled(signal.SIGTERM, lambda: len(stored("r.json")["results"][0]["epochs"]) > done):
         assert main(["train", "--resume", "r.json", "--quiet"]) == 143
-    assert len(document("r.json")["results"][0]["epochs"]) > done
+    assert len(stored("r.json")["results"][0]["epochs"]) > done
 
 
 def test_a_folder_in_the_environment_is_no_matter_for_data_that_needs_none(

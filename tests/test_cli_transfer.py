@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 from pathlib import Path
 from typing import Any
-from urllib.error import URLError
 
 import jsonschema
 import pytest
@@ -25,31 +23,13 @@ from bgcbench.specs import NetSpec
 from bgcbench.training.loop import Prepared
 from tests.models.test_weights import hashed, sha256
 from tests.processes import signalled, together
-from tests.test_cli_train import document, pictures
+from tests.stored import stored
+from tests.test_cli_train import pictures
 
-pytestmark = pytest.mark.usefixtures("one_thread", "tried_once")
+pytestmark = pytest.mark.usefixtures("one_thread", "tried_once", "downloads")
 
 SMALL = ["--data", "digits", "--groups", "2", "--device", "cpu", "--threads", "1", "--calibration-images", "16",
          "--batch-size", "64", "--subset", "128"]  # fmt: skip
-
-
-@pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty current folder."""
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-@pytest.fixture(autouse=True)
-def _no_network(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """No download, and nothing that was downloaded before."""
-
-    def reached(*_: Any) -> Any:
-        raise URLError(socket.gaierror(-3, "Temporary failure in name resolution"))
-
-    monkeypatch.setattr(torch.hub, "urlopen", reached)
-    monkeypatch.setattr(torch.hub, "_hub_dir", None)
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path_factory.mktemp("torch")))
 
 
 UNLABELLED = ["transfer", "wrn_10_1", "--weights", "dense.pt", "--size", "8", "--groups", "4", "--variants", "gc",
@@ -79,7 +59,7 @@ def photos(here: Path) -> Path:
 def test_without_labels_networks_agree_or_not_and_are_distilled(photos: Path, capsys: Any) -> None:
     words = [*UNLABELLED, "--data", "photos", "--epochs", "2", "--distill", "--lr", "0.02", "--save", "saved"]
     assert main([*words, "--out", "run.json", "--quiet"]) == 0
-    dense, row = (row for row in document("run.json")["results"])
+    dense, row = (row for row in stored("run.json")["results"])
     assert row["params"]["dataset"] == "unlabelled"
     assert (row["error_initial"], row["error_final"], dense["agreement_final"]) == (None, None, None)
     assert [(each["test_error"], each["test_loss"]) for each in row["epochs"]] == [(None, None)] * 2
@@ -247,7 +227,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_judged(
 
 
 def test_the_file_is_complete_and_valid(folder: Path) -> None:
-    found = document(folder / "r.json")
+    found = stored(folder / "r.json")
     jsonschema.validate(found, results.schema())
     assert (found["command"], found["complete"], found["exit_reason"]) == ("transfer", True, "ok")
     assert [row["key"] for row in found["results"]] == [
@@ -285,7 +265,7 @@ def test_the_file_is_complete_and_valid(folder: Path) -> None:
 
 def test_a_saved_network_computes_what_its_checkpoint_does(folder: Path) -> None:
     data = open_labelled("digits", (8, 8), [])
-    for row in document(folder / "r.json")["results"][1:]:
+    for row in stored(folder / "r.json")["results"][1:]:
         (final,) = (folder / row["checkpoints"]).glob("final-*.pt")
         outputs = []
         for path in (folder / "nets" / row["saved"], final):
@@ -345,7 +325,7 @@ def test_random_images_are_for_speed_and_rehearsals(here: Path, capsys: pytest.C
                  "--variants", "gc", "--epochs", "1", "--subset", "128", "--calibration-images", "8",
                  "--device", "cpu", "--out", "r.json"]  # fmt: skip
     assert main(arguments) == 0
-    row = document("r.json")["results"][1]
+    row = stored("r.json")["results"][1]
     assert [row[name] for name in ("error_initial", "error_final", "agreement_initial")] == [None] * 3
     assert row["images_per_s"] > 0
     captured = capsys.readouterr()
@@ -380,7 +360,7 @@ def test_a_file_is_not_gone_on_with_under_other_weights_and_finds_them_elsewhere
     assert "r.json cannot be resumed: its weights_sha256 was" in capsys.readouterr().err
     (here / "moved.pt").write_bytes((folder / "dense.pt").read_bytes())
     assert main(["transfer", "--resume", "r.json", "--weights", "moved.pt", "--variants", "bgc", "--quiet"]) == 0
-    assert [row["params"]["variant"] for row in document("r.json")["results"]] == ["standard", "gc", "bgc"]
+    assert [row["params"]["variant"] for row in stored("r.json")["results"]] == ["standard", "gc", "bgc"]
     # Under the name of the checkpoint too; the newest unfinished run of the same settings is found.
     assert main(["transfer", "moved.pt", *arguments[2:], "--resume", "auto", "--out", "r.json"]) == 2
     assert "its variants are ['gc', 'bgc'] and ['gc'] are asked for" in capsys.readouterr().err
@@ -394,10 +374,10 @@ def test_signals_end_it_with_their_codes_and_a_valid_file(
 ) -> None:
     arguments = ["transfer", str(folder / "dense.pt"), *SMALL, "--epochs", "400", "--variants", "bgc", "--quiet"]
     # The untouched network is judged, a conversion begins.
-    with signalled(signum, lambda: Path("r.json").exists() and bool(document("r.json")["results"])):
+    with signalled(signum, lambda: Path("r.json").exists() and bool(stored("r.json")["results"])):
         assert main([*arguments, "--out", "r.json"]) == code
     assert "resume with --resume r.json" in capsys.readouterr().err
-    found = document("r.json")
+    found = stored("r.json")
     jsonschema.validate(found, results.schema())
     assert (found["exit_reason"], found["complete"]) == ("interrupted", False)
     assert found["results"][0]["status"] == "ok"
@@ -408,7 +388,7 @@ def test_two_processes_convert_alike_and_judge_every_image_once(folder: Path, tm
     codes, _, errors = together(tmp_path, *arguments, "--save", "nets", "--quiet", "--out", "two.json")
     assert codes == [0, 0], errors
     assert main([*arguments, "--quiet", "--out", str(tmp_path / "one.json")]) == 0
-    mine, theirs = (document(tmp_path / f"{name}.json")["results"] for name in ("one", "two"))
+    mine, theirs = (stored(tmp_path / f"{name}.json")["results"] for name in ("one", "two"))
     for row, other in zip(mine, theirs, strict=True):
         for field in ("error_initial", "agreement_initial"):
             assert row[field] == other[field]
@@ -456,7 +436,7 @@ def test_weights_in_torchvisions_format_and_a_folder_like_imagenets_end_to_end(
             codes.append(main(["transfer", "--resume", "r.json", "--quiet"]))
     assert codes == [130] * (len(codes) - 1) + [0]
     assert len(codes) > 3
-    found = document("r.json")
+    found = stored("r.json")
     jsonschema.validate(found, results.schema())
     standard, bgc = found["results"]
     assert (bgc["params"]["dataset"], bgc["params"]["classes"], bgc["params"]["weights"]) == (

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import shutil
-import socket
 import statistics
 from pathlib import Path
 from typing import Any
-from urllib.error import URLError
 
 import jsonschema
 import pytest
@@ -39,23 +37,15 @@ SMALL = ["--where", "3x3", "--device", "cpu"]
 
 
 @pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def here(here: Path, downloads: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty current folder, no network, and nothing that was downloaded before."""
-
-    def reached(*_: Any) -> Any:
-        raise URLError(socket.gaierror(-3, "Temporary failure in name resolution"))
-
-    monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("BGCBENCH_DATA_DIR", raising=False)
-    monkeypatch.setattr(torch.hub, "urlopen", reached)
-    monkeypatch.setattr(torch.hub, "_hub_dir", None)
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
-    return tmp_path
+    return here
 
 
-def publish(here: Path, monkeypatch: pytest.MonkeyPatch, name: str = NET) -> torch.nn.Module:
+def publish(monkeypatch: pytest.MonkeyPatch, name: str = NET) -> torch.nn.Module:
     """Weights in torch.hub's cache, as if they were those that torchvision publishes of the network."""
-    cache = here / "torch" / "hub" / "checkpoints"
+    cache = Path(torch.hub.get_dir()) / "checkpoints"
     cache.mkdir(parents=True, exist_ok=True)
     model = trained(NetSpec(name))
     torch.save(model.state_dict(), cache / "weights.pth")
@@ -77,7 +67,7 @@ def rows_of(path: str) -> list[Json]:
 def test_what_is_typed_does_its_work(
     here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model = publish(here, monkeypatch)
+    model = publish(monkeypatch)
     assert main(["transfer", NET, *SMALL, "--save", "nets", "--out", "r.json"]) == 0
     printed = capsys.readouterr()
     rows = rows_of("r.json")
@@ -138,7 +128,7 @@ def test_the_papers_errors_stand_beside_its_network(here: Path, capsys: pytest.C
     assert "| BGC | 16 | white | 15.7 M | 2.47 G | 88 | 35.45 | error |" in printed.out
     assert all((r["white_loss"] or {}).get("layers") is None for r in rows)
     (line,) = [text for text in printed.err.splitlines() if "resnet50-0676ba61.pth" in text]
-    assert f"is not in {here}/torch/hub/checkpoints (TORCH_HOME moves this folder)" in line
+    assert f"is not in {torch.hub.get_dir()}/checkpoints (TORCH_HOME moves this folder)" in line
     assert "could not be downloaded from download.pytorch.org (Temporary failure in name resolution)" in line
     assert "give a copy of it with --weights FILE" in line
     assert printed.err.count("missing") == 0
@@ -151,14 +141,14 @@ def test_a_run_without_weights_goes_on_when_they_are_there(
     assert main([*arguments, "--out", "r.json", "--quiet"]) == 1
     assert {r["status"] for r in rows_of("r.json")} == {"error"}
     assert {r["reason"] for r in rows_of("r.json")} == {"the weights are missing"}
-    publish(here, monkeypatch)
+    publish(monkeypatch)
     assert main(["transfer", "--resume", "r.json", "--quiet"]) == 0
-    found = stored(Path("r.json"))
+    found = stored("r.json")
     assert (found["complete"], found["warnings"]) == (True, [])
     assert found["settings"]["weights_sha256"] is not None
     assert {r["status"] for r in found["results"]} == {"ok"}
     # Other weights are not mixed with these.
-    publish(here, monkeypatch)
+    publish(monkeypatch)
     assert main(["transfer", "--resume", "r.json", "--groups", "4"]) == 2
     assert "its weights_sha256 was" in capsys.readouterr().err
 
@@ -187,7 +177,7 @@ def test_a_file_of_weights_a_checkpoint_and_copied_weights(here: Path, capsys: p
 def test_a_dry_run_writes_nothing_and_times_nothing(
     here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    publish(here, monkeypatch)
+    publish(monkeypatch)
     before = sorted(here.rglob("*"))
     assert main(["transfer", NET, *SMALL, "--dry-run", "--save", "nets"]) == 0
     printed = capsys.readouterr()
@@ -198,7 +188,7 @@ def test_a_dry_run_writes_nothing_and_times_nothing(
 
 
 def test_a_run_that_was_stopped_goes_on(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    publish(here, monkeypatch)
+    publish(monkeypatch)
     left = iter(range(3))
     requested = Interrupts.requested
     with monkeypatch.context() as patched:
@@ -214,7 +204,7 @@ def test_a_run_that_was_stopped_goes_on(here: Path, monkeypatch: pytest.MonkeyPa
 def test_a_conversion_that_fails_is_a_row_and_the_others_go_on(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from bgcbench.experiments import transfer_run
 
-    publish(here, monkeypatch)
+    publish(monkeypatch)
     whole = transfer_run.convert
 
     def refuse(model: Any, variant: str, *rest: Any, **options: Any) -> Any:

@@ -13,13 +13,7 @@ from bgcbench import report
 from bgcbench.cli import main
 from bgcbench.specs import Choice
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(autouse=True)
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+pytestmark = pytest.mark.usefixtures("one_thread", "here")
 
 
 def weights_of(model: torch.nn.Module, path: str) -> None:

@@ -13,10 +13,9 @@ from torch.nn import functional as F
 from bgcbench.cli import main
 from bgcbench.conversion.convert import convert, load_converted, save_converted
 from bgcbench.convs import CONVS
-from bgcbench.experiments.network import NetworkConfig
 from bgcbench.experiments.network_run import plan_network
-from bgcbench.experiments.profile import ProfileConfig, plan
-from bgcbench.experiments.profile_run import ProfileRun, open_session
+from bgcbench.experiments.profile import NetworkConfig, ProfileConfig, plan
+from bgcbench.experiments.profile_run import ProfileRun, open_session, subjects_of
 from bgcbench.measure.device import CudaStopwatch, backend_state, device_answers
 from bgcbench.measure.environment import describe_environment, diagnose
 from bgcbench.measure.memory import measure_peak
@@ -137,7 +136,7 @@ NETWORK = NetworkConfig(model="wrn_10_1", batch=8, groups=(2, 4), device="cuda",
 def test_networks_in_every_mode(mode: str, precision: str) -> None:
     config = replace(NETWORK, mode=mode, precision=precision, layout="nhwc", variants=tuple(VARIANTS), groups=(4,))
     planned = plan_network(config)
-    done = ProfileRun(config, open_session(config), planned.rows, subjects=planned.subjects)
+    done = ProfileRun(config, open_session(config), planned.rows)
     assert list(done.run())
     assert {row.status for row in done.results} == {"ok"}, [row.reason for row in done.results]
     assert {phase for row in done.results for phase in row.phases} == {"fwd", "train_step"}
@@ -147,7 +146,7 @@ def test_a_captured_training_step_computes_the_gradients_of_an_eager_one(device:
     planned = plan_network(replace(NETWORK, mode="graph"))
     session = open_session(NETWORK)
     x = torch.randn(8, 3, 32, 32, device=device)
-    for subject in planned.subjects.values():
+    for subject in subjects_of(planned.rows).values():
         work = subject.workload(session, x, None)
         work.cell("train_step").call()
         torch.cuda.synchronize()

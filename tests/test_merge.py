@@ -18,13 +18,7 @@ from tests.stored import stored
 SMALL = ["profile", "--channels", "16", "--batch", "2", "--size", "5", "--groups", "2,4", "--device", "cpu", "--quick",
          "--max-time", "0.01", "--quiet"]  # fmt: skip
 
-pytestmark = pytest.mark.usefixtures("brisk", "one_thread")
-
-
-@pytest.fixture(autouse=True)
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+pytestmark = pytest.mark.usefixtures("brisk", "one_thread", "here")
 
 
 @pytest.fixture(scope="module")

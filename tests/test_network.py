@@ -19,10 +19,9 @@ from bgcbench.cli import main
 from bgcbench.convs.gc import GroupConv2d
 from bgcbench.errors import ResultFileError, ShapeError, UsageError
 from bgcbench.experiments.images import sized
-from bgcbench.experiments.network import NetworkConfig
 from bgcbench.experiments.network_run import NetworkSubject, distinct_convolutions, plan_network
-from bgcbench.experiments.profile import check_same_workload
-from bgcbench.experiments.profile_run import ProfileRun, open_session
+from bgcbench.experiments.profile import NetworkConfig, check_same_workload
+from bgcbench.experiments.profile_run import ProfileRun, open_session, subjects_of
 from bgcbench.measure import environment
 from bgcbench.measure.trace import trace
 from bgcbench.measure.workload import NetworkWorkload
@@ -42,7 +41,7 @@ pytestmark = pytest.mark.usefixtures("brisk", "one_thread", "tried_once")
 
 def run(config: NetworkConfig, **options: Any) -> ProfileRun:
     planned = plan_network(config)
-    done = ProfileRun(config, open_session(config), planned.rows, subjects=planned.subjects, **options)
+    done = ProfileRun(config, open_session(config), planned.rows, **options)
     assert list(done.run())
     return done
 
@@ -73,7 +72,7 @@ class TestPlan:
         planned = plan_network(NetworkConfig(model="inception_v3", variants=("gc",), groups=(2,), skip_invalid=True))
         assert {(row.params.height, row.params.width) for row in planned.rows} == {(299, 299)}
         assert planned.config.to_json()["height"] == 299
-        assert {subject.input_shape for subject in planned.subjects.values()} == {(32, 3, 299, 299)}
+        assert {subject.input_shape for subject in subjects_of(planned.rows).values()} == {(32, 3, 299, 299)}
 
     def test_a_size_that_a_network_does_not_take_is_refused_with_its_own(self) -> None:
         with pytest.raises(
@@ -102,7 +101,7 @@ class TestPlan:
         planned = plan_network(replace(config, skip_invalid=True, variants=("bgc",)))
         dense = {
             (subject.record.variant, subject.record.groups): sum(k.code == "indivisible" for k in subject.record.kept)
-            for subject in planned.subjects.values()
+            for subject in subjects_of(planned.rows).values()
             if isinstance(subject, NetworkSubject) and subject.record is not None
         }
         assert dense == {("bgc", 8): 0, ("bgc", 16): 8}
@@ -116,7 +115,7 @@ class TestPlan:
         rows = {row.key.removesuffix("-b2-16x16-fp32-nchw-eager"): row for row in planned.rows}
         assert len(rows) == len(planned.rows)
         networks = [rows[f"wrn_10_1-lowrank-{what}-auto"] for what in ("n2", "r8", "r20")]
-        assert [row.label for row in networks] == ["LR N=2", "LR r=8", "LR r=20"]
+        assert [row.params.choice.label for row in networks] == ["LR N=2", "LR r=8", "LR r=20"]
         assert [row.params.cell for row in networks] == [("lowrank", 2, None), ("lowrank", 1, 8), ("lowrank", 1, 20)]
         assert [len(row.row.convert.indivisible) for row in networks] == [0, 0, 2]
         assert {layer.rank for layer in networks[1].row.convert.layers} == {8}
@@ -165,7 +164,7 @@ class TestCounts:
         )
         session = open_session(config)
         for row in plan_network(config).rows[1:]:
-            subject = plan_network(config).subjects[row.key]
+            subject = subjects_of(plan_network(config).rows)[row.key]
             assert isinstance(subject, NetworkSubject)
             model = subject.module(session).eval()
             stored = sum(p.numel() for p in model.parameters())
@@ -185,7 +184,7 @@ class TestCounts:
             assert counts.adds == (sum(call.values_in for call in replaced) if variant == "bgc" else 0)
 
     def test_work_of_a_training_step_is_three_passes(self) -> None:
-        subject = plan_network(SMALL).subjects["wrn_10_1-standard-n1-auto-b2-16x16-fp32-nchw-eager"]
+        subject = subjects_of(plan_network(SMALL).rows)["wrn_10_1-standard-n1-auto-b2-16x16-fp32-nchw-eager"]
         macs = trace(build_model("wrn_10_1"), (3, 16, 16)).macs
         assert subject.work("fwd").flops == 2 * macs * 2
         assert subject.work("train_step").flops == 3 * subject.work("fwd").flops
@@ -261,7 +260,7 @@ class TestRun:
 
     def test_what_is_not_replaced_has_the_same_weights_in_every_row(self) -> None:
         planned, session = plan_network(SMALL), open_session(SMALL)
-        models = [subject.module(session) for subject in planned.subjects.values()]
+        models = [subject.module(session) for subject in subjects_of(planned.rows).values()]
         assert all(torch.equal(model.stem.weight, models[0].stem.weight) for model in models)
         assert all(torch.equal(model.fc.weight, models[0].fc.weight) for model in models)
 
@@ -289,7 +288,7 @@ class TestRun:
 
         planned = plan_network(SMALL)
         monkeypatch.setattr(GroupConv2d, "forward", broken)
-        done = ProfileRun(SMALL, open_session(SMALL), planned.rows, subjects=planned.subjects)
+        done = ProfileRun(SMALL, open_session(SMALL), planned.rows)
         assert list(done.run())
         assert [(row.params.variant, row.status) for row in done.results] == [
             ("standard", "ok"), ("gc", "error"), ("bgc", "ok"), ("gc", "error"), ("bgc", "ok")]  # fmt: skip
@@ -334,7 +333,7 @@ class TestRun:
         monkeypatch.setattr(NetworkWorkload, "_step", brittle)
         config = replace(SMALL, groups=(2,), variants=("gc",))
         planned = plan_network(config)
-        done = ProfileRun(config, open_session(config), planned.rows, subjects=planned.subjects)
+        done = ProfileRun(config, open_session(config), planned.rows)
         for update in done.run():
             flag["up"] |= update.progress is not None and update.progress.round == 2
         dense, gc = done.results
@@ -346,7 +345,7 @@ class TestRun:
 
     def test_what_does_not_fit_into_memory_leaves_what_does(self, monkeypatch: pytest.MonkeyPatch) -> None:
         config = replace(SMALL, groups=(2,), variants=("gc",))
-        needed = next(iter(plan_network(config).subjects.values())).needed_bytes
+        needed = next(iter(subjects_of(plan_network(config).rows).values())).needed_bytes
         monkeypatch.setattr(environment, "available_bytes", lambda device: needed("train_step") - 1)
         dense, gc = run(config).results
         assert needed("fwd") < needed("train_step")
@@ -356,7 +355,7 @@ class TestRun:
     @pytest.mark.parametrize(("precision", "layout"), [("bf16", "nhwc"), ("fp64", "nchw")])
     def test_precision_and_layout_are_those_asked_for(self, precision: str, layout: str) -> None:
         config = replace(SMALL, precision=precision, layout=layout, groups=(2,), quick=True)
-        model = next(iter(plan_network(config).subjects.values())).module(open_session(config))
+        model = next(iter(subjects_of(plan_network(config).rows).values())).module(open_session(config))
         weight = model.stem.weight
         assert weight.dtype == {"bf16": torch.bfloat16, "fp64": torch.float64}[precision]
         assert weight.is_contiguous(memory_format=torch.channels_last) == (layout == "nhwc")

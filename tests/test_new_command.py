@@ -15,10 +15,9 @@ from bgcbench import cli, results
 from bgcbench.cli import main
 from bgcbench.cli.run import Beginning, Command
 from bgcbench.experiments.approx_run import Step
-from bgcbench.experiments.base import Run
+from bgcbench.experiments.base import Run, Session, open_device
 from bgcbench.experiments.config import RunConfig
 from bgcbench.experiments.options import WORKLOAD, option, positive
-from bgcbench.experiments.session import Session, open_device
 from bgcbench.measure.counts import count
 from bgcbench.plots.style import Paint
 from bgcbench.report.table import Column, Report, Table, group_columns, row_record, words
@@ -74,13 +73,12 @@ class Size(Command):  # 3: cli/size.py
 
 def report(document: Document) -> Report:  # 4: report/size.py
     columns: list[Column[SizeRow]] = [
-        words("variant", lambda row: row.params.variant),
+        words("variant", lambda row: row.params.variant, "What stands in."),
         *group_columns(lambda row: row.params),
-        Column("weights", lambda row: row.weights),
+        Column("weights", lambda row: row.weights, "Of its kernels."),
     ]
-    return Report(
-        [Table(["Weights"], columns, document.results)], records=[row_record(r, ()) for r in document.results]
-    )
+    records = [row_record(row, ()) for row in document.results]
+    return Report([Table(["Weights"], columns, document.results)], records=records)
 
 
 def picture(document: Document) -> Paint:  # and, where it has any, its picture in plots/

@@ -18,7 +18,6 @@ from bgcbench.cli.measuring import Profile
 from bgcbench.cli.parameters import command_options, register
 from bgcbench.cli.run import Command
 from bgcbench.errors import ShapeError, UsageError
-from bgcbench.experiments.network import NetworkConfig
 from bgcbench.experiments.options import (
     GRID,
     OUTPUT,
@@ -32,7 +31,7 @@ from bgcbench.experiments.options import (
     shorthand,
     size,
 )
-from bgcbench.experiments.profile import ProfileConfig
+from bgcbench.experiments.profile import NetworkConfig, ProfileConfig
 from bgcbench.experiments.transfer import TransferConfig
 from bgcbench.results import rows
 from bgcbench.specs import VARIANTS, load
@@ -130,6 +129,7 @@ def test_every_option_fills_fields_that_are_there(command: Command) -> None:
             assert set(each.fills) <= fields
 
 
+@pytest.mark.usefixtures("brisk")
 def test_a_new_field_of_a_configuration_is_an_option_and_reaches_the_run(tmp_path: Path) -> None:
     @dataclass(frozen=True)
     class Warmer(ProfileConfig):

@@ -26,7 +26,7 @@ RUN = [
     "plan", "wrn_10_1", "--weights", "none", "--data", "digits", "--size", "8", "--calibration-images", "24",
     "--test-images", "40", "--batch", "2", "--device", "cpu", "--threads", "1",
 ]  # fmt: skip
-ASKED = [*RUN, "--variants", "gc,bgc,lowrank", "--groups", "2,4,8"]
+ASKED = [*RUN, "--variants", "gc,bgc,lowrank", "--groups", "2,8", "--exclude", "stages.2.*"]
 
 
 STAGES = ["cost", "loss", "trial", "choice", "proof"]
@@ -207,10 +207,14 @@ def test_a_plan_for_a_time_is_measured_once_and_chosen_again(
     assert again["plan"]["predicted"] <= 0.6
 
 
-ONE_LAYER = [
-    *RUN, "--quick", "--variants", "gc", "--groups", "2", "--where", "none", "--include", "stages.1.0.conv2", "--time",
-    "1", "--quiet",
-]  # fmt: skip
+NETWORK = """
+from torch import nn
+
+def make():
+    convs = [nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3)]
+    return nn.Sequential(*convs, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10))
+"""
+ONE_LAYER = ["plan", "net.py:make", *RUN[2:], "--quick", "--variants", "gc", "--groups", "2", "--time", "1", "--quiet"]
 
 
 @pytest.mark.usefixtures("brisk")
@@ -222,14 +226,15 @@ ONE_LAYER = [
     ],
 )
 def test_time_is_measured_in_the_mode_and_phase_that_are_asked_for(
-    words: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    words: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("net.py").write_text(NETWORK)
     ready, of_layers, of_networks = Execution.layers, set[Execution](), set[Execution]()
     network = Execution.network
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(Execution, "layers", lambda self, *a: (of_layers.add(self), ready(self, *a))[1])
-        patched.setattr(Execution, "network", lambda self, *a: (of_networks.add(self), network(self, *a))[1])
-        assert main([*ONE_LAYER, *words, "--out", str(tmp_path / "t.json")]) == 0
+    monkeypatch.setattr(Execution, "layers", lambda self, *a: (of_layers.add(self), ready(self, *a))[1])
+    monkeypatch.setattr(Execution, "network", lambda self, *a: (of_networks.add(self), network(self, *a))[1])
+    assert main([*ONE_LAYER, *words, "--out", str(tmp_path / "t.json")]) == 0
     document = stored(tmp_path / "t.json")
     asked = Execution(document["config"]["mode"], document["config"]["phase"])
     assert of_layers == of_networks == {asked} != {Execution()}
@@ -242,6 +247,8 @@ def test_time_is_measured_in_the_mode_and_phase_that_are_asked_for(
 def test_losses_of_another_mode_are_taken_over_and_times_are_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("net.py").write_text(NETWORK)
     first, other = tmp_path / "first.json", tmp_path / "other.json"
     assert main([*ONE_LAYER, "--out", str(first)]) == 0
     monkeypatch.setattr(plan_run, "score", lambda *_, **__: pytest.fail("losses were measured again"))

@@ -14,8 +14,8 @@ import pytest
 import bgcbench
 from bgcbench.cli import main
 from bgcbench.convs import VariantConv2d
-from bgcbench.experiments.network import NetworkConfig
 from bgcbench.experiments.network_run import plan_network
+from bgcbench.experiments.profile import NetworkConfig
 from bgcbench.models import build_empty
 from bgcbench.specs import PLANNED, Choice
 from tests.example_plan import with_plan
@@ -135,7 +135,7 @@ class TestProfile:
         self, plan: str, capsys: pytest.CaptureFixture[str]
     ) -> None:
         assert main([*PROFILE, plan, "--phases", "fwd", "--out", "p.json", "--quiet"]) == 0
-        document = stored(Path("p.json"))
+        document = stored("p.json")
         assert document["config"]["plan"] == CHOICES
         document["results"] = [row for row in document["results"] if row["params"]["variant"] == "standard"]
         Path("p.json").write_text(json.dumps(document | {"complete": False, "exit_reason": "interrupted"}))

@@ -18,8 +18,8 @@ from bgcbench.convs.gc import GroupConv2d
 from bgcbench.convs.standard import StandardConv2d
 from bgcbench.errors import ResultFileError, ShapeError, UsageError
 from bgcbench.experiments import profile_run
-from bgcbench.experiments.network import NetworkConfig
 from bgcbench.experiments.profile import (
+    NetworkConfig,
     ProfileConfig,
     Wanted,
     check_same_workload,
@@ -27,7 +27,7 @@ from bgcbench.experiments.profile import (
     planned_layer,
     row_seed,
 )
-from bgcbench.experiments.profile_run import ProfileRun, Update, layer_subjects, open_session
+from bgcbench.experiments.profile_run import ProfileRun, Update, open_session, subjects_of
 from bgcbench.measure import ceilings, environment
 from bgcbench.measure.device import CpuStopwatch
 from bgcbench.report import flags
@@ -48,7 +48,7 @@ def labels(config: ProfileConfig) -> list[tuple[str, int, str]]:
 
 def needed_bytes(config: ProfileConfig, phase: str) -> int:
     """Of the standard convolution."""
-    return next(iter(layer_subjects(config, plan(config)).values())).needed_bytes(phase)
+    return next(iter(subjects_of(plan(config)).values())).needed_bytes(phase)
 
 
 pytestmark = pytest.mark.usefixtures("brisk", "one_thread")
@@ -124,7 +124,7 @@ class TestPlan:
         ]  # fmt: skip
         shape = "16x16-k3-s1-b4-5x5-fp32-nchw-eager"
         assert [row.key for row in rows[2:]] == [f"lowrank-{what}-{shape}" for what in ("n4", "r2", "r3", "r9")]
-        assert [row.label for row in rows[2:]] == ["LR N=4", "LR r=2", "LR r=3", "LR r=9"]
+        assert [row.params.choice.label for row in rows[2:]] == ["LR N=4", "LR r=2", "LR r=3", "LR r=9"]
         assert [row.row.counts.params for row in rows[2:]] == [r * (9 * 16 + 16) for r in (3, 2, 3, 9)]
         assert rows[-1].row.approximability.white_error is None  # at N = 1, and yet not the standard convolution
         assert "rank" not in rows[2].params.to_json()
@@ -226,7 +226,7 @@ class TestRun:
 
     def test_a_quick_look_measures_one_round_at_least_and_goes_on_while_it_has_time(self, monkeypatch) -> None:
         autotune.forget()
-        for seconds, enough in ((0.0, False), (60.0, True)):
+        for seconds, enough in ((0.0, False), (60.0, True)):  # in which any interval is narrow enough
             monkeypatch.setattr(profile_run, "QUICK_S", seconds)
             done = run(replace(SMALL, quick=True, max_time_s=None))
             rounds = {len(set(phase.rounds)) for row in done.results for phase in row.phases.values()}
@@ -449,7 +449,7 @@ def test_whether_a_row_fits_follows_the_kernel_of_its_own_convolution() -> None:
     """A network's kernel may be no square: 1x7 leaves a rank at N = 5 where 1x1 leaves none, and 7x7 would at 20."""
     config = replace(SMALL, in_channels=8, out_channels=8, kernel=1)
     own = ConvSpec("standard", 8, 8, (1, 7), padding=(0, 3), bias=False)
-    rows = {n: planned_layer(config, Wanted(Choice("lowrank", n)), own, "row", "row").row for n in (5, 7, 8)}
+    rows = {n: planned_layer(config, Wanted(Choice("lowrank", n)), own).row for n in (5, 7, 8)}
     assert {n: row.status for n, row in rows.items()} == {5: "interrupted", 7: "interrupted", 8: "invalid"}
     assert rows[5].counts.params == 7 * 8 + 8  # r = floor(448 / (5 (56 + 8))) = 1
     assert "7 kernel positions" in str(rows[8].reason)

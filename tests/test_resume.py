@@ -35,14 +35,14 @@ def test_a_whole_file_is_left_as_it_is_and_a_larger_grid_keeps_what_is_done_and_
     torch.save(build_model(NetSpec("wrn_10_1", 10, 8)).state_dict(), "mine.pt")
     command, *_ = name.split()
     assert main([command, *COMMANDS[name], *SHARED, "--groups", "2", "--out", "r.json"]) == 0
-    first, table = stored(Path("r.json")), capsys.readouterr().out
+    first, table = stored("r.json"), capsys.readouterr().out
 
     assert main([command, "--resume", "r.json", "--quiet"]) == 0
-    assert stored(Path("r.json"))["results"] == first["results"]
+    assert stored("r.json")["results"] == first["results"]
     assert capsys.readouterr().out == table
 
     assert main([command, "--resume", "r.json", "--groups", "2,4", "--ranks", "2,3", "--quiet"]) == 0
-    second = stored(Path("r.json"))
+    second = stored("r.json")
     kept = {row["key"]: row for row in second["results"]}
     assert {row["key"]: kept[row["key"]] for row in first["results"]} == {row["key"]: row for row in first["results"]}
     assert len(kept) == len(second["results"]) > len(first["results"])

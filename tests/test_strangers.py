@@ -23,11 +23,6 @@ from bgcbench.measure.workload import NetworkWorkload
 SIDE, IMAGES = 8, 24
 
 
-@pytest.fixture(autouse=True)
-def seeded() -> None:
-    torch.manual_seed(0)
-
-
 def images(count: int = IMAGES, **options: Any) -> Tensor:
     drawn = torch.Generator().manual_seed(5)
     return torch.randn(count, 3, SIDE, SIDE, dtype=torch.float64, generator=drawn, **options) + 0.5

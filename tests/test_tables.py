@@ -11,11 +11,8 @@ from typing import Any
 
 from bgcbench import report
 from bgcbench.cli import main
-from bgcbench.report import table as tables
 from bgcbench.results import document_of
-from bgcbench.results.aggregate import MIN_SEEDS
 from bgcbench.results.document import read
-from bgcbench.theory import paper
 from tests.conftest import ROOT
 from tests.example import example_document
 from tests.example_approx import network, sampled
@@ -83,28 +80,36 @@ def reports() -> Iterator[tuple[str, report.Report]]:
     yield "doctor", report.doctor_report(example_document()["environment"], [])
 
 
-def test_every_column_is_explained_once() -> None:
-    told, found = tables.explanations(), dict[str, set[str]]()
+def meanings() -> dict[str, dict[str, str]]:
+    """What each column means, by command and by the name under which it is explained."""
+    found: dict[str, dict[str, str]] = {}
     for command, shown in reports():
-        found.setdefault(command, set()).update(tables.meanings(shown))
-    assert found.keys() == TITLES.keys() == told.keys() - {tables.SEVERAL}
-    for command, names in found.items():
-        assert names == told[command].keys() | (names & told[tables.SEVERAL].keys()), command
-        assert not told[command].keys() & told[tables.SEVERAL].keys()
-    for name in told[tables.SEVERAL]:
-        assert sum(name in names for names in found.values()) > 1, name
+        for table in shown.tables:
+            for column in table.columns:
+                name = column.name or column.title
+                earlier = found.setdefault(command, {}).setdefault(name, column.meaning)
+                assert earlier == column.meaning, (command, name)
+    return found
 
 
-def test_meanings_have_the_numbers_of_the_code() -> None:
-    told = tables.explanations()
-    assert f"it takes {MIN_SEEDS} seeds, with" in told["transfer"]["lower"]
-    assert f"of an {paper.DEVICE}, forward" in told["profile"]["paper ms"]
-
-
-def test_the_documents_say_what_columns_mean() -> None:
+def test_every_column_is_explained_once_in_the_documents() -> None:
+    found = meanings()
+    shared = {
+        name: meaning
+        for columns in found.values()
+        for name, meaning in columns.items()
+        if sum(name in others for others in found.values()) > 1
+        and all(others.get(name, meaning) == meaning for others in found.values())
+    }
+    parts = {"In several tables": shared}
+    parts |= {
+        TITLES[command]: {name: meaning for name, meaning in columns.items() if name not in shared}
+        for command, columns in found.items()
+    }
     text = HEAD
-    for part, columns in tables.explanations().items():
-        text += f"\n## {TITLES.get(part, 'In several tables')}\n\n| column | meaning |\n| --- | --- |\n"
+    for title, columns in parts.items():
+        assert all(columns.values()), title
+        text += f"\n## {title}\n\n| column | meaning |\n| --- | --- |\n"
         text += "".join(f"| {name} | {meaning.replace('|', chr(92) + '|')} |\n" for name, meaning in columns.items())
     held(text, "../../docs/tables.md")
 
@@ -114,9 +119,8 @@ def test_explain_prints_what_the_columns_of_a_file_mean_and_all_notes(capsys: An
     assert main(["show", path, "--explain", "--format", "markdown"]) == 0
     text = capsys.readouterr().out
     shown = report.document_report(read(ROOT / path))
-    assert len(tables.meanings(shown)) > 5
-    for name, meaning in tables.meanings(shown).items():
-        assert f"| {name} | {meaning} |" in text
+    for column in shown.tables[0].columns:
+        assert f"| {column.name or column.title} | {column.meaning} |" in text
     assert shown.notes is not None
     assert len(shown.notes) > 4
     assert text.count("\n- ") == len(shown.notes)

@@ -50,12 +50,16 @@ def test_rows_are_trained_seed_by_seed() -> None:
 
 
 def test_the_global_random_state_and_threads_are_put_back() -> None:
-    state, threads = torch.get_rng_state(), torch.get_num_threads()
-    run = run_of(variants=("gc",), seeds=(0,), reference=False, epochs=1, subset=64, threads=2)
-    for _ in run.run():
-        pass
+    state = torch.get_rng_state()
+    torch.set_num_threads(2)
+    try:
+        run = run_of(variants=("gc",), seeds=(0,), reference=False, epochs=1, subset=64, threads=1)
+        seen = {torch.get_num_threads() for _ in run.run()}
+        after = torch.get_num_threads()
+    finally:
+        torch.set_num_threads(1)
+    assert (seen, after) == ({1}, 2)
     assert torch.equal(torch.get_rng_state(), state)
-    assert torch.get_num_threads() == threads
     assert [row.status for row in run.results] == ["ok"]
 
 

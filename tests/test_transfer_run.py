@@ -18,7 +18,7 @@ from bgcbench.conversion.calibration import Stopped
 from bgcbench.conversion.convert import INITS as CONVERT_INITS
 from bgcbench.convs import VariantConv2d
 from bgcbench.data import open_labelled
-from bgcbench.experiments import network_times, transfer_run
+from bgcbench.experiments import network_run, transfer_run
 from bgcbench.experiments.train_run import open_session
 from bgcbench.experiments.transfer import INITS, TransferConfig, identity, plan, preset
 from bgcbench.experiments.transfer_run import TransferPrepared, TransferRun, prepare
@@ -448,14 +448,14 @@ def quickly(monkeypatch: pytest.MonkeyPatch, brisk: None) -> list[str]:
     for_device = Rules.for_device
     shortest: Json = {"max_time_s": 0.01, "min_rounds": 1, "warmup_min_calls": 1}
     monkeypatch.setattr(Rules, "for_device", lambda *given, **more: replace(for_device(*given, **more), **shortest))
-    build = network_times.plan_network
+    build = network_run.plan_network
 
     def planned(config: Any) -> Any:
         found = build(config)
         built.extend(r.params.variant for r in found.rows)
         return found
 
-    monkeypatch.setattr(network_times, "plan_network", planned)
+    monkeypatch.setattr(network_run, "plan_network", planned)
     return built
 
 
@@ -487,7 +487,7 @@ def test_a_measurement_that_fails_leaves_conversions_and_trainings(make: Make, m
     def refuse(*_: Any) -> None:
         raise RuntimeError("no clock")
 
-    monkeypatch.setattr(network_times, "plan_network", refuse)
+    monkeypatch.setattr(network_run, "plan_network", refuse)
     run = make(epochs=1, variants=("gc",), time=True)
     found = row(done(run), "gc")
     assert (found.status, found.time, len(found.epochs)) == ("ok", None, 1)

@@ -10,12 +10,10 @@ import typer
 from bgcbench.cli.output import Said
 from bgcbench.cli.run import Beginning, Command
 from bgcbench.errors import UsageError
-from bgcbench.experiments.approx import PRESETS, ApproxConfig
+from bgcbench.experiments.approx import PRESETS, ApproxConfig, ApproxNetworkConfig
 from bgcbench.experiments.approx import plan as approx_plan
-from bgcbench.experiments.approx_network import ApproxNetworkConfig
-from bgcbench.experiments.network import NetworkConfig
 from bgcbench.experiments.options import Asked, AskedOfPicture, in_shard
-from bgcbench.experiments.profile import ProfileConfig, plan
+from bgcbench.experiments.profile import NetworkConfig, ProfileConfig, plan
 from bgcbench.measure.statistics import ROUNDS_OF_INTERVAL
 from bgcbench.results import Json
 from bgcbench.specs import DATA_SETS, WEIGHTS, check_choice, is_own
@@ -23,8 +21,8 @@ from bgcbench.specs import DATA_SETS, WEIGHTS, check_choice, is_own
 if TYPE_CHECKING:
     from bgcbench.experiments.approx_network_run import ApproxNetworkRun
     from bgcbench.experiments.approx_run import ApproxRun
+    from bgcbench.experiments.base import Session
     from bgcbench.experiments.profile_run import ProfileRun, Update
-    from bgcbench.experiments.session import Session
     from bgcbench.training.distributed import World
 
 
@@ -85,9 +83,7 @@ class Profile(Command):
         shared: Json = {"kept": beginning.kept, "interleaved": interleaved, "stop": beginning.stop}
         if isinstance(prepared, ProfileConfig):
             return ProfileRun(prepared, session, in_shard(prepared.shard, plan(prepared)), **shared)
-        rows = in_shard(prepared.config.shard, prepared.rows)
-        subjects = {row.key: prepared.subjects[row.key] for row in rows if row.key in prepared.subjects}
-        return ProfileRun(prepared.config, session, rows, subjects=subjects, **shared)
+        return ProfileRun(prepared.config, session, in_shard(prepared.config.shard, prepared.rows), **shared)
 
     def plan_lines(self, run: ProfileRun, *, full: bool) -> list[str]:
         config, device, cpu = run.config, run.session.environment.device, run.session.environment.cpu

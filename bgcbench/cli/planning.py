@@ -15,8 +15,8 @@ from bgcbench.experiments.plan import PlanConfig
 from bgcbench.results import Json
 
 if TYPE_CHECKING:
+    from bgcbench.experiments.base import Session
     from bgcbench.experiments.plan_run import PlanRun, Prepared
-    from bgcbench.experiments.session import Session
     from bgcbench.training.distributed import World
 
 
@@ -42,7 +42,7 @@ class PlanCommand(Command):
         return given
 
     def open_session(self, config: Any) -> Session:
-        from bgcbench.experiments.session import open_device
+        from bgcbench.experiments.base import open_device
 
         return open_device(config, config.device, modes=(config.mode,), layout=config.layout)
 

@@ -36,7 +36,7 @@ from bgcbench.results.rows import Row
 from bgcbench.training.launcher import own_rank, processes
 
 if TYPE_CHECKING:
-    from bgcbench.experiments.session import Session
+    from bgcbench.experiments.base import Session
     from bgcbench.training.distributed import World
 
 

@@ -24,7 +24,7 @@ from bgcbench.results.rows import CellKey, Epoch, TransferRow
 from bgcbench.specs import FACTORY, TIMM_PREFIX, WEIGHTS, NetSpec
 
 if TYPE_CHECKING:
-    from bgcbench.experiments.session import Session
+    from bgcbench.experiments.base import Session
     from bgcbench.experiments.train_run import TrainRun, Update
     from bgcbench.experiments.transfer_run import TransferRun
     from bgcbench.interrupts import Interrupts

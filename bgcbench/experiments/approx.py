@@ -1,22 +1,30 @@
-"""``bgcbench approx``: how well a variant can stand in for standard convolutions (section 5.1 of Lee, Park & Lee).
-
-The configuration and the plan are pure Python; :mod:`bgcbench.experiments.approx_run` computes them. The same question
-asked of a real network is :mod:`bgcbench.experiments.approx_network`.
-"""
+"""``bgcbench approx``: how well a variant can stand in for standard convolutions (section 5.1 of Lee, Park & Lee), and
+for those of a network on the inputs that it gives them. No torch here."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import msgspec
 
 from bgcbench.errors import UsageError
-from bgcbench.experiments.config import RunConfig, refuse_misfits
-from bgcbench.experiments.options import CHANNELS, WORKLOAD, Option, option, positive
-from bgcbench.results.rows import SampledParams
-from bgcbench.specs import LINEAR, VARIANTS, Choice, ConvSpec, Pair
+from bgcbench.experiments.config import ImageChoice, NetworkChoice, RunConfig, refuse_misfits
+from bgcbench.experiments.options import (
+    CHANNELS,
+    NETWORK,
+    SIZE,
+    WORKLOAD,
+    Option,
+    images_option,
+    option,
+    positive,
+    weights_option,
+)
+from bgcbench.results.rows import SampledParams, SampledRow
+from bgcbench.specs import DATA_SETS, DIGITS_PX, HELD_OUT, LINEAR, VARIANTS, Choice, ConvSpec, NetSpec, Pair, is_own
 from bgcbench.theory import paper
 from bgcbench.theory.inputs import InputLaw
 
@@ -116,6 +124,14 @@ class ApproxConfig(RunConfig):
         used = sum(any(0 <= start + tap < self.length for start in starts) for tap in range(self.kernel))
         return int(used**self.dims)
 
+    def unknowns(self, params: SampledParams) -> int:
+        """p, the free numbers that one output's least squares fits.
+
+        They make the error within the sample low by the factor 1 - p / (S D).
+        """
+        groups = params.groups
+        return VARIANTS[params.variant].unknowns(self.taps_used * self.in_channels // groups, groups)
+
     @property
     def rows_of_data(self) -> int:
         """S D: positions that each least-squares problem sees."""
@@ -124,28 +140,84 @@ class ApproxConfig(RunConfig):
 
     @property
     def what(self) -> str:
-        """The workload in a file name."""
         return f"conv{self.dims}d-{self.in_channels}x{self.out_channels}k{self.kernel}-{self.precision}"
 
 
 @dataclass(frozen=True)
-class ApproxRow:
-    """One row to compute: its stable key, what it is, its parameters, and why it cannot be.
+class ApproxNetworkConfig(ImageChoice, NetworkChoice, RunConfig):
+    """One network, its weights and the images to calibrate with; valid once constructed.
 
-    unknowns: p, the free numbers that one output's least squares fits. They make the error within the sample low by
-    the factor 1 - p / (S D).
+    weights: a file, 'default' (torchvision's published ones), 'none' (untrained), or None: default where there are any.
+    data: a data set's name or a folder of images; digits are 16 px high for networks of up to 32 px.
+    memory_gib: what the second moments may take at once. Raises UsageError or ShapeError.
     """
 
-    key: str
-    choice: Choice
-    params: SampledParams
-    law: InputLaw
-    unknowns: int
-    invalid: str | None = None
+    model: str = option(
+        "resnet50",
+        "Ask every convolution of this network, on its own activations: resnet50, wrn_28_10, any classification "
+        "network of torchvision, or timm/NAME.",
+    )
+    num_classes: int | None = option(None, "Classes of the network.")
+    variants: tuple[str, ...] = option(("gc", "bgc"))
+    groups: tuple[int, ...] = option((2, 4, 8, 16))
+    precision: str = option("fp64")
+    weights: str | None = weights_option()
+    data: str = images_option("Images to run through it: digits, a folder of images, or your own: data.py:load.")
+    calibration_images: int = option(
+        None, "How many of them; one in four is held out to evaluate.", panel=NETWORK, shown="256"
+    )
+    batch: int = option(32, "Images at a time.", panel=NETWORK, check=positive)
+    memory_gib: float = option(
+        4.0,
+        "GiB that the second moments may take; more layers than fit are done in several runs over the images.",
+        name="memory",
+        panel=NETWORK,
+    )
+
+    SHORTHANDS: ClassVar[tuple[Option, ...]] = (
+        dataclasses.replace(
+            SIZE,
+            help="Their height and width: 224 or 224x160.",
+            panel=NETWORK,
+            everyday=False,
+            shown="the network's own; 16 for digits and small networks",
+        ),
+    )
+    PRECISIONS: ClassVar[tuple[str, ...]] = ("fp64",)
+    FREE: ClassVar[tuple[str, ...]] = ("batch", "memory_gib", "threads")
+
+    def __post_init__(self) -> None:
+        if self.calibration_images is None:
+            object.__setattr__(self, "calibration_images", 32 if self.quick else 256)
+        super().__post_init__()
+        if not self.data:
+            raise UsageError("--model needs images to run: --data digits, or --data FOLDER of images")
+        if self.calibration_images < HELD_OUT:
+            raise UsageError(
+                f"--calibration-images {self.calibration_images} must be at least {HELD_OUT}: one in four is held out"
+            )
+        if not 0 < self.memory_gib < float("inf"):
+            raise UsageError(f"--memory {self.memory_gib} must be a positive number of GiB")
+        if not self.choices:
+            raise UsageError("a standard convolution (N = 1) loses nothing; name another variant and N of 2 or more")
+        self._check_images(self.weights or "default", in_memory=self.data in DATA_SETS or is_own(self.data))
+        self._resolve_network()
+
+    @property
+    def spec(self) -> NetSpec:
+        height, width = self.height, self.width
+        own = NetSpec(self.model, self.num_classes, height, width, self.stem_stride)
+        if height is None and self.data == "digits" and own.size[1] <= 32:
+            own = NetSpec(self.model, self.num_classes, DIGITS_PX, DIGITS_PX, self.stem_stride)
+        return own
+
+    @property
+    def what(self) -> str:
+        return f"{self.model}-{self.data.rstrip('/').rpartition('/')[2]}"
 
 
-def plan(config: ApproxConfig) -> list[ApproxRow]:
-    """The rows of ``config``: by input, then N in the order of the variants, then rank.
+def plan(config: ApproxConfig) -> list[SampledRow]:
+    """The rows of ``config``, undone or invalid: by input, then N in the order of the variants, then rank.
 
     N = 1 of any variant is the standard convolution and is one row. Raises ShapeError naming every N and rank that does
     not fit the channels unless ``skip_invalid``, UsageError where there are fewer data than unknowns.
@@ -153,38 +225,39 @@ def plan(config: ApproxConfig) -> list[ApproxRow]:
     standard = [Choice()] * ("standard" in config.variants or 1 in config.groups)
     rows = [_row(config, law, choice) for law in config.laws for choice in standard + config.choices]
     if not config.skip_invalid:
-        refuse_misfits(row.invalid for row in rows if row.invalid)
-    worst = _worst(rows)
+        refuse_misfits(row.reason for row in rows if row.reason)
+    worst = _worst(config, rows)
     if worst is None:
         raise UsageError("nothing to compute: --groups and --variants leave no valid row")
-    if config.rows_of_data < worst.unknowns:
-        least = -(-worst.unknowns * config.samples // config.rows_of_data)
+    unknowns = config.unknowns(worst)
+    if config.rows_of_data < unknowns:
+        least = -(-unknowns * config.samples // config.rows_of_data)
         raise UsageError(
-            f"--samples {config.samples} gives {config.rows_of_data} positions for {worst.unknowns} unknowns an output "
+            f"--samples {config.samples} gives {config.rows_of_data} positions for {unknowns} unknowns an output "
             f"of {worst.choice.label}: fewer than one, so any error could be fitted away; use at least {least}, or "
             f"{10 * least} for an error that is low by less than a tenth, or larger N"
         )
     return rows
 
 
-def few_rows(config: ApproxConfig, rows: list[ApproxRow]) -> list[str]:
+def few_rows(config: ApproxConfig, rows: Sequence[SampledRow]) -> list[str]:
     """A warning where some row has fewer than ten data an unknown."""
-    worst = _worst(rows)
-    if worst is None or worst.unknowns <= config.rows_of_data / FEW_ROWS:
+    worst = _worst(config, rows)
+    if worst is None or config.unknowns(worst) <= config.rows_of_data / FEW_ROWS:
         return []
-    share = config.rows_of_data / worst.unknowns
+    share = config.rows_of_data / config.unknowns(worst)
     return [
         f"only {share:.1f} data an unknown for {worst.choice.label}: its error within the sample is low by a factor of "
         f"about {1 - 1 / share:.2f}, and others by less; use more --samples"
     ]
 
 
-def _worst(rows: list[ApproxRow]) -> ApproxRow | None:
-    """The first of the rows with the most unknowns."""
-    return max((row for row in rows if not row.invalid), key=lambda row: row.unknowns, default=None)
+def _worst(config: ApproxConfig, rows: Sequence[SampledRow]) -> SampledParams | None:
+    """The first of the valid rows with the most unknowns."""
+    return max((row.params for row in rows if row.status != "invalid"), key=config.unknowns, default=None)
 
 
-def _row(config: ApproxConfig, law: InputLaw, choice: Choice) -> ApproxRow:
+def _row(config: ApproxConfig, law: InputLaw, choice: Choice) -> SampledRow:
     variant, channels = choice.variant, (config.in_channels, config.out_channels, config.kernel**config.dims)
     groups = choice.reduction(*channels)
     solved = config.samples if variant in ("standard", *LINEAR) else min(config.search_samples, config.samples)
@@ -192,8 +265,8 @@ def _row(config: ApproxConfig, law: InputLaw, choice: Choice) -> ApproxRow:
     params = msgspec.convert(vars(config) | dataclasses.asdict(choice) | own, SampledParams)
     shape = f"{config.in_channels}x{config.out_channels}-k{config.kernel}-d{config.dims}-l{config.length}"
     key = f"{choice.key}-{shape}-s{config.stride}-{law.name}-S{config.samples}-{config.precision}"
-    unknowns = VARIANTS[variant].unknowns(config.taps_used * config.in_channels // groups, groups)
-    return ApproxRow(key, choice, params, law, unknowns, choice.unfit(*channels))
+    unfit = choice.unfit(*channels)
+    return SampledRow(key, "invalid" if unfit else "interrupted", unfit, params)
 
 
 # Both are section 5.1 as the defaults have it; they differ in the picture that is drawn.

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import msgspec
-import torch
 from torch import Tensor, nn
 
 from bgcbench.conversion.approximability import (
@@ -24,19 +24,16 @@ from bgcbench.conversion.convert import Candidates, candidates
 from bgcbench.data import Images, open_images
 from bgcbench.data.views import Views
 from bgcbench.errors import UsageError
-from bgcbench.experiments.approx_network import ApproxNetworkConfig
-from bgcbench.experiments.approx_run import Step
-from bgcbench.experiments.base import Run
+from bgcbench.experiments.approx import ApproxNetworkConfig
+from bgcbench.experiments.base import Run, Session, Step
 from bgcbench.experiments.config import refuse_misfits
-from bgcbench.experiments.images import prepared_for, sized, told, traced, warned
+from bgcbench.experiments.images import prepared_for, seeded, sized, told, traced, usual_weights, warned
 from bgcbench.experiments.profile import row_seed
-from bgcbench.experiments.session import Session
 from bgcbench.measure.device import backend_state, describe_failure
-from bgcbench.models import build_model
-from bgcbench.models.weights import Loaded, Weights, has_default
+from bgcbench.models.weights import Loaded, Weights
 from bgcbench.results import Document, Json
 from bgcbench.results.rows import Counts, LayerErrors, LayerParams, LayerRow, Moments, NetworkFacts, Replaced, Status
-from bgcbench.specs import HELD_OUT, Choice, is_own
+from bgcbench.specs import HELD_OUT, Choice
 
 UNTRAINED = "no published weights: the network is untrained, and so are its activations; give --weights FILE"
 
@@ -59,22 +56,12 @@ class Batches:
         return number // self.views
 
 
-@dataclass(frozen=True)
-class PlannedLayer:
-    """One row to compute: a layer and what is asked of it."""
-
-    key: str
-    choice: Choice
-    params: LayerParams
-    layer: Replaced
-
-
 @dataclass
 class Prepared:
     """The network with its weights, the images and the convolutions to look at: everything that can be wrong is known.
 
-    config: with the network's own size. portions: the layers whose moments are held at the same time; each is one run
-    over the images. told: what to say of the images before the run.
+    config: with the network's own size. moments: what those take that are held at the same time, and in how many runs
+    over the images all are. told: what to say of the images before the run.
     """
 
     config: ApproxNetworkConfig
@@ -82,8 +69,7 @@ class Prepared:
     loaded: Loaded
     batches: Batches
     layers: Candidates
-    portions: int
-    moment_bytes: int
+    moments: Moments
     told: list[str]
     warnings: list[str] = field(default_factory=list)
 
@@ -105,15 +91,15 @@ class Prepared:
             weights_sha256=self.loaded.sha256,
             data_sha256=self.batches.images.fingerprint,
             kept=self.layers.kept,
-            moments=Moments(bytes=self.moment_bytes, passes=self.portions),
+            moments=self.moments,
         )
 
     @property
-    def rows(self) -> list[PlannedLayer]:
-        """Every layer as everything that is asked."""
+    def rows(self) -> list[LayerRow]:
+        """Every layer as everything that is asked, undone."""
         return [self._row(layer, choice) for layer in self.layers.chosen for choice in self.config.choices]
 
-    def _row(self, layer: Replaced, choice: Choice) -> PlannedLayer:
+    def _row(self, layer: Replaced, choice: Choice) -> LayerRow:
         model, weights, data = self.config.model, self.loaded.name, self.batches.images.name
         params = LayerParams(
             variant=choice.variant,
@@ -131,7 +117,9 @@ class Prepared:
             data=data,
             calibration_images=self.batches.count,
         )
-        return PlannedLayer(f"{model}-{layer.name}-{choice.key}-{weights}-{data}", choice, params, layer)
+        unknown: Json = dict.fromkeys(("reason", "counts", "output_relative_error", "ridge", "macs_share"))
+        key = f"{model}-{layer.name}-{choice.key}-{weights}-{data}"
+        return LayerRow(key=key, status="interrupted", params=params, rows=0, held_out_rows=0, **unknown)
 
 
 def prepare(config: ApproxNetworkConfig) -> Prepared:
@@ -140,17 +128,14 @@ def prepare(config: ApproxNetworkConfig) -> Prepared:
     Raises UsageError for what is not there or does not fit, ShapeError where an N or a rank does not fit (unless
     skip_invalid).
     """
-    published = has_default(config.spec)
-    usual = "own" if is_own(config.model) else "default" if published else "none"
+    usual = usual_weights(config.spec)
     weights = Weights(config.model, config.weights or usual, config.weights_key)
     config = sized(config, weights)
     spec = config.spec
     images = prepared_for(config, open_images(config.data, (spec.size[1], spec.size[2])), weights)
     if len(images) < HELD_OUT:
         raise UsageError(f"--data {config.data} has {len(images)} images; at least {HELD_OUT} are needed")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(row_seed(config.seed, "model"))
-        model = build_model(spec)
+    model = seeded(spec, row_seed(config.seed, "model"))
     traced(model, spec)
     loaded = weights.load_into(model, spec)
     found = candidates(
@@ -163,6 +148,7 @@ def prepare(config: ApproxNetworkConfig) -> Prepared:
     memory = round(config.memory_gib * 2**30)
     portions = passes(found.chosen, memory)
     held = max(sum(moment_bytes(layer) for layer in portion) for portion in portions)
+    moments = Moments(bytes=held, passes=len(portions))
     warnings = [*found.notes, *loaded.notes, *warned(images.preprocessing, weights, config.model)]
     if config.weights is None and usual == "none":
         warnings.append(f"{config.model}: {UNTRAINED}")
@@ -171,37 +157,31 @@ def prepare(config: ApproxNetworkConfig) -> Prepared:
         warnings.append(f"{images.name} has {there} images, fewer than the {asked} asked for; all are used")
     batches = Batches(images, min(there, asked), config.batch, config.seed, config.calibration_views)
     said = told(images.preprocessing, weights)
-    return Prepared(config, model, loaded, batches, found, len(portions), held, said, warnings)
+    return Prepared(config, model, loaded, batches, found, moments, said, warnings)
 
 
 class ApproxNetworkRun(Run[LayerRow]):
     """One run over the layers of a prepared network."""
 
     config: ApproxNetworkConfig
-    planned: list[PlannedLayer]
+    planned: list[LayerRow]
 
-    def __init__(
-        self,
-        prepared: Prepared,
-        session: Session,
-        *,
-        kept: Mapping[str, LayerRow] | None = None,
-        stop: Callable[[], bool] = lambda: False,
-    ) -> None:
-        self.config, self.session, self.prepared, self.stop = prepared.config, session, prepared, stop
-        self.planned = prepared.rows
-        self.known = {key: row for key, row in (kept or {}).items() if row.is_done}
+    def __init__(self, prepared: Prepared, session: Session, **options: Any) -> None:
+        super().__init__(prepared.config, session, prepared.rows, **options)
+        self.known = {key: row for key, row in self.known.items() if row.is_done}
+        self.prepared = prepared
         self.warnings = list(prepared.warnings)
 
     @property
     def plan_lines(self) -> list[str]:
         """The plan in words."""
         config, prepared, batches = self.config, self.prepared, self.prepared.batches
-        layers, runs = prepared.layers.chosen, prepared.portions
+        layers, moments = prepared.layers.chosen, prepared.moments
         return [
             f"plan: {len(layers)} convolutions of {config.model} (weights: {prepared.loaded.name}) x "
             f"{len(config.choices)}, {batches.count} images of {batches.images.name}; moments of up to "
-            f"{prepared.moment_bytes / 2**30:.2g} GiB at once, {runs} run{'s' * (runs > 1)} over the images",
+            f"{moments.bytes / 2**30:.2g} GiB at once, {moments.passes} run{'s' * (moments.passes > 1)} over the "
+            "images",
             *prepared.told,
             *(f"  {layer.name}: {layer.in_channels} -> {layer.out_channels}" for layer in layers),
             *(f"  kept: {kept.name} ({kept.reason})" for kept in prepared.layers.kept),
@@ -212,10 +192,10 @@ class ApproxNetworkRun(Run[LayerRow]):
         document.network = self.prepared.facts
 
     def run(self) -> Iterator[Step]:
-        """Compute, and say after every step what is new."""
         config, prepared, count = self.config, self.prepared, self.prepared.batches.count
         left = [row for row in self.planned if row.key not in self.known]
-        layers = list(dict.fromkeys(row.layer for row in left))
+        names = {row.params.layer for row in left}
+        layers = [layer for layer in prepared.layers.chosen if layer.name in names]
         if not layers:
             return
         share_of = shares(prepared.layers.chosen)
@@ -234,16 +214,16 @@ class ApproxNetworkRun(Run[LayerRow]):
             scarce: list[str] = []
             for number, (layer, moments) in enumerate(source):
                 evaluator = Evaluator(layer, kernel_of(model, layer), moments, share_of.get(layer.name))
-                for row in (row for row in left if row.layer == layer):
+                for row in (row for row in left if row.params.layer == layer.name):
                     if self.stop():
                         return
-                    yield Step(f"{layer.name}: {row.choice.label}", number / len(layers))
+                    yield Step(f"{layer.name}: {row.params.choice.label}", number / len(layers))
                     status: Status = "invalid"
                     try:
-                        found = evaluator.evaluate(row.choice)
+                        found = evaluator.evaluate(row.params.choice)
                     except Exception as problem:  # noqa: BLE001 - whatever it is, the other rows are worth having
                         failure = describe_failure(problem, self.session.device)
-                        status, found = failure.status, evaluator.unknown(row.choice, failure.reason)
+                        status, found = failure.status, evaluator.unknown(row.params.choice, failure.reason)
                     scarce += [layer.name] * found.scarce
                     self.known[row.key] = _finished(row, found, status)
                 yield Step(layer.name, (number + 1) / len(layers), save=True)
@@ -251,7 +231,7 @@ class ApproxNetworkRun(Run[LayerRow]):
                 self.warnings.append(_scarce(scarce))
 
 
-def _finished(row: PlannedLayer, found: LayerError, failed: Status) -> LayerRow:
+def _finished(row: LayerRow, found: LayerError, failed: Status) -> LayerRow:
     errors = {"copy": found.copied, "white": found.white, "calibrated": found.calibrated}
     counts = {"params": found.params, "macs": found.macs}
     return LayerRow(

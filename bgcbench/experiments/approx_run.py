@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 import statistics
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,11 +18,10 @@ import msgspec
 import torch
 from torch import Tensor
 
-from bgcbench.experiments.approx import ApproxConfig, ApproxRow, few_rows
-from bgcbench.experiments.base import Run
+from bgcbench.experiments.approx import ApproxConfig, few_rows
+from bgcbench.experiments.base import Run, Session, Step, open_device
 from bgcbench.experiments.config import RunConfig
 from bgcbench.experiments.profile import row_seed
-from bgcbench.experiments.session import Session, open_device
 from bgcbench.measure.counts import count
 from bgcbench.measure.device import DTYPES, backend_state, describe_failure
 from bgcbench.results import Document
@@ -47,15 +46,6 @@ def open_session(config: RunConfig) -> Session:
     session = open_device(config, config.device)
     session.warnings.clear()  # the numbers are the same wherever they are computed
     return session
-
-
-@dataclass(frozen=True)
-class Step:
-    """What the run is at: ``doing`` for people, ``done`` (0 to 1) where it is known, save: whether rows are new."""
-
-    doing: str
-    done: float | None = None
-    save: bool = False
 
 
 @dataclass(frozen=True)
@@ -89,19 +79,11 @@ class ApproxRun(Run[SampledRow]):
     """One run over the rows of :func:`bgcbench.experiments.approx.plan`."""
 
     config: ApproxConfig
-    planned: list[ApproxRow]
+    planned: Sequence[SampledRow]
 
-    def __init__(
-        self,
-        config: ApproxConfig,
-        session: Session,
-        planned: list[ApproxRow],
-        *,
-        kept: Mapping[str, SampledRow] | None = None,
-        stop: Callable[[], bool] = lambda: False,
-    ) -> None:
-        self.config, self.session, self.planned, self.stop = config, session, planned, stop
-        self.known = {key: row for key, row in (kept or {}).items() if row.is_done}
+    def __init__(self, config: ApproxConfig, session: Session, planned: Sequence[SampledRow], **options: Any) -> None:
+        super().__init__(config, session, planned, **options)
+        self.known = {key: row for key, row in self.known.items() if row.is_done}
         self.warnings = few_rows(config, planned)
         self._dtype = DTYPES[config.precision]
         self._standard = config.spec()
@@ -109,17 +91,14 @@ class ApproxRun(Run[SampledRow]):
         self._inputs: dict[str, _Inputs] = {}
 
     def run(self) -> Iterator[Step]:
-        """Compute, and say after every step what is new."""
         with backend_state(self.config.precision, self.config.threads), torch.no_grad():
-            for row in self.planned:
-                if row.invalid:
-                    self.known[row.key] = SampledRow(row.key, "invalid", row.invalid, row.params)
+            self.known |= {row.key: row for row in self.planned if row.is_done}  # what is invalid
             left = [row for row in self.planned if row.key not in self.known]
-            for law in dict.fromkeys(row.law for row in left):
+            for law in dict.fromkeys(row.params.input for row in left):
                 if self.stop():
                     return
-                yield Step(f"inputs {law.name}")
-                self._inputs[law.name] = self._sample(law)
+                yield Step(f"inputs {law}")
+                self._inputs[law] = self._sample(InputLaw.parse(law))
             if self.stop():
                 return
             linear = [row for row in left if row.params.variant in ("standard", *LINEAR)]
@@ -130,7 +109,7 @@ class ApproxRun(Run[SampledRow]):
             for row in left:
                 if row in linear or self.stop():
                     continue
-                yield Step(f"{row.choice.label}, {row.law.name} (solved one by one)")
+                yield Step(f"{row.params.choice.label}, {row.params.input} (solved one by one)")
                 try:
                     found = self._searched_row(row)
                 except Exception as problem:  # noqa: BLE001 - whatever it is, the other rows are worth having
@@ -145,7 +124,7 @@ class ApproxRun(Run[SampledRow]):
         """The plan in words."""
         number, positions = self.config.samples, self.config.rows_of_data
         lines = [f"plan: {len(self.planned)} rows, {number} convolutions and inputs ({positions} positions)"]
-        return lines + [f"  {row.key}" + (f"  invalid: {row.invalid}" if row.invalid else "") for row in self.planned]
+        return lines + [f"  {row.key}" + (f"  invalid: {row.reason}" if row.reason else "") for row in self.planned]
 
     def take_into(self, document: Document) -> None:
         super().take_into(document)
@@ -196,7 +175,7 @@ class ApproxRun(Run[SampledRow]):
 
     # ----------------------------------------------------------------------------------------------- linear variants
 
-    def _solve_together(self, rows: list[ApproxRow], shuffled: bool) -> Iterator[Step]:
+    def _solve_together(self, rows: list[SampledRow], shuffled: bool) -> Iterator[Step]:
         """The linear variants of one order of the outputs, all convolutions, inputs and N in one pass."""
         assigned = shuffled_rows if shuffled else contiguous_rows
         at_hand = {n: [row for row in rows if row.params.groups == n] for n in sorted({r.params.groups for r in rows})}
@@ -212,11 +191,11 @@ class ApproxRun(Run[SampledRow]):
             self.known[row.key] = self._linear_row(row, sums[row.key])
         yield Step("errors", save=True)
 
-    def _add_group(self, found: GroupMoment, rows: list[ApproxRow], sums: dict[str, _Sums]) -> None:
+    def _add_group(self, found: GroupMoment, rows: list[SampledRow], sums: dict[str, _Sums]) -> None:
         """Add one complete output group to the sums of every row that has it."""
         weights = float(found.matrix.trace())
-        for name in dict.fromkeys(row.law.name for row in rows):
-            mine = [row for row in rows if row.law.name == name]
+        for name in dict.fromkeys(row.params.input for row in rows):
+            mine = [row for row in rows if row.params.input == name]
             inputs = self._inputs[name]
             moment = inputs.moment
             output = inner_product(moment, found.matrix)
@@ -243,9 +222,9 @@ class ApproxRun(Run[SampledRow]):
                 else:
                     total.construction += outside(moment, found.matrix, found.group, found.groups, output)
 
-    def _linear_row(self, row: ApproxRow, total: _Sums) -> SampledRow:
+    def _linear_row(self, row: SampledRow, total: _Sums) -> SampledRow:
         number, m, size = self.config.samples, self.config.out_channels, self._fan_in
-        energy = self._inputs[row.law.name].energy
+        energy = self._inputs[row.params.input].energy
         error, weights = total.error / number, total.weights / number
         # w S w^T of a Gaussian row w ~ N(0, s^2 I) has variance 2 s^4 tr S^2, so a convolution's error has variance
         # 2 s^4 m mean_k(tr S_k^2): known, where a sample's own spread would only estimate it.
@@ -270,18 +249,18 @@ class ApproxRun(Run[SampledRow]):
 
     # -------------------------------------------------------------------------------------------------- other variants
 
-    def _searched_row(self, row: ApproxRow) -> SampledRow | None:
+    def _searched_row(self, row: SampledRow) -> SampledRow | None:
         """A variant that is no linear space: each of the first S' convolutions by its own projection.
 
         None where it was stopped in between.
         """
-        layer, inputs = load_layer(row.params.variant), self._inputs[row.law.name]
+        layer, choice, inputs = load_layer(row.params.variant), row.params.choice, self._inputs[row.params.input]
         errors, weights, outputs = [], [], []
         for weight in self._convolutions:
             if self.stop():
                 return None
             solved = layer.from_dense(
-                weight, row.choice.groups, rank=row.choice.rank, projection="least_squares", second_moment=inputs.moment
+                weight, choice.groups, rank=choice.rank, projection="least_squares", second_moment=inputs.moment
             )
             lost, flat = (weight - solved.dense_weight()).flatten(1), weight.flatten(1)
             errors.append(inner_product(lost @ inputs.moment, lost))
@@ -306,18 +285,18 @@ class ApproxRun(Run[SampledRow]):
 
     # ------------------------------------------------------------------------------------------------------------ rows
 
-    def _finished(self, row: ApproxRow, *, relative_error: float, **measured: float | None) -> SampledRow:
+    def _finished(self, row: SampledRow, *, relative_error: float, **measured: float | None) -> SampledRow:
         """The row with what theory says beside what was measured, and why a number is missing."""
         config, variant, groups = self.config, row.params.variant, row.params.groups
-        spec = config.spec(row.choice)
-        general, zero_mean = bounds(variant, groups, spec.kernel_positions, spec.in_channels, row.law)
+        spec, law = config.spec(row.params.choice), InputLaw.parse(row.params.input)
+        general, zero_mean = bounds(variant, groups, spec.kernel_positions, spec.in_channels, law)
         power = SCALING_POWER.get(variant)
         numbers = measured | {
             "relative_error": relative_error,
             "scaled_error": relative_error / (1 - 1 / groups) ** power if power and groups > 1 else None,
-            "exact_relative_error": exact_relative_error(spec, config.size, row.law),
-            "limit_relative_error": limit_relative_error(spec, config.size, row.law),
-            "in_sample_factor": 1 - row.unknowns / config.rows_of_data,
+            "exact_relative_error": exact_relative_error(spec, config.size, law),
+            "limit_relative_error": limit_relative_error(spec, config.size, law),
+            "in_sample_factor": 1 - config.unknowns(row.params) / config.rows_of_data,
             "bound_general": general.value,
             "bound_zero_mean": zero_mean.value,
         }
@@ -374,12 +353,8 @@ def _fit(variant: str, law: str, rows: list[SampledRow]) -> Fit:
     return Fit(
         variant=variant,
         input=law,
-        groups=measured.groups,
-        slope_mean=measured.slope_mean,
-        slope_regression=measured.slope_regression,
-        c=measured.c,
+        **vars(measured),
         max_scaled_error=max((row.scaled_error for row in rows if row.scaled_error is not None), default=None),
         exact_slope_mean=exact.slope_mean,
         exact_slope_regression=exact.slope_regression,
-        reason=measured.reason,
     )

@@ -6,19 +6,18 @@ and D that of the layer in its place, E||Wx - Dx||^2 / E||Wx||^2 = ||W - D||^2 /
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import nn
 
 from bgcbench.conversion.record import Converted
-from bgcbench.errors import BgcbenchError
-from bgcbench.experiments.images import sized
+from bgcbench.experiments.images import seeded, sized
+from bgcbench.experiments.profile import row_seed
 from bgcbench.experiments.train_run import Update, try_conversions
 from bgcbench.experiments.transfer import TransferConfig, plan
-from bgcbench.experiments.transfer_run import TransferRun, untouched, untrained
-from bgcbench.measure.device import describe_failure, free_memory
+from bgcbench.experiments.transfer_run import UNTRAINED, TransferRun
+from bgcbench.measure.device import Failure, free_memory
 from bgcbench.models.weights import Loaded, Weights, WeightsNotFound
 from bgcbench.results import Json
 from bgcbench.results.rows import LayerLoss, TransferRow, WhiteLoss
@@ -52,13 +51,13 @@ def prepare(config: TransferConfig) -> ClosedFormPrepared:
     weights = Weights(config.model, config.weights, config.weights_key)
     config = sized(config, weights)
     rows, _, warnings = try_conversions(config, plan(config, weights.name))
-    network, loaded = untouched(config), None
+    network, loaded = seeded(config.spec, row_seed(config.seed, "network")).eval(), None
     try:
         loaded = weights.load_into(network, config.spec)
         warnings += loaded.notes
     except WeightsNotFound as problem:
         warnings.append(str(problem))
-    warnings += untrained(config)
+    warnings += [UNTRAINED] * (config.weights == "none")
     return ClosedFormPrepared(config, rows, network, loaded, list(dict.fromkeys(warnings)))
 
 
@@ -78,6 +77,7 @@ class ClosedFormRun(TransferRun):
     """One run over the rows of a prepared transfer without images: converted, and timed where that is asked for."""
 
     prepared: ClosedFormPrepared  # type: ignore[assignment]
+    less_memory = "use --device cpu"
 
     def _work(self) -> Iterator[Update]:
         todo = self.todo
@@ -102,18 +102,12 @@ class ClosedFormRun(TransferRun):
         if row.params.is_dense:
             self._note(row, "ok", None)
             return
-        begin = time.perf_counter()
-        try:
-            converted = self._convert(row, None)
-            loss = WhiteLoss(expected, layer_losses(self.original, converted))
-        except BgcbenchError as problem:
-            self._note(row, "error", str(problem), white_loss=loss)
+        found = self._converted_alike(row)
+        if isinstance(found, Failure):
+            self._note(row, found.status, found.reason, white_loss=loss)
             return
-        except Exception as problem:  # noqa: BLE001 - the other rows are worth having
-            failure = describe_failure(problem, self.session.device, "use --device cpu")
-            self._note(row, failure.status, failure.reason, white_loss=loss)
-            return
-        record, seconds = converted.record, time.perf_counter() - begin
+        model, record, seconds = found
+        loss = WhiteLoss(expected, layer_losses(self.original, Converted(model, record)))
         self._note(row, "ok", None, white_loss=loss, convert=record, convert_seconds=seconds, stage="converted")
         self.warnings += [note for note in record.notes if note not in self.warnings]
-        self._save(row, converted.model)
+        self._save(row, model)

@@ -125,6 +125,11 @@ class RunConfig:
         raise NotImplementedError
 
 
+def shared_fields(config: Any, kind: type[Any]) -> Json:
+    """The values of what configurations of ``kind`` have, too."""
+    return {each.name: getattr(config, each.name) for each in dataclasses.fields(kind) if hasattr(config, each.name)}
+
+
 def refuse_misfits(reasons: Iterable[str]) -> None:
     """Raise one ShapeError with everything that does not fit, if there is anything."""
     if found := list(dict.fromkeys(reasons)):
@@ -181,11 +186,12 @@ def _plan_in(name: str, path: Path) -> Json:
 
 
 @dataclass(frozen=True)
-class PlanChoice:
-    """The part of a network's configuration that may hold a plan: what each convolution becomes, by its name.
+class ConvertedNetwork(NetworkChoice):
+    """The part of a configuration that names a network and what it is converted to; it may hold a plan.
 
-    plan: as in a plan file, or a bgcbench.Plan; kept as JSON, so that a result file says what ran. A planned network is
-    a row of its own, to which where, include, exclude and skip_invalid mean nothing.
+    plan: what each convolution becomes, by its name, as in a plan file, or a bgcbench.Plan; kept as JSON, so that a
+    result file says what ran. A planned network is a row of its own, to which where, include, exclude and skip_invalid
+    mean nothing.
     """
 
     plan: Mapping[str, Any] | None = option(
@@ -215,6 +221,24 @@ class PlanChoice:
             return of(choice, mode)
         every = (name for each in self.planned.values() if not each.is_dense for name in of(each, mode))
         return tuple(dict.fromkeys(name for name in every if name != "stock"))
+
+    def conversion(self, choice: Choice, algorithm_of: Callable[[str], str]) -> Json:
+        """The arguments of ``convert`` that make of the network what ``choice`` says: PLANNED what the plan says.
+
+        algorithm_of: the algorithm of a variant's layers.
+        """
+        if choice.is_planned:
+            algorithms = {each.variant: algorithm_of(each.variant) for each in self.planned.values()}
+            return {"plan": self.planned, "algorithm": algorithms, "example_input": self.spec.size}
+        return {
+            **choice.to_json(),
+            "where": self.where,
+            "include": self.include,
+            "exclude": self.exclude,
+            "on_indivisible": "skip" if getattr(self, "skip_invalid", False) else "raise",
+            "algorithm": algorithm_of(choice.variant),
+            "example_input": self.spec.size,
+        }
 
     def _settle_plan(self) -> None:
         """Write the plan out as JSON.

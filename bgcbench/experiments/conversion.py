@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from bgcbench.errors import UsageError
-from bgcbench.experiments.approx_network import ApproxNetworkConfig
-from bgcbench.experiments.config import ImageChoice, NetworkChoice, PlanChoice
+from bgcbench.experiments.approx import ApproxNetworkConfig
+from bgcbench.experiments.config import ConvertedNetwork, ImageChoice
 from bgcbench.experiments.options import (
     CONVERSION,
     MEASURE,
@@ -27,22 +27,13 @@ from bgcbench.experiments.options import (
     positive,
     weights_option,
 )
-from bgcbench.specs import (
-    DATA_SETS,
-    HELD_OUT,
-    PLANNED,
-    RANKED,
-    SOLVED,
-    VARIANTS,
-    Choice,
-    is_own,
-)
+from bgcbench.specs import DATA_SETS, HELD_OUT, PLANNED, RANKED, SOLVED, VARIANTS, Choice, is_own
 
 INITS = ("copy", "white", *SOLVED)
 
 
 @dataclass(frozen=True)
-class ConversionConfig(PlanChoice, ImageChoice, NetworkChoice):
+class ConversionConfig(ImageChoice, ConvertedNetwork):
     """One network, what its convolutions become, and with which weights; valid once constructed.
 
     plan: of each convolution by name, in the place of variant, groups, rank and of which are replaced. init: None for
@@ -50,8 +41,7 @@ class ConversionConfig(PlanChoice, ImageChoice, NetworkChoice):
     """
 
     model: str = option(
-        "",
-        "resnet50, wrn_28_10, any classification network of torchvision, timm/NAME, or your own: net.py:make.",
+        "", "resnet50, wrn_28_10, any classification network of torchvision, timm/NAME, or your own: net.py:make."
     )
     variant: str | None = option(
         None, "What they become.", short="v", panel=CONVERSION, everyday=True, shown="bgc",

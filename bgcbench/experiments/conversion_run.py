@@ -4,22 +4,16 @@ from __future__ import annotations
 
 import io
 
-import torch
-
 from bgcbench.conversion.convert import save_converted
-from bgcbench.conversion.selection import Indivisible
 from bgcbench.data import open_images
-from bgcbench.errors import ShapeError
 from bgcbench.experiments.approx_network_run import UNTRAINED, Batches
 from bgcbench.experiments.conversion import ConversionConfig
-from bgcbench.experiments.images import prepared_for, sized, told, traced, warned
+from bgcbench.experiments.images import prepared_for, seeded, sized, told, traced, usual_weights, warned
 from bgcbench.experiments.network_run import converted_as_chosen, network_counts
 from bgcbench.experiments.profile import row_seed
 from bgcbench.measure.trace import trace
-from bgcbench.models import build_model
-from bgcbench.models.weights import Weights, has_default
+from bgcbench.models.weights import Weights
 from bgcbench.results.rows import Conversion
-from bgcbench.specs import is_own
 
 BATCH = 32
 
@@ -29,38 +23,31 @@ def converted_network(config: ConversionConfig) -> tuple[bytes, Conversion]:
 
     Raises UsageError for what is not there or does not fit, ShapeError where N or the rank does not fit.
     """
-    usual = "own" if is_own(config.model) else "default" if has_default(config.spec) else "none"
-    weights = Weights(config.model, config.weights or usual, config.weights_key)
+    weights = Weights(config.model, config.weights or usual_weights(config.spec), config.weights_key)
     config = sized(config, weights)
-    spec = config.spec
-    images = (
-        prepared_for(config, open_images(config.data, (spec.size[1], spec.size[2])), weights) if config.data else None
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(row_seed(config.seed, "network"))
-        dense = build_model(spec).eval()
+    spec, images, calibration = config.spec, None, None
+    if config.data:
+        images = prepared_for(config, open_images(config.data, (spec.size[1], spec.size[2])), weights)
+    dense = seeded(spec, row_seed(config.seed, "network")).eval()
     found = traced(dense, spec)
     loaded = weights.load_into(dense, spec)
     notes = [*loaded.notes, *([f"{config.model}: {UNTRAINED}"] if loaded.name == "none" else [])]
-    calibration = None
     if images is not None:
         count = min(config.calibration_images, len(images))
         calibration = Batches(images, count, BATCH, config.seed, config.calibration_views)
-        notes += [*told(images.preprocessing, weights), *warned(images.preprocessing, weights, config.model)]
+        preparation = images.preprocessing, weights
+        notes += [*told(*preparation), *warned(*preparation, config.model)]
     (choice,) = config.choices
-    try:
-        converted = converted_as_chosen(
-            config,
-            dense,
-            choice,
-            lambda variant: "auto",
-            init=config.init or "white",
-            calibration=calibration,
-            calibration_images=None if calibration is None else calibration.count * calibration.views,
-            seed=config.seed,
-        )
-    except Indivisible as problem:
-        raise ShapeError(f"{problem.fact}; keep them dense with --skip-invalid") from None
+    converted = converted_as_chosen(
+        config,
+        dense,
+        choice,
+        lambda variant: "auto",
+        init=config.init or "white",
+        calibration=calibration,
+        calibration_images=None if calibration is None else calibration.count * calibration.views,
+        seed=config.seed,
+    )
     after = converted.model.eval()
     file = io.BytesIO()
     save_converted(converted, file)

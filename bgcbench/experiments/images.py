@@ -1,22 +1,36 @@
-"""How the images of a run are prepared: as its weights were trained, unless it is asked for otherwise."""
+"""A run's network with its weights, and its images, prepared as these were trained unless it is asked for otherwise."""
 
 from __future__ import annotations
 
 import dataclasses
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
 from bgcbench.data.base import SourceT, prepared_as
 from bgcbench.errors import UsageError
 from bgcbench.experiments.config import NetworkChoice
 from bgcbench.measure.trace import Trace, trace
+from bgcbench.models import build_model
 from bgcbench.models.own import class_count
 from bgcbench.models.preprocessing import own_size
-from bgcbench.models.weights import Weights
+from bgcbench.models.weights import Weights, has_default
 from bgcbench.specs import DEFAULT_PX, NetSpec, Preprocessing, is_own
 
 Config = TypeVar("Config", bound=NetworkChoice)
+
+
+def usual_weights(spec: NetSpec) -> str:
+    """The weights of a network where none are asked for."""
+    return "own" if is_own(spec.name) else "default" if has_default(spec) else "none"
+
+
+def seeded(spec: NetSpec, seed: int) -> nn.Module:
+    """The network of ``spec`` with the numbers that follow from ``seed``; the global random state stays."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return build_model(spec)
 
 
 def sized(config: Config, weights: Weights | None = None) -> Config:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,45 +16,39 @@ from bgcbench.conversion.record import Converted, replay
 from bgcbench.conversion.selection import Indivisible
 from bgcbench.convs.base import VariantConv2d
 from bgcbench.errors import ShapeError, UsageError
-from bgcbench.experiments.config import refuse_misfits
+from bgcbench.experiments.base import Session
+from bgcbench.experiments.config import ConvertedNetwork, refuse_misfits, shared_fields
 from bgcbench.experiments.images import sized, traced
-from bgcbench.experiments.network import NetworkConfig
 from bgcbench.experiments.profile import (
-    MeasureConfig,
+    NetworkConfig,
     PlannedRow,
     ProfileConfig,
     Wanted,
-    labelled,
     planned_layer,
     row_seed,
     unmeasured,
     wanted_of,
     wanted_rows,
 )
-from bgcbench.experiments.profile_run import Subject, layer_subjects, on_device
-from bgcbench.experiments.session import Session
+from bgcbench.experiments.profile_run import ProfileRun, Subject, on_device, open_session
 from bgcbench.measure.counts import CallWork, count
 from bgcbench.measure.trace import Call, Trace, trace
 from bgcbench.measure.workload import Like, NetworkWorkload, Workload
 from bgcbench.models import build_empty, build_model
 from bgcbench.models.own import class_count
-from bgcbench.results import Json
-from bgcbench.results.rows import Counts, DistinctLayer, Memory, Record
-from bgcbench.specs import PRECISIONS, Choice, ConvSpec, NetSpec, is_own
+from bgcbench.results import Document, new_document
+from bgcbench.results.rows import CellKey, Counts, DistinctLayer, Memory, Record
+from bgcbench.specs import PRECISIONS, Choice, ConvSpec, is_own
 
 PASSES = {"fwd": 1, "train_step": 3}  # convolution-sized passes: y; and dx and dW
 
 
 @dataclass(frozen=True)
 class NetworkPlan:
-    """The rows of a run, what each measures (by key), and what there is to say before it.
-
-    config: with the network's own size.
-    """
+    """The rows of a run, and what there is to say before it; config: with the network's own size."""
 
     config: NetworkConfig
     rows: list[PlannedRow]
-    subjects: dict[str, Subject]
     notes: list[str]
 
     def add_network(self, wanted: Wanted, subject: NetworkSubject) -> None:
@@ -63,39 +57,21 @@ class NetworkPlan:
         what = f"{model}-{wanted.choice.key}-{where}"
         facts = {"counts": subject.counts, "memory": subject.memory, "convert": subject.record}
         row = unmeasured(self.config, wanted, what, {"model": model, "where": where}, **facts)
-        self.rows.append(PlannedRow(row, labelled(self.config, wanted), group="network"))
-        self.subjects[row.key] = subject
+        self.rows.append(PlannedRow(row, subject))
 
     def add_layers(self, found: Trace) -> None:
         """The network's own convolution of each shape, and where conversions replace it what they put in its place."""
-        config, model = self.config, self.config.model
+        config = self.config
         records = [row.row.convert for row in self.rows if row.row.convert]
         replaced = {layer.name for record in records for layer in record.layers}
         by_variant = {layer.name for record in records if not record.planned for layer in record.layers}
         for number, (call, layer) in enumerate(distinct_convolutions(found, replaced)):
             shape = _layer_config(config, call)
             own = ConvSpec("gc" if call.groups > 1 else "standard", *(getattr(call, name) for name in _SHAPE))
-            params: Json = {"model": model, "layer": number}
-            if call.kernel[0] != call.kernel[1]:
-                params["kernel_width"] = call.kernel[1]
             uniform = [each for each in config.choices if not each.is_planned and by_variant & {*layer.names}]
             planned = [config.planned[name] for name in layer.names if name in config.planned]
             wanted = wanted_of(config, dict.fromkeys((Choice(), *uniform, *planned)))
-            rows = [
-                planned_layer(
-                    shape,
-                    each,
-                    own,
-                    f"{model}-layer{number}-{each.choice.key}",
-                    labelled(config, each, f" of {layer.label}"),
-                    f"layer {number}",
-                    layer,
-                    params,
-                )
-                for each in wanted
-            ]
-            self.rows.extend(rows)
-            self.subjects.update(layer_subjects(shape, rows))
+            self.rows.extend(planned_layer(shape, each, own, (config.model, number, layer)) for each in wanted)
 
 
 def plan_network(config: NetworkConfig) -> NetworkPlan:
@@ -110,7 +86,7 @@ def plan_network(config: NetworkConfig) -> NetworkPlan:
     found = traced(dense, config.spec)
     if is_own(config.model):
         config = dataclasses.replace(config, num_classes=class_count(dense, config.spec))
-    planned = NetworkPlan(config, [], {}, [])
+    planned = NetworkPlan(config, [], [])
     problems: list[str] = []
     for wanted in wanted_rows(config):
         if wanted.choice.is_dense:
@@ -130,49 +106,26 @@ def plan_network(config: NetworkConfig) -> NetworkPlan:
         )
     if config.layers:
         planned.add_layers(found)
-    if not planned.subjects:
+    if not planned.rows:
         raise UsageError("nothing to measure: --groups and --variants leave no row")
     return planned
 
 
-class Selection(Protocol):
-    """The configuration of a command that converts a network: of profile, of train."""
-
-    @property
-    def spec(self) -> NetSpec: ...
-    @property
-    def where(self) -> str: ...
-    @property
-    def include(self) -> tuple[str, ...]: ...
-    @property
-    def exclude(self) -> tuple[str, ...]: ...
-    @property
-    def skip_invalid(self) -> bool: ...
-    @property
-    def planned(self) -> dict[str, Choice]: ...
-
-
-def conversion_of(config: Selection, choice: Choice, algorithm_of: Callable[[str], str]) -> Json:
-    """The arguments of ``convert`` that make of the network what ``choice`` says, and of PLANNED what the plan says.
-
-    algorithm_of: the algorithm of a variant's layers.
-    """
-    if choice.is_planned:
-        algorithms = {each.variant: algorithm_of(each.variant) for each in config.planned.values()}
-        return {"plan": config.planned, "algorithm": algorithms, "example_input": config.spec.size}
-    return {
-        **choice.to_json(),
-        "where": config.where,
-        "include": config.include,
-        "exclude": config.exclude,
-        "on_indivisible": "skip" if config.skip_invalid else "raise",
-        "algorithm": algorithm_of(choice.variant),
-        "example_input": config.spec.size,
-    }
+def begun(
+    config: NetworkConfig, cells: Collection[CellKey] | None = None, stop: Callable[[], bool] = lambda: False
+) -> tuple[ProfileRun, Document]:
+    """A run over the networks of ``config``, by default all of them, and the document to take it into."""
+    session = open_session(config)
+    planned = plan_network(config)
+    session.warnings.extend(planned.notes)
+    rows = [row for row in planned.rows if cells is None or row.params.cell in cells]
+    run = ProfileRun(planned.config, session, rows, stop=stop)
+    own, conditions = run.config.to_json(), session.conditions
+    return run, new_document("profile", (), own, session.environment, conditions, quick=config.quick)
 
 
 def converted_as_chosen(
-    config: Selection, dense: nn.Module, choice: Choice, algorithm_of: Callable[[str], str], **how: Any
+    config: ConvertedNetwork, dense: nn.Module, choice: Choice, algorithm_of: Callable[[str], str], **how: Any
 ) -> Converted:
     """``dense`` with the convolutions that ``config`` chooses, or that its plan names, replaced, freshly initialised.
 
@@ -181,7 +134,7 @@ def converted_as_chosen(
     plan that is not for this network.
     """
     try:
-        converted = convert(dense, **{"init": "scratch", **how, **conversion_of(config, choice, algorithm_of)})
+        converted = convert(dense, **{"init": "scratch", **how, **config.conversion(choice, algorithm_of)})
     except Indivisible as problem:
         raise ShapeError(problem.fact) from None
     except UsageError as problem:
@@ -322,11 +275,7 @@ def distinct_convolutions(found: Trace, replaced: set[str]) -> list[tuple[Call, 
                 count=len(calls),
                 names=tuple(dict.fromkeys(call.module or "" for call in calls)),
                 replaced=any(call.module in replaced for call in calls),
-                kernel=first.kernel,
-                stride=first.stride,
-                padding=first.padding,
-                dilation=first.dilation,
-                groups=first.groups,
+                **{name: getattr(first, name) for name in ("kernel", "stride", "padding", "dilation", "groups")},
             ),
         )
         for calls in shapes.values()
@@ -344,16 +293,8 @@ def _label(call: Call) -> str:
 
 def _layer_config(config: NetworkConfig, call: Call) -> ProfileConfig:
     """The network's convolution as one layer to measure."""
-    shared = {field.name: getattr(config, field.name) for field in dataclasses.fields(MeasureConfig)}
     phases = tuple({"fwd": "fwd", "train_step": "fwd_bwd"}[phase] for phase in config.phases)
-    shared |= {"phases": phases, "input_grad": not call.reads_image or phases == ("fwd",)}
     (kernel, _), (stride, _), (height, width) = call.kernel, call.stride, call.size or (1, 1)
-    return ProfileConfig(
-        in_channels=call.in_channels,
-        out_channels=call.out_channels,
-        kernel=kernel,
-        stride=stride,
-        height=height,
-        width=width,
-        **shared,
-    )
+    own = {"phases": phases, "input_grad": not call.reads_image or phases == ("fwd",)}
+    own |= {"in_channels": call.in_channels, "out_channels": call.out_channels, "kernel": kernel, "stride": stride}
+    return ProfileConfig(**{**shared_fields(config, ProfileConfig), **own, "height": height, "width": width})

@@ -14,7 +14,7 @@ import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from bgcbench.errors import UsageError
 from bgcbench.specs import (
@@ -297,16 +297,6 @@ def three(name: str, text: str) -> tuple[float, ...]:
     return 3 * values if len(values) == 1 else values
 
 
-def twice(name: str, value: int) -> tuple[int, int]:
-    """The same for both fields."""
-    return value, value
-
-
-def alone(name: str, value: int) -> tuple[int]:
-    """One where several may be."""
-    return (value,)
-
-
 def listed(name: str, values: Iterable[Any]) -> tuple[str, ...]:
     """The values of an option that is given several times."""
     return tuple(map(str, values))
@@ -335,8 +325,8 @@ def images_option(help: str) -> Any:
 
 SIZE = shorthand("size", ("height", "width"), read=size, panel=WORKLOAD, everyday=True)
 CHANNELS = shorthand(
-    "channels", ("in_channels", "out_channels"), "Channels in and out.", kind=int, read=twice, panel=WORKLOAD,
-    everyday=True,
+    "channels", ("in_channels", "out_channels"), "Channels in and out.", kind=int,
+    read=lambda name, both: (both, both), panel=WORKLOAD, everyday=True,
 )  # fmt: skip
 
 
@@ -357,19 +347,19 @@ class Asked:
     )
     force: bool = option(False, "Replace an existing --out file.")
     resume: str | None = option(
-        None,
-        "Continue this result file: keep what it holds, do the rest. Its settings are used.",
-        everyday=True,
+        None, "Continue this result file: keep what it holds, do the rest. Its settings are used.", everyday=True
     )
     form: str = form_option()
     wide: bool = option(False, "Show every column of every table on a terminal, too.")
     quiet: bool = option(False, "No progress and no notes on stderr.")
     plot: Path | None = None
 
+    may_be_auto: ClassVar[bool] = False
+
     @property
     def is_auto(self) -> bool:
         """Whether the file to continue is to be looked for."""
-        return False
+        return self.may_be_auto and self.resume == "auto"
 
 
 @dataclass(frozen=True)
@@ -399,10 +389,7 @@ class AskedOfTraining(AskedOfPicture):
         "Continue this result file, from its last checkpoints; its settings are used. auto: continue --out, or the "
         "newest unfinished run of the same settings under results/; start one where there is none.",
     )
-
-    @property
-    def is_auto(self) -> bool:
-        return self.resume == "auto"
+    may_be_auto: ClassVar[bool] = True
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from bgcbench.errors import UsageError
-from bgcbench.experiments.approx_network import ApproxNetworkConfig
+from bgcbench.experiments.approx import ApproxNetworkConfig
 from bgcbench.experiments.options import GRID, MEASURE, NETWORK, Option, one_of, option, positive
 from bgcbench.planning import PLAN_MODES, TRIED, asked_for
 from bgcbench.specs import LAYOUTS, NETWORK_PHASES, RUNTIME, check_in_runtime, check_on_cpu

@@ -29,12 +29,10 @@ from bgcbench.conversion.lockstep import Stopped
 from bgcbench.conversion.record import Converted, counted
 from bgcbench.errors import ResultFileError, UsageError
 from bgcbench.experiments import approx_network_run
-from bgcbench.experiments.approx_run import Step
-from bgcbench.experiments.base import Run
+from bgcbench.experiments.base import Run, Session, Step
 from bgcbench.experiments.plan import PlanConfig
 from bgcbench.experiments.profile import row_seed
 from bgcbench.experiments.profile_run import on_device
-from bgcbench.experiments.session import Session
 from bgcbench.experiments.transfer import room_to_save
 from bgcbench.measure import timing
 from bgcbench.measure.batches import Passing
@@ -400,7 +398,7 @@ class PlanRun(Run[PlanRow]):
                 Scored(choice, cost.counts.params, cost.counts.macs, *lost, cost.seconds)
             )
         layers = tuple(LayerOptions(layer, tuple(made[layer.name])) for layer in self.prepared.layers)
-        found = Problem(layers, rest_s=self.facts.rest_s, factors=self.facts.factors)
+        found = Problem(layers, rest_s=self.facts.rest_s, factors=self.facts.factors).solved_anew()
         return found if self.facts.scale is None else found.saving(self.facts.scale)
 
     def _scale(self, model: nn.Module) -> Iterator[Step]:

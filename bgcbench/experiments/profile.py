@@ -1,7 +1,7 @@
-"""``bgcbench profile``: what a convolution variant costs on this device (the paper's Table 4, done right).
+"""``bgcbench profile``: what a convolution variant (Table 4 of the paper, done right) or a network costs here.
 
-The configuration and the plan are pure Python, so that everything wrong with them is said before torch is imported;
-:mod:`bgcbench.experiments.profile_run` measures them.
+Configurations, and the plan of one layer, are pure Python, so that everything wrong with them is said before torch is
+imported; that of a network is in :mod:`bgcbench.experiments.network_run`.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ from typing import Any, ClassVar, NamedTuple
 import msgspec
 
 from bgcbench.errors import ResultFileError, UsageError
-from bgcbench.experiments.config import RunConfig, refuse_misfits
+from bgcbench.experiments.config import ConvertedNetwork, RunConfig, refuse_misfits
 from bgcbench.experiments.options import (
     CHANNELS,
     GRID,
     MEASURE,
+    NETWORK,
     SIZE,
     WORKLOAD,
     Option,
@@ -29,6 +30,7 @@ from bgcbench.experiments.options import (
     option,
     positive,
 )
+from bgcbench.measure.counts import Counts as Work
 from bgcbench.measure.counts import count, paper_bytes
 from bgcbench.results import Json
 from bgcbench.results.rows import Counts, DistinctLayer, Memory, PaperRow, ProfileParams, ProfileRow, White
@@ -38,6 +40,7 @@ from bgcbench.specs import (
     LAYOUTS,
     MEMORY,
     MODES,
+    NETWORK_PHASES,
     PHASES,
     PLAIN_ALGORITHMS,
     POINTWISE_ALGORITHMS,
@@ -196,8 +199,44 @@ class ProfileConfig(MeasureConfig):
 
     @property
     def what(self) -> str:
-        """The workload in a file name."""
         return f"conv{self.in_channels}x{self.out_channels}k{self.kernel}-{self.precision}-{self.layout}"
+
+
+@dataclass(frozen=True)
+class NetworkConfig(ConvertedNetwork, MeasureConfig):
+    """One network to measure, dense and converted; valid once constructed (raises UsageError or ShapeError).
+
+    layers adds each distinct convolution by itself.
+    """
+
+    model: str = option(
+        "resnet50",
+        "A whole network instead of a layer: resnet50, wrn_28_10, resnext29_8x64d, wide_resnet34_2, any classification "
+        "network of torchvision, or timm/NAME.",
+    )
+    batch: int = option(32)
+    phases: tuple[str, ...] = option(None, check=one_of(NETWORK_PHASES, "phase"))
+    layers: bool = option(
+        False, "Also each distinct convolution by itself: where the time goes, and what would save some.", panel=NETWORK
+    )
+
+    SHORTHANDS: ClassVar[tuple[Option, ...]] = (dataclasses.replace(SIZE, shown="the network's own"),)
+    USUAL_PHASES: ClassVar[tuple[str, ...]] = NETWORK_PHASES
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.input_grad:
+            raise UsageError("--no-input-grad is for one layer; a network's images take no gradient")
+        self._resolve_network()
+        self._settle_plan()
+
+    @property
+    def is_pointwise(self) -> bool:
+        return self.where == "1x1"
+
+    @property
+    def what(self) -> str:
+        return f"{self.model.replace('/', '-')}-{self.precision}-{self.layout}"
 
 
 def check_same_workload(stored: Mapping[str, Any], config: RunConfig, name: str) -> None:
@@ -230,14 +269,12 @@ def check_same_fields(stored: Mapping[str, Any], wanted: Mapping[str, Any], free
 class PlannedRow:
     """One row to measure: what is known of it before, 'interrupted', or 'invalid' with the reason.
 
-    label: for people. spec: its layer; None where there is none, and of a whole network. group: rows of one group are
-    interleaved with one another.
+    subject: what is measured, None where nothing is: a layer as it is in a configuration, or a network
+    (bgcbench.experiments.profile_run.Subject).
     """
 
     row: ProfileRow
-    label: str
-    spec: ConvSpec | None = None
-    group: str = ""
+    subject: Any = None
 
     @property
     def key(self) -> str:
@@ -251,6 +288,15 @@ class PlannedRow:
     def invalid(self) -> str | None:
         """Why there is nothing to measure."""
         return self.row.reason if self.row.status == "invalid" else None
+
+
+class Layer(NamedTuple):
+    """One convolution, measured as the configuration says."""
+
+    config: ProfileConfig
+    spec: ConvSpec
+    counts: Work
+    memory: Memory
 
 
 class Wanted(NamedTuple):
@@ -286,14 +332,10 @@ def plan(config: ProfileConfig) -> list[PlannedRow]:
     """
     channels, kernel = (config.in_channels, config.out_channels), config.kernel
     own = ConvSpec("standard", *channels, kernel, config.stride, (kernel - 1) // 2, bias=False)
-    shape = f"{config.in_channels}x{config.out_channels}-k{kernel}-s{config.stride}"
-    rows = [
-        planned_layer(config, wanted, own, f"{wanted.choice.key}-{shape}", labelled(config, wanted))
-        for wanted in wanted_rows(config)
-    ]
+    rows = [planned_layer(config, wanted, own) for wanted in wanted_rows(config)]
     if not config.skip_invalid:
         refuse_misfits(row.invalid for row in rows if row.invalid)
-    if not any(row.spec for row in rows):
+    if all(row.invalid for row in rows):
         raise UsageError("nothing to measure: --groups and --variants leave no valid row")
     return rows
 
@@ -321,11 +363,6 @@ def wanted_of(config: MeasureConfig, choices: Collection[Choice]) -> list[Wanted
         for choice in choices
         for each in _algorithms(choice, mode, config)
     ]
-
-
-def labelled(config: MeasureConfig, wanted: Wanted, of: str = "") -> str:
-    """A row in a line of progress."""
-    return f"{wanted.choice.label}{of}" + (f" in {wanted.mode}" if len(config.modes) > 1 else "")
 
 
 def _algorithms(choice: Choice, mode: str, config: MeasureConfig) -> tuple[str, ...]:
@@ -364,25 +401,23 @@ def unmeasured(config: Any, wanted: Wanted, what: str, params: Json, **facts: An
 
 
 def planned_layer(
-    config: ProfileConfig,
-    wanted: Wanted,
-    own: ConvSpec,
-    what: str,
-    label: str,
-    group: str = "",
-    layer: DistinctLayer | None = None,
-    params: Json | None = None,
+    config: ProfileConfig, wanted: Wanted, own: ConvSpec, place: tuple[str, int, DistinctLayer] | None = None
 ) -> PlannedRow:
     """The row of a convolution as ``wanted``; own: the standard one, or the network's own, which may be grouped.
 
-    what: of its key. layer: where it stands in a network. params: further ones.
+    place: of a network's convolution, (name of the network, number, what it is there).
     """
     choice, shape = wanted.choice, (config.in_channels, config.out_channels, own.kernel_positions)
-    own_fields = {name: getattr(config, name) for name in ("in_channels", "out_channels", "kernel", "stride")}
-    params = {"groups": choice.reduction(*shape), **own_fields, **(params or {})}
+    channels = {name: getattr(config, name) for name in ("in_channels", "out_channels", "kernel", "stride")}
+    params: Json = {"groups": choice.reduction(*shape), **channels}
+    what, layer = f"{choice.key}-{shape[0]}x{shape[1]}-k{config.kernel}-s{config.stride}", None
+    if place is not None:
+        model, number, layer = place
+        what = f"{model}-layer{number}-{choice.key}"
+        height, width = layer.kernel or (0, 0)
+        params |= {"model": model, "layer": number} | ({"kernel_width": width} if width != height else {})
     if reason := choice.unfit(*shape):
-        row = unmeasured(config, wanted, what, params, status="invalid", reason=reason)
-        return PlannedRow(row, label, group=group)
+        return PlannedRow(unmeasured(config, wanted, what, params, status="invalid", reason=reason))
     asked: Json = {} if choice.is_dense else dataclasses.asdict(choice)
     spec = dataclasses.replace(own, algorithm=wanted.in_torch(choice.variant), **asked)
     size, item = (config.height, config.width), PRECISIONS[config.precision]
@@ -399,7 +434,8 @@ def planned_layer(
         input_bytes=config.batch * config.in_channels * math.prod(size) * item,
         output_bytes=config.batch * config.out_channels * math.prod(spec.output_size(*size)) * item,
     )
-    return PlannedRow(msgspec.structs.replace(row, memory=memory, paper=_printed(row.params)), label, spec, group)
+    row = msgspec.structs.replace(row, memory=memory, paper=_printed(row.params))
+    return PlannedRow(row, Layer(config, spec, counts, memory))
 
 
 def _printed(params: ProfileParams) -> PaperRow | None:

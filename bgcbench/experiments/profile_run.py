@@ -10,7 +10,7 @@ import statistics
 import time
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeGuard
 
@@ -21,13 +21,12 @@ from torch import nn
 from bgcbench.convs import VariantConv2d, build_conv
 from bgcbench.convs.autotune import AutotunedConv2d, hastily
 from bgcbench.deployment.workload import RuntimeFile, RuntimeWorkload, runtime_file
-from bgcbench.experiments.base import Run
+from bgcbench.experiments.base import Run, Session, Step, open_device
 from bgcbench.experiments.plan import PlanConfig
-from bgcbench.experiments.profile import MeasureConfig, PlannedRow, ProfileConfig, row_seed
-from bgcbench.experiments.session import Session, open_device
+from bgcbench.experiments.profile import Layer, MeasureConfig, PlannedRow, row_seed
 from bgcbench.measure import ceilings, environment, timing
 from bgcbench.measure.allocator import FAULT_S, memory_state, resolve_memory
-from bgcbench.measure.counts import CallWork, call_work, count
+from bgcbench.measure.counts import CallWork, call_work
 from bgcbench.measure.device import (
     DEVICE_LOST,
     DTYPES,
@@ -48,18 +47,9 @@ from bgcbench.measure.memory import Peak, measure_peak
 from bgcbench.measure.statistics import ROUNDS_OF_INTERVAL
 from bgcbench.measure.workload import Cell, Like, Workload
 from bgcbench.results import Document, rows
-from bgcbench.results.rows import (
-    Canary,
-    Derived,
-    Discarded,
-    Forms,
-    Group,
-    Phase,
-    ProfileRow,
-    Summary,
-)
+from bgcbench.results.rows import Canary, Derived, Discarded, Forms, Group, Phase, ProfileRow, Summary
 from bgcbench.results.times import is_doubtful
-from bgcbench.specs import NETWORK_PHASES, PHASES, PRECISIONS, RUNTIME, ConvSpec
+from bgcbench.specs import NETWORK_PHASES, PHASES, PRECISIONS, RUNTIME
 
 QUICK_S = 10.0  # of a quick look, of which one round at least is measured
 # What an estimate takes things to take: what is done once, building a row twice, the shortest call, and the calls in
@@ -67,37 +57,20 @@ QUICK_S = 10.0  # of a quick look, of which one round at least is measured
 SET_UP_S, BUILD_S, LEAST_CALL_S, TUNING_CALLS = 1.5, 0.05, 2e-5, 6
 
 
-@dataclass(frozen=True)
-class TimingProtocol:
-    """How times are taken. cold: the cache is overwritten before every call. memory: of bgcbench.specs.MEMORY."""
-
-    rules: timing.Rules
-    cold: bool
-    memory: str | None
-
-    @classmethod
-    def of(cls, config: MeasureConfig, device: torch.device) -> TimingProtocol:
-        """As ``config`` asks for it, or as it is fit for ``device``."""
-        return cls(
-            timing.Rules.for_device(device.type, quick=config.quick, max_time_s=config.max_time_s),
-            cold=config.cache == "cold" if config.cache else device.type == "cuda",
-            memory=resolve_memory(config.memory, device.type),
-        )
-
-
 def open_session(config: MeasureConfig) -> Session:
     """The device to measure; raises DeviceError where it is not there, UsageError for what it cannot do and for a
     package that a mode needs."""
     session = open_device(config, config.device, modes=config.modes, layout=config.layout)
-    protocol = TimingProtocol.of(config, session.device)
+    device = session.device.type
+    rules = timing.Rules.for_device(device, quick=config.quick, max_time_s=config.max_time_s)
     session.settings |= {
         "deterministic": False,
         "mode": config.mode,
-        "cache": "cold" if protocol.cold else "warm",
-        "memory": protocol.memory,
+        "cache": config.cache or ("cold" if device == "cuda" else "warm"),
+        "memory": resolve_memory(config.memory, device),
         "phases": list(config.phases),
         "input_grad": config.input_grad,
-        "timing": {"protocol": timing.PROTOCOL, **dataclasses.asdict(protocol.rules)},
+        "timing": {"protocol": timing.PROTOCOL, **dataclasses.asdict(rules)},
     }
     with backend_state(config.precision, config.threads):
         found = diagnose(session.device)
@@ -155,14 +128,13 @@ class Subject(ABC):
 class LayerSubject(Subject):
     """One convolution of the plan."""
 
-    def __init__(self, config: ProfileConfig, row: ProfileRow, spec: ConvSpec) -> None:
-        self.config, self.key, self.spec = config, row.key, spec
-        self.mode, self.algorithm = row.params.mode, row.params.algorithm
-        self.phases, self.batch, self.input_grad = config.phases, config.batch, config.input_grad
-        self.input_shape = (config.batch, spec.in_channels, config.height, config.width)
-        self.counts = count(spec, config.height, config.width, batch=config.batch, precision=config.precision)
-        self.executed = self.counts.executed(row.params.algorithm)
-        self.held_bytes = 2 * self.executed.params * PRECISIONS[config.precision]
+    def __init__(self, layer: Layer, row: ProfileRow) -> None:
+        self.config, self.spec, self.counts, self.memory = layer
+        self.key, self.mode, self.algorithm = row.key, row.params.mode, row.params.algorithm
+        self.phases, self.batch, self.input_grad = self.config.phases, self.config.batch, self.config.input_grad
+        self.input_shape = (self.batch, self.spec.in_channels, self.config.height, self.config.width)
+        self.executed = self.counts.executed(self.algorithm)
+        self.held_bytes = 2 * self.memory.params_bytes
 
     @property
     def is_tuned(self) -> bool:
@@ -182,13 +154,9 @@ class LayerSubject(Subject):
 
     def needed_bytes(self, phase: str) -> int:
         """Input, weights and output, and their gradients where taken."""
-        out_height, out_width = self.spec.output_size(self.config.height, self.config.width)
-        x = math.prod(self.input_shape)
-        y = self.batch * self.spec.out_channels * out_height * out_width
-        values = x + y + self.counts.params
-        if phase != "fwd":
-            values = 2 * values - (0 if self.input_grad else x)
-        return values * PRECISIONS[self.config.precision]
+        x, y = self.memory.input_bytes, self.memory.output_bytes
+        held = x + y + self.counts.params * PRECISIONS[self.config.precision]
+        return held if phase == "fwd" else 2 * held - (0 if self.input_grad else x)
 
 
 def is_measured(module: nn.Module) -> TypeGuard[VariantConv2d]:
@@ -221,6 +189,7 @@ class _Row:
 
     planned: PlannedRow
     subject: Subject
+    label: str  # in a line of progress
     first_call_s: dict[str, float] = field(default_factory=dict)
     host_s: dict[str, float | None] = field(default_factory=dict)
     peak: Peak | None = None
@@ -296,25 +265,26 @@ class _Row:
 
 
 @dataclass(frozen=True)
-class Update:
-    """What is happening; save: whether ``results`` are new."""
+class Update(Step):
+    """What is happening, and how far a group of rows is."""
 
-    doing: str
-    progress: timing.Progress | None
-    save: bool
+    progress: timing.Progress | None = None
 
 
-def layer_subjects(config: ProfileConfig, planned: Sequence[PlannedRow]) -> dict[str, Subject]:
-    """The layers of a plan of ``config``, by key."""
-    return {each.key: LayerSubject(config, each.row, each.spec) for each in planned if each.spec is not None}
+def subjects_of(planned: Sequence[PlannedRow]) -> dict[str, Subject]:
+    """What the rows of a plan measure, by key."""
+    return {
+        each.key: LayerSubject(each.subject, each.row) if isinstance(each.subject, Layer) else each.subject
+        for each in planned
+        if not each.invalid
+    }
 
 
 class ProfileRun(Run[ProfileRow]):
     """One run of ``profile`` on an open session; iterate ``run()`` for its updates.
 
-    subjects: what the rows measure, by key; by default the layers of their specs. kept: the rows of a resumed file by
-    key; those that are done are not measured again, and those that are not in the plan stay as they are. interleaved:
-    its groups. stop() is asked between batches of samples.
+    kept: the rows of a resumed file by key; those that are done are not measured again, and those that are not in the
+    plan stay as they are. interleaved: its groups. stop() is asked between batches of samples.
     """
 
     config: MeasureConfig
@@ -326,28 +296,30 @@ class ProfileRun(Run[ProfileRow]):
         session: Session,
         planned: Sequence[PlannedRow],
         *,
-        subjects: Mapping[str, Subject] | None = None,
-        kept: Mapping[str, Any] | None = None,
         interleaved: Sequence[Group] = (),
-        stop: Callable[[], bool] = lambda: False,
+        **options: Any,
     ) -> None:
-        self.config, self.session, self.planned, self.stop = config, session, planned, stop
-        self.protocol = TimingProtocol.of(config, session.device)
-        self.known = {each.key: each.row for each in planned if each.invalid} | dict(kept or {})
+        super().__init__(config, session, planned, **options)
+        self.rules = timing.Rules.for_device(session.device.type, quick=config.quick, max_time_s=config.max_time_s)
+        self.conditions = session.conditions
+        kept = self.known
+        self.known = {each.key: each.row for each in planned if each.invalid} | kept
         self.interleaved = list(interleaved)
         self.warnings = list(session.warnings)
-        if subjects is None and isinstance(config, ProfileConfig):
-            subjects = layer_subjects(config, planned)
-        self.subjects = subjects or {}
+        self.subjects = subjects_of(planned)
         done = {key for key, row in self.known.items() if row.is_done}
         self.rows = [
-            _Row(row, self.subjects[row.key], kept=(kept or {}).get(row.key))
+            _Row(row, self.subjects[row.key], self._label(row.row), kept=kept.get(row.key))
             for row in planned
             if row.key in self.subjects and row.key not in done
         ]
         self._contention: Contention | None = None  # on a CPU, of the group that is measured
         self._began = 0.0
         self._inputs: dict[tuple[tuple[int, ...], bool], torch.Tensor] = {}
+
+    def _label(self, row: ProfileRow) -> str:
+        of = f" of {row.layer.label}" if row.layer else ""
+        return row.params.choice.label + of + (f" in {row.params.mode}" if len(self.config.modes) > 1 else "")
 
     def take_into(self, document: Document) -> None:
         super().take_into(document)
@@ -361,7 +333,7 @@ class ProfileRun(Run[ProfileRow]):
         algorithm is chosen, it is warmed up, and rounds are measured until there are enough for an interval; a quick
         look then ends with its time, after one round at least.
         """
-        config, rules, device = self.config, self.protocol.rules, self.session.device
+        config, rules, device = self.config, self.rules, self.session.device
         # One thread waits for no other, so that this is right where other processes run, too.
         try:
             with backend_state(config.precision, 1), current(device):
@@ -396,23 +368,22 @@ class ProfileRun(Run[ProfileRow]):
         choosing = hastily() if config.quick else contextlib.nullcontext()
         state = backend_state(config.precision, config.threads)
         self._began = time.perf_counter()
-        with memory_state(self.protocol.memory), frozen_heap(), state, current(session.device), compiling, choosing:
+        with memory_state(self.conditions.memory), frozen_heap(), state, current(session.device), compiling, choosing:
             yield self._update("measuring the device's ceilings")
             try:
                 plain = make_stopwatch(session.device, cold=False)
                 self.ceilings = ceilings.measure_ceilings(plain, DTYPES[config.precision], quick=config.quick)
                 yield from self._look_at_each(plain)
                 alive = [row for row in self.rows if row.status == "interrupted"]
-                stopwatch = make_stopwatch(session.device, cold=self.protocol.cold) if alive else plain
+                stopwatch = make_stopwatch(session.device, cold=self.conditions.cache == "cold") if alive else plain
             except RuntimeError as failure:  # of the device itself: the rows' own failures are theirs
                 self._give_up(describe_failure(failure, session.device))
-                alive, stopwatch = [], None
-            groups = self._groups(alive)
-            for number, group in enumerate(groups):
-                if self.stop() or stopwatch is None:
-                    break
-                yield from self._measure(group, stopwatch, self._rules(group, groups[number:]))
-            if stopwatch is not None:
+            else:
+                groups = self._groups(alive)
+                for number, group in enumerate(groups):
+                    if self.stop():
+                        break
+                    yield from self._measure(group, stopwatch, self._rules(group, groups[number:]))
                 yield from self._measure_again([group for group in groups if self._doubtful(group)], stopwatch)
         yield self._update("done", save=True)
 
@@ -423,7 +394,7 @@ class ProfileRun(Run[ProfileRow]):
                 return
             if row.status != "interrupted":  # the device was lost on an earlier one
                 continue
-            yield self._update(f"first call and memory of {row.planned.label} ({number} of {len(self.rows)})")
+            yield self._update(f"first call and memory of {row.label} ({number} of {len(self.rows)})")
             there = environment.available_bytes(self.session.device)
             for phase in row.alive:
                 if (needed := row.subject.needed_bytes(phase)) > there:
@@ -509,10 +480,10 @@ class ProfileRun(Run[ProfileRow]):
         return row.subject.workload(self.session, self._inputs[shape, gradient], row.like)
 
     def _groups(self, rows: list[_Row]) -> list[list[_Row]]:
-        """The plan's groups, each in one piece, or, if what it holds does not fit together, row by row."""
-        planned: dict[str, list[_Row]] = {}
+        """The network, or the layer, and each of its own layers, in one piece, or row by row if that does not fit."""
+        planned: dict[int | None, list[_Row]] = {}
         for row in rows:
-            planned.setdefault(row.planned.group, []).append(row)
+            planned.setdefault(row.planned.params.layer, []).append(row)
         groups: list[list[_Row]] = []
         for members in planned.values():
             deltas = [row.peak.delta_bytes for row in members if row.peak]
@@ -529,8 +500,8 @@ class ProfileRun(Run[ProfileRow]):
         return groups
 
     def _rules(self, rows: list[_Row], left: list[list[_Row]]) -> timing.Rules:
-        """Those of the protocol; in a quick look ``rows`` have their share of what is left of its time."""
-        rules = self.protocol.rules
+        """Those of the device; in a quick look ``rows`` have their share of what is left of its time."""
+        rules = self.rules
         if not self.config.quick or self.config.max_time_s is not None:
             return rules
         left_s = max(0.0, QUICK_S - (time.perf_counter() - self._began))
@@ -540,34 +511,33 @@ class ProfileRun(Run[ProfileRow]):
     def _measure(self, rows: list[_Row], stopwatch: DeviceStopwatch, rules: timing.Rules) -> Iterator[Update]:
         """One interleaved group, from building its layers to the summary of its rows."""
         config, device = self.config, self.session.device
-        identity = 1 + max((entry.id for entry in self.interleaved), default=0)
         earlier = self._stopped(rows)
-        if earlier is not None:
-            identity = earlier.id
-            self.interleaved.remove(earlier)
+        entry = earlier or Group(
+            id=1 + max((other.id for other in self.interleaved), default=0),
+            max_time_s=rules.max_time_s,
+            alone=any(row.alone for row in rows),
+            rows=len(rows),
+        )
         for row in rows:
-            self._build(row, identity, stopped=earlier is not None)
+            self._build(row, entry.id, stopped=earlier is not None)
         for row in rows:
             for dense in (other for other in rows if other.is_reference_of(row)):
                 for phase, track in row.tracks.items():
                     track.reference = dense.tracks.get(phase)
-        order = random.Random(row_seed(config.seed, f"order-{identity}"))
+        order = random.Random(row_seed(config.seed, f"order-{entry.id}"))
         tracks = [track for row in rows for track in row.tracks.values()]
         group = timing.Group(tracks, stopwatch, rules, order, self.stop)
         if device.type == "cpu":
             self._contention = Contention(self.session.environment.cpu.threads)
-        alone = any(row.alone for row in rows)
-        entry = Group(id=identity, max_time_s=rules.max_time_s, alone=alone, rows=len(rows))
-        self.interleaved.append(earlier or entry)
-        before = earlier.canary if earlier else None
+        self.interleaved = [other for other in self.interleaved if other is not entry] + [entry]
         for progress in group.run():
             if progress.track is not None and progress.track.failure is not None:
                 free_memory(device)
             if progress.round_done:
-                self._settle(rows, group, before, finished=False)
+                self._settle(rows, group, entry.canary, finished=False)
             doing = "warming up" if progress.round == 0 else f"round {progress.round}"
             yield self._update(doing, progress, save=progress.round_done)
-        self._settle(rows, group, before, finished=not group.interrupted)
+        self._settle(rows, group, entry.canary, finished=not group.interrupted)
         for row in rows:
             row.tracks.clear()  # and with them the layers
         self._inputs.clear()
@@ -581,7 +551,7 @@ class ProfileRun(Run[ProfileRow]):
             dense = next((other.result() for other in rows if other.is_reference_of(row)), None)
             network = next((other.result() for other in self.rows if other.is_network_of(row)), None)
             if any(is_doubtful(row.result(), phase, dense, network) for phase in row.phases):
-                found.append(row.planned.label)
+                found.append(row.label)
         return found
 
     def _measure_again(self, groups: list[list[_Row]], stopwatch: DeviceStopwatch) -> Iterator[Update]:
@@ -593,13 +563,13 @@ class ProfileRun(Run[ProfileRow]):
             if self.stop():
                 return
             self.warnings.append(f"measured twice, because of times that cannot be: {', '.join(self._doubtful(group))}")
-            again = {row.planned.key: (row, row.interleaved) for row in group if row.status == "ok"}
-            members = [row for row, _ in again.values()]
+            again = [(row, row.interleaved) for row in group if row.status == "ok"]
+            members = [row for row, _ in again]
             for row in members:
                 row.before, row.status, row.reason = row.phases, "interrupted", "measured again"
                 row.kept = None
             yield from self._measure(members, stopwatch, self._rules(members, groups[number:]))
-            for row, interleaved in again.values():
+            for row, interleaved in again:
                 if row.status == "interrupted":
                     row.phases, row.interleaved = row.before, interleaved
                     row.end()
@@ -625,7 +595,7 @@ class ProfileRun(Run[ProfileRow]):
                 self._fail(row, failure, phase)
                 continue
             expected_s = row.first_call_s[phase] if plain else math.nan
-            track = timing.Track(row.planned.key, cell, expected_s, f"{row.planned.label} {phase}")
+            track = timing.Track(row.planned.key, cell, expected_s, f"{row.label} {phase}")
             if stopped and row.kept and phase in row.kept.phases:
                 kept = row.kept.phases[phase]
                 track.samples, track.rounds = list(kept.samples_s), list(kept.rounds)
@@ -670,13 +640,13 @@ class ProfileRun(Run[ProfileRow]):
     def _update(self, doing: str, progress: timing.Progress | None = None, *, save: bool = False) -> Update:
         if save:
             self.known |= {row.planned.key: row.result() for row in self.rows}
-        return Update(doing, progress, save)
+        return Update(doing, save=save, progress=progress)
 
     def _phase(self, row: _Row, phase: str, track: timing.Track[Cell]) -> Phase:
         summary, work = track.summary(), row.subject.work(phase)
         before = row.before.get(phase)
         host, median = row.host_s.get(phase), summary.median_s
-        faults = statistics.median(track.faults) if track.faults else None
+        faults, kept = statistics.median(track.faults) if track.faults else None, self.conditions.memory == "kept"
         ends = (summary.ci95_s.low, summary.ci95_s.high) if summary.ci95_s else None
         return Phase(
             samples_s=tuple(track.samples),
@@ -700,10 +670,8 @@ class ProfileRun(Run[ProfileRow]):
                 # Without launch gaps in the way (a graph) the host is not what limits; in eager mode the two times
                 # meet where it does.
                 launch_bound=None if host is None or row.subject.mode == "graph" else host >= 0.9 * median,
-                # Memory that is to be kept and comes from the system all the same: another allocator, or not room.
                 contended_cores=self._contention.cores if self._contention else None,
-                page_faults=None
-                if faults is None or self.protocol.memory != "kept"
-                else faults * FAULT_S > 0.01 * median,
+                # Memory that is to be kept and comes from the system all the same: another allocator, or not room.
+                page_faults=None if faults is None or not kept else faults * FAULT_S > 0.01 * median,
             ),
         )

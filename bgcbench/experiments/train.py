@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from bgcbench.errors import UsageError
-from bgcbench.experiments.config import NetworkChoice, PlanChoice, RunConfig
+from bgcbench.experiments.config import ConvertedNetwork, RunConfig
 from bgcbench.experiments.options import (
     GRID,
     MEASURE,
@@ -22,7 +22,6 @@ from bgcbench.experiments.options import (
     SIZE,
     WORKLOAD,
     Option,
-    alone,
     images,
     is_shard,
     listed,
@@ -62,16 +61,13 @@ PRESETS = {"table5": ("cifar10", paper.TABLE5), "table6": ("imagenet", paper.TAB
 
 
 @dataclass(frozen=True)
-class TrainConfig(PlanChoice, NetworkChoice, RunConfig):
+class TrainConfig(ConvertedNetwork, RunConfig):
     """One network, one data set, one recipe, the variants and seeds; valid once constructed.
 
-    data: one of TRAINING_SETS; :func:`as_folder` makes 'folder' of a path. data_dirs: where it is looked for.
-    recipe: None for the data set's own. The hyper-parameters (see :class:`bgcbench.training.recipes.Recipe`) are None
-    for the recipe's and written out afterwards, as are height, width, num_classes and stem_stride. pad, flip: of the
-    augmentation, None for the data set's. seeds: each trains every row once. algorithm: the one that layers run:
-    'fixed' (the variant's first, so that two runs give the same bits), 'auto' (the fastest, which each process
-    measures for itself), or one by name; None for fixed, with recipe 'fast' auto. val_alone: there are no images to
-    train with, a part of the others calibrates (``bgcbench transfer``). Raises UsageError or ShapeError.
+    data: one of TRAINING_SETS; :func:`as_folder` makes 'folder' of a path. None is for what the recipe (see
+    :class:`bgcbench.training.recipes.Recipe`), the network or the data set has; but for the data's, it is written out
+    afterwards. val_alone: there are no images to train with, a part of the others calibrates (``bgcbench transfer``).
+    Raises UsageError or ShapeError.
     """
 
     model: str = option(
@@ -167,7 +163,9 @@ class TrainConfig(PlanChoice, NetworkChoice, RunConfig):
             everyday=False,
             shown="the data's: 16 for digits, 32 for cifar10; else the network's",
         ),
-        shorthand("seed", ("seeds",), "The same for one seed.", kind=int, read=alone, panel=GRID, shown="0"),
+        shorthand(
+            "seed", ("seeds",), "The same for one seed.", kind=int, read=lambda name, one: (one,), panel=GRID, shown="0"
+        ),
     )
     takes_unlabelled: ClassVar[bool] = False
     FREE: ClassVar[tuple[str, ...]] = ("data_dirs", "download", "threads", "workers", "save_every_s", "seed")
@@ -176,7 +174,6 @@ class TrainConfig(PlanChoice, NetworkChoice, RunConfig):
 
     def __post_init__(self) -> None:
         self._check_data()
-        self._settle("recipe", self._default_recipe())
         self._settle("algorithm", "auto" if self.recipe == "fast" else "fixed")
         check_choice("algorithm", self.algorithm, TRAINING_ALGORITHMS)
         if self.quick:
@@ -188,8 +185,7 @@ class TrainConfig(PlanChoice, NetworkChoice, RunConfig):
         if unknown:
             object.__setattr__(self, "num_classes", None)
         for name, value in dataclasses.asdict(self._made()).items():  # so that a file says what ran
-            if name != "name":
-                object.__setattr__(self, name, value)
+            object.__setattr__(self, "recipe" if name == "name" else name, value)
         self._check_own()
         self._check_device()
         object.__setattr__(self, "seed", self.seeds[0])
@@ -271,11 +267,8 @@ class TrainConfig(PlanChoice, NetworkChoice, RunConfig):
         if not self.save_every_s > 0:
             raise UsageError(f"--save-every {self.save_every_s:g} must be a positive number of seconds")
 
-    def _default_recipe(self) -> str:
-        return default_recipe(self.data)
-
     def _made(self) -> Recipe:
-        return make_recipe(self.recipe, max(self.spec.size[1:]), self._hyper_given())
+        return make_recipe(self.recipe or default_recipe(self.data), max(self.spec.size[1:]), self._hyper_given())
 
     def _hyper_given(self) -> Json:
         """The hyper-parameters that were asked for."""
@@ -308,7 +301,6 @@ class TrainConfig(PlanChoice, NetworkChoice, RunConfig):
 
     @property
     def what(self) -> str:
-        """The workload in a file name."""
         return f"{self.model.replace('/', '-')}-{self.data}"
 
 
@@ -342,24 +334,14 @@ def params_of(config: TrainConfig, cell: Choice, seed: int, **others: Any) -> Tr
 
 def planned(kind: type[RowT], key: str, params: TrainParams, printed: float | None) -> RowT:
     """A row of which nothing is done; printed: the paper's error."""
-    return kind(
-        key=key,
-        params=params,
-        status="interrupted",
-        reason=None,
-        counts=None,
-        epochs=(),
-        error_initial=None,
-        error_final=None,
-        error_best=None,
-        paper=None if printed is None else PaperError(printed),
-        convert=None,
-    )
+    unknown: Json = dict.fromkeys(("reason", "counts", "error_initial", "error_final", "error_best", "convert"))
+    error = None if printed is None else PaperError(printed)
+    return kind(key=key, params=params, status="interrupted", epochs=(), paper=error, **unknown)
 
 
 def identity(config: TrainConfig, params: TrainParams) -> Json:
     """What a checkpoint of a row must agree on: all that its training depends on but the data's contents."""
-    left_out = {*config.FREE, *config.GRIDS, "plan", "reference", "skip_invalid", "device", "quick"}
+    left_out = {*config.FREE, *config.GRIDS, "plan", "reference", "skip_invalid", "device", "quick", "save"}
     shared = {name: value for name, value in config.to_json().items() if name not in left_out}
     rank = {} if params.rank is None else {"rank": params.rank}  # a file of an older version has none
     plan = {"plan": config.plan} if params.choice.is_planned else {}

@@ -7,7 +7,7 @@ import dataclasses
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -22,16 +22,12 @@ from bgcbench.conversion.record import replay
 from bgcbench.data import open_labelled
 from bgcbench.data.labelled import LabelledData, ResidentData
 from bgcbench.errors import BgcbenchError, OutputError, ShapeError, UsageError
-from bgcbench.experiments.base import Run
+from bgcbench.experiments.base import Run, Session, open_device
 from bgcbench.experiments.config import refuse_misfits
 from bgcbench.experiments.images import sized, traced
-from bgcbench.experiments.network_run import (
-    converted_as_chosen,
-    network_counts,
-)
+from bgcbench.experiments.network_run import converted_as_chosen, network_counts
 from bgcbench.experiments.profile import row_seed
 from bgcbench.experiments.profile_run import measured_forms
-from bgcbench.experiments.session import Session, open_device
 from bgcbench.experiments.train import RowT, TrainConfig, identity, plan
 from bgcbench.measure.ceilings import measure_ceilings
 from bgcbench.measure.device import (
@@ -257,16 +253,13 @@ class TrainRun(Run[RowT]):
         session: Session,
         world: World,
         *,
-        kept: Mapping[str, RowT] | None = None,
         folder: Path | None = None,
         afresh: bool = True,
         replace: bool = False,
-        stop: Callable[[], bool] = lambda: False,
+        **options: Any,
     ) -> None:
-        self.prepared, self.session, self.world, self.stop = prepared, session, world, stop
-        self.config, self.planned = prepared.config, prepared.rows
-        self.folder = folder
-        self.known = dict(kept or {})
+        super().__init__(prepared.config, session, prepared.rows, **options)
+        self.prepared, self.world, self.folder = prepared, world, folder
         self.warnings = [*session.warnings, *prepared.warnings]
         self._begun: float | None = None
         self._credit = 0.0  # rows' worth of what earlier runs have done

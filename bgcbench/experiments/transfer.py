@@ -15,9 +15,9 @@ from typing import Any, ClassVar
 
 from bgcbench.errors import OutputError, UsageError
 from bgcbench.experiments import train
-from bgcbench.experiments.config import ImageChoice, NetworkChoice
-from bgcbench.experiments.network import NetworkConfig
+from bgcbench.experiments.config import ImageChoice, shared_fields
 from bgcbench.experiments.options import CONVERSION, GRID, RECIPE, WORKLOAD, Option, one_of, option, word_or_path
+from bgcbench.experiments.profile import NetworkConfig
 from bgcbench.experiments.train import CLASSES, READ_BY_WORKERS, TrainConfig, params_of, planned
 from bgcbench.results import Json
 from bgcbench.results.rows import TrainParams, TransferRow
@@ -52,14 +52,10 @@ KEPT_IN = ("data", "imagenet")  # where images are looked for, in the current fo
 class TransferConfig(ImageChoice, TrainConfig):
     """One trained network, one data set, the ways to convert it and how to train on; valid once constructed.
 
-    weights: a file, 'default' (torchvision's published ones) or 'none' (untrained); None stands for the default. inits:
-    how the converted weights are found (see :func:`bgcbench.convert`). rebn: whether batch norm's statistics are
-    estimated anew; without images (data NO_IMAGES) only white and copied weights can be, and nothing is estimated,
-    evaluated or trained. calibration_images: of the training data, for the two. epochs: 0 evaluates the conversions
-    and trains nothing. distill: the original network's outputs are targets too. control: the untouched network is
-    trained as well. data 'unlabelled': only these outputs are targets, and networks are evaluated by their agreement.
-    time: what each network costs is measured. save: a folder for the converted networks. The rest is
-    as in ``bgcbench train``. Raises UsageError or ShapeError.
+    inits: see :func:`bgcbench.convert`. Without images (data NO_IMAGES) only white and copied weights can be, and
+    nothing is estimated, evaluated or trained. Of images without labels (data 'unlabelled') the original's outputs are
+    the only targets, and networks are evaluated by their agreement with it. The rest is as in ``bgcbench train``.
+    Raises UsageError or ShapeError.
     """
 
     model: str = option(
@@ -123,9 +119,7 @@ class TransferConfig(ImageChoice, TrainConfig):
         shown="512",
     )
     distill: bool = option(
-        False,
-        "The original network's outputs are targets beside the labels, or alone without any.",
-        panel=RECIPE,
+        False, "The original network's outputs are targets beside the labels, or alone without any.", panel=RECIPE
     )
     control: bool = option(False, "Train the untouched network alike: what more epochs do by themselves.", panel=GRID)
     time: bool = option(False, "Measure inference and a training step of each network, interleaved.", panel=GRID)
@@ -232,11 +226,8 @@ class TransferConfig(ImageChoice, TrainConfig):
                 f"classes apart, and {other}{' asked for' * (self.data == NO_IMAGES)}; {way_out}"
             )
 
-    def _default_recipe(self) -> str:
-        return "paper"
-
     def _made(self) -> Recipe:
-        return make_transfer_recipe(self.recipe, self._hyper_given())
+        return make_transfer_recipe(self.recipe or "paper", self._hyper_given())
 
     @property
     def what(self) -> str:
@@ -250,28 +241,14 @@ class TransferConfig(ImageChoice, TrainConfig):
     def costs(self, device: str) -> NetworkConfig:
         """What to measure on ``device`` for --time: the networks, in small batches on a CPU, by the fastest algorithm
         unless another one is asked for by name."""
-        shared = (
-            "variants",
-            "groups",
-            "ranks",
-            "plan",
-            "precision",
-            "threads",
-            "seed",
-            "quick",
-            "skip_invalid",
-            "layout",
-        )
-        batch = self.batch_size
-        return NetworkConfig(
-            **{name: getattr(self, name) for name in shared},
-            **{field.name: getattr(self, field.name) for field in dataclasses.fields(NetworkChoice)},
-            device=device,
-            phases=NetworkConfig.USUAL_PHASES,
-            algorithm="auto" if self.algorithm in (None, "fixed") else self.algorithm,
-            batch=min(batch, CPU_BATCH) if device == "cpu" else batch,
-            mode="compile" if self.compile else "eager",
-        )
+        own = {
+            "device": device,
+            "phases": NetworkConfig.USUAL_PHASES,
+            "algorithm": "auto" if self.algorithm in (None, "fixed") else self.algorithm,
+            "batch": min(self.batch_size, CPU_BATCH) if device == "cpu" else self.batch_size,
+            "mode": "compile" if self.compile else "eager",
+        }
+        return NetworkConfig(**{**shared_fields(self, NetworkConfig), **own})
 
 
 def plan(config: TransferConfig, weights: str = "", images: int | None = None) -> list[TransferRow]:
@@ -312,8 +289,7 @@ def _row(config: TransferConfig, cell: Choice, init: str, seed: int, weights: st
 
 def identity(config: TransferConfig, params: TrainParams, weights_sha256: str | None) -> Json:
     """What a checkpoint of a row must agree on, as in training, and where the weights came from."""
-    shared = {name: value for name, value in train.identity(config, params).items() if name != "save"}
-    return {**shared, "init": params.init, "weights_sha256": weights_sha256}
+    return {**train.identity(config, params), "init": params.init, "weights_sha256": weights_sha256}
 
 
 def preset(name: str, given: Mapping[str, Any]) -> dict[str, Any]:

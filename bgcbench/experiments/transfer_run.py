@@ -33,11 +33,10 @@ from bgcbench.conversion.record import Converted
 from bgcbench.data import Images
 from bgcbench.data.views import Views
 from bgcbench.errors import OutputError, UsageError
-from bgcbench.experiments.images import prepared_for, sized, told, warned
-from bgcbench.experiments.network_run import conversion_of
-from bgcbench.experiments.network_times import NetworkTimes
+from bgcbench.experiments.base import Session
+from bgcbench.experiments.images import prepared_for, seeded, sized, told, warned
+from bgcbench.experiments.network_run import begun
 from bgcbench.experiments.profile import row_seed
-from bgcbench.experiments.session import Session
 from bgcbench.experiments.train_run import (
     Prepared,
     TrainRun,
@@ -49,16 +48,19 @@ from bgcbench.experiments.train_run import (
 )
 from bgcbench.experiments.transfer import TransferConfig, identity, plan, room_to_save, saved_name
 from bgcbench.measure.device import Failure, describe_failure, free_memory
-from bgcbench.models import build_model
 from bgcbench.models.weights import Loaded, Weights
-from bgcbench.results import Json, write_atomically
-from bgcbench.results.rows import Record, TransferRow
+from bgcbench.results import Document, Json, write_atomically
+from bgcbench.results.rows import CellKey, NetworkTime, ProfileRow, Ratio, Record, TransferRow
+from bgcbench.results.times import time_ratio
 from bgcbench.specs import HELD_OUT
 from bgcbench.training.distributed import World
 from bgcbench.training.loop import NotFinite, Scores, Training
 from bgcbench.training.recipes import Recipe
 
+UNTRAINED = "--weights none: the network is untrained, and what a conversion loses of it says nothing"
 NOT_EVALUATED, NOT_TRAINED, UNTOUCHED = "converted, not evaluated yet", "converted, not trained yet", "not trained yet"
+STANDARD: CellKey = ("standard", 1, None)
+MEASURED_AS = {"fwd": "deployed", "train_step": "masked"}  # the algorithm, where a network is measured in both
 BATCH = 64  # calibration images that are read at a time
 
 
@@ -97,8 +99,10 @@ def prepare(config: TransferConfig, world: World) -> TransferPrepared:
     rows, traces, warnings = try_conversions(config, rows, **image_counts(data, options))
     if config.calibrates and len(images) < HELD_OUT:
         raise UsageError(f"--data {config.data} has {len(images)} training images; {HELD_OUT} are needed to calibrate")
-    network, loaded = world.first(lambda: _loaded(config, weights))
-    warnings += [*loaded.notes, *warned(data.preprocessing, weights, config.model), *untrained(config)]
+    network = seeded(config.spec, row_seed(config.seed, "network")).eval()
+    loaded = world.first(lambda: weights.load_into(network, config.spec))
+    warnings += [*loaded.notes, *warned(data.preprocessing, weights, config.model)]
+    warnings += [UNTRAINED] * (config.weights == "none")
     if config.calibrates and count < wanted and not config.quick:
         warnings.append(
             f"{data.name} has {count} training images, fewer than the {wanted} to calibrate with; all are used"
@@ -117,30 +121,12 @@ def prepare(config: TransferConfig, world: World) -> TransferPrepared:
     )
 
 
-def _loaded(config: TransferConfig, weights: Weights) -> tuple[nn.Module, Loaded]:
-    network = untouched(config)
-    return network, weights.load_into(network, config.spec)
-
-
-def untouched(config: TransferConfig) -> nn.Module:
-    """The network that is to get its weights."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(row_seed(config.seed, "network"))
-        return build_model(config.spec).eval()
-
-
-def untrained(config: TransferConfig) -> list[str]:
-    """A warning where the network has no weights of a training."""
-    if config.weights != "none":
-        return []
-    return ["--weights none: the network is untrained, and what a conversion loses of it says nothing"]
-
-
 class TransferRun(TrainRun[TransferRow]):
     """One run over the rows of a prepared transfer, in stages."""
 
     prepared: TransferPrepared
     config: TransferConfig
+    less_memory = "use fewer --calibration-images"  # for a conversion
 
     def __init__(self, prepared: TransferPrepared, session: Session, world: World, **options: Any) -> None:
         super().__init__(prepared, session, world, **options)
@@ -164,8 +150,8 @@ class TransferRun(TrainRun[TransferRow]):
             return
         folder = Path(self.config.save)
         # What a resumed run finds there is its own.
-        keys = [row.key for row in self.planned if not row.params.is_dense]
-        room_to_save(folder, map(saved_name, keys), replace=self._replace or not self._afresh)
+        names = [saved_name(row.key) for row in self.planned if not row.params.is_dense]
+        room_to_save(folder, names, replace=self._replace or not self._afresh)
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -297,7 +283,7 @@ class TransferRun(TrainRun[TransferRow]):
             except Stopped:
                 return None
             except Exception as problem:  # noqa: BLE001 - the other rows are worth having
-                return describe_failure(problem, self.session.device, "use fewer --calibration-images")
+                return describe_failure(problem, self.session.device, self.less_memory)
             made.append(converted.model)
             return converted.record, time.perf_counter() - begin
 
@@ -315,7 +301,7 @@ class TransferRun(TrainRun[TransferRow]):
         torch.manual_seed(row_seed(params.seed, row.key))  # for 'scratch'
         return convert(
             self.original,
-            **conversion_of(config, params.choice, config.algorithm_of),
+            **config.conversion(params.choice, config.algorithm_of),
             init=params.init,
             calibration=batches,
             calibration_images=views * params.calibration_images if params.calibration_images else None,
@@ -392,22 +378,24 @@ class TransferRun(TrainRun[TransferRow]):
         rows = [row for row in self.planned if row.key in self.known and self.known[row.key].time is None]
         if not rows:
             return True
-        networks = NetworkTimes(
-            self.config.costs(str(self.session.device)), {row.params.cell for row in rows}, self.stop
-        )
         at = functools.partial(Update, self.planned[0], 0, len(rows), None)
         try:
-            for doing in networks.run():
-                yield at(0.0, doing=f"timing: {doing}")
+            costs = self.config.costs(str(self.session.device))
+            run, measured = begun(costs, {STANDARD, *(row.params.cell for row in rows)}, self.stop)
+            for update in run.run():
+                yield at(0.0, doing=f"timing: {update.doing}")
         except Exception as problem:  # noqa: BLE001 - conversions and trainings are worth having without
             failure = describe_failure(problem, self.session.device)
             self.warnings.append(f"--time: the networks could not be measured: {failure.reason}")
             return True
         if self.stop():
             return False
-        self.warnings += [f"--time: {text}" for text in networks.warnings]
+        run.take_into(measured)
+        failed = [row for row in measured.results if row.status != "ok"]
+        self.warnings += [f"--time: {text}" for text in measured.measurement_warnings]
+        self.warnings += [f"--time: {row.params.choice.label} could not be measured: {row.reason}" for row in failed]
         for row in rows:
-            self.known[row.key] = replace(self.known[row.key], time=networks.times[row.params.cell])
+            self.known[row.key] = replace(self.known[row.key], time=network_time(measured, row.params.cell))
         yield at(1.0, save=True, doing="timed")
         return True
 
@@ -437,6 +425,25 @@ class TransferRun(TrainRun[TransferRow]):
             self.known[row.key] = replace(self.known[row.key], agreement_final=agreement)
         if not row.params.is_dense:
             self._save(row, training.network)
+
+
+def network_time(measured: Document, cell: CellKey) -> NetworkTime | None:
+    """Median times of a network (seconds), and the standard network's over them; None where none was measured."""
+    rows: Sequence[ProfileRow] = measured.results
+    phases: dict[str, Ratio] = {}
+    for phase, algorithm in MEASURED_AS.items():
+        of = [row for row in rows if phase in row.phases and phase not in row.failures]
+        of.sort(key=lambda row: row.params.algorithm != algorithm)
+        standard, row = (next((row for row in of if row.params.cell == each), None) for each in (STANDARD, cell))
+        if row is None:
+            continue
+        summary, over = row.phases[phase].summary, time_ratio(row, standard, phase)
+        ends = (over.ci95.low, over.ci95.high) if over and over.ci95 else None
+        phases[phase] = Ratio(summary.median_s, summary.ci95_s, summary.n, over.value if over else None, ends)
+    if not phases:
+        return None
+    conditions = {name: getattr(rows[0].params, name) for name in ("batch", "precision", "layout", "mode")}
+    return NetworkTime(phases, memory=measured.settings.memory, **conditions)
 
 
 def _scores(training: Training) -> Scores:

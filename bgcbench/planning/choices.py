@@ -15,6 +15,9 @@ from bgcbench.specs import VARIANTS, Choice, cost_kind, rank_of
 
 # Shares of a layer's parameters for which there is no N, and a rank.
 SHARES = (Fraction(7, 8), Fraction(6, 8), Fraction(5, 8), Fraction(3, 8))
+# What remains of the felt loss f of a layer once the convolutions behind it are solved anew: f^SATURATES, as large as f
+# at AT, times MADE_UP to the share of the convolutions that are behind it. Found on random plans (docs/plan.md).
+SATURATES, AT, MADE_UP = 0.7, 0.01, 0.2
 
 
 @dataclass(frozen=True)
@@ -22,8 +25,8 @@ class Scored:
     """A choice for a layer, and what it comes to.
 
     params, macs: of the layer as that, biases apart, one image, all calls. loss: the share of its output's variance
-    that is lost; felt: of the variance of the network's outputs, by the network's sensitivity to the layer. seconds: of
-    one call of the network, where it was measured.
+    that is lost; felt: of the variance of the network's outputs, by the network's sensitivity to the layer (see also
+    :meth:`Problem.solved_anew`). seconds: of one call of the network, where it was measured.
     """
 
     choice: Choice
@@ -93,6 +96,19 @@ class Problem:
 
     def _chosen(self, choices: Mapping[str, Choice]) -> list[Scored]:
         return [each.of(choices[each.layer.name]) for each in self.layers]
+
+    def solved_anew(self) -> Problem:
+        """The same with what is expected to remain of felt losses in a conversion that solves what stays, too.
+
+        Large errors are made up for more than small ones, and those of the first layers more than those of the last.
+        """
+        made, last = [], max(1, len(self.layers) - 1)
+        for behind, each in zip(reversed(range(len(self.layers))), self.layers, strict=True):
+            share = MADE_UP ** (behind / last)
+            felt = (share * AT ** (1 - SATURATES) * option.felt**SATURATES for option in each.options)
+            own = (dataclasses.replace(option, felt=f) for option, f in zip(each.options, felt, strict=True))
+            made.append(LayerOptions(each.layer, tuple(own)))
+        return dataclasses.replace(self, layers=tuple(made))
 
     def saving(self, scale: float) -> Problem:
         """The same where all that is saved of the time is ``scale`` times as much."""

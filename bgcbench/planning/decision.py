@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from dataclasses import replace as replaced
@@ -13,7 +14,7 @@ from typing import Any
 
 from bgcbench.errors import UsageError
 from bgcbench.planning import FORMAT, read_plan
-from bgcbench.planning.choices import LayerOptions, Problem, Scored, best_families
+from bgcbench.planning.choices import SATURATES, LayerOptions, Problem, Scored, best_families
 from bgcbench.results import write_atomically
 from bgcbench.specs import Choice, check_positive, cost_kind
 from bgcbench.theory import knapsack
@@ -188,18 +189,30 @@ def contenders(
     return made + [Contender(variant, label, choices) for variant, (label, choices) in families.items()]
 
 
-def again(problem: Problem, lost: Mapping[str, float], choices: Mapping[str, Choice]) -> Problem:
-    """``problem`` with what layers lost in the network converted by ``choices``, in the place of what was expected.
+def again(problem: Problem, lost: Mapping[str, float], choices: Mapping[str, Choice], error: float) -> Problem:
+    """``problem`` with what the network converted by ``choices`` really lost, in the place of what was expected.
 
     What a layer loses as its choice there (``lost``, by name), over what it was to lose by itself, scales what is felt
-    of all its choices.
+    of all its choices, as far as that grows with it; and all layers are scaled so that the ``error`` of that network's
+    outputs is what is predicted of it.
     """
-    layers = []
+
+    def scaled(problem: Problem, scales: Mapping[str, float]) -> Problem:
+        return replaced(problem, layers=tuple(
+            LayerOptions(each.layer, tuple(replaced(o, felt=o.felt * scales[each.layer.name]) for o in each.options))
+            for each in problem.layers
+        ))  # fmt: skip
+
+    scales = {}
     for options in problem.layers:
-        expected, real = options.of(choices[options.layer.name]).loss, lost.get(options.layer.name)
-        scale = min(FURTHEST, max(1 / FURTHEST, real / expected)) if real is not None and expected > 0 else 1.0
-        layers.append(LayerOptions(options.layer, tuple(replaced(o, felt=o.felt * scale) for o in options.options)))
-    return replaced(problem, layers=tuple(layers))
+        name = options.layer.name
+        expected, real = options.of(choices[name]).loss, lost.get(name)
+        ratio = real / expected if real is not None and expected > 0 else 1.0
+        scales[name] = min(FURTHEST, max(1 / FURTHEST, ratio)) ** SATURATES
+    by_layer = scaled(problem, scales)
+    predicted = by_layer.felt(choices)
+    known = 0 < error < math.inf and predicted > 0
+    return scaled(by_layer, dict.fromkeys(scales, error / predicted)) if known else by_layer
 
 
 def taken(kind: str, budget: float, tried: Mapping[str, float], costs: Mapping[str, float]) -> str:

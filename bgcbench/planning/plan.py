@@ -123,7 +123,7 @@ def plan(
         example = first if example_input is None else _filled(checked_example(example_input), model)
         problem = timed(model, problem, seen.passing, example, execution, quick=quick, seed=seed, stop=stop)
     choose(problem, kind, budget, most_variants=most_variants)  # refuses what cannot be met, whatever is lost
-    problem = scored(model, problem, seen)
+    problem = scored(model, problem, seen).solved_anew()
     if kind == "time" and budget < 1:
         scale, note = saved_by_its_network(
             model, problem, budget, seen.passing, example, execution, most_variants=most_variants, quick=quick,
@@ -165,15 +165,16 @@ def tryout(
     converted: returns that error for a contender, and what its layers lose, after converting the network. What is
     chosen by the real losses of the first of them comes last. quick: only two of them (see :func:`contenders`).
     """
-    real: Mapping[str, float] = {}
+    real: tuple[Mapping[str, float], float] = {}, 0.0
     found = contenders(problem, kind, budget, most_variants=most_variants, quick=quick)
     for each in found:
         error, lost = converted(each)
-        real = lost if each.name == FELT else real
+        real = (lost, error) if each.name == FELT else real
         yield each, error
     if quick:
         return
-    choices = choose(again(problem, real, found[0].choices), kind, budget, most_variants=most_variants)
+    lost, error = real
+    choices = choose(again(problem, lost, found[0].choices, error), kind, budget, most_variants=most_variants)
     if all(choices != each.choices for each in found):
         last = Contender(AGAIN, "by its real losses", choices)
         yield last, converted(last)[0]

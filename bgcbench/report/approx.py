@@ -49,7 +49,7 @@ def approx_report(document: Document) -> Report:
     noted = notes(document, sorted(missing), invalid + failed_rows(document))
     table = Table(_title(document, rows), sampled_columns(marks), rows, sections)
     records = [row_record(row, without=("null_reasons",)) | {"front": marks.get(row.key, "")} for row in rows]
-    return Report([table], noted, records, part="approx")
+    return Report([table], noted, records)
 
 
 def _title(document: Document, rows: Sequence[SampledRow]) -> list[str]:
@@ -66,24 +66,44 @@ def _title(document: Document, rows: Sequence[SampledRow]) -> list[str]:
 
 def sampled_columns(marks: Mapping[str, str]) -> list[Column[SampledRow]]:
     return [
-        label("input", lambda row: row.params.input),
-        label("variant", lambda row: label_of(row.params.variant)),
+        label("input", lambda row: row.params.input, "Law of the input."),
+        label("variant", lambda row: label_of(row.params.variant), "The variant."),
         *group_columns(lambda row: row.params),
-        Column("params", lambda row: row.counts and row.counts.params, scaled),
-        Column("MACs", lambda row: row.counts and row.counts.macs, scaled, drop=7),
-        Column("E", lambda row: row.error, _tiny(5), drop=6),
-        Column("Rel.E e-3", _relative),
-        Column("exact e-3", lambda row: row.exact_relative_error, milli),
-        Column("limit e-3", lambda row: row.limit_relative_error, milli, optional=True, drop=4),
-        Column("in sample", _in_sample, "{:.4f}".format, drop=6),
-        Column("proof's weights e-3", lambda row: row.construction_relative_error, milli, drop=5),
-        Column("bound e-3", lambda row: row.bound_zero_mean, milli, drop=3),
-        Column("general bound", lambda row: row.bound_general, _tiny(3), drop=8),
-        Column("scaled e-3", lambda row: row.scaled_error, milli),
-        Column("lost", lambda row: row.output_relative_error, "{:.2%}".format),
-        words("front", lambda row: marks.get(row.key, ""), drop=2),
-        words("found by", _solver, drop=9),
+        Column("params", lambda row: row.counts and row.counts.params, "Parameters.", scaled),
+        Column("MACs", lambda row: row.counts and row.counts.macs, "Multiply-accumulate operations.", scaled, drop=7),
+        Column("E", lambda row: row.error, "Smallest error (5.1), the mean over the convolutions.", _tiny(5), drop=6),
+        Column("Rel.E e-3", _relative, RELATIVE),
+        Column("exact e-3", lambda row: row.exact_relative_error, EXACT_ERROR, milli),
+        Column("limit e-3", lambda row: row.limit_relative_error, LIMIT, milli, optional=True, drop=4),
+        Column("in sample", _in_sample, IN_SAMPLE, "{:.4f}".format, drop=6),
+        Column("proof's weights e-3", lambda row: row.construction_relative_error, PROOF, milli, drop=5),
+        Column("bound e-3", lambda row: row.bound_zero_mean, BOUND, milli, drop=3),
+        Column("general bound", lambda row: row.bound_general, "K (1 - 1/N)^(p+1).", _tiny(3), drop=8),
+        Column("scaled e-3", lambda row: row.scaled_error, "Rel.E / (1 - 1/N)^p.", milli),
+        Column("lost", lambda row: row.output_relative_error, LOST, "{:.2%}".format),
+        words("front", lambda row: marks.get(row.key, ""), FRONT, drop=2),
+        words("found by", _solver, FOUND_BY, drop=9),
     ]
+
+
+RELATIVE = (
+    "E over E||W||^2 E||x||^2 (5.3) and ±, its standard error over the convolutions for the given inputs. What the "
+    "inputs scatter, all rows of an input share."
+)
+EXACT_ERROR = "Rel.E of an infinite sample in closed form, border included."
+LIMIT = "Rel.E of low rank on white input, of many channels: the tail of Marchenko and Pastur's law."
+IN_SAMPLE = (
+    "Rel.E / (exact (1 - p/(SD))): within a sample the error is low by that factor; an output fits p numbers and sees "
+    "SD positions."
+)
+PROOF = "Rel.E of the construction in the proofs of Theorems 3.5 and 3.6."
+BOUND = "(K/n)(1 - 1/N)^p, where p = 1 for GC and 2 for BGC."
+LOST = "E over E||Wx||^2: the share of the output."
+FRONT = "Where no other row of the input has fewer params (MACs) without losing more: the Pareto front."
+FOUND_BY = (
+    "The solver, and for how many convolutions it ran. A search proves no minimum, and its rows hold the number of "
+    "convolutions given."
+)
 
 
 def _tiny(digits: int) -> Callable[[float], str]:

@@ -36,7 +36,7 @@ def network_report(document: Document, rows: Sequence[LayerRow]) -> Report:
     if moments:
         took = f"{moments.bytes / 2**30:.2g} GiB at once, in {moments.passes} run(s) over the images"
         facts = [f"second moments took up to {took}"]
-    return Report(tables, notes(document, facts), list(map(_record, rows)), part="approx")
+    return Report(tables, notes(document, facts), list(map(_record, rows)))
 
 
 def layer_columns(cells: Sequence[CellKey]) -> list[Column[ByCell]]:
@@ -50,31 +50,43 @@ def layer_columns(cells: Sequence[CellKey]) -> list[Column[ByCell]]:
         return next(iter(of.values()))
 
     return [
-        label("layer", lambda of: any_row(of).params.layer),
-        words("convolution", lambda of: _shape(any_row(of).params), drop=2),
-        Column("MACs share", lambda of: any_row(of).macs_share, PERCENT, drop=1),
-        *(Column(named(*at), partial(lost, at=at), name="VARIANT N=..") for at in cells),
+        label("layer", lambda of: any_row(of).params.layer, LAYER),
+        words("convolution", lambda of: _shape(any_row(of).params), "Kernel, channels and stride.", drop=2),
+        Column("MACs share", lambda of: any_row(of).macs_share, "Of the convolutions in this table.", PERCENT, drop=1),
+        *(Column(named(*at), partial(lost, at=at), LOST, name="VARIANT N=..") for at in cells),
     ]
 
 
+LAYER = "A convolution; those that lose most on average come first."
+LOST = (
+    "Share of the layer's output energy that the variant loses on the network's own inputs, with calibrated weights: "
+    "E||Wu - Vu||^2 / E||Wu||^2 on one image in four that is held out. The rest of the network is dense."
+)
+CALIBRATED = (
+    "Share lost with least squares on the activations, pulled towards white by the ridge that serves best on images "
+    "held out. TLGC, FLGC and LGC are searches, with one fixed ridge."
+)
+POSITIONS = "Output positions solved on + evaluated on."
+
+
 def weight_columns() -> list[Column[LayerRow]]:
-    def lost(title: str, share: Callable[[LayerErrors], float]) -> Column[LayerRow]:
+    def lost(title: str, share: Callable[[LayerErrors], float], meaning: str) -> Column[LayerRow]:
         def value(row: LayerRow) -> float | None:
             return share(row.output_relative_error) if row.output_relative_error else None
 
-        return Column(title, value, PERCENT)
+        return Column(title, value, meaning, PERCENT)
 
     return [
-        label("layer", lambda row: row.params.layer),
-        label("variant", lambda row: label_of(row.params.variant)),
+        label("layer", lambda row: row.params.layer, LAYER),
+        label("variant", lambda row: label_of(row.params.variant), "The variant."),
         *group_columns(lambda row: row.params),
-        Column("params", lambda row: row.counts and row.counts.params, scaled),
-        lost("copied", lambda errors: errors.copy),
-        lost("white", lambda errors: errors.white),
-        lost("calibrated", lambda errors: errors.calibrated),
-        Column("ridge", lambda row: row.ridge, "{:g}".format, drop=2),
-        Column("positions", lambda row: f"{row.rows:,} + {row.held_out_rows:,}", drop=3),
-        words("why not", lambda row: row.reason, optional=True),
+        Column("params", lambda row: row.counts and row.counts.params, "Parameters.", scaled),
+        lost("copied", lambda errors: errors.copy, "Share of the output lost with copied weights, as in the paper."),
+        lost("white", lambda errors: errors.white, "Share lost with the closed-form optimum for uncorrelated inputs."),
+        lost("calibrated", lambda errors: errors.calibrated, CALIBRATED),
+        Column("ridge", lambda row: row.ridge, "Of that least squares, relative.", "{:g}".format, drop=2),
+        Column("positions", lambda row: f"{row.rows:,} + {row.held_out_rows:,}", POSITIONS, drop=3),
+        words("why not", lambda row: row.reason, "Why a row has no numbers.", optional=True),
     ]
 
 

@@ -200,7 +200,7 @@ def compare_report(
     tripped = any(change.slower for change in changes) or (limit is not None and bool(gone))
     sections = {"Measured before and no longer": gone, "Notes": notes}
     table = Table(["bgcbench compare"], change_columns(changes), changes, sections)
-    return Report([table], records=[change.record for change in changes], part="compare"), tripped
+    return Report([table], records=[change.record for change in changes]), tripped
 
 
 def _change(before: ProfileRow, after: ProfileRow, phase: str, limit: float | None) -> Change:
@@ -218,10 +218,16 @@ def change_columns(changes: list[Change]) -> list[Column[Change]]:
         return significant(seconds * factor, 4)
 
     return [
-        label("row", lambda c: c.key),
-        label("phase", lambda c: PHASE_TITLES[c.phase]),
-        Column(f"before {unit}", lambda c: c.before_s, time, "before"),
-        Column(f"after {unit}", lambda c: c.after_s, time, "after"),
-        Column("difference", lambda c: f"{(c.after_s - c.before_s) * factor:+.3g}"),
-        words("verdict", lambda c: c.verdict),
+        label("row", lambda c: c.key, "The row's key, the same in both files."),
+        label("phase", lambda c: PHASE_TITLES[c.phase], "What was timed."),
+        Column(f"before {unit}", lambda c: c.before_s, "Median in the first file.", time, "before"),
+        Column(f"after {unit}", lambda c: c.after_s, "Median in the second file.", time, "after"),
+        Column("difference", lambda c: f"{(c.after_s - c.before_s) * factor:+.3g}", "After less before."),
+        words("verdict", lambda c: c.verdict, VERDICT),
     ]
+
+
+VERDICT = (
+    "Time after over time before, with the 95 % confidence interval of the ratio of medians; over the limit: the whole "
+    "interval lies above 1 by more than --fail-on."
+)

@@ -42,17 +42,18 @@ def conversion_report(done: Conversion) -> Report:
     sections = {"Summary": summary, "Kept": kept, "Notes": [*done.notes, *record.notes]}
     where = "planned" if record.planned else record.where
     title = f"{done.model} (weights: {done.weights}), converted; convolutions: {where}"
-    return Report([Table([title], COLUMNS, lines, sections)], records=list(map(_record, lines)), part="convert")
+    return Report([Table([title], COLUMNS, lines, sections)], records=list(map(_record, lines)))
 
 
+LOST = "Share of its output that is lost on images held out."
 COLUMNS: list[Column[Line]] = [
-    label("layer", lambda line: line.layer.name),
-    words("convolution", lambda line: line.shape),
-    words("variant", lambda line: label_of(line.layer.variant)),
-    Column("N", lambda line: line.layer.groups),
-    Column("rank", lambda line: line.layer.rank, optional=True),
-    words("init", lambda line: line.layer.init),
-    Column("lost %", lambda line: line.loss and line.loss.after, loss_text, optional=True),
+    label("layer", lambda line: line.layer.name, "The convolution that was replaced."),
+    words("convolution", lambda line: line.shape, "Its kernel, channels and stride."),
+    words("variant", lambda line: label_of(line.layer.variant), "What stands in its place."),
+    Column("N", lambda line: line.layer.groups, "Groups."),
+    Column("rank", lambda line: line.layer.rank, "Rank of LR, where it was asked for.", optional=True),
+    words("init", lambda line: line.layer.init, "How its weights were found."),
+    Column("lost %", lambda line: line.loss and line.loss.after, LOST, loss_text, optional=True),
 ]
 
 

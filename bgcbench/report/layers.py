@@ -13,6 +13,14 @@ from bgcbench.results.rows import ProfileRow
 from bgcbench.results.times import LAYER_PHASES, POSSIBLE, fastest_in_place
 from bgcbench.specs import PHASE_TITLES
 
+SHARE = (
+    "Time of all convolutions of this shape, each by itself, over the dense network's: an estimate, because nothing is "
+    "fused with a convolution by itself and its input lies where the last call left it."
+)
+FASTEST = (
+    "The fastest variant in its place, and its speed-up; itself: none is significantly faster; kept: not replaced."
+)
+MODULES = "The convolutions of this shape; a terminal shows the first."
 MODULE_LETTERS = 32  # of the names in a terminal's table
 
 
@@ -22,9 +30,9 @@ def layers_table(rows: Rows, network: ProfileRow | None) -> Table:
     own = [row for row in rows if row.params.variant == "standard" and row.layer]
     own.sort(key=lambda row: -_total(row, phases[-1]) if phases else 0)
     columns: list[Column[ProfileRow]] = [
-        label("convolution", _shape),
-        Column("times", _times),
-        words("modules", lambda row: row.layer and row.layer.names, form=", ".join, brief=_first, drop=4),
+        label("convolution", _shape, "Channels, kernel and input of a shape."),
+        Column("times", _times, "How often the network has it."),
+        words("modules", lambda row: row.layer and row.layer.names, MODULES, form=", ".join, brief=_first, drop=4),
     ]
     sections = {}
     for phase in phases:
@@ -52,8 +60,8 @@ def _phase_columns(own: Rows, rows: Rows, phase: str, whole: float | None, drop:
     title = PHASE_TITLES[phase]
     return [
         time_column(own, phase, drop=3),
-        Column(f"share {title}", share, name="share", drop=2 * drop),
-        words(f"fastest {title}", fastest, name="fastest", drop=drop),
+        Column(f"share {title}", share, SHARE, name="share", drop=2 * drop),
+        words(f"fastest {title}", fastest, FASTEST, name="fastest", drop=drop),
     ]
 
 

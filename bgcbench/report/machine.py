@@ -24,11 +24,11 @@ def doctor_report(described: Mapping[str, Any], findings: Sequence[Finding]) -> 
     lines += [(names, " / ".join(version or "-" for version in found), None) for names, found in versions.items()]
     lines += findings
     columns: list[Column[Finding]] = [
-        label("what", lambda line: line[0]),
-        words("how it stands", lambda line: line[1]),
-        words("advice", lambda line: line[2] or "ok"),
+        label("what", lambda line: line[0], "What was looked at."),
+        words("how it stands", lambda line: line[1], "What was found."),
+        words("advice", lambda line: line[2] or "ok", "What to do, or ok."),
     ]
     concerns = sum(advice is not None for _, _, advice in lines)
     summary = f"{concerns} thing{'s' if concerns != 1 else ''} could spoil a measurement" if concerns else "all clear"
     records = [{"what": what, "state": state, "advice": advice} for what, state, advice in lines]
-    return Report([Table(["bgcbench doctor"], columns, lines, {"Summary": [summary]})], records=records, part="doctor")
+    return Report([Table(["bgcbench doctor"], columns, lines, {"Summary": [summary]})], records=records)

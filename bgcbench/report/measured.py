@@ -12,6 +12,7 @@ from bgcbench.report.table import Column, group_columns, label, words
 from bgcbench.results.rows import Phase, ProfileRow
 from bgcbench.results.times import BUSY, is_doubtful
 from bgcbench.specs import PHASE_TITLES, PLAN
+from bgcbench.theory import paper
 
 Rows = Sequence[ProfileRow]
 THREE = "{:.3f}".format
@@ -26,19 +27,19 @@ def profile_columns(
         return len(row.convert.replaced) if row.convert else None
 
     return [
-        label(first, lambda row: variant_name(row, rows)),
+        label(first, lambda row: variant_name(row, rows), VARIANT),
         *group_columns(lambda row: row.params),
-        Column("replaced", replaced, optional=True),
-        Column("params", lambda row: row.ran and row.ran.params, scaled),
-        Column("MACs", lambda row: row.ran and row.ran.macs, scaled),
-        Column("white err", white_error, THREE, optional=True),
+        Column("replaced", replaced, "Number of convolutions that are replaced.", optional=True),
+        Column("params", lambda row: row.ran and row.ran.params, PARAMS, scaled),
+        Column("MACs", lambda row: row.ran and row.ran.macs, MACS, scaled),
+        Column("white err", white_error, WHITE_ERROR, THREE, optional=True),
         *(column for phase in phases for column in _phase_columns(rows, phase, reference)),
-        Column("x+W MiB", lambda row: row.memory and row.memory.paper_bytes, mebibytes, optional=True),
-        Column("peak MiB", peak, mebibytes),
-        Column("roofline", lambda row: _roofline(row, phases)),
-        Column("paper ms", lambda row: row.paper and row.paper.time_s * 1e3, THREE, optional=True),
-        Column("paper MiB", lambda row: row.paper and row.paper.memory_bytes, mebibytes, optional=True),
-        Column("paper err %", lambda row: row.paper and row.paper.error, "{:.2f}".format, optional=True),
+        Column("x+W MiB", lambda row: row.memory and row.memory.paper_bytes, PAPER_BYTES, mebibytes, optional=True),
+        Column("peak MiB", peak, PEAK, mebibytes),
+        Column("roofline", lambda row: _roofline(row, phases), ROOFLINE),
+        Column("paper ms", lambda row: row.paper and row.paper.time_s * 1e3, PAPER_TIME, THREE, optional=True),
+        Column("paper MiB", lambda row: row.paper and row.paper.memory_bytes, PAPER_MEMORY, mebibytes, optional=True),
+        Column("paper err %", lambda row: row.paper and row.paper.error, PAPER_ERROR, "{:.2f}".format, optional=True),
         flags_column(phases, reference),
     ]
 
@@ -48,12 +49,47 @@ def _phase_columns(rows: Rows, phase: str, reference: ProfileRow | None) -> list
         compared = speed_up(row, reference, phase)
         return "1" if row is reference else compared.text if compared else None
 
-    title = PHASE_TITLES[phase]
+    title, images = PHASE_TITLES[phase], "Images a second."
     return [
         time_column(rows, phase),
-        Column(f"{title} images/s", lambda row: network_speed(row, phase), name="images/s", optional=True),
-        Column(f"speed-up {title}", faster, name="speed-up"),
+        Column(f"{title} images/s", lambda row: network_speed(row, phase), images, name="images/s", optional=True),
+        Column(f"speed-up {title}", faster, SPEED_UP, name="speed-up"),
     ]
+
+
+VARIANT = (
+    "SC: the standard convolution; dense: the network as it is; plan: as --plan has it, layer by layer. masked: the "
+    "algorithm that is trained, with a dense kernel; deployed: what runs afterwards."
+)
+PARAMS = "Parameters of the algorithm that ran."
+MACS = "Multiply-accumulate operations of one image, forward, in convolutions and fully connected layers."
+WHITE_ERROR = "Smallest share of the output's energy that the variant loses on white input (closed form)."
+SPEED_UP = (
+    "Time of the standard convolution, or dense network, over the row's, with its 95 % confidence interval; [?]: too "
+    "few rounds for one."
+)
+PAPER_BYTES = "Input, weights and, for BGC, the mean: what the paper calls memory."
+PEAK = (
+    "Weights, momentum and input, and the most that one step held beyond them: by CUDA's allocator, or on the CPU by "
+    "sampled resident memory. Not of ONNX Runtime, which keeps what it has taken."
+)
+ROOFLINE = (
+    "Share of what the measured ceilings allow for the row's own work in the last phase: C compute-bound, M "
+    "memory-bound. It exceeds 100 % where padding is skipped or the convolution beats the matrix product; doubtful: "
+    "over 400 %, and something held the ceilings down."
+)
+PAPER_TIME = f"Time that Table 4 of Lee, Park & Lee prints, of an {paper.DEVICE}, forward and backward."
+PAPER_MEMORY = "Memory that Table 4 prints (as Mb), which is input, weights and mean, and no peak."
+PAPER_ERROR = "Error of ResNet-50 after transfer (Table 3), not of this layer."
+FLAGS = (
+    "n=: samples, where the speed-up is not known to 5 % (2 % with --max-time), or without a reference the median. "
+    "uneven, noisy: the middle half of the samples spreads over more than 3 %, 10 % of the median. launch-bound: the "
+    "host is the limit. page faults: memory came anew from the system although it was to be kept, which takes over 1 % "
+    "of the time. kept dense: convolutions that N or the rank does not fit. busy CPU: this run and other processes "
+    "wanted more cores than there are. doubtful: the speed-up is over twice what the parameters, MACs and bytes "
+    "explain, or under 0.5 % of the roofline is reached in 10 ms or more, or a network's convolutions of one shape "
+    "take longer than the network, in two measurements; measure again."
+)
 
 
 def time_form(rows: Rows, phase: str) -> tuple[str, Callable[..., str]]:
@@ -75,13 +111,14 @@ def time_column(rows: Rows, phase: str, drop: int = 0) -> Column[ProfileRow]:
         median = measured.summary.median_s
         return form(median) + bounds_text(measured.summary.ci95_s, partial(form, like=median))
 
-    return Column(f"{PHASE_TITLES[phase]} {unit}", lambda row: row.phases.get(phase), time, "time", drop=drop)
+    meaning = "Median time of a batch, with its 95 % confidence interval."
+    return Column(f"{PHASE_TITLES[phase]} {unit}", lambda row: row.phases.get(phase), meaning, time, "time", drop=drop)
 
 
 def flags_column(
     phases: Sequence[str], reference: ProfileRow | None, network: ProfileRow | None = None, drop: int = 0
 ) -> Column[ProfileRow]:
-    return words("flags", lambda row: ", ".join(flags(row, phases, reference, network)), drop=drop)
+    return words("flags", lambda row: ", ".join(flags(row, phases, reference, network)), FLAGS, drop=drop)
 
 
 # ---------------------------------------------------------------------------------------------------- what a row holds

@@ -36,7 +36,7 @@ def plan_report(document: Document) -> Report:
     facts = ["predicted loss ranks plans; what a plan really loses is in the table of networks"] if chosen else []
     missing = together((row.params.subject or "", row.reason or "") for row in every if row.status == "invalid")
     facts += [f"not among the networks: {line}" for line in missing]
-    return Report(tables, notes(document, facts), [row_record(row, ("params", "macs")) for row in rows], part="plan")
+    return Report(tables, notes(document, facts), [row_record(row, ("params", "macs")) for row in rows])
 
 
 def _choice(row: PlanRow) -> str:
@@ -57,37 +57,63 @@ def _better(row: PlanRow) -> str:
     return f"{row.better}{more}" if row.better else "-"
 
 
+SUBJECT = "The original (dense), the plan, or one choice for every convolution that it fits."
+OF_ALL = "Of all convolutions that may be replaced, to the original's."
+OF_NETWORK = "Of the whole network, to the original's, with a 95 % confidence interval."
+OF_LAYER = "To the layer's own."
+AGREES = "Images on which the first guess is the original's. Labels are not needed."
+WRONG = "Labelled images on which the first guess is wrong."
+TOP5 = "The original's first guess is among the first five."
+KL = "Mean of KL(original || network) over the images, in nats."
+TRIED_OUT = (
+    "The plan by what the network feels of each layer, by the layers' own losses, by its real losses, and the best "
+    "choice of each variant for all layers."
+)
+HELD_OUT = "Squared error of the class scores on images held out of calibration, as a share of their variance."
+LOGITS = "Squared error of the class scores, as a share of their variance over the images."
+FELT = (
+    "Predicted share of the variance of the network's outputs: the loss times the sensitivity to the layer, less what "
+    "the convolutions behind it make up for."
+)
+BETTER = (
+    "The least costly choice that loses less, and what it would cost more, of what the network costs; the budget has no"
+    " room for it."
+)
 SHARE = "{:.3f}".format
 THREE_DIGITS = "{:.3g}".format
 COSTS: list[Column[PlanRow]] = [
-    Column("params", lambda row: row.params_ratio, SHARE, "params, network"),
-    Column("MACs", lambda row: row.macs_ratio, SHARE, "MACs, network"),
+    Column("params", lambda row: row.params_ratio, OF_ALL, SHARE, "params, network"),
+    Column("MACs", lambda row: row.macs_ratio, OF_ALL, SHARE, "MACs, network"),
 ]
 PROOF: list[Column[PlanRow]] = [
-    label("network", _subject),
+    label("network", _subject, SUBJECT),
     *COSTS,
-    Column("time", _time, name="time, network"),
-    Column("error %", lambda row: row.error, "{:.2f}".format, optional=True),
-    Column("agrees %", lambda row: row.agreement, "{:.1f}".format),
-    Column("top-5 %", lambda row: row.top5, "{:.1f}".format, drop=2),
-    Column("KL", lambda row: row.kl, THREE_DIGITS, drop=3),
-    Column("logit error", lambda row: row.logit_error, THREE_DIGITS, drop=1),
+    Column("time", _time, OF_NETWORK, name="time, network"),
+    Column("error %", lambda row: row.error, WRONG, "{:.2f}".format, optional=True),
+    Column("agrees %", lambda row: row.agreement, AGREES, "{:.1f}".format),
+    Column("top-5 %", lambda row: row.top5, TOP5, "{:.1f}".format, drop=2),
+    Column("KL", lambda row: row.kl, KL, THREE_DIGITS, drop=3),
+    Column("logit error", lambda row: row.logit_error, LOGITS, THREE_DIGITS, drop=1),
 ]
-TRIALS = [label("tried out", _subject), *COSTS, Column("error of outputs", lambda row: row.logit_error, THREE_DIGITS)]
+TRIALS: list[Column[PlanRow]] = [
+    label("tried out", _subject, TRIED_OUT),
+    *COSTS,
+    Column("error of outputs", lambda row: row.logit_error, HELD_OUT, THREE_DIGITS),
+]
 CHOICES: list[Column[PlanRow]] = [
-    label("layer", lambda row: row.params.layer),
-    words("convolution", lambda row: row.params.shape, drop=3),
-    words("becomes", _choice),
-    Column("params", lambda row: row.params_ratio, SHARE),
-    Column("MACs", lambda row: row.macs_ratio, SHARE),
-    Column("time", lambda row: row.time_ratio, SHARE, optional=True),
-    Column("loss", lambda row: row.loss, "{:.2%}".format),
-    Column("felt", lambda row: row.felt, "{:.2%}".format, drop=1),
-    words("better", _better, drop=2),
+    label("layer", lambda row: row.params.layer, "A convolution, in the order of execution."),
+    words("convolution", lambda row: row.params.shape, "Channels and kernel.", drop=3),
+    words("becomes", _choice, "Its choice; dense: it stays."),
+    Column("params", lambda row: row.params_ratio, OF_LAYER, SHARE),
+    Column("MACs", lambda row: row.macs_ratio, OF_LAYER, SHARE),
+    Column("time", lambda row: row.time_ratio, f"{OF_LAYER} As it shows in the network.", SHARE, optional=True),
+    Column("loss", lambda row: row.loss, "Share of the output's variance, on images held out.", "{:.2%}".format),
+    Column("felt", lambda row: row.felt, FELT, "{:.2%}".format, drop=1),
+    words("better", _better, BETTER, drop=2),
 ]
 CURVE: list[Column[CurvePoint]] = [
-    Column("cost", lambda point: point.cost, SHARE),
-    Column("predicted loss", lambda point: point.loss, THREE_DIGITS),
+    Column("cost", lambda point: point.cost, "Share of the original's.", SHARE),
+    Column("predicted loss", lambda point: point.loss, "Of the variance of the network's outputs.", THREE_DIGITS),
 ]
 
 

@@ -57,7 +57,7 @@ def profile_report(document: Document) -> Report:
     whole = [row for row in document.results if row.params.layer is None]
     facts = kept_dense((name(row), row.params, row.convert.indivisible) for row in whole if row.convert)
     facts += chosen_algorithms(whole, name)
-    return Report(tables, notes(document, facts), profile_records(document.results), part="profile")
+    return Report(tables, notes(document, facts), profile_records(document.results))
 
 
 def _tables(document: Document, every: Rows, title: list[str]) -> list[Table]:

@@ -8,7 +8,7 @@ from typing import Any, Generic, TypeVar
 
 from bgcbench.report.compare import speed_up
 from bgcbench.report.format import MIB, label_of, scaled, significant, size_text
-from bgcbench.report.measured import Rows, ending, peak, time_form, variant_name
+from bgcbench.report.measured import PARAMS, PEAK, SPEED_UP, Rows, ending, peak, time_form, variant_name
 from bgcbench.report.table import Column, Table, label
 from bgcbench.results.aggregate import Cell, Start, variant_place
 from bgcbench.results.rows import CellKey, ProfileRow
@@ -43,7 +43,10 @@ def _line_of(cell: CellKey) -> str:
     return size_text(*cell[1:]).removeprefix("N=")
 
 
-N: Column[Line[Any]] = label("N", lambda line: line.name, name="N, by N")
+GROUPS = "Groups, or the rank (r=) of LR; plan: as --plan has it, which is the same in all columns."
+N: Column[Line[Any]] = label("N", lambda line: line.name, GROUPS, name="N, by N")
+TIME = "Median time of a batch, forward and backward where both were measured."
+FASTER = " *: significantly faster than every other variant here that has as many parameters."
 
 
 def comparison_table(title: Sequence[str], rows: Rows, reference: ProfileRow | None, phase: str) -> Table:
@@ -83,10 +86,10 @@ def _variant_columns(
         return None if found is None else found / MIB
 
     drop = int(titles[1] != "speed-up")
-    yield column(titles[0], lambda row: row.median_s(phase), form, name="time, by N", drop=drop, bar=True)
-    yield column(titles[1], faster, name="speed-up, by N")
-    yield column("params", lambda row: row.ran and row.ran.params, scaled, name="params, by N", drop=2)
-    yield column("MiB", memory, significant, name="MiB", drop=3)
+    yield column(titles[0], lambda row: row.median_s(phase), TIME, form, name="time, by N", drop=drop, bar=True)
+    yield column(titles[1], faster, SPEED_UP + FASTER, name="speed-up, by N")
+    yield column("params", lambda row: row.ran and row.ran.params, PARAMS, scaled, name="params, by N", drop=2)
+    yield column("MiB", memory, PEAK, significant, name="MiB", drop=3)
 
 
 def is_fastest_of_its_size(row: ProfileRow, rows: Rows, phase: str) -> bool:
@@ -100,6 +103,10 @@ def is_fastest_of_its_size(row: ProfileRow, rows: Rows, phase: str) -> bool:
 
 
 # ------------------------------------------------------------------------------------------------ trained and converted
+
+
+ERROR = "Test error in percent, mean ± standard deviation over the seeds."
+INIT, REBN = "The weights that a conversion starts from.", "Whether batch norm's statistics were estimated again."
 
 
 def errors_table(
@@ -119,8 +126,8 @@ def errors_table(
     ]
     lines = [line for line in lines_of(placed, columns) if any(errors(cell) is not None for cell in line.at.values())]
     starts = {line.start for line in lines if line.start}
-    inits: Column[Line[Any]] = label("init", lambda line: line.start and line.start.init, name="init, by N")
-    rebns: Column[Line[Any]] = label("rebn", lambda line: line.start and YES[line.start.rebn], name="rebn, by N")
+    inits: Column[Line[Any]] = label("init", lambda line: line.start and line.start.init, INIT, name="init, by N")
+    rebns: Column[Line[Any]] = label("rebn", lambda line: line.start and YES[line.start.rebn], REBN, name="rebn, by N")
     shown: list[Column[Line[Any]]] = [
         N,
         *([inits] if len({start.init for start in starts}) > 1 else []),
@@ -134,4 +141,4 @@ def _errors_column(variant: str, errors: Callable[[Cell], str | None]) -> Column
     def error(line: Line[Cell]) -> str | None:
         return errors(line.at[variant]) if variant in line.at else None
 
-    return Column(label_of(variant), error, name="error %, by N")
+    return Column(label_of(variant), error, ERROR, name="error %, by N")

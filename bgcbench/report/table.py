@@ -12,7 +12,6 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from importlib import resources
 from typing import Any, Generic, TypeVar
 
 from rich.cells import cell_len
@@ -26,7 +25,6 @@ from bgcbench.specs import PLAN
 
 LATER = ("rank", "limit_relative_error", "modules")  # fields of records that a CSV file has where some row does
 BAR, EIGHTHS = 8, " ▏▎▍▌▋▊▉"  # cells of a bar on a terminal, and what ends it
-SEVERAL = "several"  # the part of columns.md on columns of several commands
 NOTES = 5  # lines under a report; show --explain prints all notes
 EXPLAIN = "what the columns mean: bgcbench show FILE --explain"
 R = TypeVar("R")
@@ -34,17 +32,18 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class Column(Generic[R]):
-    """One column: its title, the value of a row (None shows as -), and the form of a value.
+    """One column: its title, the value of a row (None shows as -), what it means, and the form of a value.
 
-    name: under which columns.md explains it, where the title also says a phase, a unit or an N. right: aligned to the
-    right. lead: repeated in front of every part of a table that is split because the terminal is narrow. optional: left
-    out where no row has a value. drop: left out, those with the highest number first, before a table is split. brief:
-    the form of a value on a terminal, where that is another one. bar: whether a terminal with room draws the value, as
-    a share of the largest of all such columns.
+    name: under which it is explained, where the title also says a phase, a unit or an N. right: aligned to the right.
+    lead: repeated in front of every part of a table that is split because the terminal is narrow. optional: left out
+    where no row has a value. drop: left out, those with the highest number first, before a table is split. brief: the
+    form of a value on a terminal, where that is another one. bar: whether a terminal with room draws the value, as a
+    share of the largest of all such columns.
     """
 
     title: str
     value: Callable[[R], Any]
+    meaning: str = ""
     form: Callable[[Any], str] = str
     name: str = ""
     right: bool = True
@@ -59,14 +58,14 @@ class Column(Generic[R]):
         return "-" if value is None else self.form(value)
 
 
-def words(title: str, value: Callable[[R], Any], **more: Any) -> Column[R]:
+def words(title: str, value: Callable[[R], Any], meaning: str, **more: Any) -> Column[R]:
     """A column of text."""
-    return Column(title, value, right=False, **more)
+    return Column(title, value, meaning, right=False, **more)
 
 
-def label(title: str, value: Callable[[R], Any], **more: Any) -> Column[R]:
+def label(title: str, value: Callable[[R], Any], meaning: str, **more: Any) -> Column[R]:
     """A column of text that says which row this is."""
-    return words(title, value, lead=True, **more)
+    return words(title, value, meaning, lead=True, **more)
 
 
 def group_columns(of: Callable[[R], Any]) -> list[Column[R]]:
@@ -77,8 +76,13 @@ def group_columns(of: Callable[[R], Any]) -> list[Column[R]]:
         found: int = of(row).groups
         return None if found == 1 and (of(row).rank or of(row).variant == PLAN) else found
 
-    ranks: Column[R] = Column("rank", lambda row: of(row).rank, lead=True, optional=True)
-    return [Column("N", groups, lead=True), ranks]
+    ranks = (
+        "Rank of LR where --ranks asks for it; N is the reduction that it keeps to (- for none, or if layers differ)."
+    )
+    return [
+        Column("N", groups, "Groups.", lead=True),
+        Column("rank", lambda row: of(row).rank, ranks, lead=True, optional=True),
+    ]
 
 
 @dataclass(frozen=True)
@@ -137,13 +141,12 @@ def with_all_columns(first: Sequence[Table], whole: Table) -> list[Table]:
 class Report:
     """Tables, then the notes on a result file, the most important first.
 
-    records: the same for CSV, flat and in SI units. part: of columns.md, which explains the columns.
+    records: the same for CSV, flat and in SI units.
     """
 
     tables: Sequence[Table]
     notes: Sequence[str] | None = None
     records: Sequence[Mapping[str, Any]] = ()
-    part: str = ""
 
     @property
     def width(self) -> int:
@@ -161,22 +164,16 @@ class Report:
 
 def meanings(report: Report) -> dict[str, str]:
     """What the columns of a report mean, by the name under which each is explained."""
-    told = {**explanations()[SEVERAL], **explanations().get(report.part, {})}
-    names = [column.name or column.title for table in report.tables for column in table.columns]
-    return {name: told.get(name, "") for name in names}  # those of a command of somebody else's are not told
-
-
-@functools.cache
-def explanations() -> dict[str, dict[str, str]]:
-    """What columns.md says: the meaning by name, by part."""
-    _, *parts = (resources.files("bgcbench.report") / "columns.md").read_text(encoding="utf-8").split("\n## ")
-    return {part.partition("\n")[0]: dict(re.findall(r"^- (.+?): (.+)$", part, re.MULTILINE)) for part in parts}
+    return {column.name or column.title: column.meaning for table in report.tables for column in table.columns}
 
 
 def explained(report: Report) -> Report:
     """What each column of a report means, and all of its notes."""
     columns = meanings(report)
-    shown: list[Column[tuple[str, str]]] = [label("column", lambda of: of[0]), words("meaning", lambda of: of[1])]
+    shown: list[Column[tuple[str, str]]] = [
+        label("column", lambda of: of[0], ""),
+        words("meaning", lambda of: of[1], ""),
+    ]
     table = Table(report.tables[0].title, shown, list(columns.items()), {"Notes": report.notes or ["none"]})
     records = [{"column": name, "meaning": meaning} for name, meaning in columns.items()]
     return Report([table], records=records)

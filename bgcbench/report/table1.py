@@ -9,6 +9,7 @@ from typing import Any
 
 from bgcbench.measure.counts import Counts, count
 from bgcbench.report.format import label_of, significant
+from bgcbench.report.measured import WHITE_ERROR
 from bgcbench.report.table import Column, Report, Table, label, words
 from bgcbench.specs import VARIANTS, ConvSpec, indivisible, unfit
 from bgcbench.theory.exact import white_error
@@ -62,20 +63,29 @@ def table1_report(
     about = f"{kernel}x{kernel} convolution, {in_channels} -> {out_channels} channels, input {size[0]} x {size[1]}"
     columns = table1_columns(lines[0].counts.paper_ops)
     table = Table([f"Table 1 for a {about}"], columns, lines, {"Notes": [DEPLOYED]})
-    return Report([table], records=[line.record for line in lines], part="table1")
+    return Report([table], records=[line.record for line in lines])
 
 
 def table1_columns(dense_ops: int) -> list[Column[Line]]:
     return [
-        label("method", lambda line: label_of(line.variant)),
-        Column("N", lambda line: line.groups, lead=True),
-        words("intergroup", lambda line: line.said[0]),
-        words("channels", lambda line: line.said[1]),
-        words("grouping", lambda line: line.said[2]),
-        Column("params (Table 1)", lambda line: line.counts.paper_params, THOUSANDS),
-        Column("params deployed", lambda line: line.counts.params, THOUSANDS),
-        Column("MACs deployed", lambda line: line.counts.macs, THOUSANDS),
-        Column("ops (paper)", lambda line: line.counts.paper_ops, THOUSANDS),
-        Column("ops / SC", lambda line: line.counts.paper_ops / dense_ops, significant),
-        Column("white err", lambda line: line.white_error, "{:.3f}".format),
+        label("method", lambda line: label_of(line.variant), "The variant."),
+        Column("N", lambda line: line.groups, "Groups.", lead=True),
+        words("intergroup", lambda line: line.said[0], "Whether groups exchange data."),
+        words("channels", lambda line: line.said[1], "Input channels that one output sees directly, of n."),
+        words("grouping", lambda line: line.said[2], "How the groups are found."),
+        Column("params (Table 1)", lambda line: line.counts.paper_params, PAPER_PARAMS, THOUSANDS),
+        Column("params deployed", lambda line: line.counts.params, "Parameters after deployment.", THOUSANDS),
+        Column("MACs deployed", lambda line: line.counts.macs, MACS, THOUSANDS),
+        Column("ops (paper)", lambda line: line.counts.paper_ops, PAPER_OPS, THOUSANDS),
+        Column(
+            "ops / SC", lambda line: line.counts.paper_ops / dense_ops, "ops (paper) over those of SC.", significant
+        ),
+        Column("white err", lambda line: line.white_error, WHITE_ERROR, "{:.3f}".format),
     ]
+
+
+MACS = "Multiply-accumulate operations of one image."
+PAPER_PARAMS = "The paper's count: LGC's includes its 0/1 mask, FLGC's its assignments."
+PAPER_OPS = (
+    "Formula (3.14) and section 4 as printed; the set-up terms of LGC and FLGC happen once, not in every forward pass."
+)

@@ -70,13 +70,13 @@ def train_report(document: Document) -> Report:
     whole = Table(title, train_columns(document, trained), cells, sections)
     tables = with_all_columns([by_n] if by_n else [], whole)
     noted = notes(document, _facts(document, cells, compared), endings(cells), QUICK)
-    return Report(tables, noted, [_record(row, trained) for row in rows], part="train")
+    return Report(tables, noted, [_record(row, trained) for row in rows])
 
 
 def train_columns(document: Document, trained: BySeed) -> list[Column[Cell]]:
     """trained: the errors of the standard convolution."""
     rows = document.results
-    to_sc: Column[Cell] = Column("to SC", partial(to_trained, errors=trained))
+    to_sc: Column[Cell] = Column("to SC", partial(to_trained, errors=trained), TO_SC)
     return [
         *VARIANT_COLUMNS,
         *count_columns(rows),
@@ -84,11 +84,18 @@ def train_columns(document: Document, trained: BySeed) -> list[Column[Cell]]:
         FINAL_TOP5,
         seeds_column(planned_seeds(document)),
         SPEED,
-        Column("of peak", lambda cell: cell.matmul_fraction, "{:.0%}".format, optional=True),
+        Column("of peak", lambda cell: cell.matmul_fraction, OF_PEAK, "{:.0%}".format, optional=True),
         PAPER,
         *([] if on(rows, SYNTHETIC) else [to_sc]),
         flags_column(),
     ]
+
+
+OF_PEAK = (
+    "Multiply-adds done (three forward passes a step) over those of the device's best matrix product in the same "
+    "precision, measured in this run."
+)
+TO_SC = "Last error less that of SC, in percentage points; of the same seeds, where there are two or more."
 
 
 # -------------------------------------------------------------------------------------------------------- what it shows
@@ -140,30 +147,40 @@ def scatter(sd: float | None) -> str:
     return "" if sd is None else f" ± {sd:.2f}"
 
 
-def error_column(title: str, by_seed: Callable[[Any], BySeed], optional: bool = False) -> Column[Any]:
-    return Column(title, lambda cell: spread_text(by_seed(cell)), optional=optional)
+def error_column(title: str, by_seed: Callable[[Any], BySeed], meaning: str, optional: bool = False) -> Column[Any]:
+    meaning += " Percent, mean ± standard deviation over the seeds."
+    return Column(title, lambda cell: spread_text(by_seed(cell)), meaning, optional=optional)
 
 
+TRAINED = "Parameters while training: LGC and FLGC are trained masked, with dense kernels."
+LAST = "Top-1 error on the test images after the last epoch: the figure to quote."
+BEST = "Error of the epoch that was best on these same test images, which flatters."
+TOP5 = "Top-5 error, after the last epoch where there is one."
+FLAGS = "How seeds ended that are not done (s0: seed 0). kept dense: convolutions that N or the rank does not fit."
+VARIANT = "SC: the standard convolution, or the untouched network; plan: as --plan has it, layer by layer."
 VARIANT_COLUMNS: list[Column[Any]] = [
-    label("variant", lambda cell: label_of(cell.variant)),
+    label("variant", lambda cell: label_of(cell.variant), VARIANT),
     *group_columns(lambda cell: cell),
 ]
 FINAL_COLUMNS = [
-    error_column("error last %", lambda cell: cell.errors),
-    error_column("error best %", lambda cell: cell.by_seed(lambda row: row.error_best)),
+    error_column("error last %", lambda cell: cell.errors, LAST),
+    error_column("error best %", lambda cell: cell.by_seed(lambda row: row.error_best), BEST),
 ]
-FINAL_TOP5 = error_column("top-5 %", lambda cell: cell.by_seed(lambda row: row.error_final_top5), optional=True)
-INITIAL_TOP5 = error_column("top-5 %", lambda cell: cell.known(lambda row: row.error_initial_top5), optional=True)
-PAPER: Column[Any] = Column("paper %", lambda cell: cell.paper_error, "{:.2f}".format, optional=True)
-SPEED: Column[Any] = Column("images/s", lambda cell: cell.images_per_s, significant, optional=True)
+FINAL_TOP5 = error_column("top-5 %", lambda cell: cell.by_seed(lambda row: row.error_final_top5), TOP5, optional=True)
+INITIAL_TOP5 = error_column("top-5 %", lambda cell: cell.known(lambda row: row.error_initial_top5), TOP5, optional=True)
+PAPER: Column[Any] = Column(
+    "paper %", lambda cell: cell.paper_error, "Error that the paper prints, in percent.", "{:.2f}".format, optional=True
+)
+IMAGES_A_SECOND = "Training images a second, the median of the seeds."
+SPEED: Column[Any] = Column("images/s", lambda cell: cell.images_per_s, IMAGES_A_SECOND, significant, optional=True)
 
 
 def count_columns(rows: Rows) -> list[Column[Any]]:
     masked = any(row.counts and row.counts.params_training for row in rows)
     return [
-        Column("params", lambda cell: cell.params, scaled),
-        Column("MACs", lambda cell: cell.macs, scaled),
-        Column("trained params", lambda cell: cell.params_training if masked else None, scaled, optional=True),
+        Column("params", lambda cell: cell.params, "Parameters as deployed; the mean where seeds differ.", scaled),
+        Column("MACs", lambda cell: cell.macs, "Multiply-accumulate operations of one image, as deployed.", scaled),
+        Column("trained params", lambda cell: cell.params_training if masked else None, TRAINED, scaled, optional=True),
     ]
 
 
@@ -171,7 +188,7 @@ def seeds_column(planned: int) -> Column[Cell]:
     def done(cell: Cell) -> str | None:
         return None if cell.untrained else f"{len(cell.done)}/{planned}"
 
-    return Column("seeds", done)
+    return Column("seeds", done, "Finished trainings of those that were planned.")
 
 
 def flags_column(ending: Callable[[Any], str] = lambda row: str(row.status)) -> Column[Any]:
@@ -184,7 +201,7 @@ def flags_column(ending: Callable[[Any], str] = lambda row: str(row.status)) -> 
         found = [how if every else f"{how} ({', '.join(seeds)})" for how, seeds in ended.items()]
         return ", ".join([*found, *([f"{len(cell.indivisible)} kept dense"] if cell.indivisible else [])])
 
-    return words("flags", flags)
+    return words("flags", flags, FLAGS)
 
 
 # ------------------------------------------------------------------------------------------------------ title and notes

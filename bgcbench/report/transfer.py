@@ -14,6 +14,7 @@ from bgcbench.report.notes import chosen_algorithms, kept_dense, notes
 from bgcbench.report.side_by_side import YES, errors_table
 from bgcbench.report.table import Column, Report, Table, label, with_all_columns, words
 from bgcbench.results.aggregate import (
+    MIN_SEEDS,
     NO_IMAGES,
     SYNTHETIC,
     Cell,
@@ -55,7 +56,7 @@ def transfer_report(document: Document) -> Report:
     if pairs:
         tables.append(Table(["BGC versus GC, at equal N and at equal parameters"], pair_columns(run), pairs))
     noted = notes(document, _facts(document, run), training.endings(run.cells), training.QUICK)
-    return Report(tables, noted, [_record(run, row) for row in run.rows], part="transfer")
+    return Report(tables, noted, [_record(run, row) for row in run.rows])
 
 
 def _errors(cell: Cell, moment: Moment) -> str | None:
@@ -85,11 +86,27 @@ def transfer_columns(run: Conversions, seeds: int) -> list[Column[Cell]]:
     ]
 
 
+INIT = (
+    "Weights that the conversion starts from: copy, as in the paper; white, the closed-form optimum for white input; "
+    "calibrated, least squares on the network's own activations; refit, the same of the convolutions that stay, too; "
+    "scratch, random."
+)
+REBN = "Whether batch norm's statistics were re-estimated on training images without labels."
+LAYER_LOSS = (
+    "Share of a layer's output that its weights lose, the median of the layers: with images, on images held out; "
+    "without, ||W - D||^2 / ||W||^2 on white input for the network's kernel W and the weights D in its place."
+)
+SPEED_UP = (
+    "Time of the untouched network, or of GC, over the row's, with its 95 % confidence interval; versus GC at least "
+    "95 %. A start does not change it."
+)
+WORST = "Largest loss of a layer."
+EXPECTED_LOSS = "Layer loss on white input of a kernel of independent entries."
 LOSS_COLUMNS: list[Column[Cell]] = [
-    Column("expected loss %", lambda cell: cell.expected_loss, loss_text),
-    Column("layer loss %", lambda cell: median_of(cell.white_losses.values()), loss_text, optional=True),
-    Column("worst %", lambda cell: max(cell.white_losses.values(), default=None), loss_text, optional=True),
-    words("worst layer", lambda cell: cell.worst_layer, optional=True),
+    Column("expected loss %", lambda cell: cell.expected_loss, EXPECTED_LOSS, loss_text),
+    Column("layer loss %", lambda cell: median_of(cell.white_losses.values()), LAYER_LOSS, loss_text, optional=True),
+    Column("worst %", lambda cell: max(cell.white_losses.values(), default=None), WORST, loss_text, optional=True),
+    words("worst layer", lambda cell: cell.worst_layer, "The layer that loses most.", optional=True),
     training.PAPER,
 ]
 
@@ -101,14 +118,14 @@ def _start_columns(run: Conversions, cell_of: Callable[[Any], Cell]) -> list[Col
         cell = cell_of(of)
         return (None, None) if cell.dense else (cell.start.init, YES[cell.start.rebn])
 
-    init: Column[Any] = label("init", lambda of: start(of)[0])
-    return [init, label("rebn", lambda of: start(of)[1])] if run.norms_differ else [init]
+    init: Column[Any] = label("init", lambda of: start(of)[0], INIT)
+    return [init, label("rebn", lambda of: start(of)[1], REBN)] if run.norms_differ else [init]
 
 
 def _speed_up_columns(run: Conversions, value: Callable[..., str | None]) -> list[Column[Any]]:
     drops = dict.fromkeys(run.phases, 6) | dict.fromkeys(run.phases[:1], 1)
     return [
-        Column(f"speed-up {PHASE_TITLES[phase]}", partial(value, phase=phase), name="speed-up", drop=drop)
+        Column(f"speed-up {PHASE_TITLES[phase]}", partial(value, phase=phase), SPEED_UP, name="speed-up", drop=drop)
         for phase, drop in drops.items()
     ]
 
@@ -121,10 +138,12 @@ def _to_dense(measured: Ratio | None) -> Comparison | None:
 
 
 def _error_columns(run: Conversions) -> list[Column[Cell]]:
-    agrees = training.error_column("agrees %", lambda cell: cell.agreement, optional=True)
-    trained = training.error_column("agrees trained %", lambda cell: cell.agreement_trained, optional=True)
+    agrees = training.error_column("agrees %", lambda cell: cell.agreement, AGREES, optional=True)
+    trained = training.error_column(
+        "agrees trained %", lambda cell: cell.agreement_trained, AGREES_TRAINED, optional=True
+    )
     loss: Column[Cell] = Column(
-        "layer loss %", lambda cell: cell.lost(lambda layer: layer.after), loss_text, optional=True
+        "layer loss %", lambda cell: cell.lost(lambda layer: layer.after), LAYER_LOSS, loss_text, optional=True
     )
     if training.on(run.rows, UNLABELLED):
         return [agrees, trained, loss]
@@ -141,17 +160,23 @@ def _error_columns(run: Conversions) -> list[Column[Cell]]:
         errors = cell.errors_at(run.moments[-1])
         return training.difference_text(difference_of(errors, dict.fromkeys(errors, untouched)))
 
-    to_control: Column[Cell] = Column("to SC trained", partial(training.to_trained, errors=run.control))
+    to_control: Column[Cell] = Column("to SC trained", partial(training.to_trained, errors=run.control), TO_CONTROL)
     return [
-        Column("error initial %", initial),
+        Column("error initial %", initial, "Top-1 error on the test images as converted, before any training."),
         *(training.FINAL_COLUMNS if run.epochs else ()),
         training.FINAL_TOP5 if run.epochs else training.INITIAL_TOP5,
         agrees,
         loss,
         training.PAPER,
-        Column("to SC", to_untouched),
+        Column("to SC", to_untouched, TO_SC),
         *([to_control] if run.control else []),
     ]
+
+
+AGREES = "Test images to which it gives the untouched network's class."
+AGREES_TRAINED = "The same after the last epoch."
+TO_SC = "Last error, or initial where nothing is trained, less the untouched network's, in percentage points."
+TO_CONTROL = "Last error less that of the control, the untouched network trained as long, seed by seed."
 
 
 def _ending(row: TransferRow) -> str:
@@ -181,19 +206,31 @@ def pair_columns(run: Conversions) -> list[Column[Pair[Cell]]]:
         return Comparison.of(ratio).text if ratio else None
 
     columns: list[Column[Pair[Cell]]] = [
-        label("BGC", lambda pair: training.cell_name(pair[0])),
-        label("versus", lambda pair: training.cell_name(pair[1])),
+        label("BGC", lambda pair: training.cell_name(pair[0]), "The conversion."),
+        label("versus", lambda pair: training.cell_name(pair[1]), VERSUS),
         *_start_columns(run, lambda pair: pair[0]),
-        Column("params", lambda pair: ratio_of(pair[0].params, pair[1].params), TWICE, "params, pair", drop=4),
-        Column("MACs", lambda pair: ratio_of(pair[0].macs, pair[1].macs), TWICE, "MACs, pair", drop=5),
+        Column("params", lambda pair: ratio_of(pair[0].params, pair[1].params), COSTS, TWICE, "params, pair", drop=4),
+        Column("MACs", lambda pair: ratio_of(pair[0].macs, pair[1].macs), COSTS, TWICE, "MACs, pair", drop=5),
     ]
     for moment, title in TITLES.items():
         before = int(moment != run.moments[-1])
         columns += [
-            Column(f"{title} points", partial(points, moment=moment), name="points", optional=True, drop=3 * before),
-            words(f"{title} lower", partial(lower, moment=moment), name="lower", optional=True, drop=2 * before),
+            Column(
+                f"{title} points", partial(points, moment=moment), POINTS, name="points", optional=True, drop=3 * before
+            ),
+            words(f"{title} lower", partial(lower, moment=moment), LOWER, name="lower", optional=True, drop=2 * before),
         ]
     return columns + _speed_up_columns(run, faster)
+
+
+VERSUS = "GC at equal N or at equal parameters, of which GC with N=1 is SC."
+COSTS = "Those of BGC over those of GC."
+POINTS = "Error of BGC less that of GC, in percentage points: mean ± standard deviation over the seeds."
+LOWER = (
+    f"Which error is significantly lower. After training it takes {MIN_SEEDS} seeds, with a mean difference of more "
+    "than two standard errors and more than one image. Before training, where all seeds end alike, it is more than two "
+    "standard errors of the draw of test images, even if the two err on different ones as often as they can."
+)
 
 
 # ---------------------------------------------------------------------------------------------------------------- notes

@@ -49,11 +49,6 @@ class Net(nn.Module):
         return scores
 
 
-@pytest.fixture(autouse=True)
-def seeded() -> None:
-    torch.manual_seed(0)
-
-
 def images(count: int = IMAGES) -> Tensor:
     return torch.randn(count, 3, SIDE, SIDE, dtype=torch.float64, generator=torch.Generator().manual_seed(5)) + 0.5
 

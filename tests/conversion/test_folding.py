@@ -24,11 +24,6 @@ CELLS = [(name, algorithm) for name, variant in VARIANTS.items() for algorithm i
 OURS = [cell for cell in CELLS if cell[0] != "standard"]
 
 
-@pytest.fixture(autouse=True)
-def seeded() -> None:
-    torch.manual_seed(0)
-
-
 def layer_of(variant: str, algorithm: str, *, groups: int = 4, bias: bool = False, kernel: int = 3) -> VariantConv2d:
     n = 1 if variant == "standard" else groups
     padding = kernel // 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,6 +18,10 @@ from tests.convs.test_contract import HAS_ONNX
 
 Opened = Callable[..., list[Tensor]]
 needs_onnx = pytest.mark.skipif(not HAS_ONNX, reason="onnx, onnxscript or onnxruntime is not installed")
+if HAS_ONNX:  # torch makes its table of operators anew for each export, which is half of the time of a small one
+    from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+    ONNXRegistry.from_torchlib = staticmethod(functools.cache(ONNXRegistry.from_torchlib))
 TARGETS = [pytest.param("onnx", marks=needs_onnx), "torch", "exported"]
 
 

@@ -28,9 +28,10 @@ GLIBC = pytest.mark.skipif(
 PAGES = 2**20 // resource.getpagesize()  # of 1 MiB
 
 
-def in_a_new_process(code: str) -> Any:
-    """What ``code`` makes of ``found``."""
-    head = """
+@pytest.fixture(scope="module")
+def found() -> Any:
+    """What a new process has counted."""
+    code = """
 import json
 import torch
 from bgcbench.measure import allocator
@@ -54,15 +55,9 @@ def doctor():
     return next(rest for what, *rest in diagnose(torch.device("cpu")) if "page faults" in what)
 
 found = {}
-"""
-    done = subprocess.run([sys.executable, "-c", f"{head}{code}\nprint(json.dumps(found))"], cwd=ROOT, text=True,
-                          capture_output=True, check=True, timeout=60)  # fmt: skip
-    return json.loads(done.stdout)
-
-
-@pytest.fixture(scope="module")
-def found() -> Any:
-    return in_a_new_process("""
+own, allocator.set_memory = allocator.set_memory, lambda _: own("fresh")
+found["deaf doctor"] = doctor()
+allocator.set_memory = own
 found["doctor"] = doctor()
 for name, state in (("fresh", "fresh"), ("kept", "kept"), ("again", "kept"), ("later", "fresh")):
     with memory_state(state):
@@ -84,7 +79,12 @@ with memory_state("fresh"):
         found[name] = []
         watch.sample(cell, 5, found[name])
         watch.sample(cell, 2)  # nobody wants to know
-""")
+
+print(json.dumps(found))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True, check=True,
+                          timeout=60)  # fmt: skip
+    return json.loads(done.stdout)
 
 
 @GLIBC
@@ -129,6 +129,4 @@ def test_the_doctor_counts_them_and_sees_another_allocator(found: Any) -> None:
     state, advice = found["doctor"]
     assert re.fullmatch(rf"0 kept, {PAGES // 10}\d fresh", state)
     assert advice is None
-    # One that mallopt says nothing to.
-    deaf = "own = allocator.set_memory\nallocator.set_memory = lambda _: own('fresh')\nfound = doctor()"
-    assert "another allocator" in in_a_new_process(deaf)[1]
+    assert "another allocator" in found["deaf doctor"][1]  # one that mallopt says nothing to

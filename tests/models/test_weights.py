@@ -30,6 +30,8 @@ from bgcbench.specs import NetSpec
 WRN = NetSpec("wrn_10_1")
 SMALL = NetSpec("squeezenet1_1")  # of torchvision's networks the one with the fewest numbers
 
+pytestmark = pytest.mark.usefixtures("downloads")
+
 
 def trained(spec: NetSpec) -> nn.Module:
     """A network with numbers unlike those of a new one, the running statistics included."""
@@ -75,22 +77,6 @@ def refused(spec: NetSpec, weights: str, match: str) -> str:
     assert "\n" not in message
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     return message
-
-
-@pytest.fixture(autouse=True)
-def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    def reached(*_: Any) -> Any:
-        raise URLError(socket.gaierror(-3, "Temporary failure in name resolution"))
-
-    monkeypatch.setattr(torch.hub, "urlopen", reached)
-
-
-@pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """torch.hub's folder of downloads, not there yet."""
-    monkeypatch.setattr(torch.hub, "_hub_dir", None)
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
-    return tmp_path / "torch" / "hub" / "checkpoints"
 
 
 @pytest.fixture
@@ -195,11 +181,11 @@ def test_the_published_vision_transformer_takes_the_images_that_the_network_take
     assert published("vit_h_14").meta["num_params"] == sum(p.numel() for p in model.parameters())
 
 
-def test_default_is_taken_from_torch_hubs_cache(cache: Path, publish: Callable[..., Path]) -> None:
+def test_default_is_taken_from_torch_hubs_cache(downloads: Path, publish: Callable[..., Path]) -> None:
     source, model = trained(SMALL), build_model(SMALL)
-    cache.mkdir(parents=True)
-    written(cache / "squeezenet.pth", source.state_dict())
-    path = publish(cache / "squeezenet.pth", SMALL.name)
+    downloads.mkdir(parents=True)
+    written(downloads / "squeezenet.pth", source.state_dict())
+    path = publish(downloads / "squeezenet.pth", SMALL.name)
     assert load_weights(model, SMALL, "default") == Loaded("IMAGENET1K_V1", sha256(path)[:16])
     assert same(model, source)
 
@@ -223,7 +209,7 @@ def test_resnet50_gets_the_first_weights_not_torchvisions_default() -> None:
 
 def test_default_is_downloaded_into_the_cache_where_it_is_missing(
     tmp_path: Path,
-    cache: Path,
+    downloads: Path,
     publish: Callable[..., Path],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -243,7 +229,7 @@ def test_default_is_downloaded_into_the_cache_where_it_is_missing(
     assert same(model, source)
     assert asked == [(f"https://download.pytorch.org/models/{server.name}", sha256(server)[:8], False, 30.0)]
     assert socket.getdefaulttimeout() is None
-    assert (cache / server.name).exists()
+    assert (downloads / server.name).exists()
     assert capsys.readouterr() == ("", "")
 
 
@@ -260,33 +246,33 @@ def test_default_is_downloaded_into_the_cache_where_it_is_missing(
     ],
 )
 def test_a_failed_download_says_what_where_why_and_the_way_out(
-    cache: Path, monkeypatch: pytest.MonkeyPatch, problem: Exception, reason: str
+    downloads: Path, monkeypatch: pytest.MonkeyPatch, problem: Exception, reason: str
 ) -> None:
     def download(*_: Any, **__: Any) -> None:
         raise problem
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", download)
     message = refused(SMALL, "default", "^--weights default: squeezenet1_1-b8a52dc0.pth is not in ")
-    assert f"{cache} (TORCH_HOME moves this folder)" in message
+    assert f"{downloads} (TORCH_HOME moves this folder)" in message
     assert f"could not be downloaded from download.pytorch.org ({reason}" in message
     assert message.endswith("give a copy of it with --weights FILE, or --weights none for an untrained network")
 
 
-def test_without_a_network_torch_hub_leaves_nothing_behind(cache: Path) -> None:
+def test_without_a_network_torch_hub_leaves_nothing_behind(downloads: Path) -> None:
     message = refused(SMALL, "default", "squeezenet1_1-b8a52dc0.pth is not in ")
     assert "(Temporary failure in name resolution)" in message
-    assert list(cache.iterdir()) == []
+    assert list(downloads.iterdir()) == []
 
 
-def test_a_cache_that_cannot_be_made_is_named(cache: Path) -> None:
-    cache.parent.parent.write_text("a file where the cache should be")
-    assert f"is not in {cache} " in refused(SMALL, "default", "Not a directory|File exists")
+def test_a_cache_that_cannot_be_made_is_named(downloads: Path) -> None:
+    downloads.parent.parent.write_text("a file where the cache should be")
+    assert f"is not in {downloads} " in refused(SMALL, "default", "Not a directory|File exists")
 
 
-def test_a_damaged_file_in_the_cache_is_named(cache: Path, publish: Callable[..., Path]) -> None:
-    cache.mkdir(parents=True)
-    written(cache / "squeezenet.pth", trained(SMALL).state_dict())
-    path = publish(cache / "squeezenet.pth", SMALL.name)
+def test_a_damaged_file_in_the_cache_is_named(downloads: Path, publish: Callable[..., Path]) -> None:
+    downloads.mkdir(parents=True)
+    written(downloads / "squeezenet.pth", trained(SMALL).state_dict())
+    path = publish(downloads / "squeezenet.pth", SMALL.name)
     path.write_bytes(path.read_bytes()[:1000])
     refused(SMALL, "default", f"{path} is damaged or renamed: .*; delete it, and it is downloaded again$")
 
@@ -324,16 +310,16 @@ def test_a_densenets_old_keys_are_those_of_today(tmp_path: Path) -> None:
 
 
 def test_googlenets_published_weights_bring_their_auxiliary_heads_and_their_scale_of_input(
-    cache: Path, tmp_path: Path, publish: Callable[..., Path]
+    downloads: Path, tmp_path: Path, publish: Callable[..., Path]
 ) -> None:
     def new() -> nn.Module:  # build_torchvision's, without its slow numbers
         return torchvision.models.googlenet(init_weights=False)
 
     spec, model = NetSpec("googlenet"), new()
-    cache.mkdir(parents=True)
-    written(cache / "googlenet.pth", model.state_dict())
-    own = shutil.copy(cache / "googlenet.pth", tmp_path / "own.pth")
-    path = publish(cache / "googlenet.pth", "googlenet")
+    downloads.mkdir(parents=True)
+    written(downloads / "googlenet.pth", model.state_dict())
+    own = shutil.copy(downloads / "googlenet.pth", tmp_path / "own.pth")
+    path = publish(downloads / "googlenet.pth", "googlenet")
     # The same numbers, but whoever trained them may have had images on the usual scale.
     load_weights(model, spec, str(own))
     assert (model.aux_logits, model.transform_input) == (True, False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import random
@@ -59,6 +60,9 @@ def images(count: int, seed: int = 0) -> torch.Tensor:
     return smooth + 0.3 * torch.randn(count, 3, 12, 12, generator=generator)
 
 
+LOADER = [images(64, 1), images(64, 2)]
+
+
 def choose(problem: Problem, kind: str, budget: float, most_variants: int | None = None) -> Plan:
     return planned(problem, kind, budget, best_choices(problem, kind, budget, most_variants=most_variants))
 
@@ -73,7 +77,7 @@ def scored(
 
 @pytest.fixture(scope="module")
 def problem() -> Problem:
-    return scored(network(), [images(32, 1), images(32, 2)], groups=(2, 4), variants=("gc", "bgc", "lowrank"))
+    return scored(network(), LOADER, groups=(2, 4), variants=("gc", "bgc", "lowrank"))
 
 
 def lost(model: nn.Module, other: nn.Module) -> float:
@@ -119,15 +123,14 @@ def test_norms_before_the_layer_that_is_put_in_need_no_look() -> None:
         assert outputs.error(behind=model[-1]) > 1.01 * outputs.error(behind=conv)  # nothing is estimated
 
 
-def test_predicted_losses_rank_plans_as_measured_ones_do() -> None:
+def test_predicted_losses_rank_plans_as_measured_ones_do(problem: Problem) -> None:
     """Plans at random: Spearman's correlation of what is predicted with what the converted networks lose."""
-    rng, model, loader = random.Random(0), network(), [images(64, 1), images(64, 2)]
-    layers = scored(model, loader, groups=(2, 4), variants=("gc", "bgc", "lowrank")).layers
+    rng, model, layers = random.Random(0), network(), problem.solved_anew().layers
     predicted, real = [], []
     for _ in range(16):
         chosen = {options.layer.name: rng.choice(options.options) for options in layers if rng.random() < 0.7}
         plan = {name: each.choice for name, each in chosen.items()} | {"1.conv": Choice("gc", 2)}
-        done = bgcbench.convert(model, plan=plan, init="calibrated", calibration=loader)
+        done = bgcbench.convert(model, plan=plan, init="refit", calibration=LOADER)
         options = {each.layer.name: each.options for each in layers}
         felt = [next(o.felt for o in options[name] if o.choice == choice) for name, choice in plan.items()]
         predicted.append(sum(felt))
@@ -137,13 +140,13 @@ def test_predicted_losses_rank_plans_as_measured_ones_do() -> None:
 
 
 @pytest.mark.parametrize("choice", [Choice("gc", 4), Choice("lowrank", 4)])
-def test_what_the_network_feels_of_one_layer_is_what_its_conversion_loses(choice: Choice) -> None:
+def test_what_the_network_feels_of_one_layer_is_what_its_conversion_loses(choice: Choice, problem: Problem) -> None:
     """With norms that are estimated anew, as in the conversion; other images, so to within a factor of 4."""
-    model, loader = network(), [images(64, 1), images(64, 2)]
-    for options in scored(model, loader, groups=(4,), variants=("gc", "lowrank")).layers:
+    model = network()
+    for options in problem.layers:
         felt = next(each.felt for each in options.options if each.choice == choice)
         plan = {options.layer.name: choice}
-        real = lost(model, bgcbench.convert(model, plan=plan, init="calibrated", calibration=loader).model)
+        real = lost(model, bgcbench.convert(model, plan=plan, init="calibrated", calibration=LOADER).model)
         assert real / 4 < felt < 4 * real
 
 
@@ -182,27 +185,41 @@ def test_what_is_the_same_choice_for_all_layers(problem: Problem) -> None:
 
 
 def test_the_plan_is_what_is_nearest_to_the_original_of_what_is_tried_out() -> None:
-    model, loader = network(), [images(64, 1), images(64, 2)]
-    given: dict[str, Any] = {"params": 0.4, "groups": (2, 4, 8), "variants": ("gc", "lowrank")}
-    plan = bgcbench.plan(model, loader, **given)
+    model = network()
+    given: dict[str, Any] = {"params": 0.4, "groups": (2, 8), "variants": ("gc", "lowrank")}
+    plan = bgcbench.plan(model, LOADER, **given)
     assert set(plan.tried) >= {"felt", "plain", "gc", "lowrank"}
     assert plan.tried[plan.by] == min(plan.tried.values())
-    done = bgcbench.convert(model, plan=plan, init="refit", calibration=loader)
+    done = bgcbench.convert(model, plan=plan, init="refit", calibration=LOADER)
     assert lost(model, done.model) < 2 * plan.tried[plan.by]
     assert plan.cost is not None
     assert plan.cost <= 0.4
-    assert not bgcbench.plan(model, loader, **given, try_out=False).tried
+    assert not bgcbench.plan(model, LOADER, **given, try_out=False).tried
 
 
 def test_real_losses_scale_what_is_felt(problem: Problem) -> None:
     choices = {options.layer.name: Choice("gc", 4) for options in problem.layers}
     first, second, *_ = problem.layers
     lost = {first.layer.name: 2 * first.of(Choice("gc", 4)).loss, second.layer.name: 1e6}
-    scaled = again(problem, lost, choices)
+    scaled = again(problem, lost, choices, error=0)  # which says nothing of sizes
     for choice in (Choice("gc", 2), Choice("lowrank", 2)):
-        assert scaled.layers[0].of(choice).felt == pytest.approx(2 * first.of(choice).felt)
-        assert scaled.layers[1].of(choice).felt == pytest.approx(4 * second.of(choice).felt)
+        assert scaled.layers[0].of(choice).felt == pytest.approx(2**0.7 * first.of(choice).felt)
+        assert scaled.layers[1].of(choice).felt == pytest.approx(4**0.7 * second.of(choice).felt)
         assert scaled.layers[2].of(choice).felt == problem.layers[2].of(choice).felt
+    measured = again(problem, lost, choices, error=0.05)
+    assert measured.felt(choices) == pytest.approx(0.05)
+    shares = [options.of(Choice("gc", 2)).felt / 0.05 for options in measured.layers]
+    assert shares == pytest.approx([o.of(Choice("gc", 2)).felt / scaled.felt(choices) for o in scaled.layers])
+
+
+def test_the_convolutions_behind_make_up_for_most_of_what_the_first_layer_loses(problem: Problem) -> None:
+    lost = {Choice("gc", 2): (0.1, 0.01), Choice("gc", 4): (0.2, 0.02)}
+    alike = dataclasses.replace(problem, layers=tuple(options.losing(lost) for options in problem.layers))
+    of_half = [options.of(Choice("gc", 2)).felt for options in alike.solved_anew().layers]
+    assert of_half == pytest.approx([0.01 * 0.2 ** (behind / 3) for behind in (3, 2, 1, 0)])
+    for options, less in zip(alike.solved_anew().layers, of_half, strict=True):
+        assert options.of(Choice("gc", 4)).felt == pytest.approx(2**0.7 * less)  # not twice as much
+        assert (options.dense.felt, options.of(Choice("gc", 4)).loss) == (0, 0.2)
 
 
 def test_of_a_budget_of_loss_the_cheapest_that_keeps_to_it_is_taken() -> None:

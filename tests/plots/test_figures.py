@@ -132,7 +132,7 @@ def test_what_a_document_does_not_have_is_named_in_one_line(document: Json, pict
 
 @pytest.mark.parametrize(
     ("suffix", "make"),
-    [(".png", sampled), (".svg", sampled), (".pdf", sampled), (".PNG", train_document), (".svg", transfer_document)],
+    [(".PNG", sampled), (".svg", transfer_document), (".pdf", train_document)],
 )
 def test_the_same_document_gives_the_same_bytes(tmp_path: Path, suffix: str, make: Callable[[], Json]) -> None:
     document = make()
