@@ -175,8 +175,7 @@ def explained(report: Report) -> Report:
         words("meaning", lambda of: of[1], ""),
     ]
     table = Table(report.tables[0].title, shown, list(columns.items()), {"Notes": report.notes or ["none"]})
-    records = [{"column": name, "meaning": meaning} for name, meaning in columns.items()]
-    return Report([table], records=records)
+    return Report([table], records=[{"column": name, "meaning": meaning} for name, meaning in columns.items()])
 
 
 # ------------------------------------------------------------------------------------------------------------ Markdown
