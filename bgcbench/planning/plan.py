@@ -55,7 +55,7 @@ DENSE, PLAN = "dense", "plan"  # among the names of networks
 NETWORK_ROUNDS = 8  # of whole networks that are timed, at least
 SCALINGS = {"eager": 2}  # see saved_by_its_network; once where a network takes minutes to be made ready
 SCALING_ROUNDS = 24
-CLOSE = 0.01  # of the network's time: nearer than that a prediction is as good as a measurement
+CLOSE = 0.005  # of the network's time: nearer than that to a measurement's interval a prediction is as good
 QUICKLY_SETTLED = 1e-2  # instead of calibration's: TLGC's losses are then known to some percent
 
 
@@ -396,8 +396,9 @@ def saved_by_its_network(
             raise Stopped
         if not replaced or not {DENSE, PLAN} <= found.keys():
             break
-        took, predicted = found[PLAN].median_s / found[DENSE].median_s, scaled.share(choices, "time")
-        if abs(took - predicted) <= CLOSE:
+        (took, ends), predicted = found[PLAN].ratio_to(found[DENSE]), scaled.share(choices, "time")
+        low, high = ends or (took, took)
+        if low - CLOSE <= predicted <= high + CLOSE:
             break
         wanted = scale * scaling(1 - took, 1 - predicted)
         try:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bgcbench.convs.gc import GroupConv2d
 from bgcbench.convs.lowrank import LowRankConv2d, factored
@@ -134,3 +136,25 @@ def test_its_factors_share_the_size_and_a_target_of_lower_rank_is_met() -> None:
     torch.testing.assert_close(expand[:, :2].norm(dim=0), reduce[:2].norm(dim=1))
     assert torch.isfinite(expand).all()
     assert torch.isfinite(reduce).all()
+
+
+class Watched(TorchDispatchMode):
+    """Which operators run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(function.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+def test_in_inference_products_of_matrices_copy_no_image() -> None:
+    """torch.matmul would, for the sake of a gradient that nobody takes."""
+    layer, x = LowRankConv2d(16, 32, 1, rank=2, algorithm="matmul"), torch.randn(3, 16, 5, 4)
+    with torch.no_grad(), Watched() as watched:
+        y = layer(x)
+    assert watched.names.count("bmm.default") == 2
+    assert not {"clone.default", "copy_.default", "mm.default"} & set(watched.names)
+    torch.testing.assert_close(y, layer(x))

@@ -106,7 +106,8 @@ def planned_time(monkeypatch: pytest.MonkeyPatch, really: float) -> tuple[Proble
         for name, replaced in networks.items():
             chosen = {layer.name: Choice(layer.variant, layer.groups) for layer in replaced}
             share = problem.share({each.name: chosen.get(each.name, Choice()) for each in layers}, "time")
-            found[name] = Timed((), (), 100 * (1 - really * (1 - share)))
+            seconds = 100 * (1 - really * (1 - share))
+            found[name] = Timed((seconds,) * 6, tuple(range(6)), seconds)
         return Measured(found)
 
     monkeypatch.setattr(planning, "network_times", clock)
