@@ -77,7 +77,7 @@ def report(document: Document) -> Report:  # 4: report/size.py
         *group_columns(lambda row: row.params),
         Column("weights", lambda row: row.weights, "Of its kernels."),
     ]
-    records = [row_record(row, row.params, ("rank",)) | {"weights": row.weights} for row in document.results]
+    records = [row_record(row, ()) for row in document.results]
     return Report([Table(["Weights"], columns, document.results)], records=records)
 
 

@@ -11,12 +11,15 @@ from bgcbench.plots import style
 from bgcbench.results.aggregate import Conversions, Moment, Spread, Start, image_points, spread_of, variant_place
 from bgcbench.results.document import Document
 
-ACROSS = 3  # panels side by side
 MOMENTS: tuple[Moment, ...] = ("initial", "final")
 INITS = {"copy": "Copied", "white": "White", "calibrated": "Calibrated", "refit": "Refit", "scratch": "From scratch"}
-# The untouched network's lines: their names, and how they are dashed.
-LEVELS = {"initial": ("untouched network", "-"), "final": ("trained as long (control)", ":")}
 HOLLOW: style.Look = {"linestyle": (0, (4, 2)), "markerfacecolor": "white", "markeredgewidth": 0.9}
+BEFORE = {"color": style.GREY, "marker": "o", "markersize": 6.0, "linewidth": 0.9, **HOLLOW}
+LEVEL: style.Look = {"color": "black", "linewidth": 0.9}
+LEVELS: dict[str, tuple[str, style.Look]] = {  # the untouched network's lines
+    "initial": ("untouched network", {"linestyle": "-", **LEVEL}),
+    "final": ("trained as long (control)", {"linestyle": ":", **LEVEL}),
+}
 CROSS: style.Look = {"marker": "x", "markersize": 5.0, "linestyle": "none"}
 
 
@@ -53,9 +56,8 @@ def part(document: Document) -> style.Paint:
     places = _places(run, kept[::-1])
 
     def paint(panel: SubFigure) -> None:
-        style.training_title(
-            panel, document, f"Test error {'before and after training' if trained else 'before any training'}"
-        )
+        when = "before and after training" if trained else "before any training"
+        style.training_title(panel, document, f"Test error {when}")
         grid = style.grid_of(panel, places, "parameters (millions)", "test error (%)")
         for axes, start in grid:
             axes.set_title(_title(run, start))
@@ -68,25 +70,13 @@ def part(document: Document) -> style.Paint:
                     cross = {"color": style.look_of(variant)["color"], "zorder": 5, **CROSS}
                     axes.plot([params], [error], label=f"_paper {variant}", **cross)
             for moment, level in levels.items():
-                look = {"color": "black", "linestyle": LEVELS[moment][1], "linewidth": 0.9, "zorder": 2}
-                axes.axhline(max(level, floor), label=f"_{moment}", **look)
+                axes.axhline(max(level, floor), label=f"_{moment}", zorder=2, **LEVELS[moment][1])
         first, _ = grid[0]
         style.scale_params(first, [params for one in series for params, _ in one.points])
         style.scale_errors(first, errors, spreads, floor)
-        looks = {style.label_of(variant): style.look_of(variant) for variant in variants}
-        if trained:
-            looks["before training"] = {
-                "color": style.GREY,
-                "marker": "o",
-                "markersize": 6.0,
-                "linewidth": 0.9,
-                **HOLLOW,
-            }
-        for moment in levels:
-            label, dashes = LEVELS[moment]
-            looks[label] = {"color": "black", "linestyle": dashes, "linewidth": 0.9}
-        if printed:
-            looks["paper"] = {"color": style.GREY, **CROSS}
+        looks = style.looks_of(variants) | ({"before training": BEFORE} if trained else {})
+        looks |= dict(LEVELS[moment] for moment in levels)
+        looks |= {"paper": {"color": style.GREY, **CROSS}} if printed else {}
         style.legend(panel, looks, [*_notes(run, variants, spreads, floor, trained=trained), gone])
 
     return paint
@@ -106,7 +96,7 @@ def _series(run: Conversions) -> list[Series]:
 def _places(run: Conversions, starts: Sequence[Start]) -> list[list[Start | None]]:
     """The panels: one below the other what differs in batch norm only, otherwise a few side by side."""
     if not run.norms_differ:
-        return style.wrapped(starts, ACROSS)
+        return style.wrapped(starts)
     inits = dict.fromkeys(start.init for start in starts)
     return [[at if (at := Start(init, rebn)) in starts else None for init in inits] for rebn in (False, True)]
 
@@ -120,10 +110,9 @@ def _title(run: Conversions, start: Start) -> str:
 def _notes(
     run: Conversions, variants: Sequence[str], spreads: Sequence[Spread], floor: float, *, trained: bool
 ) -> list[str]:
-    numbers = ", ".join(
-        str(n) for n in sorted({cell.groups for cell in run.converted if cell.rank is None and not cell.planned})
-    )
-    ranks = ", ".join(str(r) for r in sorted({cell.rank for cell in run.converted if cell.rank}, reverse=True))
+    groups = {cell.groups for cell in run.converted if cell.rank is None and not cell.planned}
+    numbers = ", ".join(map(str, sorted(groups)))
+    ranks = ", ".join(map(str, sorted({cell.rank for cell in run.converted if cell.rank}, reverse=True)))
     both = {"gc", "bgc"} <= {*variants}
     return [
         f"From right to left N = {numbers}{'; GC at N has the parameters of BGC at 2N' * both}." if numbers else "",

@@ -1,10 +1,12 @@
-"""The share of each layer's output that is lost, as a map of layers and of what they become."""
+"""The share of each layer's output that is lost, as maps of layers and of what they become."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from graphlib import TopologicalSorter
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -12,10 +14,10 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import SubFigure
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from bgcbench.plots.style import NothingToDraw, Paint, grid_of, label_of, layer_axis, legend, title
-from bgcbench.results.aggregate import variant_place
+from bgcbench.plots.style import NothingToDraw, Paint, grid_of, label_of, layer_axis, legend, title, training_title
+from bgcbench.results.aggregate import Conversions, variant_place
 from bgcbench.results.document import Document, shortened
-from bgcbench.results.rows import CellKey, LayerRow
+from bgcbench.results.rows import CalibratedLayer, CellKey, LayerRow
 from bgcbench.theory.fits import EXACT
 
 COLOURS, EMPTY = "cividis", "#e6e6e6"  # of the map, and of its cells without a number
@@ -24,10 +26,17 @@ DARK = 0.465  # of the way from the one to the other: up to here white reads bet
 WRITTEN = 44, 30  # columns and rows up to which cells have room for their numbers
 NOTE = "Share of each layer's output energy that is lost on images held out, with calibrated weights."
 HOLES = "-: N or the rank does not fit the layer's channels, or the layer was not computed."
+WEIGHTS: dict[str, Callable[[CalibratedLayer], float | None]] = {
+    "copied": lambda layer: layer.copied,
+    "white": lambda layer: layer.before,
+    "calibrated": lambda layer: layer.after,
+}
+OWN = "Share of each layer's output energy that is lost on images held out, on what the converted network gives it."
 Lost = Mapping[tuple[CellKey, str], float]  # percent, by cell and layer
 
 
-def part(document: Document) -> Paint:
+def of_approx(document: Document) -> Paint:
+    """What each layer of a network loses."""
     rows = [row for row in document.results if isinstance(row, LayerRow) and row.params.variant != "standard"]
     lost = {
         (row.params.cell, row.params.layer): 100 * row.output_relative_error.calibrated
@@ -44,6 +53,35 @@ def part(document: Document) -> Paint:
         title(panel, document, "What each layer loses", about)
         layers = list(dict.fromkeys(row.params.layer for row in rows))
         draw(panel, {"": lost}, {row.params.cell for row in rows}, layers, [NOTE])
+
+    return paint
+
+
+def of_transfer(document: Document) -> Paint:
+    """What each layer of a converted network loses with copied, white and calibrated weights."""
+    cells = [cell for cell in Conversions.of(document).converted if cell.layers]
+    at: dict[CellKey, list[CalibratedLayer]] = {c.asked: c.layers for c in cells if c.start == cells[-1].start}
+    if not at:
+        raise NothingToDraw("calibrated conversions; this result has none")
+    names = _in_order([layer.name for layer in layers] for layers in at.values())
+    few = any(layer.scarce for layers in at.values() for layer in layers)
+    notes = [
+        OWN,
+        "Mean over the seeds." if any(len(cell.calibrations) > 1 for cell in cells) else "",
+        "Some are calibrated on few images for as many weights: see the notes of the table." if few else "",
+    ]
+    maps = {}
+    for name, loss in WEIGHTS.items():
+        known = {
+            (cell, layer): [lost for each in layers if each.name == layer and (lost := loss(each)) is not None]
+            for cell, layers in at.items()
+            for layer in names
+        }
+        maps[name] = {place: 100 * statistics.fmean(lost) for place, lost in known.items() if lost}
+
+    def paint(panel: SubFigure) -> None:
+        training_title(panel, document, "What a layer loses when it is converted")
+        draw(panel, maps, {*at}, names, notes)
 
     return paint
 
@@ -104,3 +142,13 @@ def percent(value: float) -> str:
     if value < 0.05:
         return "<0.1"
     return f"{value:.1f}" if value < 9.95 else f"{value:.0f}"
+
+
+def _in_order(cells: Iterable[Sequence[str]]) -> list[str]:
+    """The layers of all cells as they run in the network; a cell, such as a plan's, may have some of them only."""
+    order: TopologicalSorter[str] = TopologicalSorter()
+    for names in cells:
+        own = list(dict.fromkeys(names))  # of several seeds
+        for name, before in zip(own, [[], *([name] for name in own)], strict=False):
+            order.add(name, *before)
+    return list(order.static_order())

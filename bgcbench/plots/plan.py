@@ -2,46 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from matplotlib.figure import SubFigure
 
-from bgcbench.plots.style import (
-    GREY,
-    Look,
-    NothingToDraw,
-    Paint,
-    grid_of,
-    label_of,
-    layer_axis,
-    legend,
-    log_ticks,
-    look_of,
-    title,
-)
-from bgcbench.plots.times import BEFORE, ENDS
+from bgcbench.plots import style
+from bgcbench.plots.style import Look, NothingToDraw, Paint
 from bgcbench.results.document import Document
 from bgcbench.results.rows import PlanFacts, PlanRow
-from bgcbench.specs import BUDGETS, VARIANTS, cost_kind
+from bgcbench.specs import BUDGETS, cost_kind
 
-PLANNED: Look = {"color": "#0072B2", "marker": "*", "markersize": 11.0, "markeredgecolor": "black", "zorder": 6}
+PLANNED: Look = {"color": "#0072B2", "marker": "*", "markersize": 11.0, "markeredgecolor": "black", "zorder": 6,
+                 "linestyle": "none"}  # fmt: skip
 CURVE: Look = {"color": "#0072B2", "linewidth": 1.2, "zorder": 2}
-Cost = Callable[[PlanRow], float | None]
-# By the kind of cost its words and unit, what a row costs, and the share of it that is kept.
-COSTS: dict[str, tuple[str, float, Cost, Cost]] = {
-    "params": (
-        "parameters (thousands)",
-        1e-3,
-        lambda row: row.counts.params if row.counts else None,
-        lambda row: row.params_ratio,
-    ),
-    "macs": (
-        "MACs of an image (millions)",
-        1e-6,
-        lambda row: row.counts.macs if row.counts else None,
-        lambda row: row.macs_ratio,
-    ),
-    "time": ("milliseconds a call, as in the network", 1e3, lambda row: row.seconds, lambda row: row.time_ratio),
+# By the kind of cost: its words and unit.
+UNITS = {
+    "params": ("parameters (thousands)", 1e-3),
+    "macs": ("MACs of an image (millions)", 1e-6),
+    "time": ("milliseconds a call, as in the network", 1e3),
 }
 SHARED = "Line: predicted for the best plans. Marks: measured on images never planned on."
 
@@ -50,32 +26,24 @@ def curve(document: Document) -> Paint:
     """Predicted loss of the best plans against their cost, and what the planned and the uniform networks lose."""
     facts, kind = _facts(document)
     measured = [row for row in _rows(document, "proof") if row.params.subject != "dense" and row.logit_error]
-    *_, share = COSTS[kind]
-    at = {row.key: x for row in measured if (x := share(row)) is not None}
+    shown = [(x, row.logit_error or 0.0, row) for row in measured if (x := _share(row, kind)) is not None]
     points = [point for point in facts.curve if point.loss > 0]
-    if not points or not at:
+    if not points or not shown:
         raise NothingToDraw("a finished plan with networks that were compared")
-    shown = [row for row in measured if row.key in at]
 
     def paint(panel: SubFigure) -> None:
-        title(panel, document, "The best plans, and the same choice for all layers", _about(document))
-        ((axes, _),) = grid_of(
-            panel, [[True]], f"share of the {BUDGETS[kind]} kept", "error of the outputs (of variance)"
-        )
+        style.title(panel, document, "The best plans, and the same choice for all layers", _about(document))
+        x, y = f"share of the {BUDGETS[kind]} kept", "error of the outputs (of variance)"
+        ((axes, _),) = style.grid_of(panel, [[True]], x, y)
         axes.plot([point.cost for point in points], [point.loss for point in points], label="_curve", **CURVE)
-        for row in shown:
-            look = PLANNED if row.params.subject == "plan" else look_of(variant_of(row))
-            axes.plot([at[row.key]], [row.logit_error or 0.0], label=f"_{row.key}", **{**look, "linestyle": "none"})
+        looks = {"best plans": CURVE, "plan": PLANNED}
+        for at, loss, row in shown:
+            look = PLANNED if row.params.subject == "plan" else style.look_of(variant_of(row), linestyle="none")
+            axes.plot([at], [loss], label=f"_{row.key}", **look)
+            looks[row.params.subject or ""] = look
         axes.set_yscale("log")
-        losses = [point.loss for point in points] + [row.logit_error or 0.0 for row in shown]
-        log_ticks(axes.yaxis, losses, lambda value: f"{value:g}")
-        looks = {"best plans": CURVE, "plan": {**PLANNED, "linestyle": "none"}}
-        looks |= {
-            row.params.subject or "": look_of(variant_of(row), linestyle="none")
-            for row in shown
-            if row.params.subject != "plan"
-        }
-        legend(panel, looks, [SHARED])
+        style.log_ticks(axes.yaxis, [*(point.loss for point in points), *(loss for _, loss, _ in shown)], "{:g}".format)
+        style.legend(panel, looks, [SHARED])
 
     return paint
 
@@ -83,33 +51,37 @@ def curve(document: Document) -> Paint:
 def cost(document: Document) -> Paint:
     """What every layer costs before and after, coloured by what it becomes."""
     _, kind = _facts(document)
-    words, unit, cost_of, _ = COSTS[kind]
-    chosen, dense = _rows(document, "choice"), {}
-    for row in _rows(document, "cost"):
-        if row.params.variant == "standard":
-            dense[row.params.layer] = cost_of(row)
-    if not chosen or any(cost_of(row) is None or dense.get(row.params.layer) is None for row in chosen):
+    words, unit = UNITS[kind]
+    chosen = _rows(document, "choice")
+    dense = {row.params.layer: _cost(row, kind) for row in _rows(document, "cost") if row.params.variant == "standard"}
+    if not chosen or any(_cost(row, kind) is None or dense.get(row.params.layer) is None for row in chosen):
         raise NothingToDraw("the costs of all layers")
     names = [row.params.layer or "" for row in chosen]
+    variants = [variant_of(row) for row in chosen]
 
     def paint(panel: SubFigure) -> None:
-        title(panel, document, "What each layer costs, before and after")
-        ((axes, _),) = grid_of(panel, [[True]], "", words)
-        places = range(len(chosen))
-        axes.bar(places, [unit * (dense[name] or 0.0) for name in names], color=BEFORE, label="_before")
-        after = [unit * (cost_of(row) or 0.0) for row in chosen]
-        colours = [_colour(row) for row in chosen]
-        axes.bar(places, after, width=0.5, color=colours, label="_after")
-        order = layer_axis(axes, names)
+        style.title(panel, document, "What each layer costs, before and after")
+        ((axes, _),) = style.grid_of(panel, [[True]], "", words)
+        before = [unit * (dense[name] or 0.0) for name in names]
+        after = [unit * (_cost(row, kind) or 0.0) for row in chosen]
+        axes.bar(range(len(names)), before, color=style.BEFORE, label="_before")
+        axes.bar(range(len(names)), after, 0.5, color=list(map(style.bar_colour, variants)), label="_after")
+        order = style.layer_axis(axes, names)
         axes.set_xlim(-0.7, len(names) - 0.3)
-        looks: dict[str, Look] = {"before": {"color": BEFORE, "linewidth": 7.0, **ENDS}}
-        for row in chosen:
-            variant = variant_of(row)
-            label = "stays" if variant == "standard" else label_of(variant)
-            looks[label] = {"color": _colour(row), "linewidth": 4.0, **ENDS}
-        legend(panel, looks, [order])
+        style.legend(panel, style.bar_looks(variants), [order])
 
     return paint
+
+
+def _cost(row: PlanRow, kind: str) -> float | None:
+    if kind == "time" or row.counts is None:
+        return row.seconds if kind == "time" else None
+    return row.counts.params if kind == "params" else row.counts.macs
+
+
+def _share(row: PlanRow, kind: str) -> float | None:
+    """Of the cost, what is kept."""
+    return {"params": row.params_ratio, "macs": row.macs_ratio, "time": row.time_ratio}[kind]
 
 
 def _facts(document: Document) -> tuple[PlanFacts, str]:
@@ -125,11 +97,6 @@ def _rows(document: Document, stage: str) -> list[PlanRow]:
 def variant_of(row: PlanRow) -> str:
     """Of a layer what it becomes, of a network what all of its layers are."""
     return row.params.variant if row.params.stage != "proof" else row.key.removeprefix("proof-")
-
-
-def _colour(row: PlanRow) -> str:
-    variant = variant_of(row)
-    return GREY if variant == "standard" else VARIANTS[variant].look[0]
 
 
 def _about(document: Document) -> str:

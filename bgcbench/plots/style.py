@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import math
 import textwrap
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
-import matplotlib
+import matplotlib.style
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import SubFigure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from bgcbench.results.aggregate import Spread
+from bgcbench.results.aggregate import Spread, variant_place
 from bgcbench.results.document import Document, printable, shortened
 from bgcbench.specs import PLAN, VARIANTS, Variant
 
 DPI, SLIDE = 150, (8.0, 4.5)  # inches of a picture, whatever it shows: a slide of 1200 by 675 pixels
-PANELS = 6  # of a picture, at most
+PANELS, ACROSS = 6, 3  # of a picture, and side by side, at most
 NOTE_LETTERS, BESIDE_LETTERS = 150, 42  # of a note, in a line below a picture or beside it
 LAYERS, NAME_LETTERS = 60, 22  # names of layers that have room side by side; letters of one
-GREY = "#666666"
+GREY, BEFORE = "#666666", "#d9d9d9"  # of lines that are no variant's; of bars of what was before
 WIDE = 10.0  # how often the least the largest error is from which on their axis is logarithmic
 STYLE: dict[str, Any] = {
     "font.family": "DejaVu Sans",
@@ -62,14 +62,9 @@ class NothingToDraw(Exception):
 Paint = Callable[[SubFigure], None]  # what paints a picture, for which all that it needs has been found
 
 
-@contextlib.contextmanager
-def styled() -> Iterator[None]:
+def styled() -> AbstractContextManager[None]:
     """matplotlib's own defaults and ours, whatever the user's settings are, for as long as something is drawn."""
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()
-        parameters: Any = matplotlib.rcParams
-        parameters.update(STYLE)
-        yield
+    return matplotlib.style.context(STYLE, after_reset=True)
 
 
 # ------------------------------------------------------------------------------------------------------------ variants
@@ -85,6 +80,12 @@ def asked_of(groups: int, rank: int | None) -> str:
     return f"N = {groups}" if rank is None else f"r = {rank}"
 
 
+def name_of(variant: str, groups: int, rank: int | None) -> str:
+    """What stands at a point: "4", "r=8", "plan"."""
+    return PLAN if variant == PLAN else str(groups) if rank is None else f"r={rank}"
+
+
+FRONT: Look = {"color": GREY, "linewidth": 1}  # the line through what is on it
 ON_FRONT: Look = {"fillstyle": "full", "markeredgecolor": "black", "markeredgewidth": 0.8}
 PLAN_LOOK = "#882255", "d", 7.0
 
@@ -96,6 +97,26 @@ def look_of(variant: str, **more: Any) -> Look:
     return {"color": colour, "marker": marker, "markersize": size, "linewidth": 0.9, "zorder": 3 + 1 / size, **more}
 
 
+def looks_of(variants: Iterable[str], **more: Any) -> dict[str, Look]:
+    """For a legend: the looks of ``variants`` by label, in the order of registration."""
+    return {label_of(variant): look_of(variant, **more) for variant in sorted({*variants}, key=variant_place)}
+
+
+def bar_colour(variant: str) -> str:
+    """Of a bar for what a convolution becomes; grey where it stays."""
+    colour: str = look_of(variant)["color"]
+    return GREY if variant == "standard" else colour
+
+
+def bar_looks(variants: Iterable[str]) -> dict[str, Look]:
+    """For a legend: the wide bars of what was before, and the narrow ones of what stands there afterwards."""
+    looks: dict[str, Look] = {"before": {"color": BEFORE, "linewidth": 7.0, "solid_capstyle": "butt"}}
+    for variant in variants:
+        label = "stays" if variant == "standard" else label_of(variant)
+        looks[label] = {"color": bar_colour(variant), "linewidth": 4.0, "solid_capstyle": "butt"}
+    return looks
+
+
 # --------------------------------------------------------------------------------------------- panels, titles, legends
 
 
@@ -105,21 +126,20 @@ def most(items: Sequence[T], name: Callable[[T], str]) -> tuple[list[T], str]:
     return [*items[:PANELS]], f"No room for {', '.join(map(name, gone))}: see the table." if gone else ""
 
 
-def wrapped(items: Sequence[T], across: int) -> list[list[T | None]]:
-    """``items`` in lines of equal length, at most ``across``; the last is filled up with None."""
-    down = math.ceil(len(items) / across)
+def wrapped(items: Sequence[T]) -> list[list[T | None]]:
+    """``items`` in lines of equal length, at most ``ACROSS``; the last is filled up with None."""
+    down = math.ceil(len(items) / ACROSS)
     length = math.ceil(len(items) / down)
     padded = [*items, *[None] * (down * length - len(items))]
     return [padded[length * line : length * (line + 1)] for line in range(down)]
 
 
 def grid_of(
-    panel: SubFigure, places: Sequence[Sequence[T | None]], x: str | Sequence[str], y: str, **options: Any
+    panel: SubFigure, places: Sequence[Sequence[T | None]], x: str, y: str, **options: Any
 ) -> list[tuple[Axes, T]]:
     """A grid of axes, each with its place; where that is None, nothing is.
 
-    x (one name, or one a column) and y name the outermost axes of each column and line. Axes are shared, but for what
-    ``options`` say.
+    x and y name the outermost axes of each column and line. Axes are shared, but for what ``options`` say.
     """
     grid = panel.subplots(len(places), len(places[0]), squeeze=False, **{"sharex": True, "sharey": True, **options})
     pairs = list(zip(grid.flat, itertools.chain(*places), strict=True))
@@ -129,9 +149,9 @@ def grid_of(
         for axes in [axes for axes in line if axes.axison][:1]:
             axes.set_ylabel(y)
             axes.tick_params(labelleft=True)
-    for column, name in zip(grid.T, [x] * len(places[0]) if isinstance(x, str) else x, strict=True):
+    for column in grid.T:
         for axes in [axes for axes in column if axes.axison][-1:]:
-            axes.set_xlabel(name)
+            axes.set_xlabel(x)
             axes.tick_params(labelbottom=True)
     return [(axes, place) for axes, place in pairs if place is not None]
 

@@ -15,8 +15,6 @@ from bgcbench.results.times import LAYER_PHASES, LayerTime, layer_times
 from bgcbench.specs import PHASE_TITLES, PLAN
 
 SHAPES, LETTERS = 15, 34  # shapes with a bar of their own; letters of one's name
-BEFORE = "#d9d9d9"
-ENDS: style.Look = {"solid_capstyle": "butt"}
 NOTE = (
     "Each convolution by itself, which is an estimate: in the network some of it is fused. Names: N of the variant in "
     "its place."
@@ -43,41 +41,28 @@ def part(document: Document) -> style.Paint:
             _bars(axes, own + [others] * bool(others))
             before_s, after_s = sum(one.before_s for one in found[phase]), sum(one.after_s for one in found[phase])
             axes.set_title(f"{PHASE_TITLES[phase]}: {1e3 * before_s:.3g} ms, then {1e3 * after_s:.3g} ms")
-        looks: dict[str, style.Look] = {"before": {"color": BEFORE, "linewidth": 7.0, **ENDS}}
-        for variant in sorted(variants, key=variant_place):
-            looks[_called(variant)] = {"color": _colour(variant), "linewidth": 4.0, **ENDS}
-        style.legend(panel, looks, [NOTE])
+        style.legend(panel, style.bar_looks(sorted(variants, key=variant_place)), [NOTE])
 
     return paint
 
 
 def _bars(axes: Axes, lines: Sequence[Sequence[LayerTime]]) -> None:
     """A wide bar of the time before under a narrow one of what stands there afterwards, downwards from the longest."""
-    names, longest = [], max(sum(one.before_s for one in line) for line in lines)
+    names, longest = [], 1e3 * max(sum(one.before_s for one in line) for line in lines)
     for place, line in enumerate(lines):
         first = line[0].own.layer
         label = f"{first.label} (x{first.count})" if first and len(line) == 1 else f"{len(line)} other shapes"
         names.append(shortened(printable(label), LETTERS))
-        axes.barh(place, 1e3 * sum(one.before_s for one in line), 0.8, color=BEFORE, label="_before")
-        at = 0.0
-        phase_parts = [pair for one in line for pair in one.parts]
-        for row, seconds in phase_parts:
-            axes.barh(place, 1e3 * seconds, 0.4, left=at, color=_colour(row.params.variant), label="_after")
+        at, before = 0.0, 1e3 * sum(one.before_s for one in line)
+        axes.barh(place, before, 0.8, color=style.BEFORE, label="_before")
+        parts = [pair for one in line for pair in one.parts]
+        for row, seconds in parts:
+            axes.barh(place, 1e3 * seconds, 0.4, left=at, color=style.bar_colour(row.params.variant), label="_after")
             at += 1e3 * seconds
-        chosen = dict.fromkeys(row.params.cell for row, _ in phase_parts if row.params.variant != "standard")
-        ends = 1e3 * max(sum(one.before_s for one in line), at / 1e3)
+        chosen = dict.fromkeys(row.params.cell for row, _ in parts if row.params.variant != "standard")
         text = ", ".join(style.label_of(*cell).replace("N = ", "") for cell in chosen)
-        axes.text(ends + 0.01e3 * longest, place, text, va="center", fontsize=6.5)
+        axes.text(max(before, at) + 0.01 * longest, place, text, va="center", fontsize=6.5)
     axes.set_yticks(range(len(names)), names, fontsize=6.5)
     axes.set_ylim(len(names) - 0.4, -0.6)
-    axes.set_xlim(0, 1.25e3 * longest)
+    axes.set_xlim(0, 1.25 * longest)
     axes.grid(visible=False, axis="y")
-
-
-def _called(variant: str) -> str:
-    return "stays" if variant == "standard" else style.label_of(variant)
-
-
-def _colour(variant: str) -> str:
-    colour: str = style.look_of(variant)["color"]
-    return style.GREY if variant == "standard" else colour

@@ -12,7 +12,8 @@ from bgcbench.plots import style
 from bgcbench.plots.plan import variant_of
 from bgcbench.results.aggregate import Conversions, Spread, spread_of, variant_place
 from bgcbench.results.document import Document
-from bgcbench.specs import PHASE_TITLES, PLAN
+from bgcbench.results.rows import CellKey
+from bgcbench.specs import PHASE_TITLES
 from bgcbench.theory.pareto import front
 
 LOST, UNLIKE = "error less the original's (percentage points)", "first guess not the original's (% of images)"
@@ -35,7 +36,7 @@ def of_transfer(document: Document) -> style.Paint:
     """Conversions, each from the start that loses least, after the last epoch where they were trained."""
     run = Conversions.of(document)
     moment, untouched = run.moments[-1], run.untouched or 0.0
-    points: dict[tuple[str, int, int | None], Point] = {}
+    points: dict[CellKey, Point] = {}
     phase = next(iter(run.phases), "")
     for cell in run.converted if run.untouched is not None else []:
         errors = spread_of(error - untouched for error in cell.errors_at(moment).values())
@@ -43,10 +44,9 @@ def of_transfer(document: Document) -> style.Paint:
         if errors is None or ratio is None:
             continue
         ends = (ratio.ci95.low, ratio.ci95.high) if ratio.ci95 else (ratio.value, ratio.value)
-        at = cell.variant, cell.groups, cell.rank
-        if at not in points or errors.mean < points[at].lost.mean:
+        if cell.asked not in points or errors.mean < points[cell.asked].lost.mean:
             saved, low, high = (100 * (1 - 1 / times) for times in (ratio.value, *ends))
-            points[at] = Point(cell.variant, _name(*at), saved, low, high, errors)
+            points[cell.asked] = Point(cell.variant, style.name_of(*cell.asked), saved, low, high, errors)
     starts = "Of several starts the one that loses least." if len(run.starts) > 1 else ""
     when = "after training" if moment == "final" else "before any training"
     rows = document.results
@@ -72,10 +72,6 @@ def of_plan(document: Document) -> style.Paint:
     return _picture(document, points, UNLIKE if original is None else LOST, about)
 
 
-def _name(variant: str, groups: int, rank: int | None) -> str:
-    return PLAN if variant == PLAN else str(groups) if rank is None else f"r={rank}"
-
-
 def _picture(document: Document, points: Sequence[Point], lost: str, about: str, note: str = "") -> style.Paint:
     if not points:
         raise style.NothingToDraw("networks whose time and whose accuracy are both known; this result has none")
@@ -97,13 +93,9 @@ def _picture(document: Document, points: Sequence[Point], lost: str, about: str,
             axes.plot(*at, label=f"_{point.variant} {point.name}", **look)
             axes.errorbar(*at, up, ends, fmt="none", ecolor=look["color"], elinewidth=0.9, capsize=2, zorder=2.5)
             style.mark(axes, point.saved, point.lost.mean, point.name, look["color"])
-        line: style.Look = {"where": "pre", "color": style.GREY, "linewidth": 1, "zorder": 1.5, "label": "_front"}
-        axes.step([point.saved for point in best], [point.lost.mean for point in best], **line)
-        looks = {
-            style.label_of(variant): style.look_of(variant, linestyle="none")
-            for variant in sorted({point.variant for point in every}, key=variant_place)
-        }
-        looks["Pareto front"] = {"color": style.GREY, "linewidth": 1}
+        saved, lost_there = [point.saved for point in best], [point.lost.mean for point in best]
+        axes.step(saved, lost_there, where="pre", zorder=1.5, label="_front", **style.FRONT)
+        looks = style.looks_of((point.variant for point in every), linestyle="none") | {"Pareto front": style.FRONT}
         within = " within three standard errors over the seeds" if any(errors) else ""
         style.legend(panel, looks, [f"{NOTE}{within}).", NUMBERS, note])
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 from bgcbench.report.approx_network import network_report
 from bgcbench.report.format import label_of, milli, scaled, significant
 from bgcbench.report.notes import failed_rows, notes
-from bgcbench.report.table import Column, Report, Table, flat, group_columns, label, row_record, words
+from bgcbench.report.table import Column, Report, Table, group_columns, label, row_record, words
 from bgcbench.results.aggregate import at_equal_params, front_of
 from bgcbench.results.document import Document
 from bgcbench.results.rows import Counts, Fit, LayerRow, SampledRow
@@ -48,8 +47,9 @@ def approx_report(document: Document) -> Report:
     }
     invalid = [f"{row.key}: invalid: {row.reason}" for row in rows if row.status == "invalid"]
     noted = notes(document, sorted(missing), invalid + failed_rows(document))
-    table = Table(_title(document, rows), sampled_columns(marks), rows, {k: v for k, v in sections.items() if v})
-    return Report([table], noted, [_record(row, marks) for row in rows])
+    table = Table(_title(document, rows), sampled_columns(marks), rows, sections)
+    records = [row_record(row, without=("null_reasons",)) | {"front": marks.get(row.key, "")} for row in rows]
+    return Report([table], noted, records)
 
 
 def _title(document: Document, rows: Sequence[SampledRow]) -> list[str]:
@@ -116,10 +116,8 @@ def _solver(row: SampledRow) -> str:
 
 
 def _relative(row: SampledRow) -> str:
-    if row.relative_error is None:
-        return row.status
     spread = "" if row.relative_error_se is None else f" ± {milli(row.relative_error_se)}"
-    return milli(row.relative_error) + spread
+    return row.status if row.relative_error is None else milli(row.relative_error) + spread
 
 
 def _in_sample(row: SampledRow) -> float | None:
@@ -185,12 +183,3 @@ def _inexact(row: SampledRow) -> bool:
 def _over(ours: float | None, theirs: float | None, row: SampledRow, decimals: int) -> str:
     ratio = f"{ours / theirs:.{decimals}f}" if ours is not None and theirs else "-"
     return f"{ratio} (N={row.params.groups})"
-
-
-def _record(row: SampledRow, marks: Mapping[str, str]) -> dict[str, Any]:
-    return {
-        **row_record(row, row.params),
-        **flat(row.counts, Counts),
-        **flat(row, SampledRow, without=("params", "counts", "null_reasons")),
-        "front": marks.get(row.key, ""),
-    }

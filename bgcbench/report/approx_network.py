@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from bgcbench.report.format import label_of, named, scaled
+from bgcbench.report.format import label_of, named, scaled, shape_text
 from bgcbench.report.notes import notes
 from bgcbench.report.table import Column, Report, Table, flat, group_columns, label, row_record, words
 from bgcbench.results.aggregate import at_equal_params
@@ -16,6 +16,7 @@ from bgcbench.results.rows import CellKey, LayerErrors, LayerParams, LayerRow
 from bgcbench.theory.exact import white_error
 
 TOLERATED = (0.05, 0.10, 0.20)  # shares of a layer's output energy
+PERCENT = "{:.2%}".format
 ByCell = dict[CellKey, LayerRow]
 
 
@@ -26,18 +27,15 @@ def network_report(document: Document, rows: Sequence[LayerRow]) -> Report:
     cells = list(dict.fromkeys(row.params.cell for row in rows))
     order = sorted(by_layer, key=lambda name: -statistics.fmean(_calibrated(by_layer[name]).values() or [-1.0]))
     layers = [by_layer[name] for name in order]
-    sections = {"Which layers tolerate what": _tolerant(by_layer, cells)} if rows else {}
+    sections = {"Which layers tolerate what": _tolerant(by_layer, cells)}
     tables = [Table(_title(document, rows), layer_columns(cells), layers, sections)]
     if rows:
         listed = sorted(rows, key=lambda row: order.index(row.params.layer))
         tables.append(Table(["Lost output energy by weights"], weight_columns(), listed))
-    facts = []
-    if document.network:
-        moments = document.network.moments
-        facts.append(
-            f"second moments took up to {moments.bytes / 2**30:.2g} GiB at once, in {moments.passes} run(s) over the "
-            "images"
-        )
+    moments, facts = document.network and document.network.moments, []
+    if moments:
+        took = f"{moments.bytes / 2**30:.2g} GiB at once, in {moments.passes} run(s) over the images"
+        facts = [f"second moments took up to {took}"]
     return Report(tables, notes(document, facts), list(map(_record, rows)))
 
 
@@ -54,13 +52,7 @@ def layer_columns(cells: Sequence[CellKey]) -> list[Column[ByCell]]:
     return [
         label("layer", lambda of: any_row(of).params.layer, LAYER),
         words("convolution", lambda of: _shape(any_row(of).params), "Kernel, channels and stride.", drop=2),
-        Column(
-            "MACs share",
-            lambda of: any_row(of).macs_share,
-            "Of the convolutions in this table.",
-            "{:.2%}".format,
-            drop=1,
-        ),
+        Column("MACs share", lambda of: any_row(of).macs_share, "Of the convolutions in this table.", PERCENT, drop=1),
         *(Column(named(*at), partial(lost, at=at), LOST, name="VARIANT N=..") for at in cells),
     ]
 
@@ -82,7 +74,7 @@ def weight_columns() -> list[Column[LayerRow]]:
         def value(row: LayerRow) -> float | None:
             return share(row.output_relative_error) if row.output_relative_error else None
 
-        return Column(title, value, meaning, "{:.2%}".format)
+        return Column(title, value, meaning, PERCENT)
 
     return [
         label("layer", lambda row: row.params.layer, LAYER),
@@ -104,31 +96,23 @@ def _calibrated(of: ByCell) -> dict[CellKey, float]:
 
 
 def _shape(p: LayerParams) -> str:
-    stride = f" /{p.stride}" if p.stride > 1 else ""
-    return f"{p.kernel}x{p.kernel_width} {p.in_channels}->{p.out_channels}{stride}"
+    return shape_text((p.kernel, p.kernel_width), p.in_channels, p.out_channels, p.stride)
 
 
 def _tolerant(by_layer: Mapping[str, ByCell], cells: Sequence[CellKey]) -> list[str]:
     """For each variant and N, or rank: how many layers, with which share of the MACs, lose at most 5, 10, 20 %."""
     lines = []
     for at in cells:
-        known = [
-            (error, of[at].macs_share or 0.0, name)
-            for name, of in by_layer.items()
-            if (error := _calibrated(of).get(at)) is not None
-        ]
+        known = {name: lost[at] for name, of in by_layer.items() if at in (lost := _calibrated(of))}
         if not known:
             continue
         parts = []
         for limit in TOLERATED:
-            within = [share for error, share, _ in known if error <= limit]
+            within = [by_layer[name][at].macs_share or 0.0 for name, error in known.items() if error <= limit]
             parts.append(f"{len(within)} at most {limit:.0%} ({sum(within):.0%} of the MACs)")
-        most, _, worst = max(known, key=lambda layer: layer[0])
-        white = white_error(*at)
-        lines.append(
-            f"{named(*at)}, of {len(known)} layers: {', '.join(parts)}; most is lost in {worst} ({most:.1%})"
-            + ("" if white is None else f"; white input would lose {white:.1%}")
-        )
+        worst, white = max(known, key=known.__getitem__), white_error(*at)
+        line = f"{named(*at)}, of {len(known)} layers: {', '.join(parts)}; most is lost in {worst} ({known[worst]:.1%})"
+        lines.append(line + ("" if white is None else f"; white input would lose {white:.1%}"))
     return lines + _at_equal_size(by_layer, cells)
 
 
@@ -158,10 +142,7 @@ def _title(document: Document, rows: Sequence[LayerRow]) -> list[str]:
 
 
 def _record(row: LayerRow) -> dict[str, Any]:
-    return {
-        **row_record(row, row.params),
-        "params": row.counts.params if row.counts else None,
-        "macs": row.counts.macs if row.counts else None,
-        **{f"output_relative_error_{k}": error for k, error in flat(row.output_relative_error, LayerErrors).items()},
-        **flat(row, LayerRow, without=("key", "params", "status", "reason", "counts", "output_relative_error")),
-    }
+    errors = flat(row.output_relative_error, LayerErrors).items()
+    about = row_record(row, ("params", "macs"), LayerRow.__struct_fields__)
+    about |= {f"output_relative_error_{weights}": error for weights, error in errors}
+    return about | row_record(row, ("params", "macs"), ("output_relative_error",))

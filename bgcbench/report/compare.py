@@ -198,8 +198,8 @@ def compare_report(
     added = sorted(row.key for key, row in new.items() if key not in old)
     notes += [f"new: {', '.join(added)}"] if added else []
     tripped = any(change.slower for change in changes) or (limit is not None and bool(gone))
-    sections = {"Measured before and no longer": gone} if gone else {}
-    table = Table(["bgcbench compare"], change_columns(changes), changes, {**sections, "Notes": notes})
+    sections = {"Measured before and no longer": gone, "Notes": notes}
+    table = Table(["bgcbench compare"], change_columns(changes), changes, sections)
     return Report([table], records=[change.record for change in changes]), tripped
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from bgcbench.report.format import label_of, loss_text, named, scaled, share_words
+from bgcbench.report.format import label_of, loss_text, named, scaled, shape_text, share_words
 from bgcbench.report.notes import together
 from bgcbench.report.table import Column, Report, Table, label, words
 from bgcbench.results.rows import CalibratedLayer, Conversion, Replaced
@@ -16,6 +16,11 @@ class Line:
 
     layer: Replaced
     loss: CalibratedLayer | None
+
+    @property
+    def shape(self) -> str:
+        layer = self.layer
+        return shape_text(layer.kernel, layer.in_channels, layer.out_channels, max(layer.stride))
 
 
 def conversion_report(done: Conversion) -> Report:
@@ -34,30 +39,22 @@ def conversion_report(done: Conversion) -> Report:
     if record.calibration and record.calibration.refitted:
         summary.append(f"{len(record.calibration.refitted)} of those kept are solved anew ({record.init})")
     kept = together((layer.name, layer.reason) for layer in record.kept)
-    notes = [*done.notes, *record.notes]
-    sections = {"Summary": summary, **({"Kept": kept} if kept else {}), **({"Notes": notes} if notes else {})}
+    sections = {"Summary": summary, "Kept": kept, "Notes": [*done.notes, *record.notes]}
     where = "planned" if record.planned else record.where
     title = f"{done.model} (weights: {done.weights}), converted; convolutions: {where}"
     return Report([Table([title], COLUMNS, lines, sections)], records=list(map(_record, lines)))
 
 
+LOST = "Share of its output that is lost on images held out."
 COLUMNS: list[Column[Line]] = [
     label("layer", lambda line: line.layer.name, "The convolution that was replaced."),
-    words("convolution", lambda line: _shape(line.layer), "Its kernel, channels and stride."),
+    words("convolution", lambda line: line.shape, "Its kernel, channels and stride."),
     words("variant", lambda line: label_of(line.layer.variant), "What stands in its place."),
     Column("N", lambda line: line.layer.groups, "Groups."),
     Column("rank", lambda line: line.layer.rank, "Rank of LR, where it was asked for.", optional=True),
     words("init", lambda line: line.layer.init, "How its weights were found."),
-    Column(
-        "lost %", lambda line: line.loss and line.loss.after, "Share of its output that is lost on images held out.",
-        loss_text, optional=True,
-    ),
-]  # fmt: skip
-
-
-def _shape(layer: Replaced) -> str:
-    stride = f" /{layer.stride[0]}" if layer.stride != (1, 1) else ""
-    return f"{'x'.join(map(str, layer.kernel))} {layer.in_channels}->{layer.out_channels}{stride}"
+    Column("lost %", lambda line: line.loss and line.loss.after, LOST, loss_text, optional=True),
+]
 
 
 def _record(line: Line) -> dict[str, object]:

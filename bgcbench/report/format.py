@@ -75,6 +75,11 @@ def listed(names: Sequence[str], most: int = NAMED) -> str:
     return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
 
 
+def shape_text(kernel: Sequence[int], in_channels: int, out_channels: int, stride: int) -> str:
+    """ "3x3 64->128 /2" """
+    return f"{'x'.join(map(str, kernel))} {in_channels}->{out_channels}" + (f" /{stride}" if stride > 1 else "")
+
+
 def label_of(variant: str) -> str:
     """A variant's name in tables; one that a newer version has written is called what it is."""
     return VARIANTS[variant].label if variant in VARIANTS else variant
@@ -82,4 +87,8 @@ def label_of(variant: str) -> str:
 
 def named(variant: str, groups: int, rank: int | None = None) -> str:
     """ "GC N=4", "LR r=16", "plan" """
-    return PLAN if variant == PLAN else f"{label_of(variant)} " + (f"N={groups}" if rank is None else f"r={rank}")
+    return PLAN if variant == PLAN else f"{label_of(variant)} {size_text(groups, rank)}"
+
+
+def size_text(groups: int, rank: int | None) -> str:
+    return f"N={groups}" if rank is None else f"r={rank}"

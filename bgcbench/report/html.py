@@ -42,31 +42,9 @@ class Part:
         quick = "quick, " if self.document.quality == "quick" else ""
         return quick + STATES.get(self.document.exit_reason, self.document.exit_reason)
 
-    @property
-    def rows_done(self) -> str:
-        return f"{len(self.document.done)} of {len(self.document.results)}"
-
-    @property
-    def made_by(self) -> str:
-        return shlex.join(["bgcbench", *self.document.argv])
-
-    @property
-    def source(self) -> str:
-        """Which bgcbench measured it."""
-        tool = self.document.tool
-        return f"bgcbench {tool.version}" + (f", commit {tool.git_commit[:12]}" if tool.git_commit else "")
-
     def drawn_by(self, picture: str) -> str:
         target = f"{PurePath(self.name).stem}-{picture}.svg"
         return shlex.join(["bgcbench", "show", self.name, "--plot", target, "--picture", picture])
-
-    @property
-    def notes(self) -> Sequence[str]:
-        return self.report.notes or ()
-
-    @property
-    def meanings(self) -> dict[str, str]:
-        return meanings(self.report)
 
 
 def sortable(table: Table) -> Iterator[list[tuple[bool, bool, str, str | None]]]:
@@ -92,6 +70,8 @@ def page(parts: Sequence[Part], no_pictures: str = "") -> str:
         parts=parts,
         no_pictures=no_pictures,
         sortable=sortable,
+        meanings=meanings,
+        command_line=shlex.join,
         most=NOTES,
         version=bgcbench.__version__,
         style=Markup(style),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from bgcbench.report.compare import Comparison, speed_up
 from bgcbench.report.format import listed, ratio_text, significant
@@ -21,30 +20,27 @@ SHARE = (
 FASTEST = (
     "The fastest variant in its place, and its speed-up; itself: none is significantly faster; kept: not replaced."
 )
+MODULES = "The convolutions of this shape; a terminal shows the first."
 MODULE_LETTERS = 32  # of the names in a terminal's table
-Compared = list[tuple[str, ProfileRow, Comparison]]  # a variant and N, in place of a row, and its speed-up
 
 
 def layers_table(rows: Rows, network: ProfileRow | None) -> Table:
     """Each distinct convolution: how often it runs, its share of the network's time, and what is faster there."""
     phases = measured_phases(rows, LAYER_PHASES)
     own = [row for row in rows if row.params.variant == "standard" and row.layer]
-    if phases:
-        own.sort(key=lambda row: -_total(row, phases[-1]))
+    own.sort(key=lambda row: -_total(row, phases[-1]) if phases else 0)
     columns: list[Column[ProfileRow]] = [
         label("convolution", _shape, "Channels, kernel and input of a shape."),
         Column("times", _times, "How often the network has it."),
-        words("modules", _modules, "The convolutions of this shape; a terminal shows the first.", form=", ".join,
-              brief=lambda names: shortened(listed(names, 1), MODULE_LETTERS), drop=4),
-    ]  # fmt: skip
+        words("modules", lambda row: row.layer and row.layer.names, MODULES, form=", ".join, brief=_first, drop=4),
+    ]
     sections = {}
     for phase in phases:
         whole = network.median_s(LAYER_PHASES[phase]) if network else None
-        compared = [entry for row in own for entry in _variants(row, rows, phase)]
         columns += _phase_columns(own, rows, phase, whole, drop=int(phase != phases[-1]))
-        if lines := _where_time_goes(own, whole, phase) + _sped_up(compared, phase):
-            sections[f"Where the time goes ({PHASE_TITLES[phase]})"] = lines
-    columns.append(replace(flags_column(phases, network=network), drop=5))
+        heading = f"Where the time goes ({PHASE_TITLES[phase]})"
+        sections[heading] = _where_time_goes(own, whole, phase) + _sped_up(own, rows, phase)
+    columns.append(flags_column(phases, None, network, drop=5))
     return Table(["Convolutions by themselves"], columns, own, sections)
 
 
@@ -63,17 +59,10 @@ def _phase_columns(own: Rows, rows: Rows, phase: str, whole: float | None, drop:
 
     title = PHASE_TITLES[phase]
     return [
-        replace(time_column(own, phase), drop=3),
+        time_column(own, phase, drop=3),
         Column(f"share {title}", share, SHARE, name="share", drop=2 * drop),
         words(f"fastest {title}", fastest, FASTEST, name="fastest", drop=drop),
     ]
-
-
-def _variants(row: ProfileRow, rows: Rows, phase: str) -> Compared:
-    """What was measured in place of the network's own convolution ``row``."""
-    members = _members(row, rows)
-    others = [(numbered(other, members), speed_up(other, row, phase)) for other in members if other is not row]
-    return [(name, row, found) for name, found in others if found]
 
 
 def _members(row: ProfileRow, rows: Rows) -> list[ProfileRow]:
@@ -85,8 +74,8 @@ def _shape(row: ProfileRow) -> str:
     return row.layer.label if row.layer else ""
 
 
-def _modules(row: ProfileRow) -> tuple[str, ...]:
-    return row.layer.names if row.layer else ()
+def _first(names: Sequence[str]) -> str:
+    return shortened(listed(names, 1), MODULE_LETTERS)
 
 
 def _times(row: ProfileRow) -> int:
@@ -120,11 +109,17 @@ def _where_time_goes(own: Rows, whole: float | None, phase: str) -> list[str]:
     ]
 
 
-def _sped_up(compared: Compared, phase: str) -> list[str]:
+def _sped_up(own: Rows, rows: Rows, phase: str) -> list[str]:
     """For each variant and N: in how many of the replaced shapes it is significantly faster, and where it is not."""
+    compared: dict[str, list[tuple[ProfileRow, Comparison]]] = {}
+    for row in own:
+        members = _members(row, rows)
+        for other in members:
+            if other is not row and (found := speed_up(other, row, phase)):
+                compared.setdefault(numbered(other, members), []).append((row, found))
     lines = []
-    for name in dict.fromkeys(name for name, *_ in compared):
-        mine = [(row, found) for at, row, found in compared if at == name and found.ci95]
+    for name, every in compared.items():
+        mine = [(row, found) for row, found in every if found.ci95]
         if not mine:
             lines.append(f"{name}: not known, from too few rounds for an interval")
             continue

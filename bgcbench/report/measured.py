@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Protocol
 
 from bgcbench.report.compare import speed_up
-from bgcbench.report.format import bounds_text, label_of, mebibytes, scaled, significant, time_unit
+from bgcbench.report.format import bounds_text, label_of, mebibytes, scaled, significant, size_text, time_unit
 from bgcbench.report.table import Column, group_columns, label, words
 from bgcbench.results.rows import Phase, ProfileRow
 from bgcbench.results.times import BUSY, is_doubtful
@@ -16,6 +15,7 @@ from bgcbench.specs import PHASE_TITLES, PLAN
 from bgcbench.theory import paper
 
 Rows = Sequence[ProfileRow]
+THREE = "{:.3f}".format
 
 
 def profile_columns(
@@ -30,16 +30,14 @@ def profile_columns(
         label(first, lambda row: variant_name(row, rows), VARIANT),
         *group_columns(lambda row: row.params),
         Column("replaced", replaced, "Number of convolutions that are replaced.", optional=True),
-        Column("params", lambda row: row.ran and row.ran.params, "Parameters of the algorithm that ran.", scaled),
+        Column("params", lambda row: row.ran and row.ran.params, PARAMS, scaled),
         Column("MACs", lambda row: row.ran and row.ran.macs, MACS, scaled),
-        Column("white err", white_error, WHITE_ERROR, "{:.3f}".format, optional=True),
+        Column("white err", white_error, WHITE_ERROR, THREE, optional=True),
         *(column for phase in phases for column in _phase_columns(rows, phase, reference)),
         Column("x+W MiB", lambda row: row.memory and row.memory.paper_bytes, PAPER_BYTES, mebibytes, optional=True),
         Column("peak MiB", peak, PEAK, mebibytes),
         Column("roofline", lambda row: _roofline(row, phases), ROOFLINE),
-        Column(
-            "paper ms", lambda row: row.paper and row.paper.time_s * 1e3, PAPER_TIME, "{:.3f}".format, optional=True
-        ),
+        Column("paper ms", lambda row: row.paper and row.paper.time_s * 1e3, PAPER_TIME, THREE, optional=True),
         Column("paper MiB", lambda row: row.paper and row.paper.memory_bytes, PAPER_MEMORY, mebibytes, optional=True),
         Column("paper err %", lambda row: row.paper and row.paper.error, PAPER_ERROR, "{:.2f}".format, optional=True),
         flags_column(phases, reference),
@@ -63,6 +61,7 @@ VARIANT = (
     "SC: the standard convolution; dense: the network as it is; plan: as --plan has it, layer by layer. masked: the "
     "algorithm that is trained, with a dense kernel; deployed: what runs afterwards."
 )
+PARAMS = "Parameters of the algorithm that ran."
 MACS = "Multiply-accumulate operations of one image, forward, in convolutions and fully connected layers."
 WHITE_ERROR = "Smallest share of the output's energy that the variant loses on white input (closed form)."
 SPEED_UP = (
@@ -93,13 +92,9 @@ FLAGS = (
 )
 
 
-class TimeForm(Protocol):
-    def __call__(self, seconds: float, like: float | None = None) -> str:
-        """Seconds as text, with as many decimals as ``like`` has."""
-
-
-def time_form(rows: Rows, phase: str) -> tuple[str, TimeForm]:
-    """The unit of the times in ``phase``, and the form of a time in it: with four digits."""
+def time_form(rows: Rows, phase: str) -> tuple[str, Callable[..., str]]:
+    """The unit of the times in ``phase``, and the form of a time in it: with as many decimals as give ``like``, or
+    itself, four digits."""
     factor, unit = time_unit(filter(None, (row.median_s(phase) for row in rows)))
 
     def form(seconds: float, like: float | None = None) -> str:
@@ -109,7 +104,7 @@ def time_form(rows: Rows, phase: str) -> tuple[str, TimeForm]:
     return unit, form
 
 
-def time_column(rows: Rows, phase: str) -> Column[ProfileRow]:
+def time_column(rows: Rows, phase: str, drop: int = 0) -> Column[ProfileRow]:
     unit, form = time_form(rows, phase)
 
     def time(measured: Phase) -> str:
@@ -117,13 +112,13 @@ def time_column(rows: Rows, phase: str) -> Column[ProfileRow]:
         return form(median) + bounds_text(measured.summary.ci95_s, partial(form, like=median))
 
     meaning = "Median time of a batch, with its 95 % confidence interval."
-    return Column(f"{PHASE_TITLES[phase]} {unit}", lambda row: row.phases.get(phase), meaning, time, "time")
+    return Column(f"{PHASE_TITLES[phase]} {unit}", lambda row: row.phases.get(phase), meaning, time, "time", drop=drop)
 
 
 def flags_column(
-    phases: Sequence[str], reference: ProfileRow | None = None, network: ProfileRow | None = None
+    phases: Sequence[str], reference: ProfileRow | None, network: ProfileRow | None = None, drop: int = 0
 ) -> Column[ProfileRow]:
-    return words("flags", lambda row: ", ".join(flags(row, phases, reference, network)), FLAGS)
+    return words("flags", lambda row: ", ".join(flags(row, phases, reference, network)), FLAGS, drop=drop)
 
 
 # ---------------------------------------------------------------------------------------------------- what a row holds
@@ -148,10 +143,8 @@ def variant_name(row: ProfileRow, rows: Rows) -> str:
 
 
 def numbered(row: ProfileRow, rows: Rows) -> str:
-    _, groups, rank = row.params.cell
-    if row.params.variant == PLAN:
-        return variant_name(row, rows)
-    return f"{variant_name(row, rows)} " + (f"N={groups}" if rank is None else f"r={rank}")
+    name, (variant, groups, rank) = variant_name(row, rows), row.params.cell
+    return name if variant == PLAN else f"{name} {size_text(groups, rank)}"
 
 
 def white_error(row: ProfileRow) -> float | None:
@@ -184,28 +177,13 @@ def _roofline(row: ProfileRow, phases: Sequence[str]) -> str | None:
 
 
 def flags(
-    row: ProfileRow,
-    phases: Sequence[str],
-    reference: ProfileRow | None = None,
-    network: ProfileRow | None = None,
+    row: ProfileRow, phases: Sequence[str], reference: ProfileRow | None = None, network: ProfileRow | None = None
 ) -> list[str]:
     """What to know before a row's numbers are used. reference, network: as in ``is_doubtful``."""
     dense = row.convert.indivisible if row.convert else []
-    counts = row.status == "ok" or (row.status == "interrupted" and row.phases)
-    found = _measured_flags(row, phases, reference, network) if counts else _failed(row)
-    found += ["interrupted"] if counts and row.status != "ok" else []
-    return found + ([f"{len(dense)} kept dense"] if dense else [])
-
-
-def _failed(row: ProfileRow) -> list[str]:
-    if all(ending(row, phase) == row.status for phase in row.phases):
-        return [row.status]
-    return [f"{PHASE_TITLES.get(phase, phase)} {failure.status}" for phase, failure in row.failures.items()]
-
-
-def _measured_flags(
-    row: ProfileRow, phases: Sequence[str], reference: ProfileRow | None, network: ProfileRow | None
-) -> list[str]:
+    kept = [f"{len(dense)} kept dense"] if dense else []
+    if not (row.status == "ok" or (row.status == "interrupted" and row.phases)):
+        return _failed(row) + kept
     by_phase = {
         PHASE_TITLES[phase]: ["doubtful"] * is_doubtful(row, phase, reference, network)
         + _phase_flags(row.phases[phase])
@@ -213,9 +191,15 @@ def _measured_flags(
         if phase in row.phases
     }
     first, *others = by_phase.values() or [[]]
-    if all(found == first for found in others):
-        return first
-    return [f"{title} {flag}" for title, found in by_phase.items() for flag in found]
+    alike = all(found == first for found in others)
+    found = first if alike else [f"{title} {flag}" for title, raised in by_phase.items() for flag in raised]
+    return [*found, *(["interrupted"] if row.status != "ok" else []), *kept]
+
+
+def _failed(row: ProfileRow) -> list[str]:
+    if all(ending(row, phase) == row.status for phase in row.phases):
+        return [row.status]
+    return [f"{PHASE_TITLES.get(phase, phase)} {failure.status}" for phase, failure in row.failures.items()]
 
 
 def _phase_flags(measured: Phase) -> list[str]:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from bgcbench.report.format import bounds_text, named, ratio_text
 from bgcbench.report.notes import notes, together
-from bgcbench.report.table import Column, Report, Table, flat, label, row_record, words
+from bgcbench.report.table import Column, Report, Table, label, row_record, words
 from bgcbench.results.document import Document
 from bgcbench.results.rows import CurvePoint, PlanFacts, PlanRow
 from bgcbench.specs import BUDGETS, PHASE_TITLES, cost_kind
@@ -15,33 +14,29 @@ from bgcbench.specs import BUDGETS, PHASE_TITLES, cost_kind
 
 def plan_report(document: Document) -> Report:
     rows: list[PlanRow] = list(document.results)
+    plan, asked, runtime = document.plan, document.asked, document.settings.runtime
     every = [row for row in rows if row.params.stage == "proof"]
     proof = [row for row in every if row.status != "invalid"]
     chosen = [row for row in rows if row.params.stage == "choice"]
     about = rows[0].params if rows else None
     title = [f"{about.model} (weights {about.weights}) on {about.data}"] if about else ["plan"]
     title.append(document.environment.where)
-    asked = document.asked
     if (asked.mode or "eager", asked.phase or "fwd") != ("eager", "fwd"):
-        runtime = document.settings.runtime
         title.append(f"timed in {runtime or asked.mode}, {PHASE_TITLES[asked.phase or 'fwd']}")
     tables = []
     if proof:
-        sections = {"In words": _said(document.plan, proof)} if document.plan else {}
+        sections = {"In words": _said(plan, proof) if plan else []}
         tables.append(Table(title, PROOF, proof, sections, "The networks, on images never planned on"))
-    trials = [row for row in rows if row.params.stage == "trial" and row.status == "ok"]
-    if trials:
+    if trials := [row for row in rows if row.params.stage == "trial" and row.status == "ok"]:
         tables.append(Table(["What was tried out, on images held out of calibration"], TRIALS, trials))
     if chosen or not proof:
         tables.append(Table([] if proof else title, CHOICES, chosen, caption="What each convolution becomes"))
-    if document.plan and document.plan.curve:
-        tables.append(
-            Table([f"The best plans, by {BUDGETS[cost_kind(document.plan.kind)]}"], CURVE, document.plan.curve)
-        )
+    if plan and plan.curve:
+        tables.append(Table([f"The best plans, by {BUDGETS[cost_kind(plan.kind)]}"], CURVE, plan.curve))
     facts = ["predicted loss ranks plans; what a plan really loses is in the table of networks"] if chosen else []
     missing = together((row.params.subject or "", row.reason or "") for row in every if row.status == "invalid")
     facts += [f"not among the networks: {line}" for line in missing]
-    return Report(tables, notes(document, facts), [_record(row) for row in rows])
+    return Report(tables, notes(document, facts), [row_record(row, ("params", "macs")) for row in rows])
 
 
 def _choice(row: PlanRow) -> str:
@@ -68,6 +63,12 @@ OF_NETWORK = "Of the whole network, to the original's, with a 95 % confidence in
 OF_LAYER = "To the layer's own."
 AGREES = "Images on which the first guess is the original's. Labels are not needed."
 WRONG = "Labelled images on which the first guess is wrong."
+TOP5 = "The original's first guess is among the first five."
+KL = "Mean of KL(original || network) over the images, in nats."
+TRIED_OUT = (
+    "The plan by what the network feels of each layer, by the layers' own losses, by its real losses, and the best "
+    "choice of each variant for all layers."
+)
 HELD_OUT = "Squared error of the class scores on images held out of calibration, as a share of their variance."
 LOGITS = "Squared error of the class scores, as a share of their variance over the images."
 FELT = (
@@ -79,28 +80,26 @@ BETTER = (
     " room for it."
 )
 SHARE = "{:.3f}".format
+THREE_DIGITS = "{:.3g}".format
+COSTS: list[Column[PlanRow]] = [
+    Column("params", lambda row: row.params_ratio, OF_ALL, SHARE, "params, network"),
+    Column("MACs", lambda row: row.macs_ratio, OF_ALL, SHARE, "MACs, network"),
+]
 PROOF: list[Column[PlanRow]] = [
     label("network", _subject, SUBJECT),
-    Column("params", lambda row: row.params_ratio, OF_ALL, SHARE, name="params, network"),
-    Column("MACs", lambda row: row.macs_ratio, OF_ALL, SHARE, name="MACs, network"),
+    *COSTS,
     Column("time", _time, OF_NETWORK, name="time, network"),
     Column("error %", lambda row: row.error, WRONG, "{:.2f}".format, optional=True),
     Column("agrees %", lambda row: row.agreement, AGREES, "{:.1f}".format),
-    Column(
-        "top-5 %", lambda row: row.top5, "The original's first guess is among the first five.", "{:.1f}".format, drop=2
-    ),
-    Column(
-        "KL", lambda row: row.kl, "Mean of KL(original || network) over the images, in nats.", "{:.3g}".format, drop=3
-    ),
-    Column("logit error", lambda row: row.logit_error, LOGITS, "{:.3g}".format, drop=1),
+    Column("top-5 %", lambda row: row.top5, TOP5, "{:.1f}".format, drop=2),
+    Column("KL", lambda row: row.kl, KL, THREE_DIGITS, drop=3),
+    Column("logit error", lambda row: row.logit_error, LOGITS, THREE_DIGITS, drop=1),
 ]
 TRIALS: list[Column[PlanRow]] = [
-    label("tried out", _subject, "The plan by what the network feels of each layer, by the layers' own losses, by its "
-          "real losses, and the best choice of each variant for all layers."),
-    Column("params", lambda row: row.params_ratio, OF_ALL, SHARE, name="params, network"),
-    Column("MACs", lambda row: row.macs_ratio, OF_ALL, SHARE, name="MACs, network"),
-    Column("error of outputs", lambda row: row.logit_error, HELD_OUT, "{:.3g}".format),
-]  # fmt: skip
+    label("tried out", _subject, TRIED_OUT),
+    *COSTS,
+    Column("error of outputs", lambda row: row.logit_error, HELD_OUT, THREE_DIGITS),
+]
 CHOICES: list[Column[PlanRow]] = [
     label("layer", lambda row: row.params.layer, "A convolution, in the order of execution."),
     words("convolution", lambda row: row.params.shape, "Channels and kernel.", drop=3),
@@ -114,7 +113,7 @@ CHOICES: list[Column[PlanRow]] = [
 ]
 CURVE: list[Column[CurvePoint]] = [
     Column("cost", lambda point: point.cost, "Share of the original's.", SHARE),
-    Column("predicted loss", lambda point: point.loss, "Of the variance of the network's outputs.", "{:.3g}".format),
+    Column("predicted loss", lambda point: point.loss, "Of the variance of the network's outputs.", THREE_DIGITS),
 ]
 
 
@@ -138,12 +137,3 @@ def _said(plan: PlanFacts, proof: Sequence[PlanRow]) -> list[str]:
         best = max(others, key=lambda row: row.agreement or 0.0)
         lines.append(f"the best single choice at that budget, {_subject(best)}, on {best.agreement:.1f} %")
     return lines
-
-
-def _record(row: PlanRow) -> dict[str, Any]:
-    return {
-        **row_record(row, row.params),
-        "params": row.counts.params if row.counts else None,
-        "macs": row.counts.macs if row.counts else None,
-        **flat(row, PlanRow, without=("key", "params", "status", "reason", "counts")),
-    }

@@ -22,10 +22,10 @@ from bgcbench.report.measured import (
 )
 from bgcbench.report.notes import chosen_algorithms, kept_dense, notes, replaced_lines, run_lines
 from bgcbench.report.side_by_side import comparison_table
-from bgcbench.report.table import Report, Table, flat, row_record
+from bgcbench.report.table import Report, Table, flat, row_record, with_all_columns
 from bgcbench.results.aggregate import at_equal_n, at_equal_params
 from bgcbench.results.document import Document
-from bgcbench.results.rows import Counts, Derived, Memory, ProfileRow, White
+from bgcbench.results.rows import Derived, Memory, ProfileRow, White
 from bgcbench.results.times import is_doubtful
 from bgcbench.specs import PHASE_TITLES
 
@@ -43,8 +43,8 @@ def profile_report(document: Document) -> Report:
     several = len(by_mode) > 1
     tables: list[Table] = []
     for mode, rows in (by_mode or {"": []}).items():
-        title = [f"mode: {mode}"] if several else []
-        made = _tables(document, rows, title if tables else [*_title(document, rows), *title])
+        title = [*([] if tables else _title(document, rows)), *([f"mode: {mode}"] if several else [])]
+        made = _tables(document, rows, title)
         tables += [replace(table, caption=f"{mode}, {table.caption}") if several and table.caption else table
                    for table in made]  # fmt: skip
     if several:
@@ -65,23 +65,17 @@ def _tables(document: Document, every: Rows, title: list[str]) -> list[Table]:
     rows = [row for row in every if row.params.layer is None]
     layers = [row for row in every if row.params.layer is not None]
     reference, phases, network = reference_of(rows), measured_phases(rows), _is_network(document, rows)
-    sections: dict[str, list[str]] = {}
-    if network and (best := [line for phase in phases if (line := _best(rows, reference, phase))]):
-        sections |= {"Best": best}
-    for phase in phases if network else phases[-1:]:
+    shown = phases if network else phases[-1:]
+    best = [line for phase in phases if (line := _best(rows, reference, phase))] if network else []
+    sections = {"Best": best}
+    for phase in shown:
         verdicts = [_verdict(row, reference, phase, rows) for row in rows if row is not reference]
         sections[f"Verdict ({PHASE_TITLES[phase]})"] = verdicts
-    if phases and not network:
-        lines = [line for row in rows if (line := _versus_gc(row, rows, phases[-1]))]
-        sections |= {f"BGC versus GC ({PHASE_TITLES[phases[-1]]})": lines} if lines else {}
+        lines = [] if network else [line for row in rows if (line := _versus_gc(row, rows, phase))]
+        sections[f"BGC versus GC ({PHASE_TITLES[phase]})"] = lines
     columns = profile_columns("network" if network else "variant", rows, phases, reference)
-    made = [comparison_table(title if not number else [], rows, reference, phase)
-            for number, phase in enumerate(phases if network else phases[-1:])]  # fmt: skip
-    if made:
-        made[-1] = replace(made[-1], sections=sections)
-        made.append(Table(["All columns"], columns, rows, full=True))
-    else:  # nothing was measured
-        made.append(Table(title, columns, rows, sections))
+    made = [comparison_table(title if phase == shown[0] else [], rows, reference, phase) for phase in shown]
+    made = with_all_columns(made, Table(title, columns, rows, sections))
     return [*made, *([layers_table(layers, reference)] if layers else [])]
 
 
@@ -96,7 +90,7 @@ def _modes_compared(by_mode: Mapping[str, Rows]) -> dict[str, list[str]]:
                 if compared := speed_up(row, base, phase):
                     versus = compared.versus(f"{numbered(base, own)} in {first}")
                     lines.append(f"{numbered(row, rows)} in {mode} is {versus}")
-    return {heading: lines for heading, lines in found.items() if lines}
+    return found
 
 
 def _is_network(document: Document, rows: Rows) -> bool:
@@ -170,11 +164,11 @@ def _best(rows: Rows, reference: ProfileRow | None, phase: str) -> str | None:
     if not compared.faster:
         return f"{title}: none is significantly faster than {DENSE}; the shortest time is {name}'s"
     text = f"{title}: {name}, {compared.versus(DENSE)}"
-    if others:
-        ahead, after = speed_up(first, others[0], phase), numbered(others[0], rows)
-        alike = ahead is not None and ahead.is_significant is not True
-        text += f"; {after} is not significantly slower" if alike else f"; next is {after}"
-    return text
+    if not others:
+        return text
+    ahead, after = speed_up(first, others[0], phase), numbered(others[0], rows)
+    alike = ahead is not None and ahead.is_significant is not True
+    return f"{text}; {after} is not significantly slower" if alike else f"{text}; next is {after}"
 
 
 # -------------------------------------------------------------------------------------------------------------- records
@@ -186,19 +180,17 @@ def profile_records(rows: Rows) -> list[dict[str, Any]]:
     Each is held against its own reference: the standard convolution, the dense network, or the network's own layer.
     """
     references: dict[tuple[int | None, str], ProfileRow] = {}
+    records: list[dict[str, Any]] = []
     for row in rows:
         if row.params.variant == "standard" and row.phases:
             references.setdefault((row.params.layer, row.params.mode), row)
-    records = []
     for row in rows:
-        # The width of a network's few kernels that are not square is in the file alone.
-        about = row_record(row, row.params, without=("kernel_width",)) | flat(row.counts, Counts)
+        about = row_record(row, without=ProfileRow.__struct_fields__)
+        about.pop("kernel_width")  # of a network's few kernels that are not square: in the file alone
         about |= flat(row.approximability, White) | flat(row.memory, Memory)
         about |= {"modules": ", ".join(row.layer.names) if row.layer else None}
-        records += [
-            about | _measured(row, references.get((row.params.layer, row.params.mode)), phase) for phase in row.phases
-        ]
-        records += [] if row.phases else [about | {"phase": None}]
+        reference = references.get((row.params.layer, row.params.mode))
+        records += [about | _measured(row, reference, phase) for phase in row.phases] or [about | {"phase": None}]
     return records
 
 

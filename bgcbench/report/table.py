@@ -20,7 +20,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from bgcbench.results.document import Document, dumps, printable
-from bgcbench.results.rows import Data, Row
+from bgcbench.results.rows import Counts, Data, Row
 from bgcbench.specs import PLAN
 
 LATER = ("rank", "limit_relative_error", "modules")  # fields of records that a CSV file has where some row does
@@ -37,8 +37,8 @@ class Column(Generic[R]):
     name: under which it is explained, where the title also says a phase, a unit or an N. right: aligned to the right.
     lead: repeated in front of every part of a table that is split because the terminal is narrow. optional: left out
     where no row has a value. drop: left out, those with the highest number first, before a table is split. brief: the
-    form of a value on a terminal, where that is another one. bar: a row's value as a share of the largest, which a
-    terminal with room draws.
+    form of a value on a terminal, where that is another one. bar: whether a terminal with room draws the value, as a
+    share of the largest of all such columns.
     """
 
     title: str
@@ -51,7 +51,7 @@ class Column(Generic[R]):
     optional: bool = False
     drop: int = 0
     brief: Callable[[Any], str] | None = None
-    bar: Callable[[R], float | None] | None = None
+    bar: bool = False
 
     def cell(self, row: R) -> str:
         value = self.value(row)
@@ -87,7 +87,7 @@ def group_columns(of: Callable[[R], Any]) -> list[Column[R]]:
 
 @dataclass(frozen=True)
 class Table:
-    """A title, columns over rows, and lines under them by heading.
+    """A title, columns over rows, and lines under them by heading; a heading without lines is left out.
 
     caption: of the table alone, where the title is that of a whole report. full: a terminal shows it with --wide only.
     """
@@ -127,6 +127,14 @@ class Table:
         """Of each column on a terminal, with the space behind it."""
         texts = ((column.title, *cells) for column, cells in zip(self.columns, self.cells, strict=True))
         return [max(map(cell_len, column)) + 2 for column in texts]
+
+
+def with_all_columns(first: Sequence[Table], whole: Table) -> list[Table]:
+    """``first``, with the lists of ``whole`` below, and every column for --wide; without a first table ``whole``."""
+    if not first:
+        return [whole]
+    last = replace(first[-1], sections=whole.sections)
+    return [*first[:-1], last, replace(whole, title=["All columns"], sections={}, full=True)]
 
 
 @dataclass(frozen=True)
@@ -176,7 +184,7 @@ def explained(report: Report) -> Report:
 # makes a link of.
 _MARKUP = re.compile(r"[\\`*~$]|<(?=[A-Za-z/!?])|&(?=#?\w+;)|\](?=[(\[:])|(?<![^\W_])_|_(?![^\W_])")
 # What makes a heading, a quotation or a list of a line that begins with it.
-_BLOCK = re.compile(r"^(?:(?P<sign>[#>+=-])|(?P<number>\d+)(?P<end>[.)])(?!\S))")
+_BLOCK = re.compile(r"^(?:(\d+)(?=[.)](?!\S))|(?=[#>+=-]))")
 
 
 def _escaped(text: str) -> str:
@@ -186,10 +194,7 @@ def _escaped(text: str) -> str:
 
 def _escaped_line(text: str) -> str:
     """``text`` as a line of its own, which begins no heading, quotation or list."""
-    return _BLOCK.sub(
-        lambda found: f"{found.group('number') or ''}\\{found.group('sign') or found.group('end')}",
-        _escaped(text).lstrip(),
-    )
+    return _BLOCK.sub(r"\1\\", _escaped(text).lstrip())
 
 
 def as_markdown(report: Report) -> str:
@@ -199,7 +204,8 @@ def as_markdown(report: Report) -> str:
         return "| " + " | ".join(text.replace("|", "\\|") for text in texts) + " |"
 
     def section(heading: str, entries: Sequence[str]) -> list[str]:
-        return ["", f"{_escaped(heading)}:", "", *(f"- {_escaped_line(entry)}" for entry in entries)]
+        above = ["", f"{_escaped(heading)}:", ""] if entries else []
+        return above + [f"- {_escaped_line(entry)}" for entry in entries]
 
     lines: list[str] = []
     for table in report.tables:
@@ -209,8 +215,7 @@ def as_markdown(report: Report) -> str:
         lines += [line(map(_escaped, texts)) for texts in zip(*table.cells, strict=True)]
         for heading, entries in table.sections.items():
             lines += section(heading, entries)
-    lines += section("Notes", report.shown_notes) if report.shown_notes else []
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *section("Notes", report.shown_notes)]) + "\n"
 
 
 # ----------------------------------------------------------------------------------------------------------------- CSV
@@ -221,9 +226,13 @@ def flat(data: Data | None, kind: type[Data], without: Sequence[str] = ()) -> di
     return {name: getattr(data, name, None) for name in kind.__struct_fields__ if name not in without}
 
 
-def row_record(row: Row, params: Data, without: Sequence[str] = ()) -> dict[str, Any]:
-    """What a record begins with: which row it is, and how it ended."""
-    return {"key": row.key, **flat(params, type(params), without), "status": row.status, "reason": row.reason}
+def row_record(
+    row: Any, counts: Sequence[str] = Counts.__struct_fields__, without: Sequence[str] = ()
+) -> dict[str, Any]:
+    """A row, which has ``params`` and ``counts``: which it is, how it ended, those ``counts``, and its other fields."""
+    record = {"key": row.key, **flat(row.params, type(row.params)), "status": row.status, "reason": row.reason}
+    record |= {name: getattr(row.counts, name, None) for name in counts}
+    return record | flat(row, type(row), (*Row.__struct_fields__, "params", "counts", *without))
 
 
 def as_csv(report: Report) -> str:
@@ -259,43 +268,44 @@ def as_rich(
     answer_first: what follows from the tables, and the notes, stand before them. bars: where cells have room for them.
     """
     shown = [table for table in report.tables if wide or not table.full]
-    title, notes = list(map(_text, shown[0].title)), _section("Notes", report.shown_notes)
-    parts: list[RenderableType] = [*title] if answer_first else []
-    for number, table in enumerate(shown if answer_first else []):
-        parts += [Text(""), *map(_text, table.title)] if number and table.title and table.sections else []
-        parts += [part for entries in table.sections.items() for part in _section(*entries)]
-    parts += notes if answer_first else []
-    for number, whole in enumerate(shown):
-        above = whole.lines[len(title) :] if answer_first and not number else whole.lines
-        parts += [
-            *([Text("")] if parts and above else []),
-            *map(_text, above),
-            *_tables(whole, width, wide=wide, bars=bars),
-        ]
-        if not answer_first:
-            parts += [part for entries in whole.sections.items() for part in _section(*entries)]
-    if not wide and any(table.full for table in report.tables):
+    notes = {"Notes": report.shown_notes}
+    blocks: list[tuple[Sequence[str], Table | None, Mapping[str, Sequence[str]]]]  # lines, what they are of, lists
+    if answer_first:
+        first, *others = shown
+        blocks = [(first.title, None, first.sections)]
+        blocks += [(table.title, None, table.sections) for table in others if any(table.sections.values())]
+        blocks += [((), None, notes), (first.lines[len(first.title) :], first, {})]
+        blocks += [(table.lines, table, {}) for table in others]
+    else:
+        blocks = [(table.lines, table, table.sections) for table in shown]
+    parts: list[RenderableType] = []
+    for lines, table, sections in blocks:
+        parts += [*([Text("")] if parts and lines else []), *map(_text, lines)]
+        parts += _tables(table, width, wide=wide, bars=bars) if table else []
+        parts += _lists(sections)
+    if len(shown) < len(report.tables):
         parts += [Text(""), _text("all columns: bgcbench show FILE --wide, or --format csv", "dim")]
-    return Group(*parts, *([] if answer_first else notes))
+    return Group(*parts, *_lists({} if answer_first else notes))
 
 
 def _text(content: str, style: str = "") -> Text:
     return Text(printable(content), style=style)
 
 
-def _section(heading: str, entries: Sequence[str]) -> list[RenderableType]:
-    """A heading over a list, or nothing where that is empty."""
-    parts: list[RenderableType] = [Text(""), _text(heading, "bold")] if entries else []
-    for entry in entries:
-        item = RichTable.grid(padding=(0, 1, 0, 0))
-        item.add_row(Text("-"), _text(entry))
-        parts.append(item)
-    return parts
+def _lists(sections: Mapping[str, Sequence[str]]) -> Iterator[RenderableType]:
+    """Each heading over its list."""
+    for heading, entries in sections.items():
+        yield from (Text(""), _text(heading, "bold")) if entries else ()
+        for entry in entries:
+            item = RichTable.grid(padding=(0, 1, 0, 0))
+            item.add_row(Text("-"), _text(entry))
+            yield item
 
 
 def _tables(whole: Table, width: int, *, wide: bool, bars: bool) -> Iterator[RenderableType]:
     """A table in parts that fit ``width``, and a line on the columns that are left out."""
-    table, dropped = (whole, []) if wide else fitted(_brief(whole), width)
+    brief = replace(whole, declared=[replace(each, form=each.brief or each.form) for each in whole.declared])
+    table, dropped = (whole, []) if wide else fitted(brief, width)
     barred = with_bars(table)
     if bars and not dropped and sum(barred.widths) - 2 <= width:
         table = barred
@@ -311,29 +321,21 @@ def _tables(whole: Table, width: int, *, wide: bool, bars: bool) -> Iterator[Ren
         yield _text(f"without {', '.join(dropped)}, for which there is no room; all columns: --wide", "dim")
 
 
-def _brief(table: Table) -> Table:
-    declared = [replace(each, form=each.brief) if each.brief else each for each in table.declared]
-    return replace(table, declared=declared)
-
-
 def with_bars(table: Table) -> Table:
-    """``table`` with a bar behind each value that has one, all on one scale; the same where no column has any."""
-    drawn = [(column, column.bar) for column in table.columns if column.bar]
-    longest = max((value for _, bar in drawn for row in table.rows if (value := bar(row))), default=0.0)
-    if not longest:
-        return table
+    """``table`` with a bar behind each value of a column that has bars, all on one scale."""
+    longest = max((column.value(row) or 0.0 for column in table.columns if column.bar for row in table.rows), default=0)
 
-    def barred(column: Column[Any], bar: Callable[[Any], float | None]) -> Column[Any]:
+    def barred(column: Column[Any]) -> Column[Any]:
         width = max(len(text) for text in (column.title, *map(column.cell, table.rows)))
 
         def cell(row: Any) -> str:
-            eighths = round(8 * BAR * (bar(row) or 0.0) / longest)
+            eighths = round(8 * BAR * (column.value(row) or 0.0) / longest)
             return f"{column.cell(row):>{width}} {'█' * (eighths // 8)}{EIGHTHS[eighths % 8]}".rstrip()
 
         return replace(column, title=f"{column.title:>{width}}", value=cell, form=str, right=False)
 
-    made = {id(column): barred(column, bar) for column, bar in drawn}
-    return replace(table, declared=[made.get(id(column), column) for column in table.declared])
+    declared = [barred(column) if column.bar and longest else column for column in table.columns]
+    return replace(table, declared=declared)
 
 
 def fitted(table: Table, width: int) -> tuple[Table, list[str]]:

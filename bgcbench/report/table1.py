@@ -19,6 +19,8 @@ DEPLOYED = (
     "FLGC with balanced groups. LR is not one of the paper's methods: its rank is the largest with at most Kmn/N "
     "parameters"
 )
+PAPER = ("intergroup", "channels_per_group", "grouping")  # what the paper's table says of a variant
+THOUSANDS = "{:,}".format
 
 
 @dataclass(frozen=True)
@@ -30,15 +32,17 @@ class Line:
     counts: Counts
 
     @property
+    def said(self) -> tuple[str, str, str]:
+        return VARIANTS[self.variant].table1
+
+    @property
+    def white_error(self) -> float | None:
+        return white_error(self.variant, self.groups)
+
+    @property
     def record(self) -> dict[str, Any]:
-        names = ("intergroup", "channels_per_group", "grouping")
-        return {
-            "variant": self.variant,
-            "groups": self.groups,
-            **dict(zip(names, VARIANTS[self.variant].table1, strict=True)),
-            **dataclasses.asdict(self.counts),
-            "white_error": white_error(self.variant, self.groups),
-        }
+        about = {"variant": self.variant, "groups": self.groups, **dict(zip(PAPER, self.said, strict=True))}
+        return {**about, **dataclasses.asdict(self.counts), "white_error": self.white_error}
 
 
 def table1_report(
@@ -50,46 +54,38 @@ def table1_report(
     """
     wanted = [("standard", 1)]
     wanted += [(name, number) for number in sorted(set(groups) - {1}) for name in VARIANTS if name != "standard"]
-    lines = []
+    shape, lines = (in_channels, out_channels), []
     for name, number in wanted:
-        if not indivisible(in_channels, out_channels, number) and unfit(
-            name, in_channels, out_channels, number, kernel**2
-        ):
+        if not indivisible(*shape, number) and unfit(name, *shape, number, kernel**2):
             continue  # LR where N leaves no rank
-        spec = ConvSpec(name, in_channels, out_channels, kernel, padding=(kernel - 1) // 2, groups=number, bias=False)
+        spec = ConvSpec(name, *shape, kernel, padding=(kernel - 1) // 2, groups=number, bias=False)
         lines.append(Line(name, number, count(spec, *size)))
-    title = (
-        f"Table 1 for a {kernel}x{kernel} convolution, {in_channels} -> {out_channels} channels, "
-        f"input {size[0]} x {size[1]}"
-    )
-    table = Table([title], table1_columns(lines[0].counts.paper_ops), lines, {"Notes": [DEPLOYED]})
+    about = f"{kernel}x{kernel} convolution, {in_channels} -> {out_channels} channels, input {size[0]} x {size[1]}"
+    columns = table1_columns(lines[0].counts.paper_ops)
+    table = Table([f"Table 1 for a {about}"], columns, lines, {"Notes": [DEPLOYED]})
     return Report([table], records=[line.record for line in lines])
 
 
 def table1_columns(dense_ops: int) -> list[Column[Line]]:
-    thousands = "{:,}".format
     return [
-        label("method", lambda x: label_of(x.variant), "The variant."),
-        Column("N", lambda x: x.groups, "Groups.", lead=True),
-        words("intergroup", lambda x: VARIANTS[x.variant].table1[0], "Whether groups exchange data."),
-        words(
-            "channels", lambda x: VARIANTS[x.variant].table1[1], "Input channels that one output sees directly, of n."
-        ),
-        words("grouping", lambda x: VARIANTS[x.variant].table1[2], "How the groups are found."),
+        label("method", lambda line: label_of(line.variant), "The variant."),
+        Column("N", lambda line: line.groups, "Groups.", lead=True),
+        words("intergroup", lambda line: line.said[0], "Whether groups exchange data."),
+        words("channels", lambda line: line.said[1], "Input channels that one output sees directly, of n."),
+        words("grouping", lambda line: line.said[2], "How the groups are found."),
+        Column("params (Table 1)", lambda line: line.counts.paper_params, PAPER_PARAMS, THOUSANDS),
+        Column("params deployed", lambda line: line.counts.params, "Parameters after deployment.", THOUSANDS),
+        Column("MACs deployed", lambda line: line.counts.macs, MACS, THOUSANDS),
+        Column("ops (paper)", lambda line: line.counts.paper_ops, PAPER_OPS, THOUSANDS),
         Column(
-            "params (Table 1)",
-            lambda x: x.counts.paper_params,
-            "The paper's count: LGC's includes its 0/1 mask, FLGC's its assignments.",
-            thousands,
+            "ops / SC", lambda line: line.counts.paper_ops / dense_ops, "ops (paper) over those of SC.", significant
         ),
-        Column("params deployed", lambda x: x.counts.params, "Parameters after deployment.", thousands),
-        Column("MACs deployed", lambda x: x.counts.macs, "Multiply-accumulate operations of one image.", thousands),
-        Column("ops (paper)", lambda x: x.counts.paper_ops, PAPER_OPS, thousands),
-        Column("ops / SC", lambda x: x.counts.paper_ops / dense_ops, "ops (paper) over those of SC.", significant),
-        Column("white err", lambda x: white_error(x.variant, x.groups), WHITE_ERROR, "{:.3f}".format),
+        Column("white err", lambda line: line.white_error, WHITE_ERROR, "{:.3f}".format),
     ]
 
 
+MACS = "Multiply-accumulate operations of one image."
+PAPER_PARAMS = "The paper's count: LGC's includes its 0/1 mask, FLGC's its assignments."
 PAPER_OPS = (
     "Formula (3.14) and section 4 as printed; the set-up terms of LGC and FLGC happen once, not in every forward pass."
 )

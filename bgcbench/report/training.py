@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from bgcbench.report.format import label_of, listed, named, scaled, share_words, significant
 from bgcbench.report.notes import chosen_algorithms, kept_dense, notes, replaced_lines, together
 from bgcbench.report.side_by_side import errors_table
-from bgcbench.report.table import Column, Report, Table, flat, group_columns, label, words
+from bgcbench.report.table import Column, Report, Table, flat, group_columns, label, with_all_columns, words
 from bgcbench.results.aggregate import (
     MIN_SEEDS,
     NO_IMAGES,
@@ -32,7 +31,7 @@ from bgcbench.results.aggregate import (
     training_cells,
 )
 from bgcbench.results.document import Document
-from bgcbench.results.rows import Counts, TrainParams, TrainRow
+from bgcbench.results.rows import Config, Counts, TrainParams, TrainRow
 from bgcbench.specs import UNLABELLED, VARIANTS
 from bgcbench.theory import paper
 
@@ -51,59 +50,43 @@ FLATTERS = "where a seed did not finish, the mean is of those that did, which fl
 
 
 def cell_name(cell: Cell) -> str:
-    return label_of(cell.variant) if cell.dense else named(cell.variant, cell.groups, cell.rank)
+    return label_of(cell.variant) if cell.dense else named(*cell.asked)
 
 
-def is_synthetic(rows: Rows) -> bool:
-    return any(row.params.dataset == SYNTHETIC for row in rows)
-
-
-def is_unlabelled(rows: Rows) -> bool:
-    return any(row.params.dataset == UNLABELLED for row in rows)
-
-
-def without_images(rows: Rows) -> bool:
-    return any(row.params.dataset == NO_IMAGES for row in rows)
+def on(rows: Rows, dataset: str) -> bool:
+    """Whether the images are ``dataset``: SYNTHETIC, UNLABELLED or NO_IMAGES, of which no error is known."""
+    return any(row.params.dataset == dataset for row in rows)
 
 
 def train_report(document: Document) -> Report:
     """A row a variant and N over its seeds, what BGC has on GC, and what to know before the numbers are used."""
     rows: Rows = document.results
     cells = training_cells(rows)
-    standard = next((cell for cell in cells if cell.dense), None)
+    trained = next((cell.errors for cell in cells if cell.dense), {})
     compared = _compared(cells)
-    sections = {"What this shows": [_sentence(*each, image_points(rows)) for each in compared]} if compared else {}
-    trained = standard.errors if standard else {}
-    columns, title = train_columns(document, trained), title_lines(document)
-    by_n = errors_table(title, "test error % after the last epoch, by N:", cells, lambda cell: spread_text(cell.errors))
-    tables = with_all_columns([by_n] if by_n else [], title, columns, cells, sections)
+    sections = {"What this shows": [_sentence(*each, image_points(rows)) for each in compared]}
+    title, caption = title_lines(document), "test error % after the last epoch, by N:"
+    by_n = errors_table(title, caption, cells, lambda cell: spread_text(cell.errors))
+    whole = Table(title, train_columns(document, trained), cells, sections)
+    tables = with_all_columns([by_n] if by_n else [], whole)
     noted = notes(document, _facts(document, cells, compared), endings(cells), QUICK)
     return Report(tables, noted, [_record(row, trained) for row in rows])
-
-
-def with_all_columns(
-    first: Sequence[Table], title: Sequence[str], columns: list[Column[Cell]], cells: Cells, sections: Mapping[str, Any]
-) -> list[Table]:
-    """``first`` with ``sections`` below, and every column for --wide; without a first table that alone."""
-    if not first:
-        return [Table(title, columns, cells, sections)]
-    return [*first[:-1], replace(first[-1], sections=sections), Table(["All columns"], columns, cells, full=True)]
 
 
 def train_columns(document: Document, trained: BySeed) -> list[Column[Cell]]:
     """trained: the errors of the standard convolution."""
     rows = document.results
-    synthetic = is_synthetic(rows)
+    to_sc: Column[Cell] = Column("to SC", partial(to_trained, errors=trained), TO_SC)
     return [
         *VARIANT_COLUMNS,
         *count_columns(rows),
-        *([] if synthetic else FINAL_COLUMNS),
+        *([] if on(rows, SYNTHETIC) else FINAL_COLUMNS),
         FINAL_TOP5,
         seeds_column(planned_seeds(document)),
         SPEED,
         Column("of peak", lambda cell: cell.matmul_fraction, OF_PEAK, "{:.0%}".format, optional=True),
         PAPER,
-        *([] if synthetic else [Column("to SC", partial(to_trained, errors=trained), TO_SC)]),
+        *([] if on(rows, SYNTHETIC) else [to_sc]),
         flags_column(),
     ]
 
@@ -194,12 +177,11 @@ SPEED: Column[Any] = Column("images/s", lambda cell: cell.images_per_s, IMAGES_A
 
 def count_columns(rows: Rows) -> list[Column[Any]]:
     masked = any(row.counts and row.counts.params_training for row in rows)
-    columns: list[Column[Any]] = [
+    return [
         Column("params", lambda cell: cell.params, "Parameters as deployed; the mean where seeds differ.", scaled),
         Column("MACs", lambda cell: cell.macs, "Multiply-accumulate operations of one image, as deployed.", scaled),
-        Column("trained params", lambda cell: cell.params_training, TRAINED, scaled, optional=True),
+        Column("trained params", lambda cell: cell.params_training if masked else None, TRAINED, scaled, optional=True),
     ]
-    return columns if masked else columns[:2]
 
 
 def seeds_column(planned: int) -> Column[Cell]:
@@ -228,18 +210,16 @@ def flags_column(ending: Callable[[Any], str] = lambda row: str(row.status)) -> 
 def title_lines(document: Document, weights: str = "") -> list[str]:
     """The network, with its ``weights``; the data, and on what it ran."""
     rows, asked = document.results, document.asked
-    about = rows[0].params if rows else None
-    dataset = about.dataset if about else asked.data
-    model, where = (about.model, about.where) if about else (asked.model, asked.where)
-    height, width = (about and about.height) or asked.height, (about and about.width) or asked.width
-    classes = (about and about.classes) or asked.num_classes
-    line = f"{model or 'a network'}{weights} " + ("without images" if dataset == NO_IMAGES else f"on {dataset}")
+    about: TrainParams | Config = rows[0].params if rows else asked
+    dataset, classes = (rows[0].params.dataset, rows[0].params.classes) if rows else (asked.data, None)
+    height, width, classes = about.height or asked.height, about.width or asked.width, classes or asked.num_classes
+    line = f"{about.model or 'a network'}{weights} " + ("without images" if dataset == NO_IMAGES else f"on {dataset}")
     line += f", {height} x {width} px" if height else ""
     line += f", {classes} classes" if height and classes else ""
-    where, planned = replaced_lines(rows, where)
+    where, planned = replaced_lines(rows, about.where)
     line += f"; convolutions: {where}" if where else ""
-    ran = [(about and about.precision) or asked.precision, (about and about.layout) or asked.layout]
     processes = max((row.world_size for row in rows), default=1)
+    ran = [about.precision or asked.precision, about.layout or asked.layout]
     ran += ["compiled" if asked.compile else "", f"{processes} processes" if processes > 1 else ""]
     return [line, *planned, f"{', '.join(filter(None, ran))}; {document.environment.where}"]
 
@@ -284,18 +264,18 @@ def _ending(row: TrainRow) -> str:
     if row.epochs:
         line += f"; {len(row.epochs)} of {row.params.epochs} epochs"
         error = row.epochs[-1].test_error
-        line += "" if error is None or is_synthetic([row]) else f", the last test error {error:.2f} %"
+        line += "" if error is None or on([row], SYNTHETIC) else f", the last test error {error:.2f} %"
     return line
 
 
 def error_notes(rows: Rows, cells: Iterable[Cell], *more: str) -> list[str]:
     """What the errors are of, with what there is ``more`` to say of them, or why there are none."""
     image = image_points(rows)
-    if is_synthetic(rows):
+    if on(rows, SYNTHETIC):
         lines = [SPEED_ALONE]
-    elif without_images(rows):
+    elif on(rows, NO_IMAGES):
         lines = [WITHOUT_IMAGES]
-    elif is_unlabelled(rows):
+    elif on(rows, UNLABELLED):
         lines = [f"{rows[0].test_images} images without labels: networks are evaluated by their agreement"]
     else:
         about = f"test images, so one image is {significant(image, 2)} points"
@@ -307,7 +287,7 @@ def error_notes(rows: Rows, cells: Iterable[Cell], *more: str) -> list[str]:
 def at_chance(rows: Rows, errors: Mapping[str, Iterable[float]]) -> list[str]:
     """Which of ``errors`` (percent, over the seeds, by name) are those of guesses: nothing follows from them."""
     classes = rows[0].params.classes if rows else None
-    if not classes or is_synthetic(rows):
+    if not classes or on(rows, SYNTHETIC):
         return []
     guessed = 100 * (1 - 1 / classes)
     means = {name: statistics.fmean(found) for name, values in errors.items() if (found := list(values))}
@@ -395,7 +375,7 @@ def less(error: float | None, other: float | None) -> float | None:
 def training_record(row: TrainRow) -> dict[str, Any]:
     """What a row says of itself, flat; no errors of images whose labels mean nothing."""
     known = flat(row, type(row), without=NESTED)
-    if is_synthetic([row]):
+    if on([row], SYNTHETIC):
         known |= {name: None for name in known if name.startswith(("error", "loss", "agreement"))}
     return {
         "key": row.key,

@@ -11,10 +11,12 @@ from bgcbench.report import training
 from bgcbench.report.compare import Comparison, ratio_record
 from bgcbench.report.format import label_of, listed, loss_text
 from bgcbench.report.notes import chosen_algorithms, kept_dense, notes
-from bgcbench.report.side_by_side import errors_table
-from bgcbench.report.table import Column, Report, Table, label, words
+from bgcbench.report.side_by_side import YES, errors_table
+from bgcbench.report.table import Column, Report, Table, label, with_all_columns, words
 from bgcbench.results.aggregate import (
     MIN_SEEDS,
+    NO_IMAGES,
+    SYNTHETIC,
     Cell,
     Conversions,
     Moment,
@@ -26,7 +28,7 @@ from bgcbench.results.aggregate import (
 )
 from bgcbench.results.document import Document
 from bgcbench.results.rows import CalibratedLayer, Ratio, TransferRow
-from bgcbench.specs import PHASE_TITLES
+from bgcbench.specs import PHASE_TITLES, UNLABELLED
 from bgcbench.theory import paper
 
 BY_N: dict[Moment, str] = {
@@ -35,6 +37,7 @@ BY_N: dict[Moment, str] = {
 }
 NOTHING = 1e-6  # a share of a layer's output that is rounding
 TITLES: dict[Moment, str] = {"initial": "initial", "final": "last"}
+TWICE = "{:.2f}x".format
 
 
 def transfer_report(document: Document) -> Report:
@@ -42,13 +45,12 @@ def transfer_report(document: Document) -> Report:
     run = Conversions.of(document)
     weights = next((row.params.weights for row in run.rows), "none")
     title = training.title_lines(document, "" if weights == "none" else f" (weights {weights})")
-    first = [
-        table
+    by_n = [
+        errors_table([] if number else title, BY_N[moment], run.cells, partial(_errors, moment=moment))
         for number, moment in enumerate(run.moments)
-        if (table := errors_table([] if number else title, BY_N[moment], run.cells, partial(_errors, moment=moment)))
     ]
-    columns = transfer_columns(run, planned_seeds(document))
-    tables = training.with_all_columns(first, title, columns, run.cells, {})
+    whole = Table(title, transfer_columns(run, planned_seeds(document)), run.cells)
+    tables = with_all_columns([*filter(None, by_n)], whole)
     pairs = [pair for start in run.starts for pair in (*run.at_equal_n(start), *run.at_equal_params(start))]
     pairs = [pair for pair in pairs if ratio_of(pair[0].params, pair[1].params)]  # without those that failed
     if pairs:
@@ -71,7 +73,7 @@ def transfer_columns(run: Conversions, seeds: int) -> list[Column[Cell]]:
         compared = _to_dense(cell.time(phase))
         return None if compared is None else "1" if cell.dense else compared.text
 
-    unseen, synthetic = training.without_images(run.rows), training.is_synthetic(run.rows)
+    unseen, synthetic = training.on(run.rows, NO_IMAGES), training.on(run.rows, SYNTHETIC)
     return [
         *training.VARIANT_COLUMNS,
         *_start_columns(run, lambda cell: cell),
@@ -114,19 +116,18 @@ def _start_columns(run: Conversions, cell_of: Callable[[Any], Cell]) -> list[Col
 
     def start(of: Any) -> tuple[str | None, str | None]:
         cell = cell_of(of)
-        return (None, None) if cell.dense else (cell.start.init, "yes" if cell.start.rebn else "no")
+        return (None, None) if cell.dense else (cell.start.init, YES[cell.start.rebn])
 
     init: Column[Any] = label("init", lambda of: start(of)[0], INIT)
     return [init, label("rebn", lambda of: start(of)[1], REBN)] if run.norms_differ else [init]
 
 
-def _speed_up_columns(run: Conversions, value: Callable[[Any, str], str | None]) -> list[Column[Any]]:
-    def column(phase: str, drop: int) -> Column[Any]:
-        return Column(
-            f"speed-up {PHASE_TITLES[phase]}", lambda of: value(of, phase), SPEED_UP, name="speed-up", drop=drop
-        )
-
-    return [column(phase, drop=6 if number else 1) for number, phase in enumerate(run.phases)]
+def _speed_up_columns(run: Conversions, value: Callable[..., str | None]) -> list[Column[Any]]:
+    drops = dict.fromkeys(run.phases, 6) | dict.fromkeys(run.phases[:1], 1)
+    return [
+        Column(f"speed-up {PHASE_TITLES[phase]}", partial(value, phase=phase), SPEED_UP, name="speed-up", drop=drop)
+        for phase, drop in drops.items()
+    ]
 
 
 def _to_dense(measured: Ratio | None) -> Comparison | None:
@@ -144,14 +145,14 @@ def _error_columns(run: Conversions) -> list[Column[Cell]]:
     loss: Column[Cell] = Column(
         "layer loss %", lambda cell: cell.lost(lambda layer: layer.after), LAYER_LOSS, loss_text, optional=True
     )
-    if training.is_unlabelled(run.rows):
+    if training.on(run.rows, UNLABELLED):
         return [agrees, trained, loss]
-    untouched, to_control = run.untouched, partial(training.to_trained, errors=run.control)
+    untouched = run.untouched
 
     def initial(cell: Cell) -> str | None:
         if cell.dense:  # one error, whatever the seeds
             return None if untouched is None else f"{untouched:.2f}"
-        return training.spread_text(cell.errors_at("initial"))
+        return _errors(cell, "initial")
 
     def to_untouched(cell: Cell) -> str | None:
         if cell.untrained or untouched is None:
@@ -159,6 +160,7 @@ def _error_columns(run: Conversions) -> list[Column[Cell]]:
         errors = cell.errors_at(run.moments[-1])
         return training.difference_text(difference_of(errors, dict.fromkeys(errors, untouched)))
 
+    to_control: Column[Cell] = Column("to SC trained", partial(training.to_trained, errors=run.control), TO_CONTROL)
     return [
         Column("error initial %", initial, "Top-1 error on the test images as converted, before any training."),
         *(training.FINAL_COLUMNS if run.epochs else ()),
@@ -167,7 +169,7 @@ def _error_columns(run: Conversions) -> list[Column[Cell]]:
         loss,
         training.PAPER,
         Column("to SC", to_untouched, TO_SC),
-        *([Column("to SC trained", to_control, TO_CONTROL)] if run.control else []),
+        *([to_control] if run.control else []),
     ]
 
 
@@ -207,25 +209,17 @@ def pair_columns(run: Conversions) -> list[Column[Pair[Cell]]]:
         label("BGC", lambda pair: training.cell_name(pair[0]), "The conversion."),
         label("versus", lambda pair: training.cell_name(pair[1]), VERSUS),
         *_start_columns(run, lambda pair: pair[0]),
-        Column(
-            "params",
-            lambda pair: ratio_of(pair[0].params, pair[1].params),
-            COSTS,
-            "{:.2f}x".format,
-            "params, pair",
-            drop=4,
-        ),
-        Column(
-            "MACs", lambda pair: ratio_of(pair[0].macs, pair[1].macs), COSTS, "{:.2f}x".format, "MACs, pair", drop=5
-        ),
+        Column("params", lambda pair: ratio_of(pair[0].params, pair[1].params), COSTS, TWICE, "params, pair", drop=4),
+        Column("MACs", lambda pair: ratio_of(pair[0].macs, pair[1].macs), COSTS, TWICE, "MACs, pair", drop=5),
     ]
     for moment, title in TITLES.items():
         before = int(moment != run.moments[-1])
         columns += [
-            Column(f"{title} points", partial(points, moment=moment), POINTS, name="points", optional=True,
-                   drop=3 * before),
+            Column(
+                f"{title} points", partial(points, moment=moment), POINTS, name="points", optional=True, drop=3 * before
+            ),
             words(f"{title} lower", partial(lower, moment=moment), LOWER, name="lower", optional=True, drop=2 * before),
-        ]  # fmt: skip
+        ]
     return columns + _speed_up_columns(run, faster)
 
 
@@ -246,11 +240,11 @@ def _facts(document: Document, run: Conversions) -> list[str]:
     rows = run.rows
     trained = [row for row in rows if row.params.epochs]
     lines = [training.recipe_line(document, trained)] if trained else []
-    if rows and not trained and not training.without_images(rows):
-        what = "agreements" if training.is_unlabelled(rows) else "errors"
+    if rows and not trained and not training.on(rows, NO_IMAGES):
+        what = "agreements" if training.on(rows, UNLABELLED) else "errors"
         lines.append(f"nothing was trained: the {what} are those of the conversions")
     if any(row.params.distill for row in trained):
-        alone = "the only targets" if training.is_unlabelled(rows) else "targets beside the labels"
+        alone = "the only targets" if training.on(rows, UNLABELLED) else "targets beside the labels"
         lines.append(f"distilled: the untouched network's outputs were {alone}")
     guesses = training.at_chance(rows, {"the untouched network": filter(None, [run.untouched])})
     lines += training.error_notes(rows, run.cells, *guesses, *([NO_CONTROL] if run.epochs and not run.control else []))

@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple, TypeVar
 
 from bgcbench.measure.statistics import Interval, Ratio
 from bgcbench.results.document import Document
-from bgcbench.results.rows import CalibratedLayer, Calibration, Counts, SampledRow, TrainRow, TransferRow
+from bgcbench.results.rows import CalibratedLayer, Calibration, CellKey, Counts, SampledRow, TrainRow, TransferRow
 from bgcbench.results.rows import Ratio as TimeRatio
 from bgcbench.specs import NETWORK_PHASES, PLAN, SOLVED, VARIANTS
 from bgcbench.theory.pareto import front, uncertainty
@@ -73,6 +73,10 @@ class Cell:
     rows: tuple[TrainRow, ...]
 
     @property
+    def asked(self) -> CellKey:
+        return self.variant, self.groups, self.rank
+
+    @property
     def dense(self) -> bool:
         return self.variant == "standard"
 
@@ -100,7 +104,7 @@ class Cell:
         return _by_seed(self.rows, value)
 
     def by_seed(self, value: Callable[[TrainRow], float | None]) -> BySeed:
-        """``value`` of the finished rows that have it; nothing where labels mean nothing."""
+        """The same of the finished rows."""
         return _by_seed(self.done, value)
 
     @property
@@ -205,8 +209,7 @@ def training_cells(rows: Iterable[TrainRow]) -> list[Cell]:
     """Rows of ``train`` or ``transfer`` as cells: the standard convolution, by N, start and variant, and by rank."""
     found: dict[tuple[str, int, int | None, Start], list[TrainRow]] = {}
     for row in rows:
-        params = row.params
-        found.setdefault((*params.cell, Start(params.init, params.rebn)), []).append(row)
+        found.setdefault((*row.params.cell, Start(row.params.init, row.params.rebn)), []).append(row)
     cells = [Cell(*at, tuple(mine)) for at, mine in found.items()]
     return sorted(cells, key=lambda c: (not c.dense, c.rank or 0, c.groups, c.start.place, variant_place(c.variant)))
 
@@ -234,7 +237,6 @@ def image_points(rows: Iterable[TrainRow]) -> float:
 
 # --------------------------------------------------------------------------------------------------------------- pairs
 
-
 Pair = tuple[T, T]  # BGC, and the GC that it is compared with
 
 
@@ -249,9 +251,8 @@ def at_equal_params(at: Mapping[tuple[str, int], T]) -> list[Pair[T]]:
 
 
 def _pairs(at: Mapping[tuple[str, int], T], times: int) -> list[Pair[T]]:
-    plain = {groups: gc for (variant, groups), gc in at.items() if variant == "gc"}
-    if ("standard", 1) in at:  # which a GC of one group is
-        plain.setdefault(1, at["standard", 1])
+    dense = {1: at["standard", 1]} if ("standard", 1) in at else {}  # which a GC of one group is
+    plain = dense | {groups: gc for (variant, groups), gc in at.items() if variant == "gc"}
     return [(at["bgc", times * n], plain[n]) for n in sorted(plain) if ("bgc", times * n) in at]
 
 
@@ -406,8 +407,7 @@ class Conversions:
 
     def _timed(self, cell: Cell) -> Cell:
         """The cell of this variant and N that was timed, whatever its start."""
-        asked = cell.variant, cell.groups, cell.rank
-        alike = [found for found in self.cells if (found.variant, found.groups, found.rank) == asked]
+        alike = (found for found in self.cells if found.asked == cell.asked)
         return next((found for found in alike if any(map(found.time, self.phases))), cell)
 
 

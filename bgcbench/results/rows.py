@@ -762,10 +762,10 @@ COMMANDS: dict[str, CommandSpec] = {
         (SampledRow, LayerRow),
         "bgcbench.report.approx:approx_report",
         {
-            "figure1": "bgcbench.plots.figure1:part",
-            "figure2": "bgcbench.plots.figure2:part",
+            "figure1": "bgcbench.plots.figures:figure1",
+            "figure2": "bgcbench.plots.figures:figure2",
             "pareto": "bgcbench.plots.pareto:part",
-            "heatmap": "bgcbench.plots.heatmap:part",
+            "heatmap": "bgcbench.plots.heatmap:of_approx",
         },
         "the result has no finished row with an error above 0; run approx first",
     ),
@@ -784,7 +784,7 @@ COMMANDS: dict[str, CommandSpec] = {
         "bgcbench.cli.training:Train",
         (TrainRow,),
         "bgcbench.report.training:train_report",
-        {"errors": "bgcbench.plots.errors:part", "curves": "bgcbench.plots.curves:part"},
+        {"errors": "bgcbench.plots.errors:against_size", "curves": "bgcbench.plots.errors:by_epoch"},
         "the result has no test error, which only finished trainings on real images have",
     ),
     "transfer": CommandSpec(
@@ -793,7 +793,7 @@ COMMANDS: dict[str, CommandSpec] = {
         "bgcbench.report.transfer:transfer_report",
         {
             "errors": "bgcbench.plots.conversions:part",
-            "layers": "bgcbench.plots.layers:part",
+            "layers": "bgcbench.plots.heatmap:of_transfer",
             "tradeoff": "bgcbench.plots.tradeoff:of_transfer",
         },
         "the result has neither the test error of a conversion, which takes real images, nor a calibration",
