@@ -123,9 +123,9 @@ def products(x: Tensor, reduce: Tensor, expand: Tensor, bias: Tensor | None) -> 
     r, p = reduce.flatten(1), expand.flatten(1)
     if is_channels_last(x):
         return F.linear(F.linear(x.permute(0, 2, 3, 1), r), p, bias).permute(0, 3, 1, 2)
-    if not torch.is_grad_enabled():  # torch.matmul lays images out anew for a matrix that asks for a gradient
-        r, p = r.detach(), p.detach()
-    y = p @ (r @ x.flatten(-2))  # (..., m, H W)
+    y = x.flatten(-2)
+    for matrix in (r, p):  # one for each image: for one alone torch.matmul would lay the images out anew
+        y = matrix.expand(*y.shape[:-2], -1, -1) @ y  # (..., m, H W)
     y = y if bias is None else y + bias[:, None].to(y.dtype)  # autocast leaves a bias as it is
     return y.reshape(*y.shape[:-1], *x.shape[-2:])
 

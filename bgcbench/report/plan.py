@@ -75,10 +75,7 @@ FELT = (
     "Predicted share of the variance of the network's outputs: the loss times the sensitivity to the layer, less what "
     "the convolutions behind it make up for."
 )
-BETTER = (
-    "The least costly choice that loses less, and what it would cost more, of what the network costs; the budget has no"
-    " room for it."
-)
+BETTER = "The least costly choice that loses less, and what it would cost more, of what the network costs."
 SHARE = "{:.3f}".format
 THREE_DIGITS = "{:.3g}".format
 COSTS: list[Column[PlanRow]] = [

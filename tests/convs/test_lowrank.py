@@ -150,10 +150,11 @@ class Watched(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_in_inference_products_of_matrices_copy_no_image() -> None:
-    """torch.matmul would, for the sake of a gradient that nobody takes."""
+@pytest.mark.parametrize("gradients", [False, True])
+def test_products_of_matrices_copy_no_image(gradients: bool) -> None:
+    """torch.matmul would for a single matrix, for the sake of its gradient."""
     layer, x = LowRankConv2d(16, 32, 1, rank=2, algorithm="matmul"), torch.randn(3, 16, 5, 4)
-    with torch.no_grad(), Watched() as watched:
+    with torch.set_grad_enabled(gradients), Watched() as watched:
         y = layer(x)
     assert watched.names.count("bmm.default") == 2
     assert not {"clone.default", "copy_.default", "mm.default"} & set(watched.names)

@@ -127,7 +127,7 @@ def test_predicted_losses_rank_plans_as_measured_ones_do(problem: Problem) -> No
     """Plans at random: Spearman's correlation of what is predicted with what the converted networks lose."""
     rng, model, layers = random.Random(0), network(), problem.solved_anew().layers
     predicted, real = [], []
-    for _ in range(16):
+    for _ in range(10):
         chosen = {options.layer.name: rng.choice(options.options) for options in layers if rng.random() < 0.7}
         plan = {name: each.choice for name, each in chosen.items()} | {"1.conv": Choice("gc", 2)}
         done = bgcbench.convert(model, plan=plan, init="refit", calibration=LOADER)
@@ -254,7 +254,7 @@ def test_a_plan_converts_and_keeps_its_budget() -> None:
             assert layer.better.felt < layer.chosen.felt
             more = layer.better.params - layer.chosen.params
             assert layer.better_cost == pytest.approx(more / sum(each.dense.params for each in plan.layers))
-            assert plan.cost + layer.better_cost > 0.4  # the budget has no room for it
+            assert plan.by != "felt" or plan.cost + layer.better_cost > 0.4  # else it would be the plan
     assert f"params: {plan.cost:.3f} of the original's" in str(plan)
     whole = bgcbench.plan(model, loader, groups=(2,), variants=("gc",))
     assert all(choice.is_dense for choice in whole.choices.values())
