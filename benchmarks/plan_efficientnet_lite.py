@@ -1,6 +1,7 @@
 """Plans of EfficientNet-lite0's pointwise convolutions for several budgets, on photographs never seen.
 
     python -m benchmarks.plan_efficientnet_lite --photos FOLDER [--out results/plan-efficientnet_lite0-cpu.json]
+    python -m benchmarks.plan_efficientnet_lite --draw results/plan-efficientnet_lite0-cpu.json
 
 Network, photographs, splits and what is compared: see benchmarks.transfer_efficientnet_lite. At each share of the
 pointwise convolutions' parameters three networks: the plan by predicted loss, the best uniform conversion by predicted
@@ -19,6 +20,7 @@ import torch
 
 import bgcbench
 from benchmarks.common import save
+from benchmarks.files import PlannedPhotographFile
 from benchmarks.transfer_efficientnet_lite import SIDE, Comparison, Trial, logits, network, numbers, photographs
 from bgcbench.conversion.convert import candidates
 from bgcbench.planning.choices import Problem, best_families
@@ -27,6 +29,11 @@ from bgcbench.planning.plan import Seen, counted_problem, held_outputs, scored
 
 VARIANTS, GROUPS = ("gc", "bgc", "lowrank"), (2, 4, 8)
 BUDGETS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
+LABELS = {
+    "plan": "bgcbench plan",
+    "uniform": "best choice for all layers",
+    "low rank": "low rank, ranks under a budget",
+}
 BOTH_INITS = 0.7  # the budget at which the plan is converted with 'calibrated', too
 
 
@@ -57,13 +64,40 @@ def asked_for(problem: Problem, budget: float) -> dict[str, tuple[str, dict[str,
     }
 
 
+def draw(path: Path) -> None:
+    """The curves of the first split that the result file ``path`` holds, beside it."""
+    from matplotlib import pyplot
+
+    found = msgspec.json.decode(path.read_bytes(), type=PlannedPhotographFile).results
+    rows = [row for row in found if row.init == "refit" and row.seed == found[0].seed]
+    figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
+    for how, look in {"plan": "o-", "uniform": "s--", "low rank": "^:"}.items():
+        points = [row for row in rows if row.how == how]
+        shares, kept = [row.params_ratio for row in points], [row.unseen.agreement for row in points]
+        axes.plot(shares, kept, look, label=LABELS[how])
+        if how == "uniform":
+            for share, agreement, row in zip(shares, kept, points, strict=True):
+                axes.annotate(
+                    row.label, (share, agreement), xytext=(-7, 4), textcoords="offset points", fontsize=8, ha="right"
+                )
+    axes.set(xlabel="share of the pointwise convolutions' parameters", ylabel="first guesses kept, % of photographs",
+             title="EfficientNet-lite0, converted without training", ylim=(0, 100))  # fmt: skip
+    axes.legend(loc="upper left")
+    figure.savefig(path.with_suffix(".png"), dpi=110)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--photos", type=Path, required=True, help="a folder of photographs, subfolders too")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--photos", type=Path, help="a folder of photographs, subfolders too")
+    source.add_argument("--draw", type=Path, metavar="FILE", help="draw the curves of this result file, and end")
     parser.add_argument("--out", type=Path, help="where to write the result file; none without it")
     parser.add_argument("--crops", type=int, default=4, help="of each photograph, to calibrate on (default 4)")
     parser.add_argument("--seeds", type=numbers, default=[0, 1, 2], help="of splits and crops (default 0,1,2)")
     options = parser.parse_args()
+    if options.draw is not None:
+        draw(options.draw)
+        return 0
     command = "python -m benchmarks.plan_efficientnet_lite --photos FOLDER"
     command += f" --crops {options.crops} --seeds {','.join(map(str, options.seeds))}"
     model, pictures = network(), photographs(options.photos)
