@@ -68,10 +68,10 @@ class Profile(Command):
         return open_session(config)
 
     def prepare(self, config: Any, session: Session, world: World) -> Any:
-        from bgcbench.experiments.network_run import plan_network
-
         if not isinstance(config, NetworkConfig):
             return config
+        from bgcbench.experiments.network_run import plan_network  # and with it torchvision
+
         planned = plan_network(config)
         session.warnings.extend(planned.notes)
         return planned
