@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 
@@ -102,23 +102,26 @@ class Problem:
 
         Large errors are made up for more than small ones, and those of the first layers more than those of the last.
         """
-        made, last = [], max(1, len(self.layers) - 1)
-        for behind, each in zip(reversed(range(len(self.layers))), self.layers, strict=True):
-            share = MADE_UP ** (behind / last)
-            felt = (share * AT ** (1 - SATURATES) * option.felt**SATURATES for option in each.options)
-            own = (dataclasses.replace(option, felt=f) for option, f in zip(each.options, felt, strict=True))
-            made.append(LayerOptions(each.layer, tuple(own)))
-        return dataclasses.replace(self, layers=tuple(made))
+        names = [each.layer.name for each in self.layers]
+        left = {name: MADE_UP ** (behind / max(1, len(names) - 1)) for behind, name in enumerate(reversed(names))}
+        share = AT ** (1 - SATURATES)
+        return self.changed(
+            lambda each, one: dataclasses.replace(one, felt=left[each.layer.name] * share * one.felt**SATURATES)
+        )
 
     def saving(self, scale: float) -> Problem:
         """The same where all that is saved of the time is ``scale`` times as much."""
-        made = []
-        for each in self.layers:
+
+        def scaled(each: LayerOptions, one: Scored) -> Scored:
             dense = each.dense.cost("time")
-            seconds = (max(0.0, dense - scale * (dense - option.cost("time"))) for option in each.options)
-            own = (dataclasses.replace(option, seconds=s) for option, s in zip(each.options, seconds, strict=True))
-            made.append(LayerOptions(each.layer, tuple(own)))
-        return dataclasses.replace(self, layers=tuple(made))
+            return dataclasses.replace(one, seconds=max(0.0, dense - scale * (dense - one.cost("time"))))
+
+        return self.changed(scaled)
+
+    def changed(self, change: Callable[[LayerOptions, Scored], Scored]) -> Problem:
+        """The same with every option of every layer changed."""
+        layers = (LayerOptions(each.layer, tuple(change(each, one) for one in each.options)) for each in self.layers)
+        return dataclasses.replace(self, layers=tuple(layers))
 
     def rest(self, kind: str) -> float:
         """What it costs besides its convolutions."""

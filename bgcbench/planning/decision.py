@@ -198,10 +198,7 @@ def again(problem: Problem, lost: Mapping[str, float], choices: Mapping[str, Cho
     """
 
     def scaled(problem: Problem, scales: Mapping[str, float]) -> Problem:
-        return replaced(problem, layers=tuple(
-            LayerOptions(each.layer, tuple(replaced(o, felt=o.felt * scales[each.layer.name]) for o in each.options))
-            for each in problem.layers
-        ))  # fmt: skip
+        return problem.changed(lambda each, one: replaced(one, felt=one.felt * scales[each.layer.name]))
 
     scales = {}
     for options in problem.layers:

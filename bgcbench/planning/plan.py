@@ -388,14 +388,16 @@ def saved_by_its_network(
         replaced = [as_choice(layer, choice, execution) for layer, choice in chosen if not choice.is_dense]
         with undisturbed(model), execution.state:
             network = execution.own(model)
-            found = network_times(
+            measured = network_times(
                 network, {DENSE: (), PLAN: replaced}, passing, example, device, rules, execution=execution, seed=seed,
                 stop=stop,
-            ).times  # fmt: skip
+            )  # fmt: skip
         if stop():
             raise Stopped
-        if not replaced or not {DENSE, PLAN} <= found.keys():
-            break
+        if measured.failures:
+            why = next(iter(measured.failures.values()))
+            return scale, f"savings are not scaled to what the plan's network saves, which could not be measured: {why}"
+        found = measured.times
         (took, ends), predicted = found[PLAN].ratio_to(found[DENSE]), scaled.share(choices, "time")
         low, high = ends or (took, took)
         if low - CLOSE <= predicted <= high + CLOSE:

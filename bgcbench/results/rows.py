@@ -1,9 +1,9 @@
 """What a result file holds, as frozen types: the rows of each command, and what stands around them.
 
 The JSON, its schema, the tables and the plots all read these; nothing else says what a row is. COMMANDS says which
-command has which rows, and where its options, its report and its pictures are. Units stand in the
-names (SI). None is unknown. Fields with a default came later than some file, or belong to some rows only: types with
-``omit_defaults`` leave them out of a file where they have it.
+command has which rows, and where its options, its report and its pictures are. Units stand in the names (SI). None is
+unknown. Fields with a default came later than some file, or belong to some rows only: types with ``omit_defaults``
+leave them out of a file where they have it.
 """
 
 from __future__ import annotations

@@ -88,7 +88,9 @@ def test_no_factor_makes_a_time_negative() -> None:
     assert in_network({Choice(): 1.0, GC2: 0.1}, {"gc": 2.0}) == {Choice(): 1.0, GC2: 0.0}
 
 
-def planned_time(monkeypatch: pytest.MonkeyPatch, really: float) -> tuple[Problem, float, str | None]:
+def planned_time(
+    monkeypatch: pytest.MonkeyPatch, really: float, failed: Measured | None = None
+) -> tuple[Problem, float, str | None]:
     """A network of 100 s, 90 of them in its layers, of which groups save 0.3 and 0.5 alone, and
     ``really`` times that in the network; and what its plan for 0.75 of the time tells: how many times, and the note."""
     model = network()
@@ -103,6 +105,8 @@ def planned_time(monkeypatch: pytest.MonkeyPatch, really: float) -> tuple[Proble
 
     def clock(_: object, networks: Mapping[str, Sequence[Replaced]], *__: object, **___: object) -> Measured:
         found = {}
+        if failed is not None:
+            return failed
         for name, replaced in networks.items():
             chosen = {layer.name: Choice(layer.variant, layer.groups) for layer in replaced}
             share = problem.share({each.name: chosen.get(each.name, Choice()) for each in layers}, "time")
@@ -138,3 +142,10 @@ def test_times_that_cannot_be_are_doubtful() -> None:
     assert doubtful(1.0, 0.9, {"gc": 0.8, "bgc": 1.2}) is None
     assert "gc -8" in (doubtful(1.0, 0.9, {"gc": -8.0, "bgc": 1.0}) or "")
     assert "take 1.5 times the network's time" in (doubtful(1.0, 1.5, {}) or "")
+
+
+def test_a_plan_whose_network_cannot_be_measured_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    failed = Measured({}, {"plan": "no such kernel"})
+    _, scale, note = planned_time(monkeypatch, 0.5, failed)
+    assert scale == 1.0
+    assert "could not be measured: no such kernel" in (note or "")
